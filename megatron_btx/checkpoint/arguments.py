@@ -1,0 +1,1 @@
+def check_against_checkpoint(args): pass

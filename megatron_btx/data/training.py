@@ -1,0 +1,132 @@
+"""From indexed datasets to the batches of a training step, as Megatron's own GPT training does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import get_blend_from_list
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_btx.errors import InputError
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
+
+
+def train_valid_test_datasets(sample_counts: list[int | None], vp_stage: int | None = None) -> Any:
+    """The blended datasets of a run, for ``megatron.training.pretrain``.
+
+    Args:
+        sample_counts: sequences wanted for training, validation and test.
+    """
+    config = gpt_dataset_config(get_args())
+    return BlendedMegatronDatasetBuilder(GPTDataset, sample_counts, reads_batches, config).build()
+
+
+# Every rank calls the provider; reads_batches says which of them build.
+train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
+    """Megatron's dataset configuration from its arguments."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split if blend is not None else None,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        context_parallel_size=args.context_parallel_size,
+        # A pad id that equals the end-of-document id must not hide document ends from the loss.
+        allow_ambiguous_pad_tokens=True,
+    )
+
+
+def check_data_files(args: Any) -> None:
+    """Refuse missing or empty datasets before any process group exists.
+
+    Raises:
+        InputError: no data at all; or the flag, the prefix and the missing file.
+    """
+    flags = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+    if not any(getattr(args, flag) for flag in flags) and not args.data_args_path and not args.per_split_data_args_path:
+        raise InputError("no training data: give --data-path, or --train-data-path (and --valid-data-path)")
+    for flag in flags:
+        paths = getattr(args, flag)
+        for prefix in get_blend_from_list(paths)[0] if paths else []:
+            check_indexed_dataset(prefix, f"--{flag.replace('_', '-')}")
+
+
+def check_indexed_dataset(prefix: str, where: str) -> None:
+    """Refuse a prefix whose .bin or .idx is missing or empty."""
+    for suffix in (".bin", ".idx"):
+        file = Path(prefix + suffix)
+        if not file.is_file():
+            raise InputError(
+                f"{where} {prefix}: {file} does not exist; make it with tools/preprocess_data.py, "
+                "or give the prefix without .bin"
+            )
+        if file.stat().st_size == 0:
+            raise InputError(f"{where} {prefix}: {file} is empty; make it again with tools/preprocess_data.py")
+
+
+def reads_batches() -> bool:
+    """Whether this rank reads from the datasets: tensor-parallel rank 0 of the first and the last pipeline stage."""
+    at_an_end = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
+    return bool(at_an_end and mpu.get_tensor_model_parallel_rank() == 0)
+
+
+def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None) -> dict[str, Any]:
+    """The micro-batch of this rank.
+
+    Returns:
+        tokens, labels, position_ids: [B, S] int64; loss_mask: [B, S] float; each None where this pipeline stage does
+        not need it.
+    """
+    args = get_args()
+    first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    last = mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    if not first and not last:
+        return dict.fromkeys(BATCH_KEYS)
+    batch: dict[str, Any] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        if data_iterator is None:
+            raise RuntimeError("a rank that reads batches has no data iterator")
+        sample = next(data_iterator)
+        for key in BATCH_KEYS:
+            value = sample.get(key)
+            batch[key] = value.cuda(non_blocking=True) if value is not None else None
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())

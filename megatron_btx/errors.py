@@ -1,0 +1,57 @@
+"""The errors of the project: one line each, for the person who can mend it.
+
+A message names what is wrong, where (file, key or tensor), what was found, what was expected, and the
+remedy. Programs print it on stderr and exit with status 2; see :func:`exits_with_one_line`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+BAD_INPUT_EXIT_CODE = 2
+
+
+class BTXError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class InputError(BTXError):
+    """Bad usage or bad input: nothing was written, or nothing that loads."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be read, or that does not hold what is needed."""
+
+
+class MegatronVersionError(BTXError):
+    """The installed Megatron does not have the form that a stand-in or an injection relies on."""
+
+
+def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
+    """Wrap a command's main: a BTXError becomes one line on stderr and exit status 2.
+
+    OSErrors (a full disk, an unreadable folder) are treated alike, because the person at the keyboard is
+    the one who can mend them; every other exception is a defect of ours and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*arguments: object, **named: object) -> int:
+        try:
+            return main(*arguments, **named)
+        except BTXError as error:
+            print(f"error: {_one_line(str(error))}", file=sys.stderr)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{_one_line(error.strerror or str(error))}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return BAD_INPUT_EXIT_CODE
+
+    return wrapped
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,72 @@
+"""``--btx-metrics FILE``: every scalar that Megatron logs, one JSON object per step, in full precision.
+
+Megatron prints rounded losses and sends exact ones to TensorBoard alone. Here its TensorBoard writer is joined by one
+that collects the scalars of a step and appends them as one line when the step's log is complete. After a resume the
+file goes on; the last line of an iteration counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from typing import Any
+
+from megatron_btx.errors import MegatronVersionError
+
+
+class MetricsWriter:
+    """A TensorBoard writer that also keeps each step's scalars, and writes them as one line of JSON."""
+
+    def __init__(self, file: str, inner: Any | None) -> None:
+        """Append to ``file``; pass everything on to ``inner``, Megatron's own writer, if there is one."""
+        os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+        # Unbuffered lines: what was logged survives a SIGKILL.
+        self._file = open(file, "a", buffering=1, encoding="utf-8")
+        self._inner = inner
+        self._scalars: dict[str, float] = {}
+
+    def add_scalar(self, tag: str, value: Any, step: int) -> None:
+        """Keep one scalar, except Megatron's second copy of each by samples instead of steps."""
+        if not tag.endswith(" vs samples"):
+            self._scalars[tag] = float(value)
+        if self._inner is not None:
+            self._inner.add_scalar(tag, value, step)
+
+    def write_step(self, iteration: int, loss: dict[str, Any]) -> None:
+        """Append the collected scalars, and the losses whatever Megatron's log intervals are."""
+        self._scalars |= {name: float(value) for name, value in loss.items()}
+        if self._scalars:
+            line = {"iteration": iteration, "time": time.time(), **self._scalars}
+            self._file.write(json.dumps(line) + "\n")
+        self._scalars = {}
+
+    def __getattr__(self, name: str) -> Any:
+        # Text, histograms and flushes are TensorBoard's alone.
+        if self._inner is None:
+            return lambda *_args, **_kwargs: None
+        return getattr(self._inner, name)
+
+
+def install(args: Any) -> None:
+    """Join Megatron's TensorBoard writer on the rank that logs (the last one), if --btx-metrics is given."""
+    if args.btx_metrics is None or args.rank != args.world_size - 1:
+        return
+    from megatron.training import global_vars, training
+
+    if not hasattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER") or not hasattr(training, "training_log"):
+        raise MegatronVersionError("megatron.training has no TensorBoard writer or training_log where 0.19 has them")
+    writer = MetricsWriter(args.btx_metrics, global_vars._GLOBAL_TENSORBOARD_WRITER)
+    global_vars._GLOBAL_TENSORBOARD_WRITER = writer
+    original = training.training_log
+
+    @functools.wraps(original)
+    def training_log(
+        loss_dict: dict[str, Any], total_loss_dict: Any, learning_rate: Any, iteration: int, *rest: Any, **named: Any
+    ) -> Any:
+        result = original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named)
+        writer.write_step(iteration, loss_dict)
+        return result
+
+    training.training_log = training_log
