@@ -140,8 +140,8 @@ class _Nothing:
 
     def __exit__(self, *_args: object) -> None: ...
 
-    def __getattr__(self, _name: str) -> Callable[..., None]:
-        return lambda *_args, **_kwargs: None
+    def __getattr__(self, _name: str) -> Callable[..., _Nothing]:
+        return lambda *_args, **_kwargs: self  # record_event() must give something to wait for
 
 
 def _answer_for_cuda() -> None:
@@ -242,6 +242,15 @@ def _replace_in_megatron() -> None:
         "report_memory",
         ["name", "process_group"],
         lambda _: lambda name, process_group=None: None,
+    )
+
+    # The queue of the checkpoint writer lives in a process of its own. Megatron spawns it, because a CUDA context does
+    # not survive a fork, which costs an import of torch per run; without CUDA a fork does.
+    _replace(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "get_write_results_queue",
+        ["mp_mode"],
+        lambda original: lambda mp_mode="fork": original("fork"),
     )
 
     def as_on_a_gpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

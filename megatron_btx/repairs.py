@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
+from typing import Any
+
+from megatron_btx.errors import MegatronVersionError
 
 
 def install() -> None:
-    """Apply every repair; each first checks that what it repairs is there."""
+    """Apply every repair; each first checks that what it repairs is there.
+
+    Raises:
+        MegatronVersionError: the installed Megatron has another form.
+    """
     use_the_shipped_dataset_helper()
+    use_an_optimizer_that_resumes()
 
 
 def use_the_shipped_dataset_helper() -> None:
@@ -18,5 +27,49 @@ def use_the_shipped_dataset_helper() -> None:
     """
     from megatron.core.datasets import utils
 
+    _expect(utils, "compile_helpers")
     if find_spec("megatron.core.datasets.helpers_cpp") is not None:
         utils.compile_helpers = lambda: None
+
+
+def use_an_optimizer_that_resumes() -> None:
+    """Without Transformer Engine and apex, give Megatron an Adam of the form it is written for.
+
+    See :mod:`megatron_btx.adam` for why. One more repair belongs to it: the distributed optimizer loads fp32 parameters
+    by copying into leaves that require gradients, which autograd refuses outside ``no_grad``.
+    """
+    import torch
+    from megatron.core import optimizer as optimizers
+    from megatron.core.optimizer import distrib_optimizer
+
+    for owner, name in (
+        (optimizers, "USING_PYTORCH_OPTIMIZER"),
+        (distrib_optimizer, "HAVE_APEX_OR_TE"),
+        (distrib_optimizer, "USING_APEX_OPTIMIZER"),
+        (distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states"),
+    ):
+        _expect(owner, name)
+    if not optimizers.USING_PYTORCH_OPTIMIZER:
+        return
+    from megatron_btx.adam import GroupStepAdam
+
+    optimizers.Adam = distrib_optimizer.Adam = GroupStepAdam
+    optimizers.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+    original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(original)
+    def without_gradients(self: Any, *positional: Any, **named: Any) -> Any:
+        with torch.no_grad():
+            return original(self, *positional, **named)
+
+    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = without_gradients
+
+
+def _expect(owner: Any, name: str) -> None:
+    if not hasattr(owner, name):
+        raise MegatronVersionError(
+            f"{getattr(owner, '__name__', owner)}.{name} does not exist: written for megatron-core 0.19; "
+            "install the pinned version"
+        )
