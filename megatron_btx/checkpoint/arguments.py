@@ -1,1 +1,221 @@
-def check_against_checkpoint(args): pass
+"""The Megatron arguments that shape a model: one table for comparing, refusing and writing them.
+
+A checkpoint stores all arguments of the run that wrote it. Megatron's ``--use-checkpoint-args`` restores only some of
+them and ignores differences in the rest (norm epsilon, rope scaling, QK norm, router settings), which silently changes
+the model. Everything that has to know which arguments matter reads :data:`MODEL_ARGUMENTS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.checkpoint.torch_dist import TRACKER, TorchDistReader, resolve_iteration
+from megatron_btx.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelArgument:
+    """One stored argument, the flag that sets it, and how the flag is written."""
+
+    name: str
+    """Name in Megatron's namespace (0.19)."""
+    flag: str
+    default: Any
+    """Megatron's default: the flag is left out when the stored value equals it."""
+    switch: bool | None = None
+    """None: the flag takes the value. True or False: the flag alone sets this value."""
+    older: str | None = None
+    """The name in older versions, where it differs."""
+    moe: bool = False
+    """Only meaningful for mixtures: not compared between dense models."""
+
+    def value(self, stored: Mapping[str, Any]) -> Any:
+        """The stored value, under its present or older name; Megatron's default where neither is there."""
+        if self.name in stored:
+            return stored[self.name]
+        return stored.get(self.older, self.default) if self.older else self.default
+
+    def as_flags(self, value: Any) -> list[str]:
+        """The words of the command line that set ``value``; none for the default."""
+        if value == self.default or value is None:
+            return []
+        if self.switch is not None:
+            return [self.flag] if value is self.switch else []
+        if isinstance(value, list | tuple) and self.name != "moe_layer_freq":
+            return [self.flag, *map(str, value)]
+        return [self.flag, str(value).replace(" ", "")]
+
+
+_VALUE, _ON, _OFF = None, True, False
+
+MODEL_ARGUMENTS = (
+    ModelArgument("num_layers", "--num-layers", None),
+    ModelArgument("hidden_size", "--hidden-size", None),
+    ModelArgument("ffn_hidden_size", "--ffn-hidden-size", None),
+    ModelArgument("num_attention_heads", "--num-attention-heads", None),
+    ModelArgument("group_query_attention", "--group-query-attention", False, _ON),
+    ModelArgument("num_query_groups", "--num-query-groups", None),
+    ModelArgument("kv_channels", "--kv-channels", None),
+    ModelArgument("normalization", "--normalization", "LayerNorm"),
+    ModelArgument("layernorm_epsilon", "--norm-epsilon", 1e-05, older="norm_epsilon"),
+    ModelArgument("layernorm_zero_centered_gamma", "--apply-layernorm-1p", False, _ON, older="apply_layernorm_1p"),
+    ModelArgument("apply_residual_connection_post_layernorm", "--apply-residual-connection-post-layernorm", False, _ON),
+    ModelArgument("position_embedding_type", "--position-embedding-type", "learned_absolute"),
+    ModelArgument("add_position_embedding", "--no-position-embedding", True, _OFF),
+    ModelArgument("max_position_embeddings", "--max-position-embeddings", None),
+    ModelArgument("rotary_base", "--rotary-base", 10000),
+    ModelArgument("rotary_percent", "--rotary-percent", 1.0),
+    ModelArgument("rotary_interleaved", "--rotary-interleaved", False, _ON),
+    ModelArgument("rotary_seq_len_interpolation_factor", "--rotary-seq-len-interpolation-factor", None),
+    ModelArgument("use_rope_scaling", "--use-rope-scaling", False, _ON),
+    ModelArgument("rope_scaling_factor", "--rope-scaling-factor", 8.0),
+    ModelArgument("swiglu", "--swiglu", False, _ON),
+    ModelArgument("squared_relu", "--squared-relu", False, _ON),
+    ModelArgument("openai_gelu", "--openai-gelu", False, _ON),
+    ModelArgument("quick_geglu", "--quick-geglu", False, _ON),
+    ModelArgument("add_bias_linear", "--disable-bias-linear", True, _OFF),
+    ModelArgument("add_qkv_bias", "--add-qkv-bias", False, _ON),
+    ModelArgument("qk_layernorm", "--qk-layernorm", False, _ON),
+    ModelArgument("qk_l2_norm", "--qk-l2-norm", False, _ON),
+    ModelArgument("apply_query_key_layer_scaling", "--apply-query-key-layer-scaling", False, _ON),
+    ModelArgument("window_size", "--window-size", None),
+    ModelArgument("softmax_type", "--softmax-type", "vanilla"),
+    ModelArgument("multi_latent_attention", "--multi-latent-attention", False, _ON),
+    ModelArgument("untie_embeddings_and_output_weights", "--untie-embeddings-and-output-weights", False, _ON),
+    ModelArgument("padded_vocab_size", "--padded-vocab-size", None),
+    ModelArgument("num_experts", "--num-experts", None),
+    ModelArgument("moe_layer_freq", "--moe-layer-freq", 1, moe=True),
+    ModelArgument("moe_ffn_hidden_size", "--moe-ffn-hidden-size", None, moe=True),
+    ModelArgument("moe_router_topk", "--moe-router-topk", 2, moe=True),
+    ModelArgument("moe_router_pre_softmax", "--moe-router-pre-softmax", False, _ON, moe=True),
+    ModelArgument("moe_router_score_function", "--moe-router-score-function", "softmax", moe=True),
+    ModelArgument("moe_router_topk_scaling_factor", "--moe-router-topk-scaling-factor", None, moe=True),
+    ModelArgument("moe_router_num_groups", "--moe-router-num-groups", None, moe=True),
+    ModelArgument("moe_router_group_topk", "--moe-router-group-topk", None, moe=True),
+    ModelArgument("moe_router_enable_expert_bias", "--moe-router-enable-expert-bias", False, _ON, moe=True),
+    ModelArgument("moe_router_dtype", "--moe-router-dtype", None, moe=True),
+    ModelArgument("moe_shared_expert_intermediate_size", "--moe-shared-expert-intermediate-size", None, moe=True),
+    ModelArgument("moe_expert_capacity_factor", "--moe-expert-capacity-factor", None, moe=True),
+    ModelArgument("moe_token_drop_policy", "--moe-token-drop-policy", "probs", moe=True),
+    ModelArgument("moe_apply_probs_on_input", "--moe-apply-probs-on-input", False, _ON, moe=True),
+)
+"""What must be equal for the weights to mean the same function."""
+
+NUMERICS_ARGUMENTS = (
+    ModelArgument("transformer_impl", "--transformer-impl", "transformer_engine"),
+    ModelArgument("bf16", "--bf16", False, _ON),
+    ModelArgument("fp16", "--fp16", False, _ON),
+)
+"""What must stay the same when a run is resumed, but may differ when a new one starts from its weights."""
+
+
+def differences(
+    left: Mapping[str, Any], right: Mapping[str, Any], table: Iterable[ModelArgument] = MODEL_ARGUMENTS
+) -> list[tuple[ModelArgument, Any, Any]]:
+    """The arguments of the table that differ between two sets, each with both values."""
+    dense = left.get("num_experts") is None and right.get("num_experts") is None
+    found = []
+    for argument in table:
+        a, b = argument.value(left), argument.value(right)
+        if argument.name == "moe_ffn_hidden_size":  # not given means the dense size
+            a, b = a or left.get("ffn_hidden_size"), b or right.get("ffn_hidden_size")
+        if a != b and not (argument.moe and dense):
+            found.append((argument, a, b))
+    return found
+
+
+def model_flags(stored: Mapping[str, Any]) -> list[list[str]]:
+    """The command line that builds the stored model with stock Megatron: one list of words per flag."""
+    dense = stored.get("num_experts") is None
+    words = []
+    for argument in MODEL_ARGUMENTS:
+        if argument.moe and dense:
+            continue
+        if argument.name == "num_query_groups" and not stored.get("group_query_attention"):
+            continue
+        if argument.name == "add_position_embedding" and stored.get("position_embedding_type") != "learned_absolute":
+            continue
+        words.append(argument.as_flags(argument.value(stored)))
+    return [w for w in words if w]
+
+
+def check_against_checkpoint(args: Any) -> None:
+    """Refuse to load a checkpoint into a model it was not made for.
+
+    Compares the stored arguments of the checkpoint that Megatron is about to load (the run's own to resume, else
+    ``--pretrained-checkpoint``) with the given ones.
+
+    Raises:
+        InputError: names every argument that differs, with both values and the flag that mends it.
+    """
+    given = vars(args)
+    loaded = _checkpoint_to_load(args)
+    if loaded is None:
+        return
+    path, resuming = loaded
+    stored = TorchDistReader(resolve_iteration(path)).arguments()
+    table = MODEL_ARGUMENTS + (NUMERICS_ARGUMENTS if resuming else ())
+    allowed = set(args.btx_allow_change)
+    wrong = [d for d in differences(stored, given, table) if d[0].name not in allowed]
+    if wrong:
+        listed = "; ".join(f"{a.flag}: stored {a_stored!r}, given {a_given!r}" for a, a_stored, a_given in wrong)
+        raise InputError(
+            f"{path} was made with other model arguments than given: {listed}. Give the stored values, "
+            f"or allow the change with --btx-allow-change {' '.join(a.name for a, _, _ in wrong)}"
+        )
+    if "tokenizer_model" not in allowed:
+        check_same_tokenizer({str(path): stored, "the command line": given}, "--btx-allow-change tokenizer_model")
+
+
+def _checkpoint_to_load(args: Any) -> tuple[str, bool] | None:
+    """The checkpoint Megatron will load, and whether that resumes a run rather than starting one."""
+    if args.load and (Path(args.load) / TRACKER).is_file():
+        return args.load, not args.finetune
+    if args.pretrained_checkpoint:
+        return args.pretrained_checkpoint, False
+    return None
+
+
+def check_same_tokenizer(sources: Mapping[str, Mapping[str, Any]], remedy: str) -> None:
+    """Refuse models whose tokenizers differ: by the content of their files, never by their paths.
+
+    Args:
+        sources: a name to show, and the stored arguments.
+
+    Raises:
+        InputError: two tokenizers differ, or one cannot be found to be compared.
+    """
+    seen: dict[str, str] = {}
+    for name, arguments in sources.items():
+        seen[name] = tokenizer_identity(arguments, name, remedy)
+    first = next(iter(seen))
+    for name, identity in seen.items():
+        if identity != seen[first]:
+            raise InputError(
+                f"tokenizers differ: {first} has {seen[first]}, {name} has {identity}; models can only be mixed or "
+                f"continued with one tokenizer ({remedy} if the files differ in form alone)"
+            )
+
+
+def tokenizer_identity(arguments: Mapping[str, Any], name: str, remedy: str) -> str:
+    """A tokenizer's kind and the hash of its files."""
+    kind, model = arguments.get("tokenizer_type"), arguments.get("tokenizer_model")
+    if model is None:
+        return f"{kind} of {arguments.get('vocab_size')} tokens"
+    path = Path(model)
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.name.startswith(("tokenizer", "vocab", "merges")))
+    else:
+        raise InputError(
+            f"{name}: its tokenizer {model} cannot be found, so it cannot be compared; put it back, or {remedy}"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return f"{kind} sha256 {digest.hexdigest()[:16]}"

@@ -1,0 +1,131 @@
+"""Reading pickles from strangers: an allow-list, so that a checkpoint cannot run code.
+
+PyTorch's distributed checkpoints keep their index in a pickle (``.metadata``) and Megatron keeps its arguments in
+another. Both are read here by an unpickler that knows the few classes they need. Megatron's enums come back as
+:class:`ForeignValue`: inert, and good enough to be compared or dropped, without importing Megatron.
+"""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+from megatron_btx.errors import CheckpointError
+
+_ALLOWED = {
+    "argparse": {"Namespace"},
+    "builtins": {"set", "frozenset", "slice", "complex", "bytearray", "range"},
+    "collections": {"OrderedDict", "defaultdict", "deque"},
+    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+    "pathlib._local": {"PosixPath", "PurePosixPath", "Path"},
+    "_codecs": {"encode"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "torch": {"Size", "device"},
+    "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "WriteItem",
+        "WriteItemType",
+        "TensorWriteData",
+        "BytesIOWriteData",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+}
+_INERT_PREFIXES = ("megatron.", "signal", "transformer_engine.", "enum")
+
+
+class ForeignValue:
+    """Stands for an object of a class that is not imported: an enum of Megatron's, say."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ForeignValue) and type(self) is type(other) and self.arguments == other.arguments
+
+    def __hash__(self) -> int:
+        return hash(str(self.arguments))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self.arguments}"
+
+
+class AllowListUnpickler(pickle.Unpickler):
+    """Unpickles the allowed classes, turns Megatron's own into ForeignValue, refuses everything else."""
+
+    where = "the file"
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Resolve one global of the pickle.
+
+        Raises:
+            CheckpointError: the global is not on the list, so the file might run code.
+        """
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and _is_plain_torch_value(name):
+            return super().find_class(module, name)
+        if module.startswith(_INERT_PREFIXES) and "." not in name:
+            return type(name, (ForeignValue,), {"__module__": module})
+        raise CheckpointError(
+            f"{self.where} wants to load {module}.{name}, which no checkpoint needs and which could run code; "
+            "do not use it, or have its owner save it again with stock Megatron"
+        )
+
+
+def _is_plain_torch_value(name: str) -> bool:
+    """Whether torch.NAME is a dtype, a layout or a storage class, which cannot do anything."""
+    import torch
+
+    return name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
+
+
+def load_pickle(file: BinaryIO, where: str) -> Any:
+    """Unpickle a plain pickle with the allow-list.
+
+    Raises:
+        CheckpointError: truncated, not a pickle, or asking for more than the list allows.
+    """
+    unpickler = AllowListUnpickler(file)
+    unpickler.where = where
+    try:
+        return unpickler.load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: cannot be read ({error}); it is truncated or not a checkpoint's") from error
+
+
+def load_torch(file: BinaryIO, where: str) -> Any:
+    """``torch.load`` to the CPU with the allow-list, for the byte entries of a checkpoint and for ``common.pt``.
+
+    Raises:
+        CheckpointError: as :func:`load_pickle`.
+    """
+    import torch
+
+    unpickler = type("Unpickler", (AllowListUnpickler,), {"where": where})
+    allow_list = SimpleNamespace(Unpickler=unpickler, load=lambda f, **_: load_pickle(f, where), __name__="allow_list")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=allow_list)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: cannot be read ({_first_line(error)}); it is truncated or damaged") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

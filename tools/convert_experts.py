@@ -1,0 +1,8 @@
+#!/usr/bin/env python
+"""Mix domain experts into one mixture of experts: the same as ``btx convert``."""
+
+import sys
+
+from megatron_btx.mix.cli import main
+
+sys.exit(main())
