@@ -34,10 +34,12 @@ _FACTORIES = (
     "arange empty empty_like full full_like linspace ones ones_like rand randint randn randperm tensor as_tensor "
     "zeros zeros_like eye"
 ).split()
+_METHODS = "new_empty new_full new_ones new_tensor new_zeros".split()
 
 
+@functools.cache
 def has_gpu() -> bool:
-    """Whether torch sees a CUDA device, asked before any stand-in answers for it."""
+    """Whether torch sees a CUDA device: answered once, before any stand-in could answer for it."""
     import torch
 
     return torch.cuda.is_available()
@@ -106,6 +108,8 @@ def _redirect_devices() -> None:
 
     for name in _FACTORIES:
         setattr(torch, name, redirected(_expect(torch, name)))
+    for name in _METHODS:
+        setattr(torch.Tensor, name, redirected(_expect(torch.Tensor, name)))
 
     original_to, original_type = torch.Tensor.to, torch.Tensor.type
 
@@ -162,6 +166,8 @@ def _answer_for_cuda() -> None:
 
     nothing = _Nothing()
     answers: dict[str, Any] = {
+        # Some of torch's own ways to find out count devices, which the next line answers for Megatron's sake.
+        "is_available": lambda: False,
         # Megatron skips model-parallel set-up where there are zero devices.
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "current_device": lambda: 0,

@@ -7,6 +7,7 @@ remedy. Programs print it on stderr and exit with status 2; see :func:`exits_wit
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -41,10 +42,10 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(*arguments, **named)
         except BTXError as error:
-            print(f"error: {_one_line(str(error))}", file=sys.stderr)
+            _say(str(error))
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            print(f"error: {where}{_one_line(error.strerror or str(error))}", file=sys.stderr)
+            _say(f"{where}{error.strerror or error}")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -53,5 +54,7 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
     return wrapped
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _say(text: str) -> None:
+    """One line on stderr; of the ranks of a distributed run, the first speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)

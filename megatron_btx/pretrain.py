@@ -8,8 +8,8 @@ It is Megatron's own ``megatron.training.pretrain`` with our layers and data, af
 from __future__ import annotations
 
 import functools
-import os
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,41 +28,67 @@ def main() -> int:
 
     from megatron_btx.data.training import train_valid_test_datasets
 
-    args, configuration = prepare()
-    if args.train_data_path or args.data_path:
-        pretrain(configuration, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
-    else:
-        raise InputError("no training data: give --data-path, or --train-data-path and --valid-data-path")
+    pretrain(prepare(), train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
     return 0
 
 
-def prepare() -> tuple[Any, Any]:
-    """Parse the command line, check it against the checkpoint it starts from, and describe the model to Megatron.
+def prepare() -> Any:
+    """Parse the command line, check it against the checkpoint it starts from, and describe the run to Megatron.
 
     Returns:
-        Megatron's arguments, and its configuration container for ``pretrain``.
+        Megatron's configuration container for ``pretrain``.
 
     Raises:
         InputError: see :mod:`megatron_btx.checkpoint.arguments` and :mod:`megatron_btx.data.training`.
     """
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_btx import metrics, repairs
-    from megatron_btx.arguments import add_btx_arguments
     from megatron_btx.checkpoint.arguments import check_against_checkpoint
     from megatron_btx.data.training import check_data_files
-    from megatron_btx.model.layers import torch_native_layer_spec
 
-    args = parse_and_validate_args(add_btx_arguments)
+    args = parse_arguments()
     check_against_checkpoint(args)
     check_data_files(args)
     repairs.install()
     metrics.install(args)
+    return pretrain_cfg_container_from_args(args, model_config(args))
+
+
+def parse_arguments() -> Any:
+    """Megatron's arguments and ours, parsed and validated by Megatron.
+
+    Raises:
+        InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on.
+    """
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_btx.arguments import add_btx_arguments
+
+    try:
+        return parse_and_validate_args(add_btx_arguments)
+    except AssertionError as refusal:
+        raise InputError(f"Megatron refuses these arguments: {_assertion_text(refusal)}") from refusal
+
+
+def _assertion_text(refusal: AssertionError) -> str:
+    """The message of an assertion, or the asserted line where it has none."""
+    frame = traceback.extract_tb(refusal.__traceback__)[-1]
+    return str(refusal) or f"{frame.line} does not hold ({frame.filename.rpartition('site-packages/')[2]}:{frame.lineno})"
+
+
+def model_config(args: Any) -> Any:
+    """The model as Megatron's GPTModelConfig, with our layers where Megatron's local ones were asked for."""
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_btx.model.layers import torch_native_layer_spec
+
     model = gpt_config_from_args(args)
+    # Megatron 0.19 parses this flag and does not pass it on.
+    model.rope_scaling_factor = args.rope_scaling_factor
     if args.transformer_impl == "local" and args.spec is None:
         model.transformer_layer_spec = torch_native_layer_spec
-    return args, pretrain_cfg_container_from_args(args, model)
+    return model
 
 
 def forward_step(data_iterator: Iterator[Any], model: Any) -> tuple[Any, Any]:
@@ -94,6 +120,4 @@ def language_model_loss(loss_mask_BS: Any, losses_BS: Any) -> tuple[Any, Any, di
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status) if status else sys.exit(0)
+    sys.exit(main())

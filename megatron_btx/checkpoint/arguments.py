@@ -152,14 +152,21 @@ def check_against_checkpoint(args: Any) -> None:
     Raises:
         InputError: names every argument that differs, with both values and the flag that mends it.
     """
-    given = vars(args)
     loaded = _checkpoint_to_load(args)
-    if loaded is None:
-        return
-    path, resuming = loaded
+    if loaded is not None:
+        path, resuming = loaded
+        table = MODEL_ARGUMENTS + (NUMERICS_ARGUMENTS if resuming else ())
+        compare_with_stored(path, vars(args), table)
+
+
+def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[ModelArgument] = MODEL_ARGUMENTS) -> None:
+    """Refuse a checkpoint whose stored arguments differ from the given ones.
+
+    Raises:
+        InputError: names every argument that differs, with both values and the flag that mends it.
+    """
     stored = TorchDistReader(resolve_iteration(path)).arguments()
-    table = MODEL_ARGUMENTS + (NUMERICS_ARGUMENTS if resuming else ())
-    allowed = set(args.btx_allow_change)
+    allowed = set(given["btx_allow_change"])
     wrong = [d for d in differences(stored, given, table) if d[0].name not in allowed]
     if wrong:
         listed = "; ".join(f"{a.flag}: stored {a_stored!r}, given {a_given!r}" for a, a_stored, a_given in wrong)

@@ -1,0 +1,255 @@
+"""Loss per domain and routing per layer, for one or several checkpoints of one architecture.
+
+    torchrun --nproc-per-node N -m megatron_btx.evaluate [Megatron's model and layout flags]
+        --btx-eval-model NAME=PATH ... --btx-eval-data DOMAIN=PREFIX ... --btx-eval-output FILE
+
+Works under any layout, pipelines included. Each domain's text is read from its beginning in consecutive sequences, so
+that every model, layout and batch size sees the same tokens; sums are kept in fp64.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
+from megatron_btx.errors import InputError, exits_with_one_line
+
+prepare_environment()
+
+
+@exits_with_one_line
+def main() -> int:
+    """Evaluate what the command line names; see --help."""
+    install_cpu_stand_ins()
+    from megatron.training import initialize
+
+    from megatron_btx import repairs
+    from megatron_btx.checkpoint.arguments import compare_with_stored
+    from megatron_btx.cpu import has_gpu
+    from megatron_btx.data.training import check_indexed_dataset
+    from megatron_btx.pretrain import parse_arguments
+
+    args = parse_arguments()
+    models = _pairs(args.btx_eval_model, "--btx-eval-model")
+    data = _pairs(args.btx_eval_data, "--btx-eval-data")
+    if args.btx_eval_output is None:
+        raise InputError("--btx-eval-output is missing; name the file for the results")
+    for path in models.values():
+        compare_with_stored(path, vars(args))
+    for domain, prefix in data.items():
+        check_indexed_dataset(prefix, f"--btx-eval-data {domain}=")
+    repairs.install()
+    initialize.initialize_megatron(allow_no_cuda=not has_gpu())
+    model = build_model(args)
+    results = {}
+    for name, path in models.items():
+        load_weights(model, path)
+        results[name] = evaluate_model(model, data, path)
+        _say(f"{name}: " + ", ".join(f"{d} {loss:.4f}" for d, loss in results[name]["losses"].items()))
+    if args.rank == 0:
+        write_json(Path(args.btx_eval_output), {"models": results})
+    return 0
+
+
+def _pairs(texts: list[str], flag: str) -> dict[str, str]:
+    if not texts:
+        raise InputError(f"{flag} is missing; give at least one NAME=PATH")
+    pairs = {}
+    for text in texts:
+        name, separator, path = text.partition("=")
+        if not separator or not name or not path or name in pairs:
+            raise InputError(f"{flag} {text}: expected NAME=PATH, every name once")
+        pairs[name] = path
+    return pairs
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write beside the target and rename: a killed process leaves no half-written file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.replace(file)
+
+
+def build_model(args: Any) -> list[Any]:
+    """The model chunks of this rank, without gradients, buffers or optimizer."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron_btx.pretrain import model_config
+
+    config = model_config(args)
+    config.finalize()
+    model = GPTModelBuilder(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    for chunk in model:
+        chunk.eval()
+    return model
+
+
+def load_weights(model: list[Any], path: str) -> None:
+    """Load a checkpoint's weights with Megatron's own loader, from its root or one iteration folder."""
+    from megatron.training import get_args
+    from megatron.training.checkpointing import load_checkpoint
+
+    from megatron_btx.checkpoint.torch_dist import resolve_iteration
+
+    folder = resolve_iteration(path)
+    args = get_args()
+    args.load, args.finetune, args.no_load_optim, args.no_load_rng = str(folder.parent), True, True, True
+    args.ckpt_step = int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else None
+    load_checkpoint(model, None, None)
+
+
+def evaluate_model(model: list[Any], data: dict[str, str], path: str) -> dict[str, Any]:
+    """Losses, token counts, parameter counts and routing of one loaded model."""
+    from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+
+    reader = TorchDistReader(resolve_iteration(path))
+    total, active = count_parameters(reader)
+    result: dict[str, Any] = {
+        "checkpoint": str(Path(path).resolve()),
+        "parameters": total,
+        "active_parameters": active,
+        "losses": {},
+        "tokens": {},
+        "routing": {} if reader.arguments().get("num_experts") else None,
+    }
+    for domain, prefix in data.items():
+        loss, tokens, shares_LE = evaluate_domain(model, domain, prefix)
+        result["losses"][domain], result["tokens"][domain] = loss, tokens
+        if shares_LE is not None:
+            result["routing"][domain] = shares_LE
+    return result
+
+
+def count_parameters(reader: Any) -> tuple[int, int]:
+    """All parameters of a checkpoint, and those active for one token."""
+    import math
+
+    from megatron_btx.mix.rules import EXPERTS, is_ignored
+
+    sizes = {key: math.prod(t.shape) for key, t in reader.tensors.items() if not is_ignored(key)}
+    if "decoder.layers.mlp.linear_fc1.layer_norm_weight" in sizes:
+        # A mix stores the pre-MLP norm under both names that Megatron looks for.
+        sizes = {key: n for key, n in sizes.items() if ".pre_mlp_layernorm." not in key}
+    arguments = reader.arguments()
+    total = sum(sizes.values())
+    in_experts = sum(n for key, n in sizes.items() if key.startswith(EXPERTS))
+    if not in_experts:
+        return total, total
+    return total, total - in_experts + in_experts * arguments["moe_router_topk"] // arguments["num_experts"]
+
+
+def evaluate_domain(model: list[Any], domain: str, prefix: str) -> tuple[float, int, list[list[float]] | None]:
+    """Mean loss in nats per token over the first tokens of a dataset.
+
+    Returns:
+        loss; tokens; for mixtures the share of tokens per layer and expert, all choices counted, else None.
+    """
+    import torch
+    from megatron.core import mpu
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.training import get_args
+
+    from megatron_btx.pretrain import forward_step
+
+    args = get_args()
+    batches = _batches(domain, prefix)
+    counts_LE = torch.zeros(args.num_layers, args.num_experts or 1, dtype=torch.float64, device="cuda")
+    hooks = _count_routing(model, counts_LE)
+    with torch.no_grad():
+        losses = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in model] if len(model) > 1 else iter(batches),
+            model=model,
+            num_microbatches=len(batches),
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            forward_only=True,
+        )
+    for hook in hooks:
+        hook.remove()
+    sums = torch.zeros(2, dtype=torch.float64, device="cuda")
+    if mpu.is_pipeline_last_stage(ignore_virtual=True) and mpu.get_tensor_model_parallel_rank() == 0:
+        for loss in losses:
+            sums += loss["lm loss"].double()
+    torch.distributed.all_reduce(sums)
+    torch.distributed.all_reduce(counts_LE)
+    shares_LE = None
+    if args.num_experts:
+        shares_LE = (counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
+    return (sums[0] / sums[1]).item(), int(sums[1].item()), shares_LE
+
+
+def _batches(domain: str, prefix: str) -> list[dict[str, Any]]:
+    """This data-parallel rank's micro-batches: consecutive sequences from the start of the dataset."""
+    import numpy as np
+    import torch
+    from megatron.core import mpu
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.training import get_args
+
+    args = get_args()
+    length, micro, ranks = args.seq_length, args.micro_batch_size, mpu.get_data_parallel_world_size()
+    dataset = IndexedDataset(prefix)
+    wanted = args.btx_eval_tokens + 1
+    parts, have = [], 0
+    for document in range(len(dataset)):
+        parts.append(dataset[document])
+        have += len(parts[-1])
+        if have >= wanted:
+            break
+    text = np.concatenate(parts)[:wanted].astype(np.int64)
+    steps = (len(text) - 1) // (length * micro * ranks)
+    # Interleaved pipelines take micro-batches in groups of the pipeline's size.
+    steps -= steps % mpu.get_pipeline_model_parallel_world_size()
+    if steps == 0:
+        raise InputError(
+            f"{domain}: {prefix} has {len(text)} tokens within --btx-eval-tokens {args.btx_eval_tokens}, fewer than one "
+            f"batch of {micro * ranks} sequences of {length}; evaluate more tokens or use a smaller batch"
+        )
+    order = np.arange(steps * micro * ranks).reshape(steps, ranks, micro)[:, mpu.get_data_parallel_rank()]
+    positions = torch.arange(length).expand(micro, length).contiguous()
+    batches = []
+    for sequences in order:
+        rows = torch.from_numpy(np.stack([text[s * length : (s + 1) * length + 1] for s in sequences]))
+        batches.append(
+            {
+                "tokens": rows[:, :-1].contiguous(),
+                "labels": rows[:, 1:].contiguous(),
+                "loss_mask": torch.ones(micro, length),
+                "position_ids": positions,
+            }
+        )
+    return batches
+
+
+def _count_routing(model: list[Any], counts_LE: Any) -> list[Any]:
+    """Hooks that add every router's choices to ``counts_LE`` [L, E]."""
+    from megatron.core.transformer.moe.router import Router
+
+    def count(router: Any, _inputs: Any, outputs: Any) -> None:
+        _probabilities, routing_map_TE = outputs[:2]
+        counts_LE[router.layer_number - 1] += routing_map_TE.reshape(-1, counts_LE.size(1)).sum(dim=0).double()
+
+    return [
+        module.register_forward_hook(count)
+        for chunk in model
+        for module in chunk.modules()
+        if isinstance(module, Router)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

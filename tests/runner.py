@@ -1,0 +1,111 @@
+"""Real Megatron runs for tests: start ranks through the zygote, wait, and read their metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Run:
+    """A run that was started: its process group and its logs."""
+
+    group: int
+    log: Path
+    codes: list[int] | None = None
+
+    def text(self) -> str:
+        """What all ranks printed."""
+        return "\n".join(f.read_text() for f in sorted(self.log.parent.glob(self.log.name + ".*")))
+
+
+@dataclass
+class Zygote:
+    """The forking process, and how to talk to it."""
+
+    process: subprocess.Popen = field(init=False)
+
+    def __post_init__(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(REPOSITORY / "tests" / "zygote.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=REPOSITORY,
+        )
+        self._answer("ready")
+
+    def _answer(self, key: str) -> object:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("the zygote process ended; see its output above")
+        return json.loads(line)[key]
+
+    def _ask(self, key: str, **request: object) -> object:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._answer(key)
+
+    def start(self, world_size: int, arguments: list[str], log: Path, entry: str = "megatron_btx.pretrain") -> Run:
+        """Start all ranks of a run."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        group = self._ask(
+            "group", do="start", world_size=world_size, arguments=arguments, log=str(log), entry=entry
+        )
+        return Run(int(group), log)
+
+    def wait(self, run: Run, expect: int | None = 0) -> Run:
+        """Wait for a run to end; with ``expect``, fail with the end of its log on another exit code."""
+        run.codes = list(self._ask("codes", do="wait", group=run.group))
+        if expect is not None and run.codes != [expect] * len(run.codes):
+            raise AssertionError(f"exit codes {run.codes}, expected {expect}\n{run.text()[-6000:]}")
+        return run
+
+    def run(self, world_size: int, arguments: list[str], log: Path, **named: object) -> Run:
+        """Start a run and wait for it."""
+        expect = named.pop("expect", 0)
+        return self.wait(self.start(world_size, arguments, log, **named), expect)
+
+    def kill_when(self, run: Run, metrics: Path, iteration: int, timeout_seconds: float = 120) -> None:
+        """SIGKILL the whole run as soon as its metrics show ``iteration``."""
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline:
+            if metrics.is_file() and max(read_losses(metrics), default=0) >= iteration:
+                os.killpg(run.group, signal.SIGKILL)
+                self.wait(run, expect=None)
+                return
+            time.sleep(0.02)
+        os.killpg(run.group, signal.SIGKILL)
+        raise AssertionError(f"iteration {iteration} was never reached\n{run.text()[-4000:]}")
+
+    def close(self) -> None:
+        """End the zygote by closing its input."""
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def read_metrics(file: Path) -> dict[int, dict[str, float]]:
+    """The last line of every iteration."""
+    steps = {}
+    for line in file.read_text().splitlines():
+        try:
+            step = json.loads(line)
+        except ValueError:  # a line cut short by a SIGKILL
+            continue
+        steps[step["iteration"]] = step
+    return steps
+
+
+def read_losses(file: Path) -> dict[int, float]:
+    """The language-model loss of every iteration, in full precision."""
+    return {iteration: step["lm loss"] for iteration, step in read_metrics(file).items()}

@@ -1,0 +1,107 @@
+"""A process that has imported torch and Megatron once, and forks the ranks of every test's runs.
+
+Importing takes ten seconds, a fork none: that is what makes dozens of multi-process Megatron runs affordable. Requests
+are JSON lines on stdin, answers JSON lines on stdout. Each run's ranks are one process group, so that a test can kill
+the whole run as a node failure would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+
+# Asking NVML instead of CUDA keeps this process free of a CUDA context, which would not survive the fork.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_rank(request: dict, rank: int, port: int) -> None:
+    """Become one rank of a run: never returns."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(request["world_size"]),
+        LOCAL_WORLD_SIZE=str(request["world_size"]),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        **request.get("environment", {}),
+    )
+    log = os.open(f"{request['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    status = 1
+    try:
+        sys.argv = [request["entry"], *request["arguments"]]
+        module = __import__(request["entry"], fromlist=["main"])
+        status = module.main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def start(request: dict) -> list[int]:
+    """Fork all ranks of a run into one process group, led by the first."""
+    port, ranks = free_port(), []
+    for rank in range(request["world_size"]):
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, ranks[0] if ranks else 0)
+            run_rank(request, rank, port)
+        os.setpgid(pid, ranks[0] if ranks else pid)
+        ranks.append(pid)
+    return ranks
+
+
+def wait(ranks: list[int]) -> list[int]:
+    """Exit codes of all ranks; when one fails, the others are ended, since they would wait for it forever."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(ranks):
+        pid, status = os.waitpid(-ranks[0], 0)
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] != 0:
+            for other in ranks:
+                if other not in codes:
+                    os.kill(other, signal.SIGKILL)
+    return [codes[pid] for pid in ranks]
+
+
+def main() -> None:
+    """Import once, then serve requests until stdin closes."""
+    import megatron.training.training  # noqa: F401
+    import torch  # noqa: F401
+
+    from megatron_btx import evaluate, metrics, pretrain, repairs  # noqa: F401
+    from megatron_btx.data import training  # noqa: F401
+    from megatron_btx.model import layers  # noqa: F401
+
+    print(json.dumps({"ready": os.getpid()}), flush=True)
+    runs: dict[int, list[int]] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "start":
+            ranks = start(request)
+            runs[ranks[0]] = ranks
+            print(json.dumps({"group": ranks[0]}), flush=True)
+        else:
+            print(json.dumps({"codes": wait(runs.pop(request["group"]))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
