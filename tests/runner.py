@@ -56,13 +56,18 @@ class Zygote:
         self.process.stdin.flush()
         return self._answer(key)
 
-    def start(self, world_size: int, arguments: list[str], log: Path, entry: str = "megatron_btx.pretrain") -> Run:
+    def start(
+        self,
+        world_size: int,
+        arguments: list[str],
+        log: Path,
+        entry: str = "megatron_btx.pretrain",
+        environment: dict[str, str] | None = None,
+    ) -> Run:
         """Start all ranks of a run."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        group = self._ask(
-            "group", do="start", world_size=world_size, arguments=arguments, log=str(log), entry=entry
-        )
-        return Run(int(group), log)
+        request = {"world_size": world_size, "arguments": arguments, "log": str(log), "entry": entry}
+        return Run(int(self._ask("group", do="start", environment=environment or {}, **request)), log)
 
     def wait(self, run: Run, expect: int | None = 0) -> Run:
         """Wait for a run to end; with ``expect``, fail with the end of its log on another exit code."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.checkpoint.resume import check_resume_layout
 from megatron_btx.checkpoint.torch_dist import TRACKER, TorchDistReader, resolve_iteration
 from megatron_btx.errors import InputError
 
@@ -156,11 +157,13 @@ def check_against_checkpoint(args: Any) -> None:
     if loaded is not None:
         path, resuming = loaded
         table = MODEL_ARGUMENTS + (NUMERICS_ARGUMENTS if resuming else ())
-        compare_with_stored(path, vars(args), table)
+        stored = compare_with_stored(path, vars(args), table)
+        if resuming:
+            check_resume_layout(path, stored, vars(args))
 
 
-def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[ModelArgument] = MODEL_ARGUMENTS) -> None:
-    """Refuse a checkpoint whose stored arguments differ from the given ones.
+def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[ModelArgument] = MODEL_ARGUMENTS) -> Any:
+    """Refuse a checkpoint whose stored arguments differ from the given ones; returns the stored ones.
 
     Raises:
         InputError: names every argument that differs, with both values and the flag that mends it.
@@ -176,6 +179,7 @@ def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[Mod
         )
     if "tokenizer_model" not in allowed:
         check_same_tokenizer({str(path): stored, "the command line": given}, "--btx-allow-change tokenizer_model")
+    return stored
 
 
 def _checkpoint_to_load(args: Any) -> tuple[str, bool] | None:

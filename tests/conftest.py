@@ -1,0 +1,37 @@
+"""Session fixtures: one forking process, one pico corpus, one dense checkpoint, shared by all tests that need them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import pico
+from tests.runner import Zygote
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """The process that forks the ranks of Megatron runs."""
+    started = Zygote()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a pico corpus."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pico.write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture(scope="session")
+def dense(zygote: Zygote, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a dense pico checkpoint with iterations 5 and 10."""
+    folder = tmp_path_factory.mktemp("dense")
+    arguments = pico.train(corpus, 10) + ["--save", str(folder / "checkpoint"), "--save-interval", "5"]
+    zygote.run(1, arguments, folder / "log")
+    return folder / "checkpoint"

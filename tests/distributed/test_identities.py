@@ -1,0 +1,101 @@
+"""Function identities of a mixture, with the real Megatron in fp32: what must hold whatever was learnt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import pico
+from tests.mixing import mix, rewrite
+from tests.runner import Zygote, read_losses
+
+TOLERANCE = 1e-6
+"""Sums of the same fp32 numbers in another order."""
+
+
+def evaluate(zygote: Zygote, folder: Path, models: dict[str, Path], corpus: Path, flags: list[str], **named) -> dict:
+    """Losses by model name."""
+    output = folder / "evaluation.json"
+    arguments = [*pico.MODEL, "--micro-batch-size", "2", *flags, "--btx-eval-output", str(output)]
+    arguments += ["--btx-eval-tokens", "1024", "--btx-eval-data", f"text={corpus}"]
+    arguments += ["--btx-eval-model", *(f"{name}={path}" for name, path in models.items())]
+    entry = named.pop("entry", "megatron_btx.evaluate")
+    world_size = named.pop("world_size", 1)
+    zygote.wait(zygote.start(world_size, arguments, folder / "log" / "evaluate", entry=entry, **named))
+    return json.loads(output.read_text())["models"]
+
+
+@pytest.mark.parametrize("topk", [1, 2, 4])
+def test_equal_experts_are_the_dense_model(topk, zygote, dense, corpus, tmp_path):
+    """Four equal experts whose gates sum to one: the first training loss is the dense model's, for any router."""
+    mixture = mix(dict.fromkeys("abcd", dense), tmp_path / "mix", "--moe-router-topk", str(topk))
+    # k = 1 has to use the full softmax, whose gate is below one: only its shape is checked, by loading it.
+    flags = ["--moe-router-topk", str(topk), *(["--moe-router-pre-softmax"] if topk == 1 else [])]
+    for name, start, more in (("dense", dense, []), ("moe", mixture, flags)):
+        arguments = pico.train(corpus, 1, tmp_path / f"{name}.jsonl", moe=name == "moe") + more
+        zygote.run(1, [*arguments, "--pretrained-checkpoint", str(start)], tmp_path / "log" / name)
+    losses = {name: read_losses(tmp_path / f"{name}.jsonl")[1] for name in ("dense", "moe")}
+    if topk == 1:
+        assert losses["moe"] != losses["dense"]
+    else:
+        assert losses["moe"] == pytest.approx(losses["dense"], abs=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def experts_with_equal_shared_weights(dense, tmp_path_factory) -> dict[str, Path]:
+    """Three experts that differ in their feed-forward blocks alone."""
+    folder = tmp_path_factory.mktemp("experts")
+    experts = {}
+    for number, name in enumerate("abc"):
+        generator = torch.Generator().manual_seed(number)
+
+        def change(key: str, tensor: torch.Tensor, generator: torch.Generator = generator) -> torch.Tensor:
+            if ".mlp." in key and tensor.dim() == 3:
+                return tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+            return tensor
+
+        experts[name] = rewrite(dense, folder / name, change)
+    return experts
+
+
+MOE_OF_THREE = [*pico.MOE, "--num-experts", "3"]
+
+
+def test_a_forced_router_is_that_expert(experts_with_equal_shared_weights, zygote, corpus, tmp_path):
+    """A router forced to expert i, with equal shared weights, gives dense expert i's loss."""
+    experts = experts_with_equal_shared_weights
+    mixture = mix(experts, tmp_path / "mix")
+    alone = evaluate(zygote, tmp_path / "alone", experts, corpus, [])
+    losses = {name: result["losses"]["text"] for name, result in alone.items()}
+    assert max(losses.values()) - min(losses.values()) > 1e-3, "the experts must differ for this test to mean anything"
+    for number, name in enumerate(experts):
+        named = {"entry": "tests.forced_router", "environment": {"FORCED_EXPERT": str(number)}}
+        result = evaluate(zygote, tmp_path / name, {"mix": mixture}, corpus, MOE_OF_THREE, **named)["mix"]
+        assert result["losses"]["text"] == pytest.approx(losses[name], abs=TOLERANCE)
+        for shares in result["routing"]["text"]:
+            assert shares[number] == pytest.approx(0.5, abs=1e-9)  # the other half are second choices of gate zero
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(2, "--expert-model-parallel-size 1"), (2, "--pipeline-model-parallel-size 2"), (3, "--expert-model-parallel-size 3")],
+)
+def test_evaluation_does_not_depend_on_the_layout(
+    world_size, layout, experts_with_equal_shared_weights, zygote, corpus, tmp_path
+):
+    """The same tokens, losses and shares of routing under every layout."""
+    mixture = mix(experts_with_equal_shared_weights, tmp_path / "mix")
+    flags = [*MOE_OF_THREE, "--micro-batch-size", "1"]
+    one = evaluate(zygote, tmp_path / "one", {"mix": mixture}, corpus, flags)["mix"]
+    other = evaluate(
+        zygote, tmp_path / "other", {"mix": mixture}, corpus, flags + layout.split(), world_size=world_size
+    )["mix"]
+    if world_size == 3:  # 32 sequences are not a multiple of three ranks
+        assert other["tokens"]["text"] == 960
+        return
+    assert other["tokens"] == one["tokens"] == {"text": 1024}
+    assert other["losses"]["text"] == pytest.approx(one["losses"]["text"], abs=TOLERANCE)
+    assert torch.allclose(torch.tensor(other["routing"]["text"]), torch.tensor(one["routing"]["text"]), atol=1e-9)

@@ -1,0 +1,71 @@
+"""One mixed checkpoint trains one curve, whatever the layout: TP x PP x VPP x EP x DP, either optimizer."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import pico
+from tests.mixing import mix, rewrite
+from tests.runner import read_losses
+
+TOLERANCE = 1e-5
+"""Ten steps of fp32 training whose sums are taken in other orders; measured: under 1e-6."""
+
+TP = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"
+LAYOUTS = {
+    "1": (1, ""),
+    "dp2": (2, ""),
+    "ep2": (2, "--expert-model-parallel-size 2"),
+    "tp2": (2, TP),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "pp2-vpp2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "tp2-ep2": (2, f"{TP} --expert-model-parallel-size 2"),
+    "pp2-ep2": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
+    "ep4": (4, "--expert-model-parallel-size 4"),
+}
+
+
+@pytest.fixture(scope="module")
+def mixture(dense, tmp_path_factory):
+    """Four different experts: two iterations of one run, and perturbed copies."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("mixture")
+
+    def perturbed(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return lambda key, tensor: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
+
+    experts = {"a": dense / "iter_0000005", "b": dense}
+    experts |= {name: rewrite(dense, folder / name, perturbed(seed)) for seed, name in enumerate("cd")}
+    return mix(experts, folder / "mix")
+
+
+@pytest.fixture(scope="module")
+def train(mixture, zygote, corpus, tmp_path_factory):
+    """Ten steps under a layout: the losses."""
+    known = {}
+
+    def losses(layout: str, distributed_optimizer: bool) -> dict[int, float]:
+        key = (layout, distributed_optimizer)
+        if key not in known:
+            folder = tmp_path_factory.mktemp(f"layout-{layout}")
+            world_size, flags = LAYOUTS[layout]
+            arguments = pico.train(corpus, 10, folder / "metrics.jsonl", moe=True) + flags.split()
+            arguments += ["--pretrained-checkpoint", str(mixture)]
+            arguments += ["--use-distributed-optimizer"] if distributed_optimizer else []
+            zygote.run(world_size, arguments, folder / "log")
+            known[key] = read_losses(folder / "metrics.jsonl")
+        return known[key]
+
+    return losses
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed-optimizer"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_same_curve(layout, distributed_optimizer, train):
+    """Every layout gives the single rank's ten losses."""
+    reference, found = train("1", False), train(layout, distributed_optimizer)
+    assert len(reference) == 10
+    assert reference[10] < reference[1] - 0.5, "it must learn for the comparison to mean anything"
+    assert found == pytest.approx(reference, abs=TOLERANCE)

@@ -1,0 +1,134 @@
+"""A run killed with SIGKILL and started again goes on exactly as if nothing had happened."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests import pico
+from tests.mixing import mix
+from tests.runner import read_losses
+
+STEPS, SAVED, KILLED = 12, 4, 7
+
+
+def flags(corpus, folder, moe, more):
+    """A run that resumes by itself from its own checkpoint."""
+    arguments = pico.train(corpus, STEPS, folder / "metrics.jsonl", moe=moe)
+    arguments += ["--save", str(folder / "checkpoint"), "--load", str(folder / "checkpoint")]
+    # A schedule, so that a forgotten scheduler state would show.
+    arguments += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--min-lr", "1e-3"]
+    return [*arguments, "--save-interval", str(SAVED), *more]
+
+
+@pytest.fixture(scope="module")
+def mixture(dense, tmp_path_factory):
+    """A mixture to start from."""
+    return mix({"a": dense, "b": dense / "iter_0000005", "c": dense, "d": dense}, tmp_path_factory.mktemp("m") / "mix")
+
+
+CASES = {
+    "dense": (1, False, []),
+    "dense-distributed": (2, False, ["--use-distributed-optimizer"]),
+    "moe-ep2": (2, True, ["--expert-model-parallel-size", "2"]),
+    "moe-ep2-distributed": (2, True, ["--expert-model-parallel-size", "2", "--use-distributed-optimizer"]),
+    "moe-ep2-reshardable": (
+        2,
+        True,
+        ["--expert-model-parallel-size", "2", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(zygote, corpus, mixture, tmp_path_factory):
+    """Folders of the runs that nobody killed, made when first asked for."""
+    known = {}
+
+    def run(case):
+        if case not in known:
+            world_size, moe, more = CASES[case]
+            folder = tmp_path_factory.mktemp(case)
+            start = ["--pretrained-checkpoint", str(mixture)] if moe else []
+            zygote.run(world_size, flags(corpus, folder, moe, [*more, *start]), folder / "log")
+            known[case] = folder
+        return known[case]
+
+    return run
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_killed_and_started_again(case, uninterrupted, zygote, corpus, mixture, tmp_path):
+    """SIGKILL after step 7, restart from the checkpoint of step 4: steps 5 to 12 equal to the last bit."""
+    reference = read_losses(uninterrupted(case) / "metrics.jsonl")
+    world_size, moe, more = CASES[case]
+    arguments = flags(corpus, tmp_path, moe, [*more, *(["--pretrained-checkpoint", str(mixture)] if moe else [])])
+    # Room to be killed in: the same steps of a run that would go on.
+    first = zygote.start(world_size, arguments, tmp_path / "first")
+    zygote.kill_when(first, tmp_path / "metrics.jsonl", KILLED)
+    assert (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() in ("4", "8")
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "killed.jsonl")
+    zygote.run(world_size, arguments, tmp_path / "second")
+    resumed = read_losses(tmp_path / "metrics.jsonl")
+    assert min(resumed) > 1, "it must have resumed, not started over"
+    assert resumed == {step: reference[step] for step in resumed}
+    assert max(resumed) == STEPS
+
+
+def resume_copy(source, target):
+    """A copy of a run as it was right after its first checkpoint."""
+    shutil.copytree(source / "checkpoint" / f"iter_{SAVED:07d}", target / "checkpoint" / f"iter_{SAVED:07d}")
+    (target / "checkpoint" / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
+
+
+TP = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
+RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+
+
+@pytest.mark.parametrize(
+    ("case", "world_size", "layout"),
+    [
+        ("dense", 2, []),
+        ("dense", 2, ["--pipeline-model-parallel-size", "2"]),
+        ("dense", 2, ["--tensor-model-parallel-size", "2"]),
+        ("dense-distributed", 1, ["--use-distributed-optimizer"]),
+        ("moe-ep2", 4, ["--expert-model-parallel-size", "4"]),
+        ("moe-ep2", 4, ["--expert-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+        ("moe-ep2-reshardable", 2, [*RESHARDABLE, *TP, "--expert-model-parallel-size", "2"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_resumed_under_another_layout(case, world_size, layout, uninterrupted, zygote, corpus, tmp_path):
+    """The optimizer's state is resharded: the rest of the curve is the same to 1e-5."""
+    source = uninterrupted(case)
+    resume_copy(source, tmp_path)
+    zygote.run(world_size, flags(corpus, tmp_path, CASES[case][1], layout), tmp_path / "log")
+    resumed, reference = read_losses(tmp_path / "metrics.jsonl"), read_losses(source / "metrics.jsonl")
+    assert sorted(resumed) == list(range(SAVED + 1, STEPS + 1))
+    assert resumed == pytest.approx({step: reference[step] for step in resumed}, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "world_size", "layout", "named"),
+    [
+        ("moe-ep2", 1, [], "--expert-model-parallel-size"),
+        ("dense-distributed", 2, [], "--use-distributed-optimizer"),
+        (
+            "dense-distributed",
+            2,
+            ["--use-distributed-optimizer", "--tensor-model-parallel-size", "2"],
+            "--tensor-model-parallel-size",
+        ),
+    ],
+)
+def test_what_cannot_be_resharded_is_refused_by_name(
+    case, world_size, layout, named, uninterrupted, zygote, corpus, tmp_path
+):
+    """One line that names the flag, and exit code 2; nothing is trained."""
+    resume_copy(uninterrupted(case), tmp_path)
+    arguments = flags(corpus, tmp_path, CASES[case][1], layout)
+    run = zygote.run(world_size, arguments, tmp_path / "log", expect=2)
+    errors = [line for line in run.text().splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and named in errors[0]
+    assert not (tmp_path / "metrics.jsonl").exists()
