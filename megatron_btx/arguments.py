@@ -86,7 +86,8 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def machine_defaults() -> dict[str, Any]:
     """Defaults for Megatron's flags that follow from what this machine has (a GPU, Transformer Engine, apex)."""
-    defaults: dict[str, Any] = {}
+    # Megatron 0.19 has no default for the evaluation interval and divides by it even with --eval-iters 0.
+    defaults: dict[str, Any] = {"eval_interval": 1000}
     if not has_gpu():
         defaults |= CPU_DEFAULTS | TORCH_NATIVE_DEFAULTS | UNCOMPILED_DEFAULTS
     elif find_spec("transformer_engine") is None:

@@ -216,8 +216,8 @@ def _batches(domain: str, prefix: str) -> list[dict[str, Any]]:
     steps -= steps % mpu.get_pipeline_model_parallel_world_size()
     if steps == 0:
         raise InputError(
-            f"{domain}: {prefix} has {len(text)} tokens within --btx-eval-tokens {args.btx_eval_tokens}, fewer than one "
-            f"batch of {micro * ranks} sequences of {length}; evaluate more tokens or use a smaller batch"
+            f"{domain}: {prefix} has {len(text)} tokens within --btx-eval-tokens {args.btx_eval_tokens}, fewer than "
+            f"one batch of {micro * ranks} sequences of {length}; evaluate more tokens or use a smaller batch"
         )
     order = np.arange(steps * micro * ranks).reshape(steps, ranks, micro)[:, mpu.get_data_parallel_rank()]
     positions = torch.arange(length).expand(micro, length).contiguous()

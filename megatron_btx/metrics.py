@@ -23,7 +23,7 @@ class MetricsWriter:
         """Append to ``file``; pass everything on to ``inner``, Megatron's own writer, if there is one."""
         os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
         # Unbuffered lines: what was logged survives a SIGKILL.
-        self._file = open(file, "a", buffering=1, encoding="utf-8")
+        self._file = open(file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self._inner = inner
         self._scalars: dict[str, float] = {}
 

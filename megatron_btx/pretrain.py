@@ -74,7 +74,9 @@ def parse_arguments() -> Any:
 def _assertion_text(refusal: AssertionError) -> str:
     """The message of an assertion, or the asserted line where it has none."""
     frame = traceback.extract_tb(refusal.__traceback__)[-1]
-    return str(refusal) or f"{frame.line} does not hold ({frame.filename.rpartition('site-packages/')[2]}:{frame.lineno})"
+    return (
+        str(refusal) or f"{frame.line} does not hold ({frame.filename.rpartition('site-packages/')[2]}:{frame.lineno})"
+    )
 
 
 def model_config(args: Any) -> Any:
@@ -99,7 +101,11 @@ def forward_step(data_iterator: Iterator[Any], model: Any) -> tuple[Any, Any]:
 
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     output = model(
-        batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"], loss_mask=batch["loss_mask"]
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
     )
     return output, functools.partial(language_model_loss, batch["loss_mask"])
 

@@ -19,8 +19,8 @@ _MODEL_LAYOUT = {
 def check_resume_layout(path: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse to resume under a layout that the stored optimizer state cannot be brought to.
 
-    - Experts on one rank (EP 1) belong to one optimizer with the rest, spread experts (EP > 1) to a second one; Megatron
-      cannot turn one into the other.
+    - Experts on one rank (EP 1) belong to one optimizer with the rest, spread experts (EP > 1) to a second one;
+      Megatron cannot turn one into the other.
     - The distributed optimizer and the plain one store different things; the distributed one's default format is bound
       to the model's layout (``core/optimizer/distrib_optimizer.py``, dp_reshardable).
 

@@ -168,9 +168,7 @@ class TorchDistReader:
         filled = 0
         for block in stored.blocks:
             low = [max(o, b) for o, b in zip(offsets, block.offsets, strict=True)]
-            high = [
-                min(o + s, b + c) for o, s, b, c in zip(offsets, sizes, block.offsets, block.sizes, strict=True)
-            ]
+            high = [min(o + s, b + c) for o, s, b, c in zip(offsets, sizes, block.offsets, block.sizes, strict=True)]
             if any(lo >= hi for lo, hi in zip(low, high, strict=True)):
                 continue
             there = tuple(slice(lo - o, hi - o) for lo, hi, o in zip(low, high, offsets, strict=True))
@@ -188,7 +186,7 @@ class TorchDistReader:
             tensor = load_torch(io.BytesIO(record), f"{self.folder / block.file}: {name}")
             if tuple(tensor.shape) != block.sizes:
                 raise CheckpointError(
-                    f"{self.folder / block.file}: {name}: a block of {tuple(tensor.shape)}, the index says {block.sizes}"
+                    f"{self.folder / block.file}: {name}: block of {tuple(tensor.shape)}, the index says {block.sizes}"
                 )
             self._last = (block, tensor)
         return self._last[1]
@@ -233,9 +231,7 @@ class TorchDistWriter:
         self._file: Any = None
         self._file_number = -1
 
-    def write_block(
-        self, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], block: torch.Tensor
-    ) -> None:
+    def write_block(self, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], block: torch.Tensor) -> None:
         """Append one block of the tensor ``name``, whose global shape is ``shape``."""
         import torch
         from torch.distributed.checkpoint.metadata import (

@@ -89,7 +89,11 @@ def plan_text(plan: Plan) -> str:
     lines = [f"{plan.method}: {len(plan.experts)} experts"]
     lines += [f"  {i}  {e.name:<12} {e.folder}" for i, e in enumerate(plan.experts)]
     lines.append(f"  {'tensor of the result':<58} {'shape':<22} {'MiB':>9}  made by")
-    made_by = {"average": "fp32 mean of all", "stack": "moved bit for bit", "normal": f"normal, seed {plan.router_seed}"}
+    made_by = {
+        "average": "fp32 mean of all",
+        "stack": "moved bit for bit",
+        "normal": f"normal, seed {plan.router_seed}",
+    }
     for tensor in plan.tensors:
         shape = "x".join(map(str, tensor.shape))
         size = tensor.size_bytes / 2**20

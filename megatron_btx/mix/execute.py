@@ -135,15 +135,18 @@ def _objects(plan: Plan) -> Iterator[tuple[str, Any]]:
     Megatron refuses to load where an extra state has no entry. Local and Transformer Engine layers ask for different
     ones; all are written, and entries that nobody asks for are ignored.
     """
-    yield "common_state/shard_0_1", [
-        {
-            "args": as_namespace(plan.arguments),
-            "checkpoint_version": 3.0,
-            "iteration": 0,
-            "num_floating_point_operations_so_far": 0,
-            "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-        }
-    ]
+    yield (
+        "common_state/shard_0_1",
+        [
+            {
+                "args": as_namespace(plan.arguments),
+                "checkpoint_version": 3.0,
+                "iteration": 0,
+                "num_floating_point_operations_so_far": 0,
+                "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+            }
+        ],
+    )
     layers = next(t.shape[0] for t in plan.tensors if t.key.startswith("decoder.layers."))
     per_layer = ["self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"]
     per_layer += ["pre_mlp_layernorm", "input_layernorm"]
@@ -246,5 +249,7 @@ def verify(plan: Plan, output: Path, progress: Progress = lambda read_bytes: Non
         for offsets, block in computed_blocks(plan, tensor):
             found = reader.read(tensor.key, offsets, tuple(block.shape))
             if not torch.equal(found.view(torch.uint8), block.contiguous().view(torch.uint8)):
-                raise CheckpointError(f"{output}: {tensor.key} at {list(offsets)} differs from its sources; convert again")
+                raise CheckpointError(
+                    f"{output}: {tensor.key} at {list(offsets)} differs from its sources; convert again"
+                )
             progress(math.prod(block.shape) * block.element_size())

@@ -122,7 +122,9 @@ def open_expert(name: str, path: str) -> Expert:
     reader = TorchDistReader(folder)
     arguments = reader.arguments()
     if arguments.get("num_experts") is not None:
-        raise InputError(f"{name} ({folder}): is a mixture of {arguments['num_experts']} experts, expected a dense model")
+        raise InputError(
+            f"{name} ({folder}): is a mixture of {arguments['num_experts']} experts, expected a dense model"
+        )
     numbered = next((key for key in reader.tensors if re.match(r"decoder\.layers\.\d+\.", key)), None)
     if numbered is not None:
         raise InputError(
@@ -142,7 +144,9 @@ def check_same_model(experts: Sequence[Expert], allow_other_tokenizer: bool) -> 
     for expert in experts[1:]:
         wrong = differences(first.arguments, expert.arguments)
         if wrong:
-            listed = "; ".join(f"{a.name} ({a.flag}): {x!r} in {first.name}, {y!r} in {expert.name}" for a, x, y in wrong)
+            listed = "; ".join(
+                f"{a.name} ({a.flag}): {x!r} in {first.name}, {y!r} in {expert.name}" for a, x, y in wrong
+            )
             raise InputError(f"experts differ in their configuration: {listed}; all must come from one seed")
         for key, tensor in first.reader.tensors.items():
             if is_ignored(key):

@@ -81,7 +81,11 @@ def test_a_forced_router_is_that_expert(experts_with_equal_shared_weights, zygot
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(2, "--expert-model-parallel-size 1"), (2, "--pipeline-model-parallel-size 2"), (3, "--expert-model-parallel-size 3")],
+    [
+        (2, "--expert-model-parallel-size 1"),
+        (2, "--pipeline-model-parallel-size 2"),
+        (3, "--expert-model-parallel-size 3"),
+    ],
 )
 def test_evaluation_does_not_depend_on_the_layout(
     world_size, layout, experts_with_equal_shared_weights, zygote, corpus, tmp_path

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Create .venv in this checkout, or reuse it: the one set-up that the quickstart and the tests share.
+# Everything is installed inside the checkout. A second call takes a fraction of a second.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# An exported UV_PYTHON or VIRTUAL_ENV would make uv install somewhere else.
+unset UV_PYTHON VIRTUAL_ENV UV_PROJECT_ENVIRONMENT PYTHONHOME || true
+
+wanted="$(cat requirements.lock pyproject.toml | sha256sum | cut -d' ' -f1) $PWD"
+if [ "$(cat .venv/ready 2>/dev/null || true)" = "$wanted" ] && .venv/bin/python -c '' 2>/dev/null; then
+    exit 0
+fi
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# A Python that really runs: a pyenv shim can be on the PATH and fail when called.
+runs() { "$1" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; }
+find_python() {
+    local candidate
+    for candidate in python3.12 python3.13 python3 python \
+        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python3; do
+        if runs "$candidate"; then
+            "$candidate" -c 'import os, sys; print(os.path.realpath(sys.executable))'
+            return
+        fi
+    done
+}
+
+uv="$(command -v uv || true)"
+if [ -z "$uv" ]; then
+    if [ ! -x .bootstrap/bin/uv ]; then
+        base="$(command -v python3 || true)"
+        [ -n "$base" ] || base="$(find_python)"
+        [ -n "$base" ] || fail "no python3 found; install Python 3.12 (Debian: apt-get install python3.12 python3.12-venv)"
+        "$base" -m venv .bootstrap || fail "$base cannot make a virtual environment; install its venv module (Debian: apt-get install python3-venv)"
+        .bootstrap/bin/python -m pip install --quiet --disable-pip-version-check uv 2>/dev/null ||
+            fail "pip could not install uv; check that a package index can be reached"
+    fi
+    uv="$PWD/.bootstrap/bin/uv"
+fi
+
+python="$(find_python)"
+if [ -z "$python" ]; then
+    "$uv" python install --quiet --install-dir .bootstrap/python 3.12 2>/dev/null || true
+    for candidate in .bootstrap/python/*/bin/python3.12; do
+        if runs "$candidate"; then python="$PWD/$candidate"; fi
+    done
+fi
+[ -n "$python" ] || fail "no working Python 3.12 or 3.13 found and uv could not fetch one; install it (Debian: apt-get install python3.12)"
+
+echo "setting up .venv with $("$python" --version) ..."
+rm -f .venv/ready
+"$uv" venv --quiet --allow-existing --python "$python" .venv
+"$uv" pip install --quiet --python .venv/bin/python --requirement requirements.lock
+"$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
+echo "$wanted" >.venv/ready
