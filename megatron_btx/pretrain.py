@@ -8,6 +8,7 @@ It is Megatron's own ``megatron.training.pretrain`` with our layers and data, af
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -66,9 +67,13 @@ def parse_arguments() -> Any:
     from megatron_btx.arguments import add_btx_arguments
 
     try:
-        return parse_and_validate_args(add_btx_arguments)
+        args = parse_and_validate_args(add_btx_arguments)
     except AssertionError as refusal:
         raise InputError(f"Megatron refuses these arguments: {_assertion_text(refusal)}") from refusal
+    if args.tokenizer_model and os.path.exists(args.tokenizer_model):
+        # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
+        args.tokenizer_model = os.path.abspath(args.tokenizer_model)
+    return args
 
 
 def _assertion_text(refusal: AssertionError) -> str:

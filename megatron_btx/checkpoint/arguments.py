@@ -124,9 +124,16 @@ def differences(
         a, b = argument.value(left), argument.value(right)
         if argument.name == "moe_ffn_hidden_size":  # not given means the dense size
             a, b = a or left.get("ffn_hidden_size"), b or right.get("ffn_hidden_size")
+        if argument.name == "num_query_groups":  # Megatron fills it in late where there are no groups
+            a, b = _query_groups(left), _query_groups(right)
         if a != b and not (argument.moe and dense):
             found.append((argument, a, b))
     return found
+
+
+def _query_groups(stored: Mapping[str, Any]) -> Any:
+    name = "num_query_groups" if stored.get("group_query_attention") else "num_attention_heads"
+    return stored.get(name)
 
 
 def model_flags(stored: Mapping[str, Any]) -> list[list[str]]:
