@@ -1,0 +1,70 @@
+"""Manifests: what a stage was made from, by which versions, at what cost. One ``manifest.json`` per stage directory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import InputError
+
+FILE_NAME = "manifest.json"
+_PACKAGES = ("megatron-btx", "megatron-core", "torch")
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest in ``directory``, or None when there is none. Raises InputError when it is not a JSON object."""
+    path = directory / FILE_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{path}: broken JSON ({error}); remove the stage's directory to run it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found {type(content).__name__}, expected an object; remove the stage's directory")
+    return content
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader, or whoever comes after a kill, sees the old file or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Write ``manifest`` into ``directory``, atomically."""
+    write_atomically(directory / FILE_NAME, json.dumps(manifest, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, Megatron-core, torch and this package, and the commit when it runs from a checkout."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    commit = _commit(Path(__file__).resolve().parent.parent)
+    return found | ({"commit": commit} if commit else {})
+
+
+def _commit(checkout: Path) -> str | None:
+    """The commit of ``checkout``, with ``+changes`` when files differ from it; None when it is no checkout."""
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() or None

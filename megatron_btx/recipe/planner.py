@@ -1,0 +1,285 @@
+"""From a recipe to its graph of stages: every budget, step count, blend and flag that follows from it is derived here.
+
+    data -> seed -> expert-* -> mix -> finetune -> evaluate-moe -> report
+                 -> dense-domains -> dense      -> evaluate-dense
+
+A stage whose checkpoint is given (``from``) has no node: its children read the given path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_btx.errors import InputError
+from megatron_btx.recipe.flags import Flags, check_layout, merged, number, to_argv
+from megatron_btx.recipe.schema import GENERALIST, Recipe, Settings, Training
+from megatron_btx.recipe.stage import PYTHON, Stage, in_order
+
+WARMUP_FRACTION = 0.05
+"""Share of a stage's steps in which the learning rate rises, where the recipe does not say it."""
+_EXPERT_LAYOUT_FLAGS = ("expert-model-parallel-size", "expert-tensor-parallel-size")
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A checkpoint as its children see it."""
+
+    path: str
+    stage: str | None
+    """The stage that makes it; None when it is given."""
+
+
+def plan_stages(recipe: Recipe) -> list[Stage]:
+    """The stages of ``recipe``, parents first. Raises InputError for budgets and layouts that do not fit."""
+    return in_order(_Planner(recipe).stages())
+
+
+def training_steps(stage: str, tokens: int, flags: Flags) -> int:
+    """Steps for a budget: tokens / (sequence x global batch), to the nearest whole one; at least one whole batch."""
+    batch_tokens = number(flags, "seq-length") * number(flags, "global-batch-size")
+    if tokens < batch_tokens:
+        raise InputError(
+            f"stage {stage}: a budget of {tokens} tokens is less than one global batch "
+            f"({flags['global-batch-size']} x {flags['seq-length']} = {batch_tokens} tokens); raise its tokens"
+        )
+    return round(tokens / batch_tokens)
+
+
+def token_weighted(parts: list[Training]) -> tuple[dict[str, float], int]:
+    """The blend and the budget of all ``parts`` one after the other: each blend weighted by its part's tokens."""
+    total = sum(part.tokens for part in parts)
+    blend: dict[str, float] = {}
+    for part in parts:
+        for domain, share in part.blend.items():
+            blend[domain] = blend.get(domain, 0.0) + share * part.tokens / total
+    return blend, total
+
+
+def training_flops(flags: Flags, tokens: int, vocabulary: int) -> float:
+    """6 x active parameters x tokens, a parameter counting when a token is multiplied with it.
+
+    Those are the attention projections, the feed-forward blocks of the k experts that a token takes, the router and
+    the output layer; not the embedding, norms or biases. Attention scores are left out: an estimate for comparisons.
+    """
+    hidden, layers, heads = (number(flags, name) for name in ("hidden-size", "num-layers", "num-attention-heads"))
+    channels = number(flags, "kv-channels", hidden // heads)
+    groups = number(flags, "num-query-groups", heads) if flags.get("group-query-attention") else heads
+    attention = hidden * channels * 2 * (heads + groups)
+    gated = bool(flags.get("swiglu"))
+    width = number(flags, "ffn-hidden-size", hidden * 8 // 3 // 64 * 64 if gated else 4 * hidden)
+    experts = number(flags, "num-experts") if "num-experts" in flags else 0
+    if experts:
+        width = number(flags, "moe-ffn-hidden-size", width) * number(flags, "moe-router-topk")
+    feed_forward = hidden * width * (3 if gated else 2) + hidden * experts
+    return 6.0 * tokens * (layers * (attention + feed_forward) + hidden * vocabulary)
+
+
+class _Origins(NamedTuple):
+    """What a stage is made from."""
+
+    parents: tuple[str, ...]
+    inputs: tuple[Path, ...]
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.seed = self._given_or("seed", recipe.seed.source)
+        self.experts = {name: self._given_or(f"expert-{name}", part.source) for name, part in recipe.experts.items()}
+        self.mix_flags: Flags = {}
+        if recipe.mix:
+            moe = {"num-experts": len(recipe.mix.experts), "moe-router-topk": recipe.mix.top_k}
+            self.mix_flags = merged(recipe.mix.megatron, moe)
+
+    def stages(self) -> list[Stage]:
+        """Every stage of the recipe, in no particular order."""
+        recipe = self.recipe
+        stages = [self._corpora()] if recipe.data.corpora else []
+        if not recipe.seed.source:
+            stages.append(self._train("seed", recipe.seed, start=None))
+        for name, expert in recipe.experts.items():
+            if not expert.source:
+                stages.append(self._train(f"expert-{name}", expert, self.seed))
+        dense_models, moe_models = {GENERALIST: self.seed}, {}
+        dense_models |= {f"expert-{name}": model for name, model in self.experts.items()}
+        if recipe.average:
+            stages.append(self._combine("average", ["--method", "average"]))
+            dense_models["average"] = _made("average")
+        if recipe.mix:
+            if not recipe.mix.source:
+                router = ["--router-seed", str(recipe.mix.router_seed), "--moe-router-topk", str(recipe.mix.top_k)]
+                stages.append(self._combine("mix", router))
+            moe_models["mix"] = self._given_or("mix", recipe.mix.source)
+        if recipe.finetune:
+            if not recipe.finetune.source:
+                stages.append(self._train("finetune", recipe.finetune, moe_models["mix"], self.mix_flags))
+            moe_models["btx"] = self._given_or("finetune", recipe.finetune.source)
+        if recipe.dense and recipe.finetune:
+            stages += self._dense(recipe.dense, recipe.finetune)
+            dense_models["dense"] = _made("dense")
+        if recipe.evaluate:
+            stages.append(self._evaluate("evaluate-dense", dense_models, {}))
+            if moe_models:
+                stages.append(self._evaluate("evaluate-moe", moe_models, self.mix_flags))
+            parents = tuple(stage.name for stage in stages if stage.name.startswith("evaluate-"))
+            command = (PYTHON, "-m", "megatron_btx.recipe.report", ".")
+            stages.append(Stage("report", command, parents, product="report.md"))
+        return stages
+
+    def _given_or(self, stage: str, source: Path | None) -> _Model:
+        return _Model(str(source), None) if source else _made(stage)
+
+    def _corpora(self) -> Stage:
+        data = self.recipe.data
+        command = (PYTHON, "-m", "megatron_btx.data.corpora.build", "--output", "data", *to_argv(data.corpora))
+        return Stage("data", command, product="corpora.json", processes=data.workers)
+
+    def _combine(self, stage: str, options: list[str]) -> Stage:
+        """Mix or average: the sources of the mix, the seed among them, because the mix averages over the same."""
+        names = self.recipe.mix.experts if self.recipe.mix else (*self.experts, GENERALIST)
+        models = {name: self.seed if name == GENERALIST else self.experts[name] for name in names}
+        command = [PYTHON, "-m", "megatron_btx.mix.cli"]
+        for name, model in models.items():
+            command += ["--expert", f"{name}={model.path}"]
+        command += ["--output", f"{stage}/checkpoint", *options]
+        return Stage(stage, tuple(command), *_origins(models), product="checkpoint")
+
+    def _dense(self, settings: tuple[Settings, Settings], finetune: Training) -> list[Stage]:
+        """The seed continued on what BTX saw, in the same order: the experts' data, then finetuning's mixture."""
+        blend, tokens = token_weighted(list(self.recipe.experts.values()))
+        domains = Training(None, blend, tokens, settings[0].layout, settings[0].megatron)
+        mixture = Training(None, finetune.blend, finetune.tokens, settings[1].layout, settings[1].megatron)
+        first = self._train("dense-domains", domains, self.seed)
+        return [first, self._train("dense", mixture, _made("dense-domains"))]
+
+    def _train(self, name: str, part: Training, start: _Model | None, model_flags: Flags | None = None) -> Stage:
+        recipe = self.recipe
+        flags = merged(
+            recipe.model,
+            recipe.data.tokenizer,
+            model_flags or {},
+            recipe.training,
+            part.layout.flags,
+            part.megatron,
+            {"seed": recipe.random_seed},
+        )
+        iterations = training_steps(name, part.tokens, flags)
+        check_layout(name, part.layout.processes, flags)
+        flags["train-iters"] = iterations
+        if not any(flag in flags for flag in ("lr-decay-iters", "lr-decay-samples")):
+            flags["lr-decay-iters"] = iterations
+        if not any(flag.startswith("lr-warmup-") and flag != "lr-warmup-init" for flag in flags):
+            flags["lr-warmup-fraction"] = WARMUP_FRACTION
+        flags["train-data-path"] = self._data_path(part.blend, "train")
+        if flags.get("eval-iters") != 0:  # Megatron refuses a validation set of which it needs no sample
+            flags["valid-data-path"] = self._data_path(part.blend, "valid")
+        flags["data-cache-path"] = f"{name}/data-cache"
+        flags |= {"save": f"{name}/checkpoint", "load": f"{name}/checkpoint"}
+        if start:
+            flags["pretrained-checkpoint"] = start.path
+        flags["btx-metrics"] = f"{name}/metrics.jsonl"
+        flags = merged(flags)
+        tokens = iterations * number(flags, "seq-length") * number(flags, "global-batch-size")
+        vocabulary = self._padded_vocabulary(flags)
+        return Stage(
+            name,
+            (*_torchrun(part.layout.processes, "megatron_btx.pretrain"), *to_argv(flags)),
+            *self._origins_and_data({"start": start} if start else {}, part.blend, ("train", "valid")),
+            product="checkpoint/latest_checkpointed_iteration.txt",
+            processes=part.layout.processes,
+            threads=part.layout.threads,
+            on_gpu=True,
+            resumable=True,
+            iterations=iterations,
+            tokens=tokens,
+            flops=training_flops(flags, tokens, vocabulary) if vocabulary else None,
+            config={"flags": {key: list(value) if isinstance(value, tuple) else value for key, value in flags.items()}},
+        )
+
+    def _evaluate(self, name: str, models: Mapping[str, _Model], model_flags: Flags) -> Stage:
+        recipe = self.recipe
+        assert recipe.evaluate is not None
+        layout, split = recipe.evaluate.settings.layout, recipe.evaluate.split
+        dropped = () if model_flags else _EXPERT_LAYOUT_FLAGS
+        spread = {key: value for key, value in layout.flags.items() if key not in dropped}
+        flags = merged(
+            recipe.model,
+            recipe.data.tokenizer,
+            model_flags,
+            recipe.training,
+            spread,
+            recipe.evaluate.settings.megatron,
+            {"seed": recipe.random_seed},
+        )
+        check_layout(name, layout.processes, flags)
+        command = [*_torchrun(layout.processes, "megatron_btx.evaluate"), *to_argv(flags)]
+        for model_name, model in models.items():
+            command += ["--btx-eval-model", f"{model_name}={model.path}"]
+        for domain in recipe.domains:
+            command += ["--btx-eval-data", f"{domain}={self._prefixes(domain, split)[0][1]}"]
+        command += ["--btx-eval-tokens", str(recipe.evaluate.tokens), "--btx-eval-output", f"{name}/evaluation.json"]
+        return Stage(
+            name,
+            tuple(command),
+            *self._origins_and_data(models, recipe.domains, (split,)),
+            product="evaluation.json",
+            processes=layout.processes,
+            threads=layout.threads,
+            on_gpu=True,
+        )
+
+    def _prefixes(self, domain: str, split: str) -> tuple[tuple[float, str], ...]:
+        """(weight, prefix) of a domain's data; prefixes are relative to the run directory when the run makes them."""
+        if self.recipe.data.corpora:
+            return ((1.0, f"data/{domain}_{split}_text_document"),)
+        return self.recipe.data.domains[domain].get(split, ())
+
+    def _data_path(self, blend: Mapping[str, float], split: str) -> tuple[str, ...] | None:
+        """Weights and prefixes for Megatron's --<split>-data-path, or None when a domain has no such split."""
+        words: list[str] = []
+        for domain, share in blend.items():
+            prefixes = self._prefixes(domain, split)
+            if not prefixes:
+                return None
+            total = sum(weight for weight, _ in prefixes)
+            for weight, prefix in prefixes:
+                words += [f"{share * weight / total:.10g}", prefix]
+        return tuple(words)
+
+    def _padded_vocabulary(self, flags: Flags) -> int | None:
+        given = self.recipe.data.corpora.get("vocab-size") or flags.get("vocab-size")
+        if not isinstance(given, int):
+            return None
+        multiple = number(flags, "make-vocab-size-divisible-by", 128) * number(flags, "tensor-model-parallel-size", 1)
+        return -(-given // multiple) * multiple
+
+    def _origins_and_data(
+        self, models: Mapping[str, _Model], domains: Iterable[str], splits: Iterable[str]
+    ) -> _Origins:
+        """Where a stage comes from that reads ``models`` and the data of ``domains``."""
+        origins = _origins(models)
+        if self.recipe.data.corpora:
+            return _Origins(("data", *origins.parents), origins.inputs)
+        prefixes = [prefix for split in splits for domain in domains for _, prefix in self._prefixes(domain, split)]
+        tokenizer = self.recipe.data.tokenizer.get("tokenizer-model")
+        outside = (*prefixes, *([tokenizer] if isinstance(tokenizer, str) else []))
+        return _Origins(origins.parents, (*origins.inputs, *map(Path, outside)))
+
+
+def _origins(models: Mapping[str, _Model]) -> _Origins:
+    return _Origins(
+        tuple(model.stage for model in models.values() if model.stage),
+        tuple(Path(model.path) for model in models.values() if not model.stage),
+    )
+
+
+def _made(stage: str) -> _Model:
+    return _Model(f"{stage}/checkpoint", stage)
+
+
+def _torchrun(processes: int, module: str) -> tuple[str, ...]:
+    """torchrun with a rendezvous of its own (--standalone), because stages run side by side."""
+    return (PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", module)

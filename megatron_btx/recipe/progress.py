@@ -1,0 +1,170 @@
+"""What a run is doing: stage, step, loss, tokens/s, time left; live on a terminal, as lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from megatron_btx.manifest import read_manifest
+from megatron_btx.recipe.stage import Stage
+
+LINE_SECONDS = 15.0
+"""Between two lines about a running stage where there is no terminal."""
+_TAIL_BYTES = 32768
+_SPEED_STEPS = 20
+"""Steps over which the speed is taken."""
+_HEADERS = ("stage", "state", "step", "loss", "tokens/s", "time left", "seconds")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage at one moment; None where it does not apply or is not known yet."""
+
+    name: str
+    state: str
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    seconds: float | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, in the order of the table's columns."""
+        return (
+            self.name,
+            self.state,
+            f"{self.step or 0}/{self.steps}" if self.steps else "",
+            "" if self.loss is None else f"{self.loss:.3f}",
+            "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f}",
+            "" if self.seconds_left is None else _clock(self.seconds_left),
+            "" if self.seconds is None else _clock(self.seconds),
+        )
+
+
+def read_row(directory: Path, name: str, state: str, steps: int | None, tokens: int | None) -> Row:
+    """The state of a stage from its manifest and the end of its metrics.jsonl."""
+    manifest = read_manifest(directory) or {}
+    lines = _tail(directory / "metrics.jsonl") if steps else []
+    last: dict[str, Any] = lines[-1] if lines else {}
+    step_seconds = _step_seconds(lines[-_SPEED_STEPS:])
+    running = state == "running" and bool(last) and step_seconds > 0
+    return Row(
+        name,
+        state,
+        last.get("iteration"),
+        steps,
+        last.get("lm loss"),
+        tokens / steps / step_seconds if steps and tokens and step_seconds else None,
+        (steps - last["iteration"]) * step_seconds if steps and running else None,
+        manifest.get("seconds"),
+    )
+
+
+def _step_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
+    """The usual time between two steps: a median, because a save or a resume lies between some. 0: not known."""
+    pairs = [(before, after) for before, after in pairwise(lines) if after["iteration"] > before["iteration"]]
+    times = [(after["time"] - before["time"]) / (after["iteration"] - before["iteration"]) for before, after in pairs]
+    return max(0.0, statistics.median(times)) if times else 0.0
+
+
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """The last metrics; a first line cut by the window, or a last one torn by a kill, is passed over."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = stream.read().decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and {"iteration", "time"} <= entry.keys():
+            found.append(entry)
+    return found
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The rows as a table for a terminal."""
+    grid = Table(title=title, title_justify="left")
+    for header in _HEADERS:
+        grid.add_column(header, justify="left" if header in ("stage", "state") else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*row.cells())
+    return grid
+
+
+class Progress:
+    """Shows a run while it goes on. Use as a context manager; call :meth:`update` often, it paces itself."""
+
+    def __init__(self, run: Path, stages: Sequence[Stage]) -> None:
+        self.run, self.stages = run, stages
+        self.states: dict[str, str] = {stage.name: "waiting" for stage in stages}
+        self.console = Console(file=sys.stdout)
+        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self.last_update = 0.0
+        self.last_line: dict[str, float] = {}
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self._refresh(self.live)
+            self.live.stop()
+
+    def set(self, stage: str, state: str, why: str = "") -> None:
+        """A stage changes its state; ``why`` is said where there is no table."""
+        self.states[stage] = state
+        self.last_line[stage] = time.monotonic()
+        if not self.live:
+            self._line(f"{stage}: {state}" + (f" ({why})" if why else ""))
+
+    def update(self) -> None:
+        """Show the running stages anew when it is time to."""
+        now = time.monotonic()
+        if self.live and now - self.last_update > 1.0:
+            self.last_update = now
+            self._refresh(self.live)
+        for stage in self.stages if not self.live else ():
+            if self.states[stage.name] == "running" and now - self.last_line[stage.name] > LINE_SECONDS:
+                self.last_line[stage.name] = now
+                self._line(_sentence(self._row(stage)))
+
+    def _row(self, stage: Stage) -> Row:
+        return read_row(self.run / stage.name, stage.name, self.states[stage.name], stage.iterations, stage.tokens)
+
+    def _refresh(self, live: Live) -> None:
+        live.update(table([self._row(stage) for stage in self.stages], str(self.run)), refresh=True)
+
+    def _line(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def _sentence(row: Row) -> str:
+    name, state, *cells = row.cells()
+    labels = ("step {}", "loss {}", "{} tokens/s", "{} left", "{} so far")
+    parts = [label.format(cell) for label, cell in zip(labels, cells, strict=True) if cell]
+    return f"{name}: {', '.join(parts) if parts else state}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

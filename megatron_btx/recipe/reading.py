@@ -1,0 +1,122 @@
+"""Checked reading of a recipe's YAML: duplicate and unknown keys are refused, with place and remedy."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from megatron_btx.errors import InputError
+from megatron_btx.recipe.flags import DERIVED_FLAGS, LAYOUT_FLAGS, Flags, FlagValue
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, refusing a key that stands twice (YAML itself lets the last one win)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in written]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                where = f"{node.start_mark.name}: line {written[number].start_mark.line + 1}"
+                raise InputError(f"{where}: the key {key!r} stands twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
+class Section:
+    """A mapping of the recipe and its place, for checked reading."""
+
+    def __init__(self, node: Any, place: str, known: tuple[str, ...] | None, reader: Reader) -> None:
+        self.place, self.reader = place, reader
+        if not isinstance(node, dict):
+            reader.refuse(place, f"found {node!r}, expected a mapping" + (f" with {', '.join(known)}" if known else ""))
+        self.node = {key: value for key, value in node.items() if value is not None}
+        for key in node:
+            if known is not None and key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {close[0]}? " if close else ""
+                reader.refuse(self.at(key), f"unknown key; {hint}known here: {', '.join(known)}")
+
+    def at(self, key: Any) -> str:
+        return f"{self.place}.{key}" if self.place else str(key)
+
+    def refuse(self, key: str, message: str) -> NoReturn:
+        self.reader.refuse(self.at(key), message)
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        value = self.node.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            found = f"found {value!r}" if key in self.node else "missing"
+            self.refuse(key, f"{found}, expected a whole number of at least {minimum} (as 300_000)")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.node.get(key, default)
+        if not isinstance(value, str) or not value:
+            self.refuse(key, f"{f'found {value!r}' if key in self.node else 'missing'}, expected a text")
+        return value
+
+    def section(self, key: str, known: tuple[str, ...] | None = None) -> Section:
+        return Section(self.node.get(key, {}), self.at(key), known, self.reader)
+
+    def flags(self, key: str, allowed: tuple[str, ...] = ()) -> Flags:
+        """Megatron's flags under ``key``, less those that are said elsewhere in the recipe."""
+        section = self.section(key)
+        flags: dict[str, FlagValue] = {}
+        for name in self.node.get(key, {}):
+            value = section.node.get(name)
+            if not isinstance(name, str) or name.startswith("-") or "_" in name:
+                section.refuse(str(name), "expected a Megatron flag without its leading dashes, as num-layers")
+            if name in LAYOUT_FLAGS:
+                section.refuse(name, f"a layout flag; put it under layout, as layout: {{{name}: {value}}}")
+            if name in DERIVED_FLAGS and name not in allowed:
+                section.refuse(name, f"set by the pipeline from {DERIVED_FLAGS[name]}; leave it out here")
+            flags[name] = section.flag_value(name, value)
+        if flags:
+            self.reader.flag_sections[self.at(key)] = flags
+        return flags
+
+    def flag_value(self, name: str, value: Any) -> FlagValue:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, list) and value and all(isinstance(item, int | float | str) for item in value):
+            return tuple(value)
+        self.refuse(name, f"found {value!r}, expected true, false, a number, a text, or a list of values")
+
+
+class Reader:
+    """What is collected while a recipe is read."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.flag_sections: dict[str, Flags] = {}
+        self.notes: list[str] = []
+
+    def refuse(self, place: str, message: str) -> NoReturn:
+        raise InputError(f"{self.file}: {place}: {message}" if place else f"{self.file}: {message}")
+
+
+def load_tree(file: Path, changes: list[str]) -> dict[str, Any]:
+    """The YAML mapping in ``file`` with ``changes`` (dotted KEY=VALUE, the value read as YAML) applied."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            tree = yaml.load(stream, _UniqueKeyLoader)
+        for change in changes:
+            _apply(tree, change, yaml.load(change.partition("=")[2], _UniqueKeyLoader))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not readable as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{file}: found {type(tree).__name__}, expected a mapping")
+    return tree
+
+
+def _apply(tree: Any, change: str, value: Any) -> None:
+    key, equals, _ = change.partition("=")
+    *outer, last = key.split(".")
+    for part in outer:
+        tree = tree.setdefault(part, {}) if isinstance(tree, dict) else None
+    if not equals or not isinstance(tree, dict):
+        raise InputError(f"--set {change}: expected KEY=VALUE, KEY being the dotted place of a setting in the recipe")
+    tree[last] = value

@@ -1,0 +1,229 @@
+"""The report of a run: report.md, index.html, results.json and the figures, from what its stages left behind.
+
+``python -m megatron_btx.recipe.report RUN``. It reports and does not judge: the exit status is 0 whether or not the
+facts hold, unless ``--require-facts`` asks for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_btx.errors import exits_with_one_line
+from megatron_btx.recipe.facts import Fact, best_per_column, check_facts, difference_to_dense, in_digits, loss_in
+from megatron_btx.recipe.report_inputs import REPORT_FOLDER, Model, RunData, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from megatron_btx.recipe.figures import Curve
+
+FIGURE_FILES = ("losses.png", "curves.png", "routing.png")
+DOTS_PER_INCH = 160
+TERMINAL_COLUMNS = 110
+FACT_INDENT = " " * len("  not checked  ")
+
+
+@exits_with_one_line
+def main(argv: list[str] | None = None) -> int:
+    """Write the report of a run, and print its table and its facts."""
+    parser = argparse.ArgumentParser(prog="btx report", description="Write the report of a run, and print its facts.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/quickstart")
+    parser.add_argument("--require-facts", action="store_true", help="exit with 1 when a fact is false")
+    arguments = parser.parse_args(argv)
+    data = read_run(arguments.run)
+    page = _write(arguments.run, data)
+    print(summary(data))
+    print(f"\nreport: {page}")
+    unheld = any(fact.holds is False for fact in check_facts(data.models, data.domains))
+    return 1 if unheld and arguments.require_facts else 0
+
+
+def build_report(run: Path) -> Path:
+    """Write ``run``/report/ from the files of its stages, and return the path of its index.html.
+
+    Files of the report folder that are not the report's own are left alone. Raises InputError when ``run`` is not a
+    run directory or a file in it is broken; the earlier report then stands as it was.
+    """
+    return _write(run, read_run(run))
+
+
+def _write(run: Path, data: RunData) -> Path:
+    from megatron_btx.recipe import figures, report_pages
+    from megatron_btx.recipe.report_text import blocks_of, title_of
+
+    curves = [figures.curve_of(stage) for stage in data.stages if stage.curve]
+    images = {name: _png(figure) for name, figure in _draw(data, curves).items()}
+    blocks = blocks_of(data, set(images))
+    folder = run / REPORT_FOLDER
+    folder.mkdir(exist_ok=True)
+    for name in FIGURE_FILES:
+        if name in images:
+            _replace(folder / name, images[name])
+        else:
+            (folder / name).unlink(missing_ok=True)
+    content = json.dumps(_plain(results_of(data, curves)), indent=1, ensure_ascii=False, allow_nan=False)
+    _replace(folder / "results.json", f"{content}\n".encode())
+    _replace(folder / "report.md", report_pages.to_markdown(title_of(data), blocks).encode())
+    _replace(folder / "index.html", report_pages.to_html(title_of(data), blocks, images).encode())
+    return folder / "index.html"
+
+
+def _draw(data: RunData, curves: Sequence[Curve]) -> dict[str, Figure]:
+    from megatron_btx.recipe import figures
+
+    palette = figures.palette_of(data.models, data.stages)
+    drawn: dict[str, Figure] = {}
+    if data.domains:
+        drawn["losses.png"] = figures.draw_losses(list(data.models.values()), data.domains, palette)
+    if curves:
+        drawn["curves.png"] = figures.draw_curves(curves, palette)
+    if mixtures := [model for model in data.models.values() if model.routing]:
+        drawn["routing.png"] = figures.draw_routing(mixtures, palette)
+    return drawn
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # No software version inside: the same numbers give the same bytes.
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; the tables have it in full.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write ``path`` so that it is either the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def results_of(data: RunData, curves: Sequence[Curve]) -> dict[str, Any]:
+    """Every number of the report: for results.json."""
+    return {
+        "run": data.name,
+        "domains": list(data.domains),
+        "models": {name: _model_results(model, data.domains) for name, model in data.models.items()},
+        "btx_minus_dense": _difference_results(data),
+        "facts": [
+            {"name": fact.name, "text": fact.text, "holds": fact.holds, "detail": fact.detail, "numbers": fact.numbers}
+            for fact in check_facts(data.models, data.domains)
+        ],
+        "stages": {stage.name: stage.manifest for stage in data.stages},
+        "curves": {
+            curve.stage: {"unit": curve.unit, "x": curve.x, "loss": curve.loss, "smooth": curve.smooth}
+            for curve in curves
+        },
+        "corpora": [vars(corpus) for corpus in data.corpora],
+        "sources": data.sources,
+        "notes": list(data.notes),
+    }
+
+
+def _difference_results(data: RunData) -> dict[str, Any] | None:
+    differences = difference_to_dense(data.models, data.domains)
+    if differences is None:
+        return None
+    return {"mean": differences.pop(None), "domains": differences}
+
+
+def _model_results(model: Model, domains: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "losses": model.losses,
+        "mean_loss": model.mean_loss(domains),
+        "tokens": model.tokens,
+        "parameters": model.parameters,
+        "active_parameters": model.active_parameters,
+        "experts": list(model.experts) or None,
+        "routing": model.routing,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The same for JSON, which has no word for a number that is not finite: those become strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def summary(data: RunData) -> str:
+    """The short table and the facts, for the terminal."""
+    lines = [*_loss_lines(data), "", *_dense_lines(data), "", "facts, computed from these numbers:"]
+    lines += [line for fact in check_facts(data.models, data.domains) for line in _fact_lines(fact)]
+    return "\n".join(lines)
+
+
+def _loss_lines(data: RunData) -> list[str]:
+    if not data.domains:
+        return ["no model was evaluated: no losses to show"]
+    columns, best = (*data.domains, None), best_per_column(data.models, data.domains)
+    # Every cell ends in its mark or a space, so that the digits stay in line.
+    rows = [["", *(f"{_column(column)} " for column in columns)]]
+    for model in data.models.values():
+        cells = [_printable(model.name)]
+        for column in columns:
+            loss = loss_in(model, column, data.domains)
+            mark = "*" if loss is not None and loss == best.get(column) else " "
+            cells.append(("-" if loss is None else in_digits(loss)) + mark)
+        rows.append(cells)
+    rows.append(["tokens evaluated", *(f"{_tokens(data, domain)} " for domain in data.domains), ""])
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    title = "validation loss, nats per token (lower is better; * lowest of its column)"
+    return [title, *(_aligned(cells, widths) for cells in rows)]
+
+
+def _aligned(cells: list[str], widths: list[int]) -> str:
+    name, *numbers = zip(cells, widths, strict=True)
+    return (name[0].ljust(name[1]) + "".join(f"  {cell:>{width}}" for cell, width in numbers)).rstrip()
+
+
+def _tokens(data: RunData, domain: str) -> str:
+    counts = sorted({model.tokens[domain] for model in data.models.values() if domain in model.tokens})
+    return " / ".join(f"{count:,}" for count in counts) or "-"
+
+
+def _column(column: str | None) -> str:
+    return "mean" if column is None else _printable(column)
+
+
+def _dense_lines(data: RunData) -> list[str]:
+    differences = difference_to_dense(data.models, data.domains)
+    if differences is None:
+        return ["BTX - dense: not computed, because btx and dense were not both evaluated"]
+    parts = [
+        f"{_column(name)} {'-' if value is None else in_digits(value, '+')}" for name, value in differences.items()
+    ]
+    return [f"BTX - dense (lower is better for BTX): {', '.join(parts)}"]
+
+
+def _fact_lines(fact: Fact) -> list[str]:
+    detail = fact.detail if fact.holds is not None else f"why: {fact.detail}"
+    first, *more = textwrap.wrap(fact.text, TERMINAL_COLUMNS - len(FACT_INDENT))
+    more += textwrap.wrap(_printable(detail), TERMINAL_COLUMNS - len(FACT_INDENT))
+    return [f"  {fact.verdict:<{len(FACT_INDENT) - 2}}{first}", *(FACT_INDENT + line for line in more)]
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""The recipe: a YAML file that names the model, the domains and their blends, the budgets, each stage's layout.
+
+Megatron's settings are Megatron's flags; see :mod:`megatron_btx.recipe.flags`. Everything unknown is refused, with the
+place, the close match and what is known there, because a setting that is silently ignored costs a training run.
+Relative paths count from the directory in which the command is called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.recipe.flags import LAYOUT_FLAGS, Flags, FlagValue
+from megatron_btx.recipe.reading import Reader, Section, load_tree
+
+QUICKSTART_DOMAINS = ("general", "math", "code", "knowledge")
+SPLITS = ("train", "valid", "test")
+GENERALIST = "seed"
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one stage is spread over this machine."""
+
+    processes: int = 1
+    threads: int = 1
+    """OMP_NUM_THREADS of each process; on the CPU a stage takes processes x threads cores."""
+    flags: Flags = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Either corpora that the run makes, or prefixes of existing .bin/.idx files per domain."""
+
+    corpora: Flags
+    """Flags of ``btx corpora``; empty when the data are given."""
+    workers: int
+    domains: Mapping[str, Mapping[str, tuple[tuple[float, str], ...]]]
+    """Domain -> split -> (weight, absolute prefix); empty when the run makes its corpora."""
+    tokenizer: Flags
+
+
+@dataclass(frozen=True)
+class Training:
+    """One stage that trains, or that is given by a checkpoint (``source``)."""
+
+    source: Path | None
+    blend: Mapping[str, float]
+    """Domain -> share; sums to one. May be empty only for a given checkpoint."""
+    tokens: int
+    layout: Layout
+    megatron: Flags
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The mixing stage, or a given mixed checkpoint."""
+
+    source: Path | None
+    experts: tuple[str, ...]
+    router_seed: int
+    top_k: int
+    megatron: Flags
+    """Flags of the MoE model, for finetuning and evaluation alike."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Layout and flags of a stage whose data and budget are derived."""
+
+    layout: Layout = field(default_factory=Layout)
+    megatron: Flags = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Loss per domain of every model."""
+
+    split: str
+    tokens: int
+    """Tokens per domain."""
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe, checked as far as one can without Megatron and without looking at the machine."""
+
+    file: str
+    name: str
+    random_seed: int
+    data: Data
+    model: Flags
+    training: Flags
+    domains: tuple[str, ...]
+    seed: Training
+    experts: Mapping[str, Training]
+    mix: Mix | None
+    finetune: Training | None
+    average: bool
+    dense: tuple[Settings, Settings] | None
+    """Settings of the dense baseline on the experts' data, then on finetuning's mixture."""
+    evaluate: Evaluate | None
+    flag_sections: Mapping[str, Flags]
+    """Place in the recipe -> the flags that were written there."""
+    notes: tuple[str, ...]
+
+
+_CORPORA_KEYS = ("corpora", "vocab-size", "workers", "seed", "scale")
+_TRAINING_KEYS = ("from", "blend", "tokens", "layout", "megatron")
+_RECIPE_KEYS = (
+    *("name", "random-seed", "data", "model", "training", "domains"),
+    *("seed", "experts", "mix", "finetune", "baselines", "evaluate"),
+)
+
+
+def load_recipe(file: Path, changes: list[str]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe in ``file`` with ``changes`` (dotted KEY=VALUE) applied, and the YAML mapping that this makes."""
+    tree = load_tree(file, changes)
+    return parse_recipe(tree, str(file)), tree
+
+
+def parse_recipe(tree: Mapping[str, Any], file: str) -> Recipe:
+    """Check ``tree`` and make a Recipe of it. Raises InputError with the place, what was found, what was expected."""
+    reader = Reader(file)
+    top = Section(tree, "", _RECIPE_KEYS, reader)
+    random_seed = top.integer("random-seed", 1234, minimum=0)
+    name = _slug(top, "name", top.text("name", Path(file).stem))
+    data, domains = _data(top)
+    experts_section = top.section("experts")
+    experts = {}
+    for expert in experts_section.node:
+        if expert not in domains:
+            experts_section.refuse(expert, f"an expert is named after its home domain; known: {', '.join(domains)}")
+        experts[expert] = _training(experts_section.section(expert, _TRAINING_KEYS), domains)
+    average, dense = _baselines(top)
+    recipe = Recipe(
+        file=file,
+        name=name,
+        random_seed=random_seed,
+        data=data,
+        model=top.flags("model"),
+        training=top.flags("training"),
+        domains=domains,
+        seed=_training(top.section("seed", _TRAINING_KEYS), domains),
+        experts=experts,
+        mix=_mix(top, tuple(experts), random_seed),
+        finetune=_training(top.section("finetune", _TRAINING_KEYS), domains) if "finetune" in top.node else None,
+        average=average,
+        dense=dense,
+        evaluate=_evaluate(top),
+        flag_sections=reader.flag_sections,
+        notes=tuple(reader.notes),
+    )
+    _check_whole(reader, recipe)
+    return recipe
+
+
+def _training(section: Section, domains: tuple[str, ...]) -> Training:
+    source = _source(section)
+    told = source is None or "blend" in section.node
+    blend = _blend(section, domains) if told else {}
+    tokens = section.integer("tokens") if source is None or "tokens" in section.node else 0
+    settings = _settings(section)
+    return Training(source, blend, tokens, settings.layout, settings.megatron)
+
+
+def _settings(section: Section) -> Settings:
+    layout = section.section("layout", ("processes", "threads", *LAYOUT_FLAGS))
+    flags = {name: layout.flag_value(name, layout.node[name]) for name in LAYOUT_FLAGS if name in layout.node}
+    if flags:
+        section.reader.flag_sections[layout.place] = flags
+    spread = Layout(layout.integer("processes", 1), layout.integer("threads", 1), flags)
+    return Settings(spread, section.flags("megatron"))
+
+
+def _blend(section: Section, domains: tuple[str, ...]) -> Mapping[str, float]:
+    blend = section.section("blend", domains)
+    if not blend.node:
+        section.refuse("blend", f"empty; expected shares of some of the domains: {', '.join(domains)}")
+    for domain, share in blend.node.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
+            blend.refuse(domain, f"found {share!r}, expected a number above zero (leave the domain out to have none)")
+    total = sum(blend.node.values())
+    if abs(total - 1) > 1e-9:
+        section.reader.notes.append(f"{blend.place} sums to {total:g}; normalised to 1")
+    return {domain: share / total for domain, share in blend.node.items()}
+
+
+def _source(section: Section) -> Path | None:
+    """The checkpoint under ``from``: an absolute path, seen to be a checkpoint's root."""
+    if "from" not in section.node:
+        return None
+    path = Path(section.text("from")).expanduser().absolute()
+    if not (path / _TRACKER).is_file():
+        found = f"has no {_TRACKER}" if path.is_dir() else "does not exist"
+        section.refuse("from", f"{path} {found}; expected the root folder of a Megatron checkpoint")
+    return path
+
+
+def _slug(top: Section, key: str, value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        top.refuse(key, f"found {value!r}, expected letters, digits, dots, dashes and underscores")
+    return value
+
+
+def _data(top: Section) -> tuple[Data, tuple[str, ...]]:
+    section = top.section("data", (*_CORPORA_KEYS, "tokenizer", "domains"))
+    listed = top.node.get("domains")
+    if ("corpora" in section.node) == ("domains" in section.node):
+        top.refuse("data", "expected either corpora: quickstart (made by the run) or domains: (.bin/.idx files)")
+    if "corpora" in section.node:
+        if section.text("corpora") != "quickstart" or "tokenizer" in section.node:
+            section.refuse("corpora", "expected quickstart, and no tokenizer beside it (one is trained on the corpora)")
+        tokenizer = {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": "data/tokenizer.model"}
+        workers = section.integer("workers", 2)
+        corpora: dict[str, FlagValue] = {"vocab-size": section.integer("vocab-size"), "workers": workers}
+        if "seed" in section.node:
+            corpora["seed"] = section.integer("seed", minimum=0)
+        if "scale" in section.node:
+            scale = section.node["scale"]
+            if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1:
+                section.refuse("scale", f"found {scale!r}, expected the share of the full size, above 0 and at most 1")
+            corpora["scale"] = scale
+        data = Data(corpora, workers, {}, tokenizer)
+        names = QUICKSTART_DOMAINS
+    else:
+        for key in _CORPORA_KEYS[1:]:
+            if key in section.node:
+                section.refuse(key, "only for corpora that the run makes; a given tokenizer goes under tokenizer")
+        given = {domain: _splits(section, domain) for domain in section.section("domains").node}
+        names = tuple(given)
+        tokenizer_flags = dict(section.flags("tokenizer", allowed=("tokenizer-type", "tokenizer-model")))
+        if "tokenizer-type" not in tokenizer_flags:
+            section.refuse("tokenizer", "missing tokenizer-type; expected Megatron's tokenizer flags for these data")
+        model = tokenizer_flags.get("tokenizer-model")
+        if isinstance(model, str) and Path(model).expanduser().exists():
+            tokenizer_flags["tokenizer-model"] = str(Path(model).expanduser().absolute())
+        elif model is not None and tokenizer_flags["tokenizer-type"] != "HuggingFaceTokenizer":
+            section.refuse("tokenizer", f"tokenizer-model {model} does not exist")
+        data = Data({}, 0, given, tokenizer_flags)
+    if listed is not None and (not isinstance(listed, list) or not listed or not set(map(str, listed)) <= set(names)):
+        top.refuse("domains", f"found {listed!r}, expected a list of some of: {', '.join(names)}")
+    return data, tuple(map(str, listed)) if listed else names
+
+
+def _splits(data: Section, domain: str) -> Mapping[str, tuple[tuple[float, str], ...]]:
+    section = data.section("domains").section(domain, SPLITS)
+    splits: dict[str, tuple[tuple[float, str], ...]] = {}
+    for split, entries in section.node.items():
+        if not isinstance(entries, list) or not entries:
+            section.refuse(split, f'found {entries!r}, expected a list of "PREFIX" or "WEIGHT PREFIX"')
+        splits[split] = tuple(_prefix(section, split, str(entry)) for entry in entries)
+    if "train" not in splits:
+        section.refuse("train", "missing, expected a list of prefixes of .bin/.idx files")
+    return splits
+
+
+def _prefix(section: Section, split: str, entry: str) -> tuple[float, str]:
+    match = re.fullmatch(r"(?:(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s+)?(\S.*)", entry.strip())
+    weight = float(match[1] or 1.0) if match else 0.0
+    if match is None or weight <= 0:
+        section.refuse(split, f'found {entry!r}, expected "PREFIX" or "WEIGHT PREFIX" with a weight above zero')
+    prefix = Path(match[2]).expanduser().absolute()
+    for suffix in (".bin", ".idx"):
+        if not Path(f"{prefix}{suffix}").is_file():
+            section.refuse(split, f"{prefix}{suffix} does not exist; make it with btx preprocess")
+    return weight, str(prefix)
+
+
+def _mix(top: Section, experts: tuple[str, ...], random_seed: int) -> Mix | None:
+    if "mix" not in top.node:
+        return None
+    section = top.section("mix", ("from", "experts", "router-seed", "top-k", "megatron"))
+    names = section.node.get("experts", [*experts, GENERALIST])
+    source = _source(section)
+    known = {*experts, GENERALIST}
+    if not isinstance(names, list) or (source is None and not set(map(str, names)) <= known):
+        section.refuse("experts", f"found {names!r}, expected a list of some of: {', '.join([*experts, GENERALIST])}")
+    if len(names) < 2 or len(set(map(str, names))) < len(names):
+        section.refuse("experts", f"found {names!r}, expected at least two different experts")
+    top_k = section.integer("top-k", 2)
+    if top_k > len(names):
+        section.refuse("top-k", f"found {top_k}, expected at most the {len(names)} experts of the mix")
+    router_seed = section.integer("router-seed", random_seed, minimum=0)
+    return Mix(source, tuple(map(str, names)), router_seed, top_k, section.flags("megatron"))
+
+
+def _baselines(top: Section) -> tuple[bool, tuple[Settings, Settings] | None]:
+    section = top.section("baselines", ("average", "dense"))
+    average = section.node.get("average", False)
+    if not isinstance(average, bool):
+        section.refuse("average", f"found {average!r}, expected true or false")
+    if "dense" not in section.node:
+        return average, None
+    dense = section.section("dense", ("domains", "mixture"))
+    domains, mixture = (_settings(dense.section(key, ("layout", "megatron"))) for key in ("domains", "mixture"))
+    return average, (domains, mixture)
+
+
+def _evaluate(top: Section) -> Evaluate | None:
+    if "evaluate" not in top.node:
+        return None
+    section = top.section("evaluate", ("split", "tokens", "layout", "megatron"))
+    split = section.text("split", "valid")
+    if split not in SPLITS[1:]:
+        section.refuse("split", f"found {split!r}, expected valid or test")
+    return Evaluate(split, section.integer("tokens"), _settings(section))
+
+
+def _check_whole(reader: Reader, recipe: Recipe) -> None:
+    """What only the parts together can violate."""
+    if recipe.finetune and not recipe.mix:
+        reader.refuse("finetune", "there is no mix to finetune; add mix: {}")
+    if recipe.mix and not recipe.mix.source and not recipe.experts:
+        reader.refuse("mix", "there are no experts to mix; add experts, or mix: {from: PATH}")
+    if recipe.average and not recipe.experts:
+        reader.refuse("baselines.average", "there are no experts to average; add experts")
+    if recipe.dense:
+        parts = {f"experts.{name}": expert for name, expert in recipe.experts.items()}
+        if not parts or not recipe.finetune:
+            reader.refuse("baselines.dense", "its data are those of the experts and of finetune; the recipe lacks one")
+        for place, part in {**parts, "finetune": recipe.finetune}.items():
+            if not part.blend or not part.tokens:
+                reader.refuse(place, "baselines.dense is derived from its blend and tokens; state both beside from")
+    if recipe.evaluate:
+        for domain in recipe.domains if recipe.data.domains else ():
+            prefixes = recipe.data.domains[domain].get(recipe.evaluate.split, ())
+            if len(prefixes) != 1:
+                place = f"data.domains.{domain}.{recipe.evaluate.split}"
+                reader.refuse(place, f"found {len(prefixes)} prefixes, expected one: it is the domain's evaluation set")

@@ -1,0 +1,432 @@
+"""Recipes: what is refused, what is derived, and the commands that come out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_btx import cli
+from megatron_btx.errors import InputError
+from megatron_btx.recipe import flags
+from megatron_btx.recipe.planner import plan_stages, token_weighted, training_flops, training_steps
+from megatron_btx.recipe.reading import load_tree
+from megatron_btx.recipe.schema import Layout, Recipe, Training, load_recipe, parse_recipe
+from megatron_btx.recipe.stage import Stage, command_script
+
+QUICKSTART = Path(__file__).parents[3] / "examples" / "recipes" / "quickstart.yaml"
+BATCH_TOKENS = 4 * 256
+
+
+def recipe(*changes: str) -> Recipe:
+    return load_recipe(QUICKSTART, list(changes))[0]
+
+
+def stages(*changes: str) -> dict[str, Stage]:
+    return {stage.name: stage for stage in plan_stages(recipe(*changes))}
+
+
+def values(stage: Stage, flag: str) -> list[str]:
+    """What follows ``flag`` in the stage's command; the flag must stand there once."""
+    assert stage.command.count(f"--{flag}") == 1, f"--{flag} stands {stage.command.count(f'--{flag}')} times"
+    words = stage.command[stage.command.index(f"--{flag}") + 1 :]
+    end = next((number for number, word in enumerate(words) if word.startswith("--")), len(words))
+    return list(words[:end])
+
+
+def all_values(stage: Stage, flag: str) -> list[str]:
+    return [stage.command[number + 1] for number, word in enumerate(stage.command) if word == f"--{flag}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "place_and_reason"),
+    [
+        ("experts.math.token=1", "experts.math.token: unknown key; did you mean tokens"),
+        ("sead={}", "sead: unknown key; did you mean seed"),
+        ("layout={}", "layout: unknown key"),
+        ("seed.tokens=0", "seed.tokens: found 0"),
+        ("seed.tokens=1e6", "seed.tokens: found '1e6'"),
+        ("seed.tokens=true", "seed.tokens: found True"),
+        ("seed.tokens=null", "seed.tokens: missing"),
+        ("seed.blend={}", "seed.blend: empty"),
+        ("seed.blend={poetry: 1}", "seed.blend.poetry: unknown key"),
+        ("seed.blend.math=0", "seed.blend.math: found 0"),
+        ("seed.blend.math=.inf", "seed.blend.math: found inf"),
+        ("experts.poetry={blend: {math: 1}, tokens: 5000}", "experts.poetry: an expert is named after"),
+        ("domains=[math, poetry]", "domains: found"),
+        ("mix.experts=[math]", "mix.experts: found .* at least two"),
+        ("mix.experts=[math, math]", "mix.experts: found .* at least two"),
+        ("mix.experts=[math, wiki]", "mix.experts: found .* list of some of"),
+        ("mix.top-k=5", "mix.top-k: found 5, expected at most the 4 experts"),
+        ("mix=null", "finetune: there is no mix"),
+        ("finetune=null", "baselines.dense: "),
+        ("baselines.average=maybe", "baselines.average: found 'maybe'"),
+        ("evaluate.split=train", "evaluate.split: found 'train'"),
+        ("name=a/b", "name: found 'a/b'"),
+        ("random-seed=-1", "random-seed: found -1"),
+        ("seed.from=/nowhere", "seed.from: /nowhere does not exist"),
+        ("model.train-iters=5", "model.train-iters: set by the pipeline from tokens"),
+        ("training.seed=5", "training.seed: set by the pipeline from random-seed"),
+        ("model.tensor-model-parallel-size=2", "a layout flag; put it under layout"),
+        ("seed.layout.lr=1", "seed.layout.lr: unknown key"),
+        ("model.num_layers=4", "model.num_layers: expected a Megatron flag"),
+        ("model.num-layers={a: 1}", "model.num-layers: found"),
+        ("model=[1]", "model: found"),
+        ("data.domains={}", "data: expected either corpora"),
+        ("data.scale=0", "data.scale: found 0"),
+        ("data.corpora=pile", "data.corpora: expected quickstart"),
+        ("seed.layout.processes=0", "seed.layout.processes: found 0"),
+    ],
+)
+def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: str) -> None:
+    with pytest.raises(InputError, match=place_and_reason) as refusal:
+        recipe(change)
+    assert str(refusal.value).startswith(f"{QUICKSTART}: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("seed.tokens=1023", "stage seed: a budget of 1023 tokens is less than one global batch"),
+        ("finetune.layout.processes=3", "stage finetune: the layout does not fit: 3 processes for EP 2"),
+        ("finetune.layout.pipeline-model-parallel-size=3", "2 processes for TP 1 x PP 3"),
+        ("seed.layout={processes: 3, pipeline-model-parallel-size: 3}", "4 layers over PP 3"),
+        ("finetune.layout={processes: 3, expert-model-parallel-size: 3}", "4 experts over EP 3"),
+        ("seed.layout={processes: 2, expert-model-parallel-size: 2}", "2 for a dense model"),
+        ("seed.megatron.micro-batch-size=4", "global-batch-size 4 with micro-batch-size 4 on DP 2"),
+        ("model.num-attention-heads=3", "stage seed"),
+        ("training.global-batch-size=null", "--global-batch-size is not given"),
+        ("evaluate.layout={processes: 2}", "stage evaluate-dense: .* micro-batch-size 4 on DP 2"),
+    ],
+)
+def test_a_budget_or_layout_that_does_not_fit_is_refused(change: str, reason: str) -> None:
+    changes = [change]
+    if change.startswith("model.num-attention-heads"):
+        changes.append("seed.layout={processes: 2, tensor-model-parallel-size: 2}")
+    with pytest.raises(InputError, match=reason):
+        stages(*changes)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("name: a\nmodel:\n  num-layers: 4\n  hidden-size: 8\n  num-layers: 6\n")
+    with pytest.raises(InputError, match="twice.yaml: line 5: the key 'num-layers' stands twice"):
+        load_tree(file, [])
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [1\n", "a: !!python/object/apply:os.getcwd []\n"])
+def test_a_file_that_is_no_recipe_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match="broken.yaml: "):
+        load_tree(file, [])
+
+
+@pytest.mark.parametrize("change", ["random-seed", "random-seed.deeper=1"])
+def test_a_setting_that_cannot_be_set_is_refused(change: str) -> None:
+    with pytest.raises(InputError, match=f"--set {change}"):
+        recipe(change)
+
+
+def test_blends_are_normalised_and_that_is_said() -> None:
+    whole = recipe("experts.math.blend={math: 3, general: 1}", "experts.code.blend={code: 0.75, general: 0.25}")
+    assert whole.experts["math"].blend == {"math": 0.75, "general": 0.25}
+    assert "experts.math.blend sums to 4; normalised to 1" in whole.notes
+    assert not any("code" in note for note in whole.notes)
+
+
+def test_the_quickstart_is_the_graph_of_the_method() -> None:
+    graph = {name: set(stage.parents) for name, stage in stages().items()}
+    experts = {"expert-math", "expert-code", "expert-knowledge"}
+    assert graph == {
+        "data": set(),
+        "seed": {"data"},
+        **{expert: {"data", "seed"} for expert in experts},
+        "average": experts | {"seed"},
+        "mix": experts | {"seed"},
+        "finetune": {"data", "mix"},
+        "dense-domains": {"data", "seed"},
+        "dense": {"data", "dense-domains"},
+        "evaluate-dense": experts | {"data", "seed", "average", "dense"},
+        "evaluate-moe": {"data", "mix", "finetune"},
+        "report": {"evaluate-dense", "evaluate-moe"},
+    }
+
+
+def test_steps_and_schedules_follow_from_the_budgets() -> None:
+    planned = stages()
+    steps = {name: stage.iterations for name, stage in planned.items() if stage.iterations}
+    assert steps == {
+        "seed": 977,
+        **dict.fromkeys(("expert-math", "expert-code", "expert-knowledge"), 293),
+        "dense-domains": 879,
+        "finetune": 1025,
+        "dense": 1025,
+    }
+    for name, count in steps.items():
+        assert planned[name].tokens == count * BATCH_TOKENS
+        assert values(planned[name], "train-iters") == values(planned[name], "lr-decay-iters") == [str(count)]
+        assert values(planned[name], "lr-warmup-fraction") == ["0.05"]
+    assert "--lr-warmup-fraction" not in stages("seed.megatron.lr-warmup-iters=3")["seed"].command
+    assert training_steps("a", 1536, {"seq-length": 256, "global-batch-size": 4}) == 2
+
+
+def test_the_dense_baseline_sees_what_the_experts_and_finetuning_saw() -> None:
+    planned = stages("experts.math.tokens=600_000", "finetune.tokens=2_048_000", "finetune.blend={general: 1, code: 3}")
+    weights = values(planned["dense-domains"], "train-data-path")
+    found = dict(zip(weights[1::2], map(float, weights[::2]), strict=True))
+    assert found == {
+        "data/math_train_text_document": pytest.approx(0.95 * 0.5),
+        "data/code_train_text_document": pytest.approx(0.95 * 0.25),
+        "data/knowledge_train_text_document": pytest.approx(0.95 * 0.25),
+        "data/general_train_text_document": pytest.approx(0.05),
+    }
+    assert planned["dense-domains"].iterations == round(1_200_000 / BATCH_TOKENS)
+    assert planned["dense"].iterations == planned["finetune"].iterations == 2000
+    assert values(planned["dense"], "train-data-path") == values(planned["finetune"], "train-data-path")
+    assert values(planned["dense"], "pretrained-checkpoint") == ["dense-domains/checkpoint"]
+
+
+def test_token_weighting_is_by_tokens() -> None:
+    parts = [Training(None, blend, tokens, Layout(), {}) for blend, tokens in (({"a": 1.0}, 300), ({"b": 1.0}, 100))]
+    assert token_weighted(parts) == ({"a": 0.75, "b": 0.25}, 400)
+
+
+def test_later_flags_win_and_false_takes_a_flag_back() -> None:
+    planned = stages("training.bf16=true", "experts.math.megatron={lr: 0.5, clip-grad: 7, bf16: false, swiglu: false}")
+    assert values(planned["expert-math"], "clip-grad") == ["7"] and values(planned["seed"], "clip-grad") == ["1.0"]
+    assert values(planned["seed"], "bf16") == [] and values(planned["seed"], "swiglu") == []
+    assert not {"--bf16", "--swiglu"} & set(planned["expert-math"].command)
+    assert stages("model.qk=[1, 2]")["seed"].command.count("--qk") == 1
+    assert values(stages("model.qk=[1, 2]")["seed"], "qk") == ["1", "2"]
+
+
+def test_validation_data_are_given_when_training_evaluates() -> None:
+    assert "--valid-data-path" not in stages()["seed"].command
+    evaluating = stages("training.eval-iters=2")["expert-math"]
+    assert values(evaluating, "valid-data-path")[1] == "data/math_valid_text_document"
+
+
+def test_every_flag_of_a_training_stage_stands_once() -> None:
+    for stage in stages().values():
+        given = [word for word in stage.command if word.startswith("--") and not word.startswith("--btx-eval")]
+        repeated = {word for word in given if given.count(word) > 1} - {"--expert"}
+        assert not repeated, f"{stage.name}: {repeated}"
+
+
+def test_the_moe_flags_are_the_mixs_in_finetuning_and_evaluation_alike() -> None:
+    planned = stages("mix.top-k=3", "mix.experts=[math, code, seed]", "finetune.layout.expert-model-parallel-size=1")
+    for name in ("finetune", "evaluate-moe"):
+        assert values(planned[name], "num-experts") == ["3"] and values(planned[name], "moe-router-topk") == ["3"]
+        assert values(planned[name], "moe-router-dtype") == ["fp32"]
+    assert "--num-experts" not in planned["evaluate-dense"].command
+    assert all_values(planned["mix"], "expert") == [
+        "math=expert-math/checkpoint",
+        "code=expert-code/checkpoint",
+        "seed=seed/checkpoint",
+    ]
+    assert "expert-knowledge" not in planned["mix"].parents
+    assert values(planned["mix"], "moe-router-topk") == ["3"]
+    assert all_values(planned["average"], "expert") == all_values(planned["mix"], "expert")
+
+
+def test_evaluation_names_every_model() -> None:
+    planned = stages()
+    assert all_values(planned["evaluate-moe"], "btx-eval-model") == ["mix=mix/checkpoint", "btx=finetune/checkpoint"]
+    names = [pair.partition("=")[0] for pair in all_values(planned["evaluate-dense"], "btx-eval-model")]
+    assert names == ["seed", "expert-math", "expert-code", "expert-knowledge", "average", "dense"]
+    data = all_values(stages("evaluate.split=test")["evaluate-moe"], "btx-eval-data")
+    assert data == [f"{domain}=data/{domain}_test_text_document" for domain in ("general", "math", "code", "knowledge")]
+    spread = stages(
+        "evaluate.layout={processes: 2, expert-model-parallel-size: 2}", "evaluate.megatron={micro-batch-size: 2}"
+    )
+    assert "--expert-model-parallel-size" not in spread["evaluate-dense"].command
+    assert values(spread["evaluate-moe"], "expert-model-parallel-size") == ["2"]
+
+
+def test_seeds() -> None:
+    planned = stages("random-seed=77")
+    assert values(planned["seed"], "seed") == values(planned["finetune"], "seed") == ["77"]
+    assert values(planned["mix"], "router-seed") == ["77"]
+    assert values(stages("mix.router-seed=5")["mix"], "router-seed") == ["5"]
+    assert stages()["data"].command == planned["data"].command
+    assert values(stages("data.seed=5")["data"], "seed") == ["5"]
+
+
+def checkpoint(path: Path) -> Path:
+    path.mkdir(parents=True)
+    (path / "latest_checkpointed_iteration.txt").write_text("7")
+    return path
+
+
+def test_given_checkpoints_take_the_place_of_their_stages(tmp_path: Path) -> None:
+    seed, math = checkpoint(tmp_path / "seed"), checkpoint(tmp_path / "math")
+    planned = stages(f"seed={{from: {seed}}}", f"experts.math={{from: {math}}}", "baselines=null")
+    assert "seed" not in planned and "expert-math" not in planned and "average" not in planned
+    assert values(planned["expert-code"], "pretrained-checkpoint") == [str(seed)]
+    assert planned["expert-code"].inputs == (seed,)
+    assert set(planned["mix"].inputs) == {math, seed}
+    assert f"seed={seed}" in planned["evaluate-dense"].command
+    with pytest.raises(InputError, match="experts.math: baselines.dense is derived from its blend and tokens"):
+        stages(f"experts.math={{from: {math}}}")
+    mixed = checkpoint(tmp_path / "mix")
+    planned = stages(f"mix.from={mixed}")
+    assert "mix" not in planned and values(planned["finetune"], "pretrained-checkpoint") == [str(mixed)]
+    assert values(planned["finetune"], "num-experts") == ["4"]
+
+
+def given_data(tmp_path: Path) -> dict[str, Any]:
+    """A recipe on existing datasets: two weighted ones for math, one for general, whose validation set is missing."""
+    for name in ("a", "b", "general", "valid"):
+        for suffix in (".bin", ".idx"):
+            (tmp_path / f"{name}{suffix}").write_bytes(b"x")
+    tree = copy.deepcopy(yaml.safe_load(QUICKSTART.read_text()))
+    for key in ("mix", "finetune", "baselines", "evaluate", "domains"):
+        del tree[key]
+    tree["experts"] = {"math": tree["experts"]["math"]}
+    tree["seed"]["blend"] = {"general": 3, "math": 1}
+    tree["data"] = {
+        "tokenizer": {"tokenizer-type": "NullTokenizer", "vocab-size": 1000},
+        "domains": {
+            "general": {"train": [f"{tmp_path}/general"]},
+            "math": {"train": [f"3 {tmp_path}/a", f"1 {tmp_path}/b"], "valid": [f"{tmp_path}/valid"]},
+        },
+    }
+    return tree
+
+
+def test_given_datasets_keep_their_weights_within_their_domain(tmp_path: Path) -> None:
+    planned = {stage.name: stage for stage in plan_stages(parse_recipe(given_data(tmp_path), "r"))}
+    assert set(planned) == {"seed", "expert-math"}
+    expected = ["0.75", f"{tmp_path}/general", "0.1875", f"{tmp_path}/a", "0.0625", f"{tmp_path}/b"]
+    assert values(planned["seed"], "train-data-path") == expected
+    assert "--valid-data-path" not in planned["seed"].command
+    assert tmp_path / "a" in planned["seed"].inputs
+    assert values(planned["seed"], "tokenizer-type") == ["NullTokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "reason"),
+    [
+        ("domains", {"general": {"train": ["/nowhere"]}}, "/nowhere.bin does not exist"),
+        ("domains", {"general": {"train": []}}, "data.domains.general.train: found"),
+        ("domains", {"general": {"valid": []}}, "data.domains.general.valid: found"),
+        ("domains", {"general": {}}, "data.domains.general.train: missing"),
+        ("domains", {"general": {"trian": ["x"]}}, "trian: unknown key; did you mean train"),
+        ("tokenizer", {}, "missing tokenizer-type"),
+        ("tokenizer", {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": "/no.model"}, "does not exist"),
+        ("workers", 3, "data.workers: only for corpora that the run makes"),
+    ],
+)
+def test_bad_given_data_are_refused(section: str, value: Any, reason: str, tmp_path: Path) -> None:
+    tree = given_data(tmp_path)
+    tree["data"][section] = value
+    with pytest.raises(InputError, match=reason):
+        parse_recipe(tree, "r")
+
+
+def test_evaluation_wants_one_prefix_per_domain(tmp_path: Path) -> None:
+    tree = {**given_data(tmp_path), "evaluate": {"tokens": 1024}}
+    with pytest.raises(InputError, match="data.domains.general.valid: found 0 prefixes"):
+        parse_recipe(tree, "r")
+
+
+def test_flops_are_six_per_active_parameter_and_token() -> None:
+    dense = {"hidden-size": 64, "num-layers": 4, "num-attention-heads": 4, "swiglu": True, "ffn-hidden-size": 176}
+    blocks = 4 * (4 * 64 * 64 + 3 * 64 * 176)
+    assert training_flops(dense, 10, 2048) == 60 * (blocks + 64 * 2048)
+    moe = {**dense, "num-experts": 4, "moe-router-topk": 2}
+    assert training_flops(moe, 10, 2048) == 60 * (4 * (4 * 64 * 64 + 2 * 3 * 64 * 176 + 64 * 4) + 64 * 2048)
+    grouped = {**dense, "group-query-attention": True, "num-query-groups": 2}
+    assert training_flops(dense, 1, 0) - training_flops(grouped, 1, 0) == 6 * 4 * 2 * 64 * 32
+
+
+def test_flags_are_checked_by_the_parser_with_the_place_and_the_close_match() -> None:
+    parser = flags._RefusingParser(allow_abbrev=False)
+    parser.add_argument("--num-layers", type=int)
+    flags.check_sections(parser, {"model": ["--num-layers", "4"]})
+    with pytest.raises(InputError, match=r"model\.num-layer: .*did you mean num-layers"):
+        flags.check_sections(parser, {"model": ["--num-layer", "4"]})
+    with pytest.raises(InputError, match="model: argument --num-layers: invalid int value: 'four'"):
+        flags.check_sections(parser, {"model": ["--num-layers", "four"]})
+
+
+def test_the_quickstarts_flags_are_megatrons_and_wrong_ones_are_refused() -> None:
+    """One import of Megatron (some 10 s) for all: the recipe's flags pass, and the added wrong one is named."""
+    sections = recipe("evaluate.megatron.clip-gradd=1").flag_sections
+    with pytest.raises(InputError, match=r"r: evaluate\.megatron\.clip-gradd: Megatron has no flag .*mean clip-grad"):
+        flags.check_with_megatron("r", sections)
+    assert list(sections)[-1] == "evaluate.megatron", "the wrong flag must stand last, behind all that have to pass"
+
+
+def test_the_dry_run_is_a_script_that_does_what_the_run_does(tmp_path: Path) -> None:
+    made = [
+        Stage("a", ("python", "-c", "open('a/out', 'w').write('1 2')"), product="out"),
+        Stage("b", ("bash", "-c", "tr 1 3 < a/out > b/out"), ("a",), product="out"),
+    ]
+    actions = cli_actions(made, tmp_path / "by hand")
+    script = cli.shell_script(made, actions, tmp_path / "by hand")
+    subprocess.run(["bash", "-c", script], check=True)
+    assert (tmp_path / "by hand" / "b" / "out").read_text() == "3 2"
+    for stage in made:
+        command = command_script(stage).partition("exec ")[2].strip()
+        assert command in script
+
+
+def cli_actions(made: list[Stage], directory: Path) -> Any:
+    from megatron_btx.recipe.runner import decide
+
+    return decide(made, directory)
+
+
+def test_help_and_status_import_neither_torch_nor_megatron(tmp_path: Path) -> None:
+    (tmp_path / cli.PLAN_FILE).write_text('[{"stage": "seed", "steps": 10, "tokens": 100}]')
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "manifest.json").write_text('{"status": "running", "seconds": 65.0}')
+    steps = [
+        {"iteration": step, "time": time, "lm loss": 10.0 - step} for step, time in ((1, 0), (2, 2), (3, 4), (4, 99))
+    ]
+    steps.append({"iteration": 5, "time": 101, "lm loss": 9.0})
+    torn = '{"iteration": 6, "time": 10'
+    (tmp_path / "seed" / "metrics.jsonl").write_text("\n".join([*map(json.dumps, steps), torn]))
+    program = (
+        "import sys; from megatron_btx import cli\n"
+        f"code = cli.main(['status', {str(tmp_path)!r}])\n"
+        "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules), 'a heavy import'\n"
+        "sys.exit(code)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    row = next(line for line in answer.stdout.splitlines() if "seed" in line and "interrupted" in line)
+    assert row.replace("│", " ").split() == ["seed", "interrupted", "5/10", "9.000", "5", "1:05"]
+
+
+def test_commands_exit_2_with_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["run", str(tmp_path / "none.yaml")]) == 2
+    assert cli.main(["run", str(QUICKSTART), "--set", "seed.tokens=0", "--dry-run"]) == 2
+    assert cli.main(["status", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
+    assert "none.yaml" in lines[0] and "seed.tokens: found 0" in lines[1] and str(tmp_path) in lines[2]
+
+
+def test_the_words_after_a_dispatched_command_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+
+    def its_main(words: list[str]) -> int:
+        called.append(words)
+        return 5
+
+    module = types.ModuleType("a_module_of_the_test")
+    module.main = its_main  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.DISPATCHED, "convert", ("a_module_of_the_test", ""))
+    assert cli.main(["convert", "--help", "--x"]) == 5
+    assert called == [["--help", "--x"]]

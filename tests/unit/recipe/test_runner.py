@@ -1,0 +1,411 @@
+"""The runner on graphs of small real commands: order, skipping, changes, resuming, failure, signals, locks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_btx.errors import InputError
+from megatron_btx.manifest import read_manifest
+from megatron_btx.recipe import processes
+from megatron_btx.recipe.runner import Machine, decide, failure_message, is_locked, locked, run_stages
+from megatron_btx.recipe.stage import Stage, command_script
+
+WAIT_SECONDS = 30.0
+
+
+class Recorder:
+    """A reporter that remembers the states, and calls ``on_update`` at every turn of the runner."""
+
+    def __init__(self, on_update: Callable[[], None] = lambda: None) -> None:
+        self.states: list[tuple[str, str]] = []
+        self.update = on_update
+
+    def set(self, stage: str, state: str, why: str = "") -> None:
+        self.states.append((stage, state))
+
+    def of(self, state: str) -> list[str]:
+        return [stage for stage, its_state in self.states if its_state == state]
+
+
+def shell(name: str, script: str, *parents: str, processes: int = 1, resumable: bool = False) -> Stage:
+    """A stage that runs ``script`` in the run directory and makes NAME/out."""
+    return Stage(name, ("bash", "-c", script), parents, product="out", processes=processes, resumable=resumable)
+
+
+def appending(name: str, *parents: str, text: str = "x") -> Stage:
+    """A stage that makes its product, and notes in the run's trace that it was executed."""
+    return shell(name, f"echo {name} >> trace; echo {text} > {name}/out", *parents)
+
+
+def diamond(text_of_left: str = "x") -> list[Stage]:
+    """a -> left, right -> end; beside them right's own child."""
+    return [
+        appending("a"),
+        appending("left", "a", text=text_of_left),
+        appending("right", "a"),
+        appending("end", "left", "right"),
+        appending("beside", "right"),
+    ]
+
+
+def run(stages: list[Stage], directory: Path, cores: int = 2, only: tuple[str, ...] = ()) -> tuple[int, Recorder]:
+    recorder = Recorder()
+    return run_stages(stages, directory, Machine((), cores), recorder, only), recorder
+
+
+def trace(directory: Path) -> list[str]:
+    return (directory / "trace").read_text().split()
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {WAIT_SECONDS} s for {what}"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def no_stragglers(tmp_path: Path) -> Iterator[None]:
+    yield
+    wait_for(lambda: not processes.marked(f"{tmp_path}"), "the end of all processes of the run")
+
+
+def test_parents_run_before_children_and_a_second_run_skips_everything(tmp_path: Path) -> None:
+    code, _ = run(diamond(), tmp_path)
+    order = trace(tmp_path)
+    assert code == 0
+    assert sorted(order) == ["a", "beside", "end", "left", "right"]
+    assert order[0] == "a" and order.index("end") > max(order.index("left"), order.index("right"))
+    code, recorder = run(diamond(), tmp_path)
+    assert code == 0 and trace(tmp_path) == order
+    assert len(recorder.of("skipped")) == 5
+
+
+def test_a_changed_stage_runs_again_with_all_that_depends_on_it_and_nothing_else(tmp_path: Path) -> None:
+    run(diamond(), tmp_path)
+    (tmp_path / "trace").unlink()
+    (tmp_path / "left" / "stale").write_text("of the earlier settings")
+    actions = decide(diamond("y"), tmp_path)
+    assert {name: action.verb for name, action in actions.items()} == {
+        **dict.fromkeys(("a", "right", "beside"), "skip"),
+        **dict.fromkeys(("left", "end"), "rerun"),
+    }
+    assert "left" in actions["end"].why
+    run(diamond("y"), tmp_path)
+    assert trace(tmp_path) == ["left", "end"]
+    assert (tmp_path / "left" / "out").read_text() == "y\n"
+    assert not (tmp_path / "left" / "stale").exists()
+
+
+def test_a_moved_run_still_counts(tmp_path: Path) -> None:
+    run(diamond(), tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert {action.verb for action in decide(diamond(), tmp_path / "there").values()} == {"skip"}
+
+
+def test_a_changed_outside_input_is_a_change(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.with_suffix(".bin").write_bytes(b"1")
+    stage = Stage("a", ("bash", "-c", "touch a/out"), inputs=(corpus,), product="out")
+    run([stage], tmp_path / "run")
+    assert decide([stage], tmp_path / "run")["a"].verb == "skip"
+    corpus.with_suffix(".bin").write_bytes(b"12")
+    assert decide([stage], tmp_path / "run")["a"].verb == "rerun"
+
+
+def test_a_missing_product_is_made_again(tmp_path: Path) -> None:
+    run([appending("a")], tmp_path)
+    (tmp_path / "a" / "out").unlink()
+    run([appending("a")], tmp_path)
+    assert trace(tmp_path) == ["a", "a"]
+
+
+def test_independent_stages_run_side_by_side(tmp_path: Path) -> None:
+    meet = "touch {0}/here; for _ in $(seq 300); do [ -e {1}/here ] && touch {0}/out && exit 0; sleep .1; done; exit 1"
+    stages = [shell("one", meet.format("one", "two")), shell("two", meet.format("two", "one"))]
+    code, _ = run(stages, tmp_path)
+    assert code == 0
+
+
+def test_no_more_run_at_once_than_there_are_cores(tmp_path: Path) -> None:
+    alone = "mkdir busy || exit 1; sleep .5; rmdir busy; touch {0}/out"
+    stages = [shell(name, alone.format(name), processes=size) for name, size in (("one", 1), ("two", 2), ("big", 9))]
+    code, _ = run(stages, tmp_path, cores=1)
+    assert code == 0
+
+
+def test_the_longest_chain_of_work_starts_first(tmp_path: Path) -> None:
+    def sized(name: str, tokens: int, *parents: str) -> Stage:
+        script = f"echo {name} >> trace; touch {name}/out"
+        return Stage(name, ("bash", "-c", script), parents, product="out", tokens=tokens)
+
+    code, _ = run([sized("short", 10), sized("first", 5), sized("second", 20, "first")], tmp_path, cores=1)
+    assert code == 0
+    assert trace(tmp_path) == ["first", "second", "short"]
+
+
+def test_gpus_are_shared_out_and_too_few_are_refused(tmp_path: Path) -> None:
+    script = "echo $CUDA_VISIBLE_DEVICES > {0}/out; sleep .5"
+    stages = [
+        Stage(name, ("bash", "-c", script.format(name)), product="out", processes=size, on_gpu=on_gpu)
+        for name, size, on_gpu in (("one", 1, True), ("two", 1, True), ("none", 4, False))
+    ]
+    assert run_stages(stages, tmp_path, Machine(("4", "7"), 1), Recorder()) == 0
+    assert {(tmp_path / name / "out").read_text().strip() for name in ("one", "two")} == {"4", "7"}
+    assert (tmp_path / "none" / "out").read_text().strip() == ""
+    wide = Stage("wide", ("true",), processes=3, on_gpu=True)
+    with pytest.raises(InputError, match="wide: 3 processes need as many GPUs, found 2"):
+        run_stages([wide], tmp_path, Machine(("4", "7"), 1), Recorder())
+
+
+def test_a_failure_shows_the_log_stops_the_others_and_leaves_them_resumable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], no_stragglers: None
+) -> None:
+    wait = "until [ -e slow/started ]; do sleep .1; done"
+    slow = shell("slow", "touch slow/started; sleep 100", resumable=True)
+    bad = shell("bad", f"{wait}; seq 40; echo the reason; exit 7")
+    code, recorder = run([slow, bad, appending("child", "bad")], tmp_path)
+    shown = capsys.readouterr().err
+    assert code == 1
+    assert "stage bad ended with status 7" in shown and str(tmp_path / "bad" / "log.txt") in shown
+    assert "the reason" in shown and "  27\n" in shown and "  25\n" not in shown
+    assert recorder.of("failed") == ["bad"] and recorder.of("stopped") == ["slow"]
+    assert "child" not in recorder.of("running")
+    actions = decide([slow, bad], tmp_path)
+    assert (actions["slow"].verb, actions["bad"].verb) == ("resume", "run")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "echo 'error: no such corpus' >&2; exit 2",
+        "echo 'error: no such corpus'; echo '  exitcode  : 2 (pid: 5)'; exit 1",
+        "echo 'pretrain.py: error: no such corpus'; exit 2",
+    ],
+)
+def test_bad_input_of_a_stage_is_one_line_and_status_2(
+    script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = run([shell("a", f"echo noise; {script}")], tmp_path)
+    shown = capsys.readouterr().err
+    assert code == 2
+    assert "no such corpus" in shown and "noise" not in shown
+
+
+def test_an_error_line_of_an_earlier_start_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = shell("a", "[ -e mended ] || { echo 'error: first'; exit 2; }; echo 'error: second'; exit 2")
+    run([stage], tmp_path)
+    (tmp_path / "mended").touch()
+    capsys.readouterr()
+    run([stage], tmp_path)
+    assert "second" in (shown := capsys.readouterr().err) and "first" not in shown
+    assert "error: first" in (tmp_path / "a" / "log.txt").read_text()
+
+
+def test_another_failure_is_not_taken_for_bad_input() -> None:
+    message, status = failure_message("error: a word in passing\nTraceback\nValueError: x\n", 1)
+    assert status == 1 and "ValueError: x" in message
+
+
+def test_torchruns_report_does_not_hide_the_reason() -> None:
+    report = "W1123 21:07:41 5 lib/torch/distributed/elastic/multiprocessing/api.py:1] closing\n" + "noise\n" * 40
+    message, status = failure_message(f"[rank1]: AssertionError: no sample\n{report}", 1)
+    assert status == 1 and message == "  [rank1]: AssertionError: no sample"
+    assert "noise" in failure_message(report, 1)[0]
+
+
+def test_a_stage_that_ends_well_without_its_product_has_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = run([shell("a", "true")], tmp_path)
+    assert code == 1 and "without its product out" in capsys.readouterr().err
+
+
+def test_training_that_ends_early_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = "checkpoint/latest_checkpointed_iteration.txt"
+    script = f"mkdir -p a/checkpoint; echo ${{STEPS:-5}} > a/{tracker}"
+    stage = Stage("a", ("bash", "-c", script), product=tracker, iterations=10, resumable=True)
+    code, _ = run([stage], tmp_path)
+    assert code == 1 and "ended at iteration 5 of 10" in capsys.readouterr().err
+    assert decide([stage], tmp_path)["a"].verb == "resume"
+
+
+def test_a_stage_that_cannot_resume_starts_without_its_partial_product(tmp_path: Path) -> None:
+    script = "[ -e a/partial ] && exit 3; mkdir a/partial; [ -e mended ] && touch a/out"
+    run([shell("a", script)], tmp_path)
+    assert (tmp_path / "a" / "partial").exists()
+    (tmp_path / "mended").touch()
+    code, _ = run([shell("a", script)], tmp_path)
+    assert code == 0
+    assert (read_manifest(tmp_path / "a") or {})["starts"] == 2
+
+
+def test_only_runs_what_it_names_and_wants_finished_parents(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="left: it needs a, which is not finished"):
+        run(diamond(), tmp_path, only=("left",))
+    code, _ = run(diamond(), tmp_path, only=("a", "left"))
+    assert code == 0 and trace(tmp_path) == ["a", "left"]
+    with pytest.raises(InputError, match="--only lefd: no such stage"):
+        run(diamond(), tmp_path, only=("lefd",))
+
+
+def test_a_folder_that_no_stage_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.txt").write_text("my only copy")
+    with pytest.raises(InputError, match="not made by btx run"):
+        run([appending("a")], tmp_path)
+    assert (tmp_path / "a" / "thesis.txt").exists()
+
+
+def test_a_run_directory_is_held_by_one_runner(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
+        with pytest.raises(InputError, match="another btx run is at work"):
+            run([appending("a")], tmp_path)
+    assert not is_locked(tmp_path)
+    assert run([appending("a")], tmp_path)[0] == 0
+
+
+def test_the_manifest_says_what_was_done(tmp_path: Path) -> None:
+    run(diamond(), tmp_path)
+    manifest, parent = read_manifest(tmp_path / "left") or {}, read_manifest(tmp_path / "a") or {}
+    assert manifest["status"] == "finished" and manifest["stage"] == "left"
+    assert manifest["parents"] == {"a": parent["fingerprint"]}
+    assert manifest["versions"]["megatron-core"].startswith("0.19")
+    assert manifest["seconds"] > 0 and manifest["exit"] == 0
+
+
+def test_seconds_add_up_over_starts(tmp_path: Path) -> None:
+    stage = shell("a", "sleep .6; [ -e mended ] && touch a/out")
+    run([stage], tmp_path)
+    (tmp_path / "mended").touch()
+    run([stage], tmp_path)
+    assert (read_manifest(tmp_path / "a") or {})["seconds"] >= 1.2
+
+
+def test_the_command_by_hand_is_the_command_that_was_run(tmp_path: Path) -> None:
+    quoted = 'printf \'%s|\' "$OMP_NUM_THREADS" "$1" > a/out'
+    stage = Stage("a", ("bash", "-c", quoted, "--", 'it\'s $HOME; "two  words"'), product="out", threads=3)
+    run([stage], tmp_path)
+    assert (tmp_path / "a" / "command.sh").read_text() == command_script(stage)
+    by_runner = (tmp_path / "a" / "out").read_text()
+    assert by_runner == '3|it\'s $HOME; "two  words"|'
+    (tmp_path / "a" / "out").unlink()
+    subprocess.run(["bash", str(tmp_path / "a" / "command.sh")], cwd="/", check=True)
+    assert (tmp_path / "a" / "out").read_text() == by_runner
+
+
+# A stage that counts to 20 in its own session, leaving a grandchild in another one, as torchrun's workers do.
+_COUNTER = """
+import pathlib, subprocess, sys, time
+here = pathlib.Path("count")
+child = subprocess.Popen(["sleep", "100"], start_new_session=True)
+(here / "pids").write_text(f"{child.pid} {__import__('os').getpid()}")
+state = here / "state"
+start = int(state.read_text()) if state.exists() else 0
+with (here / "starts").open("a") as starts:
+    print(start, file=starts)
+for step in range(start, 20):
+    (here / "state.new").write_text(str(step + 1))
+    (here / "state.new").replace(state)
+    time.sleep(0.1)
+child.kill()
+(here / "out").touch()
+"""
+
+
+def counter() -> Stage:
+    return Stage("count", ("python", "-c", _COUNTER), product="out", resumable=True)
+
+
+def start_runner(directory: Path) -> subprocess.Popen[bytes]:
+    """Another process that runs the counter in ``directory``."""
+    program = f"""
+        import sys
+        from pathlib import Path
+        from megatron_btx.recipe.progress import Progress
+        from megatron_btx.recipe.runner import Machine, run_stages
+        from megatron_btx.recipe.stage import Stage
+        stages = [Stage("count", ("python", "-c", {_COUNTER!r}), product="out", resumable=True)]
+        run = Path({str(directory)!r})
+        with Progress(run, stages) as progress:
+            sys.exit(run_stages(stages, run, Machine((), 2), progress))
+    """
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], start_new_session=True)
+
+
+def count(directory: Path) -> int:
+    state = directory / "count" / "state"
+    return int(state.read_text()) if state.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_runner_leaves_no_process_and_the_next_one_resumes(
+    number: signal.Signals, tmp_path: Path, no_stragglers: None
+) -> None:
+    runner = start_runner(tmp_path)
+    wait_for(lambda: count(tmp_path) >= 3, "the first steps")
+    pids = [int(pid) for pid in (tmp_path / "count" / "pids").read_text().split()]
+    assert all(alive(pid) for pid in pids)
+    os.kill(runner.pid, number)
+    code = runner.wait(WAIT_SECONDS)
+    assert code == (-number if number == signal.SIGKILL else 128 + number)
+    wait_for(lambda: not any(alive(pid) for pid in pids), "the end of the stage and its grandchild")
+    reached = count(tmp_path)
+    assert 3 <= reached < 20
+    status = "running" if number == signal.SIGKILL else "stopped"
+    assert json.loads((tmp_path / "count" / "manifest.json").read_text())["status"] == status
+    assert decide([counter()], tmp_path)["count"].verb == "resume"
+    assert run([counter()], tmp_path)[0] == 0
+    assert (tmp_path / "count" / "starts").read_text().split() == ["0", str(reached)]
+
+
+def test_a_new_run_ends_what_a_killed_one_left_even_without_its_guard(tmp_path: Path, no_stragglers: None) -> None:
+    mark = {**os.environ, processes.MARK_VARIABLE: f"{tmp_path.resolve()}:gone:count:"}
+    left = subprocess.Popen(["sleep", "100"], env=mark, start_new_session=True)
+    assert run([appending("a")], tmp_path)[0] == 0
+    assert left.wait(1.0) == -signal.SIGTERM
+
+
+def test_a_process_that_ignores_the_request_to_end_is_killed(tmp_path: Path) -> None:
+    mark = {**os.environ, processes.MARK_VARIABLE: f"{tmp_path}:stubborn:"}
+    stubborn = subprocess.Popen(["bash", "-c", f"trap '' TERM; touch {tmp_path}/up; sleep 100 & wait; wait"], env=mark)
+    wait_for((tmp_path / "up").exists, "the trap")
+    assert processes.end_marked(f"{tmp_path}:stubborn:", grace_seconds=0.5) >= 1
+    assert stubborn.wait(5.0) == -signal.SIGKILL
+    assert not processes.marked(f"{tmp_path}:stubborn:")
+
+
+def test_a_mark_is_no_prefix_of_a_longer_name(tmp_path: Path) -> None:
+    """The end of stage dense must not end stage dense-domains."""
+    waiting = "until [ -e dense/out ]; do sleep .1; done; sleep 1; touch dense-domains/out"
+    code, _ = run([shell("dense-domains", waiting), shell("dense", "touch dense/out")], tmp_path)
+    assert code == 0
+
+
+def test_what_a_finished_stage_left_behind_is_ended_before_its_children_start(tmp_path: Path) -> None:
+    leaving = shell("a", "setsid sleep 100 & echo $! > a/out")
+    gone = "read -r _ _ state _ < /proc/$(cat a/out)/stat; [ ${state:-Z} = Z ] && touch b/out"
+    code, _ = run([leaving, shell("b", gone, "a")], tmp_path)
+    assert code == 0
+
+
+def test_a_changed_stage_that_could_resume_starts_from_nothing(tmp_path: Path) -> None:
+    run([shell("a", "echo old > a/checkpoint; touch a/out", resumable=True)], tmp_path)
+    code, _ = run([shell("a", "[ ! -e a/checkpoint ] && touch a/out", resumable=True)], tmp_path)
+    assert code == 0
