@@ -38,8 +38,10 @@ def main() -> int:
     data = _pairs(args.btx_eval_data, "--btx-eval-data")
     if args.btx_eval_output is None:
         raise InputError("--btx-eval-output is missing; name the file for the results")
-    for path in models.values():
-        compare_with_stored(path, vars(args))
+    stored = [compare_with_stored(path, vars(args)) for path in models.values()]
+    experts = next((a["btx_experts"] for a in stored if a.get("btx_experts")), None)
+    if args.num_experts and experts is None:
+        experts = [f"expert {i}" for i in range(args.num_experts)]
     for domain, prefix in data.items():
         check_indexed_dataset(prefix, f"--btx-eval-data {domain}=")
     repairs.install()
@@ -51,7 +53,7 @@ def main() -> int:
         results[name] = evaluate_model(model, data, path)
         _say(f"{name}: " + ", ".join(f"{d} {loss:.4f}" for d, loss in results[name]["losses"].items()))
     if args.rank == 0:
-        write_json(Path(args.btx_eval_output), {"models": results})
+        write_json(Path(args.btx_eval_output), {"models": results, "experts": experts})
     return 0
 
 

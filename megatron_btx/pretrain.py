@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
 from typing import Any
 
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
-from megatron_btx.errors import InputError, exits_with_one_line
+from megatron_btx.errors import CheckpointError, InputError, exits_with_one_line
 
 prepare_environment()
 
@@ -25,12 +26,28 @@ def main() -> int:
     """Train what the command line describes; see --help."""
     install_cpu_stand_ins()
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
+    from megatron.training import get_args, pretrain
+    from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_btx.data.training import train_valid_test_datasets
 
-    pretrain(prepare(), train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
+    configuration = prepare()
+    try:
+        pretrain(configuration, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
+    except CheckpointException as failure:
+        raise _writing_failed(get_args().save, failure) from failure
     return 0
+
+
+def _writing_failed(folder: str | None, failure: BaseException) -> CheckpointError:
+    """A failed checkpoint in one line: most often the disk is full. The tracker still names the last complete one."""
+    cause = str(failure).strip().splitlines()[-1]
+    there = folder if folder and os.path.isdir(folder) else "."
+    free_mib = shutil.disk_usage(there).free >> 20
+    return CheckpointError(
+        f"--save {folder}: a checkpoint could not be written or read ({free_mib} MiB free there): {cause}. Make room "
+        "and start the same command again; it goes on from the last complete checkpoint"
+    )
 
 
 def prepare() -> Any:

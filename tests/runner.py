@@ -63,10 +63,12 @@ class Zygote:
         log: Path,
         entry: str = "megatron_btx.pretrain",
         environment: dict[str, str] | None = None,
+        file_size_limit_bytes: int | None = None,
     ) -> Run:
         """Start all ranks of a run."""
         log.parent.mkdir(parents=True, exist_ok=True)
         request = {"world_size": world_size, "arguments": arguments, "log": str(log), "entry": entry}
+        request["file_size_limit_bytes"] = file_size_limit_bytes
         return Run(int(self._ask("group", do="start", environment=environment or {}, **request)), log)
 
     def wait(self, run: Run, expect: int | None = 0) -> Run:

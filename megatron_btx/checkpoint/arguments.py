@@ -46,8 +46,7 @@ class ModelArgument:
             return []
         if self.switch is not None:
             return [self.flag] if value is self.switch else []
-        if isinstance(value, list | tuple) and self.name != "moe_layer_freq":
-            return [self.flag, *map(str, value)]
+        # Megatron parses lists and tuples from one word: (128,0), [0,1,1,1].
         return [self.flag, str(value).replace(" ", "")]
 
 
@@ -74,19 +73,29 @@ MODEL_ARGUMENTS = (
     ModelArgument("rotary_seq_len_interpolation_factor", "--rotary-seq-len-interpolation-factor", None),
     ModelArgument("use_rope_scaling", "--use-rope-scaling", False, _ON),
     ModelArgument("rope_scaling_factor", "--rope-scaling-factor", 8.0),
+    ModelArgument("no_rope_freq", "--no-rope-freq", None),
     ModelArgument("swiglu", "--swiglu", False, _ON),
     ModelArgument("squared_relu", "--squared-relu", False, _ON),
     ModelArgument("openai_gelu", "--openai-gelu", False, _ON),
     ModelArgument("quick_geglu", "--quick-geglu", False, _ON),
+    ModelArgument("glu_linear_offset", "--glu-linear-offset", 0.0),
+    ModelArgument("activation_func_clamp_value", "--activation-func-clamp-value", None),
     ModelArgument("add_bias_linear", "--disable-bias-linear", True, _OFF),
     ModelArgument("add_qkv_bias", "--add-qkv-bias", False, _ON),
     ModelArgument("qk_layernorm", "--qk-layernorm", False, _ON),
     ModelArgument("qk_l2_norm", "--qk-l2-norm", False, _ON),
     ModelArgument("apply_query_key_layer_scaling", "--apply-query-key-layer-scaling", False, _ON),
     ModelArgument("window_size", "--window-size", None),
+    ModelArgument("window_attn_skip_freq", "--window-attn-skip-freq", None),
     ModelArgument("softmax_type", "--softmax-type", "vanilla"),
     ModelArgument("multi_latent_attention", "--multi-latent-attention", False, _ON),
     ModelArgument("untie_embeddings_and_output_weights", "--untie-embeddings-and-output-weights", False, _ON),
+    ModelArgument("use_mup", "--use-mup", False, _ON),
+    ModelArgument("mup_base_hidden_size", "--mup-base-hidden-size", None),
+    ModelArgument("mup_base_head_dim", "--mup-base-head-dim", None),
+    ModelArgument("mup_embedding_mult", "--mup-embedding-mult", 1.0),
+    ModelArgument("mup_output_mult", "--mup-output-mult", 1.0),
+    ModelArgument("mup_attn_scale_power", "--mup-attn-scale-power", 1.0),
     ModelArgument("padded_vocab_size", "--padded-vocab-size", None),
     ModelArgument("num_experts", "--num-experts", None),
     ModelArgument("moe_layer_freq", "--moe-layer-freq", 1, moe=True),
@@ -112,6 +121,12 @@ NUMERICS_ARGUMENTS = (
     ModelArgument("fp16", "--fp16", False, _ON),
 )
 """What must stay the same when a run is resumed, but may differ when a new one starts from its weights."""
+
+
+TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
+"""The arguments that name a tokenizer's files."""
+
+_TOKENIZER_FOLDER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model")
 
 
 def differences(
@@ -167,6 +182,8 @@ def check_against_checkpoint(args: Any) -> None:
         stored = compare_with_stored(path, vars(args), table)
         if resuming:
             check_resume_layout(path, stored, vars(args))
+        # The experts' names travel from checkpoint to checkpoint, for figures and for mixing again.
+        args.btx_experts = stored.get("btx_experts")
 
 
 def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[ModelArgument] = MODEL_ARGUMENTS) -> Any:
@@ -220,20 +237,22 @@ def check_same_tokenizer(sources: Mapping[str, Mapping[str, Any]], remedy: str) 
 
 
 def tokenizer_identity(arguments: Mapping[str, Any], name: str, remedy: str) -> str:
-    """A tokenizer's kind and the hash of its files."""
-    kind, model = arguments.get("tokenizer_type"), arguments.get("tokenizer_model")
-    if model is None:
+    """A tokenizer's kind and the hash of its files; its size where it has none.
+
+    Raises:
+        InputError: a file cannot be found, or a folder holds no file of a tokenizer.
+    """
+    kind = arguments.get("tokenizer_type")
+    given = [arguments[argument] for argument in TOKENIZER_FILES if arguments.get(argument) is not None]
+    if not given:
         return f"{kind} of {arguments.get('vocab_size')} tokens"
-    path = Path(model)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.name.startswith(("tokenizer", "vocab", "merges")))
-    else:
-        raise InputError(
-            f"{name}: its tokenizer {model} cannot be found, so it cannot be compared; put it back, or {remedy}"
-        )
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
+    for path in map(Path, given):
+        files = [path] if path.is_file() else sorted(f for p in _TOKENIZER_FOLDER_FILES for f in path.glob(p))
+        if not files:
+            raise InputError(
+                f"{name}: its tokenizer {path} cannot be found, so it cannot be compared; put it back, or {remedy}"
+            )
+        for file in files:
+            digest.update(file.read_bytes())
     return f"{kind} sha256 {digest.hexdigest()[:16]}"

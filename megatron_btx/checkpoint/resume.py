@@ -29,6 +29,7 @@ def check_resume_layout(path: str, stored: Mapping[str, Any], given: Mapping[str
     """
     if given.get("no_load_optim") or stored.get("no_save_optim"):
         return
+    _check_schedule(path, stored, given)
     weights_only = "or start a new run from its weights with --pretrained-checkpoint"
     if stored.get("num_experts"):
         was, now = stored.get("expert_model_parallel_size", 1), given["expert_model_parallel_size"]
@@ -51,3 +52,14 @@ def check_resume_layout(path: str, stored: Mapping[str, Any], given: Mapping[str
                     f"that layout, given {given[name]}; resume with {stored.get(name)} (save with "
                     f"--dist-ckpt-optim-fully-reshardable to be free), {weights_only}"
                 )
+
+
+def _check_schedule(path: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Megatron stops with an assertion when the schedule's length changes and neither of its two flags decides."""
+    was, now = stored.get("train_iters"), given["train_iters"]
+    decided = given["override_opt_param_scheduler"] or given["use_checkpoint_opt_param_scheduler"]
+    if was and now and was != now and not decided:
+        raise InputError(
+            f"{path}: its schedule was made for --train-iters {was}, given {now}; take the new schedule with "
+            "--override-opt-param-scheduler, or keep the stored one with --use-checkpoint-opt-param-scheduler"
+        )

@@ -45,6 +45,20 @@ _ALLOWED = {
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
 }
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What damaged pickles have been seen to raise: the unpickler obeys whatever the bytes happen to say."""
+
 _INERT_PREFIXES = ("megatron.", "signal", "transformer_engine.", "enum")
 
 
@@ -80,7 +94,7 @@ class AllowListUnpickler(pickle.Unpickler):
         """
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        if module == "torch" and _is_plain_torch_value(name):
+        if module == "torch" and "." not in name and _is_plain_torch_value(name):
             return super().find_class(module, name)
         if module.startswith(_INERT_PREFIXES) and "." not in name:
             return type(name, (ForeignValue,), {"__module__": module})
@@ -107,8 +121,10 @@ def load_pickle(file: BinaryIO, where: str) -> Any:
     unpickler.where = where
     try:
         return unpickler.load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: cannot be read ({error}); it is truncated or not a checkpoint's") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{where}: cannot be read ({_first_line(error)}); it is truncated or not a checkpoint's"
+        ) from error
 
 
 def load_torch(file: BinaryIO, where: str) -> Any:
@@ -123,7 +139,7 @@ def load_torch(file: BinaryIO, where: str) -> Any:
     allow_list = SimpleNamespace(Unpickler=unpickler, load=lambda f, **_: load_pickle(f, where), __name__="allow_list")
     try:
         return torch.load(file, map_location="cpu", weights_only=False, pickle_module=allow_list)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{where}: cannot be read ({_first_line(error)}); it is truncated or damaged") from error
 
 

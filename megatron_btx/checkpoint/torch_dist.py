@@ -7,6 +7,7 @@ which tensor. Reading maps one record at a time; writing keeps one block in memo
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import json
@@ -46,9 +47,11 @@ def resolve_iteration(path: str | Path) -> Path:
             "save it again with --ckpt-format torch_dist"
         )
     try:
-        backend = json.loads(backend_file.read_text()).get("sharded_backend")
-    except ValueError as error:
-        raise CheckpointError(f"{backend_file}: is not JSON ({error}); the checkpoint is damaged") from error
+        backend = json.loads(backend_file.read_bytes()).get("sharded_backend")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{backend_file}: is not JSON as expected ({error}); the checkpoint is damaged"
+        ) from error
     if backend != BACKEND["sharded_backend"]:
         raise CheckpointError(
             f"{backend_file}: format {backend!r}, expected 'torch_dist'; save it again with --ckpt-format torch_dist"
@@ -62,9 +65,9 @@ def _latest(root: Path) -> Path:
         raise CheckpointError(
             f"{root}: has neither {TRACKER} nor metadata.json; give a checkpoint's root or one of its iter_ folders"
         )
-    latest = tracker.read_text().strip()
-    if latest != RELEASE and not re.fullmatch(r"\d+", latest):
-        raise CheckpointError(f"{tracker}: holds {latest[:40]!r}, expected an iteration number or 'release'")
+    latest = tracker.read_bytes()[:40].decode(errors="replace").strip()
+    if latest != RELEASE and not re.fullmatch(r"[0-9]{1,18}", latest):
+        raise CheckpointError(f"{tracker}: holds {latest!r}, expected an iteration number or 'release'")
     folder = root / (RELEASE if latest == RELEASE else f"iter_{int(latest):07d}")
     if not folder.is_dir():
         raise CheckpointError(f"{tracker}: names {folder.name}, which does not exist beside it; give an iter_ folder")
@@ -116,10 +119,12 @@ class TorchDistReader:
     def _fill(self, index: Any) -> None:
         stored: dict[str, list[tuple[Any, Any]]] = {}
         for key, info in index.storage_data.items():
-            self._check_file(info.relative_path, info.offset + info.length)
+            self._check_record(info.relative_path, info.offset, info.length)
             stored.setdefault(key.fqn, []).append((key, info))
         for name, description in index.state_dict_metadata.items():
             records = stored.get(name, [])
+            if not records:
+                raise CheckpointError(f"{self.folder}: {name}: is in the index and stored nowhere; incomplete")
             if not hasattr(description, "chunks"):
                 self._objects[name] = records[0][1]
                 continue
@@ -133,19 +138,22 @@ class TorchDistReader:
             dtype = description.properties.dtype
             self.tensors[name] = StoredTensor(tuple(description.size), dtype, tuple(blocks))
 
-    def _check_file(self, relative: str, end_bytes: int) -> None:
+    def _check_record(self, relative: str, position: int, length: int) -> None:
         """No record may lie outside the folder or past the end of its file."""
         if os.path.isabs(relative) or ".." in Path(relative).parts:
             raise CheckpointError(f"{self.folder / '.metadata'}: names {relative!r}, outside the checkpoint; refused")
+        if position < 0 or length < 0:
+            raise CheckpointError(f"{self.folder / '.metadata'}: names {length} bytes at {position}; it is damaged")
         sizes: dict[str, int] = self.__dict__.setdefault("_file_sizes", {})
         if relative not in sizes:
             file = self.folder / relative
             if not file.is_file():
                 raise CheckpointError(f"{file}: does not exist; the checkpoint is incomplete")
             sizes[relative] = file.stat().st_size
-        if end_bytes > sizes[relative]:
+        if position + length > sizes[relative]:
             raise CheckpointError(
-                f"{self.folder / relative}: {sizes[relative]} bytes, but the index names {end_bytes}; it is truncated"
+                f"{self.folder / relative}: {sizes[relative]} bytes, but the index names {position + length}; "
+                "it is truncated"
             )
 
     def objects(self) -> list[str]:
@@ -184,9 +192,12 @@ class TorchDistReader:
         if self._last is None or self._last[0] != block:
             record = self._record(block.file, block.position_bytes, block.length_bytes)
             tensor = load_torch(io.BytesIO(record), f"{self.folder / block.file}: {name}")
-            if tuple(tensor.shape) != block.sizes:
+            # Anything can be in the record: what is no tensor has neither a shape nor a dtype.
+            found = (tuple(getattr(tensor, "shape", ())), getattr(tensor, "dtype", type(tensor)))
+            expected = (block.sizes, self.tensors[name].dtype)
+            if found != expected:
                 raise CheckpointError(
-                    f"{self.folder / block.file}: {name}: block of {tuple(tensor.shape)}, the index says {block.sizes}"
+                    f"{self.folder / block.file}: {name}: holds {found}, the index says {expected}; it is damaged"
                 )
             self._last = (block, tensor)
         return self._last[1]
@@ -203,7 +214,7 @@ class TorchDistReader:
             CheckpointError: the checkpoint has neither.
         """
         arguments = self.common_state().get("args")
-        if arguments is None:
+        if not isinstance(arguments, argparse.Namespace):
             raise CheckpointError(f"{self.folder}: its common state holds no arguments; save it with stock Megatron")
         return dict(vars(arguments))
 
@@ -212,12 +223,17 @@ class TorchDistReader:
         for name in self._objects:
             if name.split("/")[0] == "common_state":
                 state = self.read_object(name)
-                return state[0] if isinstance(state, list) else state
+                return self._checked_state(state[0] if isinstance(state, list) and state else state, name)
         older = self.folder / "common.pt"
         if older.is_file():
             with older.open("rb") as file:
-                return dict(load_torch(file, str(older)))
+                return self._checked_state(load_torch(file, str(older)), older.name)
         raise CheckpointError(f"{self.folder}: has neither common_state nor common.pt, so no model configuration")
+
+    def _checked_state(self, state: Any, name: str) -> dict[str, Any]:
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{self.folder}: {name}: is a {type(state).__name__}, expected a dict; it is damaged")
+        return state
 
 
 class TorchDistWriter:

@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="convert_experts.py",
         description="Mix domain experts into one mixture of experts (Branch-Train-MiX): feed-forward blocks become the "
-        "experts bit for bit, everything else is averaged in fp32, routers are new. Needs no GPU.",
+        "experts bit for bit, everything else is averaged, routers are new. Needs no GPU.",
     )
     p.add_argument(
         "--expert",
@@ -40,7 +40,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--router-seed", metavar="N", type=int, default=1234, help="seed of the new routers (default: 1234)")
     p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    p.add_argument("--verify", action="store_true", help="read the result back and compare it with its sources")
+    p.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the result back and compare it with its sources, before it gets its name",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace an existing output, after success only")
     p.add_argument(
         "--allow-other-tokenizer", action="store_true", help="do not compare the experts' tokenizers by content"
@@ -55,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     named_paths = [_name_and_path(text) for text in options.expert]
     if options.output is None and not options.dry_run:
         raise InputError("--output is missing; name the folder for the result, or look at the plan with --dry-run")
-    from megatron_btx.mix.execute import execute, refuse_output, verify
+    from megatron_btx.mix.execute import execute, refuse_output
     from megatron_btx.mix.plan import make_plan
     from megatron_btx.progress import byte_progress
 
@@ -67,11 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     output = Path(options.output)
     refuse_output(plan, output, options.overwrite)
-    with byte_progress("mixing", plan.output_bytes) as progress:
-        execute(plan, output, options.overwrite, progress)
+    with byte_progress("mixing", plan.output_bytes * (2 if options.verify else 1)) as progress:
+        execute(plan, output, options.overwrite, options.verify, progress)
     if options.verify:
-        with byte_progress("verifying", plan.output_bytes) as progress:
-            verify(plan, output, progress)
         print(f"verified: all {len(plan.tensors)} tensors equal what their rules give")
     print(f"wrote {output}; continue with the flags in {output / 'megatron_args.txt'}")
     return 0
@@ -90,7 +92,7 @@ def plan_text(plan: Plan) -> str:
     lines += [f"  {i}  {e.name:<12} {e.folder}" for i, e in enumerate(plan.experts)]
     lines.append(f"  {'tensor of the result':<58} {'shape':<22} {'MiB':>9}  made by")
     made_by = {
-        "average": "fp32 mean of all",
+        "average": "mean of all",
         "stack": "moved bit for bit",
         "normal": f"normal, seed {plan.router_seed}",
     }

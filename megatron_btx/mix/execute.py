@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.arguments import model_flags
+from megatron_btx.checkpoint.arguments import TOKENIZER_FILES, model_flags
 from megatron_btx.checkpoint.torch_dist import (
     RELEASE,
     TRACKER,
@@ -32,31 +32,48 @@ Progress = Callable[[int], None]
 Offsets = tuple[int, ...]
 
 
-def execute(plan: Plan, output: Path, overwrite: bool = False, progress: Progress = lambda written_bytes: None) -> None:
+def execute(
+    plan: Plan,
+    output: Path,
+    overwrite: bool = False,
+    verified: bool = False,
+    progress: Progress = lambda done_bytes: None,
+) -> None:
     """Write the result of a plan as a checkpoint root at ``output``.
 
     Written to a hidden folder beside the target, flushed, and renamed into place: a killed run leaves nothing that
-    loads, and an old output is replaced only after the new one is complete.
+    loads, and an old output is replaced only after the new one is complete and, if asked for, verified.
+
+    Args:
+        verified: read everything back and compare it with its sources before the result gets its name.
 
     Raises:
-        InputError: the output exists and ``overwrite`` is not given, or it is one of the sources.
-        OSError: the disk is full or not writable; the hidden folder is removed.
+        CheckpointError: what was read back is not what was to be written.
+        InputError: the output exists and ``overwrite`` is not given, or it is one of the sources; or the disk is full
+            or not writable. The hidden folder is removed.
     """
     refuse_output(plan, output, overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
     work = output.parent / f".{output.name}.incomplete"
     shutil.rmtree(work, ignore_errors=True)
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         hashes = _write_iteration(plan, work / RELEASE, progress)
         _write_side_files(plan, work, hashes)
         write_flushed(work / TRACKER, RELEASE.encode())
+        if verified:
+            verify(plan, work, progress)
         _publish(work, output)
+    except OSError as error:
+        raise InputError(
+            f"--output {output}: cannot be written ({error.strerror or error}); "
+            f"{plan.output_bytes / 2**20:.1f} MiB are needed there, choose another folder or make room"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def refuse_output(plan: Plan, output: Path, overwrite: bool) -> None:
-    """Refuse an output that exists (unless to be overwritten) or that is, or holds, a source.
+    """Refuse an output that exists (unless a checkpoint to be overwritten) or that is, or holds, a source.
 
     Raises:
         InputError: says which.
@@ -68,6 +85,8 @@ def refuse_output(plan: Plan, output: Path, overwrite: bool) -> None:
             raise InputError(f"--output {output}: holds the expert {expert.name} ({source}); choose another folder")
     if output.exists() and not overwrite:
         raise InputError(f"--output {output}: exists already; choose another folder, or replace it with --overwrite")
+    if output.exists() and not (output / TRACKER).is_file():
+        raise InputError(f"--output {output}: is not a checkpoint (no {TRACKER}), so --overwrite will not remove it")
 
 
 def _write_iteration(plan: Plan, folder: Path, progress: Progress) -> dict[str, str]:
@@ -109,12 +128,15 @@ def computed_blocks(plan: Plan, tensor: PlannedTensor) -> Iterator[tuple[Offsets
 
 
 def _average(plan: Plan, tensor: PlannedTensor, offsets: Offsets, sizes: Offsets) -> torch.Tensor:
-    """The mean over the experts, accumulated in fp32 and rounded once to the stored dtype."""
+    """The mean over the experts, rounded once to the stored dtype.
+
+    Summed in fp64: in fp32 three equal experts would not average to themselves, and the order of the experts would show.
+    """
     import torch
 
-    total = torch.zeros(sizes, dtype=torch.float32)
+    total = torch.zeros(sizes, dtype=torch.float64)
     for expert in plan.experts:
-        total += expert.reader.read(tensor.source_key, offsets, sizes).float()
+        total += expert.reader.read(tensor.source_key, offsets, sizes)
     return (total / len(plan.experts)).to(tensor.dtype)
 
 
@@ -180,7 +202,7 @@ def megatron_args_text(plan: Plan) -> str:
     for name in ("attention_dropout", "hidden_dropout", "init_method_std"):
         if arguments.get(name) is not None:
             lines.append([f"--{name.replace('_', '-')}", str(arguments[name])])
-    for name in ("tokenizer_type", "tokenizer_model", "vocab_size"):
+    for name in ("tokenizer_type", *TOKENIZER_FILES, "vocab_size"):
         if arguments.get(name) is not None:
             lines.append([f"--{name.replace('_', '-')}", str(arguments[name])])
     lines += [[f"--{name}"] for name in ("bf16", "fp16") if arguments.get(name)]
@@ -233,7 +255,7 @@ def _publish(work: Path, output: Path) -> None:
 
 
 def verify(plan: Plan, output: Path, progress: Progress = lambda read_bytes: None) -> None:
-    """Read the published result back and compare every element with what its rule gives.
+    """Read a written result back and compare every element with what its rule gives.
 
     Raises:
         CheckpointError: names the first tensor that differs.

@@ -108,7 +108,7 @@ def make_plan(
     check_same_model(experts, allow_other_tokenizer)
     tensors = tuple(match_rules(METHODS[method], experts))
     first = experts[0].arguments
-    arguments = moe_arguments(first, len(experts), topk) if method == "btx" else dense_arguments(first)
+    arguments = moe_arguments(first, names, topk) if method == "btx" else dense_arguments(first)
     return Plan(method, experts, tensors, arguments, router_seed)
 
 
@@ -226,10 +226,11 @@ def dense_arguments(first: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def moe_arguments(first: Mapping[str, Any], experts: int, topk: int) -> dict[str, Any]:
-    """The arguments of the mixture: the first expert's, describing a mixture of experts."""
+def moe_arguments(first: Mapping[str, Any], names: Sequence[str], topk: int) -> dict[str, Any]:
+    """The arguments of the mixture: the first expert's, describing a mixture of the named experts."""
     return dense_arguments(first) | {
-        "num_experts": experts,
+        "btx_experts": list(names),
+        "num_experts": len(names),
         "moe_layer_freq": 1,
         "moe_ffn_hidden_size": first["ffn_hidden_size"],
         "moe_router_topk": topk,

@@ -24,7 +24,7 @@ class Rule:
     source: str
     """Key in the experts' checkpoints, as a regular expression that must match whole; "" for a new tensor."""
     operation: Operation
-    """average: fp32 mean over the experts, rounded once. stack: moved bit for bit onto a new expert axis after the
+    """average: mean over the experts, rounded once. stack: moved bit for bit onto a new expert axis after the
     layers. normal: drawn, with the standard deviation of the initialisation."""
     targets: tuple[str, ...] = ()
     """Keys of the result; () for the source's own key. More than one where the two kinds of layers differ."""

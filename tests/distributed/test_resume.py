@@ -120,6 +120,7 @@ def test_resumed_under_another_layout(case, world_size, layout, uninterrupted, z
             ["--use-distributed-optimizer", "--tensor-model-parallel-size", "2"],
             "--tensor-model-parallel-size",
         ),
+        ("dense", 1, ["--train-iters", "20"], "--override-opt-param-scheduler"),
     ],
 )
 def test_what_cannot_be_resharded_is_refused_by_name(
@@ -132,3 +133,20 @@ def test_what_cannot_be_resharded_is_refused_by_name(
     errors = [line for line in run.text().splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and named in errors[0]
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(zygote, corpus, tmp_path):
+    """The second checkpoint does not fit: one line with the remedy, exit 2, and the tracker still names the first."""
+    root = tmp_path / "checkpoint"
+    saves = ["--save", str(root), "--load", str(root), "--save-interval", "2"]
+    zygote.run(1, pico.train(corpus, 2) + saves, tmp_path / "first")
+    # Files cannot grow beyond this: larger than the log, smaller than a checkpoint's data.
+    limit = min(file.stat().st_size for file in root.glob("iter_*/*.distcp")) // 2
+    saves.append("--override-opt-param-scheduler")
+    run = zygote.start(1, pico.train(corpus, 4) + saves, tmp_path / "second", file_size_limit_bytes=limit)
+    zygote.wait(run, expect=2)
+    errors = [line for line in run.text().splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and str(root) in errors[0] and "Make room" in errors[0]
+    assert (root / "latest_checkpointed_iteration.txt").read_text() == "2"
+    zygote.run(1, pico.train(corpus, 4, tmp_path / "metrics.jsonl") + saves, tmp_path / "third")
+    assert sorted(read_losses(tmp_path / "metrics.jsonl")) == [3, 4]
