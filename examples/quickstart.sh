@@ -4,4 +4,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/environment.sh
-exec .venv/bin/btx run examples/recipes/quickstart.yaml "$@"
+
+# Some stages are two processes, and NCCL wants a GPU for each: with a single one the CPU does it.
+where=()
+if [ "$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" -eq 1 ]; then
+    echo "one GPU found, two needed: running on the CPU"
+    where=(--cpu)
+fi
+exec .venv/bin/btx run examples/recipes/quickstart.yaml "${where[@]}" "$@"

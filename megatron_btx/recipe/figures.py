@@ -225,7 +225,7 @@ def draw_routing(mixtures: Sequence[Model], palette: Palette) -> Figure:
     per_row = min(len(domains), 4)
     bands = [domains[start : start + per_row] for start in range(0, len(domains), per_row)]
     figure = _page(1.0 + 1.75 * len(bands) * len(mixtures))
-    axes = figure.subplots(len(bands) * len(mixtures), per_row, sharey=True, squeeze=False)
+    axes: Any = figure.subplots(len(bands) * len(mixtures), per_row, sharey=True, squeeze=False)
     for band, members in enumerate(bands):
         for row, model in enumerate(mixtures):
             panels = axes[band * len(mixtures) + row]
@@ -237,7 +237,7 @@ def draw_routing(mixtures: Sequence[Model], palette: Palette) -> Figure:
                 if row == 0:
                     panel.set_title(shortened(members[at]), fontsize=9.5, color=INK)
             panels[0].set_ylabel(f"{_moment(model.name)}\nshare of tokens", fontsize=8.5)
-    for panel in axes[-1, :]:
+    for panel in axes[-1]:
         panel.set_xlabel("layer", fontsize=9)
     experts = list(dict.fromkeys(expert for model in mixtures for expert in model.experts))
     handles = [Patch(facecolor=palette.colour(name), hatch=palette.hatch(name), edgecolor="white") for name in experts]
