@@ -1,0 +1,277 @@
+"""The corpora of the quickstart: the command ``btx corpora``.
+
+Everything comes from this machine: nothing is downloaded. The record ``corpora.json`` is written last, so a folder
+that has one is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.data import preprocess, tokenizers
+from megatron_btx.data.corpora import code, general, knowledge, math_problems, sources, vocabulary
+from megatron_btx.data.corpora.split import SPLITS, Group, split
+from megatron_btx.errors import InputError, exits_with_one_line
+
+RECORD = "corpora.json"
+TOKENIZER = "tokenizer.model"
+
+_MATH_CHARACTERS = 3_050_000
+_KNOWLEDGE_CHARACTERS = 2_250_000
+_HELD_OUT_CHARACTERS = {"general": 300_000, "code": 270_000, "math": 180_000, "knowledge": 190_000}
+"""Each for validation and for test; about 90 thousand tokens (60 thousand for knowledge)."""
+
+DOMAINS = tuple(_HELD_OUT_CHARACTERS)
+
+_GENERATED_PARTS = 8
+_FILES_PER_TASK = 16
+_TOKENIZER_SHARE = 0.25
+_PARALLEL_FROM_BYTES = 1_000_000
+_TEMPORARY = ".making"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides what the corpora hold, besides the Python environment."""
+
+    seed: int = 1234
+    vocab_size: int = 2048
+    scale: float = 1.0
+    """Share of the full size; for tests."""
+
+
+def build(
+    output: Path, settings: Settings, workers: int = 1, overwrite: bool = False, say: Callable[[str], None] = print
+) -> bool:
+    """Make the corpora, their tokenizer and their indexed datasets in a folder; False when they were there already.
+
+    Raises:
+        InputError: bad settings, or a folder that holds corpora made with other settings.
+        OSError: the disk is full or not writable; the folder then has no record.
+    """
+    _check(settings, workers)
+    if (output / RECORD).exists() and not overwrite:
+        _expect_same(output, settings)
+        say(f"{output}: corpora are there already, made with these settings; nothing to do")
+        return False
+    (output / RECORD).unlink(missing_ok=True)
+    making = output / _TEMPORARY
+    shutil.rmtree(making, ignore_errors=True)
+    try:
+        making.mkdir(parents=True)
+        domains = _write_texts(making, settings, workers, say)
+        record = {
+            "settings": asdict(settings),
+            "sources": sources.versions(general.PACKAGES),
+            "tokenizer": {"file": TOKENIZER, "sha256": _sha256(making / TOKENIZER), "vocab_size": settings.vocab_size},
+            "domains": _tokenize(making, domains, workers, say),
+        }
+        for file in sorted(making.iterdir()):
+            os.replace(file, output / file.name)
+        _write_record(making / RECORD, record)
+        os.replace(making / RECORD, output / RECORD)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return True
+
+
+def make_texts(
+    settings: Settings, workers: int, meanwhile: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, list[str]]]:
+    """The documents of every domain and split, made in worker processes; ``meanwhile`` runs while they work."""
+    documented = general.source_files()[:: max(1, round(1 / settings.scale))]
+    # Twice as dense as the scale says: the library's files are few and large, and three splits need enough of them.
+    programs = code.source_files()[:: max(1, round(0.5 / settings.scale))]
+    parts = range(_GENERATED_PARTS)
+
+    def size(characters: int) -> int:
+        return int(characters * settings.scale) // _GENERATED_PARTS
+
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        prose = pool.map(general.extract, documented, chunksize=_FILES_PER_TASK)
+        plain = pool.map(code.extract, programs, chunksize=_FILES_PER_TASK)
+        problems = pool.map(partial(math_problems.generate, settings.seed, characters=size(_MATH_CHARACTERS)), parts)
+        articles = pool.map(partial(knowledge.generate, settings.seed, characters=size(_KNOWLEDGE_CHARACTERS)), parts)
+        meanwhile()
+        groups = {
+            "general": [Group(one.name, tuple(general.documents(one))) for one in general.without_repeats(prose)],
+            "code": list(_unique((file.name, text) for file, text in zip(programs, plain, strict=True))),
+            "math": list(_unique((math_problems.question_of(text), text) for part in problems for text in part)),
+            "knowledge": list(_unique((text, text) for part in articles for text in part)),
+        }
+    return {
+        domain: split(groups[domain], int(held_out * settings.scale), settings.seed, domain)
+        for domain, held_out in _HELD_OUT_CHARACTERS.items()
+    }
+
+
+def _unique(pairs: Iterator[tuple[str, str | None]]) -> Iterator[Group]:
+    """One group for each key and each text; later ones with a key or a text seen before are dropped."""
+    keys: set[str] = set()
+    texts: set[str] = set()
+    for key, text in pairs:
+        if text is not None and key not in keys and text not in texts:
+            keys.add(key)
+            texts.add(text)
+            yield Group(key, (text,))
+
+
+def _write_texts(
+    making: Path, settings: Settings, workers: int, say: Callable[[str], None]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """JSONL files and the tokenizer; what they hold, by domain and split."""
+    started = time.monotonic()
+    texts = make_texts(settings, workers, meanwhile=tokenizers.import_megatron)
+    say(
+        f"collected and generated {sum(len(d) for s in texts.values() for d in s.values()):,} documents"
+        f" in {time.monotonic() - started:.1f} s"
+    )
+    described: dict[str, dict[str, dict[str, Any]]] = {}
+    for domain, parts in texts.items():
+        described[domain] = {}
+        for name, documents in parts.items():
+            path = making / f"{domain}.{name}.jsonl"
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
+            described[domain][name] = {
+                "file": path.name,
+                "documents": len(documents),
+                "bytes": path.stat().st_size,
+                "sha256": _sha256(path),
+            }
+    started = time.monotonic()
+    samples = (text for parts in texts.values() for text in _sample(parts["train"]))
+    vocabulary.train(samples, making / TOKENIZER, settings.vocab_size)
+    say(f"trained a tokenizer of {settings.vocab_size} pieces in {time.monotonic() - started:.1f} s")
+    return described
+
+
+def _sample(documents: Sequence[str]) -> Iterator[str]:
+    """The first quarter of a domain's training text (its order is that of hashes, so any part is a fair one)."""
+    left = _TOKENIZER_SHARE * sum(map(len, documents))
+    for document in documents:
+        if left <= 0:
+            return
+        left -= len(document)
+        yield document
+
+
+def _tokenize(
+    making: Path, domains: Mapping[str, dict[str, dict[str, Any]]], workers: int, say: Callable[[str], None]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Indexed datasets of all texts; the descriptions with tokens and hashes added."""
+    started = time.monotonic()
+    settings = tokenizers.TokenizerSettings("SentencePieceTokenizer", str(making / TOKENIZER))
+    complete: dict[str, dict[str, dict[str, Any]]] = {}
+    for domain, parts in domains.items():
+        complete[domain] = {}
+        for name, part in parts.items():
+            summary = preprocess.preprocess(
+                [str(making / part["file"])],
+                str(making / f"{domain}_{name}"),
+                settings,
+                append_eod=True,
+                workers=workers if part["bytes"] >= _PARALLEL_FROM_BYTES else 1,
+                quiet=True,
+            )
+            dataset = Path(summary.prefixes[0]).name
+            hashes = {f"{kind}_sha256": _sha256(making / f"{dataset}.{kind}") for kind in ("bin", "idx")}
+            complete[domain][name] = {**part, "tokens": summary.tokens, "dataset": dataset, **hashes}
+    say(f"tokenized {len(SPLITS) * len(domains)} files in {time.monotonic() - started:.1f} s")
+    return complete
+
+
+def _check(settings: Settings, workers: int) -> None:
+    if workers < 1:
+        raise InputError(f"--workers {workers}: expected at least 1")
+    if not 0 < settings.scale <= 1:
+        raise InputError(f"--scale {settings.scale}: expected a share above 0 and at most 1")
+    if settings.vocab_size < vocabulary.MIN_VOCABULARY:
+        raise InputError(f"--vocab-size {settings.vocab_size}: expected at least {vocabulary.MIN_VOCABULARY}")
+
+
+def _expect_same(output: Path, settings: Settings) -> None:
+    """Raise InputError unless the folder's corpora are whole and were made with these settings."""
+    try:
+        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        found = record["settings"]
+        files = {record["tokenizer"]["file"]: record["tokenizer"]["sha256"]}
+        for part in (part for parts in record["domains"].values() for part in parts.values()):
+            files[part["file"]] = part["sha256"]
+            files[part["dataset"] + ".bin"] = part["bin_sha256"]
+            files[part["dataset"] + ".idx"] = part["idx_sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{output / RECORD}: not a record of corpora ({error!r}); add --overwrite to remake"
+        ) from error
+    if found != asdict(settings):
+        raise InputError(
+            f"{output}: holds corpora made with {found}, asked for {asdict(settings)};"
+            " choose another folder or add --overwrite"
+        )
+    for name, expected in files.items():
+        if not (output / name).is_file() or _sha256(output / name) != expected:
+            raise InputError(f"{output / name}: missing or changed since it was made; add --overwrite to remake")
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _table(output: Path) -> str:
+    """What a folder holds, for people."""
+    record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    rows = [f"{'domain':<10} {'split':<6} {'documents':>9} {'MB':>7} {'tokens':>10}"]
+    for domain, parts in record["domains"].items():
+        for name, part in parts.items():
+            size = part["bytes"] / 1e6
+            rows.append(f"{domain:<10} {name:<6} {part['documents']:>9,} {size:>7.2f} {part['tokens']:>10,}")
+    made_from = ", ".join(f"{name} {version}" for name, version in record["sources"].items())
+    return "\n".join([*rows, f"made from: {made_from}; seed {record['settings']['seed']}; nothing was downloaded"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="btx corpora", description="Make the corpora of the quickstart out of what this machine has."
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for texts, tokenizer, datasets"
+    )
+    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--vocab-size", type=int, default=Settings.vocab_size)
+    parser.add_argument("--scale", type=float, default=Settings.scale, help="share of the full size (default: 1)")
+    parser.add_argument("--workers", type=int, default=2, help="processes; the output does not depend on it")
+    parser.add_argument("--overwrite", action="store_true", help="replace corpora that are there")
+    return parser
+
+
+@exits_with_one_line
+def main(argv: list[str] | None = None) -> int:
+    """The command ``btx corpora``."""
+    arguments = _parser().parse_args(argv)
+    settings = Settings(arguments.seed, arguments.vocab_size, arguments.scale)
+    build(arguments.output, settings, arguments.workers, arguments.overwrite)
+    print(_table(arguments.output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

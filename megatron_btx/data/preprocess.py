@@ -1,0 +1,276 @@
+"""Text files into Megatron's indexed datasets: the command ``btx preprocess``.
+
+The flags are Megatron's own. The result is ``PREFIX_<key>_document.bin`` and ``.idx``, byte for byte the same for
+any number of workers, and it appears under these names only when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_btx.data import readers, tokenizers
+from megatron_btx.data.progress import ByteProgress
+from megatron_btx.data.sink import Sink
+from megatron_btx.data.tokenizers import Tokenizer, TokenizerSettings
+from megatron_btx.errors import InputError, exits_with_one_line
+
+if TYPE_CHECKING:
+    import numpy
+
+_UNITS_IN_FLIGHT_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """What one run of the preprocessing made."""
+
+    prefixes: tuple[str, ...]
+    """Paths without ``.bin``/``.idx``, one for each JSON key: what Megatron's ``--data-path`` takes."""
+    documents: int
+    """Documents written, in each of the datasets together."""
+    empty_documents: int
+    """Documents left out because they hold no token."""
+    tokens: int
+    """Tokens written, end-of-document tokens included."""
+    output_bytes: int
+    """Size of the ``.bin`` files."""
+    seconds: float
+    """Wall-clock time."""
+
+    def line(self) -> str:
+        """The summary as one line for people."""
+        skipped = f" ({self.empty_documents} empty ones left out)" if self.empty_documents else ""
+        return (
+            f"{', '.join(self.prefixes)}: {self.documents:,} documents{skipped}, {self.tokens:,} tokens,"
+            f" {self.output_bytes:,} bytes, {self.tokens / self.documents:.1f} tokens per document,"
+            f" {self.seconds:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """All that turns a unit into tokens; each worker holds one."""
+
+    tokenizer: Tokenizer
+    keys: tuple[str, ...]
+    eod: int | None
+    vocab_size: int
+    dtype: type[numpy.number[Any]]
+
+    def encode(self, unit: readers.Unit) -> _EncodedUnit:
+        """Tokenize the documents of a unit; InputError names the document that cannot be."""
+        import numpy
+
+        ids: dict[str, list[int]] = {key: [] for key in self.keys}
+        lengths: dict[str, list[int]] = {key: [] for key in self.keys}
+        empty = 0
+        for document in readers.parse(unit, self.keys):
+            for key in self.keys:
+                tokens = self._tokens(document, key)
+                if not tokens:
+                    empty += 1
+                    continue
+                ids[key] += tokens
+                lengths[key].append(len(tokens))
+        arrays = {key: numpy.array(values, dtype=self.dtype) for key, values in ids.items()}
+        return _EncodedUnit(arrays, lengths, empty, unit.input_bytes)
+
+    def _tokens(self, document: readers.Document, key: str) -> list[int]:
+        try:
+            tokens = self.tokenizer.tokenize(document.texts[key])
+        except ValueError as error:  # words where the NullTokenizer wants numbers
+            raise InputError(f"{document.where}: {key!r} cannot be tokenized: {error}") from error
+        if not tokens:
+            return tokens
+        if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+            span = f"{min(tokens)} to {max(tokens)}"
+            raise InputError(f"{document.where}: token ids {span} leave the vocabulary of {self.vocab_size}")
+        return tokens if self.eod is None else [*tokens, self.eod]
+
+
+@dataclass(frozen=True)
+class _EncodedUnit:
+    ids: dict[str, numpy.ndarray[Any, Any]]
+    lengths: dict[str, list[int]]
+    empty_documents: int
+    input_bytes: int
+
+
+class _Worker:
+    """A worker process's own encoder, put there once by the fork instead of with every unit."""
+
+    encoder: _Encoder
+
+    @classmethod
+    def start(cls, encoder: _Encoder) -> None:
+        """Called in the new process."""
+        cls.encoder = encoder
+
+    @classmethod
+    def encode(cls, unit: readers.Unit) -> _EncodedUnit:
+        """Called in the process for every unit."""
+        return cls.encoder.encode(unit)
+
+
+def preprocess(
+    inputs: Sequence[str],
+    output_prefix: str,
+    tokenizer_settings: TokenizerSettings,
+    *,
+    json_keys: Sequence[str] = (readers.TEXT_KEY,),
+    append_eod: bool = False,
+    workers: int = 1,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> DatasetSummary:
+    """Tokenize text files into one indexed dataset for each JSON key.
+
+    Documents keep their order. Documents without tokens are left out.
+
+    Raises:
+        InputError: anything wrong with inputs, tokenizer or output; nothing is left at the output's names, except
+            that an overwritten dataset may be gone.
+        OSError: the disk is full, or a file cannot be read or written; again nothing is left.
+    """
+    started = time.monotonic()
+    if workers < 1:
+        raise InputError(f"--workers {workers}: expected at least 1")
+    files = readers.expand_inputs(inputs)
+    keys = tuple(dict.fromkeys(json_keys))
+    prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
+    for prefix in prefixes.values():
+        for existing in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
+            if existing.exists() and not overwrite:
+                raise InputError(f"--output-prefix: {existing} exists; choose another prefix or add --overwrite")
+    encoder = _make_encoder(tokenizer_settings, keys, append_eod)
+
+    with contextlib.ExitStack() as stack:
+        # The pool starts before the progress bar does: forking a process that runs threads is unsafe.
+        encode_all = _in_order(stack, encoder, workers)
+        sinks = {key: stack.enter_context(Sink(prefix, encoder.dtype)) for key, prefix in prefixes.items()}
+        total_bytes = sum(file.stat().st_size for file in files)
+        progress = stack.enter_context(ByteProgress(f"tokenizing {len(files)} file(s)", total_bytes, quiet))
+        empty_documents = 0
+        for encoded in encode_all(unit for file in files for unit in readers.cut(file, keys)):
+            for key, sink in sinks.items():
+                sink.add(encoded.ids[key], encoded.lengths[key])
+            empty_documents += encoded.empty_documents
+            progress.advance(encoded.input_bytes)
+        for key, sink in sinks.items():
+            if sink.documents == 0:
+                found = f"{len(files)} file(s), {empty_documents} document(s) without tokens"
+                raise InputError(f"--input {' '.join(inputs)}: no text under the key {key!r} ({found})")
+        for sink in sinks.values():
+            sink.write_index()
+        for sink in sinks.values():
+            sink.publish()
+    return DatasetSummary(
+        prefixes=tuple(prefixes.values()),
+        documents=sum(sink.documents for sink in sinks.values()),
+        empty_documents=empty_documents,
+        tokens=sum(sink.tokens for sink in sinks.values()),
+        output_bytes=sum(os.path.getsize(f"{prefix}.bin") for prefix in prefixes.values()),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _make_encoder(settings: TokenizerSettings, keys: tuple[str, ...], append_eod: bool) -> _Encoder:
+    tokenizer = tokenizers.load(settings)
+    from megatron.core.datasets.indexed_dataset import DType
+
+    return _Encoder(
+        tokenizer=tokenizer,
+        keys=keys,
+        eod=tokenizers.end_of_document(tokenizer, settings) if append_eod else None,
+        vocab_size=tokenizer.vocab_size,
+        dtype=DType.optimal_dtype(tokenizer.vocab_size),
+    )
+
+
+def _in_order(
+    stack: contextlib.ExitStack, encoder: _Encoder, workers: int
+) -> Callable[[Iterator[readers.Unit]], Iterator[_EncodedUnit]]:
+    """A function that encodes units and gives the results in the units' order, here or in worker processes."""
+    if workers == 1:
+        return lambda units: map(encoder.encode, units)
+    # Rust threads of Hugging Face tokenizers would fight over the cores that the processes use already.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _Worker.start, (encoder,))
+    stack.callback(pool.shutdown, cancel_futures=True)
+    pool.submit(os.getpid).result()  # with fork, the first task starts all processes
+
+    def run(units: Iterator[readers.Unit]) -> Iterator[_EncodedUnit]:
+        waiting: deque[Future[_EncodedUnit]] = deque()
+        try:
+            for unit in units:
+                waiting.append(pool.submit(_Worker.encode, unit))
+                if len(waiting) >= workers * _UNITS_IN_FLIGHT_PER_WORKER:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise InputError("a worker was killed, most likely for want of memory; lower --workers") from error
+
+    return run
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="btx preprocess", description="Turn JSONL, text or Parquet files into Megatron's indexed datasets."
+    )
+    known = ", ".join(readers.KNOWN_SUFFIXES)
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help=f"files, globs or directories; endings: {known}"
+    )
+    parser.add_argument("--output-prefix", required=True, help="makes PREFIX_<key>_document.bin and .idx")
+    parser.add_argument("--tokenizer-type", required=True, choices=tokenizers.TOKENIZER_TYPES)
+    parser.add_argument("--tokenizer-model", help="a SentencePiece file, or a Hugging Face folder or name")
+    parser.add_argument("--vocab-size", type=int, help="only for NullTokenizer: the number of token ids")
+    parser.add_argument(
+        "--tokenizer-hf-no-include-special-tokens",
+        action="store_true",
+        help="Hugging Face only: without the tokens that the tokenizer itself adds around a text",
+    )
+    parser.add_argument("--json-keys", nargs="+", default=[readers.TEXT_KEY], help="one dataset each (default: text)")
+    parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    parser.add_argument("--workers", type=int, default=1, help="processes; the output does not depend on it")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    return parser
+
+
+@exits_with_one_line
+def main(argv: list[str] | None = None) -> int:
+    """The command ``btx preprocess``."""
+    arguments = _parser().parse_args(argv)
+    summary = preprocess(
+        arguments.input,
+        arguments.output_prefix,
+        TokenizerSettings(
+            arguments.tokenizer_type,
+            arguments.tokenizer_model,
+            arguments.vocab_size,
+            arguments.tokenizer_hf_no_include_special_tokens,
+        ),
+        json_keys=arguments.json_keys,
+        append_eod=arguments.append_eod,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+    print(summary.line())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Writing one of Megatron's indexed datasets so that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy
+
+
+class Sink:
+    """One indexed dataset in the making, under temporary names until it is whole."""
+
+    def __init__(self, prefix: str, dtype: type[numpy.number[Any]]) -> None:
+        self._prefix = prefix
+        self._dtype = dtype
+        self._temporary = {suffix: f"{prefix}{suffix}.tmp{os.getpid()}" for suffix in (".bin", ".idx")}
+        self.documents = 0
+        self.tokens = 0
+
+    def __enter__(self) -> Sink:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        Path(self._prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._builder = IndexedDatasetBuilder(self._temporary[".bin"], dtype=self._dtype)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # closing writes the rest of the buffer, which a full disk refuses again
+            self._builder.data_file.close()
+        for name in self._temporary.values():
+            Path(name).unlink(missing_ok=True)
+
+    def add(self, ids: numpy.ndarray[Any, Any], lengths: Sequence[int]) -> None:
+        """Append documents: their token ids one after the other, and the length of each in tokens."""
+        start = 0
+        for length in lengths:
+            self._builder.add_document(ids[start : start + length], [length])
+            start += length
+        self.documents += len(lengths)
+        self.tokens += start
+
+    def write_index(self) -> None:
+        """Close the data and write the index, still under temporary names."""
+        self._builder.finalize(self._temporary[".idx"])
+
+    def publish(self) -> None:
+        """Give both files their names, the index last: without it nothing loads."""
+        Path(f"{self._prefix}.idx").unlink(missing_ok=True)
+        for suffix, name in self._temporary.items():
+            os.replace(name, f"{self._prefix}{suffix}")

@@ -1,0 +1,136 @@
+"""Megatron's own tokenizers, built without Megatron's argument parser.
+
+Token ids and the end-of-document id must be exactly those that training will use, so the tokenizer comes from the
+function that Megatron's training calls. What it needs is a namespace of settings; the ones that concern
+tokenization are a dataclass here, the rest keep Megatron's defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from megatron_btx.errors import InputError
+
+TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer")
+
+
+class Tokenizer(Protocol):
+    """The part of Megatron's tokenizers that is used here."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, before Megatron pads the embedding."""
+
+    @property
+    def eod(self) -> int | None:
+        """End of document: SentencePiece's eos id (-1 when it has none), Hugging Face's eos token, or None."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
+    def detokenize(self, ids: list[int]) -> str:
+        """The text behind token ids."""
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Megatron's tokenizer flags, spelled as Megatron spells them."""
+
+    tokenizer_type: str
+    """One of TOKENIZER_TYPES."""
+    tokenizer_model: str | None = None
+    """A SentencePiece model file, or a Hugging Face folder or name."""
+    vocab_size: int | None = None
+    """Only for NullTokenizer, whose texts are numbers: the number of token ids, the last of which ends documents."""
+    tokenizer_hf_no_include_special_tokens: bool = False
+    """Hugging Face only: leave out what the tokenizer itself would add at the start and end of a text."""
+
+    def check(self) -> None:
+        """Refuse what can be seen without loading anything.
+
+        Raises:
+            InputError: an unknown type, a model that is missing, a vocabulary size that is missing or too many.
+        """
+        if self.tokenizer_type not in TOKENIZER_TYPES:
+            expected = ", ".join(TOKENIZER_TYPES)
+            raise InputError(f"--tokenizer-type {self.tokenizer_type}: unknown; expected one of {expected}")
+        if self.tokenizer_type == "NullTokenizer":
+            if self.vocab_size is None or self.vocab_size < 2:
+                raise InputError(f"--vocab-size {self.vocab_size}: NullTokenizer needs a vocabulary of at least 2")
+        elif self.tokenizer_model is None:
+            raise InputError(f"--tokenizer-model is missing: {self.tokenizer_type} needs a model")
+        elif self.tokenizer_type == "SentencePieceTokenizer" and not Path(self.tokenizer_model).is_file():
+            raise InputError(f"--tokenizer-model {self.tokenizer_model}: no such file; expected a SentencePiece model")
+
+
+def import_megatron() -> None:
+    """Import what tokenization needs of Megatron: some ten seconds, once, and without its warnings.
+
+    They are about Transformer Engine, apex and a missing GPU, none of which matters here, and they would bury the
+    one line in which bad input is refused.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("megatron.core.datasets.indexed_dataset")
+        importlib.import_module("megatron.core.tokenizers.utils.build_tokenizer")
+
+
+def load(settings: TokenizerSettings) -> Tokenizer:
+    """Build the tokenizer that Megatron's training would build from the same flags.
+
+    Raises:
+        InputError: the settings do not fit, or the tokenizer cannot be read.
+    """
+    settings.check()
+    import_megatron()
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    try:
+        tokenizer: Tokenizer = build_tokenizer(_namespace(settings))
+    except (ValueError, RuntimeError, OSError) as error:
+        what = f"--tokenizer-model {settings.tokenizer_model}: not a readable {settings.tokenizer_type}"
+        raise InputError(f"{what}: {error}") from error
+    return tokenizer
+
+
+def end_of_document(tokenizer: Tokenizer, settings: TokenizerSettings) -> int:
+    """The token that ends a document.
+
+    Raises:
+        InputError: the tokenizer has none (Megatron would write -1, which wraps to a huge id).
+    """
+    eod = tokenizer.eod
+    if eod is None or not 0 <= eod < tokenizer.vocab_size:
+        raise InputError(
+            f"--append-eod: the tokenizer {settings.tokenizer_model or settings.tokenizer_type} has no end-of-document"
+            f" token (found {eod}); train it with an eos token, or leave the flag out"
+        )
+    return eod
+
+
+def _namespace(settings: TokenizerSettings) -> argparse.Namespace:
+    return argparse.Namespace(
+        tokenizer_type=settings.tokenizer_type,
+        tokenizer_model=settings.tokenizer_model,
+        vocab_size=settings.vocab_size,
+        tokenizer_hf_no_include_special_tokens=settings.tokenizer_hf_no_include_special_tokens,
+        tokenizer_hf_no_use_fast=False,
+        tokenizer_sentencepiece_legacy=False,
+        tokenizer_sentencepiece_ignore_extra_whitespaces=True,
+        trust_remote_code=False,
+        metadata_path=None,
+        special_tokens=None,
+        chat_template=None,
+        vocab_file=None,
+        merge_file=None,
+        pad_vocab_size=False,
+        null_tokenizer_eod_id=None,
+        null_tokenizer_pad_id=-1,
+    )
