@@ -3,10 +3,14 @@
 Importing takes ten seconds, a fork none: that is what makes dozens of multi-process Megatron runs affordable. Requests
 are JSON lines on stdin, answers JSON lines on stdout. Each run's ranks are one process group, so that a test can kill
 the whole run as a node failure would.
+
+With GPUs (``zygote.py gpu``) a fork is only possible while this process has not touched CUDA. Whether that held is tried
+once, by a child that does; where it failed, ranks are started as programs of their own, ten seconds slower.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -60,10 +64,28 @@ def run_rank(request: dict, rank: int, port: int) -> None:
         os._exit(status)
 
 
-def start(request: dict) -> list[int]:
-    """Fork all ranks of a run into one process group, led by the first."""
+def forked_child_can_use_gpu() -> bool:
+    """Whether importing left this process in a state in which a fork of it can open a GPU."""
+    import torch
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            torch.zeros(1, device="cuda")
+        except RuntimeError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def start(request: dict, fork: bool) -> list[int]:
+    """Start all ranks of a run in one process group, led by the first."""
     port, ranks = free_port(), []
     for rank in range(request["world_size"]):
+        if not fork:
+            command = [sys.executable, "-W", "ignore", __file__, "rank", json.dumps(request), str(rank), str(port)]
+            ranks.append(os.posix_spawn(sys.executable, command, os.environ, setpgroup=ranks[0] if ranks else 0))
+            continue
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, ranks[0] if ranks else 0)
@@ -83,6 +105,9 @@ def wait(ranks: list[int]) -> list[int]:
             for other in ranks:
                 if other not in codes:
                     os.kill(other, signal.SIGKILL)
+    # The checkpoint writer's queue is a process of its own, and os._exit left it nobody to end it.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(ranks[0], signal.SIGKILL)
     return [codes[pid] for pid in ranks]
 
 
@@ -95,12 +120,13 @@ def main() -> None:
     from megatron_btx.data import training  # noqa: F401
     from megatron_btx.model import layers  # noqa: F401
 
-    print(json.dumps({"ready": os.getpid()}), flush=True)
+    fork = sys.argv[1:] != ["gpu"] or forked_child_can_use_gpu()
+    print(json.dumps({"ready": "fork" if fork else "spawn"}), flush=True)
     runs: dict[int, list[int]] = {}
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "start":
-            ranks = start(request)
+            ranks = start(request, fork)
             runs[ranks[0]] = ranks
             print(json.dumps({"group": ranks[0]}), flush=True)
         else:
@@ -108,4 +134,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["rank"]:
+        run_rank(json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
     main()

@@ -128,6 +128,10 @@ class FlashAttention(DotProductAttention):
         if attention_type != "self":
             raise InputError(f"attention type {attention_type}: the torch-native layers have causal self-attention")
         self.dropout_p: float = self.attention_dropout.p
+        if config.apply_query_key_layer_scaling:
+            # The stock layer divides the scores by the layer number and multiplies them again in the softmax, to keep
+            # fp16 in range; fused kernels accumulate in fp32 and need neither.
+            self.softmax_scale *= self.layer_number
 
     def forward(
         self,

@@ -169,7 +169,7 @@ td { overflow-wrap: break-word; }
 td:first-child { min-width: 5em; }
 thead th { border-bottom: 1.5px solid #888; font-weight: 600; }
 th.number, td.number { text-align: right; padding: 5px 0 5px 14px; font-variant-numeric: tabular-nums; }
-th.number { max-width: 9em; overflow-wrap: anywhere; }
+th.number { max-width: 11em; overflow-wrap: break-word; }
 td.number { white-space: nowrap; }
 .caption, figcaption { color: #555; font-size: 13px; margin: 6px 0 0; }
 figure { margin: 14px 0; }

@@ -1,0 +1,102 @@
+"""The quickstart's own recipe, every stage of it real, at budgets of a few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from tests.runner import REPOSITORY, read_losses
+
+RECIPE = REPOSITORY / "examples" / "recipes" / "quickstart.yaml"
+SMALL = [
+    *("data.scale=0.1", "seed.tokens=12_288", "training.save-interval=4"),
+    *(f"experts.{domain}.tokens=10_240" for domain in ("math", "code", "knowledge")),
+    *("finetune.tokens=8_192", "evaluate.tokens=4_096"),
+]
+
+
+def btx_run(run: Path, *more: str) -> list[str]:
+    """The command line of one `btx run`."""
+    return [str(Path(sys.executable).with_name("btx")), "run", str(RECIPE), "--output", str(run), "--cpu", "--set", *SMALL, *more]
+
+
+def called(command: list[str]) -> str:
+    """Run a command to its end; its output."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose runner, with all its processes, was killed while an expert trained."""
+    folder = tmp_path_factory.mktemp("pipeline") / "quickstart"
+    process = subprocess.Popen(btx_run(folder), stdout=subprocess.DEVNULL, start_new_session=True)
+    metrics, deadline = folder / "expert-code" / "metrics.jsonl", time.monotonic() + 400
+    while not (metrics.is_file() and max(read_losses(metrics), default=0) >= 6):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before the kill"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    said = called(btx_run(folder))
+    assert "expert-code: running (resume" in said and "seed: skipped (finished)" in said
+    return folder
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, optimizer state included."""
+    reader = TorchDistReader(resolve_iteration(checkpoint))
+    return {key: reader.read(key, (0,) * len(t.shape), t.shape) for key, t in reader.tensors.items()}
+
+
+def test_ends_with_a_report(run):
+    """Every stage has its files; the report holds every model and every fact."""
+    stages = "data seed expert-math expert-code expert-knowledge mix average finetune dense-domains dense".split()
+    for stage in [*stages, "evaluate-dense", "evaluate-moe", "report"]:
+        for file in ("config.yaml", "command.sh", "log.txt", "manifest.json"):
+            assert (run / stage / file).is_file(), f"{stage}/{file}"
+    report = run / "report"
+    results = json.loads((report / "results.json").read_text())
+    text = json.dumps(results)
+    for model in ("seed", "expert-math", "expert-code", "expert-knowledge", "average", "mix", "btx", "dense"):
+        assert f'"{model}"' in text
+    assert all((report / name).stat().st_size > 10_000 for name in ("losses.png", "curves.png", "routing.png"))
+    assert "<img" in (report / "index.html").read_text() or "<svg" in (report / "index.html").read_text()
+    assert [fact["holds"] for fact in results["facts"]].count(None) == 0
+    evaluation = json.loads((run / "evaluate-moe" / "evaluation.json").read_text())
+    assert evaluation["experts"] == ["math", "code", "knowledge", "seed"]
+    # Ten random-looking steps do not make experts, but every expert has at least moved at home.
+    losses = json.loads((run / "evaluate-dense" / "evaluation.json").read_text())["models"]
+    for domain in ("math", "code", "knowledge"):
+        assert losses[f"expert-{domain}"]["losses"][domain] < losses["seed"]["losses"][domain]
+
+
+def test_killed_and_resumed_equals_the_command_run_by_hand(run, tmp_path):
+    """The expert that was killed and resumed has the checkpoint that its printed command gives in one go."""
+    copy = tmp_path / "quickstart"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "expert-code" / "checkpoint")
+    called(["bash", str(copy / "expert-code" / "command.sh")])
+    resumed, by_hand = tensors(run / "expert-code" / "checkpoint"), tensors(copy / "expert-code" / "checkpoint")
+    assert resumed.keys() == by_hand.keys()
+    for key, tensor in resumed.items():
+        assert torch.equal(tensor, by_hand[key]), key
+
+
+def test_nothing_runs_twice(run):
+    """Run again: every stage is skipped. A changed stage would run again with what depends on it, and nothing else."""
+    said = called(btx_run(run))
+    assert said.count("skipped (finished)") == 13 and "running" not in said
+    changed = called([*btx_run(run, "finetune.megatron.lr=0.001"), "--dry-run"])
+    run_again = {line.split()[1].rstrip(":") for line in changed.splitlines() if line.startswith("# ") and ": run" in line}
+    assert run_again == {"finetune", "evaluate-moe", "report"}
