@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_btx.checkpoint.torch_dist import TRACKER
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import CheckpointError, InputError, exits_with_one_line
 
@@ -32,11 +33,26 @@ def main() -> int:
     from megatron_btx.data.training import train_valid_test_datasets
 
     configuration = prepare()
+    if is_finished(get_args()):
+        return 0
     try:
         pretrain(configuration, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
     except CheckpointException as failure:
         raise _writing_failed(get_args().save, failure) from failure
     return 0
+
+
+def is_finished(args: Any) -> bool:
+    """Whether the run to be resumed has taken all its steps: Megatron would stop with "no samples left to consume"."""
+    tracker = os.path.join(args.load or "", TRACKER)
+    if not args.load or args.finetune or args.skip_train or not args.train_iters or not os.path.isfile(tracker):
+        return False
+    with open(tracker) as file:
+        latest = file.read().strip()
+    finished = latest.isdigit() and int(latest) >= args.train_iters
+    if finished and args.rank == 0:
+        print(f"{args.load} has step {latest} of {args.train_iters}: nothing left to train", flush=True)
+    return finished
 
 
 def _writing_failed(folder: str | None, failure: BaseException) -> CheckpointError:

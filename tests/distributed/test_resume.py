@@ -109,6 +109,15 @@ def test_resumed_under_another_layout(case, world_size, layout, uninterrupted, z
     assert resumed == pytest.approx({step: reference[step] for step in resumed}, abs=1e-5)
 
 
+def test_a_finished_run_started_again_does_nothing(uninterrupted, zygote, corpus, tmp_path):
+    """Killed between its last checkpoint and its end, a run has nothing left to do: that is a success."""
+    folder = uninterrupted("dense")
+    before = (folder / "metrics.jsonl").read_text()
+    run = zygote.run(1, flags(corpus, folder, False, []), tmp_path / "log")
+    assert f"step {STEPS} of {STEPS}: nothing left to train" in run.text()
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
 @pytest.mark.parametrize(
     ("case", "world_size", "layout", "named"),
     [

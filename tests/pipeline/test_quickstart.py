@@ -37,6 +37,9 @@ def called(command: list[str]) -> str:
     return done.stdout
 
 
+pytestmark = pytest.mark.timeout(900)  # a dozen program starts; the machine may be shared
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run whose runner, with all its processes, was killed while an expert trained."""
