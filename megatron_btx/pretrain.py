@@ -103,6 +103,11 @@ def parse_arguments() -> Any:
         args = parse_and_validate_args(add_btx_arguments)
     except AssertionError as refusal:
         raise InputError(f"Megatron refuses these arguments: {_assertion_text(refusal)}") from refusal
+    except (RuntimeError, ValueError, OSError) as failure:
+        # Validation ends with building the tokenizer, whose libraries raise what they like for a bad file.
+        if not any("tokenizers" in frame.filename for frame in traceback.extract_tb(failure.__traceback__)):
+            raise
+        raise InputError(f"the tokenizer cannot be read: {failure}; check --tokenizer-model and its type") from failure
     if args.tokenizer_model and os.path.exists(args.tokenizer_model):
         # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
         args.tokenizer_model = os.path.abspath(args.tokenizer_model)

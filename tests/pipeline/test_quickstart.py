@@ -101,5 +101,5 @@ def test_nothing_runs_twice(run):
     said = called(btx_run(run))
     assert said.count("skipped (finished)") == 13 and "running" not in said
     changed = called([*btx_run(run, "finetune.megatron.lr=0.001"), "--dry-run"])
-    run_again = {line.split()[1].rstrip(":") for line in changed.splitlines() if line.startswith("# ") and ": run" in line}
+    run_again = {line.split()[1].rstrip(":") for line in changed.splitlines() if line.startswith("# ") and ": rerun (" in line}
     assert run_again == {"finetune", "evaluate-moe", "report"}
