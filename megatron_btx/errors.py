@@ -55,6 +55,10 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def _say(text: str) -> None:
-    """One line on stderr; of the ranks of a distributed run, the first speaks for all."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    """One line on stderr: of a distributed run's ranks the first says "error:", the others say who they are before it.
+
+    They may not be silent: a file can be missing on one node alone, and metrics are written by the last rank.
+    """
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f"rank {rank}: "
+    print(f"{who}error: {' '.join(text.split())}", file=sys.stderr, flush=True)

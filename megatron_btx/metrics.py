@@ -24,6 +24,8 @@ class MetricsWriter:
         os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
         # Unbuffered lines: what was logged survives a SIGKILL.
         self._file = open(file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        if _ends_within_a_line(file):
+            self._file.write("\n")
         self._inner = inner
         self._scalars: dict[str, float] = {}
 
@@ -47,6 +49,15 @@ class MetricsWriter:
         if self._inner is None:
             return lambda *_args, **_kwargs: None
         return getattr(self._inner, name)
+
+
+def _ends_within_a_line(file: str) -> bool:
+    """Whether the last line was cut, by a full disk say: the next one must not be appended to it."""
+    with open(file, "rb") as existing:
+        if existing.seek(0, os.SEEK_END) == 0:
+            return False
+        existing.seek(-1, os.SEEK_END)
+        return existing.read() != b"\n"
 
 
 def install(args: Any) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests import pico
-from tests.runner import Zygote
+from tests.runner import Zygote, gpu_count
 
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    """The process that forks the ranks of Megatron runs."""
-    started = Zygote()
+    """The process that forks the ranks of Megatron runs: over NCCL with two GPUs or more, else over gloo."""
+    # All runs of a session on one kind of device: their losses are compared with each other.
+    started = Zygote(gpus=gpu_count() if gpu_count() > 1 else 0)
     yield started
     started.close()
 

@@ -11,7 +11,16 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def gpu_count() -> int:
+    """How many GPUs torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 @dataclass
@@ -31,19 +40,28 @@ class Run:
 class Zygote:
     """The forking process, and how to talk to it."""
 
+    gpus: int = 0
+    """How many GPUs its ranks may use, over NCCL; with 0 they run on the CPU, over gloo, whatever the machine has."""
+    starts_by: str = field(init=False)
+    """How it starts ranks: fork, or (where a fork cannot use the GPU) spawn."""
     process: subprocess.Popen = field(init=False)
 
     def __post_init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+        # Compiling Megatron's small functions in every rank would cost more than all of a pico run.
+        environment = {**os.environ, "PYTHONPATH": path, "TORCH_COMPILE_DISABLE": "1"}
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        if not self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(REPOSITORY / "tests" / "zygote.py")],
+            [sys.executable, "-W", "ignore", str(REPOSITORY / "tests" / "zygote.py"), "gpu" if self.gpus else "cpu"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
             cwd=REPOSITORY,
         )
-        self._answer("ready")
+        self.starts_by = str(self._answer("ready"))
 
     def _answer(self, key: str) -> object:
         line = self.process.stdout.readline()
@@ -65,7 +83,9 @@ class Zygote:
         environment: dict[str, str] | None = None,
         file_size_limit_bytes: int | None = None,
     ) -> Run:
-        """Start all ranks of a run."""
+        """Start all ranks of a run; skip the test where NCCL would need more GPUs than there are."""
+        if 0 < self.gpus < world_size:
+            pytest.skip(f"{world_size} ranks over NCCL need as many GPUs, found {self.gpus}")
         log.parent.mkdir(parents=True, exist_ok=True)
         request = {"world_size": world_size, "arguments": arguments, "log": str(log), "entry": entry}
         request["file_size_limit_bytes"] = file_size_limit_bytes

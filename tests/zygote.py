@@ -4,8 +4,8 @@ Importing takes ten seconds, a fork none: that is what makes dozens of multi-pro
 are JSON lines on stdin, answers JSON lines on stdout. Each run's ranks are one process group, so that a test can kill
 the whole run as a node failure would.
 
-With GPUs (``zygote.py gpu``) a fork is only possible while this process has not touched CUDA. Whether that held is tried
-once, by a child that does; where it failed, ranks are started as programs of their own, ten seconds slower.
+With GPUs (``zygote.py gpu``) a fork is only possible while this process has not touched CUDA. Whether that held is
+tried once, by a child that does; where it failed, ranks are started as programs of their own, ten seconds slower.
 """
 
 from __future__ import annotations

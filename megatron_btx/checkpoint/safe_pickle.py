@@ -7,15 +7,18 @@ another. Both are read here by an unpickler that knows the few classes they need
 
 from __future__ import annotations
 
+import functools
 import pickle
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 from megatron_btx.errors import CheckpointError
 
+_PLAIN_BUILTINS = {"set", "frozenset", "slice", "complex", "bytearray", "range"}
 _ALLOWED = {
     "argparse": {"Namespace"},
-    "builtins": {"set", "frozenset", "slice", "complex", "bytearray", "range"},
+    "builtins": _PLAIN_BUILTINS,
+    "__builtin__": _PLAIN_BUILTINS,  # as torch.save spells it, whose pickles are of protocol 2
     "collections": {"OrderedDict", "defaultdict", "deque"},
     "pathlib": {"PosixPath", "PurePosixPath", "Path"},
     "pathlib._local": {"PosixPath", "PurePosixPath", "Path"},
@@ -81,6 +84,12 @@ class ForeignValue:
         return f"{type(self).__name__}{self.arguments}"
 
 
+@functools.cache
+def _foreign_class(module: str, name: str) -> type[ForeignValue]:
+    """One class per name, so that equal values of two files are equal."""
+    return type(name, (ForeignValue,), {"__module__": module})
+
+
 class AllowListUnpickler(pickle.Unpickler):
     """Unpickles the allowed classes, turns Megatron's own into ForeignValue, refuses everything else."""
 
@@ -97,7 +106,7 @@ class AllowListUnpickler(pickle.Unpickler):
         if module == "torch" and "." not in name and _is_plain_torch_value(name):
             return super().find_class(module, name)
         if module.startswith(_INERT_PREFIXES) and "." not in name:
-            return type(name, (ForeignValue,), {"__module__": module})
+            return _foreign_class(module, name)
         raise CheckpointError(
             f"{self.where} wants to load {module}.{name}, which no checkpoint needs and which could run code; "
             "do not use it, or have its owner save it again with stock Megatron"

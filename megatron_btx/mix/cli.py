@@ -95,6 +95,7 @@ def plan_text(plan: Plan) -> str:
         "average": "mean of all",
         "stack": "moved bit for bit",
         "normal": f"normal, seed {plan.router_seed}",
+        "zeros": "zeros",
     }
     for tensor in plan.tensors:
         shape = "x".join(map(str, tensor.shape))

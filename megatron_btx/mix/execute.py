@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from megatron_btx.checkpoint.torch_dist import (
     write_flushed,
 )
 from megatron_btx.errors import CheckpointError, InputError
+from megatron_btx.manifest import versions
 from megatron_btx.mix.plan import ROUTER_STD, Plan, PlannedTensor, as_namespace
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def _bytes_of(block: torch.Tensor) -> memoryview:
 
 def computed_blocks(plan: Plan, tensor: PlannedTensor) -> Iterator[tuple[Offsets, torch.Tensor]]:
     """The blocks of one tensor of the result, each with its offsets, computed from the experts by its rule."""
+    import torch
+
     if tensor.rule.operation == "normal":
         yield from _router_blocks(plan, tensor)
         return
@@ -123,6 +125,8 @@ def computed_blocks(plan: Plan, tensor: PlannedTensor) -> Iterator[tuple[Offsets
             source = plan.experts[expert].reader
             block = source.read(tensor.source_key, (layer, *rest), (sizes[0], *sizes[2:]))
             yield offsets, block.unsqueeze(1)
+        elif tensor.rule.operation == "zeros":
+            yield offsets, torch.zeros(sizes, dtype=tensor.dtype)
         else:
             yield offsets, _average(plan, tensor, offsets, sizes)
 
@@ -130,7 +134,7 @@ def computed_blocks(plan: Plan, tensor: PlannedTensor) -> Iterator[tuple[Offsets
 def _average(plan: Plan, tensor: PlannedTensor, offsets: Offsets, sizes: Offsets) -> torch.Tensor:
     """The mean over the experts, rounded once to the stored dtype.
 
-    Summed in fp64: in fp32 three equal experts would not average to themselves, and the order of the experts would show.
+    Summed in fp64: in fp32 three equal experts would not average to themselves, and the experts' order would show.
     """
     import torch
 
@@ -223,7 +227,7 @@ def _manifest(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
             {"name": e.name, "path": str(e.folder.resolve()), "index_sha256": _file_hash(e.folder / ".metadata")}
             for e in plan.experts
         ],
-        "versions": {name: importlib.metadata.version(name) for name in ("megatron-btx", "megatron-core", "torch")},
+        "versions": versions(),
         "tensors": {
             t.key: {
                 "operation": t.rule.operation,

@@ -193,9 +193,11 @@ def match_rules(rules: Iterable[Rule], experts: Sequence[Expert]) -> Iterable[Pl
             yield PlannedTensor(target, shape, tensor.dtype, rule, key)
     layers, hidden, dtype = _sizes(stored, experts[0])
     for rule in rules:
-        if rule.operation == "normal":
+        if not rule.source:
             unused.discard(rule)
-            yield PlannedTensor(rule.targets[0], (layers, len(experts), hidden), dtype, rule, "")
+            if not rule.with_key or rule.with_key in stored:
+                shape = (layers, len(experts), hidden) if rule.operation == "normal" else (layers, len(experts))
+                yield PlannedTensor(rule.targets[0], shape, dtype, rule, "")
     missing = [rule.source for rule in unused if not rule.optional]
     if missing:
         raise InputError(f"{experts[0].folder}: no key matches {missing[0]}; this is not a GPT model of Megatron's")

@@ -13,7 +13,7 @@ import dataclasses
 import re
 from typing import Literal
 
-Operation = Literal["average", "stack", "normal"]
+Operation = Literal["average", "stack", "normal", "zeros"]
 EXPERTS = "decoder.layers.mlp.experts.experts."
 
 
@@ -25,11 +25,13 @@ class Rule:
     """Key in the experts' checkpoints, as a regular expression that must match whole; "" for a new tensor."""
     operation: Operation
     """average: mean over the experts, rounded once. stack: moved bit for bit onto a new expert axis after the
-    layers. normal: drawn, with the standard deviation of the initialisation."""
+    layers. normal: drawn, with the standard deviation of the initialisation. zeros: new, and no influence at first."""
     targets: tuple[str, ...] = ()
     """Keys of the result; () for the source's own key. More than one where the two kinds of layers differ."""
     optional: bool = False
     """Whether a model may lack it (biases, an untied head, QK norms)."""
+    with_key: str = ""
+    """For a new tensor: the key whose presence in the experts calls for it; "" for always."""
 
     def matches(self, key: str) -> bool:
         """Whether this rule takes a source key."""
@@ -70,6 +72,8 @@ BTX = (
     Rule(_LAYERS + r"mlp\.linear_fc2\.weight", "stack", (EXPERTS + "linear_fc2.weight",)),
     Rule(_LAYERS + r"mlp\.linear_fc2\.bias", "stack", (EXPERTS + "linear_fc2.bias",), optional=True),
     Rule("", "normal", ("decoder.layers.mlp.router.weight",)),
+    # Megatron's router has a bias where the linear layers have (core/transformer/moe/router.py).
+    Rule("", "zeros", ("decoder.layers.mlp.router.bias",), with_key="decoder.layers.mlp.linear_fc1.bias"),
 )
 """Branch-Train-MiX: feed-forward blocks become the experts, everything else is averaged, routers are new."""
 

@@ -1,0 +1,222 @@
+"""What the training program refuses before it trains: exit code 2, one line with flag, both values and remedy."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests import pico
+from tests.mixing import mix, rewrite
+from tests.runner import Zygote, read_losses
+
+
+def refusal(zygote: Zygote, arguments: list[str], log: Path, world_size: int = 1) -> str:
+    """Run, expect the refusal, and return its one line: what the ranks say that were not ended before they spoke."""
+    run = zygote.run(world_size, arguments, log, expect=None)
+    assert run.codes is not None
+    # The zygote ends all ranks when one has failed.
+    assert 2 in run.codes and set(run.codes) <= {2, -9}, f"{run.codes}\n{run.text()[-3000:]}"
+    assert "Traceback" not in run.text()
+    lines = {line[line.index("error:") :] for line in run.text().splitlines() if _ERROR.match(line)}
+    assert len(lines) == 1, run.text()[-3000:]
+    return lines.pop()
+
+
+_ERROR = re.compile(r"(rank \d+: )?error: ")
+
+
+def without(words: list[str], *flags: str) -> list[str]:
+    """A command line without some flags and their values."""
+    kept, dropping = [], False
+    for word in words:
+        dropping = word in flags if word.startswith("--") else dropping
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+LAYOUTS = {
+    "tensor parallelism": (1, "--tensor-model-parallel-size 2", ["1", "2"]),
+    "pipeline stages and layers": (3, "--pipeline-model-parallel-size 3", ["layers", "pipeline"]),
+    "experts and their ranks": (3, "--num-experts 4 --expert-model-parallel-size 3", ["experts", "parallel_size"]),
+    "batch and ranks": (3, "", ["batch_size (4)", "data_parallel_size (3)"]),
+    "more experts' ranks than ranks": (1, "--num-experts 4 --expert-model-parallel-size 2", ["(1)", "(2)"]),
+    "heads and tensor parallelism": (3, "--tensor-model-parallel-size 3 --padded-vocab-size 129", ["(4)", "(3)"]),
+    "experts, tensor parallel alone": (2, "--num-experts 4 --tensor-model-parallel-size 2", ["sequence parallelism"]),
+}
+SEEN_LATER = ("more experts' ranks than ranks", "heads and tensor parallelism", "experts, tensor parallel alone")
+"""What Megatron finds by ValueError and RuntimeError after its validation of arguments."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.xfail(strict=True, reason="a traceback and exit code 1 so far"))
+        if case in SEEN_LATER
+        else case
+        for case in LAYOUTS
+    ],
+)
+def test_layouts_that_do_not_fit(case, zygote, corpus, tmp_path):
+    """Megatron's own checks, as one line."""
+    world_size, flags, named = LAYOUTS[case]
+    message = refusal(zygote, pico.train(corpus, 1) + flags.split(), tmp_path / "log", world_size)
+    assert message.startswith("error: Megatron refuses these arguments: ")
+    for text in named:
+        assert text in message
+
+
+def test_unknown_flags(zygote, corpus, tmp_path):
+    """argparse's own refusal."""
+    run = zygote.run(1, [*pico.train(corpus, 1), "--btx-no-such-flag"], tmp_path / "log", expect=2)
+    assert "unrecognized arguments: --btx-no-such-flag" in run.text()
+
+
+def _no_index(prefix: Path) -> None:
+    Path(f"{prefix}.idx").unlink()
+
+
+def _empty(prefix: Path) -> None:
+    Path(f"{prefix}.bin").write_bytes(b"")
+
+
+def _nothing(prefix: Path) -> None:
+    Path(f"{prefix}.idx").unlink()
+    Path(f"{prefix}.bin").unlink()
+
+
+@pytest.mark.parametrize("flag", ["--train-data-path", "--valid-data-path", "--data-path"])
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [(_no_index, "text.idx does not exist"), (_empty, "text.bin is empty"), (_nothing, "text.bin does not exist")],
+)
+def test_missing_and_empty_datasets(damage, named, flag, zygote, corpus, tmp_path):
+    """The flag, the file and the remedy; also as one part of a blend."""
+    pico.write_corpus(tmp_path / "text", documents=2)
+    damage(tmp_path / "text")
+    blend = ["0.5", str(corpus), "0.5", str(tmp_path / "text")]
+    for number, paths in enumerate((blend, [str(tmp_path / "text")])):
+        given = [*without(pico.train(corpus, 1), "--train-data-path"), flag, *paths]
+        if flag == "--valid-data-path":
+            given += ["--train-data-path", str(corpus)]
+        message = refusal(zygote, given, tmp_path / f"log{number}")
+        assert flag in message and named in message and "tools/preprocess_data.py" in message
+
+
+def test_no_dataset(zygote, corpus, tmp_path):
+    message = refusal(zygote, without(pico.train(corpus, 1), "--train-data-path"), tmp_path / "log")
+    assert "no training data" in message and "--train-data-path" in message
+
+
+@pytest.fixture(scope="module")
+def mixture(dense, tmp_path_factory) -> Path:
+    return mix(dict.fromkeys("abcd", dense), tmp_path_factory.mktemp("mixture") / "mix")
+
+
+CHANGES = {
+    "norm epsilon": (False, "--norm-epsilon 1e-3", ["--norm-epsilon", "1e-05", "0.001", "layernorm_epsilon"]),
+    "rotary base": (False, "--rotary-base 500", ["--rotary-base", "10000", "500", "rotary_base"]),
+    "rope scaling": (False, "--use-rope-scaling", ["--use-rope-scaling", "False", "True"]),
+    "ffn size": (False, "--ffn-hidden-size 96", ["--ffn-hidden-size", "48", "96"]),
+    "vocabulary": (False, "--padded-vocab-size 256", ["--padded-vocab-size", "128", "256"]),
+    "tokenizer": (False, "--vocab-size 95", ["NullTokenizer of 96", "NullTokenizer of 95", "tokenizer_model"]),
+    "a dense model from a mixture": (True, "", ["--num-experts", "4", "None"]),
+    "number of experts": (True, f"{' '.join(pico.MOE)} --num-experts 2", ["--num-experts", "4", "2"]),
+    "router top-k": (True, f"{' '.join(pico.MOE)} --moe-router-topk 1 --moe-router-pre-softmax", ["topk", "2", "1"]),
+    "router precision": (True, " ".join(without(pico.MOE, "--moe-router-dtype")), ["--moe-router-dtype", "fp32"]),
+    "QK norm": (False, "--qk-layernorm", ["--qk-layernorm", "False", "True"]),
+}
+
+
+@pytest.mark.parametrize("how", ["start", "resume"])
+@pytest.mark.parametrize("case", list(CHANGES))
+def test_another_model_than_the_checkpoints(case, how, dense, mixture, zygote, corpus, tmp_path):
+    """Whether it starts from the weights or resumes: flag, stored and given value, and how to allow it."""
+    moe, flags, named = CHANGES[case]
+    source = str(mixture if moe else dense)
+    start = ["--pretrained-checkpoint", source] if how == "start" else ["--load", source]
+    metrics = tmp_path / "metrics.jsonl"
+    message = refusal(zygote, [*pico.train(corpus, 12, metrics), *start, *flags.split()], tmp_path / "log")
+    for text in [source, "--btx-allow-change", *named]:
+        assert text in message
+    assert not metrics.exists()
+
+
+def test_an_allowed_change_goes_through(dense, zygote, corpus, tmp_path):
+    """--btx-allow-change with the name from the refusal: it trains, with another loss."""
+    losses = {}
+    for name, flags in {"stored": "", "changed": "--norm-epsilon 1e-1 --btx-allow-change layernorm_epsilon"}.items():
+        metrics = tmp_path / f"{name}.jsonl"
+        arguments = [*pico.train(corpus, 1, metrics), "--pretrained-checkpoint", str(dense), *flags.split()]
+        zygote.run(1, arguments, tmp_path / f"log-{name}")
+        losses[name] = read_losses(metrics)[1]
+    assert abs(losses["stored"] - losses["changed"]) > 1e-4
+
+
+def test_allowing_one_change_allows_no_other(dense, zygote, corpus, tmp_path):
+    flags = ["--norm-epsilon", "1e-3", "--rotary-base", "500", "--btx-allow-change", "layernorm_epsilon"]
+    arguments = [*pico.train(corpus, 1), "--pretrained-checkpoint", str(dense), *flags]
+    message = refusal(zygote, arguments, tmp_path / "log")
+    assert "--rotary-base" in message and "--norm-epsilon" not in message
+
+
+def sentencepiece_model(file: Path, words: str) -> Path:
+    """A real tokenizer, of a few words."""
+    import sentencepiece
+
+    file.parent.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([words] * 20),
+        model_prefix=str(file.with_suffix("")),
+        vocab_size=90,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return file
+
+
+def test_a_tokenizer_of_other_content(dense, zygote, corpus, tmp_path):
+    """The same file name with other content is refused, unless allowed; the same content elsewhere is no change."""
+    old = sentencepiece_model(tmp_path / "old" / "t.model", "one two three four five six seven")
+    new = sentencepiece_model(tmp_path / "new" / "t.model", "eins zwei drei vier sechs sieben zehn")
+    moved = Path(shutil.copytree(old.parent, tmp_path / "moved")) / "t.model"
+    kind = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(old)}
+    source = rewrite(dense, tmp_path / "source", arguments=kind)
+    given = [
+        *without(pico.train(corpus, 1), "--tokenizer-type", "--vocab-size"),
+        "--pretrained-checkpoint",
+        str(source),
+    ]
+    given += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model"]
+    message = refusal(zygote, [*given, str(new)], tmp_path / "log-new")
+    assert "tokenizers differ" in message and "--btx-allow-change tokenizer_model" in message
+    zygote.run(1, [*given, str(moved)], tmp_path / "log-moved")
+    zygote.run(1, [*given, str(new), "--btx-allow-change", "tokenizer_model"], tmp_path / "log-allowed")
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+def test_a_damaged_checkpoint(flag, dense, zygote, corpus, tmp_path):
+    """One line that names the file, instead of a traceback out of every rank."""
+    broken = shutil.copytree(dense, tmp_path / "broken")
+    index = broken / "iter_0000010" / ".metadata"
+    index.write_bytes(index.read_bytes()[:1000])
+    message = refusal(zygote, [*pico.train(corpus, 12), flag, str(broken)], tmp_path / "log")
+    assert str(index) in message and "truncated" in message
+
+
+def test_a_checkpoint_that_is_not_there(zygote, corpus, tmp_path):
+    """Never a model that silently starts from random weights."""
+    arguments = [*pico.train(corpus, 1), "--pretrained-checkpoint", str(tmp_path / "nowhere")]
+    assert f"{tmp_path / 'nowhere'}: no such folder" in refusal(zygote, arguments, tmp_path / "log")
+
+
+def test_metrics_that_cannot_be_written(zygote, corpus, tmp_path):
+    """Found by the last rank alone, which says so."""
+    (tmp_path / "file").write_text("")
+    arguments = pico.train(corpus, 1, tmp_path / "file" / "metrics.jsonl")
+    run = zygote.run(2, arguments, tmp_path / "log", expect=None)
+    assert run.codes is not None and run.codes[1] == 2
+    assert f"rank 1: error: {tmp_path / 'file'}" in run.text()

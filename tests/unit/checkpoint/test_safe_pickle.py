@@ -1,0 +1,134 @@
+"""Damaged or hostile bytes end in a CheckpointError that names the file: never in code that runs, never in a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import random
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_btx.checkpoint.safe_pickle import load_pickle, load_torch
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.errors import CheckpointError
+
+FLIPS = 400
+
+
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """At most 2 GiB more for this process: damaged bytes can ask for any amount."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (used_pages * resource.getpagesize() + (2 << 30), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        ("os", "system"),
+        ("posix", "system"),
+        ("builtins", "eval"),
+        ("builtins", "getattr"),
+        ("builtins", "__import__"),
+        ("subprocess", "Popen"),
+        ("torch", "load"),
+        ("torch", "storage.os.system"),
+        ("torch.hub", "load"),
+        ("numpy", "load"),
+        ("megatron.training", "x.y"),
+        ("megatron_btx.errors", "os.system"),
+        ("importlib", "import_module"),
+    ],
+)
+def test_what_the_list_does_not_hold(target):
+    """Every global that is not needed is refused by name, in both protocols' spellings."""
+    module, name = target
+    plain = f"c{module}\n{name}\n(S'x'\ntR.".encode()
+    stacked = b"\x80\x04" + _unicode(module) + _unicode(name) + b"\x93" + _unicode("x") + b"\x85R."
+    for payload in (plain, stacked):
+        with pytest.raises(CheckpointError, match="could run code"):
+            load_pickle(io.BytesIO(payload), "the file")
+
+
+def _unicode(text: str) -> bytes:
+    return b"\x8c" + bytes([len(text)]) + text.encode()
+
+
+def test_megatrons_own_classes_come_back_inert():
+    """An enum of Megatron's is readable without Megatron, and equal only to itself."""
+    payload = b"cmegatron.core.enums\nModelType\n(I%d\ntR."
+    one, again, other = (load_pickle(io.BytesIO(payload % n), "x") for n in (1, 1, 2))
+    assert one == again and one != other
+    assert type(one).__name__ == "ModelType" and type(one).__bases__[0].__name__ == "ForeignValue"
+
+
+def test_plain_values_survive():
+    value = {"a": [1, 2.5, None, True, "x", (1, 2), {3}], "t": torch.arange(6).reshape(2, 3)}
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    found = load_torch(file, "x")
+    assert torch.equal(found.pop("t"), value.pop("t")) and found == value
+
+
+def test_nothing_but_a_checkpoint_error_comes_out_of_a_damaged_index(dense, tmp_path):
+    """Hundreds of flipped bytes and cuts of the index: read as before, or refused with the file's name."""
+    folder = shutil.copytree(dense / "iter_0000010", tmp_path / "iter_0000010")
+    honest, random_ = (folder / ".metadata").read_bytes(), random.Random(0)
+    refused = 0
+    for number in range(FLIPS):
+        content = bytearray(honest)
+        for _ in range(random_.choice((1, 1, 3, 20))):
+            content[random_.randrange(len(content))] = random_.randrange(256)
+        if number % 5 == 0:
+            content = content[: random_.randrange(len(content))]
+        (folder / ".metadata").write_bytes(content)
+        try:
+            with little_memory():
+                TorchDistReader(folder).arguments()
+        except CheckpointError as error:
+            refused += 1
+            assert str(folder) in str(error)
+    assert refused > FLIPS // 10
+
+
+def test_nothing_but_a_checkpoint_error_comes_out_of_a_damaged_entry(dense):
+    """The same for the record of the arguments, in its pickle and in its archive."""
+    reader, random_ = TorchDistReader(dense / "iter_0000010"), random.Random(1)
+    info = reader._objects["common_state/shard_0_1"]
+    honest = reader._record(info.relative_path, info.offset, info.length)
+    refused = 0
+    for number in range(FLIPS):
+        content = bytearray(honest)
+        for _ in range(random_.choice((1, 1, 3, 20))):
+            content[random_.randrange(len(content))] = random_.randrange(256)
+        if number % 5 == 0:
+            content = content[: random_.randrange(len(content))]
+        try:
+            with little_memory():
+                load_torch(io.BytesIO(content), "the entry")
+        except CheckpointError as error:
+            refused += 1
+            assert "the entry" in str(error)
+    assert refused > FLIPS // 10
+
+
+def test_another_pickles_garbage():
+    """Bytes that are no pickle at all, and pickles that end in the middle."""
+    whole = pickle.dumps({"a": list(range(100))})
+    for payload in (b"", b"\x00" * 50, b"PK\x03\x04garbage", b"\x80\x05.", *(whole[:cut] for cut in range(1, 40))):
+        with pytest.raises(CheckpointError, match="the file"):
+            load_pickle(io.BytesIO(payload), "the file")
+        with pytest.raises(CheckpointError, match="the file"):
+            load_torch(io.BytesIO(payload), "the file")

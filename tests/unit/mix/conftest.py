@@ -1,0 +1,22 @@
+"""The experts that the tests of the mix share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.mixing import rewrite
+
+
+@pytest.fixture(scope="session")
+def experts(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three experts whose every tensor differs: two iterations of one run, and a perturbed copy."""
+    generator = torch.Generator().manual_seed(7)
+
+    def perturbed(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
+
+    folder = tmp_path_factory.mktemp("experts")
+    return {"math": dense / "iter_0000005", "code": dense, "wiki": rewrite(dense, folder / "wiki", perturbed)}
