@@ -82,6 +82,10 @@ def prepare() -> Any:
     from megatron_btx.data.training import check_data_files
 
     args = parse_arguments()
+    if not args.train_iters and not args.train_samples and not args.skip_train:
+        raise InputError(f"--train-iters {args.train_iters}: nothing to train; give a budget of at least one step")
+    if args.seed <= 0:
+        raise InputError(f"--seed {args.seed}: Megatron takes positive seeds only; give another")
     check_against_checkpoint(args)
     check_data_files(args)
     repairs.install()

@@ -1,0 +1,160 @@
+# shellcheck shell=bash
+# What the launchers share; sourced by them, not run. Every variable below can be set from outside (value = default).
+#
+# What to train on, with which tokenizer
+#   DATA=                  training data in Megatron's form: one prefix, or "weight prefix weight prefix ..." (required)
+#   VALID_DATA=            validation data, likewise; without it no validation while training
+#   DATA_CACHE=            folder for Megatron's indices of the data; default: beside each dataset
+#   TOKENIZER_TYPE=SentencePieceTokenizer    TOKENIZER_MODEL=    the tokenizer and its file (a NullTokenizer has none)
+#   VOCAB=                 tokens of a tokenizer that has no file
+# From where to where
+#   START=                 checkpoint whose weights the run starts from (required)
+#   RUN=                   folder of this run's checkpoints; started again, the run goes on from its latest one (required)
+#   METRICS=$RUN/metrics.jsonl    every scalar of every logged step, one JSON object a line
+# The model: Llama-2 7B. It has to be the model of START; a difference is refused.
+#   LAYERS=32  HIDDEN=4096  FFN=11008  HEADS=32  KV_GROUPS=$HEADS (key-value heads)  PADDED_VOCAB=32000 (rows)
+#   SEQ_LENGTH=4096 (tokens)  MAX_POSITIONS=$SEQ_LENGTH (tokens)  NORM_EPSILON=1e-5  ROTARY_BASE=10000
+# The optimizer: AdamW as in the paper. A batch is 1024 x 4096 = 4,194,304 tokens.
+#   GLOBAL_BATCH=1024  MICRO_BATCH=1 (sequences)  STEPS (see the launcher)  WARMUP=100 (steps)  LR=1e-4 (peak)
+#   MIN_LR=LR/10  WEIGHT_DECAY=0.1  BETA1=0.9  BETA2=0.95  CLIP=1.0  SEED=1234
+#   PRECISION=bf16         bf16 or fp32
+# Layout: TP tensor, PP pipeline parallel size, defaults per launcher; what is left of the GPUs is data parallel.
+#   DISTRIBUTED_OPTIMIZER=1    1: optimizer state spread over the data-parallel ranks; 0: a copy on each
+# How often (steps)
+#   SAVE_INTERVAL=500  LOG_INTERVAL=10  EVAL_INTERVAL=1000  EVAL_STEPS=20 (batches per validation)
+# Processes, when the launcher starts torchrun itself
+#   NPROC (processes on this machine; default: its GPUs, or 1)
+#   NNODES=1  NODE_RANK=0  MASTER_ADDR (required with more than one node)  MASTER_PORT=29500
+#   PYTHON                 the interpreter; default: this checkout's .venv, or python3
+# Arguments after the launcher's name go to Megatron last, where the last one wins.
+
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ ! -x "$repository/.venv/bin/python" ] || PYTHON="$repository/.venv/bin/python"
+fi
+export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+# With more than one thread per process the ranks of a node fight for its cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+fail() {
+    # Of many ranks, the first speaks for all.
+    [ "${RANK:-${SLURM_PROCID:-0}}" != 0 ] || echo "error: $*" >&2
+    exit 2
+}
+
+require() { # require NAME 'what it is'
+    [ -n "${!1:-}" ] || fail "no $1: give $2"
+}
+
+# The flags of every run, into the array FLAGS.
+common_flags() {
+    require DATA 'the training data, as DATA="0.9 data/math_text_document 0.1 data/general_text_document"'
+    require START 'the checkpoint to start from, as START=checkpoints/seed'
+    require RUN "the folder for this run's checkpoints, as RUN=runs/math"
+    [ -e "$START" ] || fail "START=$START does not exist: give a checkpoint's folder"
+    [ "${TOKENIZER_TYPE:=SentencePieceTokenizer}" = NullTokenizer ] ||
+        require TOKENIZER_MODEL 'the file of the tokenizer, as TOKENIZER_MODEL=tokenizer.model'
+    local heads="${HEADS:-32}" seq_length="${SEQ_LENGTH:-4096}" lr="${LR:-1e-4}"
+    local -a data valid
+    # shellcheck disable=SC2153 # DATA is the user's, data its words
+    read -r -a data <<<"$DATA"
+    read -r -a valid <<<"${VALID_DATA:-}"
+    FLAGS=(
+        --num-layers "${LAYERS:-32}" --hidden-size "${HIDDEN:-4096}" --ffn-hidden-size "${FFN:-11008}"
+        --num-attention-heads "$heads" --seq-length "$seq_length"
+        --max-position-embeddings "${MAX_POSITIONS:-$seq_length}"
+        --normalization RMSNorm --norm-epsilon "${NORM_EPSILON:-1e-5}" --swiglu
+        --position-embedding-type rope --rotary-base "${ROTARY_BASE:-10000}"
+        --untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
+        # Fixed, because Megatron would pad by the tensor parallel size, and the padding enters the softmax.
+        --padded-vocab-size "${PADDED_VOCAB:-32000}"
+
+        --micro-batch-size "${MICRO_BATCH:-1}" --global-batch-size "${GLOBAL_BATCH:-1024}"
+        --train-iters "${STEPS:-$1}" --optimizer adam --weight-decay "${WEIGHT_DECAY:-0.1}"
+        --adam-beta1 "${BETA1:-0.9}" --adam-beta2 "${BETA2:-0.95}" --clip-grad "${CLIP:-1.0}"
+        --lr "$lr" --min-lr "${MIN_LR:-$(awk -v lr="$lr" 'BEGIN { print lr / 10 }')}"
+        --lr-decay-style cosine --lr-warmup-iters "${WARMUP:-100}" --seed "${SEED:-1234}"
+
+        --tokenizer-type "$TOKENIZER_TYPE" --train-data-path "${data[@]}"
+        # Weights come from START once; from then on the run resumes from its own checkpoints.
+        --pretrained-checkpoint "$START" --load "$RUN" --save "$RUN" --save-interval "${SAVE_INTERVAL:-500}"
+        --ckpt-format torch_dist --btx-metrics "${METRICS:-$RUN/metrics.jsonl}"
+        --log-interval "${LOG_INTERVAL:-10}" --tensorboard-log-interval "${LOG_INTERVAL:-10}"
+        --eval-interval "${EVAL_INTERVAL:-1000}"
+        --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
+    )
+    local groups="${KV_GROUPS:-$heads}"
+    [ "$groups" = "$heads" ] || FLAGS+=(--group-query-attention --num-query-groups "$groups")
+    case "${PRECISION:=bf16}" in
+        bf16) FLAGS+=(--bf16) ;;
+        fp32) ;;
+        *) fail "PRECISION=$PRECISION: expected bf16 or fp32" ;;
+    esac
+    [ -z "${TOKENIZER_MODEL:-}" ] || FLAGS+=(--tokenizer-model "$TOKENIZER_MODEL")
+    [ -z "${VOCAB:-}" ] || FLAGS+=(--vocab-size "$VOCAB")
+    [ -z "${DATA_CACHE:-}" ] || FLAGS+=(--data-cache-path "$DATA_CACHE")
+    if [ "${#valid[@]}" -gt 0 ]; then
+        FLAGS+=(--valid-data-path "${valid[@]}" --eval-iters "${EVAL_STEPS:-20}")
+    else
+        FLAGS+=(--eval-iters 0)
+    fi
+    [ "$TP" -eq 1 ] || FLAGS+=(--sequence-parallel)
+    [ "${DISTRIBUTED_OPTIMIZER:-1}" != 1 ] || FLAGS+=(--use-distributed-optimizer)
+}
+
+# Run the training program with the given flags: as this process's rank when someone has started one process per
+# rank already, else with torchrun.
+launch() {
+    if [ -z "${RANK:-}" ] && one_task_per_rank_of_slurm; then
+        rank_from_slurm
+    fi
+    if [ -n "${RANK:-}" ]; then
+        exec "$PYTHON" -m megatron_btx.pretrain "$@"
+    fi
+    local -a rendezvous=(--standalone)
+    if [ "${NNODES:-1}" -gt 1 ]; then
+        require MASTER_ADDR 'the host name of the first node'
+        rendezvous=(--nnodes "$NNODES" --node-rank "${NODE_RANK:-0}"
+            --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+    fi
+    exec "$PYTHON" -m torch.distributed.run --nproc-per-node "${NPROC:-$(gpus_or_one)}" "${rendezvous[@]}" \
+        -m megatron_btx.pretrain "$@"
+}
+
+gpus_or_one() {
+    local count=0
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        count="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)"
+    elif [ -z "${CUDA_VISIBLE_DEVICES+set}" ] && command -v nvidia-smi >/dev/null; then
+        count="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
+    fi
+    echo "$((count > 0 ? count : 1))"
+}
+
+# Whether srun started this process. The shell of a batch script has SLURM_PROCID=0 too, but belongs to no step.
+one_task_per_rank_of_slurm() {
+    [ -n "${SLURM_PROCID:-}" ] && { [ -z "${SLURM_JOB_ID:-}" ] || [ -n "${SLURM_STEP_ID:-}" ]; }
+}
+
+rank_from_slurm() {
+    local per_node="${SLURM_STEP_TASKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-1}}" # 8, or 8(x2), or 8,4
+    export RANK="$SLURM_PROCID"
+    export WORLD_SIZE="${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-1}}"
+    export LOCAL_RANK="${SLURM_LOCALID:-0}"
+    # Bound to one GPU each (--gpus-per-task=1), every task sees its own as the first.
+    [[ ! "${CUDA_VISIBLE_DEVICES:-}" =~ ^[^,]+$ ]] || LOCAL_RANK=0
+    export LOCAL_WORLD_SIZE="${per_node%%[^0-9]*}"
+    export MASTER_ADDR="${MASTER_ADDR:-$(first_host "${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-localhost}}")}"
+    # Two jobs that share a node must not meet on one port.
+    export MASTER_PORT="${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 20000))}"
+}
+
+# The first host of Slurm's short form: gpu[003-006,9],login -> gpu003. In containers scontrol is often missing.
+first_host() {
+    if [[ "$1" =~ ^([^],[]*)\[([^],-]+)[^]]*\]([^,]*) ]]; then
+        echo "${BASH_REMATCH[1]}${BASH_REMATCH[2]}${BASH_REMATCH[3]}"
+    else
+        echo "${1%%,*}"
+    fi
+}

@@ -1,0 +1,203 @@
+"""The launchers: which process they start from where, and both at pico size through the real Megatron."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import pico
+from tests.mixing import mix
+from tests.runner import REPOSITORY, read_losses
+from tests.zygote import free_port
+
+EXPERT = str(REPOSITORY / "examples" / "train_expert.sh")
+FINETUNE = str(REPOSITORY / "examples" / "btx_finetune.sh")
+
+PICO = {
+    "LAYERS": str(pico.LAYERS),
+    "HIDDEN": "32",
+    "FFN": "48",
+    "HEADS": "4",
+    "KV_GROUPS": "2",
+    "SEQ_LENGTH": "32",
+    "PADDED_VOCAB": str(pico.PADDED_VOCABULARY),
+    "VOCAB": str(pico.VOCABULARY),
+    "TOKENIZER_TYPE": "NullTokenizer",
+    "PRECISION": "fp32",
+    "TP": "1",
+    "GLOBAL_BATCH": "4",
+    "STEPS": "4",
+    "SAVE_INTERVAL": "4",
+    "LOG_INTERVAL": "1",
+    "WARMUP": "1",
+    "LR": "1e-2",
+    "NPROC": "1",
+}
+"""The launchers' variables for the pico model."""
+
+OUTSIDE = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CUDA_VISIBLE_DEVICES", "PYTHON", "OMP_NUM_THREADS")
+
+
+def environment(**variables: str | Path) -> dict[str, str]:
+    """The variables of a launcher, on the CPU, without what the tests' own surroundings would say."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(OUTSIDE)}
+    return clean | {"CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"} | {n: str(v) for n, v in variables.items()}
+
+
+# --- what is started, seen by an interpreter that only tells ----------------------------------------------------
+
+
+@pytest.fixture
+def teller(tmp_path: Path) -> Path:
+    """An "interpreter" that prints its arguments and its place among the ranks."""
+    script = tmp_path / "teller"
+    names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+    tell = f"json.dumps([sys.argv[1:], {{n: os.environ[n] for n in {names} if n in os.environ}}])"
+    script.write_text(f"#!{sys.executable}\nimport json, os, sys\nprint({tell})\n")
+    script.chmod(0o755)
+    return script
+
+
+def told(launcher: str, teller: Path, *arguments: str, **variables: str) -> tuple[list[str], dict[str, str]]:
+    """The command a launcher ends in, and the rank it gives."""
+    given = {"PYTHON": teller, "DATA": "a", "START": teller, "RUN": "run", "TOKENIZER_MODEL": "t"} | variables
+    done = subprocess.run(
+        ["bash", launcher, *arguments], env=environment(**given), capture_output=True, text=True, check=True
+    )
+    command, rank = json.loads(done.stdout)
+    return command, rank
+
+
+SRUN = {
+    "SLURM_PROCID": "13",
+    "SLURM_LOCALID": "5",
+    "SLURM_NTASKS": "16",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_JOB_ID": "30007",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu[007-008]-ib,login",
+}
+
+
+def test_by_hand_it_starts_torchrun(teller):
+    """One process per GPU on this machine, or a part of several machines."""
+    command, rank = told(EXPERT, teller, "--lr", "3e-4", NPROC="8")
+    assert command[:7] == "-m torch.distributed.run --nproc-per-node 8 --standalone -m megatron_btx.pretrain".split()
+    assert command[-2:] == ["--lr", "3e-4"] and command.count("--lr") == 2 and not rank
+    assert told(EXPERT, teller, CUDA_VISIBLE_DEVICES="2,3")[0][3] == "2"
+    # The shell of a batch script has SLURM_PROCID, but belongs to no step.
+    variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}
+    command, _ = told(FINETUNE, teller, **variables)
+    nodes = "--nproc-per-node 1 --nnodes 2 --node-rank 1 --master-addr first --master-port 29500"
+    assert command[: len(nodes.split()) + 2] == ["-m", "torch.distributed.run", *nodes.split()]
+    assert told(FINETUNE, teller, "--moe-router-topk", "3")[0][-2:] == ["--moe-router-topk", "3"]
+
+
+def test_under_srun_it_is_its_rank(teller):
+    """The rank, the world and where to meet are read from Slurm's variables."""
+    command, rank = told(FINETUNE, teller, **SRUN)
+    assert command[:2] == ["-m", "megatron_btx.pretrain"]
+    expected = {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8"}
+    assert rank == expected | {"MASTER_ADDR": "gpu007-ib", "MASTER_PORT": "30007"}
+    assert told(FINETUNE, teller, **SRUN, CUDA_VISIBLE_DEVICES="5")[1]["LOCAL_RANK"] == "0"
+    assert told(FINETUNE, teller, **SRUN | {"SLURM_STEP_NODELIST": "n1,n2"})[1]["MASTER_ADDR"] == "n1"
+
+
+def test_defaults_are_the_papers_recipe(teller):
+    """Batch of 4,194,304 tokens, peak 1e-4 to a tenth of it, 19,000 steps, the paper's mixture of domains."""
+    four = {f"{domain}_DATA": domain.lower() for domain in ("MATH", "CODE", "WIKI", "GENERAL")}
+    command, _ = told(FINETUNE, teller, DATA="", **four)
+
+    def value(flag: str, words: int = 1) -> list[str]:
+        position = command.index(flag) + 1
+        return command[position : position + words]
+
+    assert int(*value("--global-batch-size")) * int(*value("--seq-length")) == 4_194_304
+    assert float(*value("--min-lr")) == pytest.approx(float(*value("--lr")) / 10) == 1e-5
+    assert value("--train-iters") == ["19000"] and value("--moe-router-topk") == ["2"] and "--bf16" in command
+    assert value("--train-data-path", 8) == "30.16 math 40.31 code 10.30 wiki 19.23 general".split()
+
+
+@pytest.mark.parametrize("missing", ["DATA", "START", "RUN", "TOKENIZER_MODEL"])
+@pytest.mark.parametrize("launcher", [EXPERT, FINETUNE], ids=["expert", "finetune"])
+def test_missing_input_is_refused(launcher, missing, tmp_path):
+    """One line that names the variable, exit code 2; of many ranks only the first says it."""
+    given = {"DATA": "a", "START": str(tmp_path), "RUN": str(tmp_path / "run"), "TOKENIZER_MODEL": "t"}
+    del given[missing]
+    for rank, lines in ((0, 1), (1, 0)):
+        variables = environment(**given, RANK=str(rank))
+        done = subprocess.run(["bash", launcher], env=variables, capture_output=True, text=True)
+        assert done.returncode == 2 and not done.stdout
+        assert len(done.stderr.splitlines()) == lines
+        assert not lines or missing in done.stderr
+
+
+# --- the real thing ---------------------------------------------------------------------------------------------
+
+
+def start(command: list[str], log: Path, variables: dict[str, str]) -> subprocess.Popen:
+    """Start a command with its output in a file, in a session of its own so that all of it can be ended."""
+    with log.open("w") as output:
+        return subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
+
+
+def finish(processes: dict[Path, subprocess.Popen], timeout_seconds: float = 200) -> None:
+    """Wait for all; show the end of the log of the first that failed, and leave nothing running."""
+    try:
+        for log, process in processes.items():
+            code = process.wait(timeout=timeout_seconds)
+            assert code == 0, f"exit code {code}\n{log.read_text()[-6000:]}"
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # torchrun passes it on to its workers
+                process.wait(timeout=60)
+
+
+def torchrun(processes: int, launcher: str) -> list[str]:
+    """A launcher under torchrun."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*program, "--no-python", launcher]
+
+
+def test_from_seed_to_finetuned_mixture(dense, corpus, tmp_path):
+    """Experts by hand and under torchrun, their mixture under srun, and that run resumed under torchrun."""
+    common = {**PICO, "START": dense, "DATA": corpus, "DATA_CACHE": corpus.parent / "cache"}
+    commands = {"hand": ["bash", EXPERT], "torchrun": torchrun(1, EXPERT)}
+    started = {}
+    for seed, (name, command) in enumerate(commands.items(), start=1):
+        variables = environment(**common, RUN=tmp_path / name)
+        started[tmp_path / f"{name}.log"] = start([*command, "--seed", str(seed)], tmp_path / f"{name}.log", variables)
+    finish(started)
+    experts = {name: tmp_path / name for name in commands}
+    losses = {name: read_losses(folder / "metrics.jsonl") for name, folder in experts.items()}
+    assert len(losses["hand"]) == len(losses["torchrun"]) == 4 and losses["hand"] != losses["torchrun"]
+
+    run = tmp_path / "btx"
+    common |= {"START": mix(experts, tmp_path / "mix"), "RUN": run, "EXPERTS": "2", "EP": "2"}
+    port, started = str(free_port()), {}
+    for rank in range(2):
+        place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": 2, "SLURM_STEP_TASKS_PER_NODE": 2}
+        place |= {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
+        log = tmp_path / f"srun.{rank}.log"
+        # A schedule for twice the steps, of which the second half follows after the restart.
+        started[log] = start(
+            ["bash", FINETUNE, "--exit-interval", "4"], log, environment(**common | place | {"STEPS": "8"})
+        )
+    finish(started)
+    first = read_losses(run / "metrics.jsonl")
+    assert sorted(first) == [1, 2, 3, 4]
+
+    (run / "metrics.jsonl").rename(run / "first.jsonl")
+    log = tmp_path / "resumed.log"
+    finish({log: start(torchrun(2, FINETUNE), log, environment(**common | {"STEPS": "8"}))})
+    second = read_losses(run / "metrics.jsonl")
+    assert sorted(second) == [5, 6, 7, 8], "it must go on from its own checkpoint, not from the mixture"
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "8"
+    assert second[8] < first[1], "a finetuned mixture that gets worse is not trained"
