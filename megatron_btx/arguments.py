@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from megatron_btx.cpu import CPU_DEFAULTS, has_gpu
+from megatron_btx.errors import InputError
 
 TORCH_NATIVE_DEFAULTS: dict[str, Any] = {
     "transformer_impl": "local",
@@ -93,3 +94,35 @@ def machine_defaults() -> dict[str, Any]:
     elif find_spec("transformer_engine") is None:
         defaults |= TORCH_NATIVE_DEFAULTS
     return defaults
+
+
+def check_layout(args: Any) -> None:
+    """Refuse layouts that Megatron's own validation lets through and that fail later, on every rank, in its depths.
+
+    Raises:
+        InputError: names both numbers and what would fit.
+    """
+    tensor, expert, pipeline = (
+        args.tensor_model_parallel_size,
+        args.expert_model_parallel_size,
+        args.pipeline_model_parallel_size,
+    )
+    refused = "Megatron refuses these arguments: "
+    if args.num_attention_heads % tensor:
+        raise InputError(
+            f"{refused}number of attention heads ({args.num_attention_heads}) is not a multiple of "
+            f"--tensor-model-parallel-size ({tensor}); choose one that divides it"
+        )
+    if not args.num_experts:
+        return
+    if tensor > 1 and not args.sequence_parallel:
+        raise InputError(
+            f"{refused}experts with --tensor-model-parallel-size ({tensor}) need sequence parallelism; "
+            "add --sequence-parallel"
+        )
+    expert_ranks = (args.expert_tensor_parallel_size or tensor) * expert * pipeline
+    if args.world_size % expert_ranks:
+        raise InputError(
+            f"{refused}world size ({args.world_size}) is not a multiple of expert tensor x expert x pipeline parallel "
+            f"sizes ({expert_ranks}); start that many processes, or lower --expert-model-parallel-size ({expert})"
+        )

@@ -101,7 +101,7 @@ def parse_arguments() -> Any:
     """
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_btx.arguments import add_btx_arguments
+    from megatron_btx.arguments import add_btx_arguments, check_layout
 
     try:
         args = parse_and_validate_args(add_btx_arguments)
@@ -112,6 +112,7 @@ def parse_arguments() -> Any:
         if not any("tokenizers" in frame.filename for frame in traceback.extract_tb(failure.__traceback__)):
             raise
         raise InputError(f"the tokenizer cannot be read: {failure}; check --tokenizer-model and its type") from failure
+    check_layout(args)
     if args.tokenizer_model and os.path.exists(args.tokenizer_model):
         # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
         args.tokenizer_model = os.path.abspath(args.tokenizer_model)

@@ -251,7 +251,12 @@ def _publish(work: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():
         os.rename(output, old)
-    os.rename(work, output)
+    try:
+        os.rename(work, output)
+    except OSError:
+        if old.exists():
+            os.rename(old, output)
+        raise
     directory = os.open(output.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)

@@ -1,4 +1,4 @@
-"""The CPU stand-ins: each refuses a Megatron of another form, all are inert where there is a GPU, and they do their job.
+"""The CPU stand-ins: each refuses a Megatron of another form, all are inert beside a GPU, and they do their job.
 
 Each check replaces functions of torch and Megatron, so it runs in a process of its own: :func:`main` is what the zygote
 runs there, with the check's name in the environment.
@@ -76,7 +76,7 @@ def everything() -> dict[str, int]:
     owners = {"torch": torch, "Tensor": torch.Tensor, "Module": torch.nn.Module, "cuda": torch.cuda}
     owners |= {"random": torch.cuda.random, "nvtx": torch.cuda.nvtx}
     owners |= {name: importlib.import_module(name) for name in REPLACED}
-    return {f"{owner}.{name}": id(getattr(o, name, None)) for owner, o in owners.items() for name in dir(o)}
+    return {f"{owner}.{name}": id(value) for owner, o in owners.items() for name, value in vars(o).items()}
 
 
 def check_inert() -> None:

@@ -20,9 +20,10 @@ SEQUENCE, BATCH = 17, 2
 
 def config(**changes: object) -> TransformerConfig:
     # Sequence parallel, so that dropout (of probability zero) needs no forked random state.
-    settings = {"attention_dropout": 0.0, "sequence_parallel": False, "num_query_groups": 4, "kv_channels": 8}
-    made = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, **{**settings, **changes})
-    made.sequence_parallel = changes.get("sequence_parallel", True)
+    parallel = changes.pop("sequence_parallel", True)
+    settings = {"attention_dropout": 0.0, "num_query_groups": 4, "kv_channels": 8, **changes}
+    made = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, **settings)
+    made.sequence_parallel = parallel
     return made
 
 
@@ -64,7 +65,6 @@ def test_attention_is_megatrons(groups, head_size, plain_buffer):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the layer's number stays in the scale: layer n attends with 1/n of it")
 def test_attention_with_scaled_layers_is_megatrons(plain_buffer):
     """--apply-query-key-layer-scaling divides by the layer's number and multiplies it back: no other function."""
     settings = config(apply_query_key_layer_scaling=True)
