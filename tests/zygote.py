@@ -17,11 +17,15 @@ import resource
 import signal
 import socket
 import sys
+import time
 import traceback
 
 # Asking NVML instead of CUDA keeps this process free of a CUDA context, which would not survive the fork.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+GRACE_SECONDS = 5.0
 
 
 def free_port() -> int:
@@ -96,12 +100,18 @@ def start(request: dict, fork: bool) -> list[int]:
 
 
 def wait(ranks: list[int]) -> list[int]:
-    """Exit codes of all ranks; when one fails, the others are ended, since they would wait for it forever."""
+    """Exit codes of all ranks; after a failure the others may speak too, then are ended: they might wait forever."""
     codes: dict[int, int] = {}
+    deadline = None
     while len(codes) < len(ranks):
-        pid, status = os.waitpid(-ranks[0], 0)
-        codes[pid] = os.waitstatus_to_exitcode(status)
-        if codes[pid] != 0:
+        pid, status = os.waitpid(-ranks[0], os.WNOHANG if deadline else 0)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes[pid] != 0 and deadline is None:
+                deadline = time.monotonic() + GRACE_SECONDS
+        elif time.monotonic() < deadline:
+            time.sleep(0.02)
+        else:
             for other in ranks:
                 if other not in codes:
                     os.kill(other, signal.SIGKILL)

@@ -27,10 +27,12 @@ def config(**changes: object) -> TransformerConfig:
     return made
 
 
-def attend(kind: type, settings: TransformerConfig, layer: int = 1) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def attend(
+    kind: type, settings: TransformerConfig, layer: int = 1, scale: float | None = None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The result of an attention core and the gradients of query, key and value."""
     groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
-    core = kind(settings, layer, AttnMaskType.causal, "self", pg_collection=groups)
+    core = kind(settings, layer, AttnMaskType.causal, "self", softmax_scale=scale, pg_collection=groups)
     generator = torch.Generator().manual_seed(0)
 
     def made(heads: int) -> torch.Tensor:
@@ -70,6 +72,12 @@ def test_attention_with_scaled_layers_is_megatrons(plain_buffer):
     settings = config(apply_query_key_layer_scaling=True)
     ours, stock = (attend(kind, settings, layer=2)[0] for kind in (FlashAttention, DotProductAttention))
     torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_with_a_scale_of_its_own_is_megatrons(plain_buffer):
+    ours, stock = (attend(kind, config(), scale=0.9)[0] for kind in (FlashAttention, DotProductAttention))
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+    assert (ours - attend(FlashAttention, config())[0]).abs().max() > 0.1
 
 
 def test_attention_is_causal():

@@ -44,6 +44,8 @@ def little_memory() -> Iterator[None]:
         ("subprocess", "Popen"),
         ("torch", "load"),
         ("torch", "storage.os.system"),
+        ("torch", "hub.SomeStorage"),
+        ("torch.hub", "SomeStorage"),
         ("torch.hub", "load"),
         ("numpy", "load"),
         ("megatron.training", "x.y"),
