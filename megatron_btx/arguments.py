@@ -14,7 +14,7 @@ TORCH_NATIVE_DEFAULTS: dict[str, Any] = {
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
-    "persist_layer_norm": False,
+    "no_persist_layer_norm": True,
 }
 """Defaults where neither Transformer Engine nor apex is installed: their fused kernels do not exist there."""
 

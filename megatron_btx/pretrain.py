@@ -38,7 +38,7 @@ def main() -> int:
     try:
         pretrain(configuration, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
     except CheckpointException as failure:
-        raise _writing_failed(get_args().save, failure) from failure
+        raise _checkpointing_failed(get_args(), failure) from failure
     return 0
 
 
@@ -55,14 +55,14 @@ def is_finished(args: Any) -> bool:
     return finished
 
 
-def _writing_failed(folder: str | None, failure: BaseException) -> CheckpointError:
+def _checkpointing_failed(args: Any, failure: BaseException) -> CheckpointError:
     """A failed checkpoint in one line: most often the disk is full. The tracker still names the last complete one."""
     cause = str(failure).strip().splitlines()[-1]
-    there = folder if folder and os.path.isdir(folder) else "."
-    free_mib = shutil.disk_usage(there).free >> 20
+    folder = args.save or args.load or args.pretrained_checkpoint
+    free_mib = shutil.disk_usage(folder if os.path.isdir(folder) else ".").free >> 20
     return CheckpointError(
-        f"--save {folder}: a checkpoint could not be written or read ({free_mib} MiB free there): {cause}. Make room "
-        "and start the same command again; it goes on from the last complete checkpoint"
+        f"{folder}: a checkpoint could not be written or read ({free_mib} MiB free there): {cause}. Make room and "
+        "start the same command again; it goes on from the last complete checkpoint"
     )
 
 
@@ -86,6 +86,11 @@ def prepare() -> Any:
         raise InputError(f"--train-iters {args.train_iters}: nothing to train; give a budget of at least one step")
     if args.seed <= 0:
         raise InputError(f"--seed {args.seed}: Megatron takes positive seeds only; give another")
+    if args.num_experts and args.add_bias_linear and args.transformer_impl == "local":
+        raise InputError(
+            "experts with biases: Megatron 0.19's local layers cannot train them (core/transformer/mlp.py adds in "
+            "place to a view); use --transformer-impl transformer_engine, or --disable-bias-linear without biases"
+        )
     check_against_checkpoint(args)
     check_data_files(args)
     repairs.install()
@@ -113,9 +118,11 @@ def parse_arguments() -> Any:
             raise
         raise InputError(f"the tokenizer cannot be read: {failure}; check --tokenizer-model and its type") from failure
     check_layout(args)
-    if args.tokenizer_model and os.path.exists(args.tokenizer_model):
-        # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
-        args.tokenizer_model = os.path.abspath(args.tokenizer_model)
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        file = getattr(args, name)
+        if file and os.path.exists(file):
+            # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
+            setattr(args, name, os.path.abspath(file))
     return args
 
 

@@ -63,6 +63,22 @@ def test_layouts_that_do_not_fit(case, zygote, corpus, tmp_path):
         assert text in message
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--train-iters", "0"], "--train-iters 0: nothing to train"),
+        (["--seed", "0"], "--seed 0: Megatron takes positive seeds"),
+        (pico.MOE, "--disable-bias-linear"),
+    ],
+)
+def test_what_cannot_be_trained(given, named, zygote, corpus, tmp_path):
+    """A budget of nothing, a seed that Megatron does not take, experts with biases in local layers."""
+    arguments = pico.train(corpus, 1)
+    if given == pico.MOE:
+        arguments = without(arguments, "--disable-bias-linear")
+    assert named in refusal(zygote, arguments + given, tmp_path / "log")
+
+
 def test_unknown_flags(zygote, corpus, tmp_path):
     """argparse's own refusal."""
     run = zygote.run(1, [*pico.train(corpus, 1), "--btx-no-such-flag"], tmp_path / "log", expect=2)
