@@ -34,6 +34,7 @@ _FACTORIES = (
     "arange empty empty_like full full_like linspace ones ones_like rand randint randn randperm tensor as_tensor "
     "zeros zeros_like eye"
 ).split()
+_RANGES = ("range_push", "range_pop")
 _METHODS = "new_empty new_full new_ones new_tensor new_zeros".split()
 
 
@@ -111,7 +112,9 @@ def _redirect_devices() -> None:
     for name in _METHODS:
         setattr(torch.Tensor, name, redirected(_expect(torch.Tensor, name)))
 
-    original_to, original_type = torch.Tensor.to, torch.Tensor.type
+    original_to, original_type = _expect(torch.Tensor, "to"), _expect(torch.Tensor, "type")
+    _expect(torch.Tensor, "cuda")
+    _expect(torch.nn.Module, "cuda")
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and _is_cuda(args[0]) and not isinstance(args[0], torch.dtype):
@@ -198,6 +201,9 @@ def _answer_for_cuda() -> None:
     for name, answer in answers.items():
         _expect(torch.cuda, name)
         setattr(torch.cuda, name, answer)
+    for owner, names in ((torch.cuda.random, ("get_rng_state", "set_rng_state")), (torch.cuda.nvtx, _RANGES)):
+        for name in names:
+            _expect(owner, name)
     torch.cuda.random.get_rng_state = get_rng_state
     torch.cuda.random.set_rng_state = set_rng_state
     torch.cuda.nvtx.range_push = lambda message: 0
