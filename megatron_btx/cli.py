@@ -25,6 +25,7 @@ DISPATCHED = {
     "corpora": ("megatron_btx.data.corpora.build", "make the quickstart's corpora and tokenizer"),
     "preprocess": ("megatron_btx.data.preprocess", "turn JSONL, text or Parquet files into Megatron's datasets"),
     "convert": ("megatron_btx.mix.cli", "mix experts' checkpoints into one mixture of experts"),
+    "convert-hf": ("megatron_btx.mix.convert_hf", "move one model between Hugging Face and Megatron"),
 }
 """Commands that other modules implement, with their own --help: name -> module with a main(argv), what it does."""
 PLAN_FILE = "plan.json"

@@ -10,13 +10,17 @@ that every model, layout and batch size sees the same tokens; sums are kept in f
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import InputError, exits_with_one_line
+
+if TYPE_CHECKING:
+    from megatron_btx.mix.sources import Source
 
 prepare_environment()
 
@@ -115,17 +119,17 @@ def load_weights(model: list[Any], path: str) -> None:
 
 def evaluate_model(model: list[Any], data: dict[str, str], path: str) -> dict[str, Any]:
     """Losses, token counts, parameter counts and routing of one loaded model."""
-    from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+    from megatron_btx.mix.sources import open_source
 
-    reader = TorchDistReader(resolve_iteration(path))
-    total, active = count_parameters(reader)
+    source = open_source("the model", path)
+    total, active = count_parameters(source)
     result: dict[str, Any] = {
         "checkpoint": str(Path(path).resolve()),
         "parameters": total,
         "active_parameters": active,
         "losses": {},
         "tokens": {},
-        "routing": {} if reader.arguments().get("num_experts") else None,
+        "routing": {} if source.sizes.experts else None,
     }
     for domain, prefix in data.items():
         loss, tokens, shares_LE = evaluate_domain(model, domain, prefix)
@@ -135,22 +139,14 @@ def evaluate_model(model: list[Any], data: dict[str, str], path: str) -> dict[st
     return result
 
 
-def count_parameters(reader: Any) -> tuple[int, int]:
-    """All parameters of a checkpoint, and those active for one token."""
-    import math
-
-    from megatron_btx.mix.rules import EXPERTS, is_ignored
-
-    sizes = {key: math.prod(t.shape) for key, t in reader.tensors.items() if not is_ignored(key)}
-    if "decoder.layers.mlp.linear_fc1.layer_norm_weight" in sizes:
-        # A mix stores the pre-MLP norm under both names that Megatron looks for.
-        sizes = {key: n for key, n in sizes.items() if ".pre_mlp_layernorm." not in key}
-    arguments = reader.arguments()
+def count_parameters(source: Source) -> tuple[int, int]:
+    """All parameters of a model, and those active for one token."""
+    sizes = {name: math.prod(held.shape) for name, held in source.pieces.items()}
     total = sum(sizes.values())
-    in_experts = sum(n for key, n in sizes.items() if key.startswith(EXPERTS))
+    in_experts = sum(n for name, n in sizes.items() if ".experts." in name)
     if not in_experts:
         return total, total
-    return total, total - in_experts + in_experts * arguments["moe_router_topk"] // arguments["num_experts"]
+    return total, total - in_experts + in_experts * source.arguments["moe_router_topk"] // source.sizes.experts
 
 
 def evaluate_domain(model: list[Any], domain: str, prefix: str) -> tuple[float, int, list[list[float]] | None]:

@@ -8,12 +8,12 @@ the model. Everything that has to know which arguments matter reads :data:`MODEL
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint.resume import check_resume_layout
+from megatron_btx.checkpoint.tokenizers import check_same_tokenizer
 from megatron_btx.checkpoint.torch_dist import TRACKER, TorchDistReader, resolve_iteration
 from megatron_btx.errors import InputError
 
@@ -123,12 +123,6 @@ NUMERICS_ARGUMENTS = (
 """What must stay the same when a run is resumed, but may differ when a new one starts from its weights."""
 
 
-TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
-"""The arguments that name a tokenizer's files."""
-
-_TOKENIZER_FOLDER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model")
-
-
 def differences(
     left: Mapping[str, Any], right: Mapping[str, Any], table: Iterable[ModelArgument] = MODEL_ARGUMENTS
 ) -> list[tuple[ModelArgument, Any, Any]]:
@@ -213,46 +207,3 @@ def _checkpoint_to_load(args: Any) -> tuple[str, bool] | None:
     if args.pretrained_checkpoint:
         return args.pretrained_checkpoint, False
     return None
-
-
-def check_same_tokenizer(sources: Mapping[str, Mapping[str, Any]], remedy: str) -> None:
-    """Refuse models whose tokenizers differ: by the content of their files, never by their paths.
-
-    Args:
-        sources: a name to show, and the stored arguments.
-
-    Raises:
-        InputError: two tokenizers differ, or one cannot be found to be compared.
-    """
-    seen: dict[str, str] = {}
-    for name, arguments in sources.items():
-        seen[name] = tokenizer_identity(arguments, name, remedy)
-    first = next(iter(seen))
-    for name, identity in seen.items():
-        if identity != seen[first]:
-            raise InputError(
-                f"tokenizers differ: {first} has {seen[first]}, {name} has {identity}; models can only be mixed or "
-                f"continued with one tokenizer ({remedy} if the files differ in form alone)"
-            )
-
-
-def tokenizer_identity(arguments: Mapping[str, Any], name: str, remedy: str) -> str:
-    """A tokenizer's kind and the hash of its files; its size where it has none.
-
-    Raises:
-        InputError: a file cannot be found, or a folder holds no file of a tokenizer.
-    """
-    kind = arguments.get("tokenizer_type")
-    given = [arguments[argument] for argument in TOKENIZER_FILES if arguments.get(argument) is not None]
-    if not given:
-        return f"{kind} of {arguments.get('vocab_size')} tokens"
-    digest = hashlib.sha256()
-    for path in map(Path, given):
-        files = [path] if path.is_file() else sorted(f for p in _TOKENIZER_FOLDER_FILES for f in path.glob(p))
-        if not files:
-            raise InputError(
-                f"{name}: its tokenizer {path} cannot be found, so it cannot be compared; put it back, or {remedy}"
-            )
-        for file in files:
-            digest.update(file.read_bytes())
-    return f"{kind} sha256 {digest.hexdigest()[:16]}"

@@ -126,7 +126,12 @@ def load_pickle(file: BinaryIO, where: str) -> Any:
     Raises:
         CheckpointError: truncated, not a pickle, or asking for more than the list allows.
     """
-    unpickler = AllowListUnpickler(file)
+    return unpickled(AllowListUnpickler, file, where)
+
+
+def unpickled(kind: type[AllowListUnpickler], file: BinaryIO, where: str) -> Any:
+    """As :func:`load_pickle`, with an unpickler that knows more of what to make of the pickle."""
+    unpickler = kind(file)
     unpickler.where = where
     try:
         return unpickler.load()

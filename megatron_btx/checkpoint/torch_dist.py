@@ -2,23 +2,24 @@
 
 The format is PyTorch's distributed checkpoint (``torch.distributed.checkpoint``): data files of concatenated
 ``torch.save`` records, and a pickled index, ``.metadata``, that says which record of which file holds which block of
-which tensor. Reading maps one record at a time; writing keeps one block in memory.
+which tensor. The numbers of a record are read and written where they lie, a slice at a time.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
+import math
 import os
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.safe_pickle import load_pickle, load_torch
+from megatron_btx.checkpoint.stored import Block, Files, Place, Slot, StoredTensor, read_box, read_slice
+from megatron_btx.checkpoint.torch_record import RecordedTensor, locate_tensor, record_around
 from megatron_btx.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -74,26 +75,6 @@ def _latest(root: Path) -> Path:
     return folder
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """One stored block of a tensor: where it lies in the tensor, and where its record lies on disk."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    position_bytes: int
-    length_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a checkpoint: its global shape, its dtype, and its blocks."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    blocks: tuple[Block, ...]
-
-
 class TorchDistReader:
     """Reads tensors, slices of tensors and objects of one iteration folder.
 
@@ -110,7 +91,8 @@ class TorchDistReader:
             index = load_pickle(file, str(index_file))
         self.tensors: dict[str, StoredTensor] = {}
         self._objects: dict[str, Any] = {}
-        self._last: tuple[Block, torch.Tensor] | None = None
+        self._files = Files()
+        self._located: dict[tuple[str, int], RecordedTensor] = {}
         try:
             self._fill(index)
         except (AttributeError, KeyError, TypeError) as error:
@@ -169,43 +151,34 @@ class TorchDistReader:
 
     def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """The slice of a tensor at ``offsets`` of ``sizes``, put together from the blocks that overlap it."""
-        import torch
 
-        stored = self.tensors[name]
-        result = torch.empty(sizes, dtype=stored.dtype)
-        filled = 0
-        for block in stored.blocks:
-            low = [max(o, b) for o, b in zip(offsets, block.offsets, strict=True)]
-            high = [min(o + s, b + c) for o, s, b, c in zip(offsets, sizes, block.offsets, block.sizes, strict=True)]
-            if any(lo >= hi for lo, hi in zip(low, high, strict=True)):
-                continue
-            there = tuple(slice(lo - o, hi - o) for lo, hi, o in zip(low, high, offsets, strict=True))
-            here = tuple(slice(lo - b, hi - b) for lo, hi, b in zip(low, high, block.offsets, strict=True))
-            part = self._load(name, block)[here]
-            result[there] = part
-            filled += part.numel()
-        if filled != result.numel():
-            raise CheckpointError(f"{self.folder}: {name}: {filled} of {result.numel()} elements are stored")
-        return result
+        def read_block(block: Block, low: tuple[int, ...], extent: tuple[int, ...]) -> torch.Tensor:
+            recorded = self._locate(name, block)
+            return read_box(self._files, recorded.place, block.sizes, low, extent, recorded.dtype)
 
-    def _load(self, name: str, block: Block) -> torch.Tensor:
-        if self._last is None or self._last[0] != block:
-            record = self._record(block.file, block.position_bytes, block.length_bytes)
-            tensor = load_torch(io.BytesIO(record), f"{self.folder / block.file}: {name}")
-            # Anything can be in the record: what is no tensor has neither a shape nor a dtype.
-            found = (tuple(getattr(tensor, "shape", ())), getattr(tensor, "dtype", type(tensor)))
-            expected = (block.sizes, self.tensors[name].dtype)
-            if found != expected:
-                raise CheckpointError(
-                    f"{self.folder / block.file}: {name}: holds {found}, the index says {expected}; it is damaged"
-                )
-            self._last = (block, tensor)
-        return self._last[1]
+        return read_slice(name, self.tensors[name], offsets, sizes, read_block, self.folder)
+
+    def _locate(self, name: str, block: Block) -> RecordedTensor:
+        where = (block.file, block.position_bytes)
+        recorded = self._located.get(where)
+        if recorded is None:
+            start = Place(self.folder / block.file, block.position_bytes)
+            recorded = locate_tensor(self._files, start, block.length_bytes, f"{self.folder / block.file}: {name}")
+            self._located[where] = recorded
+        found, expected = (recorded.shape, recorded.dtype), (block.sizes, self.tensors[name].dtype)
+        if found != expected:
+            raise CheckpointError(
+                f"{self.folder / block.file}: {name}: holds {found}, the index says {expected}; it is damaged"
+            )
+        return recorded
 
     def _record(self, relative: str, position: int, length: int) -> bytes:
-        with (self.folder / relative).open("rb") as file:
-            file.seek(position)
-            return file.read(length)
+        return self._files.bytes_at(Place(self.folder / relative, position), length)
+
+    def files(self) -> list[Path]:
+        """The index and all files that hold tensors."""
+        names = {block.file for stored in self.tensors.values() for block in stored.blocks}
+        return [self.folder / ".metadata", *(self.folder / name for name in sorted(names))]
 
     def arguments(self) -> dict[str, Any]:
         """Megatron's stored arguments, from ``common_state`` or from the older ``common.pt``.
@@ -236,19 +209,21 @@ class TorchDistReader:
         return state
 
 
-class TorchDistWriter:
-    """Writes one iteration folder block by block; nothing loads until :meth:`close` has written the index."""
+class TorchDistLayout:
+    """Lays out the data files of an iteration folder and makes its index; the numbers are written by others."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        self.folder = folder
+    def __init__(self) -> None:
+        self.files: dict[str, int] = {}
+        """Size of each data file in bytes."""
+        self.objects: list[tuple[str, int, bytes]] = []
+        """Records that are complete: file, position, content."""
         self._storage: dict[Any, Any] = {}
         self._entries: dict[str, Any] = {}
-        self._file: Any = None
-        self._file_number = -1
 
-    def write_block(self, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], block: torch.Tensor) -> None:
-        """Append one block of the tensor ``name``, whose global shape is ``shape``."""
+    def add_block(
+        self, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype
+    ) -> Slot:
+        """Reserve the place of one block of the tensor ``name``, whose global shape is ``shape``."""
         import torch
         from torch.distributed.checkpoint.metadata import (
             ChunkStorageMetadata,
@@ -258,48 +233,46 @@ class TorchDistWriter:
         )
 
         entry = self._entries.setdefault(
-            name, TensorStorageMetadata(TensorProperties(dtype=block.dtype), torch.Size(shape), [])
+            name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
         )
-        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(block.shape))
-        self._append(MetadataIndex(name, chunk.offsets, len(entry.chunks)), block.contiguous())
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        before, after = record_around(tuple(sizes), dtype)
+        length = math.prod(sizes) * dtype.itemsize
+        file, start = self._reserve(
+            MetadataIndex(name, chunk.offsets, len(entry.chunks)), len(before) + length + len(after)
+        )
         entry.chunks.append(chunk)
+        return Slot(file, start + len(before), length, before, after)
 
-    def write_object(self, name: str, value: Any) -> None:
-        """Append an entry that is not a tensor."""
+    def add_object(self, name: str, value: Any) -> None:
+        """Add an entry that is not a tensor."""
+        import torch
         from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-        self._entries[name] = BytesStorageMetadata()
-        self._append(MetadataIndex(name), value)
-
-    def _append(self, key: Any, value: Any) -> None:
-        import torch
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-        if self._file is None or self._file.tell() > DATA_FILE_BYTES:
-            self._close_file()
-            self._file_number += 1
-            self._file = (self.folder / f"__0_{self._file_number}.distcp").open("wb")
-        start = self._file.tell()
         record = io.BytesIO()
         torch.save(value, record)
-        self._file.write(record.getbuffer())
-        self._storage[key] = _StorageInfo(Path(self._file.name).name, start, self._file.tell() - start)
+        self._entries[name] = BytesStorageMetadata()
+        file, start = self._reserve(MetadataIndex(name), len(record.getvalue()))
+        self.objects.append((file, start, record.getvalue()))
 
-    def _close_file(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+    def _reserve(self, key: Any, length: int) -> tuple[str, int]:
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-    def close(self) -> None:
-        """Flush the data, then write the index and the format file."""
+        name = f"__0_{max(0, len(self.files) - 1)}.distcp"
+        if self.files.get(name, 0) > DATA_FILE_BYTES:
+            name = f"__0_{len(self.files)}.distcp"
+        # Numbers lie at multiples of 64 bytes in their record, and so in the file.
+        start = -(-self.files.get(name, 0) // 64) * 64
+        self.files[name] = start + length
+        self._storage[key] = _StorageInfo(name, start, length)
+        return name, start
+
+    def small_files(self) -> dict[str, bytes]:
+        """The format file and the index; without them nothing loads."""
         from torch.distributed.checkpoint.metadata import Metadata
 
-        self._close_file()
         index = Metadata(self._entries, storage_data=self._storage)
-        write_flushed(self.folder / "metadata.json", json.dumps(BACKEND).encode())
-        write_flushed(self.folder / ".metadata", pickle.dumps(index))
+        return {"metadata.json": json.dumps(BACKEND).encode(), ".metadata": pickle.dumps(index)}
 
 
 def write_flushed(file: Path, content: bytes) -> None:
@@ -308,27 +281,3 @@ def write_flushed(file: Path, content: bytes) -> None:
         out.write(content)
         out.flush()
         os.fsync(out.fileno())
-
-
-def blocks_of(
-    shape: tuple[int, ...], element_bytes: int, leading_axes: int, at_most_bytes: int = 128 << 20
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cut a tensor into blocks to hold in memory one at a time: (offsets, sizes) of each.
-
-    The first ``leading_axes`` axes (layers, experts) are cut to one, as Megatron's own checkpoints have them; what is
-    still larger than ``at_most_bytes`` is cut along the next axis.
-    """
-    import itertools
-    import math
-
-    rest = shape[leading_axes:]
-    rows = rest[0] if rest else 1
-    row_bytes = max(1, element_bytes * math.prod(rest[1:]))
-    step = max(1, min(rows, at_most_bytes // row_bytes))
-    for lead in itertools.product(*(range(n) for n in shape[:leading_axes])):
-        ones = (1,) * leading_axes
-        if not rest:
-            yield lead, ones
-            continue
-        for row in range(0, rows, step):
-            yield (*lead, row, *(0,) * (len(rest) - 1)), (*ones, min(step, rows - row), *rest[1:])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import collections
+import ast
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_btx.errors import InputError, exits_with_one_line
 
 if TYPE_CHECKING:
-    from megatron_btx.mix.plan import Plan
+    from megatron_btx.mix.plan import Request
+
+METHODS = ("btx", "split", "blend", "upcycle", "average")
+"""Those of :mod:`megatron_btx.mix.rules` that this command offers; named here so that --help needs no import."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,27 +21,101 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="convert_experts.py",
         description="Mix domain experts into one mixture of experts (Branch-Train-MiX): feed-forward blocks become the "
-        "experts bit for bit, everything else is averaged, routers are new. Needs no GPU.",
+        "experts bit for bit, everything else is averaged, routers are new. Needs no GPU; under torchrun or srun every "
+        "process writes its share. With --verify and --output alone, an old output is checked against its manifest.",
     )
     p.add_argument(
         "--expert",
         metavar="NAME=PATH",
         action="append",
         default=[],
-        help="an expert: a name, and its Megatron torch_dist checkpoint (the root, or one iter_ folder in it); repeat, "
-        "in the order the experts get in the mixture; give the seed too, to keep a generalist",
+        help="an expert: a name, and its Megatron torch_dist checkpoint (the root, or one iter_ folder in it) or its "
+        "Hugging Face model folder; repeat, in the order the experts get in the mixture; give the seed too, to keep a "
+        "generalist",
     )
-    p.add_argument("--output", metavar="PATH", help="folder for the result, a checkpoint root with one release")
+    add_output_options(p)
     p.add_argument(
         "--method",
-        choices=("btx", "average"),
+        choices=METHODS,
         default="btx",
-        help="btx: a mixture of experts; average: the plain average, a dense model (default: btx)",
+        help="btx: every expert's feed-forward blocks become one expert; split: each is cut in --chunks experts; "
+        "blend: expert n is chunk n of all; upcycle: --copies of one model; average: the plain average, a dense model "
+        "(default: btx)",
     )
+    p.add_argument("--chunks", metavar="C", type=int, help="split: experts made of each source (no default)")
+    p.add_argument("--copies", metavar="N", type=int, help="upcycle: experts made of the one source (no default)")
     p.add_argument(
         "--moe-router-topk", metavar="K", type=int, default=2, help="experts per token in the mixture (default: 2)"
     )
-    p.add_argument("--router-seed", metavar="N", type=int, default=1234, help="seed of the new routers (default: 1234)")
+    p.add_argument(
+        "--moe-layer-freq",
+        metavar="FREQ",
+        default="1",
+        help="layers that become mixtures, as Megatron's flag: every FREQ-th from the first, or a list of 0 and 1 as "
+        "[0,1,1,0] or ([0]+[1]*3)*2; the others are averaged (default: 1, all)",
+    )
+    p.add_argument(
+        "--weight",
+        metavar="NAME=W",
+        action="append",
+        default=[],
+        help="weight of an expert in the averages, normalised over all; repeat (default: 1 each)",
+    )
+    p.add_argument(
+        "--router-init",
+        metavar="HOW",
+        default="normal",
+        help="normal, zeros, or an .npy file with rows [layers, experts, hidden] or [experts, hidden] (default: "
+        "normal)",
+    )
+    p.add_argument(
+        "--router-std", metavar="STD", type=float, default=0.02, help="standard deviation of normal (default: 0.02)"
+    )
+    p.add_argument("--router-seed", metavar="N", type=int, default=1234, help="seed of normal (default: 1234)")
+    p.add_argument(
+        "--take",
+        metavar="FIELD=NAME",
+        action="append",
+        default=[],
+        help="where the experts' configurations differ in FIELD (rotary_base, layernorm_epsilon, rope_scaling, "
+        "max_position_embeddings, window_size, dtype), take the value of the expert NAME; repeat",
+    )
+    p.add_argument(
+        "--vocab",
+        choices=("same", "union"),
+        default="same",
+        help="union: vocabularies may extend one another, each row is averaged over its owners (default: same)",
+    )
+    p.add_argument(
+        "--allow-other-tokenizer", action="store_true", help="do not compare the experts' tokenizers by content"
+    )
+    p.add_argument("--explain", metavar="TENSOR", help="print where a tensor of the result comes from; write nothing")
+    return p
+
+
+def add_output_options(p: argparse.ArgumentParser, output_format: str = "") -> None:
+    """What all conversions have in common; see :func:`megatron_btx.mix.convert.convert`.
+
+    Args:
+        output_format: the only format that the command writes; "" to let the user choose.
+    """
+    p.add_argument("--output", metavar="PATH", help="folder for the result: a checkpoint root, or a model folder")
+    if output_format:
+        p.set_defaults(output_format=output_format)
+    else:
+        p.add_argument(
+            "--output-format",
+            choices=("megatron", "hf"),
+            default="megatron",
+            help="megatron: torch_dist, one release; hf: safetensors that transformers 4.57 and 5 read "
+            "(default: megatron)",
+        )
+    p.add_argument(
+        "--workers",
+        metavar="W",
+        type=int,
+        help="threads that read, compute and write, in each process (default: the cores it may use, at most 4)",
+    )
     p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     p.add_argument(
         "--verify",
@@ -46,67 +123,103 @@ def parser() -> argparse.ArgumentParser:
         help="read the result back and compare it with its sources, before it gets its name",
     )
     p.add_argument("--overwrite", action="store_true", help="replace an existing output, after success only")
-    p.add_argument(
-        "--allow-other-tokenizer", action="store_true", help="do not compare the experts' tokenizers by content"
-    )
-    return p
 
 
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> int:
     """Plan, print, write and verify; see --help."""
     options = parser().parse_args(argv)
-    named_paths = [_name_and_path(text) for text in options.expert]
-    if options.output is None and not options.dry_run:
+    if options.verify and options.output and not options.expert:
+        from megatron_btx.mix.convert import check_old_output
+
+        return check_old_output(Path(options.output))
+    request = request_of(options)
+    if options.output is None and not options.dry_run and options.explain is None:
         raise InputError("--output is missing; name the folder for the result, or look at the plan with --dry-run")
-    from megatron_btx.mix.execute import execute, refuse_output
-    from megatron_btx.mix.plan import make_plan
-    from megatron_btx.progress import byte_progress
+    from megatron_btx.mix.convert import convert
 
-    plan = make_plan(
-        named_paths, options.method, options.moe_router_topk, options.router_seed, options.allow_other_tokenizer
+    return convert(request, options, options.explain)
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """The request that a command line makes.
+
+    Raises:
+        InputError: a flag's value is not of its form.
+    """
+    experts = tuple(
+        _pair("--expert", text, "NAME=PATH, as --expert math=runs/math/checkpoint") for text in options.expert
     )
-    print(plan_text(plan))
-    if options.dry_run:
-        return 0
-    output = Path(options.output)
-    refuse_output(plan, output, options.overwrite)
-    with byte_progress("mixing", plan.output_bytes * (2 if options.verify else 1)) as progress:
-        execute(plan, output, options.overwrite, options.verify, progress)
-    if options.verify:
-        print(f"verified: all {len(plan.tensors)} tensors equal what their rules give")
-    print(f"wrote {output}; continue with the flags in {output / 'megatron_args.txt'}")
-    return 0
+    weights = dict(_pair("--weight", text, "NAME=W, as --weight math=2") for text in options.weight)
+    taken = [_pair("--take", text, "FIELD=NAME, as --take rotary_base=code") for text in options.take]
+    numbers = [n for n in (options.chunks, options.copies) if n is not None]
+    if len(numbers) > 1:
+        raise InputError("--chunks belongs to --method split, --copies to --method upcycle; give one of them")
+    frequency = _layer_frequency(options.moe_layer_freq)
+    if not options.router_std > 0:
+        raise InputError(
+            f"--router-std {options.router_std}: expected a number above 0; --router-init zeros gives zeros"
+        )
+    from megatron_btx.mix.compatible import field_of
+    from megatron_btx.mix.plan import Request
+    from megatron_btx.mix.routers import RouterInit
 
-
-def _name_and_path(text: str) -> tuple[str, str]:
-    name, separator, path = text.partition("=")
-    if not separator or not name or not path:
-        raise InputError(f"--expert {text}: expected NAME=PATH, as --expert math=runs/math/checkpoint")
-    return name, path
-
-
-def plan_text(plan: Plan) -> str:
-    """The plan as a table: the experts, and per kind of rule the tensors and bytes."""
-    lines = [f"{plan.method}: {len(plan.experts)} experts"]
-    lines += [f"  {i}  {e.name:<12} {e.folder}" for i, e in enumerate(plan.experts)]
-    lines.append(f"  {'tensor of the result':<58} {'shape':<22} {'MiB':>9}  made by")
-    made_by = {
-        "average": "mean of all",
-        "stack": "moved bit for bit",
-        "normal": f"normal, seed {plan.router_seed}",
-        "zeros": "zeros",
-    }
-    for tensor in plan.tensors:
-        shape = "x".join(map(str, tensor.shape))
-        size = tensor.size_bytes / 2**20
-        lines.append(f"  {tensor.key:<58} {shape:<22} {size:>9.2f}  {made_by[tensor.rule.operation]}")
-    count = collections.Counter(tensor.rule.operation for tensor in plan.tensors)
-    lines.append(
-        f"  {len(plan.tensors)} tensors ({', '.join(f'{n} {op}' for op, n in count.items())}), "
-        f"{plan.input_bytes / 2**20:.1f} MiB to read, {plan.output_bytes / 2**20:.1f} MiB to write"
+    return Request(
+        experts,
+        options.method,
+        options.moe_router_topk,
+        numbers[0] if numbers else None,
+        frequency,
+        {name: _number("--weight", name, text) for name, text in weights.items()},
+        {field_of(field): name for field, name in taken},
+        options.vocab == "union",
+        options.allow_other_tokenizer,
+        RouterInit(options.router_init, options.router_seed, options.router_std),
     )
-    return "\n".join(lines)
+
+
+def _pair(flag: str, text: str, expected: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not name or not value:
+        raise InputError(f"{flag} {text}: expected {expected}")
+    if flag == "--expert" and (not name.isprintable() or any(c in name for c in "/\\ \t,:")):
+        raise InputError(
+            f"--expert {name!r}: expected a name without slashes, commas, colons, blanks or control characters"
+        )
+    return name, value
+
+
+def _number(flag: str, name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"{flag} {name}={text}: expected a number") from error
+
+
+def _layer_frequency(text: str) -> int | tuple[int, ...]:
+    """Megatron's --moe-layer-freq, read without running it: a number, or a list built with + and *."""
+    try:
+        value = _evaluated(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        raise InputError(
+            f"--moe-layer-freq {text}: expected a number, or a list of 0 and 1 as [0,1,1,0] or ([0]+[1]*3)*2"
+        ) from error
+    return value if isinstance(value, int) else tuple(value)
+
+
+def _evaluated(node: ast.expr) -> int | list[int]:
+    if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 10_000:
+        return node.value
+    if isinstance(node, ast.List):
+        values = [_evaluated(element) for element in node.elts]
+        if all(isinstance(value, int) for value in values):
+            return values  # type: ignore[return-value]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
+        left, right = _evaluated(node.left), _evaluated(node.right)
+        value = left + right if isinstance(node.op, ast.Add) else left * right  # type: ignore[operator]
+        if isinstance(value, int) or len(value) < 10_000:
+            return value  # type: ignore[no-any-return]
+    raise ValueError(ast.dump(node))
 
 
 if __name__ == "__main__":

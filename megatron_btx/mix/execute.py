@@ -1,286 +1,248 @@
-"""Carrying out a plan: block by block, beside the target, published by one rename."""
+"""Carrying out a plan: every block computed, hashed and written at its place, by threads and ranks, then published."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
-import json
-import math
 import os
-import shlex
-import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_btx.checkpoint.arguments import TOKENIZER_FILES, model_flags
-from megatron_btx.checkpoint.torch_dist import (
-    RELEASE,
-    TRACKER,
-    TorchDistReader,
-    TorchDistWriter,
-    blocks_of,
-    write_flushed,
-)
-from megatron_btx.errors import CheckpointError, InputError
-from megatron_btx.manifest import versions
-from megatron_btx.mix.plan import ROUTER_STD, Plan, PlannedTensor, as_namespace
-
-if TYPE_CHECKING:
-    import torch
+from megatron_btx.checkpoint.stored import Slot, bytes_of
+from megatron_btx.checkpoint.torch_dist import write_flushed
+from megatron_btx.errors import BTXError, CheckpointError, InputError
+from megatron_btx.manifest import FILE_NAME
+from megatron_btx.mix import proof
+from megatron_btx.mix.compute import rows_of
+from megatron_btx.mix.layout import Task
+from megatron_btx.mix.plan import Plan
+from megatron_btx.mix.ranks import Ranks
+from megatron_btx.mix.sinks import Output
+from megatron_btx.mix.workplace import Workplace
 
 Progress = Callable[[int], None]
-Offsets = tuple[int, ...]
 
 
-def execute(
-    plan: Plan,
-    output: Path,
-    overwrite: bool = False,
-    verified: bool = False,
-    progress: Progress = lambda done_bytes: None,
-) -> None:
-    """Write the result of a plan as a checkpoint root at ``output``.
-
-    Written to a hidden folder beside the target, flushed, and renamed into place: a killed run leaves nothing that
-    loads, and an old output is replaced only after the new one is complete and, if asked for, verified.
+class Execution:
+    """One result being made, by this process and the other ranks of its run.
 
     Args:
-        verified: read everything back and compare it with its sources before the result gets its name.
-
-    Raises:
-        CheckpointError: what was read back is not what was to be written.
-        InputError: the output exists and ``overwrite`` is not given, or it is one of the sources; or the disk is full
-            or not writable. The hidden folder is removed.
+        workers: threads of this process that compute and write.
+        progress: called with the bytes done since the last call.
     """
-    refuse_output(plan, output, overwrite)
-    work = output.parent / f".{output.name}.incomplete"
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        hashes = _write_iteration(plan, work / RELEASE, progress)
-        _write_side_files(plan, work, hashes)
-        write_flushed(work / TRACKER, RELEASE.encode())
-        if verified:
-            verify(plan, work, progress)
-        _publish(work, output)
-    except OSError as error:
-        raise InputError(
-            f"--output {output}: cannot be written ({error.strerror or error}); "
-            f"{plan.output_bytes / 2**20:.1f} MiB are needed there, choose another folder or make room"
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+    def __init__(
+        self, plan: Plan, output: Output, target: Path, ranks: Ranks, workers: int, progress: Progress
+    ) -> None:
+        self.plan = plan
+        self.output = output
+        self.target = target
+        self.ranks = ranks
+        self.workers = workers
+        self.progress = progress
+        self.place = Workplace(target)
+        self._share = range(ranks.rank, len(output.tasks), ranks.world)
+        self._stop = threading.Event()
+
+    def run(self, verified: bool) -> None:
+        """Write the result, and publish it once it is complete and, if asked for, verified.
+
+        Raises:
+            CheckpointError: a source is damaged, or what was read back is not what was to be written.
+            InputError: the disk is full or not writable. The hidden folder is removed; after a kill or an interrupt
+                it stays, and the same command goes on from it.
+        """
+        try:
+            self._together(self._prepare)
+            hashes = {n: h for share in self._together(self._write_share) for n, h in share.items()}
+            self._together(lambda: self._finish(hashes))
+            if verified:
+                self._together(self._verify_share)
+            self._together(self._publish)
+        except (BTXError, OSError):
+            if self.ranks.rank == 0:
+                self.place.discard()
+            raise
+        finally:
+            self.place.close()
+
+    def _together(self, step: Callable[[], Any]) -> list[Any]:
+        """Do a step on all ranks and wait for all; the first failure is everybody's, as one line."""
+        failure, value = None, None
+        try:
+            value = step()
+        except BTXError as error:
+            failure = error
+        except OSError as error:
+            failure = InputError(
+                f"--output {self.target}: cannot be written ({error.strerror or error}); "
+                f"{self.output.size_bytes / 2**20:.1f} MiB are needed there, choose another folder or make room"
+            )
+        answers = self.ranks.gather((value, failure))
+        for _, problem in answers:
+            if problem is not None:
+                raise problem
+        return [value for value, _ in answers]
+
+    def _prepare(self) -> None:
+        if self.ranks.rank == 0:
+            for source in self.plan.sources:
+                if proof.carries_manifest(source.root):
+                    self._check_source(source.root, source.name)
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.place.prepare(self._identity(), self.output.files)
+
+    def _check_source(self, root: Path, name: str) -> None:
+        """A source that carries a manifest is what the manifest says, or is not used."""
+        try:
+            proof.check_manifest(root, self.progress)
+        except CheckpointError as error:
+            raise CheckpointError(f"the expert {name} is not what it was: {error}") from error
+
+    def _identity(self) -> dict[str, Any]:
+        """All that a result depends on: what an interrupted run left is only built upon when this is the same."""
+        layout = hashlib.sha256()
+        for task in self.output.tasks:
+            slot = task.slot
+            layout.update(f"{task.block.tensor} {task.block.offsets} {slot.file} {slot.position_bytes}\n".encode())
+        return {
+            "form": proof.FORM,
+            "request": repr(self.plan.request),
+            "sources": [proof.source_identity(source) for source in self.plan.sources],
+            "layout_sha256": layout.hexdigest(),
+        }
+
+    # --- writing ---
+
+    def _write_share(self) -> dict[int, str]:
+        """Write this rank's blocks, but those that an earlier run wrote and that are still as it noted them."""
+        noted = self.place.noted()
+        alone = self.ranks.world == 1
+        hashes: dict[int, str] = {}
+
+        def write(number: int) -> None:
+            task = self.output.tasks[number]
+            slot = task.slot
+            there = noted.get(number)
+            if there and there == self.place.hash_of(slot.file, slot.position_bytes, slot.length_bytes):
+                self._write_around(slot)
+                hashes[number] = there
+                self.progress(slot.length_bytes)
+            else:
+                hashes[number] = self._write_block(task)
+                if alone:
+                    self.place.note(0, [(number, hashes[number])])
+
+        self._in_threads(write, self._share)
+        # On several machines: noted once it has left this one's memory. On one: what a power cut loses, its hash shows.
+        self.place.flush()
+        if not alone:
+            self.place.note(self.ranks.rank, hashes.items())
+        return hashes
+
+    def _write_block(self, task: Task) -> str:
+        slot, digest = task.slot, hashlib.sha256()
+        at = slot.position_bytes
+        for fill in task.block.fills:
+            for rows in rows_of(self.plan, fill.planned, fill.start, fill.stop):
+                if self._stop.is_set():
+                    raise KeyboardInterrupt
+                content = bytes_of(rows.contiguous())
+                digest.update(content)
+                self.place.write(slot.file, at, content)
+                at += len(content)
+                self.progress(len(content))
+        if not task.block.fills:
+            zeros = bytes(slot.length_bytes)
+            digest.update(zeros)
+            self.place.write(slot.file, at, zeros)
+            at += len(zeros)
+        assert at == slot.position_bytes + slot.length_bytes, f"{task.block.tensor}: {at} is not the end of its block"
+        self._write_around(slot)
+        return digest.hexdigest()
+
+    def _write_around(self, slot: Slot) -> None:
+        """What belongs before and after the numbers of a block."""
+        for position, content in (
+            (slot.position_bytes - len(slot.before), slot.before),
+            (slot.position_bytes + slot.length_bytes, slot.after),
+        ):
+            if content:
+                self.place.write(slot.file, position, content)
+
+    def _in_threads(self, work: Callable[[int], None], numbers: Iterable[int]) -> None:
+        """Do ``work`` for all numbers in this process's threads; the first failure ends the others soon."""
+        import torch
+
+        queue, lock = iter(numbers), threading.Lock()
+
+        def loop() -> None:
+            while not self._stop.is_set():
+                with lock:
+                    number = next(queue, None)
+                if number is None:
+                    return
+                work(number)
+
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
+                futures = [pool.submit(loop) for _ in range(self.workers)]
+                try:
+                    for future in concurrent.futures.as_completed(futures):
+                        future.result()
+                except BaseException:
+                    self._stop.set()
+                    raise
+        finally:
+            torch.set_num_threads(threads_before)
+
+    # --- the end ---
+
+    def _finish(self, hashes: dict[int, str]) -> None:
+        """Rank 0 writes all that stands beside the numbers, the manifest last."""
+        if self.ranks.rank != 0:
+            return
+        for file, position, content in self.output.parts:
+            self.place.write(file, position, content)
+        self.place.flush()
+        for name, content in self.output.small_files.items():
+            (self.place.result / name).parent.mkdir(parents=True, exist_ok=True)
+            write_flushed(self.place.result / name, content)
+        manifest = proof.make_manifest(self.plan, self.output, hashes, self.place.result)
+        write_flushed(self.place.result / FILE_NAME, manifest)
+
+    def _verify_share(self) -> None:
+        check = proof.check_against_sources(self.plan, self.output, self.place.result)
+        self._in_threads(lambda number: check(self.output.tasks[number], self.progress), self._share)
+
+    def _publish(self) -> None:
+        if self.ranks.rank == 0:
+            self.place.publish()
 
 
-def refuse_output(plan: Plan, output: Path, overwrite: bool) -> None:
-    """Refuse an output that exists (unless a checkpoint to be overwritten) or that is, or holds, a source.
+def default_workers() -> int:
+    """As many threads as this process may run at once, four at most: disks, not cores, bound the work from there."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+def refuse_output(plan: Plan, output: Output, target: Path, overwrite: bool) -> None:
+    """Refuse an output that exists (unless one of its own kind is to be overwritten) or that is, or holds, a source.
 
     Raises:
         InputError: says which.
     """
-    target = output.resolve()
-    for expert in plan.experts:
-        source = expert.folder.resolve()
-        if target == source or target in source.parents:
-            raise InputError(f"--output {output}: holds the expert {expert.name} ({source}); choose another folder")
-    if output.exists() and not overwrite:
-        raise InputError(f"--output {output}: exists already; choose another folder, or replace it with --overwrite")
-    if output.exists() and not (output / TRACKER).is_file():
-        raise InputError(f"--output {output}: is not a checkpoint (no {TRACKER}), so --overwrite will not remove it")
-
-
-def _write_iteration(plan: Plan, folder: Path, progress: Progress) -> dict[str, str]:
-    """Write all tensors and objects; returns the SHA-256 of each tensor's blocks in the order written."""
-    writer = TorchDistWriter(folder)
-    hashes = {}
-    for tensor in plan.tensors:
-        digest = hashlib.sha256()
-        for offsets, block in computed_blocks(plan, tensor):
-            writer.write_block(tensor.key, tensor.shape, offsets, block)
-            digest.update(_bytes_of(block))
-            progress(block.numel() * block.element_size())
-        hashes[tensor.key] = digest.hexdigest()
-    for name, value in _objects(plan):
-        writer.write_object(name, value)
-    writer.close()
-    return hashes
-
-
-def _bytes_of(block: torch.Tensor) -> memoryview:
-    import torch
-
-    return memoryview(block.contiguous().view(torch.uint8).numpy()).cast("B") if block.dim() else memoryview(b"")
-
-
-def computed_blocks(plan: Plan, tensor: PlannedTensor) -> Iterator[tuple[Offsets, torch.Tensor]]:
-    """The blocks of one tensor of the result, each with its offsets, computed from the experts by its rule."""
-    import torch
-
-    if tensor.rule.operation == "normal":
-        yield from _router_blocks(plan, tensor)
-        return
-    for offsets, sizes in blocks_of(tensor.shape, tensor.dtype.itemsize, tensor.leading_axes):
-        if tensor.rule.operation == "stack":
-            layer, expert, *rest = offsets
-            source = plan.experts[expert].reader
-            block = source.read(tensor.source_key, (layer, *rest), (sizes[0], *sizes[2:]))
-            yield offsets, block.unsqueeze(1)
-        elif tensor.rule.operation == "zeros":
-            yield offsets, torch.zeros(sizes, dtype=tensor.dtype)
-        else:
-            yield offsets, _average(plan, tensor, offsets, sizes)
-
-
-def _average(plan: Plan, tensor: PlannedTensor, offsets: Offsets, sizes: Offsets) -> torch.Tensor:
-    """The mean over the experts, rounded once to the stored dtype.
-
-    Summed in fp64: in fp32 three equal experts would not average to themselves, and the experts' order would show.
-    """
-    import torch
-
-    total = torch.zeros(sizes, dtype=torch.float64)
-    for expert in plan.experts:
-        total += expert.reader.read(tensor.source_key, offsets, sizes)
-    return (total / len(plan.experts)).to(tensor.dtype)
-
-
-def _router_blocks(plan: Plan, tensor: PlannedTensor) -> Iterator[tuple[Offsets, torch.Tensor]]:
-    """New routers [L, E, H]: one generator draws all layers in order, in fp32, from the stated seed."""
-    import torch
-
-    layers, experts, hidden = tensor.shape
-    generator = torch.Generator().manual_seed(plan.router_seed)
-    for layer in range(layers):
-        weight_EH = torch.empty(experts, hidden, dtype=torch.float32).normal_(0.0, ROUTER_STD, generator=generator)
-        yield (layer, 0, 0), weight_EH.to(tensor.dtype).unsqueeze(0)
-
-
-def _objects(plan: Plan) -> Iterator[tuple[str, Any]]:
-    """The entries that are not tensors: the arguments, and the empty extra states that a loading model asks for.
-
-    Megatron refuses to load where an extra state has no entry. Local and Transformer Engine layers ask for different
-    ones; all are written, and entries that nobody asks for are ignored.
-    """
-    yield (
-        "common_state/shard_0_1",
-        [
-            {
-                "args": as_namespace(plan.arguments),
-                "checkpoint_version": 3.0,
-                "iteration": 0,
-                "num_floating_point_operations_so_far": 0,
-                "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-            }
-        ],
-    )
-    layers = next(t.shape[0] for t in plan.tensors if t.key.startswith("decoder.layers."))
-    per_layer = ["self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"]
-    per_layer += ["pre_mlp_layernorm", "input_layernorm"]
-    if plan.arguments.get("qk_layernorm"):
-        per_layer += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
-    if plan.method != "btx":
-        per_layer += ["mlp.linear_fc1", "mlp.linear_fc2"]
-    for layer in range(layers):
-        for name in per_layer:
-            yield f"decoder.layers.{name}._extra_state/shard_{layer}_{layers}", [None]
-    if plan.method == "btx":
-        experts = len(plan.experts)
-        for name in ("linear_fc1", "linear_fc2"):
-            prefix = f"decoder.layers.mlp.experts.experts.{name}._extra_state"
-            for layer in range(layers):
-                for expert in range(experts):
-                    yield f"{prefix}/shard_{layer}.{expert}_{layers}.{experts}", [None]
-    yield "decoder.final_layernorm._extra_state/shard_0_1", [None]
-
-
-def _write_side_files(plan: Plan, root: Path, hashes: dict[str, str]) -> None:
-    write_flushed(root / "megatron_args.txt", megatron_args_text(plan).encode())
-    write_flushed(root / "manifest.json", json.dumps(_manifest(plan, hashes), indent=1).encode())
-
-
-def megatron_args_text(plan: Plan) -> str:
-    """The flags with which stock Megatron continues from the result, one flag a line, ready for ``$(cat ...)``."""
-    arguments = plan.arguments
-    lines = model_flags(arguments)
-    lines.append(["--seq-length", str(arguments.get("seq_length") or arguments.get("max_position_embeddings"))])
-    for name in ("attention_dropout", "hidden_dropout", "init_method_std"):
-        if arguments.get(name) is not None:
-            lines.append([f"--{name.replace('_', '-')}", str(arguments[name])])
-    for name in ("tokenizer_type", *TOKENIZER_FILES, "vocab_size"):
-        if arguments.get(name) is not None:
-            lines.append([f"--{name.replace('_', '-')}", str(arguments[name])])
-    lines += [[f"--{name}"] for name in ("bf16", "fp16") if arguments.get(name)]
-    if plan.method == "btx":
-        lines.append(["--moe-token-dispatcher-type", "alltoall"])
-        lines.append(["--moe-router-load-balancing-type", "aux_loss"])
-        lines.append(["--moe-aux-loss-coeff", "0.01"])
-    lines.append(["--ckpt-format", "torch_dist"])
-    return "\n".join(shlex.join(words) for words in lines) + "\n"
-
-
-def _manifest(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
-    return {
-        "method": plan.method,
-        "router_seed": plan.router_seed,
-        "router_std": ROUTER_STD,
-        "experts": [
-            {"name": e.name, "path": str(e.folder.resolve()), "index_sha256": _file_hash(e.folder / ".metadata")}
-            for e in plan.experts
-        ],
-        "versions": versions(),
-        "tensors": {
-            t.key: {
-                "operation": t.rule.operation,
-                "source": t.source_key or None,
-                "shape": list(t.shape),
-                "dtype": str(t.dtype).removeprefix("torch."),
-                "sha256": hashes[t.key],
-            }
-            for t in plan.tensors
-        },
-    }
-
-
-def _file_hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _publish(work: Path, output: Path) -> None:
-    """Put the finished folder in place; an old one is moved aside first and removed last."""
-    old = output.parent / f".{output.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.rename(output, old)
-    try:
-        os.rename(work, output)
-    except OSError:
-        if old.exists():
-            os.rename(old, output)
-        raise
-    directory = os.open(output.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def verify(plan: Plan, output: Path, progress: Progress = lambda read_bytes: None) -> None:
-    """Read a written result back and compare every element with what its rule gives.
-
-    Raises:
-        CheckpointError: names the first tensor that differs.
-    """
-    import torch
-
-    reader = TorchDistReader(output / RELEASE)
-    planned = {tensor.key for tensor in plan.tensors}
-    if planned != set(reader.tensors):
-        odd = sorted(planned ^ set(reader.tensors))[0]
-        raise CheckpointError(f"{output}: {odd}: planned and stored tensors differ; convert again")
-    for tensor in plan.tensors:
-        for offsets, block in computed_blocks(plan, tensor):
-            found = reader.read(tensor.key, offsets, tuple(block.shape))
-            if not torch.equal(found.view(torch.uint8), block.contiguous().view(torch.uint8)):
-                raise CheckpointError(
-                    f"{output}: {tensor.key} at {list(offsets)} differs from its sources; convert again"
-                )
-            progress(math.prod(block.shape) * block.element_size())
+    resolved = target.resolve()
+    for source in plan.sources:
+        place = source.folder.resolve()
+        if resolved == place or resolved in place.parents:
+            raise InputError(f"--output {target}: holds the expert {source.name} ({place}); choose another folder")
+    if target.exists() and not overwrite:
+        raise InputError(f"--output {target}: exists already; choose another folder, or replace it with --overwrite")
+    if target.exists() and not (target / output.mark).is_file():
+        raise InputError(
+            f"--output {target}: is not a checkpoint (no {output.mark}), so --overwrite will not remove it"
+        )

@@ -1,58 +1,75 @@
-"""The plan of a mix: every tensor of the result, where it comes from and what it costs, before anything is written."""
+"""The plan of a mix: every piece of the result, where it comes from and how, before anything is written."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.arguments import check_same_tokenizer, differences
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.names import Piece, Sizes, pieces_of
 from megatron_btx.errors import InputError
-from megatron_btx.mix.rules import METHODS, Rule, is_ignored
+from megatron_btx.mix.compatible import checked_sources
+from megatron_btx.mix.result import dense_arguments, mixture_arguments
+from megatron_btx.mix.routers import RouterInit
+from megatron_btx.mix.rules import METHODS, Chunk, Method
+from megatron_btx.mix.sources import Source, open_source
 
 if TYPE_CHECKING:
     import torch
 
-ROUTER_STD = 0.02
-LAYERS = "decoder.layers."
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asks for; see the command line's --help for the meaning of each."""
+
+    experts: tuple[tuple[str, str], ...]
+    """(name, path) of each source, in the order given."""
+    method: str = "btx"
+    topk: int = 2
+    number: int | None = None
+    """Chunks of split, copies of upcycle."""
+    layer_frequency: int | tuple[int, ...] = 1
+    """Which layers become mixtures, as Megatron's --moe-layer-freq."""
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Weight of each source in the average; 1 where not given."""
+    take: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Configuration fields that may differ, and whose value the result gets."""
+    vocabulary_union: bool = False
+    allow_other_tokenizer: bool = False
+    router: RouterInit = RouterInit()
 
 
 @dataclasses.dataclass(frozen=True)
-class Expert:
-    """One source of a mix."""
+class Part:
+    """A stretch of a source's piece along the axis of :attr:`PlannedPiece.axis`."""
 
-    name: str
-    folder: Path
-    reader: TorchDistReader
-    arguments: Mapping[str, Any]
+    source: int
+    piece: str
+    start: int
+    stop: int
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the result."""
+class PlannedPiece:
+    """One piece of the result."""
 
-    key: str
+    piece: Piece
     shape: tuple[int, ...]
     dtype: torch.dtype
-    rule: Rule
-    source_key: str
-    """The key in every expert; "" for a new tensor."""
+    operation: str
+    """move: the parts, one after the other; average: their weighted mean; router: new rows; zeros: new."""
+    parts: tuple[Part, ...] = ()
+    axis: int = 0
 
     @property
-    def leading_axes(self) -> int:
-        """How many leading axes count layers and experts: these are written one slice at a time."""
-        if not self.key.startswith(LAYERS):
-            return 0
-        return 2 if self.rule.operation == "stack" else 1
+    def name(self) -> str:
+        """The piece's name."""
+        return self.piece.name
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the tensor in the result."""
+        """Bytes of the piece in the result."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -60,200 +77,173 @@ class PlannedTensor:
 class Plan:
     """What a mix will write."""
 
-    method: str
-    experts: tuple[Expert, ...]
-    tensors: tuple[PlannedTensor, ...]
+    request: Request
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...]
+    """Of the sources in averages; they sum to one."""
+    pieces: tuple[PlannedPiece, ...]
     arguments: Mapping[str, Any]
-    """The stored arguments of the result."""
-    router_seed: int
+    """The arguments of the result."""
+    sizes: Sizes
+
+    @property
+    def method(self) -> Method:
+        """The method's row of the table."""
+        return METHODS[self.request.method]
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of all tensors of the result."""
-        return sum(tensor.size_bytes for tensor in self.tensors)
+        """Bytes of all pieces of the result."""
+        return sum(piece.size_bytes for piece in self.pieces)
 
     @property
     def input_bytes(self) -> int:
-        """Bytes read from the experts."""
-        keys = {tensor.source_key for tensor in self.tensors if tensor.source_key}
-        return sum(
-            math.prod(expert.reader.tensors[key].shape) * expert.reader.tensors[key].dtype.itemsize
-            for key in keys
-            for expert in self.experts
-        )
+        """Bytes read from the sources."""
+        total = 0
+        for planned in self.pieces:
+            for part in planned.parts:
+                held = self.sources[part.source].pieces[part.piece]
+                share = (part.stop - part.start) / max(1, held.shape[planned.axis])
+                total += round(math.prod(held.shape) * share) * held.dtype.itemsize
+        return total
 
 
-def make_plan(
-    named_paths: Sequence[tuple[str, str]], method: str, topk: int, router_seed: int, allow_other_tokenizer: bool
-) -> Plan:
-    """Open the experts, check that they fit together, and plan the result.
-
-    Args:
-        named_paths: (name, path) of each expert, in the order they get in the mixture.
-        method: a key of :data:`megatron_btx.mix.rules.METHODS`.
-        topk: experts per token in the mixture.
+def make_plan(request: Request) -> Plan:
+    """Open the sources, check that they fit together, and plan the result.
 
     Raises:
-        InputError: fewer than two experts, experts that differ, keys without a rule or rules without a key.
+        InputError: too few sources, sources that differ, a number that does not divide, tensors without a rule.
     """
-    if len(named_paths) < 2:
-        raise InputError(f"{len(named_paths)} expert given, at least 2 needed; repeat --expert NAME=PATH")
-    names = [name for name, _ in named_paths]
+    method = METHODS[request.method]
+    names = [name for name, _ in request.experts]
+    _check_request(request, method, names)
+    sources = tuple(open_source(name, path) for name, path in request.experts)
+    if method.experts:
+        for source in sources:
+            if source.sizes.experts:
+                raise InputError(
+                    f"{source.name} ({source.folder}): is a mixture of {source.sizes.experts} experts, "
+                    "expected a dense model"
+                )
+    first = checked_sources(sources, request)
+    arguments = dense_arguments(first)
+    if method.experts:
+        number = request.number or 1
+        result_names = method.names(names, number)
+        ffn = _expert_ffn(method.experts(len(sources), number), first["ffn_hidden_size"], request)
+        if not 1 <= request.topk <= len(result_names):
+            raise InputError(
+                f"--moe-router-topk {request.topk}: expected 1 to {len(result_names)}, the number of experts"
+            )
+        frequency = _checked_frequency(request.layer_frequency, first["num_layers"])
+        arguments = mixture_arguments(first, result_names, request.topk, ffn, frequency)
+    weights = [request.weights.get(name, 1.0) for name in names]
+    total = sum(weights)
+    sizes = Sizes.of(arguments)
+    pieces = tuple(_planned_pieces(request, method, sources, sizes))
+    return Plan(request, sources, tuple(weight / total for weight in weights), pieces, arguments, sizes)
+
+
+def _check_request(request: Request, method: Method, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"--expert {name}= is given twice; every expert needs a name of its own")
-    if method == "btx" and not 1 <= topk <= len(names):
-        raise InputError(f"--moe-router-topk {topk}: expected 1 to {len(names)}, the number of experts")
-    experts = tuple(open_expert(name, path) for name, path in named_paths)
-    check_same_model(experts, allow_other_tokenizer)
-    tensors = tuple(match_rules(METHODS[method], experts))
-    first = experts[0].arguments
-    arguments = moe_arguments(first, names, topk) if method == "btx" else dense_arguments(first)
-    return Plan(method, experts, tensors, arguments, router_seed)
-
-
-def open_expert(name: str, path: str) -> Expert:
-    """Open one checkpoint and check that it is a dense model with stacked layers.
-
-    Raises:
-        InputError: see the message.
-    """
-    folder = resolve_iteration(path)
-    reader = TorchDistReader(folder)
-    arguments = reader.arguments()
-    if arguments.get("num_experts") is not None:
+    if len(names) < method.at_least:
         raise InputError(
-            f"{name} ({folder}): is a mixture of {arguments['num_experts']} experts, expected a dense model"
+            f"{len(names)} expert given, at least {method.at_least} needed for {request.method}; "
+            "repeat --expert NAME=PATH"
         )
-    numbered = next((key for key in reader.tensors if re.match(r"decoder\.layers\.\d+\.", key)), None)
-    if numbered is not None:
+    if method.at_most is not None and len(names) > method.at_most:
+        raise InputError(f"{len(names)} experts given, {request.method} takes {method.at_most}; leave the others out")
+    if bool(method.number_flag) != (request.number is not None):
+        flag = method.number_flag or next(m.number_flag for m in METHODS.values() if m.number_flag)
         raise InputError(
-            f"{name} ({folder}): has numbered layers ({numbered}), expected layers stacked in one key; "
-            "save it without --moe-layer-freq or heterogeneous layers"
+            f"--method {request.method}: {flag} {'is missing' if method.number_flag else 'does not apply'}"
         )
-    return Expert(name, folder, reader, arguments)
+    if request.number is not None and request.number < 2:
+        raise InputError(f"{method.number_flag} {request.number}: expected at least 2")
+    for flag, given in (("--weight", request.weights), ("--take", request.take)):
+        for key in given:
+            name = key if flag == "--weight" else request.take[key]
+            if name not in names:
+                raise InputError(f"{flag} names the expert {name!r}; there are {', '.join(names)}")
+    if request.weights and method.shared != "average":
+        raise InputError(f"--weight does not apply to --method {request.method}, which averages nothing")
+    for name, weight in request.weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InputError(f"--weight {name}={weight}: expected a number of at least 0")
+    if not any(request.weights.get(name, 1.0) for name in names):
+        raise InputError("--weight: all weights are 0; at least one must be more")
 
 
-def check_same_model(experts: Sequence[Expert], allow_other_tokenizer: bool) -> None:
-    """Refuse experts that are not copies of one seed: arguments, tokenizers, keys, shapes and dtypes.
-
-    Raises:
-        InputError: names the first expert and the one that differs, with both values.
-    """
-    first = experts[0]
-    for expert in experts[1:]:
-        wrong = differences(first.arguments, expert.arguments)
-        if wrong:
-            listed = "; ".join(
-                f"{a.name} ({a.flag}): {x!r} in {first.name}, {y!r} in {expert.name}" for a, x, y in wrong
-            )
-            raise InputError(f"experts differ in their configuration: {listed}; all must come from one seed")
-        for key, tensor in first.reader.tensors.items():
-            if is_ignored(key):
-                continue
-            other = expert.reader.tensors.get(key)
-            if other is None:
-                raise InputError(f"{key}: in {first.name} ({first.folder}), missing in {expert.name} ({expert.folder})")
-            if (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
-                raise InputError(
-                    f"{key}: {list(tensor.shape)} {tensor.dtype} in {first.name}, "
-                    f"{list(other.shape)} {other.dtype} in {expert.name}; all must come from one seed"
-                )
-        extra = next((k for k in expert.reader.tensors if k not in first.reader.tensors and not is_ignored(k)), None)
-        if extra is not None:
-            raise InputError(f"{extra}: in {expert.name} ({expert.folder}), missing in {first.name} ({first.folder})")
-    if not allow_other_tokenizer:
-        check_same_tokenizer({e.name: e.arguments for e in experts}, "--allow-other-tokenizer")
+def _checked_frequency(frequency: int | tuple[int, ...], layers: int) -> int | list[int]:
+    if isinstance(frequency, int):
+        if not 1 <= frequency <= layers:
+            raise InputError(f"--moe-layer-freq {frequency}: expected 1 to {layers}, or a list of 0 and 1 per layer")
+        return frequency
+    pattern = list(frequency)
+    if len(pattern) != layers or set(pattern) - {0, 1} or 1 not in pattern:
+        raise InputError(
+            f"--moe-layer-freq {str(pattern).replace(' ', '')}: expected {layers} numbers 0 or 1, one per layer, "
+            "and at least one 1"
+        )
+    return 1 if 0 not in pattern else pattern
 
 
-def match_rules(rules: Iterable[Rule], experts: Sequence[Expert]) -> Iterable[PlannedTensor]:
-    """Match the rule table against the experts' keys: every key used once, every rule satisfied.
-
-    Raises:
-        InputError: names the key that no rule takes, or the rule that finds no key.
-    """
-    rules = tuple(rules)
-    stored = experts[0].reader.tensors
-    unused = set(rules)
-    for key, tensor in stored.items():
-        if is_ignored(key):
-            continue
-        taking = [rule for rule in rules if rule.matches(key)]
-        if len(taking) != 1:
+def _expert_ffn(experts: list[tuple[Chunk, ...]], ffn: int, request: Request) -> int:
+    """Feed-forward size of the result's experts."""
+    for chunk in experts[0]:
+        if ffn % chunk.count:
             raise InputError(
-                f"{key} in {experts[0].folder}: {len(taking)} rules take it, expected exactly one; "
-                "this architecture is not supported"
+                f"--method {request.method}: the feed-forward size {ffn} cannot be cut in {chunk.count} equal parts; "
+                f"choose a divisor of {ffn}"
             )
-        rule = taking[0]
-        unused.discard(rule)
-        shape = tensor.shape
-        if rule.operation == "stack":
-            shape = (shape[0], len(experts), *shape[1:])
-        for target in rule.targets or (key,):
-            yield PlannedTensor(target, shape, tensor.dtype, rule, key)
-    layers, hidden, dtype = _sizes(stored, experts[0])
-    for rule in rules:
-        if not rule.source:
-            unused.discard(rule)
-            if not rule.with_key or rule.with_key in stored:
-                shape = (layers, len(experts), hidden) if rule.operation == "normal" else (layers, len(experts))
-                yield PlannedTensor(rule.targets[0], shape, dtype, rule, "")
-    missing = [rule.source for rule in unused if not rule.optional]
-    if missing:
-        raise InputError(f"{experts[0].folder}: no key matches {missing[0]}; this is not a GPT model of Megatron's")
+    return sum(ffn // chunk.count for chunk in experts[0])
 
 
-def _sizes(stored: Mapping[str, Any], expert: Expert) -> tuple[int, int, torch.dtype]:
-    """Layers, hidden size and dtype, from the second feed-forward matrix [L, H, F]."""
-    key = "decoder.layers.mlp.linear_fc2.weight"
-    if key not in stored:
-        raise InputError(f"{expert.folder}: has no {key}; this is not a dense GPT model of Megatron's")
-    return stored[key].shape[0], stored[key].shape[1], stored[key].dtype
+def _planned_pieces(
+    request: Request, method: Method, sources: Sequence[Source], sizes: Sizes
+) -> Iterator[PlannedPiece]:
+    first = sources[0]
+    experts = method.experts(len(sources), request.number or 1) if method.experts else []
+    dtypes = request.take.get("dtype")
+    by_dtype = next((s for s in sources if s.name == dtypes), first)
+    for piece in pieces_of(sizes):
+        if method.experts and "expert" in piece.numbers:
+            origin = piece.name.replace(f"experts.{piece.numbers['expert']}.", "ffn.")
+            if origin in first.pieces:
+                axis = int(".down." in piece.name)
+                # Every chunk of a row-cut block would add the second bias again; the first alone carries it.
+                parts = tuple(_cut(sources, chunk, origin, axis) for chunk in experts[piece.numbers["expert"]])
+                if piece.name.endswith("down.bias"):
+                    parts = _whole_bias(sources, experts[piece.numbers["expert"]], origin, piece.name)
+                yield PlannedPiece(
+                    piece, piece.shape, by_dtype.pieces[origin].dtype, "move", parts, axis * (len(piece.shape) - 1)
+                )
+        elif method.experts and ".router." in piece.name:
+            layer = piece.numbers["layer"]
+            if piece.name.endswith("weight") or f"layers.{layer}.ffn.up.bias" in first.pieces:
+                dtype = by_dtype.pieces[f"layers.{layer}.ffn.down.weight"].dtype
+                operation = "router" if piece.name.endswith("weight") else "zeros"
+                yield PlannedPiece(piece, piece.shape, dtype, operation)
+        elif piece.name in first.pieces:
+            rows = max(s.pieces[piece.name].shape[0] for s in sources)
+            shape = (rows, *first.pieces[piece.name].shape[1:])
+            parts = tuple(Part(i, piece.name, 0, s.pieces[piece.name].shape[0]) for i, s in enumerate(sources))
+            yield PlannedPiece(piece, shape, by_dtype.pieces[piece.name].dtype, method.shared, parts)
 
 
-def dense_arguments(first: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of an averaged model: the first expert's, without what belongs to its run.
-
-    Only builtin values are kept: newer Megatron versions read arguments under restrictions.
-    """
-    plain = {name: value for name, value in first.items() if _is_plain(value)}
-    return plain | {
-        "iteration": 0,
-        "curr_iteration": 0,
-        "consumed_train_samples": 0,
-        "consumed_valid_samples": 0,
-        "skipped_train_samples": 0,
-        "no_save_optim": True,
-        "no_save_rng": True,
-    }
+def _cut(sources: Sequence[Source], chunk: Chunk, origin: str, axis: int) -> Part:
+    held = sources[chunk.source].pieces[origin]
+    extent = held.shape[axis] if axis < len(held.shape) else held.shape[0]
+    return Part(chunk.source, origin, extent * chunk.index // chunk.count, extent * (chunk.index + 1) // chunk.count)
 
 
-def moe_arguments(first: Mapping[str, Any], names: Sequence[str], topk: int) -> dict[str, Any]:
-    """The arguments of the mixture: the first expert's, describing a mixture of the named experts."""
-    return dense_arguments(first) | {
-        "btx_experts": list(names),
-        "num_experts": len(names),
-        "moe_layer_freq": 1,
-        "moe_ffn_hidden_size": first["ffn_hidden_size"],
-        "moe_router_topk": topk,
-        # Softmax over the k largest logits alone: gates sum to one, so equal experts give the dense model. With k = 1
-        # that gate would be constant; Megatron demands the full softmax then.
-        "moe_router_pre_softmax": topk == 1,
-        "moe_router_score_function": "softmax",
-        "moe_router_topk_scaling_factor": None,
-        "moe_router_dtype": "fp32",
-        "moe_shared_expert_intermediate_size": None,
-        "moe_grouped_gemm": False,
-        "moe_token_dispatcher_type": "alltoall",
-    }
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(v) for v in value)
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def as_namespace(arguments: Mapping[str, Any]) -> argparse.Namespace:
-    """The form in which Megatron stores arguments."""
-    return argparse.Namespace(**arguments)
+def _whole_bias(sources: Sequence[Source], chunks: tuple[Chunk, ...], origin: str, name: str) -> tuple[Part, ...]:
+    """The second bias has no F axis: it belongs to a whole block and cannot be cut."""
+    if len(chunks) > 1 or chunks[0].count > 1:
+        raise InputError(
+            f"{name}: a feed-forward block with biases cannot be cut, its second bias belongs to the whole; "
+            "use --method btx or upcycle"
+        )
+    return (Part(chunks[0].source, origin, 0, sources[chunks[0].source].pieces[origin].shape[0]),)

@@ -1,104 +1,74 @@
-"""The rules of a mix: which tensors of the experts make which tensor of the result, and how.
+"""The methods of mixing, as a table: which parts of which sources make the experts, and what happens to the rest.
 
-A rule set is a table. The planner (:mod:`megatron_btx.mix.plan`) matches it against the keys that are there; a source
-key that no rule takes, or a rule that finds no source, is an error and never a guess.
+A feed-forward block can be cut along its intermediate axis F: rows of gate and up and columns of down, together, make a
+smaller block that computes its share of the sum. Every method is a choice of such parts for each expert of the result.
 
-Axes: L layers, E experts, H hidden, G = 2F gated or F, F feed-forward, V vocabulary, Q = query + key + value rows.
-Source of the method: Sukhbaatar et al. 2024, arXiv 2403.07816, section 3.2.
+Sources: Sukhbaatar et al. 2024, arXiv 2403.07816, sections 3.2 (btx) and 4.3 (split, blend); Komatsuzaki et al. 2023,
+arXiv 2212.05055 (upcycle).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Callable
 from typing import Literal
-
-Operation = Literal["average", "stack", "normal", "zeros"]
-EXPERTS = "decoder.layers.mlp.experts.experts."
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-    """One row of the table."""
+class Chunk:
+    """One of ``count`` equal parts of a source's feed-forward blocks along F."""
 
-    source: str
-    """Key in the experts' checkpoints, as a regular expression that must match whole; "" for a new tensor."""
-    operation: Operation
-    """average: mean over the experts, rounded once. stack: moved bit for bit onto a new expert axis after the
-    layers. normal: drawn, with the standard deviation of the initialisation. zeros: new, and no influence at first."""
-    targets: tuple[str, ...] = ()
-    """Keys of the result; () for the source's own key. More than one where the two kinds of layers differ."""
-    optional: bool = False
-    """Whether a model may lack it (biases, an untied head, QK norms)."""
-    with_key: str = ""
-    """For a new tensor: the key whose presence in the experts calls for it; "" for always."""
-
-    def matches(self, key: str) -> bool:
-        """Whether this rule takes a source key."""
-        return bool(self.source) and re.fullmatch(self.source, key) is not None
+    source: int
+    index: int = 0
+    count: int = 1
 
 
-_LAYERS = r"decoder\.layers\."
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to make a model from others."""
 
-SHARED = (
-    Rule(r"embedding\.word_embeddings\.weight", "average"),
-    Rule(r"embedding\.position_embeddings\.weight", "average", optional=True),
-    Rule(_LAYERS + r"self_attention\.linear_qkv\.layer_norm_(weight|bias)", "average", optional=True),
-    Rule(_LAYERS + r"input_layernorm\.(weight|bias)", "average", optional=True),
-    Rule(_LAYERS + r"self_attention\.linear_qkv\.weight", "average"),
-    Rule(_LAYERS + r"self_attention\.linear_qkv\.bias", "average", optional=True),
-    Rule(_LAYERS + r"self_attention\.[qk]_layernorm\.(weight|bias)", "average", optional=True),
-    Rule(_LAYERS + r"self_attention\.linear_proj\.weight", "average"),
-    Rule(_LAYERS + r"self_attention\.linear_proj\.bias", "average", optional=True),
-    Rule(r"decoder\.final_layernorm\.weight", "average"),
-    Rule(r"decoder\.final_layernorm\.bias", "average", optional=True),
-    Rule(r"output_layer\.weight", "average", optional=True),
-    Rule(r"output_layer\.bias", "average", optional=True),
-)
-
-_NORM = "decoder.layers.mlp.linear_fc1.layer_norm_"
-_PRE_MLP_NORM = tuple(
-    # Megatron's local mixture layers look for the dense key, its Transformer Engine ones for their own
-    # (core/models/gpt/gpt_layer_specs.py, sharded_state_dict_keys_map): both are written.
-    Rule(re.escape(_NORM + part), "average", (_NORM + part, f"decoder.layers.pre_mlp_layernorm.{part}"), part == "bias")
-    for part in ("weight", "bias")
-)
-
-BTX = (
-    *SHARED,
-    *_PRE_MLP_NORM,
-    Rule(_LAYERS + r"mlp\.linear_fc1\.weight", "stack", (EXPERTS + "linear_fc1.weight",)),
-    Rule(_LAYERS + r"mlp\.linear_fc1\.bias", "stack", (EXPERTS + "linear_fc1.bias",), optional=True),
-    Rule(_LAYERS + r"mlp\.linear_fc2\.weight", "stack", (EXPERTS + "linear_fc2.weight",)),
-    Rule(_LAYERS + r"mlp\.linear_fc2\.bias", "stack", (EXPERTS + "linear_fc2.bias",), optional=True),
-    Rule("", "normal", ("decoder.layers.mlp.router.weight",)),
-    # Megatron's router has a bias where the linear layers have (core/transformer/moe/router.py).
-    Rule("", "zeros", ("decoder.layers.mlp.router.bias",), with_key="decoder.layers.mlp.linear_fc1.bias"),
-)
-"""Branch-Train-MiX: feed-forward blocks become the experts, everything else is averaged, routers are new."""
-
-AVERAGE = (
-    *SHARED,
-    Rule(_LAYERS + r"mlp\.linear_fc1\.layer_norm_(weight|bias)", "average"),
-    Rule(_LAYERS + r"mlp\.linear_fc[12]\.weight", "average"),
-    Rule(_LAYERS + r"mlp\.linear_fc[12]\.bias", "average", optional=True),
-)
-"""The plain average of the experts, a dense model: the baseline that a mixture has to beat."""
-
-METHODS: dict[str, tuple[Rule, ...]] = {"btx": BTX, "average": AVERAGE}
-
-IGNORED = (
-    r"optimizer\..*",
-    r"chained_\d+\..*",
-    r".*\._extra_state(/.*)?",
-    r"rng_state(/.*)?",
-    r"rerun_state_machine_state(/.*)?",
-    r"common_state(/.*)?",
-    r"content_metadata(/.*)?",
-)
-"""Source entries that are no part of the model: a mix starts with a fresh optimizer, and empty extra states."""
+    summary: str
+    shared: Literal["average", "move"]
+    """What happens to all that does not become an expert."""
+    experts: Callable[[int, int], list[tuple[Chunk, ...]]] | None = None
+    """From the number of sources and the number the user gives: the chunks that, one after the other along F, make each
+    expert of the result. None: the result has the sources' own feed-forward blocks."""
+    names: Callable[[list[str], int], list[str]] = lambda names, number: list(names)
+    """Names of the result's experts."""
+    at_least: int = 2
+    at_most: int | None = None
+    number_flag: str = ""
+    """The flag that gives the number, for methods that need one."""
 
 
-def is_ignored(key: str) -> bool:
-    """Whether a source entry is left out on purpose."""
-    return any(re.fullmatch(pattern, key) for pattern in IGNORED)
+METHODS: dict[str, Method] = {
+    "btx": Method(
+        "every source's feed-forward blocks become an expert, bit for bit; the rest is averaged",
+        "average",
+        lambda sources, _: [(Chunk(i),) for i in range(sources)],
+    ),
+    "split": Method(
+        "every source's feed-forward blocks are cut in C chunks along F, each an expert; the rest is averaged",
+        "average",
+        lambda sources, chunks: [(Chunk(i, c, chunks),) for i in range(sources) for c in range(chunks)],
+        lambda names, chunks: [f"{name}.{c}" for name in names for c in range(chunks)],
+        number_flag="--chunks",
+    ),
+    "blend": Method(
+        "expert n is chunk n of every source, one after the other; the rest is averaged",
+        "average",
+        lambda sources, _: [tuple(Chunk(i, n, sources) for i in range(sources)) for n in range(sources)],
+        lambda names, _: [f"blend.{n}" for n in range(len(names))],
+    ),
+    "upcycle": Method(
+        "one source, whose feed-forward blocks are copied into N equal experts",
+        "move",
+        lambda _, copies: [(Chunk(0),)] * copies,
+        lambda names, copies: [f"{names[0]}.{n}" for n in range(copies)],
+        at_least=1,
+        at_most=1,
+        number_flag="--copies",
+    ),
+    "average": Method("the plain average of the sources, a dense model", "average"),
+    "copy": Method("one source as it is, in another format", "move", at_least=1, at_most=1),
+}

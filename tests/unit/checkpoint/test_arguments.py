@@ -9,11 +9,11 @@ import pytest
 from megatron_btx.checkpoint.arguments import (
     MODEL_ARGUMENTS,
     NUMERICS_ARGUMENTS,
-    check_same_tokenizer,
     differences,
     model_flags,
 )
 from megatron_btx.checkpoint.resume import check_resume_layout
+from megatron_btx.checkpoint.tokenizers import check_same_tokenizer
 from megatron_btx.errors import InputError
 
 

@@ -1,7 +1,8 @@
-"""Reader and writer against PyTorch's own: any block of any tensor, however it was cut."""
+"""Reader and layout against PyTorch's own: any block of any tensor, however it was cut."""
 
 from __future__ import annotations
 
+import io
 import random
 from pathlib import Path
 
@@ -11,37 +12,16 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_btx.checkpoint import torch_dist
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, blocks_of, resolve_iteration
+from megatron_btx.checkpoint.stored import Files, Place, bytes_of, read_box
+from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.torch_record import locate_tensor, record_around
 from megatron_btx.errors import CheckpointError
-
-SHAPES = [((), 0), ((5,), 0), ((3, 4), 0), ((3, 4), 1), ((2, 3, 4, 5), 2), ((4, 7, 2), 1), ((2, 3), 2), ((1, 1, 1), 1)]
-
-
-@pytest.mark.parametrize(("shape", "leading"), SHAPES)
-@pytest.mark.parametrize("at_most_bytes", [1, 16, 40, 1 << 20])
-def test_blocks_cover_a_tensor_once(shape, leading, at_most_bytes):
-    """In the order of memory, none twice, none left out, none larger than asked unless one row is."""
-    count = torch.zeros(shape)
-    order = []
-    for offsets, sizes in blocks_of(shape, 4, leading, at_most_bytes):
-        place = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
-        count[place] += 1
-        order.append(torch.arange(count.numel()).reshape(shape)[place].reshape(-1))
-        rows = sizes[leading] if len(sizes) > leading else 1
-        assert sizes[:leading] == (1,) * leading
-        assert rows == 1 or 4 * torch.Size(sizes).numel() <= at_most_bytes
-    assert (count == 1).all()
-    assert torch.equal(torch.cat(order), torch.arange(count.numel()))
+from tests.mixing import write_checkpoint
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor], at_most_bytes: int = 64) -> None:
-    writer = TorchDistWriter(folder)
-    for name, tensor in tensors.items():
-        for offsets, sizes in blocks_of(tuple(tensor.shape), tensor.element_size(), 1, at_most_bytes):
-            place = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
-            writer.write_block(name, tuple(tensor.shape), offsets, tensor[place])
-    writer.write_object("state/shard_0_1", [{"n": 1}])
-    writer.close()
+def write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    cut = {name: (tensor, min(1, tensor.dim() - 1)) for name, tensor in tensors.items()}
+    write_checkpoint(folder, cut, {"state/shard_0_1": [{"n": 1}]})
 
 
 TENSORS = {
@@ -51,7 +31,7 @@ TENSORS = {
 }
 
 
-def test_pytorch_reads_what_the_writer_writes(tmp_path):
+def test_pytorch_reads_what_was_laid_out(tmp_path):
     write(tmp_path / "x", TENSORS)
     found = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
     dcp.load(found, checkpoint_id=str(tmp_path / "x"), no_dist=True)
@@ -87,17 +67,45 @@ def test_several_data_files(tmp_path, monkeypatch):
         assert torch.equal(reader.read(name, (0,) * tensor.dim(), tuple(tensor.shape)), tensor)
 
 
-def test_nothing_loads_before_the_writer_is_closed(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (5,), (3, 4), (2, 3, 4)])
+def test_a_record_made_around_its_numbers_is_torch_saves(shape, dtype):
+    """Byte for byte what torch.save writes, but for the checksums of the archive; found again by its place."""
+    tensor = torch.randn(shape).to(dtype)
+    before, after = record_around(shape, dtype)
+    record = before + bytes(bytes_of(tensor)) + after
+    out = io.BytesIO()
+    torch.save(tensor, out)
+    assert len(record) == len(out.getvalue())
+    found = torch.load(io.BytesIO(record))
+    assert found.dtype == dtype and torch.equal(found, tensor)
+
+
+def test_numbers_are_found_in_records_of_any_kind(tmp_path):
+    """Parameters and views too, wherever the record begins; what is not contiguous is refused by name."""
+    wide = torch.arange(24.0).reshape(4, 6)
+    for tensor in (wide, torch.nn.Parameter(wide), wide[1:3]):
+        out = io.BytesIO()
+        torch.save(tensor, out)
+        (tmp_path / "data").write_bytes(b"12345" + out.getvalue() + b"more")
+        found = locate_tensor(Files(), Place(tmp_path / "data", 5), len(out.getvalue()), "here")
+        read = read_box(Files(), found.place, found.shape, (1, 2), (1, 3), found.dtype)
+        assert torch.equal(read, tensor.detach()[1:2, 2:5])
+    out = io.BytesIO()
+    torch.save(wide.T, out)
+    (tmp_path / "data").write_bytes(out.getvalue())
+    with pytest.raises(CheckpointError, match="here: is not a tensor's record of contiguous numbers"):
+        locate_tensor(Files(), Place(tmp_path / "data", 0), len(out.getvalue()), "here")
+
+
+def test_nothing_loads_without_the_index(tmp_path):
     """Without its index a folder is no checkpoint, for us and for PyTorch."""
-    writer = TorchDistWriter(tmp_path / "x")
-    writer.write_block("a", (2, 2), (0, 0), torch.ones(2, 2))
-    writer._file.flush()
+    write(tmp_path / "x", TENSORS)
+    (tmp_path / "x" / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="incomplete"):
         TorchDistReader(tmp_path / "x")
     with pytest.raises(CheckpointException, match="metadata read failed"):
         dcp.load({"a": torch.zeros(2, 2)}, checkpoint_id=str(tmp_path / "x"), no_dist=True)
-    writer.close()
-    assert TorchDistReader(tmp_path / "x").read("a", (0, 0), (2, 2)).sum() == 4
 
 
 def test_paths_that_stand_for_an_iteration(dense, tmp_path):

@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -17,10 +18,11 @@ import pytest
 
 from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
 from megatron_btx.errors import CheckpointError
-from megatron_btx.mix import execute
+from megatron_btx.mix import workplace
 from megatron_btx.mix.cli import main
-from megatron_btx.mix.plan import make_plan
-from tests.mixing import mix
+from megatron_btx.mix.routers import RouterInit
+from megatron_btx.mix.workplace import Workplace
+from tests.mixing import mix, planned, verify
 from tests.unit.mix.checkpoints import expert_words, refused, same_bits, tensors
 
 
@@ -87,6 +89,15 @@ def test_overwrite_replaces_after_success_only(experts, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
+def test_a_system_that_cannot_exchange_names(experts, tmp_path, monkeypatch):
+    """Then two renames: the old output is moved aside, and removed last."""
+    out = mix(experts, tmp_path / "out", "--router-seed", "1")
+    monkeypatch.setattr(workplace, "_exchange", lambda left, right: False)
+    mix(experts, out, "--router-seed", "2", "--overwrite")
+    verify(experts, out, router=RouterInit(seed=2))
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
 @pytest.mark.parametrize("number_of_renames", [0, 1])
 def test_a_rename_that_fails(number_of_renames, experts, tmp_path, capsys, monkeypatch):
     """Even when the very last step fails, the old output is where it was."""
@@ -100,39 +111,78 @@ def test_a_rename_that_fails(number_of_renames, experts, tmp_path, capsys, monke
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         rename(source, target)
 
+    monkeypatch.setattr(workplace, "_exchange", lambda left, right: False)
     monkeypatch.setattr(os, "rename", failing)
     assert "Permission denied" in refused([*expert_words(experts), "--overwrite"], out, capsys)
     assert all(same_bits(tensor, old[key]) for key, tensor in tensors(out).items())
 
 
-def test_leavings_of_a_killed_run_do_not_get_into_the_next(experts, tmp_path):
-    """What lies in the hidden folder from before is removed, not built upon."""
-    hidden = tmp_path / ".out.incomplete" / "release"
-    hidden.mkdir(parents=True)
-    (hidden / "__9_9.distcp").write_text("old")
+def test_killed_between_two_renames(experts, tmp_path):
+    """An old output that was moved aside and not yet replaced gets its name back."""
+    out = mix(experts, tmp_path / "out", "--router-seed", "1")
+    os.rename(out, tmp_path / ".out.old")
+    with files_no_larger_than(50_000):
+        assert main([*expert_words(experts), "--output", str(out)]) == 2
+    verify(experts, out, router=RouterInit(seed=1))
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_leavings_of_another_run_do_not_get_into_the_next(experts, tmp_path):
+    """What another command left in the hidden folder is removed, not built upon."""
+    hidden = tmp_path / ".out.incomplete"
+    (hidden / "result" / "release").mkdir(parents=True)
+    (hidden / "result" / "release" / "__9_9.distcp").write_text("old")
+    (hidden / "plan.json").write_text("{}")
     out = mix(experts, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["out"]
     assert sorted(os.listdir(out / "release")) == [".metadata", "__0_0.distcp", "metadata.json"]
 
 
 def test_interrupted_by_the_keyboard(experts, tmp_path, capsys, monkeypatch):
-    """Ctrl-C: its own exit code, and nothing left."""
-    honest, left = execute.TorchDistWriter.write_block, [20]
+    """Ctrl-C: its own exit code, nothing that loads, and the same command goes on without writing twice."""
+    honest, written = Workplace.note, []
 
-    def interrupted(self, *arguments):
-        left[0] -= 1
-        if left[0] == 0:
+    def interrupted(self, rank, hashes):
+        hashes = list(hashes)
+        honest(self, rank, hashes)
+        written.extend(number for number, _ in hashes)
+        if len(written) == 10:
             raise KeyboardInterrupt
-        honest(self, *arguments)
 
-    monkeypatch.setattr(execute.TorchDistWriter, "write_block", interrupted)
-    assert main([*expert_words(experts), "--output", str(tmp_path / "out")]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
-    assert list(tmp_path.iterdir()) == []
+    words = [*expert_words(experts), "--output", str(tmp_path / "out"), "--workers", "1"]
+    monkeypatch.setattr(Workplace, "note", interrupted)
+    assert main(words) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not loads(tmp_path / ".out.incomplete" / "result")
+    assert main(words) == 0
+    tasks = planned(experts, tmp_path / "out")[1].tasks
+    assert sorted(written) == list(range(len(tasks))), "a block was written twice, or never"
+    verify(experts, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_what_an_interrupted_run_left_is_checked(experts, tmp_path, monkeypatch):
+    """A block that was noted as written and is not what was noted is written again."""
+    honest = Workplace.publish
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    words = [*expert_words(experts), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(Workplace, "publish", interrupted)
+    assert main(words) == 130
+    monkeypatch.setattr(Workplace, "publish", honest)
+    data = tmp_path / ".out.incomplete" / "result" / "release" / "__0_0.distcp"
+    slot = planned(experts, tmp_path / "out")[1].tasks[3].slot
+    with data.open("r+b") as file:
+        file.seek(slot.position_bytes)
+        file.write(b"damaged!")
+    assert main(words) == 0
+    verify(experts, tmp_path / "out")
 
 
 MANY = 3
-KILLS = 20
+KILLS = 60
 
 
 @pytest.fixture
@@ -163,30 +213,38 @@ def loads(path: Path) -> bool:
 
 
 def test_killed_at_any_moment(many, zygote, tmp_path):
-    """SIGKILL at random moments: the output is absent, or complete; then the same command succeeds."""
+    """SIGKILL at random moments, never starting over: nothing that loads until it is complete; then it is, exactly."""
     out, hidden = tmp_path / "out", tmp_path / ".out.incomplete"
-    words = [*expert_words(many), "--output", str(out)]
-    plan = make_plan([(name, str(path)) for name, path in many.items()], "btx", 2, 1234, False)
+    words = [*expert_words(many), "--workers", "1", "--output", str(out)]
     started = time.monotonic()
     convert(zygote, [*words[:-1], str(tmp_path / "first")], tmp_path / "log")
     whole_seconds = time.monotonic() - started
-    moments, halfway = random.Random(0), 0
+    moments, halfway, resumed = random.Random(0), 0, 0
     for _ in range(KILLS):
-        convert(zygote, words, tmp_path / "log", moments.uniform(0, 1.1 * whole_seconds))
+        noted = _noted(hidden)
+        convert(zygote, words, tmp_path / "log", moments.uniform(0.2, 1.1) * whole_seconds)
         if out.exists():
-            execute.verify(plan, out)
-            execute.shutil.rmtree(out)
+            verify(many, out)
+            shutil.rmtree(out)
+            shutil.rmtree(hidden, ignore_errors=True)
         elif hidden.exists():
             halfway += 1
-            assert not loads(hidden) or _complete(plan, hidden)
+            resumed += 0 < len(noted) < len(_noted(hidden))
+            assert noted <= _noted(hidden), "what was done must stay done"
+            assert not loads(hidden / "result") or _complete(many, hidden / "result")
     assert halfway >= KILLS // 4, "else these kills came too early or too late to show anything"
     convert(zygote, words, tmp_path / "log")
-    execute.verify(plan, out)
+    verify(many, out)
     assert not hidden.exists()
 
 
-def _complete(plan, folder: Path) -> bool:
-    execute.verify(plan, folder)
+def _noted(hidden: Path) -> set[int]:
+    place = Workplace(hidden.parent / hidden.name.removeprefix(".").removesuffix(".incomplete"))
+    return set(place.noted()) if (hidden / "journal").is_dir() else set()
+
+
+def _complete(experts, folder: Path) -> bool:
+    verify(experts, folder)
     return True
 
 
@@ -194,28 +252,24 @@ def test_killed_while_overwriting(many, zygote, tmp_path):
     """SIGKILL at random moments of --overwrite: the output is the whole old one or the whole new one."""
     out = tmp_path / "out"
     words = [*expert_words(many), "--overwrite", "--output", str(out), "--router-seed"]
-    named = [(name, str(path)) for name, path in many.items()]
-    plans = {seed: make_plan(named, "btx", 2, seed, False) for seed in (1, 2)}
     started = time.monotonic()
     convert(zygote, [*words, "1"], tmp_path / "log")
     whole_seconds = time.monotonic() - started
     moments, seen = random.Random(1), {1: 0, 2: 0}
     for _ in range(KILLS // 2):
-        convert(zygote, [*words, "2"], tmp_path / "log", moments.uniform(0, 1.2 * whole_seconds))
-        # Between the two renames the old one lies beside the target, whole.
-        found = out if out.exists() else tmp_path / ".out.old"
-        seed = 1 if _is(plans[1], found) else 2
+        convert(zygote, [*words, "2"], tmp_path / "log", moments.uniform(0.2, 1.3) * whole_seconds)
+        seed = 1 if _is(many, 1, out) else 2
         if seed == 2:
-            execute.verify(plans[2], found)
+            verify(many, out, router=RouterInit(seed=2))
         seen[seed] += 1
         if seed == 2:
             convert(zygote, [*words, "1"], tmp_path / "log")
     assert min(seen.values()) > 0, f"{seen}: these kills came too early or too late to show anything"
 
 
-def _is(plan, folder: Path) -> bool:
+def _is(experts, seed: int, folder: Path) -> bool:
     try:
-        execute.verify(plan, folder)
+        verify(experts, folder, router=RouterInit(seed=seed))
     except CheckpointError:
         return False
     return True

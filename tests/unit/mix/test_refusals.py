@@ -50,7 +50,7 @@ def test_bad_values_of_flags_are_argparses(tmp_path):
     """Unknown flags and values that are no numbers: usage and exit code 2."""
     from megatron_btx.mix.cli import main
 
-    for words in (["--no-such-flag"], ["--moe-router-topk", "two"], ["--method", "upcycle"]):
+    for words in (["--no-such-flag"], ["--moe-router-topk", "two"], ["--method", "merge"]):
         with pytest.raises(SystemExit) as end:
             main([*words, "--output", str(tmp_path / "out")])
         assert end.value.code == 2
@@ -70,14 +70,12 @@ def test_the_tool_itself(tmp_path):
 
 # --- models that do not fit together --------------------------------------------------------------------------
 
-FC1 = "decoder.layers.mlp.linear_fc1.weight"
-
-
 OTHER_ARGUMENTS = {
-    "norm epsilon": ({"layernorm_epsilon": 1e-6}, ["layernorm_epsilon", "--norm-epsilon", "1e-05", "1e-06"]),
-    "rotary base": ({"rotary_base": 500000}, ["--rotary-base", "10000", "500000"]),
-    "hidden size": ({"hidden_size": 64}, ["--hidden-size", "32", "64"]),
-    "ffn size": ({"ffn_hidden_size": 96}, ["--ffn-hidden-size", "48", "96"]),
+    "norm epsilon": (
+        {"layernorm_epsilon": 1e-6},
+        ["layernorm_epsilon", "--norm-epsilon", "1e-05", "1e-06", "--take layernorm_epsilon=left"],
+    ),
+    "rotary base": ({"rotary_base": 500000}, ["--rotary-base", "10000", "500000", "--take rotary_base=left", "=right"]),
     "rope scaling": ({"use_rope_scaling": True}, ["--use-rope-scaling", "False", "True"]),
     "normalization": ({"normalization": "LayerNorm"}, ["--normalization", "'RMSNorm'", "'LayerNorm'"]),
     "window": ({"window_size": (8, 0)}, ["--window-size", "None", "(8, 0)"]),
@@ -100,13 +98,31 @@ def test_other_model_arguments(case, dense, tmp_path, capsys):
         assert text in message
 
 
+def test_arguments_that_are_not_the_tensors(dense, tmp_path, capsys):
+    """A configuration that its own tensors contradict: the expert, the tensor, both shapes."""
+    for number, (arguments, named) in enumerate(
+        [
+            ({"hidden_size": 64}, ["word_embeddings", "[128, 32]", "[128, 64]"]),
+            ({"ffn_hidden_size": 96}, ["linear_fc1"]),
+        ]
+    ):
+        (tmp_path / "sources").mkdir(exist_ok=True)
+        other = rewrite(dense, tmp_path / "sources" / str(number), arguments=arguments)
+        message = refused(expert_words({"left": dense, "right": other}), tmp_path / "out", capsys)
+        for text in [*named, "right", str(other), "do not belong together"]:
+            assert text in message
+
+
 OTHER_TENSORS = {
-    "missing key": (lambda key, t: None if key == "output_layer.weight" else t, ["output_layer.weight", "missing in"]),
+    "missing key": (lambda key, t: None if key == "output_layer.weight" else t, ["output_layer.weight is missing"]),
     "other shape": (
         lambda key, t: t[:64] if key == "output_layer.weight" else t,
         ["output_layer.weight", "[128, 32]", "[64, 32]"],
     ),
-    "other dtype": (lambda key, t: t.double() if key == FC1 else t, [FC1, "float32", "float64"]),
+    "other dtype": (
+        lambda key, t: t.double() if key == "output_layer.weight" else t,
+        ["output_layer.weight", "float32", "float64"],
+    ),
 }
 
 
@@ -118,7 +134,9 @@ def test_other_tensors(case, dense, tmp_path, capsys):
     other = rewrite(dense, tmp_path / "sources" / "other", change)
     for experts in ({"left": dense, "right": other}, {"right": other, "left": dense}):
         message = refused(expert_words(experts), tmp_path / "out", capsys)
-        for text in [*named, "left", "right"]:
+        for text in (
+            [*named, "right", str(other)] if case != "other dtype" else [*named, "left", "right", "--take dtype="]
+        ):
             assert text in message
 
 
@@ -140,24 +158,26 @@ def renamed(dense: Path, target: Path, pattern: str, replacement: str) -> Path:
 def test_a_key_that_no_rule_takes(dense, tmp_path, capsys):
     """An architecture we do not know is refused by name, even when all experts have it."""
     (tmp_path / "sources").mkdir()
-    odd = renamed(dense, tmp_path / "sources" / "odd", r"^output_layer\.weight$", "output_layer.scale")
+    odd = renamed(
+        dense, tmp_path / "sources" / "odd", r"^optimizer\.state\.exp_avg\.output_layer", "output_layer.scale"
+    )
     message = refused(expert_words({"a": odd, "b": odd}), tmp_path / "out", capsys)
-    assert "output_layer.scale" in message and "0 rules" in message and str(odd) in message
+    assert "output_layer.scale" in message and "not supported" in message and str(odd) in message
 
 
-def test_a_rule_that_finds_no_key(dense, tmp_path, capsys):
+def test_a_model_without_embeddings(dense, tmp_path, capsys):
     (tmp_path / "sources").mkdir()
     odd = rewrite(dense, tmp_path / "sources" / "odd", lambda key, t: None if key.startswith("embedding") else t)
     message = refused(expert_words({"a": odd, "b": odd}), tmp_path / "out", capsys)
     assert "word_embeddings" in message and str(odd) in message
 
 
-def test_numbered_layers(dense, tmp_path, capsys):
-    """Layers that are not stacked in one key are recognised, never guessed."""
+def test_layers_half_numbered(dense, tmp_path, capsys):
+    """Layers that are stacked in some keys and numbered in others are no form that anything writes."""
     (tmp_path / "sources").mkdir()
     odd = renamed(dense, tmp_path / "sources" / "odd", r"^decoder\.layers\.mlp", "decoder.layers.0.mlp")
     message = refused(expert_words({"a": dense, "b": odd}), tmp_path / "out", capsys)
-    assert "numbered layers" in message and "decoder.layers.0.mlp" in message
+    assert "b (" in message and "decoder.layers.0.self_attention" in message and "is missing" in message
 
 
 def test_a_mixture_is_no_expert(dense, tmp_path, capsys):
@@ -218,7 +238,7 @@ def test_other_kinds_and_sizes_of_tokenizer(dense, tmp_path, capsys):
     (tmp_path / "sources").mkdir()
     other = rewrite(dense, tmp_path / "sources" / "other", arguments={"vocab_size": 97})
     message = refused(expert_words({"left": dense, "right": other}), tmp_path / "out", capsys)
-    assert "NullTokenizer of 96" in message and "NullTokenizer of 97" in message
+    assert "left has 96 tokens" in message and "right has 97" in message and "--vocab union" in message
 
 
 # --- the output -----------------------------------------------------------------------------------------------

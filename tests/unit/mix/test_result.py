@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from megatron_btx.errors import CheckpointError
-from megatron_btx.mix import execute
 from megatron_btx.mix.cli import main
-from megatron_btx.mix.plan import make_plan
+from megatron_btx.mix.proof import check_manifest
+from megatron_btx.mix.routers import RouterInit
+from megatron_btx.mix.workplace import Workplace
 from tests import pico
-from tests.mixing import mix, rewrite
+from tests.mixing import mix, planned, rewrite, verify
 from tests.unit.mix.checkpoints import byte_entry, expert_words, index, refused, tensors
 
 LAYERS = range(pico.LAYERS)
@@ -163,6 +164,18 @@ def test_flags_are_one_a_line_and_describe_the_model(mixed):
     assert {flag: flags[flag] for flag in expected} == expected
 
 
+def hash_by_blocks(tensor, blocks) -> str:
+    """The hash of a tensor as the manifest defines it: of its blocks' hashes, where there are several."""
+    numbers = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    parts = [numbers[tuple(slice(o, o + s) for o, s in zip(b["offsets"], b["sizes"], strict=True))] for b in blocks]
+    assert sum(part.numel() for part in parts) == tensor.numel()
+    hashes = [hashlib.sha256(part.contiguous().numpy().tobytes()) for part in parts]
+    assert [h.hexdigest() for h in hashes] == [b["sha256"] for b in blocks]
+    return (
+        hashes[0].hexdigest() if len(hashes) == 1 else hashlib.sha256(b"".join(h.digest() for h in hashes)).hexdigest()
+    )
+
+
 def test_the_manifest_tells_the_truth(experts, mixed):
     """Hashes of contents and of the experts' indices, recomputed; names, order, seed, rules."""
     manifest = json.loads((mixed / "manifest.json").read_text())
@@ -170,16 +183,16 @@ def test_the_manifest_tells_the_truth(experts, mixed):
     assert set(manifest["tensors"]) == set(result)
     for key, tensor in result.items():
         told = manifest["tensors"][key]
-        assert told["sha256"] == hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest(), key
+        assert told["sha256"] == hash_by_blocks(tensor, told["blocks"]), key
         assert told["shape"] == list(tensor.shape) and told["dtype"] == "float32"
-    assert manifest["method"] == "btx" and manifest["router_seed"] == 42 and manifest["router_std"] == 0.02
+    assert manifest["method"] == "btx" and manifest["router"] == {"init": "normal", "seed": 42, "std": 0.02}
     assert [expert["name"] for expert in manifest["experts"]] == list(experts)
     for told in manifest["experts"]:
         digest = hashlib.sha256((Path(told["path"]) / ".metadata").read_bytes()).hexdigest()
         assert told["index_sha256"] == digest
     operations = {key: told["operation"] for key, told in manifest["tensors"].items()}
-    assert operations["decoder.layers.mlp.router.weight"] == "normal"
-    assert operations["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == "stack"
+    assert operations["decoder.layers.mlp.router.weight"] == "router"
+    assert operations["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == "move"
     assert operations["output_layer.weight"] == "average"
 
 
@@ -189,12 +202,10 @@ def test_hashes_of_bf16_tensors(dense, tmp_path):
     mixture = mix({"a": half, "b": half}, tmp_path / "mix")
     manifest = json.loads((mixture / "manifest.json").read_text())
     for key, tensor in tensors(mixture).items():
-        raw = tensor.contiguous().view(torch.int16).numpy().tobytes()
-        assert manifest["tensors"][key]["sha256"] == hashlib.sha256(raw).hexdigest()
+        assert manifest["tensors"][key]["sha256"] == hash_by_blocks(tensor, manifest["tensors"][key]["blocks"])
 
 
-def plan_of(experts):
-    return make_plan([(name, str(path)) for name, path in experts.items()], "btx", 2, 42, False)
+SEED_42 = {"router": RouterInit(seed=42)}
 
 
 def flip_a_bit_of(folder: Path, key: str) -> None:
@@ -221,18 +232,19 @@ def flip_a_bit_of(folder: Path, key: str) -> None:
 def test_verify_finds_one_flipped_bit(key, experts, mixed, tmp_path):
     """PyTorch reads the damaged file without a word; the comparison names the tensor."""
     damaged = shutil.copytree(mixed, tmp_path / "damaged")
-    plan = plan_of(experts)
-    execute.verify(plan, damaged)
+    verify(experts, damaged, **SEED_42)
+    check_manifest(damaged)
     flip_a_bit_of(damaged, key)
-    with pytest.raises(CheckpointError, match=key.replace(".", r"\.")):
-        execute.verify(plan, damaged)
+    for check in (lambda: verify(experts, damaged, **SEED_42), lambda: check_manifest(damaged)):
+        with pytest.raises(CheckpointError, match=key.replace(".", r"\.")):
+            check()
 
 
 def test_verify_finds_a_missing_tensor(experts, dense, tmp_path):
     """A result of other rules is not this plan's result."""
     other = mix({"a": dense, "b": dense}, tmp_path / "mix", "--method", "average")
     with pytest.raises(CheckpointError, match="planned and stored tensors differ"):
-        execute.verify(plan_of(experts), other)
+        verify(experts, other, **SEED_42)
 
 
 def test_verify_on_the_command_line(experts, tmp_path, capsys):
@@ -243,11 +255,21 @@ def test_verify_on_the_command_line(experts, tmp_path, capsys):
 
 def test_a_result_that_fails_verification_is_not_published(experts, tmp_path, capsys, monkeypatch):
     """Damage while writing, seen by --verify: one line, and no output that loads."""
-    honest = execute.TorchDistWriter.write_block
+    honest, slot = (
+        Workplace.write,
+        next(
+            task.slot
+            for task in planned(experts, tmp_path / "mix")[1].tasks
+            if task.block.tensor == "output_layer.weight"
+        ),
+    )
 
-    def lying(self, name, shape, offsets, block):
-        honest(self, name, shape, offsets, block + 1e-6 if name == "output_layer.weight" else block)
+    def lying(self, file, position, content):
+        content = bytes(content)
+        honest(
+            self, file, position, bytes([content[0] ^ 1]) + content[1:] if position == slot.position_bytes else content
+        )
 
-    monkeypatch.setattr(execute.TorchDistWriter, "write_block", lying)
+    monkeypatch.setattr(Workplace, "write", lying)
     message = refused([*expert_words(experts), "--verify"], tmp_path / "mix", capsys)
     assert "output_layer.weight" in message

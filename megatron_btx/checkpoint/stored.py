@@ -1,0 +1,206 @@
+"""Tensors that lie in files: named arrays, cut in blocks, each block a run of bytes at a known place.
+
+Every checkpoint format the project reads or writes comes down to this (``torch_dist`` records, safetensors), so reading
+slices, with plain positioned reads and without mapping, is written once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_btx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a contiguous array begins."""
+
+    file: Path
+    position_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One stored block of a tensor: where it lies in the tensor, and where its record lies on disk."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    position_bytes: int
+    length_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint: its global shape, its dtype, and its blocks."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: tuple[Block, ...]
+
+    @functools.cached_property
+    def _single(self) -> int:
+        """How many leading axes every block has one index of: layers and experts, as a rule."""
+        for axis in range(len(self.shape)):
+            if any(block.sizes[axis] != 1 for block in self.blocks):
+                return axis
+        return len(self.shape)
+
+    @functools.cached_property
+    def _by_lead(self) -> dict[tuple[int, ...], list[Block]]:
+        found: dict[tuple[int, ...], list[Block]] = {}
+        for block in self.blocks:
+            found.setdefault(block.offsets[: self._single], []).append(block)
+        return found
+
+    def near(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Sequence[Block]:
+        """The blocks that may overlap a slice: few, where the leading axes are cut to one."""
+        if all(size == 1 for size in sizes[: self._single]):
+            return self._by_lead.get(tuple(offsets[: self._single]), [])
+        return self.blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where the numbers of one block are to be written, and the bytes that belong around them."""
+
+    file: str
+    position_bytes: int
+    length_bytes: int
+    before: bytes = b""
+    after: bytes = b""
+
+
+class Reader(Protocol):
+    """What the two formats' readers have in common."""
+
+    folder: Path
+    tensors: dict[str, StoredTensor]
+
+    def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """The slice of a tensor at ``offsets`` of ``sizes``."""
+        ...
+
+    def files(self) -> list[Path]:
+        """All files the tensors lie in, and the index that names them."""
+        ...
+
+
+class Files:
+    """Open files, one descriptor each, for reading at positions from several threads."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            return self._descriptors[file]
+
+    def read_into(self, place: Place, buffer: memoryview) -> None:
+        """Fill ``buffer`` from a place. Raises CheckpointError where the file ends before."""
+        descriptor, done = self._descriptor(place.file), 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], place.position_bytes + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{place.file}: ends at byte {place.position_bytes + done}, "
+                    f"expected {len(buffer) - done} more; it is truncated"
+                )
+            done += count
+
+    def bytes_at(self, place: Place, length: int) -> bytes:
+        """``length`` bytes from a place."""
+        buffer = bytearray(length)
+        self.read_into(place, memoryview(buffer))
+        return bytes(buffer)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, shared with it, whatever its dtype."""
+    import torch
+
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+
+
+def read_box(
+    files: Files,
+    place: Place,
+    block_sizes: tuple[int, ...],
+    low: tuple[int, ...],
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The box at ``low`` of ``sizes`` out of a contiguous block that begins at ``place``.
+
+    One read: leading axes of which one index is wanted are skipped to, the first other axis is read in its range, and
+    what is too much in the axes after it is cut off.
+    """
+    import torch
+
+    axis = 0
+    while axis < len(sizes) - 1 and sizes[axis] == 1:
+        axis += 1
+    trailing = math.prod(block_sizes[axis + 1 :])
+    strides = [math.prod(block_sizes[i + 1 :]) for i in range(len(block_sizes))]
+    start = sum(low[i] * strides[i] for i in range(min(axis + 1, len(low))))
+    rows = sizes[axis] if sizes else 1
+    read = torch.empty(rows * trailing, dtype=dtype)
+    files.read_into(Place(place.file, place.position_bytes + start * dtype.itemsize), bytes_of(read))
+    read = read.view(*(1,) * axis, rows, *block_sizes[axis + 1 :]) if sizes else read.view(())
+    if tuple(read.shape) == tuple(sizes):
+        return read
+    cut = tuple(slice(lo, lo + size) for lo, size in zip(low[axis + 1 :], sizes[axis + 1 :], strict=True))
+    return read[(slice(None),) * (axis + 1) + cut].contiguous()
+
+
+def read_slice(
+    name: str, stored: StoredTensor, offsets: tuple[int, ...], sizes: tuple[int, ...], read_block: object, where: Path
+) -> torch.Tensor:
+    """The slice of a tensor at ``offsets`` of ``sizes``, put together from the blocks that overlap it.
+
+    Args:
+        read_block: called as ``read_block(block, low, sizes)`` for the part of one block, ``low`` counted in the block.
+
+    Raises:
+        CheckpointError: the blocks do not hold all of it.
+    """
+    import torch
+
+    result: torch.Tensor | None = None
+    filled = 0
+    for block in stored.near(offsets, sizes):
+        low = tuple(max(o, b) for o, b in zip(offsets, block.offsets, strict=True))
+        high = tuple(min(o + s, b + c) for o, s, b, c in zip(offsets, sizes, block.offsets, block.sizes, strict=True))
+        if any(lo >= hi for lo, hi in zip(low, high, strict=True)):
+            continue
+        extent = tuple(hi - lo for lo, hi in zip(low, high, strict=True))
+        part = read_block(block, tuple(lo - b for lo, b in zip(low, block.offsets, strict=True)), extent)  # type: ignore[operator]
+        filled += part.numel()
+        if extent == tuple(sizes):
+            result = part
+            continue
+        if result is None:
+            result = torch.empty(sizes, dtype=stored.dtype)
+        result[tuple(slice(lo - o, hi - o) for lo, hi, o in zip(low, high, offsets, strict=True))] = part
+    if filled != math.prod(sizes):
+        raise CheckpointError(f"{where}: {name}: {filled} of {math.prod(sizes)} elements are stored")
+    return torch.empty(sizes, dtype=stored.dtype) if result is None else result

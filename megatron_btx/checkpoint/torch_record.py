@@ -1,0 +1,184 @@
+"""One ``torch.save`` record: where its numbers lie, and what stands around them.
+
+A record is a zip archive of uncompressed members (PyTorch's documented serialization format). Knowing where the numbers
+lie lets them be read and written at their place, in any order and by several processes, without a copy in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import struct
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+from megatron_btx.checkpoint.safe_pickle import AllowListUnpickler, unpickled
+from megatron_btx.checkpoint.stored import Files, Place
+from megatron_btx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+
+_STORAGE_DTYPES = {
+    "BFloat16Storage": "bfloat16",
+    "HalfStorage": "float16",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedTensor:
+    """The tensor of a record: its place and form."""
+
+    place: Place
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Window(io.RawIOBase):
+    """A stretch of a file as a file of its own."""
+
+    def __init__(self, files: Files, start: Place, length: int) -> None:
+        super().__init__()
+        self._files, self._start, self._length, self._at = files, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence])
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._at)
+        size = left if size < 0 else min(size, left)
+        content = self._files.bytes_at(Place(self._start.file, self._start.position_bytes + self._at), size)
+        self._at += size
+        return content
+
+
+class _TensorUnpickler(AllowListUnpickler):
+    """Unpickles a tensor's description: storages come back as (dtype, key, count), tensors as their arguments."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: ("tensor", storage, offset, tuple(size), tuple(stride))
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if module == "torch" and name in _STORAGE_DTYPES:
+            import torch
+
+            return getattr(torch, _STORAGE_DTYPES[name])
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, dtype, key, _, count = pid
+        return dtype, key, count
+
+
+def locate_tensor(files: Files, start: Place, length: int, where: str) -> RecordedTensor:
+    """Find the numbers of a record.
+
+    Raises:
+        CheckpointError: no record, damaged, or not one contiguous tensor.
+    """
+    damaged = f"{where}: is not a tensor's record"
+    try:
+        archive = zipfile.ZipFile(_Window(files, start, length))  # type: ignore[arg-type]
+        members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        described = unpickled(_TensorUnpickler, io.BytesIO(archive.read(members["data.pkl"])), where)
+        kind, (dtype, key, count), offset, shape, stride = described
+        data = members[f"data/{key}"]
+        header = archive.fp.seek(data.header_offset) if archive.fp else 0
+        name_length, extra_length = struct.unpack("<HH", archive.fp.read(30)[26:30])  # type: ignore[union-attr]
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        struct.error,
+        NotImplementedError,
+    ) as e:
+        raise CheckpointError(f"{damaged} ({type(e).__name__}: {str(e)[:80]}); it is damaged") from e
+    expected_stride: list[int] = []
+    size = 1
+    for extent in reversed(shape):
+        expected_stride.insert(0, size)
+        size *= extent
+    contiguous = all(s == e or n == 1 for s, e, n in zip(stride, expected_stride, shape, strict=True)) or size == 0
+    if kind != "tensor" or data.compress_type != zipfile.ZIP_STORED or not contiguous:
+        raise CheckpointError(f"{damaged} of contiguous numbers; save the checkpoint again")
+    begin = header + 30 + name_length + extra_length + offset * dtype.itemsize
+    if offset + size > count or begin + size * dtype.itemsize > length or data.file_size < count * dtype.itemsize:
+        raise CheckpointError(f"{damaged}: {size} numbers do not lie inside it; it is damaged")
+    return RecordedTensor(Place(start.file, start.position_bytes + begin), shape, dtype)
+
+
+class _Skeleton(io.RawIOBase):
+    """Takes what ``torch.save`` writes and leaves out what it skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[tuple[int, bytes]] = []
+        self._at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (self._at if whence == io.SEEK_CUR else 0)
+        return self._at
+
+    def write(self, content: Any) -> int:
+        self.parts.append((self._at, bytes(content)))
+        self._at += len(content)
+        return len(content)
+
+
+@functools.lru_cache(maxsize=4096)
+def record_around(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What ``torch.save`` writes before and after the numbers of a contiguous tensor, made without the numbers.
+
+    The checksums of the archive are those of skipped data; PyTorch does not look at them.
+    """
+    import torch
+    from torch.serialization import skip_data
+
+    out = _Skeleton()
+    with skip_data():
+        torch.save(torch.empty(shape, dtype=dtype), out)
+    size = torch.empty(0, dtype=dtype).itemsize
+    for extent in shape:
+        size *= extent
+    before, at = bytearray(), 0
+    parts = iter(out.parts)
+    after = bytearray()
+    for position, content in parts:
+        if position > at and not after and position == at + size or after:
+            after += content
+        else:
+            before += content
+        at = position + len(content)
+    return bytes(before), bytes(after)

@@ -1,0 +1,148 @@
+"""Whether sources can be mixed: copies of one seed, or different in ways the user has decided about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_btx.checkpoint.arguments import differences
+from megatron_btx.checkpoint.tokenizers import check_same_tokenizer, check_vocabulary_union
+from megatron_btx.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron_btx.mix.plan import Request
+    from megatron_btx.mix.sources import Source
+
+_ROPE_SCALING = ("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor", "hf_rope_scaling")
+
+TAKEABLE: dict[str, tuple[str, ...]] = {
+    "rotary_base": ("rotary_base",),
+    "layernorm_epsilon": ("layernorm_epsilon",),
+    "max_position_embeddings": ("max_position_embeddings", "seq_length"),
+    "rope_scaling": _ROPE_SCALING,
+    "window_size": ("window_size", "window_attn_skip_freq"),
+    "dtype": ("bf16", "fp16", "params_dtype"),
+}
+"""What may be taken from one expert, because it shapes no tensor: field, and the arguments it stands for."""
+
+_SYNONYMS = {
+    "rope_theta": "rotary_base",
+    "rms_norm_eps": "layernorm_epsilon",
+    "norm_epsilon": "layernorm_epsilon",
+    "sliding_window": "window_size",
+    "torch_dtype": "dtype",
+    "max_positions": "max_position_embeddings",
+} | dict.fromkeys(_ROPE_SCALING, "rope_scaling")
+
+_VOCABULARY = {"padded_vocab_size", "vocab_size"}
+
+
+def field_of(name: str) -> str:
+    """The field that a name on the command line (Megatron's, its flag's, or Hugging Face's) stands for.
+
+    Raises:
+        InputError: the name stands for none, lists those there are.
+    """
+    plain = name.removeprefix("--").replace("-", "_")
+    field = _SYNONYMS.get(plain, plain)
+    if field not in TAKEABLE:
+        raise InputError(
+            f"--take {name}: shapes tensors or is not known; fields that can be taken: {', '.join(TAKEABLE)}"
+        )
+    return field
+
+
+def checked_sources(sources: Sequence[Source], request: Request) -> dict[str, Any]:
+    """Refuse sources that are not copies of one seed; returns the arguments of their mix.
+
+    Raises:
+        InputError: names the difference, both values, and the flag with which it can be accepted.
+    """
+    first = sources[0]
+    taken = {argument: request.take[field] for field in request.take for argument in TAKEABLE[field]}
+    for other in sources[1:]:
+        _check_arguments(first, other, set(taken), request)
+        _check_pieces(first, other, "dtype" in request.take, request.vocabulary_union)
+    arguments = dict(first.arguments)
+    by_name = {source.name: source.arguments for source in sources}
+    arguments |= {argument: by_name[name].get(argument) for argument, name in taken.items()}
+    arguments |= _check_vocabularies(sources, request)
+    return arguments
+
+
+def _check_arguments(first: Source, other: Source, taken: set[str], request: Request) -> None:
+    left, right = _comparable(first.arguments), _comparable(other.arguments)
+    wrong = [(a.name, a.flag, x, y) for a, x, y in differences(left, right)]
+    wrong += [
+        ("hf_rope_scaling", "rope_scaling", left.get("hf_rope_scaling"), right.get("hf_rope_scaling"))
+        for _ in range(left.get("hf_rope_scaling") != right.get("hf_rope_scaling"))
+    ]
+    wrong = [w for w in wrong if w[0] not in taken and w[0] not in _VOCABULARY]
+    if not wrong:
+        return
+    listed = "; ".join(f"{name} ({flag}): {x!r} in {first.name}, {y!r} in {other.name}" for name, flag, x, y in wrong)
+    fields = [next((f for f, arguments in TAKEABLE.items() if name in arguments), None) for name, *_ in wrong]
+    if None in fields:
+        remedy = "all must come from one seed"
+    else:
+        choices = " ".join(dict.fromkeys(f"--take {field}={first.name}" for field in fields))
+        remedy = f"all must come from one seed, or choose a value: {choices} (or ={other.name})"
+    raise InputError(f"experts differ in their configuration: {listed}; {remedy}")
+
+
+def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with what means the same made equal: Megatron fills some in where Hugging Face leaves them out."""
+    result = dict(arguments)
+    if result.get("kv_channels") is None:
+        result["kv_channels"] = result["hidden_size"] // result["num_attention_heads"]
+    if not result.get("use_rope_scaling"):
+        result.pop("rope_scaling_factor", None)
+    if result.get("position_embedding_type") == "rope":
+        result.pop("add_position_embedding", None)
+    window = result.get("window_size")
+    result["window_size"] = tuple(window) if isinstance(window, list | tuple) else window
+    return result
+
+
+def _check_pieces(first: Source, other: Source, other_dtype: bool, union: bool) -> None:
+    for name, held in first.pieces.items():
+        key = held.location.key
+        there = other.pieces.get(name)
+        if there is None:
+            raise InputError(f"{key}: in {first.name} ({first.folder}), missing in {other.name} ({other.folder})")
+        vocabulary = name.startswith(("embedding.", "head."))
+        same_shape = held.shape[vocabulary:] == there.shape[vocabulary:]
+        if not same_shape or (held.dtype != there.dtype and not other_dtype):
+            remedy = "" if not same_shape else f", or choose one: --take dtype={first.name} (or ={other.name})"
+            raise InputError(
+                f"{key}: {list(held.shape)} {held.dtype} in {first.name}, "
+                f"{list(there.shape)} {there.dtype} in {other.name}; all must come from one seed{remedy}"
+            )
+    extra = next((name for name in other.pieces if name not in first.pieces), None)
+    if extra is not None:
+        key = other.pieces[extra].location.key
+        raise InputError(f"{key}: in {other.name} ({other.folder}), missing in {first.name} ({first.folder})")
+
+
+def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str, Any]:
+    """Equal vocabularies, or with ``--vocab union`` ones that extend each other; returns the result's sizes.
+
+    Rows of padding may differ: they belong to no token, and no average counts them.
+    """
+    rows = {s.name: s.vocabulary_rows("embedding.weight") for s in sources}
+    largest = max(sources, key=lambda s: rows[s.name])
+    if len(set(rows.values())) > 1 and not request.vocabulary_union:
+        smallest = min(sources, key=lambda s: rows[s.name])
+        raise InputError(
+            f"vocabularies differ: {smallest.name} has {rows[smallest.name]} tokens, {largest.name} has "
+            f"{rows[largest.name]}; where one extends the other, --vocab union averages each row over its owners"
+        )
+    tokenizers = {s.name: {**s.arguments, "hf_folder": s.hf_folder} for s in sources}
+    if not request.allow_other_tokenizer:
+        if request.vocabulary_union:
+            check_vocabulary_union(tokenizers, "--allow-other-tokenizer")
+        else:
+            check_same_tokenizer(tokenizers, "--allow-other-tokenizer")
+    padded = max(s.pieces["embedding.weight"].shape[0] for s in sources)
+    names = ("vocab_size", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
+    return {name: largest.arguments.get(name) for name in names} | {"padded_vocab_size": padded}

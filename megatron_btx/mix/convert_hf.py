@@ -1,0 +1,44 @@
+"""``btx convert-hf`` and ``tools/convert_hf.py``: one model between Hugging Face and Megatron, bit for bit."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_btx.errors import InputError, exits_with_one_line
+from megatron_btx.mix.cli import add_output_options
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; importing and printing it needs neither torch nor Megatron."""
+    p = argparse.ArgumentParser(
+        prog="convert_hf.py",
+        description="Move one model, dense or a mixture of experts, between Hugging Face safetensors and Megatron "
+        "torch_dist, bit for bit. To mix several models, whatever their format, use convert_experts.py.",
+    )
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    into = commands.add_parser("import", help="a Hugging Face model folder into a Megatron checkpoint")
+    into.add_argument("--hf-model", metavar="PATH", required=True, help="model folder with safetensors")
+    out = commands.add_parser("export", help="a Megatron checkpoint into a Hugging Face model folder")
+    out.add_argument(
+        "--checkpoint", metavar="PATH", required=True, help="checkpoint root (its latest iteration) or one iter_ folder"
+    )
+    for command, format_ in ((into, "megatron"), (out, "hf")):
+        add_output_options(command, format_)
+    return p
+
+
+@exits_with_one_line
+def main(argv: list[str] | None = None) -> int:
+    """Plan, print, write and verify; see --help."""
+    options = parser().parse_args(argv)
+    if options.output is None and not options.dry_run:
+        raise InputError("--output is missing; name the folder for the result, or look at the plan with --dry-run")
+    from megatron_btx.mix.convert import convert
+    from megatron_btx.mix.plan import Request
+
+    path = options.hf_model if options.command == "import" else options.checkpoint
+    return convert(Request((("model", path),), method="copy"), options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,186 @@
+"""The sources of a mix: any checkpoint that can be read, seen as the pieces it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_btx.checkpoint import hf_config, safetensors
+from megatron_btx.checkpoint.names import (
+    DIALECTS,
+    IGNORED_HF,
+    IGNORED_MEGATRON,
+    Dialect,
+    Location,
+    Piece,
+    Sizes,
+    pieces_of,
+)
+from megatron_btx.checkpoint.stored import Reader
+from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+HF_FOLDER = "huggingface"
+"""Beside a Megatron checkpoint made from Hugging Face models: their configuration, tokenizer and generation files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A piece that a source holds: what it is, where it lies, and as what."""
+
+    piece: Piece
+    location: Location
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Source:
+    """One model to be mixed or converted.
+
+    Raises:
+        CheckpointError: from the constructor: a tensor is missing, too much, or of another shape than the model's
+            configuration says.
+    """
+
+    def __init__(self, name: str, root: Path, reader: Reader, arguments: Mapping[str, Any], dialect: Dialect) -> None:
+        self.name = name
+        self.root = root
+        self.reader = reader
+        self.arguments = arguments
+        self.dialect = dialect
+        self.sizes = _sizes(name, reader.folder, arguments)
+        self.pieces: dict[str, Held] = {}
+        self._hold(set(reader.tensors))
+
+    @property
+    def folder(self) -> Path:
+        """Where the tensors lie."""
+        return self.reader.folder
+
+    @property
+    def is_hugging_face(self) -> bool:
+        """Whether the source is a Hugging Face model folder."""
+        return isinstance(self.reader, safetensors.SafetensorsReader)
+
+    @property
+    def hf_folder(self) -> Path | None:
+        """The folder with Hugging Face's configuration and tokenizer files, where there is one."""
+        if self.is_hugging_face:
+            return self.folder
+        beside = self.root / HF_FOLDER
+        return beside if (beside / safetensors.CONFIG).is_file() else None
+
+    def _hold(self, unused: set[str]) -> None:
+        where = f"{self.name} ({self.folder})"
+        tied = not self.arguments.get("untie_embeddings_and_output_weights")
+        for piece in pieces_of(self.sizes):
+            found = [loc for loc in piece.locations(self.dialect, self.sizes) if loc.key in self.reader.tensors]
+            unused.difference_update(location.key for location in found)
+            if piece.name.startswith("head.") and tied:
+                continue
+            if found:
+                self.pieces[piece.name] = self._held(piece, found[0], where)
+            elif piece.required or (piece.name == "head.weight" and not tied):
+                location = piece.location(self.dialect, self.sizes)
+                key = location.key if location else piece.name
+                raise CheckpointError(f"{where}: {key} is missing; its configuration asks for it, so it is incomplete")
+        ignored = IGNORED_HF if self.is_hugging_face else IGNORED_MEGATRON
+        extra = sorted(key for key in unused if not any(re.fullmatch(pattern, key) for pattern in ignored))
+        if extra:
+            raise CheckpointError(
+                f"{where}: {extra[0]} is no tensor of the model that its configuration describes; "
+                "this architecture is not supported"
+            )
+
+    def _held(self, piece: Piece, location: Location, where: str) -> Held:
+        stored = self.reader.tensors[location.key]
+        rows = stored.shape[len(location.lead)] if len(stored.shape) > len(location.lead) else -1
+        shape = tuple(rows if n == -1 else n for n in piece.shape)
+        if piece.shape[0] == -1:
+            location = dataclasses.replace(location, unit=rows)
+        axes = tuple(getattr(self.sizes, {"layer": "layers", "expert": "experts"}[a]) for a in self._axes(piece))
+        expected = (*axes, location.stored_rows, *shape[1:])
+        if tuple(stored.shape) != expected:
+            raise CheckpointError(
+                f"{where}: {location.key}: {list(stored.shape)} is stored, its configuration says {list(expected)} "
+                f"(layers {self.sizes.layers}, hidden {self.sizes.hidden}, feed-forward {self.sizes.ffn}, heads "
+                f"{self.sizes.heads}, query groups {self.sizes.groups}, head size {self.sizes.head_size}, vocabulary "
+                f"{self.sizes.vocabulary}); the two do not belong together"
+            )
+        if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{where}: {location.key}: {stored.dtype} is stored, expected bf16, fp16 or fp32; "
+                "save the model unquantised"
+            )
+        return Held(piece, location, shape, stored.dtype)
+
+    def _axes(self, piece: Piece) -> list[str]:
+        return [axis for axis in self.dialect.axes if axis in piece.numbers]
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of a piece, in the dtype stored."""
+        import torch
+
+        held = self.pieces[name]
+        location, rest = held.location, held.shape[1:]
+        one = (1,) * len(location.lead)
+        parts = [
+            self.reader.read(location.key, (*location.lead, there, *(0,) * len(rest)), (*one, rows, *rest)).view(
+                rows, *rest
+            )
+            for there, _, rows in location.runs(start, stop)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, *rest, dtype=held.dtype)
+
+    def vocabulary_rows(self, name: str) -> int:
+        """How many rows of an embedding or head belong to tokens; those after them are padding."""
+        rows = self.pieces[name].shape[0]
+        return min(rows, self.arguments.get("vocab_size") or rows)
+
+
+def _sizes(name: str, folder: Path, arguments: Mapping[str, Any]) -> Sizes:
+    for argument in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+        value = arguments.get(argument)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise CheckpointError(
+                f"{name} ({folder}): its stored arguments say {argument} = {value!r}, expected a positive number"
+            )
+    return Sizes.of(arguments)
+
+
+def open_source(name: str, path: str | Path) -> Source:
+    """Open a Megatron checkpoint (its root, or one iteration) or a Hugging Face model folder.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of a form that is not supported; says what to do.
+    """
+    path = Path(path)
+    if path.is_dir() and safetensors.is_model_folder(path):
+        config = safetensors.read_json(path / safetensors.CONFIG)
+        arguments = hf_config.arguments_from_config(config, f"{name} ({path / safetensors.CONFIG})")
+        hf_reader = safetensors.SafetensorsReader(path)
+        family = hf_config.family_of(config, f"{name} ({path / safetensors.CONFIG})")
+        return Source(name, path, hf_reader, arguments, _hf_dialect(family.dialect, hf_reader.tensors))
+    folder = resolve_iteration(path)
+    reader = TorchDistReader(folder)
+    root = folder.parent if (folder.parent / "latest_checkpointed_iteration.txt").is_file() else folder
+    return Source(name, root, reader, reader.arguments(), _megatron_dialect(reader.tensors))
+
+
+def _hf_dialect(dialect: str, keys: Iterable[str]) -> Dialect:
+    return DIALECTS["fused_moe" if any(key.endswith(".mlp.experts.gate_up_proj") for key in keys) else dialect]
+
+
+def _megatron_dialect(keys: Iterable[str]) -> Dialect:
+    """Recognised from the keys, never guessed from a version."""
+    keys = list(keys)
+    if any(re.fullmatch(r"decoder\.layers\.\d+\..*(\.weight_w|\.experts\.experts\.\d+\..*)", key) for key in keys):
+        return DIALECTS["singleton"]
+    numbered = any(re.match(r"decoder\.layers\.\d+\.", key) for key in keys)
+    return DIALECTS["numbered" if numbered else "stacked"]

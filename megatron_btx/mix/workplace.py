@@ -1,0 +1,171 @@
+"""The hidden folder beside a target in which a result grows: resumed after a kill, published by one rename.
+
+.NAME.incomplete/plan.json     what is being made, to the byte
+.NAME.incomplete/journal/      one line for each block that is written: its number and the hash of its numbers
+.NAME.incomplete/result/       becomes NAME
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import InputError
+from megatron_btx.manifest import write_atomically
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+class Workplace:
+    """Where one result is made."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.folder = target.parent / f".{target.name}.incomplete"
+        self.result = self.folder / "result"
+        self._journals = self.folder / "journal"
+        self._old = target.parent / f".{target.name}.old"
+        self._lock = threading.Lock()
+        self._journal: int | None = None
+        self._descriptors: dict[str, int] = {}
+
+    def prepare(self, plan: Mapping[str, Any], files: Mapping[str, int]) -> None:
+        """Make the folder and its data files, or keep what an interrupted run of the very same plan has left.
+
+        Raises:
+            InputError: there is not room enough on the disk.
+        """
+        text = json.dumps(plan, sort_keys=True)
+        if not self.target.exists() and self._old.exists():
+            os.rename(self._old, self.target)  # killed between the two renames of a system that cannot exchange
+        same = (self.folder / "plan.json").is_file() and (self.folder / "plan.json").read_text() == text
+        if not same:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.result.mkdir(parents=True, exist_ok=True)
+        self._journals.mkdir(exist_ok=True)
+        there = {name: self.result / name for name in files}
+        held = sum(file.stat().st_blocks * 512 for file in there.values() if file.exists())
+        needed = sum(files.values()) - held
+        free = shutil.disk_usage(self.result).free
+        if needed > free:
+            shutil.rmtree(self.folder)
+            raise InputError(
+                f"--output {self.target}: No space left on device: {needed / 2**20:.1f} MiB are needed there, "
+                f"{free / 2**20:.1f} MiB are free; choose another folder or make room"
+            )
+        for name, size in files.items():
+            there[name].parent.mkdir(parents=True, exist_ok=True)
+            with there[name].open("ab") as file:
+                file.truncate(size)
+        write_atomically(self.folder / "plan.json", text)
+
+    # --- data ---
+
+    def write(self, file: str, position: int, content: memoryview | bytes) -> None:
+        """Write bytes at a position of a data file."""
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(self.result / file, os.O_RDWR)
+            descriptor = self._descriptors[file]
+        view, done = memoryview(content), 0
+        while done < len(view):
+            done += os.pwrite(descriptor, view[done:], position + done)
+
+    def hash_of(self, file: str, position: int, length: int) -> str:
+        """SHA-256 of a stretch of a data file, as hexadecimal digits."""
+        digest = hashlib.sha256()
+        with (self.result / file).open("rb") as opened:
+            opened.seek(position)
+            while length > 0 and (piece := opened.read(min(length, 4 << 20))):
+                digest.update(piece)
+                length -= len(piece)
+        return digest.hexdigest()
+
+    def flush(self) -> None:
+        """Wait until what this process has written is on disk."""
+        for descriptor in self._descriptors.values():
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        """Close all files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+        if self._journal is not None:
+            os.close(self._journal)
+            self._journal = None
+
+    # --- the journal ---
+
+    def note(self, rank: int, hashes: Iterable[tuple[int, str]]) -> None:
+        """Note blocks as written: one write, so that a kill leaves whole lines and at most one torn one."""
+        lines = "".join(f"{number} {digest}\n" for number, digest in hashes).encode()
+        with self._lock:
+            if self._journal is None:
+                path = self._journals / str(rank)
+                self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                os.write(self._journal, b"\n")  # ends a torn line of a killed run
+            os.write(self._journal, lines)
+
+    def noted(self) -> dict[int, str]:
+        """The blocks that earlier runs have noted as written."""
+        found = {}
+        for file in sorted(self._journals.iterdir()):
+            for line in file.read_text().splitlines():
+                number, _, digest = line.partition(" ")
+                if number.isdigit() and len(digest) == 64:
+                    found[int(number)] = digest
+        return found
+
+    # --- the end ---
+
+    def publish(self) -> None:
+        """Give the result its name; an old output of that name is exchanged for it and removed last."""
+        for folder in {self.result, *(p for p in self.result.rglob("*") if p.is_dir())}:
+            _sync_folder(folder)
+        if not self.target.exists():
+            os.rename(self.result, self.target)
+        elif not _exchange(self.result, self.target):
+            shutil.rmtree(self._old, ignore_errors=True)
+            os.rename(self.target, self._old)
+            try:
+                os.rename(self.result, self.target)
+            except OSError:
+                os.rename(self._old, self.target)
+                raise
+        _sync_folder(self.target.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the hidden folder, and what is left of an old output."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.target.exists():
+            shutil.rmtree(self._old, ignore_errors=True)
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Exchange two names at once, as Linux can on most file systems: there is no moment without an output."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    if libc.renameat2(_AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(right))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,8 @@
+#!/usr/bin/env python
+"""Move one model between Hugging Face and Megatron: the same as ``btx convert-hf``."""
+
+import sys
+
+from megatron_btx.mix.convert_hf import main
+
+sys.exit(main())
