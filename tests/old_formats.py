@@ -1,9 +1,7 @@
 """Checkpoints as other Megatron versions, Transformer Engine and other layouts of the layers leave them on disk.
 
-``write_form`` rewrites a checkpoint of this version (local layers, stacked) into such a form, with the same weights to
-the last bit. It writes with PyTorch's own code, so that what reads it is not checked against its own writer. Keys,
-shapes and chunks were compared with what Megatron-core 0.12.3, 0.14.0, 0.16.1 and 0.19.2 save; for Transformer Engine
-with their own wrappers around stand-ins of its modules.
+Keys, shapes and chunks are those that Megatron-core 0.12.3, 0.14.0, 0.16.1 and 0.19.2 save; for Transformer Engine,
+their own wrappers around stand-ins of its modules. PyTorch's own code writes them, not the package's.
 """
 
 from __future__ import annotations
@@ -25,8 +23,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 
 from tests.unit.mix.checkpoints import byte_entry, iteration, tensors
 
-LAYER = "decoder.layers."
-EXPERTS = "mlp.experts.experts."
+LAYER, EXPERTS = "decoder.layers.", "mlp.experts.experts."
 
 
 class Form(NamedTuple):
@@ -34,7 +31,7 @@ class Form(NamedTuple):
 
     version: str
     implementation: str
-    """The layers: ``local``, or ``te`` for Transformer Engine (of its first generation with Megatron 0.12)."""
+    """``local``, or ``te`` for Transformer Engine (of its first generation with Megatron 0.12)."""
     layers: str
     """``stacked`` on an axis, ``numbered`` in the key, or ``singleton``: numbered, experts too, gate and up apart."""
     experts: str = ""
@@ -44,18 +41,12 @@ class Form(NamedTuple):
         return "-".join(filter(None, self))
 
 
-FORMS = [
-    Form(version, implementation, layers)
-    for version, implementation in itertools.product(("0.12", "0.14", "0.16", "0.19"), ("local", "te"))
-    for layers in ("stacked", "numbered", *(["singleton"] if version != "0.12" else []))
-]
+_ALL = itertools.product(("0.12", "0.14", "0.16", "0.19"), ("local", "te"), ("stacked", "numbered", "singleton"))
+FORMS = [form for form in itertools.starmap(Form, _ALL) if form.version != "0.12" or form.layers != "singleton"]
 """Of a dense model, which is what ``source`` has to be."""
-MIXTURE_FORMS = [
-    *(Form("0.12", "local", "stacked", "grouped"), Form("0.12", "te", "numbered", "sequential")),
-    *(Form("0.14", "te", "stacked", "sequential"), Form("0.14", "local", "singleton", "sequential")),
-    *(Form("0.16", "local", "numbered", "grouped"), Form("0.16", "te", "singleton", "sequential")),
-    Form("0.19", "te", "numbered", "sequential"),
-]
+_MIXTURES = "0.12 local stacked grouped, 0.12 te numbered sequential, 0.14 te stacked sequential, "
+_MIXTURES += "0.14 local singleton sequential, 0.16 te singleton sequential, 0.19 te numbered sequential"
+MIXTURE_FORMS = [Form(*words.split()) for words in _MIXTURES.split(", ")]
 """Of a mixture with experts in every layer, which is what ``source`` has to be."""
 
 
@@ -75,8 +66,8 @@ class Content(SavePlanner):
         if halved is not None:
             steps[halved] = [(i * whole.shape[halved] // 2, whole.shape[halved] // 2) for i in range(2)]
         for place in itertools.product(*steps):
-            chunk = whole[tuple(slice(start, start + length) for start, length in place)]
-            self.chunks[MetadataIndex(key, torch.Size(start for start, _ in place))] = chunk.clone()
+            index = MetadataIndex(key, torch.Size(start for start, _ in place))
+            self.chunks[index] = whole[tuple(slice(start, start + length) for start, length in place)].clone()
 
     def set_up_planner(self, *_: Any, **__: Any) -> None:
         """Nothing to prepare."""
@@ -110,23 +101,22 @@ class Content(SavePlanner):
         """The content of one item."""
         if write_item.type != WriteItemType.BYTE_IO:
             return self.chunks[write_item.index]
-        file = io.BytesIO()
-        torch.save([self.objects[write_item.index.fqn]], file)
+        torch.save([self.objects[write_item.index.fqn]], file := io.BytesIO())
         return file
 
 
 def add_layers(content: Content, name: str, whole: torch.Tensor, gated: bool) -> None:
     """Add one tensor of all layers (``name`` is without them), in the form's keys and chunks."""
     form, expert = content.form, name.startswith(EXPERTS)
-    halved = gated and name.split(".")[-2] == "linear_fc1" and name.endswith((".weight", ".bias"))
+    halved = gated and name.endswith(("linear_fc1.weight", "linear_fc1.bias"))
     if form.experts and form.implementation == "te":
         name = name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
     keys = {LAYER + name: (whole, 1)}  # to a tensor, and how many of its first axes are layers or experts
     if form.layers != "stacked":
         keys = {f"{LAYER}{layer}.{name}": (tensor, 0) for layer, tensor in enumerate(whole)}
     if expert and form.layers == "singleton":
-        numbered = [(key.split(EXPERTS), tensors) for key, (tensors, _) in keys.items()]
-        keys = {f"{a}{EXPERTS}{i}.{b}": (t, 0) for (a, b), tensors in numbered for i, t in enumerate(tensors)}
+        parts = [(key.split(EXPERTS), i, t) for key, (of_layer, _) in keys.items() for i, t in enumerate(of_layer)]
+        keys = {f"{before}{EXPERTS}{i}.{after}": (tensor, 0) for (before, after), i, tensor in parts}
     elif expert:
         keys = {key: (tensor, axes + 1) for key, (tensor, axes) in keys.items()}
     for key, (tensor, axes) in keys.items():
@@ -139,25 +129,21 @@ def add_layers(content: Content, name: str, whole: torch.Tensor, gated: bool) ->
 
 def extra_states(form: Form, layers: int, experts: int, qk_norm: bool) -> Iterator[str]:
     """The keys of the modules' extra states: which modules have one, and how their places are written."""
-    te, te_2 = form.implementation == "te", form.implementation == "te" and form.version != "0.12"
+    te, stacked = form.implementation == "te", form.layers == "stacked"
+    te_2 = te and form.version != "0.12"
     modules = ["self_attention.linear_qkv", "self_attention.linear_proj"]
+    modules += [] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
     modules += ["self_attention.core_attention"] if te and form.version in ("0.12", "0.14") else []
     modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"] if te_2 and qk_norm else []
     modules += ["pre_mlp_layernorm"] if te_2 and experts else []
-    modules += [] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
     for layer in range(layers):
-        stacked = form.layers == "stacked"
-        for module in modules:
-            place = f"{layer}_{layers}" if stacked else "0_1"
-            yield f"{LAYER if stacked else f'{LAYER}{layer}.'}{module}._extra_state/shard_{place}"
-        for i, linear in itertools.product(range(experts), ("linear_fc1._extra_state", "linear_fc2._extra_state")):
-            yield {
-                "stacked": f"{LAYER}{EXPERTS}{linear}/shard_{layer}.{i}_{layers}.{experts}",
-                "numbered": f"{LAYER}{layer}.{EXPERTS}{linear}/shard_{i}_{experts}",
-                "singleton": f"{LAYER}{layer}.{EXPERTS}{i}.{linear}/shard_0_1",
-            }[form.layers]
-    if te_2:
-        yield "decoder.final_layernorm._extra_state/shard_0_1"
+        prefix, place = (LAYER, f"{layer}_{layers}") if stacked else (f"{LAYER}{layer}.", "0_1")
+        yield from (f"{prefix}{module}._extra_state/shard_{place}" for module in modules)
+        for i, linear in itertools.product(range(experts), ("linear_fc1", "linear_fc2")):
+            of_expert = f"{layer}.{i}_{layers}.{experts}" if stacked else f"{i}_{experts}"
+            linear, of_expert = (f"{i}.{linear}", place) if form.layers == "singleton" else (linear, of_expert)
+            yield f"{prefix}{EXPERTS}{linear}._extra_state/shard_{of_expert}"
+    yield from ["decoder.final_layernorm._extra_state/shard_0_1"] * te_2
 
 
 def add_optimizer(content: Content, weight: torch.Tensor) -> None:
@@ -165,29 +151,23 @@ def add_optimizer(content: Content, weight: torch.Tensor) -> None:
     moments, group = torch.full_like(weight, float("inf")), "optimizer.distributed.dp_group_idx_0"
     if content.form.version == "0.12":  # flattened, and numbered where there are several optimizers
         content.add("chained_0.optimizer.state.exp_avg.output_layer.weight", moments.reshape(1, 1, -1))
-        content.objects[f"chained_1.{group}.per_bucket_numel/shard_0_1"] = [{}]
     elif content.form.version == "0.19":
-        content.add(f"optimizer.state.exp_avg.{LAYER}mlp.linear_fc2.weight", moments)
         content.add("optimizer.state.fp32_param.output_layer.weight", moments)
-    else:
-        buffer = f"{group}.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0"
-        content.add(f"{buffer}.exp_avg", moments)
+    else:  # the buffers of the distributed optimizer
+        content.add(f"{group}.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.exp_avg", moments)
         content.objects[f"{group}.optimizer/shard_0_1"] = {"param_groups": []}
 
 
 def describe(common: dict[str, Any], form: Form, layers: int) -> dict[str, Any]:
     """The arguments and the rest of the common state, as the version would have stored them for this form."""
-    arguments = Namespace(**vars(common["args"]))
-    common = {**common, "args": arguments}
-    arguments.transformer_impl = "transformer_engine" if form.implementation == "te" else "local"
-    arguments.moe_grouped_gemm = form.experts == "grouped"
+    changed: dict[str, Any] = {"transformer_impl": "transformer_engine" if form.implementation == "te" else "local"}
     kind = {"singleton_local_shards": form.layers == "singleton", "chained_optim_avoid_prefix": True}
-    if form.layers == "numbered" and form.experts:
-        arguments.moe_layer_freq = [1] * layers
-    elif form.layers == "numbered":
-        kind["non_homogeneous_layers"] = True
-    common.pop("content_metadata")
-    return common if form.version == "0.12" else {**common, "content_metadata": kind}
+    if form.layers == "numbered":
+        changed["moe_layer_freq"] = [1] * layers if form.experts else 1
+        kind |= {} if form.experts else {"non_homogeneous_layers": True}
+    rest: dict[str, Any] = {} if form.version == "0.12" else {"content_metadata": kind}
+    rest["args"] = Namespace(**{**vars(common["args"]), **changed})
+    return {key: value for key, value in common.items() if key != "content_metadata"} | rest
 
 
 def write_form(source: Path, target: Path, form: Form) -> Path:
@@ -202,10 +182,9 @@ def write_form(source: Path, target: Path, form: Form) -> Path:
             add_layers(content, key.removeprefix(LAYER), whole, arguments.swiglu)
         else:
             content.add(key, whole)
-    state: Any = None
-    if form.implementation == "te":
-        state = io.BytesIO() if form.version == "0.12" else torch.empty(0, dtype=torch.uint8)
-    content.objects.update(dict.fromkeys(extra_states(form, layers, experts, arguments.qk_layernorm), state))
+    state = io.BytesIO() if form.version == "0.12" else torch.empty(0, dtype=torch.uint8)
+    names = extra_states(form, layers, experts, arguments.qk_layernorm)
+    content.objects.update(dict.fromkeys(names, state if form.implementation == "te" else None))
     add_optimizer(content, weights["decoder.final_layernorm.weight"])
     common, backends = describe(common, form, layers), {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     folder.mkdir(parents=True)
@@ -214,8 +193,7 @@ def write_form(source: Path, target: Path, form: Form) -> Path:
     else:
         torch.save(common, folder / "common.pt")
         backends |= {"common_backend": "torch", "common_backend_version": 1}
-    name = folder if form.version == "0.12" else str(folder)
-    writer = dcp.FileSystemWriter(name, sync_files=False, thread_count=1 if form.version == "0.19" else 2)
+    writer = dcp.FileSystemWriter(folder, sync_files=False, thread_count=1 if form.version == "0.19" else 2)
     dcp.save({}, storage_writer=writer, planner=content, no_dist=True)
     (folder / "metadata.json").write_text(json.dumps(backends))
     shutil.copy(source / "latest_checkpointed_iteration.txt", target)

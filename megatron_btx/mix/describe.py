@@ -33,7 +33,7 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
         fills = [fill.planned for block in tensors[0].blocks for fill in block.fills]
         rules = "; ".join(dict.fromkeys(_rule(plan, planned) for planned in fills)) or "zeros"
         lines.append(f"  {pattern:<62} {len(tensors):>6} {shape:<18} {size:>10.2f}  {rules}")
-    memory = _IMPORTS_BYTES + workers * STEP_BYTES * 14
+    memory = _IMPORTS_BYTES + workers * STEP_BYTES * (4 + 2 * len(plan.sources))
     lines.append(
         f"  {len(output.tensors)} tensors as {output.format}, {plan.input_bytes / 2**20:.1f} MiB to read, "
         f"{output.size_bytes / 2**20:.1f} MiB to write, about {memory / 2**20:.0f} MiB of memory with {workers} workers"
