@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, required=True, help="folder for record.json and record.md")
     p.add_argument("--layers", type=int, default=22, help="layers of each model (default: 22, which makes 1.1 B)")
     p.add_argument("--repeats", type=int, default=5, help="rounds, in each of which every contestant runs (default: 5)")
+    p.add_argument(
+        "--pause", type=float, default=8, help="seconds before each run (default: 8); see benchmarks/README.md"
+    )
     p.add_argument("--mergekit", type=Path, help="the program mergekit-moe (default: not compared)")
     return p
 
@@ -94,15 +97,16 @@ def write_tokenizer(folder: Path) -> None:
     )
 
 
-def measured(command: list[str], output: Path, environment: dict[str, str] | None = None) -> dict[str, float]:
-    """Run a command until its output is on the disk: seconds, CPU seconds, peak memory of its processes."""
+def measured(command: list[str], output: Path, pause: float) -> dict[str, float]:
+    """Run a command until its output is on the disk: seconds, CPU seconds, peak memory of its first process."""
     shutil.rmtree(output, ignore_errors=True)
     os.sync()
+    time.sleep(pause)  # a virtual machine gives freed memory back meanwhile: all contestants start alike
     peaks = {"anonymous_mib": 0.0, "total_mib": 0.0}
     log = output.parent / "log.txt"
     started = time.monotonic()
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})})
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         done = threading.Event()
         watcher = threading.Thread(target=_watch, args=(process.pid, peaks, done))
         watcher.start()
@@ -125,7 +129,9 @@ def _watch(pid: int, peaks: dict[str, float], done: threading.Event) -> None:
             text = Path(f"/proc/{pid}/status").read_text()
         except OSError:
             return
-        values = {line.split(":")[0]: line.split()[1] for line in text.splitlines() if line.startswith(("Rss", "VmRSS"))}
+        values = {
+            line.split(":")[0]: line.split()[1] for line in text.splitlines() if line.startswith(("Rss", "VmRSS"))
+        }
         peaks["anonymous_mib"] = max(peaks["anonymous_mib"], int(values.get("RssAnon", 0)) / 1024)
         peaks["total_mib"] = max(peaks["total_mib"], int(values.get("VmRSS", 0)) / 1024)
 
@@ -136,7 +142,7 @@ def contestants(models: dict[str, Path], megatron: dict[str, Path], scratch: Pat
     found: dict[str, tuple[list[str], Path]] = {}
     for format_, sources in (("hf", models), ("megatron", megatron)):
         experts = [f"--expert={name}={path}" for name, path in sources.items()]
-        for workers in (1, 2):
+        for workers in (1, 2) if format_ == "hf" else (2,):
             out = scratch / f"ours-{format_}-{workers}"
             words = [*tool, *experts, "--output", str(out), "--output-format", format_, "--workers", str(workers)]
             found[f"ours {format_} -> {format_}, {workers} workers"] = (words, out)
@@ -167,7 +173,7 @@ def main() -> int:
         field = contestants(models, megatron, options.scratch, options.mergekit)
         for number in range(options.repeats + 1):
             for name, (command, output) in field.items():
-                result = measured(command, output)
+                result = measured(command, output, options.pause)
                 shutil.rmtree(output)
                 print(f"round {number} {name}: {result['seconds']:.1f} s", flush=True)
                 if number:  # the first round warms the caches
@@ -195,7 +201,10 @@ def write_record(options: argparse.Namespace, runs: dict[str, list[dict[str, flo
     lines = [f"# Mixing four models of {options.layers} layers, {record['date']}", ""]
     cpu = record["machine"]
     lines += [f"{cpu['cpu']}, {cpu['cores']} cores, kernel {cpu['kernel']}, commit {cpu['commit']}", ""]
-    lines += ["| | GB written | seconds: median (least to most) | CPU s | anonymous MiB | total MiB |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| | GB written | seconds: median (least to most) | CPU s | anonymous MiB | total MiB |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, results in runs.items():
         seconds = [r["seconds"] for r in results]
         row = [name, f"{results[0]['bytes'] / 1e9:.2f}"]
