@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -38,9 +39,15 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
         f"  {len(output.tensors)} tensors as {output.format}, {plan.input_bytes / 2**20:.1f} MiB to read, "
         f"{output.size_bytes / 2**20:.1f} MiB to write, about {memory / 2**20:.0f} MiB of memory with {workers} workers"
     )
-    words = [" ".join(flag) for flag in model_flags(plan.arguments)]
-    lines.append("  result: " + " ".join(words))
+    lines.append(f"  result: {_configuration(plan, output)}")
     return "\n".join(lines)
+
+
+def _configuration(plan: Plan, output: Output) -> str:
+    """The result's configuration as its own format says it."""
+    if output.format == "hf":
+        return " ".join(json.dumps(json.loads(output.small_files["config.json"]), sort_keys=True).split())
+    return " ".join(" ".join(flag) for flag in model_flags(plan.arguments))
 
 
 def router_text(plan: Plan) -> list[str]:
