@@ -2,9 +2,9 @@
 
     python benchmarks/convert.py --scratch FOLDER --output benchmarks/records/DATE-convert [--mergekit .../mergekit-moe]
 
-Makes four models of 1.1 B parameters (22 layers, hidden 2048, feed-forward 5632, vocabulary 32,000, bf16, 2.2 GB each) as
-Hugging Face folders and as Megatron checkpoints, then runs the contestants in turn, several times, each as a process of
-its own from its start until its output is on the disk. Needs about 45 GB in FOLDER, which is removed at the end.
+Makes four models of 1.1 B parameters (22 layers, hidden 2048, feed-forward 5632, vocabulary 32,000, bf16, 2.2 GB each)
+as Hugging Face folders and as Megatron checkpoints, then runs the contestants in turn, several times, each as a process
+of its own from its start until its output is on the disk. Needs about 45 GB in FOLDER, which is removed at the end.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 BAD_INPUT_EXIT_CODE = 2
+_LINE_AT_MOST = 4000
 
 
 class BTXError(Exception):
@@ -57,8 +58,12 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
 def _say(text: str) -> None:
     """One line on stderr: of a distributed run's ranks the first says "error:", the others say who they are before it.
 
-    They may not be silent: a file can be missing on one node alone, and metrics are written by the last rank.
+    They may not be silent: a file can be missing on one node alone, and metrics are written by the last rank. Names
+    that come out of strangers' files are shown without control characters, which a terminal would obey.
     """
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
     who = "" if rank == "0" else f"rank {rank}: "
-    print(f"{who}error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    if len(line) > _LINE_AT_MOST:  # the remedy stands at the end
+        line = f"{line[: _LINE_AT_MOST // 2]} [...] {line[-_LINE_AT_MOST // 2 :]}"
+    print(f"{who}error: {line}", file=sys.stderr, flush=True)

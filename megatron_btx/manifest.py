@@ -20,11 +20,13 @@ _PACKAGES = ("megatron-btx", "megatron-core", "torch")
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest in ``directory``, or None when there is none. Raises InputError when it is not a JSON object."""
     path = directory / FILE_NAME
+    if path.exists() and not path.is_file():  # reading a pipe would wait forever
+        raise InputError(f"{path}: is not a file; remove it")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: broken JSON ({error}); remove the stage's directory to run it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: found {type(content).__name__}, expected an object; remove the stage's directory")

@@ -86,7 +86,7 @@ def rewrite(source: Path, target: Path, change: object = None, arguments: dict |
     vars(common["args"]).update(arguments or {})
     for name in [n for n in vars(common["args"]) if type(getattr(common["args"], n)).__module__.startswith("megatron")]:
         delattr(common["args"], name)
-    del common["args"].exit_signal
+    vars(common["args"]).pop("exit_signal", None)
     objects = {"common_state/shard_0_1": [{"args": common["args"], "iteration": 1, "checkpoint_version": 3.0}]}
     objects |= {name: reader.read_object(name) for name in reader.objects() if "_extra_state" in name}
     write_checkpoint(target / "iter_0000001", tensors, objects)

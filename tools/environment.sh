@@ -1,21 +1,26 @@
 #!/usr/bin/env bash
 # Create .venv in this checkout, or reuse it: the one set-up that the quickstart and the tests share.
 # Everything is installed inside the checkout. A second call takes a fraction of a second.
+# With --tests, also what the tests alone need: an older transformers, in .venv/transformers-4.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # An exported UV_PYTHON or VIRTUAL_ENV would make uv install somewhere else.
 unset UV_PYTHON VIRTUAL_ENV UV_PROJECT_ENVIRONMENT PYTHONHOME || true
 
-wanted="$(cat requirements.lock pyproject.toml | sha256sum | cut -d' ' -f1) $PWD"
-if [ "$(cat .venv/ready 2>/dev/null || true)" = "$wanted" ] && .venv/bin/python -c '' 2>/dev/null; then
-    exit 0
-fi
-
 fail() {
     echo "error: $*" >&2
     exit 2
 }
+case "$*" in "" | --tests) ;; *) fail "$*: expected nothing, or --tests" ;; esac
+
+wanted="$(cat requirements.lock pyproject.toml | sha256sum | cut -d' ' -f1) $PWD"
+is_ready() { [ "$(cat .venv/ready 2>/dev/null || true)" = "$wanted" ] && .venv/bin/python -c '' 2>/dev/null; }
+older="$(sha256sum <tests/transformers-4.lock)"
+has_older() { [ "${1:-}" != --tests ] || [ "$(cat .venv/transformers-4/ready 2>/dev/null || true)" = "$older" ]; }
+if is_ready && has_older "$@"; then
+    exit 0
+fi
 
 # A Python that really runs: a pyenv shim can be on the PATH and fail when called.
 runs() { "$1" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; }
@@ -43,6 +48,19 @@ if [ -z "$uv" ]; then
     uv="$PWD/.bootstrap/bin/uv"
 fi
 
+# It lies apart, found through PYTHONPATH, and shares every other package with .venv.
+install_older() {
+    rm -rf .venv/transformers-4
+    "$uv" pip install --quiet --python .venv/bin/python --no-deps --target .venv/transformers-4 \
+        --requirement tests/transformers-4.lock ||
+        fail "the older transformers of the tests could not be installed; check that a package index can be reached"
+    echo "$older" >.venv/transformers-4/ready
+}
+if is_ready; then
+    install_older
+    exit 0
+fi
+
 python="$(find_python)"
 if [ -z "$python" ]; then
     "$uv" python install --quiet --install-dir .bootstrap/python 3.12 2>/dev/null || true
@@ -62,3 +80,4 @@ env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore -c "
 import torch.distributed.run, matplotlib.pyplot, megatron.training.training, megatron_btx.evaluate, megatron_btx.mix.cli
 " 2>/dev/null || fail "the installed packages cannot be imported; see: .venv/bin/python -c 'import megatron.training.training'"
 echo "$wanted" >.venv/ready
+has_older "$@" || install_older

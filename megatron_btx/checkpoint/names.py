@@ -1,8 +1,9 @@
 """THE table of names: what every tensor of a model is called in each kind of checkpoint, and where it lies.
 
 A model is a set of *pieces*: the smallest tensors that mean something by themselves (the query projection of a layer,
-the gate projection of an expert, ...). Checkpoints store pieces alone or fused, with layers and experts in the name or on
-an axis. One row per piece says all of that, for every dialect; reading and writing, in either direction, use the same row.
+the gate projection of an expert, ...). Checkpoints store pieces alone or fused, with layers and experts in the name or
+on an axis. One row per piece says all of that, for every dialect; reading and writing, in either direction, use the
+same row.
 
 Axes: L layers, E experts, H hidden, F feed-forward, V vocabulary, D head size.
 Sources: Megatron-core ``core/models/gpt/gpt_layer_specs.py``, ``core/transformer/{attention,mlp}.py`` and
@@ -293,7 +294,8 @@ class Piece:
         lead = tuple(self.numbers[axis] for axis in dialect.axes if axis in self.numbers)
         part = self.row.part
         key = template.format(**self.numbers)
-        fused = dialect.fused and (dialect.column == "megatron" or part in ("gate", "up"))
+        # In fused Hugging Face forms only the experts are; dense layers among them keep their own names.
+        fused = dialect.fused and (dialect.column == "megatron" or key.endswith(".gate_up_proj"))
         if dialect.name == "singleton" and part in ("gate", "up") and sizes.gated:
             key, fused = key + {"gate": "_w", "up": "_v"}[part], False
         extent = _extent(part if fused else "whole", sizes, self.shape[0])

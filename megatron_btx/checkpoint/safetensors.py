@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,20 +28,34 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 def is_model_folder(path: Path) -> bool:
     """Whether a folder is (or claims to be) a Hugging Face model."""
-    return (path / CONFIG).is_file() and not (path / ".metadata").exists()
+    return os.path.lexists(path / CONFIG) and not (path / ".metadata").exists()
+
+
+def refuse_without_config(path: Path) -> None:
+    """Refuse a folder that holds models' weights and nothing that describes them."""
+    weights = [file for pattern in ("*.safetensors", "*.safetensors.index.json") for file in path.glob(pattern)]
+    if weights:
+        raise CheckpointError(f"{path}: has {min(weights).name}, but no {CONFIG}; the model folder is incomplete")
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError when it is missing or something else."""
+    if not file.is_file():  # reading a pipe would wait forever
+        found = "is no file, or a link to none" if os.path.lexists(file) else "does not exist"
+        raise CheckpointError(f"{file}: {found}; the model folder is incomplete")
     try:
         content = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: does not exist; the model folder is incomplete") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: is not JSON ({error}); the model folder is damaged") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, expected an object; it is damaged")
     return content
+
+
+def _whole(numbers: list[int]) -> tuple[int, ...]:
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{numbers} where whole numbers are expected")
+    return tuple(numbers)
 
 
 class SafetensorsReader:
@@ -54,7 +69,7 @@ class SafetensorsReader:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self._files = Files()
-        if (folder / INDEX).is_file():
+        if os.path.lexists(folder / INDEX):
             self._open_index()
         elif (folder / SINGLE).is_file():
             self._open_file(SINGLE)
@@ -65,10 +80,12 @@ class SafetensorsReader:
         pickled = sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pth"))
         if pickled:
             raise CheckpointError(
-                f"{pickled[0]}: pickled weights, which can run code and are not read; load the model with transformers "
-                "and save it with save_pretrained, which writes safetensors"
+                f"{pickled[0]}: holds pickled weights, which can run code and are not read; load the model with "
+                "transformers and save it with save_pretrained, which writes safetensors"
             )
-        raise CheckpointError(f"{self.folder}: has neither {SINGLE} nor {INDEX}; the model folder is incomplete")
+        found = f"{SINGLE} is no file, or a link to none" if os.path.lexists(self.folder / SINGLE) else ""
+        found = found or f"has neither {SINGLE} nor {INDEX}"
+        raise CheckpointError(f"{self.folder}: {found}; the model folder is incomplete")
 
     def _open_index(self) -> None:
         index = self.folder / INDEX
@@ -104,8 +121,10 @@ class SafetensorsReader:
         try:
             header = json.loads(self._files.bytes_at(Place(file, 8), length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
-            described = [(k, v["dtype"], tuple(v["shape"]), tuple(v["data_offsets"])) for k, v in entries.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            described = [
+                (k, str(v["dtype"]), _whole(v["shape"]), _whole(v["data_offsets"])) for k, v in entries.items()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{file}: its header cannot be read ({error!r}); it is damaged") from error
         end = 0
         for tensor, dtype, shape, extent in sorted(described, key=lambda entry: entry[3]):
@@ -115,7 +134,9 @@ class SafetensorsReader:
         if 8 + length + end != size:
             raise CheckpointError(f"{file}: {size} bytes, but its header names {8 + length + end}; it is truncated")
 
-    def _add(self, file: Path, name: str, dtype: str, shape: Any, extent: Any, data_at: int, end: int) -> int:
+    def _add(
+        self, file: Path, name: str, dtype: str, shape: tuple[int, ...], extent: tuple[int, ...], data_at: int, end: int
+    ) -> int:
         import torch
 
         if dtype not in _DTYPES:
@@ -124,12 +145,11 @@ class SafetensorsReader:
                 "save the model unquantised in bf16, fp16 or fp32"
             )
         kind: torch.dtype = getattr(torch, _DTYPES[dtype])
-        whole = len(extent) == 2 and all(isinstance(n, int) and n >= 0 for n in (*shape, *extent))
-        if not whole or extent[0] != end or extent[1] - extent[0] != math.prod(shape) * kind.itemsize:
+        if len(extent) != 2 or extent[0] != end or extent[1] - extent[0] != math.prod(shape) * kind.itemsize:
             raise CheckpointError(f"{file}: {name}: shape {list(shape)} does not fit its bytes {list(extent)}; damaged")
         block = Block((0,) * len(shape), shape, file.name, data_at + extent[0], extent[1] - extent[0])
         self.tensors[name] = StoredTensor(shape, kind, (block,))
-        return int(extent[1])
+        return extent[1]
 
     def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """The slice of a tensor at ``offsets`` of ``sizes``."""

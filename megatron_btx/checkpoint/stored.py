@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import os
 import threading
 from collections.abc import Sequence
@@ -187,6 +188,7 @@ def read_slice(
 
     result: torch.Tensor | None = None
     filled = 0
+    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     for block in stored.near(offsets, sizes):
         low = tuple(max(o, b) for o, b in zip(offsets, block.offsets, strict=True))
         high = tuple(min(o + s, b + c) for o, s, b, c in zip(offsets, sizes, block.offsets, block.sizes, strict=True))
@@ -195,6 +197,9 @@ def read_slice(
         extent = tuple(hi - lo for lo, hi in zip(low, high, strict=True))
         part = read_block(block, tuple(lo - b for lo, b in zip(low, block.offsets, strict=True)), extent)  # type: ignore[operator]
         filled += part.numel()
+        if any(all(map(operator.lt, low, top)) and all(map(operator.lt, bottom, high)) for bottom, top in boxes):
+            raise CheckpointError(f"{where}: {name}: two stored blocks overlap at {list(low)}; it is damaged")
+        boxes.append((low, high))
         if extent == tuple(sizes):
             result = part
             continue

@@ -97,6 +97,13 @@ def _folder_files(folder: Path) -> list[Path]:
 
 def vocabulary(arguments: Mapping[str, Any]) -> dict[str, int] | None:
     """Every token and its number, from the tokenizer's own files; None where they are of no kind that can be read."""
+    tokens = _vocabulary(arguments)
+    if tokens is None or not all(type(number) is int for number in tokens.values()):
+        return None
+    return tokens
+
+
+def _vocabulary(arguments: Mapping[str, Any]) -> dict[str, int] | None:
     named = arguments.get("hf_folder") or arguments.get("tokenizer_model")
     if not named:
         return None
@@ -117,14 +124,14 @@ def _tokenizer_json(file: Path) -> dict[str, int] | None:
         if isinstance(tokens, list):  # unigram models: [token, score] in the order of their numbers
             tokens = {token: number for number, (token, _) in enumerate(tokens)}
         return dict(tokens) | {added["content"]: added["id"] for added in content.get("added_tokens", [])}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def _plain_json(file: Path) -> dict[str, int] | None:
     try:
         content = json.loads(file.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

@@ -41,6 +41,7 @@ def resolve_iteration(path: str | Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a checkpoint's root or one of its iter_ folders")
     folder = path if (path / "metadata.json").is_file() or (path / ".metadata").is_file() else _latest(path)
+    _refuse_other_formats(folder)
     backend_file = folder / "metadata.json"
     if not backend_file.is_file():
         raise CheckpointError(
@@ -49,7 +50,7 @@ def resolve_iteration(path: str | Path) -> Path:
         )
     try:
         backend = json.loads(backend_file.read_bytes()).get("sharded_backend")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{backend_file}: is not JSON as expected ({error}); the checkpoint is damaged"
         ) from error
@@ -60,7 +61,27 @@ def resolve_iteration(path: str | Path) -> Path:
     return folder
 
 
+def _refuse_other_formats(folder: Path) -> None:
+    """Name the other formats that Megatron writes, and how they become torch_dist."""
+    legacy = next(iter(sorted(folder.glob("mp_rank_*"))), None)
+    if legacy is not None:
+        raise CheckpointError(
+            f"{folder}: holds {legacy.name}, so it is of Megatron's old format 'torch', which is pickled and not read; "
+            "convert it with Megatron's tools/checkpoint, or have Megatron load it and save it again as one: "
+            "--ckpt-format torch --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
+        )
+    backend = folder / "metadata.json"
+    fsdp = backend.is_file() and b"fsdp_dtensor" in backend.read_bytes()[:1000]
+    if fsdp or (not backend.is_file() and (folder / ".metadata").is_file()):
+        found = "its metadata.json says so" if fsdp else "it has an index, but no metadata.json"
+        raise CheckpointError(
+            f"{folder}: is of the format 'fsdp_dtensor' or 'torch_dcp' ({found}), not a torch_dist checkpoint; load it "
+            "with the Megatron that wrote it and save it again with --ckpt-format torch_dist"
+        )
+
+
 def _latest(root: Path) -> Path:
+    _refuse_other_formats(root)
     tracker = root / TRACKER
     if not tracker.is_file():
         raise CheckpointError(
@@ -95,7 +116,7 @@ class TorchDistReader:
         self._located: dict[tuple[str, int], RecordedTensor] = {}
         try:
             self._fill(index)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{index_file}: not the index of a distributed checkpoint ({error!r})") from error
 
     def _fill(self, index: Any) -> None:
@@ -117,11 +138,26 @@ class TorchDistReader:
             ]
             if len({block.offsets for block in blocks}) != len(sizes):
                 raise CheckpointError(f"{self.folder}: {name}: {len(blocks)} of {len(sizes)} blocks are stored")
-            dtype = description.properties.dtype
-            self.tensors[name] = StoredTensor(tuple(description.size), dtype, tuple(blocks))
+            self.tensors[name] = StoredTensor(tuple(description.size), description.properties.dtype, tuple(blocks))
+            self._check_tensor(name)
+
+    def _check_tensor(self, name: str) -> None:
+        """A tensor is what the rest of the package takes for granted: numbers are whole, blocks lie inside it."""
+        import torch
+
+        stored = self.tensors[name]
+        numbers = [stored.shape, *(block.offsets for block in stored.blocks), *(block.sizes for block in stored.blocks)]
+        whole = all(len(n) == len(stored.shape) and all(type(i) is int and i >= 0 for i in n) for n in numbers)
+        if not whole or not isinstance(stored.dtype, torch.dtype) or not isinstance(name, str):
+            raise TypeError(f"{name}: {stored.dtype} {stored.shape}")
+        for block in stored.blocks:
+            if any(o + s > n for o, s, n in zip(block.offsets, block.sizes, stored.shape, strict=True)):
+                raise TypeError(f"{name}: a block of {block.sizes} at {block.offsets} in {stored.shape}")
 
     def _check_record(self, relative: str, position: int, length: int) -> None:
         """No record may lie outside the folder or past the end of its file."""
+        if not (type(position) is type(length) is int):
+            raise TypeError(f"{length!r} bytes at {position!r}")
         if os.path.isabs(relative) or ".." in Path(relative).parts:
             raise CheckpointError(f"{self.folder / '.metadata'}: names {relative!r}, outside the checkpoint; refused")
         if position < 0 or length < 0:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_DESCRIPTION_AT_MOST_BYTES = 1 << 20
+_DESCRIPTOR_AT_MOST_BYTES = 24
+"""Sizes and a checksum, which writers that stream put after a member."""
 _STORAGE_DTYPES = {
     "BFloat16Storage": "bfloat16",
     "HalfStorage": "float16",
@@ -101,19 +104,28 @@ def locate_tensor(files: Files, start: Place, length: int, where: str) -> Record
     try:
         archive = zipfile.ZipFile(_Window(files, start, length))  # type: ignore[arg-type]
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        described = unpickled(_TensorUnpickler, io.BytesIO(archive.read(members["data.pkl"])), where)
+        if len(members) < len(archive.infolist()):
+            raise ValueError("two members have one name")
+        description = members["data.pkl"]
+        if description.compress_type != zipfile.ZIP_STORED or description.file_size > _DESCRIPTION_AT_MOST_BYTES:
+            raise ValueError(f"a description of {description.file_size} bytes")
+        described = unpickled(_TensorUnpickler, io.BytesIO(archive.read(description)), where)
         kind, (dtype, key, count), offset, shape, stride = described
+        if not all(type(n) is int and n >= 0 for n in (count, offset, *shape, *stride)) or len(shape) != len(stride):
+            raise ValueError(f"shape {shape}, strides {stride}, offset {offset} of {count}")
+        item_bytes = int(dtype.itemsize)
         data = members[f"data/{key}"]
-        header = archive.fp.seek(data.header_offset) if archive.fp else 0
-        name_length, extra_length = struct.unpack("<HH", archive.fp.read(30)[26:30])  # type: ignore[union-attr]
+        numbers_at = _numbers_at(archive, data)
     except (
         zipfile.BadZipFile,
-        KeyError,
         ValueError,
         TypeError,
         AttributeError,
+        ArithmeticError,
+        EOFError,
+        LookupError,
+        RuntimeError,
         struct.error,
-        NotImplementedError,
     ) as e:
         raise CheckpointError(f"{damaged} ({type(e).__name__}: {str(e)[:80]}); it is damaged") from e
     expected_stride: list[int] = []
@@ -124,10 +136,25 @@ def locate_tensor(files: Files, start: Place, length: int, where: str) -> Record
     contiguous = all(s == e or n == 1 for s, e, n in zip(stride, expected_stride, shape, strict=True)) or size == 0
     if kind != "tensor" or data.compress_type != zipfile.ZIP_STORED or not contiguous:
         raise CheckpointError(f"{damaged} of contiguous numbers; save the checkpoint again")
-    begin = header + 30 + name_length + extra_length + offset * dtype.itemsize
-    if offset + size > count or begin + size * dtype.itemsize > length or data.file_size < count * dtype.itemsize:
+    begin = numbers_at + offset * item_bytes
+    if offset + size > count or begin + size * item_bytes > length or data.file_size < count * item_bytes:
         raise CheckpointError(f"{damaged}: {size} numbers do not lie inside it; it is damaged")
     return RecordedTensor(Place(start.file, start.position_bytes + begin), shape, dtype)
+
+
+def _numbers_at(archive: zipfile.ZipFile, data: zipfile.ZipInfo) -> int:
+    """Where a member's bytes begin: told by its own header, which the archive's directory must agree with."""
+    assert archive.fp is not None
+    archive.fp.seek(data.header_offset)
+    header = archive.fp.read(30)
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    begin = data.header_offset + 30 + name_length + extra_length
+    starts = [info.header_offset for info in archive.infolist()] + [archive.start_dir]
+    gap = min(start for start in starts if start > data.header_offset) - begin - data.file_size
+    named = archive.fp.read(name_length) == data.orig_filename.encode()
+    if header[:4] != b"PK\3\4" or not named or not 0 <= gap <= _DESCRIPTOR_AT_MOST_BYTES:
+        raise ValueError(f"the header of {data.filename} and the archive's directory differ")
+    return begin
 
 
 class _Skeleton(io.RawIOBase):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from megatron_btx.errors import InputError, exits_with_one_line
 if TYPE_CHECKING:
     from megatron_btx.mix.plan import Request
 
+_LAYERS_BELOW = 10_000
 METHODS = ("btx", "split", "blend", "upcycle", "average")
 """Those of :mod:`megatron_btx.mix.rules` that this command offers; named here so that --help needs no import."""
 
@@ -150,16 +152,18 @@ def request_of(options: argparse.Namespace) -> Request:
     experts = tuple(
         _pair("--expert", text, "NAME=PATH, as --expert math=runs/math/checkpoint") for text in options.expert
     )
-    weights = dict(_pair("--weight", text, "NAME=W, as --weight math=2") for text in options.weight)
+    weights = _each_once("--weight", [_pair("--weight", t, "NAME=W, as --weight math=2") for t in options.weight])
     taken = [_pair("--take", text, "FIELD=NAME, as --take rotary_base=code") for text in options.take]
     numbers = [n for n in (options.chunks, options.copies) if n is not None]
     if len(numbers) > 1:
         raise InputError("--chunks belongs to --method split, --copies to --method upcycle; give one of them")
     frequency = _layer_frequency(options.moe_layer_freq)
-    if not options.router_std > 0:
+    if not (options.router_std > 0 and math.isfinite(options.router_std)):
         raise InputError(
             f"--router-std {options.router_std}: expected a number above 0; --router-init zeros gives zeros"
         )
+    if not 0 <= options.router_seed < 2**63:
+        raise InputError(f"--router-seed {options.router_seed}: expected 0 to {2**63 - 1}")
     from megatron_btx.mix.compatible import field_of
     from megatron_btx.mix.plan import Request
     from megatron_btx.mix.routers import RouterInit
@@ -171,7 +175,7 @@ def request_of(options: argparse.Namespace) -> Request:
         numbers[0] if numbers else None,
         frequency,
         {name: _number("--weight", name, text) for name, text in weights.items()},
-        {field_of(field): name for field, name in taken},
+        _each_once("--take", [(field_of(field), name) for field, name in taken]),
         options.vocab == "union",
         options.allow_other_tokenizer,
         RouterInit(options.router_init, options.router_seed, options.router_std),
@@ -187,6 +191,15 @@ def _pair(flag: str, text: str, expected: str) -> tuple[str, str]:
             f"--expert {name!r}: expected a name without slashes, commas, colons, blanks or control characters"
         )
     return name, value
+
+
+def _each_once(flag: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        if name in found:
+            raise InputError(f"{flag} {name}= is given twice; give it once")
+        found[name] = value
+    return found
 
 
 def _number(flag: str, name: str, text: str) -> float:
@@ -208,7 +221,7 @@ def _layer_frequency(text: str) -> int | tuple[int, ...]:
 
 
 def _evaluated(node: ast.expr) -> int | list[int]:
-    if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 10_000:
+    if isinstance(node, ast.Constant) and type(node.value) is int and node.value < _LAYERS_BELOW:
         return node.value
     if isinstance(node, ast.List):
         values = [_evaluated(element) for element in node.elts]
@@ -216,8 +229,9 @@ def _evaluated(node: ast.expr) -> int | list[int]:
             return values  # type: ignore[return-value]
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
         left, right = _evaluated(node.left), _evaluated(node.right)
-        value = left + right if isinstance(node.op, ast.Add) else left * right  # type: ignore[operator]
-        if isinstance(value, int) or len(value) < 10_000:
+        sizes = [len(value) if isinstance(value, list) else value for value in (left, right)]
+        if (sum(sizes) if isinstance(node.op, ast.Add) else math.prod(sizes)) < _LAYERS_BELOW:
+            value = left + right if isinstance(node.op, ast.Add) else left * right  # type: ignore[operator]
             return value  # type: ignore[no-any-return]
     raise ValueError(ast.dump(node))
 

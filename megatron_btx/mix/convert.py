@@ -9,9 +9,9 @@ from megatron_btx.errors import InputError
 from megatron_btx.mix import proof
 from megatron_btx.mix.describe import explain, plan_text, router_text
 from megatron_btx.mix.execute import Execution, default_workers, refuse_output
-from megatron_btx.mix.plan import Request, make_plan
+from megatron_btx.mix.plan import Plan, Request, make_plan
 from megatron_btx.mix.ranks import Ranks
-from megatron_btx.mix.sinks import lay_out_result
+from megatron_btx.mix.sinks import Output, lay_out_result
 from megatron_btx.progress import byte_progress
 
 
@@ -28,20 +28,26 @@ def convert(request: Request, options: argparse.Namespace, explained: str | None
     if options.workers is not None and not 1 <= options.workers <= 256:
         raise InputError(f"--workers {options.workers}: expected 1 to 256")
     workers = options.workers or default_workers()
-    plan = make_plan(request)
-    target = Path(options.output or "result")
-    output = lay_out_result(plan, options.output_format, target)
-    if explained is not None:
-        print(explain(plan, output, explained))
-        return 0
+    target = Path("result" if options.output is None else options.output)
     ranks = Ranks()
-    said = "\n".join([plan_text(plan, output, workers), *router_text(plan)])
+    made: list[tuple[Plan, Output, str]] = []
+
+    def prepare() -> None:
+        plan = make_plan(request)
+        output = lay_out_result(plan, options.output_format, target)
+        if explained is not None:
+            made.append((plan, output, explain(plan, output, explained)))
+            return
+        made.append((plan, output, "\n".join([plan_text(plan, output, workers), *router_text(plan)])))
+        if not options.dry_run:
+            refuse_output(plan, output, target, options.overwrite)
+
+    ranks.together(prepare)  # a file can be missing on one node alone, and nobody writes before everybody has looked
+    plan, output, said = made[0]
     if ranks.rank == 0:
         print(said, flush=True)
-    if options.dry_run:
+    if options.dry_run or explained is not None:
         return 0
-    refuse_output(plan, output, target, options.overwrite)
-    ranks.gather(None)  # nobody writes before everybody has looked
     total = plan.output_bytes * (2 if options.verify else 1) // ranks.world
     total += sum(proof.manifest_bytes(source.root) for source in plan.sources)
     with byte_progress("mixing", total if ranks.rank == 0 else 0) as progress:

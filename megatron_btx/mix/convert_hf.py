@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from megatron_btx.errors import InputError, exits_with_one_line
 from megatron_btx.mix.cli import add_output_options
@@ -33,10 +34,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.output is None and not options.dry_run:
         raise InputError("--output is missing; name the folder for the result, or look at the plan with --dry-run")
+    from megatron_btx.checkpoint.safetensors import is_model_folder
     from megatron_btx.mix.convert import convert
     from megatron_btx.mix.plan import Request
 
     path = options.hf_model if options.command == "import" else options.checkpoint
+    if Path(path).is_dir() and is_model_folder(Path(path)) != (options.command == "import"):
+        other = "is no Hugging Face model folder" if options.command == "import" else "is a Hugging Face model folder"
+        raise InputError(f"{path}: {other}; import takes one, export takes a Megatron checkpoint")
     return convert(Request((("model", path),), method="copy"), options)
 
 

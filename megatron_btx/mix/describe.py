@@ -1,4 +1,4 @@
-"""A plan for people: sources, rules with counts and bytes, the result's configuration; and where a tensor comes from."""
+"""A plan for people: the sources, the rules, the result's configuration; and where a tensor comes from."""
 
 from __future__ import annotations
 

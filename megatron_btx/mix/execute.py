@@ -18,7 +18,7 @@ from megatron_btx.mix import proof
 from megatron_btx.mix.compute import rows_of
 from megatron_btx.mix.layout import Task
 from megatron_btx.mix.plan import Plan
-from megatron_btx.mix.ranks import Ranks
+from megatron_btx.mix.ranks import RankLostError, Ranks
 from megatron_btx.mix.sinks import Output
 from megatron_btx.mix.workplace import Workplace
 
@@ -61,35 +61,31 @@ class Execution:
             if verified:
                 self._together(self._verify_share)
             self._together(self._publish)
-        except (BTXError, OSError):
-            if self.ranks.rank == 0:
+        except (BTXError, OSError) as error:
+            if self.ranks.rank == 0 and not isinstance(error, RankLostError):
                 self.place.discard()
             raise
         finally:
             self.place.close()
 
     def _together(self, step: Callable[[], Any]) -> list[Any]:
-        """Do a step on all ranks and wait for all; the first failure is everybody's, as one line."""
-        failure, value = None, None
-        try:
-            value = step()
-        except BTXError as error:
-            failure = error
-        except OSError as error:
-            failure = InputError(
-                f"--output {self.target}: cannot be written ({error.strerror or error}); "
-                f"{self.output.size_bytes / 2**20:.1f} MiB are needed there, choose another folder or make room"
-            )
-        answers = self.ranks.gather((value, failure))
-        for _, problem in answers:
-            if problem is not None:
-                raise problem
-        return [value for value, _ in answers]
+        """As :meth:`Ranks.together`; what the system says is said of the output."""
+
+        def attempt() -> Any:
+            try:
+                return step()
+            except OSError as error:
+                raise InputError(
+                    f"--output {self.target}: cannot be written ({error.strerror or error}); "
+                    f"{self.output.size_bytes / 2**20:.1f} MiB are needed there, choose another folder or make room"
+                ) from error
+
+        return self.ranks.together(attempt)
 
     def _prepare(self) -> None:
         if self.ranks.rank == 0:
             for source in self.plan.sources:
-                if proof.carries_manifest(source.root):
+                if proof.carries_manifest(source.root, source.folder):
                     self._check_source(source.root, source.name)
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self.place.prepare(self._identity(), self.output.files)
@@ -240,6 +236,10 @@ def refuse_output(plan: Plan, output: Output, target: Path, overwrite: bool) -> 
         place = source.folder.resolve()
         if resolved == place or resolved in place.parents:
             raise InputError(f"--output {target}: holds the expert {source.name} ({place}); choose another folder")
+        if {place, source.root.resolve()} & set(resolved.parents):
+            raise InputError(f"--output {target}: lies in the expert {source.name} ({place}); choose another folder")
+    if target.name in ("", ".."):
+        raise InputError(f"--output {str(target)!r}: expected a name for the folder at its end")
     if target.exists() and not overwrite:
         raise InputError(f"--output {target}: exists already; choose another folder, or replace it with --overwrite")
     if target.exists() and not (target / output.mark).is_file():

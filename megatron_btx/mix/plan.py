@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_EXPERTS_AT_MOST = 4096
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What the user asks for; see the command line's --help for the meaning of each."""
@@ -160,8 +163,8 @@ def _check_request(request: Request, method: Method, names: Sequence[str]) -> No
         raise InputError(
             f"--method {request.method}: {flag} {'is missing' if method.number_flag else 'does not apply'}"
         )
-    if request.number is not None and request.number < 2:
-        raise InputError(f"{method.number_flag} {request.number}: expected at least 2")
+    if request.number is not None and not 2 <= request.number <= _EXPERTS_AT_MOST:
+        raise InputError(f"{method.number_flag} {request.number}: expected 2 to {_EXPERTS_AT_MOST}")
     for flag, given in (("--weight", request.weights), ("--take", request.take)):
         for key in given:
             name = key if flag == "--weight" else request.take[key]
@@ -172,8 +175,8 @@ def _check_request(request: Request, method: Method, names: Sequence[str]) -> No
     for name, weight in request.weights.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise InputError(f"--weight {name}={weight}: expected a number of at least 0")
-    if not any(request.weights.get(name, 1.0) for name in names):
-        raise InputError("--weight: all weights are 0; at least one must be more")
+    if not 0 < sum(request.weights.get(name, 1.0) for name in names) < math.inf:
+        raise InputError("--weight: all weights are 0, or their sum is infinite; at least one must be more than 0")
 
 
 def _checked_frequency(frequency: int | tuple[int, ...], layers: int) -> int | list[int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.errors import CheckpointError
+from megatron_btx.errors import CheckpointError, InputError
 from megatron_btx.manifest import FILE_NAME, read_manifest, versions
 from megatron_btx.mix.compute import rows_of
 from megatron_btx.mix.layout import Task
@@ -21,6 +21,9 @@ FORM = 2
 """Version of the manifest's form."""
 _STEP_BYTES = 4 << 20
 Progress = Callable[[int], None]
+
+
+_DAMAGED = (KeyError, TypeError, AttributeError, ValueError, OverflowError)
 
 
 def _nothing(done_bytes: int) -> None:
@@ -75,7 +78,7 @@ def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder:
     names = sorted([*output.files, *output.small_files])
     content["files"] = {name: _frame(folder / name, slots.get(name, [])) for name in names}
     content["manifest_sha256"] = _own_hash(content)
-    return (json.dumps(content, indent=1) + "\n").encode()
+    return _text(content)
 
 
 def operations_of(blocks: Sequence[Any]) -> list[str]:
@@ -114,7 +117,11 @@ def source_identity(source: Source) -> dict[str, Any]:
         "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in source.reader.files()},
     }
     manifest = _manifest_with_tensors(source.root)
-    return identity | ({"manifest_sha256": manifest["manifest_sha256"]} if manifest else {})
+    return identity | ({"manifest_sha256": manifest.get("manifest_sha256")} if manifest else {})
+
+
+def _text(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def _own_hash(content: Mapping[str, Any]) -> str:
@@ -150,19 +157,36 @@ def _frame(file: Path, slots: Sequence[tuple[int, int, str, str]]) -> dict[str, 
 
 
 def _manifest_with_tensors(folder: Path) -> dict[str, Any] | None:
-    manifest = read_manifest(folder)
-    return manifest if manifest and manifest.get("form") == FORM else None
+    """The manifest of a result, even one that is damaged; None for none, or one without places and a hash of itself."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        raise
+    except InputError as error:
+        raise CheckpointError(f"{folder / FILE_NAME}: is damaged ({error})") from error
+    return manifest if manifest and (manifest.get("form") == FORM or "manifest_sha256" in manifest) else None
 
 
-def carries_manifest(folder: Path) -> bool:
-    """Whether a folder has a manifest that :func:`check_manifest` can check."""
-    return _manifest_with_tensors(folder) is not None
+def carries_manifest(root: Path, folder: Path) -> bool:
+    """Whether a folder has a manifest that :func:`check_manifest` can check: of what is read from ``folder`` in it.
+
+    Training that goes on in the folder of a result adds iterations of its own, which no manifest describes.
+    """
+    manifest = _manifest_with_tensors(root)
+    if manifest is None:
+        return False
+    name, files = str(folder.relative_to(root)), manifest.get("files")
+    honest = isinstance(files, dict) and _own_hash(manifest) == manifest.get("manifest_sha256")
+    return not honest or name == "." or any(file.startswith(f"{name}/") for file in manifest["files"])
 
 
 def manifest_bytes(folder: Path) -> int:
     """How many bytes :func:`check_manifest` reads."""
     manifest = _manifest_with_tensors(folder)
-    return sum(entry["bytes"] for entry in manifest["files"].values()) if manifest else 0
+    try:
+        return sum(int(entry["bytes"]) for entry in manifest["files"].values()) if manifest else 0
+    except _DAMAGED as error:
+        raise CheckpointError(f"{folder / FILE_NAME}: is damaged ({error!r}); make the result again") from error
 
 
 def check_manifest(folder: Path, progress: Progress = _nothing) -> int:
@@ -176,8 +200,9 @@ def check_manifest(folder: Path, progress: Progress = _nothing) -> int:
     if manifest is None:
         raise CheckpointError(f"{folder}: has no {FILE_NAME} with hashes of its tensors, so it cannot be checked")
     try:
-        if _own_hash(manifest) != manifest["manifest_sha256"]:
+        if _own_hash(manifest) != manifest["manifest_sha256"] or _text(manifest) != (folder / FILE_NAME).read_bytes():
             raise CheckpointError(f"{folder / FILE_NAME}: was changed after it was written; {remedy}")
+        _refuse_additional(folder, {FILE_NAME, *manifest["files"]})
         slots = _slots_by_file(manifest)
         for name, entry in manifest["files"].items():
             file = folder / name
@@ -188,9 +213,17 @@ def check_manifest(folder: Path, progress: Progress = _nothing) -> int:
             if _frame(file, slots.get(name, [])) != entry:
                 raise CheckpointError(f"{file}: differs from what was written, outside of its tensors; {remedy}")
             _check_stretches(file, slots.get(name, []), remedy, progress)
-    except (KeyError, TypeError, AttributeError) as error:
+        return len(manifest["tensors"])
+    except _DAMAGED as error:
         raise CheckpointError(f"{folder / FILE_NAME}: is damaged ({error!r}); {remedy}") from error
-    return len(manifest["tensors"])
+
+
+def _refuse_additional(folder: Path, named: set[str]) -> None:
+    """Refuse files that were not written: one more can change what is read (an index, a tokenizer, a common.pt)."""
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if name not in named and (file.is_symlink() or not file.is_dir()):
+            raise CheckpointError(f"{file}: was not written with the rest, {FILE_NAME} does not name it; move it away")
 
 
 def _check_stretches(

@@ -60,11 +60,15 @@ def _rows_of_file(file: Path) -> torch.Tensor:
     import numpy as np
     import torch
 
+    if not file.is_file():  # reading a pipe would wait forever
+        raise InputError(f"--router-init {file}: expected normal, zeros, or an .npy file; there is none")
     try:
-        return torch.from_numpy(np.load(file, allow_pickle=False)).float()
-    except FileNotFoundError as error:
-        raise InputError(f"--router-init {file}: expected normal, zeros, or an .npy file; there is none") from error
-    except (ValueError, TypeError, EOFError, AttributeError) as error:
+        # Mapped, so that a header which claims more than the file holds is refused before memory is asked for.
+        rows = np.load(file, mmap_mode="r", allow_pickle=False)
+        if rows.dtype.kind not in "fiu":
+            raise TypeError(f"its type is {rows.dtype}")
+        return torch.from_numpy(np.array(rows)).float()
+    except (ValueError, TypeError, EOFError, AttributeError, ArithmeticError, MemoryError, RecursionError) as error:
         raise InputError(f"--router-init {file}: is not an .npy file of numbers ({error}); see numpy.save") from error
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint import hf_config, safetensors
+from megatron_btx.checkpoint import hf_config_writing, hf_families, safetensors
 from megatron_btx.checkpoint.names import DIALECTS, Sizes
 from megatron_btx.checkpoint.stored import Reader, Slot
-from megatron_btx.checkpoint.tokenizers import TOKENIZER_FOLDER_FILES
+from megatron_btx.checkpoint.tokenizers import TOKENIZER_FOLDER_FILES, vocabulary
 from megatron_btx.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistLayout, TorchDistReader
 from megatron_btx.errors import InputError
 from megatron_btx.mix.layout import LaidOutBlock, LaidOutTensor, Task, lay_out
@@ -61,7 +61,7 @@ def lay_out_result(plan: Plan, output_format: str, target: Path) -> Output:
 
 
 def _megatron(plan: Plan, target: Path) -> Output:
-    hf_config.refuse_for_megatron(plan.arguments, "the result")
+    hf_config_writing.refuse_for_megatron(plan.arguments, "the result")
     numbered = len(set(plan.sizes.mixture_layers)) > 1
     dialect = DIALECTS["numbered" if numbered else "stacked"]
     tensors = tuple(lay_out(plan, dialect, with_other_names=True))
@@ -157,8 +157,8 @@ def _hugging_face(plan: Plan, target: Path) -> Output:
     source = _vocabulary_source(plan)
     folder = source.hf_folder
     base = safetensors.read_json(folder / safetensors.CONFIG) if folder else None
-    config = hf_config.config_from_arguments(plan.arguments, base)
-    family = hf_config.family_of(config, "the result")
+    config = hf_config_writing.config_from_arguments(plan.arguments, base)
+    family = hf_families.family_of(config, "the result")
     dialect = DIALECTS[family.dialect]
     for planned in plan.pieces:
         if planned.piece.location(dialect, plan.sizes) is None:
@@ -223,4 +223,5 @@ def _tokenizer_files(source: Source) -> dict[str, bytes]:
     path = Path(named)
     if path.is_dir():
         return _travelling_files(path)
-    return {"tokenizer.model": path.read_bytes()} if path.is_file() else {}
+    # A stranger's checkpoint can name any file: only a tokenizer's travels.
+    return {"tokenizer.model": path.read_bytes()} if vocabulary(source.arguments) else {}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint import hf_config, safetensors
+from megatron_btx.checkpoint import hf_config, hf_families, safetensors
 from megatron_btx.checkpoint.names import (
     DIALECTS,
     IGNORED_HF,
@@ -20,7 +20,8 @@ from megatron_btx.checkpoint.names import (
     pieces_of,
 )
 from megatron_btx.checkpoint.stored import Reader
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.tokenizers import TOKENIZER_FILES
+from megatron_btx.checkpoint.torch_dist import TRACKER, TorchDistReader, resolve_iteration
 from megatron_btx.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class Source:
             found = [loc for loc in piece.locations(self.dialect, self.sizes) if loc.key in self.reader.tensors]
             unused.difference_update(location.key for location in found)
             if piece.name.startswith("head.") and tied:
+                if found:
+                    self._check_tied_head(piece, found[0], where)
                 continue
             if found:
                 self.pieces[piece.name] = self._held(piece, found[0], where)
@@ -96,6 +99,22 @@ class Source:
             raise CheckpointError(
                 f"{where}: {extra[0]} is no tensor of the model that its configuration describes; "
                 "this architecture is not supported"
+            )
+
+    def _check_tied_head(self, piece: Piece, location: Location, where: str) -> None:
+        """Some save the head of tied models too: it must be the embedding, which is what is used."""
+        import torch
+
+        embedding = self.pieces["embedding.weight"]
+        head = self._held(piece, location, where)
+        same = head.shape == embedding.shape and head.dtype == embedding.dtype
+        for start in range(0, head.shape[0] if same else 0, _HEAD_ROWS):
+            stop = min(start + _HEAD_ROWS, head.shape[0])
+            same = same and torch.equal(self._rows(head, start, stop), self._rows(embedding, start, stop))
+        if not same:
+            raise CheckpointError(
+                f"{where}: {location.key} is stored and is not the embedding, though the configuration ties the two; "
+                "say which is meant: untie them in the configuration, or leave the head out"
             )
 
     def _held(self, piece: Piece, location: Location, where: str) -> Held:
@@ -125,9 +144,11 @@ class Source:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of a piece, in the dtype stored."""
+        return self._rows(self.pieces[name], start, stop)
+
+    def _rows(self, held: Held, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        held = self.pieces[name]
         location, rest = held.location, held.shape[1:]
         one = (1,) * len(location.lead)
         parts = [
@@ -144,14 +165,43 @@ class Source:
         return min(rows, self.arguments.get("vocab_size") or rows)
 
 
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+_OTHER_SIZES = (
+    "num_query_groups", "kv_channels", "padded_vocab_size", "vocab_size", "max_position_embeddings", "num_experts",
+    "moe_ffn_hidden_size",
+)  # fmt: skip
+_LAYERS_AT_MOST = 10_000
+_HEAD_ROWS = 1024
+
+
 def _sizes(name: str, folder: Path, arguments: Mapping[str, Any]) -> Sizes:
-    for argument in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+    where = f"{name} ({folder})"
+    for argument in (*_SIZES, *_OTHER_SIZES):
         value = arguments.get(argument)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        if (value is not None or argument in _SIZES) and not (type(value) is int and value > 0):
             raise CheckpointError(
-                f"{name} ({folder}): its stored arguments say {argument} = {value!r}, expected a positive number"
+                f"{where}: its stored arguments say {argument} = {value!r}, expected a positive number"
             )
-    return Sizes.of(arguments)
+    _check_layers(arguments["num_layers"], where)
+    for argument in TOKENIZER_FILES:
+        if not isinstance(arguments.get(argument), str | Path | None):
+            raise CheckpointError(f"{where}: its stored arguments say {argument} = {arguments[argument]!r}, no path")
+    frequency = arguments.get("moe_layer_freq", 1)
+    if type(frequency) is not int and not (isinstance(frequency, list | tuple) and {*map(type, frequency)} == {int}):
+        raise CheckpointError(f"{where}: its stored arguments say moe_layer_freq = {frequency!r}, expected numbers")
+    sizes = Sizes.of(arguments)
+    if sizes.heads % sizes.groups or len(sizes.mixture_layers) != sizes.layers:
+        raise CheckpointError(
+            f"{where}: its stored arguments say {sizes.heads} heads in {sizes.groups} query groups, and moe_layer_freq "
+            f"= {arguments.get('moe_layer_freq')!r} for {sizes.layers} layers, which is impossible"
+        )
+    return sizes
+
+
+def _check_layers(layers: object, where: str) -> None:
+    """Much is counted per layer: a number that is absurd is refused before."""
+    if isinstance(layers, int) and layers > _LAYERS_AT_MOST:
+        raise CheckpointError(f"{where}: its configuration says {layers} layers, expected {_LAYERS_AT_MOST} at most")
 
 
 def open_source(name: str, path: str | Path) -> Source:
@@ -163,13 +213,16 @@ def open_source(name: str, path: str | Path) -> Source:
     path = Path(path)
     if path.is_dir() and safetensors.is_model_folder(path):
         config = safetensors.read_json(path / safetensors.CONFIG)
+        _check_layers(config.get("num_hidden_layers"), f"{name} ({path / safetensors.CONFIG})")
         arguments = hf_config.arguments_from_config(config, f"{name} ({path / safetensors.CONFIG})")
         hf_reader = safetensors.SafetensorsReader(path)
-        family = hf_config.family_of(config, f"{name} ({path / safetensors.CONFIG})")
+        family = hf_families.family_of(config, f"{name} ({path / safetensors.CONFIG})")
         return Source(name, path, hf_reader, arguments, _hf_dialect(family.dialect, hf_reader.tensors))
+    if not any((path / name).exists() for name in (TRACKER, "metadata.json", ".metadata")):
+        safetensors.refuse_without_config(path)
     folder = resolve_iteration(path)
     reader = TorchDistReader(folder)
-    root = folder.parent if (folder.parent / "latest_checkpointed_iteration.txt").is_file() else folder
+    root = folder.parent if (folder.parent / TRACKER).is_file() else folder
     return Source(name, root, reader, reader.arguments(), _megatron_dialect(reader.tensors))
 
 

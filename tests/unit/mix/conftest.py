@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.hugging_face import Older
 from tests.mixing import rewrite
+
+
+@pytest.fixture(scope="session")
+def older() -> Iterator[Older]:
+    """The older transformers."""
+    started = Older()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")
