@@ -97,10 +97,15 @@ def write_tokenizer(folder: Path) -> None:
     )
 
 
-def measured(command: list[str], output: Path, pause: float) -> dict[str, float]:
-    """Run a command until its output is on the disk: seconds, CPU seconds, peak memory of its first process."""
+def measured(command: list[str], inputs: list[Path], output: Path, pause: float) -> dict[str, float]:
+    """Run a command until its output is on the disk: seconds, CPU seconds, peak memory of its first process.
+
+    Its inputs are read once before, so that they come from memory for everybody.
+    """
     shutil.rmtree(output, ignore_errors=True)
     os.sync()
+    for file in sorted(f for folder in inputs for f in folder.rglob("*") if f.is_file()):
+        subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
     time.sleep(pause)  # a virtual machine gives freed memory back meanwhile: all contestants start alike
     peaks = {"anonymous_mib": 0.0, "total_mib": 0.0}
     log = output.parent / "log.txt"
@@ -137,25 +142,29 @@ def _watch(pid: int, peaks: dict[str, float], done: threading.Event) -> None:
 
 
 def contestants(models: dict[str, Path], megatron: dict[str, Path], scratch: Path, mergekit: Path | None) -> dict:
-    """For each name: the command, and where its output goes."""
+    """For each name: the command, what it reads, and where its output goes."""
     tool = [sys.executable, str(Path(__file__).resolve().parent.parent / "tools" / "convert_experts.py")]
-    found: dict[str, tuple[list[str], Path]] = {}
+    found: dict[str, tuple[list[str], list[Path], Path]] = {}
     for format_, sources in (("hf", models), ("megatron", megatron)):
         experts = [f"--expert={name}={path}" for name, path in sources.items()]
         for workers in (1, 2) if format_ == "hf" else (2,):
             out = scratch / f"ours-{format_}-{workers}"
             words = [*tool, *experts, "--output", str(out), "--output-format", format_, "--workers", str(workers)]
-            found[f"ours {format_} -> {format_}, {workers} workers"] = (words, out)
+            found[f"ours {format_} -> {format_}, {workers} workers"] = (words, list(sources.values()), out)
         copied = scratch / f"kept-{format_}"
         subprocess.run([*tool, *experts, "--output", str(copied), "--output-format", format_], check=True)
-        found[f"cp {format_}"] = (["cp", "-r", str(copied), str(scratch / f"cp-{format_}")], scratch / f"cp-{format_}")
+        found[f"cp {format_}"] = (
+            ["cp", "-r", str(copied), str(scratch / f"cp-{format_}")],
+            [copied],
+            scratch / f"cp-{format_}",
+        )
     if mergekit:
         recipe = {"base_model": str(models["seed"]), "gate_mode": "random", "dtype": "bfloat16"}
         recipe["experts"] = [{"source_model": str(path), "positive_prompts": ["x"]} for path in models.values()]
         (scratch / "recipe.yaml").write_text(json.dumps(recipe))
         words = [str(mergekit), str(scratch / "recipe.yaml"), str(scratch / "mergekit")]
         words += ["--i-understand-this-is-not-useful-without-training"]
-        found["mergekit-moe hf -> hf"] = (words, scratch / "mergekit")
+        found["mergekit-moe hf -> hf"] = (words, list(models.values()), scratch / "mergekit")
     return found
 
 
@@ -172,8 +181,8 @@ def main() -> int:
         runs: dict[str, list[dict[str, float]]] = {}
         field = contestants(models, megatron, options.scratch, options.mergekit)
         for number in range(options.repeats + 1):
-            for name, (command, output) in field.items():
-                result = measured(command, output, options.pause)
+            for name, (command, inputs, output) in field.items():
+                result = measured(command, inputs, output, options.pause)
                 shutil.rmtree(output)
                 print(f"round {number} {name}: {result['seconds']:.1f} s", flush=True)
                 if number:  # the first round warms the caches

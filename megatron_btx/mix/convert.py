@@ -47,6 +47,7 @@ def convert(request: Request, options: argparse.Namespace, explained: str | None
     if ranks.rank == 0:
         print(said, flush=True)
     if options.dry_run or explained is not None:
+        ranks.close()
         return 0
     total = plan.output_bytes * (2 if options.verify else 1) // ranks.world
     total += sum(proof.manifest_bytes(source.root) for source in plan.sources)

@@ -207,46 +207,41 @@ def _expert_ffn(experts: list[tuple[Chunk, ...]], ffn: int, request: Request) ->
 def _planned_pieces(
     request: Request, method: Method, sources: Sequence[Source], sizes: Sizes
 ) -> Iterator[PlannedPiece]:
-    first = sources[0]
+    """Every piece of the result; which of the optional ones there are, the sources show."""
+    first = next((s for s in sources if s.name == request.take.get("dtype")), sources[0])
     experts = method.experts(len(sources), request.number or 1) if method.experts else []
-    dtypes = request.take.get("dtype")
-    by_dtype = next((s for s in sources if s.name == dtypes), first)
     for piece in pieces_of(sizes):
-        if method.experts and "expert" in piece.numbers:
+        if experts and "expert" in piece.numbers:
             origin = piece.name.replace(f"experts.{piece.numbers['expert']}.", "ffn.")
             if origin in first.pieces:
-                axis = int(".down." in piece.name)
-                # Every chunk of a row-cut block would add the second bias again; the first alone carries it.
-                parts = tuple(_cut(sources, chunk, origin, axis) for chunk in experts[piece.numbers["expert"]])
-                if piece.name.endswith("down.bias"):
-                    parts = _whole_bias(sources, experts[piece.numbers["expert"]], origin, piece.name)
-                yield PlannedPiece(
-                    piece, piece.shape, by_dtype.pieces[origin].dtype, "move", parts, axis * (len(piece.shape) - 1)
-                )
-        elif method.experts and ".router." in piece.name:
-            layer = piece.numbers["layer"]
-            if piece.name.endswith("weight") or f"layers.{layer}.ffn.up.bias" in first.pieces:
-                dtype = by_dtype.pieces[f"layers.{layer}.ffn.down.weight"].dtype
-                operation = "router" if piece.name.endswith("weight") else "zeros"
-                yield PlannedPiece(piece, piece.shape, dtype, operation)
+                yield _expert_piece(piece, origin, experts[piece.numbers["expert"]], sources, first)
+        elif experts and ".router." in piece.name:
+            ffn = f"layers.{piece.numbers['layer']}.ffn."
+            is_weight = piece.name.endswith("weight")
+            # Megatron's router has a bias where the linear layers have (core/transformer/moe/router.py).
+            if is_weight or f"{ffn}up.bias" in first.pieces:
+                dtype = first.pieces[f"{ffn}down.weight"].dtype
+                yield PlannedPiece(piece, piece.shape, dtype, "router" if is_weight else "zeros")
         elif piece.name in first.pieces:
-            rows = max(s.pieces[piece.name].shape[0] for s in sources)
-            shape = (rows, *first.pieces[piece.name].shape[1:])
-            parts = tuple(Part(i, piece.name, 0, s.pieces[piece.name].shape[0]) for i, s in enumerate(sources))
-            yield PlannedPiece(piece, shape, by_dtype.pieces[piece.name].dtype, method.shared, parts)
+            held = [source.pieces[piece.name] for source in sources]
+            parts = tuple(Part(i, piece.name, 0, h.shape[0]) for i, h in enumerate(held))
+            shape = (max(h.shape[0] for h in held), *held[0].shape[1:])
+            yield PlannedPiece(piece, shape, first.pieces[piece.name].dtype, method.shared, parts)
 
 
-def _cut(sources: Sequence[Source], chunk: Chunk, origin: str, axis: int) -> Part:
-    held = sources[chunk.source].pieces[origin]
-    extent = held.shape[axis] if axis < len(held.shape) else held.shape[0]
-    return Part(chunk.source, origin, extent * chunk.index // chunk.count, extent * (chunk.index + 1) // chunk.count)
-
-
-def _whole_bias(sources: Sequence[Source], chunks: tuple[Chunk, ...], origin: str, name: str) -> tuple[Part, ...]:
-    """The second bias has no F axis: it belongs to a whole block and cannot be cut."""
-    if len(chunks) > 1 or chunks[0].count > 1:
-        raise InputError(
-            f"{name}: a feed-forward block with biases cannot be cut, its second bias belongs to the whole; "
-            "use --method btx or upcycle"
-        )
-    return (Part(chunks[0].source, origin, 0, sources[chunks[0].source].pieces[origin].shape[0]),)
+def _expert_piece(
+    piece: Piece, origin: str, chunks: tuple[Chunk, ...], sources: Sequence[Source], first: Source
+) -> PlannedPiece:
+    """A piece of an expert: the chunks one after the other along F, which is the rows of gate and up, down's columns."""
+    axis = int(".down.weight" in origin)
+    parts = []
+    for chunk in chunks:
+        extent = sources[chunk.source].pieces[origin].shape[axis]
+        if origin.endswith("down.bias") and chunk.count > 1:
+            raise InputError(
+                f"{piece.name}: a feed-forward block with biases cannot be cut, its second bias belongs to the whole; "
+                "use --method btx or upcycle"
+            )
+        low, high = (extent * index // chunk.count for index in (chunk.index, chunk.index + 1))
+        parts.append(Part(chunk.source, origin, low, high))
+    return PlannedPiece(piece, piece.shape, first.pieces[origin].dtype, "move", tuple(parts), axis)
