@@ -232,7 +232,7 @@ def _planned_pieces(
 def _expert_piece(
     piece: Piece, origin: str, chunks: tuple[Chunk, ...], sources: Sequence[Source], first: Source
 ) -> PlannedPiece:
-    """A piece of an expert: the chunks one after the other along F, which is the rows of gate and up, down's columns."""
+    """A piece of an expert: its chunks one after the other along F, the rows of gate and up and the columns of down."""
     axis = int(".down.weight" in origin)
     parts = []
     for chunk in chunks:
