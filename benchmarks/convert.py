@@ -43,9 +43,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, required=True, help="folder for record.json and record.md")
     p.add_argument("--layers", type=int, default=22, help="layers of each model (default: 22, which makes 1.1 B)")
     p.add_argument("--repeats", type=int, default=5, help="rounds, in each of which every contestant runs (default: 5)")
-    p.add_argument(
-        "--pause", type=float, default=8, help="seconds before each run (default: 8); see benchmarks/README.md"
-    )
     p.add_argument("--mergekit", type=Path, help="the program mergekit-moe (default: not compared)")
     return p
 
@@ -97,16 +94,17 @@ def write_tokenizer(folder: Path) -> None:
     )
 
 
-def measured(command: list[str], inputs: list[Path], output: Path, pause: float) -> dict[str, float]:
+def measured(command: list[str], inputs: list[Path], output: Path, previous: Path | None) -> dict[str, float]:
     """Run a command until its output is on the disk: seconds, CPU seconds, peak memory of its first process.
 
-    Its inputs are read once before, so that they come from memory for everybody.
+    Its inputs are read once before, so that they come from memory for everybody; then the output of the run before is
+    removed, so that the memory of its pages is there for this one's (a virtual machine may have to ask its host).
     """
-    shutil.rmtree(output, ignore_errors=True)
-    os.sync()
     for file in sorted(f for folder in inputs for f in folder.rglob("*") if f.is_file()):
         subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
-    time.sleep(pause)  # a virtual machine gives freed memory back meanwhile: all contestants start alike
+    if previous:
+        shutil.rmtree(previous)
+    os.sync()
     peaks = {"anonymous_mib": 0.0, "total_mib": 0.0}
     log = output.parent / "log.txt"
     started = time.monotonic()
@@ -178,15 +176,17 @@ def main() -> int:
         megatron = {name: options.scratch / "megatron" / name for name in models}
         for name, path in models.items():
             subprocess.run([*tool, "--hf-model", str(path), "--output", str(megatron[name])], check=True)
+            # As training leaves them: a source with a manifest would be checked against it first, which takes time.
+            (megatron[name] / "manifest.json").unlink()
         runs: dict[str, list[dict[str, float]]] = {}
         field = contestants(models, megatron, options.scratch, options.mergekit)
-        for number in range(options.repeats + 1):
+        previous = None
+        for number in range(options.repeats):
             for name, (command, inputs, output) in field.items():
-                result = measured(command, inputs, output, options.pause)
-                shutil.rmtree(output)
+                result = measured(command, inputs, output, previous)
+                previous = output
                 print(f"round {number} {name}: {result['seconds']:.1f} s", flush=True)
-                if number:  # the first round warms the caches
-                    runs.setdefault(name, []).append(result)
+                runs.setdefault(name, []).append(result)
     finally:
         shutil.rmtree(options.scratch)
     write_record(options, runs)

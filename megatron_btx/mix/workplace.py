@@ -35,7 +35,7 @@ class Workplace:
         self._old = target.parent / f".{target.name}.old"
         self._lock = threading.Lock()
         self._journal: int | None = None
-        self._descriptors: dict[str, int] = {}
+        self._descriptors: dict[str, tuple[int, threading.Lock]] = {}
 
     def prepare(self, plan: Mapping[str, Any], files: Mapping[str, int]) -> None:
         """Make the folder and its data files, or keep what an interrupted run of the very same plan has left.
@@ -72,11 +72,13 @@ class Workplace:
         """Write bytes at a position of a data file."""
         with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = os.open(self.result / file, os.O_RDWR)
-            descriptor = self._descriptors[file]
+                self._descriptors[file] = os.open(self.result / file, os.O_RDWR), threading.Lock()
+            descriptor, lock = self._descriptors[file]
         view, done = memoryview(content), 0
-        while done < len(view):
-            done += os.pwrite(descriptor, view[done:], position + done)
+        # The kernel lets one thread write a file at a time, and the others burn their core while they wait.
+        with lock:
+            while done < len(view):
+                done += os.pwrite(descriptor, view[done:], position + done)
 
     def hash_of(self, file: str, position: int, length: int) -> str:
         """SHA-256 of a stretch of a data file, as hexadecimal digits."""
@@ -90,12 +92,12 @@ class Workplace:
 
     def flush(self) -> None:
         """Wait until what this process has written is on disk."""
-        for descriptor in self._descriptors.values():
+        for descriptor, _ in self._descriptors.values():
             os.fsync(descriptor)
 
     def close(self) -> None:
         """Close all files."""
-        for descriptor in self._descriptors.values():
+        for descriptor, _ in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
         if self._journal is not None:
