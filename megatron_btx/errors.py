@@ -23,6 +23,10 @@ class InputError(BTXError):
     """Bad usage or bad input: nothing was written, or nothing that loads."""
 
 
+class KeptError(InputError):
+    """What was written so far stays: the same command goes on from it once the cause is gone."""
+
+
 class CheckpointError(InputError):
     """A checkpoint that cannot be read, or that does not hold what is needed."""
 

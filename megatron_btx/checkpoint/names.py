@@ -235,11 +235,6 @@ class Location:
         """Rows of the stored tensor (per index of the leading axes)."""
         return self.groups * self.per_group * self.unit
 
-    @property
-    def whole(self) -> bool:
-        """Whether the piece is the whole tensor."""
-        return self.groups == self.per_group == 1
-
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Where rows ``start`` to ``stop`` are stored: (row there, row of the piece, rows) of each run."""
         length = (self.last - self.first) * self.unit

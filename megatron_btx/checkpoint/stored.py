@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_btx.errors import CheckpointError
+from megatron_btx.errors import CheckpointError, KeptError
 
 if TYPE_CHECKING:
     import torch
@@ -115,10 +115,18 @@ class Files:
             return self._descriptors[file]
 
     def read_into(self, place: Place, buffer: memoryview) -> None:
-        """Fill ``buffer`` from a place. Raises CheckpointError where the file ends before."""
-        descriptor, done = self._descriptor(place.file), 0
+        """Fill ``buffer`` from a place.
+
+        Raises:
+            CheckpointError: the file ends before.
+            KeptError: the system cannot read it.
+        """
+        done = 0
         while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], place.position_bytes + done)
+            try:
+                count = os.preadv(self._descriptor(place.file), [buffer[done:]], place.position_bytes + done)
+            except OSError as error:
+                raise KeptError(f"{place.file}: cannot be read ({error.strerror}); start again once it can") from error
             if count == 0:
                 raise CheckpointError(
                     f"{place.file}: ends at byte {place.position_bytes + done}, "

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         choices=METHODS,
         default="btx",
         help="btx: every expert's feed-forward blocks become one expert; split: each is cut in --chunks experts; "
-        "blend: expert n is chunk n of all; upcycle: --copies of one model; average: the plain average, a dense model "
+        "blend: expert n is chunk n of all; upcycle: --copies of one model; average: the plain average of all "
         "(default: btx)",
     )
     p.add_argument("--chunks", metavar="C", type=int, help="split: experts made of each source (no default)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.arguments import differences
+from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS, differences
 from megatron_btx.checkpoint.tokenizers import check_same_tokenizer, check_vocabulary_union
 from megatron_btx.errors import InputError
 
@@ -62,10 +62,13 @@ def checked_sources(sources: Sequence[Source], request: Request) -> dict[str, An
     taken = {argument: request.take[field] for field in request.take for argument in TAKEABLE[field]}
     for other in sources[1:]:
         _check_arguments(first, other, set(taken), request)
-        _check_pieces(first, other, "dtype" in request.take, request.vocabulary_union)
+        _check_pieces(first, other, "dtype" in request.take)
     arguments = dict(first.arguments)
     by_name = {source.name: source.arguments for source in sources}
-    arguments |= {argument: by_name[name].get(argument) for argument, name in taken.items()}
+    table = {argument.name: argument for argument in MODEL_ARGUMENTS}
+    for argument, name in taken.items():
+        stored = by_name[name]
+        arguments[argument] = table[argument].value(stored) if argument in table else stored.get(argument)
     arguments |= _check_vocabularies(sources, request)
     return arguments
 
@@ -99,12 +102,14 @@ def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
         result.pop("rope_scaling_factor", None)
     if result.get("position_embedding_type") == "rope":
         result.pop("add_position_embedding", None)
+    if result.get("use_rope_scaling") or result.get("rotary_seq_len_interpolation_factor"):
+        result.pop("hf_rope_scaling", None)  # Megatron's own arguments say it all
     window = result.get("window_size")
     result["window_size"] = tuple(window) if isinstance(window, list | tuple) else window
     return result
 
 
-def _check_pieces(first: Source, other: Source, other_dtype: bool, union: bool) -> None:
+def _check_pieces(first: Source, other: Source, other_dtype: bool) -> None:
     for name, held in first.pieces.items():
         key = held.location.key
         there = other.pieces.get(name)
@@ -131,14 +136,17 @@ def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str
     """
     rows = {s.name: s.vocabulary_rows("embedding.weight") for s in sources}
     largest = max(sources, key=lambda s: rows[s.name])
-    if len(set(rows.values())) > 1 and not request.vocabulary_union:
-        smallest = min(sources, key=lambda s: rows[s.name])
+    # Tokenizers that are missing, or not to be compared, say nothing: then the configurations' sizes count.
+    told = not request.allow_other_tokenizer and all(s.tokens is not None for s in sources)
+    sizes = rows if told else {s.name: s.configured_rows("embedding.weight") for s in sources}
+    if len(set(sizes.values())) > 1 and not request.vocabulary_union:
+        smallest, largest = (choose(sources, key=lambda s: sizes[s.name]) for choose in (min, max))
         raise InputError(
-            f"vocabularies differ: {smallest.name} has {rows[smallest.name]} tokens, {largest.name} has "
-            f"{rows[largest.name]}; where one extends the other, --vocab union averages each row over its owners"
+            f"vocabularies differ: {smallest.name} has {sizes[smallest.name]} tokens, {largest.name} has "
+            f"{sizes[largest.name]}; where one extends the other, --vocab union averages each row over its owners"
         )
     tokenizers = {s.name: {**s.arguments, "hf_folder": s.hf_folder} for s in sources}
-    if not request.allow_other_tokenizer:
+    if len(sources) > 1 and not request.allow_other_tokenizer:
         if request.vocabulary_union:
             check_vocabulary_union(tokenizers, "--allow-other-tokenizer")
         else:

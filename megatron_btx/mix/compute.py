@@ -76,7 +76,8 @@ def _average(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.
     """
     import torch
 
-    if not planned.name.startswith(("embedding.", "head.")):
+    rows = {part.stop for part in planned.parts}
+    if not planned.name.startswith(("embedding.", "head.")) or (len(rows) == 1 and not plan.request.vocabulary_union):
         return _mean(plan, planned, planned.parts, start, stop)
     owned = [plan.sources[part.source].vocabulary_rows(part.piece) for part in planned.parts]
     bounds = sorted({start, stop, *(n for n in (*owned, *(p.stop for p in planned.parts)) if start < n < stop)})

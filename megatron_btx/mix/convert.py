@@ -52,7 +52,7 @@ def convert(request: Request, options: argparse.Namespace, explained: str | None
     total = plan.output_bytes * (2 if options.verify else 1) // ranks.world
     total += sum(proof.manifest_bytes(source.root) for source in plan.sources)
     with byte_progress("mixing", total if ranks.rank == 0 else 0) as progress:
-        Execution(plan, output, target, ranks, workers, progress).run(options.verify)
+        Execution(plan, output, target, ranks, workers, progress, options.overwrite).run(options.verify)
     ranks.close()
     if ranks.rank == 0:
         if options.verify:

@@ -108,7 +108,7 @@ def explain(plan: Plan, output: Output, name: str) -> str:
     if tensor is None:
         close = [t.name for t in output.tensors if name in t.name or t.name.split(".")[-2:] == name.split(".")[-2:]]
         hint = f"; there is {', '.join(close[:3])}" if close else ""
-        raise InputError(f"--explain {name}: the result has no such tensor{hint}; --dry-run names all pieces")
+        raise InputError(f"--explain {name}: the result has no such tensor{hint}; --dry-run shows all kinds of them")
     lines = [f"{name}  {list(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}"]
     described: dict[str, list[str]] = {}
     for block in tensor.blocks:

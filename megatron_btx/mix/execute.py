@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,17 +13,19 @@ from typing import Any
 
 from megatron_btx.checkpoint.stored import Slot, bytes_of
 from megatron_btx.checkpoint.torch_dist import write_flushed
-from megatron_btx.errors import BTXError, CheckpointError, InputError
-from megatron_btx.manifest import FILE_NAME
+from megatron_btx.errors import BTXError, CheckpointError, InputError, KeptError
+from megatron_btx.manifest import FILE_NAME, versions
 from megatron_btx.mix import proof
 from megatron_btx.mix.compute import rows_of
 from megatron_btx.mix.layout import Task
 from megatron_btx.mix.plan import Plan
-from megatron_btx.mix.ranks import RankLostError, Ranks
+from megatron_btx.mix.ranks import Ranks
 from megatron_btx.mix.sinks import Output
 from megatron_btx.mix.workplace import Workplace
 
 Progress = Callable[[int], None]
+_NOTED_BYTES = 4 << 30
+"""With several ranks, written blocks are flushed and noted after about this many bytes each."""
 
 
 class Execution:
@@ -34,7 +37,14 @@ class Execution:
     """
 
     def __init__(
-        self, plan: Plan, output: Output, target: Path, ranks: Ranks, workers: int, progress: Progress
+        self,
+        plan: Plan,
+        output: Output,
+        target: Path,
+        ranks: Ranks,
+        workers: int,
+        progress: Progress,
+        overwrite: bool = False,
     ) -> None:
         self.plan = plan
         self.output = output
@@ -42,7 +52,7 @@ class Execution:
         self.ranks = ranks
         self.workers = workers
         self.progress = progress
-        self.place = Workplace(target)
+        self.place = Workplace(target, overwrite)
         self._share = range(ranks.rank, len(output.tasks), ranks.world)
         self._stop = threading.Event()
 
@@ -53,7 +63,9 @@ class Execution:
             CheckpointError: a source is damaged, or what was read back is not what was to be written.
             InputError: the disk is full or not writable. The hidden folder is removed; after a kill or an interrupt
                 it stays, and the same command goes on from it.
+            KeptError: another process is gone or works on the same output, or a source cannot be read for now.
         """
+        _allow_many_open_files()
         try:
             self._together(self._prepare)
             hashes = {n: h for share in self._together(self._write_share) for n, h in share.items()}
@@ -62,11 +74,12 @@ class Execution:
                 self._together(self._verify_share)
             self._together(self._publish)
         except (BTXError, OSError) as error:
-            if self.ranks.rank == 0 and not isinstance(error, RankLostError):
+            if self.ranks.rank == 0 and not isinstance(error, KeptError):
                 self.place.discard()
             raise
         finally:
             self.place.close()
+            self.place.release()
 
     def _together(self, step: Callable[[], Any]) -> list[Any]:
         """As :meth:`Ranks.together`; what the system says is said of the output."""
@@ -106,6 +119,8 @@ class Execution:
         return {
             "form": proof.FORM,
             "request": repr(self.plan.request),
+            "router_sha256": _hash_of_file(self.plan.request.router.kind),
+            "versions": versions(),
             "sources": [proof.source_identity(source) for source in self.plan.sources],
             "layout_sha256": layout.hexdigest(),
         }
@@ -115,8 +130,16 @@ class Execution:
     def _write_share(self) -> dict[int, str]:
         """Write this rank's blocks, but those that an earlier run wrote and that are still as it noted them."""
         noted = self.place.noted()
-        alone = self.ranks.world == 1
         hashes: dict[int, str] = {}
+        unnoted: dict[int, str] = {}
+        lock = threading.Lock()
+
+        def note() -> None:
+            # On several machines: once it has left this one's memory. On one: what a power cut loses, its hash shows.
+            if self.ranks.world > 1:
+                self.place.flush()
+            self.place.note(self.ranks.rank, unnoted.items())
+            unnoted.clear()
 
         def write(number: int) -> None:
             task = self.output.tasks[number]
@@ -128,14 +151,15 @@ class Execution:
                 self.progress(slot.length_bytes)
             else:
                 hashes[number] = self._write_block(task)
-                if alone:
-                    self.place.note(0, [(number, hashes[number])])
+                with lock:
+                    unnoted[number] = hashes[number]
+                    written = sum(self.output.tasks[n].slot.length_bytes for n in unnoted)
+                    if self.ranks.world == 1 or written > _NOTED_BYTES:
+                        note()
 
         self._in_threads(write, self._share)
-        # On several machines: noted once it has left this one's memory. On one: what a power cut loses, its hash shows.
         self.place.flush()
-        if not alone:
-            self.place.note(self.ranks.rank, hashes.items())
+        note()
         return hashes
 
     def _write_block(self, task: Task) -> str:
@@ -220,6 +244,18 @@ class Execution:
             self.place.publish()
 
 
+def _allow_many_open_files() -> None:
+    """Checkpoints of large runs are thousands of files, more than a process may have open by default."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _hash_of_file(path: str) -> str | None:
+    """SHA-256 of a file; None where there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
+
+
 def default_workers() -> int:
     """As many threads as this process may run at once, four at most: disks, not cores, bound the work from there."""
     return min(4, len(os.sched_getaffinity(0)))
@@ -240,7 +276,7 @@ def refuse_output(plan: Plan, output: Output, target: Path, overwrite: bool) -> 
             raise InputError(f"--output {target}: lies in the expert {source.name} ({place}); choose another folder")
     if target.name in ("", ".."):
         raise InputError(f"--output {str(target)!r}: expected a name for the folder at its end")
-    if target.exists() and not overwrite:
+    if os.path.lexists(target) and not overwrite:
         raise InputError(f"--output {target}: exists already; choose another folder, or replace it with --overwrite")
     if target.exists() and not (target / output.mark).is_file():
         raise InputError(

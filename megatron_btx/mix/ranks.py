@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from megatron_btx.errors import BTXError, InputError
+from megatron_btx.errors import BTXError, InputError, KeptError
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ _MEETING = datetime.timedelta(minutes=10)
 """How long it waits for all to have started."""
 
 
-class RankLostError(InputError):
+class RankLostError(KeptError):
     """Another process of the run is gone: what all have written stays, for the same command to go on from."""
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_btx.checkpoint.arguments import model_flags
+from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS, model_flags
 from megatron_btx.checkpoint.tokenizers import TOKENIZER_FILES
 
 
@@ -31,22 +30,28 @@ def mixture_arguments(
     first: Mapping[str, Any], names: Sequence[str], topk: int, ffn: int, frequency: int | list[int]
 ) -> dict[str, Any]:
     """The arguments of a mixture of the named experts, each of feed-forward size ``ffn``."""
-    return dense_arguments(first) | {
-        "btx_experts": list(names),
-        "num_experts": len(names),
-        "moe_layer_freq": frequency,
-        "moe_ffn_hidden_size": ffn,
-        "moe_router_topk": topk,
-        # Softmax over the k largest logits alone: gates sum to one, so equal experts give the dense model. With k = 1
-        # that gate would be constant; Megatron demands the full softmax then.
-        "moe_router_pre_softmax": topk == 1,
-        "moe_router_score_function": "softmax",
-        "moe_router_topk_scaling_factor": None,
-        "moe_router_dtype": "fp32",
-        "moe_shared_expert_intermediate_size": None,
-        "moe_grouped_gemm": False,
-        "moe_token_dispatcher_type": "alltoall",
-    }
+    # What a dense run's launch script may have said of mixtures does not count.
+    routing = {argument.name: argument.default for argument in MODEL_ARGUMENTS if argument.moe}
+    return (
+        dense_arguments(first)
+        | routing
+        | {
+            "btx_experts": list(names),
+            "num_experts": len(names),
+            "moe_layer_freq": frequency,
+            "moe_ffn_hidden_size": ffn,
+            "moe_router_topk": topk,
+            # Softmax over the k largest logits alone: gates sum to one, so equal experts give the dense model. With
+            # k = 1 that gate would be constant; Megatron demands the full softmax then.
+            "moe_router_pre_softmax": topk == 1,
+            "moe_router_score_function": "softmax",
+            "moe_router_topk_scaling_factor": None,
+            "moe_router_dtype": "fp32",
+            "moe_shared_expert_intermediate_size": None,
+            "moe_grouped_gemm": False,
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    )
 
 
 def _is_plain(value: Any) -> bool:
@@ -73,4 +78,4 @@ def megatron_args_text(arguments: Mapping[str, Any]) -> str:
         lines.append(["--moe-router-load-balancing-type", "aux_loss"])
         lines.append(["--moe-aux-loss-coeff", "0.01"])
     lines.append(["--ckpt-format", "torch_dist"])
-    return "\n".join(shlex.join(words) for words in lines) + "\n"
+    return "\n".join(" ".join(words) for words in lines) + "\n"

@@ -28,13 +28,20 @@ class RouterInit:
     """Standard deviation of the normal; the paper is silent, this is how Megatron draws the other weights."""
 
 
-@functools.lru_cache(maxsize=2)
 def router_rows(init: RouterInit, layers: int, experts: int, hidden: int) -> torch.Tensor:
     """The routers of all mixture layers, in order: fp32 [L, E, H]; one generator draws them all, layer after layer.
 
     Raises:
         InputError: a file of rows cannot be read, is of another shape, or holds numbers that are not finite.
     """
+    file = Path(init.kind)
+    written = file.stat().st_mtime_ns if file.is_file() else 0
+    return _router_rows(init, written, layers, experts, hidden)
+
+
+@functools.lru_cache(maxsize=2)
+def _router_rows(init: RouterInit, written: int, layers: int, experts: int, hidden: int) -> torch.Tensor:
+    """As :func:`router_rows`, made once for all its readers; ``written`` tells one file from the next of its name."""
     import torch
 
     if init.kind == "normal":

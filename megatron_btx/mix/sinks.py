@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -186,11 +187,9 @@ def _hugging_face(plan: Plan, target: Path) -> Output:
 
 def _tasks(block: LaidOutBlock, tensor: Slot, itemsize: int) -> Iterator[Task]:
     """Blocks of one tensor are parts of one stretch of bytes."""
-    row_bytes = tensor_bytes = itemsize
-    for extent in block.sizes[1:]:
-        row_bytes *= extent
-    tensor_bytes = row_bytes * block.sizes[0]
-    yield Task(block, Slot(tensor.file, tensor.position_bytes + block.offsets[0] * row_bytes, tensor_bytes))
+    row_bytes = itemsize * math.prod(block.sizes[1:])
+    begin = tensor.position_bytes + block.offsets[0] * row_bytes
+    yield Task(block, Slot(tensor.file, begin, row_bytes * block.sizes[0]))
 
 
 def _empty_shared_experts(plan: Plan, config: Mapping[str, Any]) -> Iterator[LaidOutTensor]:

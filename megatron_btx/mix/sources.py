@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from megatron_btx.checkpoint.names import (
     pieces_of,
 )
 from megatron_btx.checkpoint.stored import Reader
-from megatron_btx.checkpoint.tokenizers import TOKENIZER_FILES
+from megatron_btx.checkpoint.tokenizers import TOKENIZER_FILES, vocabulary
 from megatron_btx.checkpoint.torch_dist import TRACKER, TorchDistReader, resolve_iteration
 from megatron_btx.errors import CheckpointError
 
@@ -74,8 +75,10 @@ class Source:
         """The folder with Hugging Face's configuration and tokenizer files, where there is one."""
         if self.is_hugging_face:
             return self.folder
-        beside = self.root / HF_FOLDER
-        return beside if (beside / safetensors.CONFIG).is_file() else None
+        # Training that started from a result goes on in another folder, with the tokenizer where it was.
+        tokenizer = self.arguments.get("tokenizer_model")
+        places = [self.root / HF_FOLDER, *([Path(tokenizer)] if tokenizer else [])]
+        return next((place for place in places if (place / safetensors.CONFIG).is_file()), None)
 
     def _hold(self, unused: set[str]) -> None:
         where = f"{self.name} ({self.folder})"
@@ -161,8 +164,18 @@ class Source:
 
     def vocabulary_rows(self, name: str) -> int:
         """How many rows of an embedding or head belong to tokens; those after them are padding."""
+        return min(self.configured_rows(name), self.tokens or self.pieces[name].shape[0])
+
+    def configured_rows(self, name: str) -> int:
+        """As :meth:`vocabulary_rows`, by the configuration alone, which may count padding."""
         rows = self.pieces[name].shape[0]
         return min(rows, self.arguments.get("vocab_size") or rows)
+
+    @functools.cached_property
+    def tokens(self) -> int | None:
+        """Tokens of the vocabulary, from the tokenizer's files; None where they cannot be read."""
+        tokens = vocabulary({**self.arguments, "hf_folder": self.hf_folder})
+        return max(tokens.values()) + 1 if tokens else None
 
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")

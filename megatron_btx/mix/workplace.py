@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.errors import InputError
+from megatron_btx.errors import InputError, KeptError
 from megatron_btx.manifest import write_atomically
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -27,14 +28,16 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 class Workplace:
     """Where one result is made."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, overwrite: bool = False) -> None:
         self.target = target
+        self.overwrite = overwrite
         self.folder = target.parent / f".{target.name}.incomplete"
         self.result = self.folder / "result"
         self._journals = self.folder / "journal"
         self._old = target.parent / f".{target.name}.old"
         self._lock = threading.Lock()
         self._journal: int | None = None
+        self._held: int | None = None
         self._descriptors: dict[str, tuple[int, threading.Lock]] = {}
 
     def prepare(self, plan: Mapping[str, Any], files: Mapping[str, int]) -> None:
@@ -42,13 +45,15 @@ class Workplace:
 
         Raises:
             InputError: there is not room enough on the disk.
+            KeptError: another process is at work there.
         """
+        self._hold()
         text = json.dumps(plan, sort_keys=True)
         if not self.target.exists() and self._old.exists():
             os.rename(self._old, self.target)  # killed between the two renames of a system that cannot exchange
         same = (self.folder / "plan.json").is_file() and (self.folder / "plan.json").read_text() == text
         if not same:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._empty()
         self.result.mkdir(parents=True, exist_ok=True)
         self._journals.mkdir(exist_ok=True)
         there = {name: self.result / name for name in files}
@@ -56,8 +61,7 @@ class Workplace:
         needed = sum(files.values()) - held
         free = shutil.disk_usage(self.result).free
         if needed > free:
-            shutil.rmtree(self.folder)
-            raise InputError(
+            raise (KeptError if same else InputError)(
                 f"--output {self.target}: No space left on device: {needed / 2**20:.1f} MiB are needed there, "
                 f"{free / 2**20:.1f} MiB are free; choose another folder or make room"
             )
@@ -66,13 +70,39 @@ class Workplace:
             _reserve(there[name], size)
         write_atomically(self.folder / "plan.json", text)
 
+    def _hold(self) -> None:
+        """Take the folder for this process: two commands with one output would write into each other's files."""
+        while self._held is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise KeptError(
+                    f"--output {self.target}: another conversion is writing there; wait for it or end it, or choose "
+                    "another folder"
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+            if self.folder.exists() and os.path.samestat(os.fstat(descriptor), self.folder.stat()):
+                self._held = descriptor
+            else:  # the other one finished, and removed it, in between
+                os.close(descriptor)
+
+    def _empty(self) -> None:
+        """Remove what is in the folder, plan first: without it nothing is built upon what is left."""
+        (self.folder / "plan.json").unlink(missing_ok=True)
+        for entry in self.folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
     # --- data ---
 
     def write(self, file: str, position: int, content: memoryview | bytes) -> None:
         """Write bytes at a position of a data file."""
         with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = os.open(self.result / file, os.O_RDWR), threading.Lock()
+                self._descriptors[file] = os.open(self.result / file, os.O_WRONLY), threading.Lock()
             descriptor, lock = self._descriptors[file]
         view, done = memoryview(content), 0
         # The kernel lets one thread write a file at a time, and the others burn their core while they wait.
@@ -129,7 +159,18 @@ class Workplace:
     # --- the end ---
 
     def publish(self) -> None:
-        """Give the result its name; an old output of that name is exchanged for it and removed last."""
+        """Give the result its name; an old output of that name is exchanged for it and removed last.
+
+        Raises:
+            KeptError: an output of that name has appeared meanwhile.
+        """
+        if os.path.lexists(self.target) and not self.overwrite:
+            raise KeptError(
+                f"--output {self.target}: has appeared while the result was made, which is kept in {self.folder}; move "
+                "the other away and start again"
+            )
+        # After the exchange the folder holds the old output, and must not be taken for the beginning of a result.
+        (self.folder / "plan.json").unlink()
         for folder in {self.result, *(p for p in self.result.rglob("*") if p.is_dir())}:
             _sync_folder(folder)
         if not self.target.exists():
@@ -146,11 +187,20 @@ class Workplace:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the hidden folder, and what is left of an old output."""
+        """Remove the hidden folder, where it is this process's, and what is left of an old output."""
         self.close()
+        if self._held is None:
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.target.exists():
             shutil.rmtree(self._old, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
 
 def _exchange(left: Path, right: Path) -> bool:

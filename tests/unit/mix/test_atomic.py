@@ -161,6 +161,57 @@ def test_interrupted_by_the_keyboard(experts, tmp_path, capsys, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
+def test_two_commands_with_one_output(experts, tmp_path, capsys):
+    """The second is refused while the first is at work, and takes nothing away from it."""
+    first = Workplace(tmp_path / "out")
+    first.prepare({"of": "the first"}, {"data": 10})
+    first.write("data", 0, b"0123456789")
+    assert main([*expert_words(experts), "--output", str(tmp_path / "out")]) == 2
+    assert "another conversion is writing there" in capsys.readouterr().err
+    assert (first.result / "data").read_bytes() == b"0123456789"
+    first.discard()
+    mix(experts, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_an_output_that_appears_meanwhile(experts, tmp_path, capsys, monkeypatch):
+    """Without --overwrite nothing is replaced, whenever it came; what was made is kept for the same command."""
+    honest = Workplace.publish
+
+    def late(self):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").write_text("mine")
+        honest(self)
+
+    words = [*expert_words(experts), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(Workplace, "publish", late)
+    assert main(words) == 2
+    assert "has appeared" in capsys.readouterr().err and (tmp_path / "out" / "precious").read_text() == "mine"
+    monkeypatch.setattr(Workplace, "publish", honest)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert main(words) == 0
+    verify(experts, tmp_path / "out")
+
+
+def test_other_router_rows_under_the_same_name_start_over(experts, tmp_path, monkeypatch):
+    """What an interrupted run made of a file is not used for another file of that name."""
+    import numpy as np
+
+    words = [*expert_words(experts), "--output", str(tmp_path / "out"), "--router-init", str(tmp_path / "rows.npy")]
+    honest = Workplace.publish
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    np.save(tmp_path / "rows.npy", np.zeros((3, 32), np.float32))
+    monkeypatch.setattr(Workplace, "publish", interrupted)
+    assert main(words) == 130
+    np.save(tmp_path / "rows.npy", np.ones((3, 32), np.float32))
+    monkeypatch.setattr(Workplace, "publish", honest)
+    assert main(words) == 0
+    assert (tensors(tmp_path / "out")["decoder.layers.mlp.router.weight"] == 1).all()
+
+
 def test_what_an_interrupted_run_left_is_checked(experts, tmp_path, monkeypatch):
     """A block that was noted as written and is not what was noted is written again."""
     honest = Workplace.publish

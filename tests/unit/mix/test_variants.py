@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import pickle
 import re
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
 from megatron_btx.mix.cli import main
 from megatron_btx.mix.routers import RouterInit, router_rows, starting_route
 from tests import pico
@@ -153,8 +156,8 @@ def test_some_layers_only_in_megatron(dense, zygote, corpus, tmp_path):
         losses[name] = read_losses(metrics)[1]
     assert losses["mix"] == pytest.approx(losses["dense"], abs=1e-6)
     assert losses["ep2"] == pytest.approx(losses["dense"], abs=1e-6)
-    arguments = (equal / "megatron_args.txt").read_text().split()
-    assert arguments[arguments.index("--moe-layer-freq") + 1] in ("[0,1,1,0]", "'[0,1,1,0]'")
+    # As $(cat ...) gives it to a program: quotes would stay.
+    assert "--moe-layer-freq [0,1,1,0]\n" in (equal / "megatron_args.txt").read_text()
 
 
 # --- routers --------------------------------------------------------------------------------------------------
@@ -263,6 +266,30 @@ def test_a_union_of_vocabularies(dense, tmp_path, capsys):
         assert same_bits(result[96:], extended[96:])
     stored = byte_entry(out, COMMON)[0]["args"]
     assert (stored.vocab_size, stored.padded_vocab_size) == (160, 192)
+
+
+def test_a_taken_value_under_its_older_name(dense, tmp_path):
+    """Megatron called the norm epsilon otherwise once: taken all the same, never replaced by a default."""
+    older = rewrite(dense, tmp_path / "older", arguments={"norm_epsilon": 1e-6, "layernorm_epsilon": None})
+    arguments = TorchDistReader(resolve_iteration(older)).arguments()
+    del arguments["layernorm_epsilon"]
+    checkpoint = next((tmp_path / "older").glob("iter_*"))
+    torch.save({"args": argparse.Namespace(**arguments)}, checkpoint / "common.pt")
+    index = pickle.loads((checkpoint / ".metadata").read_bytes())
+    del index.state_dict_metadata[COMMON]
+    index.storage_data = {key: info for key, info in index.storage_data.items() if key.fqn != COMMON}
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(index))
+    out = mix({"new": dense, "old": older}, tmp_path / "mix", "--take", "layernorm_epsilon=old")
+    assert byte_entry(out, COMMON)[0]["args"].layernorm_epsilon == 1e-6
+    assert "--norm-epsilon 1e-06" in (out / "megatron_args.txt").read_text()
+
+
+def test_routing_settings_of_a_dense_runs_script_do_not_count(dense, tmp_path):
+    """They stand in its stored arguments, and would change the mixture."""
+    arguments = {"moe_expert_capacity_factor": 1.0, "moe_router_topk_scaling_factor": 2.5, "moe_router_num_groups": 2}
+    odd = rewrite(dense, tmp_path / "odd", arguments=arguments)
+    flags = (mix({"a": odd, "b": odd}, tmp_path / "mix") / "megatron_args.txt").read_text()
+    assert "capacity" not in flags and "scaling-factor" not in flags and "num-groups" not in flags
 
 
 # --- what the plan says ---------------------------------------------------------------------------------------
