@@ -66,7 +66,9 @@ def _commit(checkout: Path) -> str | None:
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        # Without optional locks: a kill of this program must not leave a locked index in somebody's checkout.
+        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     except FileNotFoundError:
         return None
     return answer.stdout.strip() or None

@@ -169,13 +169,11 @@ class Workplace:
                 f"--output {self.target}: has appeared while the result was made, which is kept in {self.folder}; move "
                 "the other away and start again"
             )
-        # After the exchange the folder holds the old output, and must not be taken for the beginning of a result.
-        (self.folder / "plan.json").unlink()
         for folder in {self.result, *(p for p in self.result.rglob("*") if p.is_dir())}:
             _sync_folder(folder)
         if not self.target.exists():
             os.rename(self.result, self.target)
-        elif not _exchange(self.result, self.target):
+        elif not self._exchanged():
             shutil.rmtree(self._old, ignore_errors=True)
             os.rename(self.target, self._old)
             try:
@@ -185,6 +183,11 @@ class Workplace:
                 raise
         _sync_folder(self.target.parent)
         self.discard()
+
+    def _exchanged(self) -> bool:
+        """Exchange the result and the old output, which is then in the folder and must not be taken for a beginning."""
+        (self.folder / "plan.json").unlink()
+        return _exchange(self.result, self.target)
 
     def discard(self) -> None:
         """Remove the hidden folder, where it is this process's, and what is left of an old output."""
