@@ -214,7 +214,7 @@ class Execution:
                 try:
                     for future in concurrent.futures.as_completed(futures):
                         future.result()
-                except BaseException:
+                except BaseException:  # Ctrl-C too: the threads must end before the pool can be left
                     self._stop.set()
                     raise
         finally:
