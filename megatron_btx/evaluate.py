@@ -38,8 +38,8 @@ def main() -> int:
     from megatron_btx.pretrain import parse_arguments
 
     args = parse_arguments()
-    models = _pairs(args.btx_eval_model, "--btx-eval-model")
-    data = _pairs(args.btx_eval_data, "--btx-eval-data")
+    models = named_paths(args.btx_eval_model, "--btx-eval-model")
+    data = named_paths(args.btx_eval_data, "--btx-eval-data")
     if args.btx_eval_output is None:
         raise InputError("--btx-eval-output is missing; name the file for the results")
     stored = [compare_with_stored(path, vars(args)) for path in models.values()]
@@ -61,7 +61,8 @@ def main() -> int:
     return 0
 
 
-def _pairs(texts: list[str], flag: str) -> dict[str, str]:
+def named_paths(texts: list[str], flag: str) -> dict[str, str]:
+    """NAME=PATH words as a mapping. Raises InputError for another form, a name given twice, or none."""
     if not texts:
         raise InputError(f"{flag} is missing; give at least one NAME=PATH")
     pairs = {}
@@ -71,6 +72,9 @@ def _pairs(texts: list[str], flag: str) -> dict[str, str]:
             raise InputError(f"{flag} {text}: expected NAME=PATH, every name once")
         pairs[name] = path
     return pairs
+
+
+_pairs = named_paths
 
 
 def _say(text: str) -> None:
@@ -149,8 +153,13 @@ def count_parameters(source: Source) -> tuple[int, int]:
     return total, total - in_experts + in_experts * source.arguments["moe_router_topk"] // source.sizes.experts
 
 
-def evaluate_domain(model: list[Any], domain: str, prefix: str) -> tuple[float, int, list[list[float]] | None]:
+def evaluate_domain(
+    model: list[Any], domain: str, prefix: str, tokens: int | None = None
+) -> tuple[float, int, list[list[float]] | None]:
     """Mean loss in nats per token over the first tokens of a dataset.
+
+    Args:
+        tokens: how many at most; by default --btx-eval-tokens.
 
     Returns:
         loss; tokens; for mixtures the share of tokens per layer and expert, all choices counted, else None.
@@ -163,7 +172,7 @@ def evaluate_domain(model: list[Any], domain: str, prefix: str) -> tuple[float, 
     from megatron_btx.pretrain import forward_step
 
     args = get_args()
-    batches = _batches(domain, prefix)
+    batches = _batches(domain, prefix, tokens)
     counts_LE = torch.zeros(args.num_layers, args.num_experts or 1, dtype=torch.float64, device="cuda")
     hooks = _count_routing(model, counts_LE)
     with torch.no_grad():
@@ -190,7 +199,7 @@ def evaluate_domain(model: list[Any], domain: str, prefix: str) -> tuple[float, 
     return (sums[0] / sums[1]).item(), int(sums[1].item()), shares_LE
 
 
-def _batches(domain: str, prefix: str) -> list[dict[str, Any]]:
+def _batches(domain: str, prefix: str, tokens: int | None = None) -> list[dict[str, Any]]:
     """This data-parallel rank's micro-batches: consecutive sequences from the start of the dataset."""
     import numpy as np
     import torch
@@ -201,7 +210,7 @@ def _batches(domain: str, prefix: str) -> list[dict[str, Any]]:
     args = get_args()
     length, micro, ranks = args.seq_length, args.micro_batch_size, mpu.get_data_parallel_world_size()
     dataset = IndexedDataset(prefix)
-    wanted = args.btx_eval_tokens + 1
+    wanted = (args.btx_eval_tokens if tokens is None else tokens) + 1
     parts, have = [], 0
     for document in range(len(dataset)):
         parts.append(dataset[document])
@@ -214,7 +223,7 @@ def _batches(domain: str, prefix: str) -> list[dict[str, Any]]:
     steps -= steps % mpu.get_pipeline_model_parallel_world_size()
     if steps == 0:
         raise InputError(
-            f"{domain}: {prefix} has {len(text)} tokens within --btx-eval-tokens {args.btx_eval_tokens}, fewer than "
+            f"{domain}: {prefix} has {len(text)} of the {wanted - 1} tokens asked for, fewer than "
             f"one batch of {micro * ranks} sequences of {length}; evaluate more tokens or use a smaller batch"
         )
     order = np.arange(steps * micro * ranks).reshape(steps, ranks, micro)[:, mpu.get_data_parallel_rank()]

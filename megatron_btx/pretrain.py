@@ -12,12 +12,16 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
-from typing import Any
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.torch_dist import TRACKER
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import CheckpointError, InputError, exits_with_one_line
+
+if TYPE_CHECKING:
+    from megatron_btx.model.sampling import Step
 
 prepare_environment()
 
@@ -31,12 +35,19 @@ def main() -> int:
     from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_btx.data.training import train_valid_test_datasets
+    from megatron_btx.model.sampling import Step
 
-    configuration = prepare()
+    step = Step()
+    configuration = prepare(step)
     if is_finished(get_args()):
         return 0
     try:
-        pretrain(configuration, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
+        pretrain(
+            configuration,
+            train_valid_test_datasets,
+            ModelType.encoder_or_decoder,
+            functools.partial(forward_step, step=step),
+        )
     except CheckpointException as failure:
         raise _checkpointing_failed(get_args(), failure) from failure
     return 0
@@ -66,8 +77,11 @@ def _checkpointing_failed(args: Any, failure: BaseException) -> CheckpointError:
     )
 
 
-def prepare() -> Any:
+def prepare(step: Step) -> Any:
     """Parse the command line, check it against the checkpoint it starts from, and describe the run to Megatron.
+
+    Args:
+        step: where training stands, for the routers that are built here and the forward step that tells them.
 
     Returns:
         Megatron's configuration container for ``pretrain``.
@@ -77,9 +91,11 @@ def prepare() -> Any:
     """
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_btx import metrics, repairs
+    from megatron_btx import metrics, repairs, validation
     from megatron_btx.checkpoint.arguments import check_against_checkpoint
     from megatron_btx.data.training import check_data_files
+    from megatron_btx.model.groups import freeze, frozen_groups, install_lr_multipliers, lr_multipliers
+    from megatron_btx.routing import telemetry
 
     args = parse_arguments()
     if not args.train_iters and not args.train_samples and not args.skip_train:
@@ -93,23 +109,38 @@ def prepare() -> Any:
         )
     check_against_checkpoint(args)
     check_data_files(args)
+    validation.check(args)
     repairs.install()
     metrics.install(args)
-    return pretrain_cfg_container_from_args(args, model_config(args))
+    validation.install(args)
+    install_lr_multipliers(lr_multipliers(args.btx_lr_multiplier, args), args)
+    model = model_config(args, step)
+    if frozen := frozen_groups(args.btx_freeze, args):
+        model.pre_wrap_hooks.append(freeze(frozen, args))
+    if args.num_experts:
+        model.pre_wrap_hooks.append(telemetry.install(args))
+    return pretrain_cfg_container_from_args(args, model)
 
 
-def parse_arguments() -> Any:
+def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = None) -> Any:
     """Megatron's arguments and ours, parsed and validated by Megatron.
+
+    Args:
+        extra: adds the arguments of another program than this one.
 
     Raises:
         InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on.
     """
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_btx.arguments import add_btx_arguments, check_layout
+    from megatron_btx.arguments import add_btx_arguments, check_finetuning, check_layout
+
+    def add(parser: ArgumentParser) -> ArgumentParser:
+        parser = add_btx_arguments(parser)
+        return extra(parser) if extra else parser
 
     try:
-        args = parse_and_validate_args(add_btx_arguments)
+        args = parse_and_validate_args(add)
     except AssertionError as refusal:
         raise InputError(f"Megatron refuses these arguments: {_assertion_text(refusal)}") from refusal
     except (RuntimeError, ValueError, OSError) as failure:
@@ -118,6 +149,7 @@ def parse_arguments() -> Any:
             raise
         raise InputError(f"the tokenizer cannot be read: {failure}; check --tokenizer-model and its type") from failure
     check_layout(args)
+    check_finetuning(args)
     for name in ("tokenizer_model", "vocab_file", "merge_file"):
         file = getattr(args, name)
         if file and os.path.exists(file):
@@ -134,27 +166,53 @@ def _assertion_text(refusal: AssertionError) -> str:
     )
 
 
-def model_config(args: Any) -> Any:
-    """The model as Megatron's GPTModelConfig, with our layers where Megatron's local ones were asked for."""
+def model_config(args: Any, step: Step | None = None) -> Any:
+    """The model as Megatron's GPTModelConfig, with our layers and routers where they were asked for."""
     from megatron.training.argument_utils import gpt_config_from_args
 
-    from megatron_btx.model.layers import torch_native_layer_spec
+    from megatron_btx.model.layers import layer_specs, torch_native_layer_spec
+    from megatron_btx.model.routers import settings_from
+    from megatron_btx.model.sampling import Step
 
     model = gpt_config_from_args(args)
     # Megatron 0.19 parses this flag and does not pass it on.
     model.rope_scaling_factor = args.rope_scaling_factor
     if args.transformer_impl == "local" and args.spec is None:
         model.transformer_layer_spec = torch_native_layer_spec
+    settings = settings_from(args)
+    if settings is not None:
+        if args.spec is not None:
+            raise InputError("--spec together with routers of --btx-...: they are built into Megatron's own layers")
+        model.transformer_layer_spec = layer_specs(settings, step or Step())
     return model
 
 
-def forward_step(data_iterator: Iterator[Any], model: Any) -> tuple[Any, Any]:
-    """One micro-batch through this stage: the per-token losses on the last one, and how to reduce them."""
+def forward_step(data_iterator: Iterator[Any], model: Any, step: Step | None = None) -> tuple[Any, Any]:
+    """One micro-batch through this stage: the per-token losses on the last one, and how to reduce them.
+
+    Args:
+        step: in training, is told which micro-batch this is.
+    """
+    from megatron.core import mpu
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_args
 
     from megatron_btx.data.training import get_batch
 
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    chunk = get_attr_wrapped_model(model, "vp_stage")
+    if step is not None and model.training:
+        args = get_args()
+        step.begin_microbatch(
+            args.curr_iteration,
+            args.consumed_train_samples,
+            get_num_microbatches(),
+            args.micro_batch_size,
+            mpu.get_data_parallel_world_size(),
+            mpu.get_data_parallel_rank(),
+            chunk or 0,
+        )
+    batch = get_batch(data_iterator, chunk)
     output = model(
         batch["tokens"],
         batch["position_ids"],

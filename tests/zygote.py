@@ -126,9 +126,10 @@ def main() -> None:
     import megatron.training.training  # noqa: F401
     import torch  # noqa: F401
 
-    from megatron_btx import evaluate, metrics, pretrain, repairs  # noqa: F401
+    from megatron_btx import evaluate, metrics, pretrain, repairs, validation  # noqa: F401
     from megatron_btx.data import training  # noqa: F401
     from megatron_btx.model import layers  # noqa: F401
+    from megatron_btx.routing import telemetry  # noqa: F401
 
     fork = sys.argv[1:] != ["gpu"] or forked_child_can_use_gpu()
     print(json.dumps({"ready": "fork" if fork else "spawn"}), flush=True)

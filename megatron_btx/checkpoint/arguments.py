@@ -111,9 +111,16 @@ MODEL_ARGUMENTS = (
     ModelArgument("moe_shared_expert_intermediate_size", "--moe-shared-expert-intermediate-size", None, moe=True),
     ModelArgument("moe_expert_capacity_factor", "--moe-expert-capacity-factor", None, moe=True),
     ModelArgument("moe_token_drop_policy", "--moe-token-drop-policy", "probs", moe=True),
+    ModelArgument("btx_sample_top1", "--btx-sample-top1", False, _ON, moe=True),
     ModelArgument("moe_apply_probs_on_input", "--moe-apply-probs-on-input", False, _ON, moe=True),
 )
 """What must be equal for the weights to mean the same function."""
+
+ROUTING_ARGUMENTS = frozenset(
+    "moe_router_topk moe_router_pre_softmax moe_router_dtype moe_expert_capacity_factor moe_token_drop_policy "
+    "btx_sample_top1".split()
+)
+"""What a mixture that was never trained leaves open: its routers know nothing of how they will be used."""
 
 NUMERICS_ARGUMENTS = (
     ModelArgument("transformer_impl", "--transformer-impl", "transformer_engine"),
@@ -188,6 +195,8 @@ def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[Mod
     """
     stored = TorchDistReader(resolve_iteration(path)).arguments()
     allowed = set(given["btx_allow_change"])
+    if stored.get("btx_untrained_routers"):
+        allowed |= ROUTING_ARGUMENTS
     wrong = [d for d in differences(stored, given, table) if d[0].name not in allowed]
     if wrong:
         listed = "; ".join(f"{a.flag}: stored {a_stored!r}, given {a_given!r}" for a, a_stored, a_given in wrong)

@@ -37,6 +37,8 @@ def mixture_arguments(
         | routing
         | {
             "btx_experts": list(names),
+            # Lasts until the first training run, whose own arguments take the place of these.
+            "btx_untrained_routers": True,
             "num_experts": len(names),
             "moe_layer_freq": frequency,
             "moe_ffn_hidden_size": ffn,

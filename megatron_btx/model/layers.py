@@ -23,6 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_btx.errors import InputError
+from megatron_btx.model.routers import RouterSettings, with_routers
+from megatron_btx.model.sampling import Step
 
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
@@ -48,6 +50,30 @@ def torch_native_layer_spec(config: GPTModelConfig, vp_stage: int | None = None)
     return TransformerBlockSubmodules(
         layer_specs=[_with_torch_parts(spec, transformer) for spec in block.layer_specs], layer_norm=TorchNorm
     )
+
+
+def layer_specs(settings: RouterSettings, step: Step) -> Any:
+    """As :func:`torch_native_layer_spec`, or Transformer Engine's layers where they were asked for, with our routers.
+
+    Returns:
+        a function for ``GPTModelConfig.transformer_layer_spec``.
+    """
+
+    def with_our_routers(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+        transformer = config.transformer
+        if transformer.transformer_impl == "local":
+            block = torch_native_layer_spec(config, vp_stage)
+        else:
+            block = get_gpt_decoder_block_spec(
+                transformer,
+                use_transformer_engine=True,
+                normalization=transformer.normalization,
+                qk_l2_norm=transformer.qk_l2_norm,
+                vp_stage=vp_stage,
+            )
+        return with_routers(block, transformer, settings, step, vp_stage)
+
+    return with_our_routers
 
 
 def refuse_what_needs_transformer_engine(config: TransformerConfig) -> None:

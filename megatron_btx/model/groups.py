@@ -1,0 +1,196 @@
+"""Groups of parameters, by what they do: the words of ``--btx-freeze`` and ``--btx-lr-multiplier``.
+
+A group is told by the parameter's name alone, in Megatron's local layers and in Transformer Engine's, which keep a norm
+inside the linear layer after it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from megatron_btx.errors import BTXError, InputError, MegatronVersionError
+
+if TYPE_CHECKING:
+    import torch
+
+GROUPS: dict[str, str] = {
+    "experts": "the feed-forward blocks of the experts",
+    "router": "the routers, with their biases",
+    "attention": "the projections of attention",
+    "mlp": "feed-forward blocks that are no experts: dense layers, shared experts",
+    "norms": "every norm",
+    "embeddings": "token and learned position embeddings; the output head too where it is tied to them",
+    "head": "the output layer, where it is not tied to the embeddings",
+}
+ALL_BUT = "all-but:"
+
+
+def group_of(name: str, tied: bool) -> str:
+    """The group of the parameter called ``name`` in ``GPTModel.named_parameters()``; prefixes of wrappers may precede.
+
+    Args:
+        tied: whether the output layer shares the embedding's matrix.
+
+    Raises:
+        BTXError: the name belongs to none, as those of multi-token prediction.
+    """
+    parts = name.split(".")
+    if any("norm" in part for part in parts):  # linear_qkv.layer_norm_weight, q_layernorm.weight, final_layernorm.bias
+        return "norms"
+    for part, group in (
+        ("router", "router"),
+        ("shared_experts", "mlp"),
+        ("experts", "experts"),
+        ("self_attention", "attention"),
+        ("mlp", "mlp"),
+        ("embedding", "embeddings"),
+        ("output_layer", "embeddings" if tied else "head"),
+    ):
+        if part in parts and "mtp" not in parts:
+            return group
+    raise BTXError(f"parameter {name}: belongs to none of the groups {', '.join(GROUPS)}; freeze none of this model")
+
+
+def groups_of_model(args: Any) -> list[str]:
+    """The groups that the model of Megatron's arguments has, whatever part of it this rank holds."""
+    frequency = args.moe_layer_freq if args.num_experts else [0] * args.num_layers
+    is_moe = moe_layers(frequency, args.num_layers)
+    present = {
+        "experts": any(is_moe),
+        "router": any(is_moe),
+        "mlp": not all(is_moe) or bool(args.moe_shared_expert_intermediate_size),
+        "head": bool(args.untie_embeddings_and_output_weights),
+    }
+    return [group for group in GROUPS if present.get(group, True)]
+
+
+def moe_layers(frequency: int | list[int], num_layers: int) -> list[bool]:
+    """Which layers are mixtures, from Megatron's ``--moe-layer-freq``: every how many layers, or one entry a layer."""
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(num_layers)]
+    return [bool(entry) for entry in frequency]
+
+
+def frozen_groups(words: Iterable[str], args: Any) -> list[str]:
+    """The groups that ``--btx-freeze`` names.
+
+    Raises:
+        InputError: an unknown group, one this model does not have, or everything frozen.
+    """
+    present = groups_of_model(args)
+    frozen: set[str] = set()
+    for word in words:
+        for kept in word.removeprefix(ALL_BUT).split(","):
+            _check_group(kept, f"--btx-freeze {word}", present)
+        named = set(word.removeprefix(ALL_BUT).split(","))
+        frozen |= set(present) - named if word.startswith(ALL_BUT) else named
+    if frozen and frozen == set(present):
+        raise InputError(
+            f"--btx-freeze {' '.join(words)}: freezes everything this model has ({', '.join(present)}); leave one out, "
+            f"as {ALL_BUT}router does"
+        )
+    return [group for group in GROUPS if group in frozen]
+
+
+def lr_multipliers(words: Iterable[str], args: Any) -> dict[str, float]:
+    """What ``--btx-lr-multiplier GROUP=X ...`` says.
+
+    Raises:
+        InputError: the form, the group, a factor that is not above zero, or a group that is frozen or decoupled.
+    """
+    present, frozen = groups_of_model(args), frozen_groups(args.btx_freeze, args)
+    factors: dict[str, float] = {}
+    for word in words:
+        group, separator, text = word.partition("=")
+        where = f"--btx-lr-multiplier {word}"
+        try:
+            factor = float(text)
+        except ValueError:
+            factor = math.nan
+        if not separator or not 0 < factor < math.inf:
+            raise InputError(f"{where}: expected GROUP=X with X above zero, as router=10 (to train not at all: freeze)")
+        _check_group(group, where, present)
+        if group in factors:
+            raise InputError(f"{where}: the group has {factors[group]:g} already; give every group once")
+        if group in frozen:
+            raise InputError(f"{where}: the group is frozen by --btx-freeze and has no learning rate; drop one of them")
+        if args.decoupled_lr is not None and group in ("embeddings", "head"):
+            raise InputError(f"{where}: --decoupled-lr sets this group's learning rate; give one of the two")
+        factors[group] = factor
+    return factors
+
+
+def _check_group(group: str, where: str, present: list[str]) -> None:
+    if group not in present:
+        why = "this model has none" if group in GROUPS else "there is no such group"
+        raise InputError(f"{where}: {group!r}: {why}; this model has {', '.join(present)}")
+
+
+def freeze(frozen: list[str], args: Any) -> Callable[[list[Any]], list[Any]]:
+    """A hook for ``GPTModelConfig.pre_wrap_hooks``: freezes groups before gradients and optimizer state are laid out.
+
+    A frozen parameter gets no gradient buffer, no optimizer state and no weight decay. Megatron updates the biases of
+    ``--moe-router-enable-expert-bias`` outside the optimizer; they stand still where the router does.
+    """
+    tied = not args.untie_embeddings_and_output_weights
+
+    def hook(model: list[Any]) -> list[Any]:
+        for chunk in model:
+            for name, parameter in chunk.named_parameters():
+                if group_of(name, tied) in frozen:
+                    parameter.requires_grad_(False)
+            if "router" in frozen:
+                for module in chunk.modules():
+                    if hasattr(module, "frozen_expert_bias"):
+                        module.frozen_expert_bias = True
+            # Recomputation is a reentrant autograd function: with no input that requires a gradient it is cut off, and
+            # with it every parameter inside. The first layer's input requires one only if the embeddings do.
+            embedding = getattr(chunk, "embedding", None)
+            if args.recompute_granularity and "embeddings" in frozen and embedding is not None:
+                embedding.register_forward_hook(_require_gradient)
+        return model
+
+    return hook
+
+
+def _require_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
+
+
+def install_lr_multipliers(factors: Mapping[str, float], args: Any) -> None:
+    """Give groups their own peak and least learning rate, as Megatron does for its decoupled one.
+
+    ``pretrain`` takes no overrides, so the function that makes them is wrapped. (Its scheduler ignores ``lr_mult``.)
+
+    Raises:
+        MegatronVersionError: the installed Megatron makes its overrides elsewhere.
+    """
+    if not factors:
+        return
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+    from megatron.training import training
+
+    if not hasattr(training, "get_megatron_optimizer_config"):
+        raise MegatronVersionError("megatron.training.training.get_megatron_optimizer_config is not where 0.19 has it")
+    original = training.get_megatron_optimizer_config
+    tied = not args.untie_embeddings_and_output_weights
+
+    @functools.wraps(original)
+    def with_multipliers(args: Any) -> Any:
+        config, overrides = original(args)
+        overrides = dict(overrides or {})
+        for group, factor in factors.items():
+
+            def belongs(_parameter: Any, name: str, group: str = group) -> bool:
+                return group_of(name, tied) == group
+
+            key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"btx_{group}", fn=belongs))
+            overrides[key] = {"max_lr": factor * config.lr, "min_lr": factor * (config.min_lr or 0.0)}
+        return config, overrides
+
+    training.get_megatron_optimizer_config = with_multipliers

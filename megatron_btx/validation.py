@@ -1,0 +1,191 @@
+"""Watching a run by domain: its loss on each domain's validation text, and whether a mixture starts sound.
+
+Megatron's own validation knows one number, or several sets under conditions that pipelines break; this is its forward
+pass over the same fixed text of every domain each time, with the function that ``megatron_btx.evaluate`` uses.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import InputError, MegatronVersionError
+
+TAG = "lm loss validation"
+MARGIN_NATS = 0.1
+"""By how much a mixture may start above the worst expert: averaged shared weights cost something before training."""
+
+
+def check(args: Any) -> None:
+    """Refuse what cannot be measured, before any process group exists.
+
+    Raises:
+        InputError: a dataset that is not there, or a bound that is neither a number nor an evaluation.
+    """
+    from megatron_btx.data.training import check_indexed_dataset
+
+    for domain, prefix in domains(args).items():
+        check_indexed_dataset(prefix, f"--btx-valid-data {domain}=")
+    _bounds(args)
+
+
+def domains(args: Any) -> dict[str, str]:
+    """Domain -> prefix, as ``--btx-valid-data`` gives them."""
+    from megatron_btx.evaluate import named_paths
+
+    return named_paths(args.btx_valid_data, "--btx-valid-data") if args.btx_valid_data else {}
+
+
+def install(args: Any) -> None:
+    """Make Megatron's training step followed by what is to be watched.
+
+    Raises:
+        MegatronVersionError: the installed Megatron's training step is of another form.
+    """
+    from megatron.training import training
+
+    starts = starts_from_a_mix(args)
+    if not args.btx_valid_data and not starts:
+        return
+    for name in (
+        "train_step",
+        "should_disable_forward_pre_hook",
+        "disable_forward_pre_hook",
+        "enable_forward_pre_hook",
+    ):
+        if not hasattr(training, name):
+            raise MegatronVersionError(f"megatron.training.training.{name} does not exist: written for 0.19")
+    original = training.train_step
+    per_domain, number = domains(args), _bounds(args)
+
+    @functools.wraps(original)
+    def train_step(forward: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
+        iteration = named["iteration"]
+        if starts and iteration == 0 and isinstance(number, dict):
+            _check_domains(_losses(model, optimizer, per_domain, args), number)
+        result = original(forward, data, model, optimizer, *rest, **named)
+        if starts and iteration == 0:
+            _check_first_step(result[0], number)
+        done = iteration + 1
+        if per_domain and (done == args.train_iters or done % args.eval_interval == 0):
+            _log(_losses(model, optimizer, per_domain, args), done)
+        return result
+
+    training.train_step = train_step
+
+
+def starts_from_a_mix(args: Any) -> bool:
+    """Whether this run may take the first step of a mixture that it did not train."""
+    return bool(args.num_experts and not args.skip_train and (args.pretrained_checkpoint or args.finetune))
+
+
+def _bounds(args: Any) -> float | dict[str, tuple[float, str]]:
+    """The largest sound loss in nats: of the first step, or of every domain with the expert that sets it."""
+    given = args.btx_first_loss_bound
+    if given is None:
+        return math.log(args.padded_vocab_size)
+    where = f"--btx-first-loss-bound {given}"
+    try:
+        number = float(given)
+    except ValueError:
+        return _worst_experts(where, Path(given), list(domains(args)))
+    if not 0 < number < math.inf:
+        raise InputError(f"{where}: expected a loss above 0 in nats per token, or a file of megatron_btx.evaluate")
+    return number
+
+
+def _worst_experts(where: str, file: Path, names: list[str]) -> dict[str, tuple[float, str]]:
+    try:
+        models = json.loads(file.read_text())["models"]
+        losses = {domain: {m: float(r["losses"][domain]) for m, r in models.items()} for domain in names}
+    except FileNotFoundError:
+        raise InputError(f"{where}: there is no such file; give a number of nats, or evaluate the experts") from None
+    except KeyError as missing:
+        raise InputError(
+            f"{where}: has no {missing}; evaluate the experts with megatron_btx.evaluate on every domain of "
+            f"--btx-valid-data ({', '.join(names)})"
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{where}: is no result of megatron_btx.evaluate ({error}); make it again") from error
+    if not names:
+        raise InputError(f"{where}: bounds the loss on every domain; name them with --btx-valid-data DOMAIN=PREFIX")
+    return {domain: max((loss, model) for model, loss in of.items()) for domain, of in losses.items()}
+
+
+def _losses(model: list[Any], optimizer: Any, per_domain: dict[str, str], args: Any) -> dict[str, float]:
+    """The mean loss on every domain, in nats per token, equal on all ranks."""
+    from megatron.training import get_timers, training
+
+    from megatron_btx.evaluate import evaluate_domain
+
+    timer = get_timers()("interval-time")
+    timer.stop()
+    # With overlapped parameter gathering a forward pass in training waits for parameters; here they must be complete.
+    hooked = training.should_disable_forward_pre_hook(args) and bool(model[0].remove_forward_pre_hook_handles)
+    if hooked:
+        training.disable_forward_pre_hook(model, optimizer=optimizer)
+    for chunk in model:
+        chunk.eval()
+    losses = {name: evaluate_domain(model, name, at, args.btx_valid_tokens)[0] for name, at in per_domain.items()}
+    for chunk in model:
+        chunk.train()
+    if hooked:
+        training.enable_forward_pre_hook(model)
+    timer.start()
+    return losses
+
+
+def _log(losses: dict[str, float], iteration: int) -> None:
+    """Send the losses where Megatron's scalars go; the rank that logs says them too."""
+    import torch
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    logged = {f"{TAG} {domain}": loss for domain, loss in losses.items()}
+    logged[f"{TAG} mean"] = sum(losses.values()) / len(losses)
+    if (writer := get_tensorboard_writer()) is not None:
+        for name, value in logged.items():
+            writer.add_scalar(name, value, iteration)
+    if (wandb := get_wandb_writer()) is not None:
+        wandb.log(logged, iteration)
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        print(f" validation after step {iteration} | " + _listed(losses), flush=True)
+
+
+def _listed(losses: dict[str, float]) -> str:
+    return ", ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
+
+
+def _check_domains(losses: dict[str, float], worst: dict[str, tuple[float, str]]) -> None:
+    """Refuse to train a mixture that starts worse than its worst expert."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(" the mix before its first step | " + _listed(losses), flush=True)
+    for domain, (loss, expert) in worst.items():
+        if not losses[domain] <= loss + MARGIN_NATS:
+            raise InputError(
+                f"the mix starts with a loss of {losses[domain]:.4f} on {domain}, above that of its worst expert there "
+                f"({expert}: {loss:.4f}) by more than {MARGIN_NATS}: it is broken; check it with "
+                "tools/convert_experts.py --verify, its flags and its tokenizer"
+            )
+
+
+def _check_first_step(loss_dict: dict[str, Any], bound: float | dict[str, tuple[float, str]]) -> None:
+    """Stop after a first step whose loss no sound mix has."""
+    import torch
+
+    found = torch.tensor(-math.inf, device="cuda")
+    if "lm loss" in loss_dict:  # on the last pipeline stage alone
+        found = loss_dict["lm loss"].detach().float().reshape(()).to(found.device)
+    torch.distributed.all_reduce(found.nan_to_num_(nan=math.inf), op=torch.distributed.ReduceOp.MAX)
+    limit = bound if isinstance(bound, float) else max(loss for loss, _ in bound.values()) + MARGIN_NATS
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f" first step | loss {found.item():.4f}, sound up to {limit:.4f}", flush=True)
+    if not found.item() <= limit:
+        raise InputError(
+            f"the first step's loss is {found.item():.4f} nats per token, above {limit:.4f} (--btx-first-loss-bound): "
+            "the mix is broken, or its data are of another vocabulary; nothing was saved. Check it with "
+            "tools/convert_experts.py --verify"
+        )

@@ -1,0 +1,101 @@
+"""Every routing method trains one curve under every layout, with recomputation, and through a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import pico
+from tests.distributed.test_layouts import LAYOUTS, TP
+from tests.mixing import mix, rewrite
+from tests.runner import Zygote, read_losses, read_metrics
+
+TOLERANCE = 1e-5
+"""Six steps of fp32 training whose sums are taken in other orders."""
+
+METHODS = {
+    "soft": "--moe-router-topk 4",
+    "pre-softmax": "--moe-router-topk 2 --moe-router-pre-softmax",
+    "sample": "--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1 --btx-sample-decay 0.1",
+    "paper": "--moe-router-topk 2 --btx-load-balancing paper --moe-aux-loss-coeff 0.5",
+    "paper-global": "--moe-router-topk 2 --btx-load-balancing paper --moe-aux-loss-coeff 0.5 "
+    "--moe-router-load-balancing-type global_aux_loss",
+    "sample-paper": "--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1 --btx-load-balancing paper "
+    "--moe-aux-loss-coeff 0.5",
+}
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+MORE = {
+    "recompute": (1, RECOMPUTE),
+    "recompute-pp2": (2, f"--pipeline-model-parallel-size 2 {RECOMPUTE}"),
+    "recompute-pp2-vpp2": (
+        2,
+        f"--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 {RECOMPUTE}",
+    ),
+    "recompute-moe-dp2": (2, "--recompute-granularity selective --recompute-modules moe"),
+    "tp2-etp2": (2, "--tensor-model-parallel-size 2 --sequence-parallel --moe-token-dispatcher-type allgather"),
+    "dp2-distributed": (2, "--use-distributed-optimizer"),
+}
+ALL = {**LAYOUTS, **MORE}
+
+
+@pytest.fixture(scope="module")
+def mixture(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four different experts."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("mixture")
+
+    def perturbed(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return lambda key, tensor: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
+
+    experts = {"a": dense / "iter_0000005", "b": dense}
+    experts |= {name: rewrite(dense, folder / name, perturbed(seed)) for seed, name in enumerate("cd")}
+    return mix(experts, folder / "mix")
+
+
+@pytest.fixture(scope="module")
+def train(mixture: Path, zygote: Zygote, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Six steps of a method under a layout: the metrics."""
+    known = {}
+
+    def metrics(method: str, layout: str) -> dict[int, dict[str, float]]:
+        key = (method, layout)
+        if key not in known:
+            folder = tmp_path_factory.mktemp(f"{method}-{layout}")
+            world_size, flags = ALL[layout]
+            # One data-parallel rank takes the step's four sequences in two micro-batches, two ranks in one each: the
+            # balancing loss of a micro-batch depends on which tokens it holds.
+            data_parallel = 1 if "tensor" in flags or "pipeline" in flags or world_size == 1 else world_size
+            micro = max(1, 2 // data_parallel) if "paper-global" == method else 1
+            arguments = pico.train(corpus, 6, folder / "metrics.jsonl", moe=True) + METHODS[method].split()
+            arguments += flags.split() + ["--pretrained-checkpoint", str(mixture), "--micro-batch-size", str(micro)]
+            zygote.run(world_size, arguments, folder / "log")
+            known[key] = read_metrics(folder / "metrics.jsonl")
+        return known[key]
+
+    return metrics
+
+
+CASES = [
+    *((method, layout) for method in ("sample", "paper-global") for layout in ALL if layout not in ("1", "ep4")),
+    *(("paper", layout) for layout in ("dp2", "tp2", "pp2-ep2", "recompute-pp2")),
+    *(
+        (method, layout)
+        for method in ("soft", "pre-softmax", "sample-paper")
+        for layout in ("tp2-ep2", "recompute-pp2")
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "layout"), CASES)
+def test_same_curve(method, layout, train):
+    """Every layout gives the single rank's losses, balancing losses and loads."""
+    reference, found = train(method, "1"), train(method, layout)
+    assert len(reference) == 6
+    names = [n for n in reference[1] if n.startswith("moe/") or n in ("lm loss", "grad-norm") or "balancing" in n]
+    assert sum(n.startswith("moe/load") for n in names) == 16
+    for step in reference:
+        for name in names:
+            assert found[step][name] == pytest.approx(reference[step][name], abs=TOLERANCE), (step, name)
