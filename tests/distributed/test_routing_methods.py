@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests import pico
-from tests.distributed.test_layouts import LAYOUTS, TP
+from tests.distributed.test_layouts import LAYOUTS
 from tests.mixing import mix, rewrite
-from tests.runner import Zygote, read_losses, read_metrics
+from tests.runner import Zygote, read_metrics
 
 TOLERANCE = 1e-5
 """Six steps of fp32 training whose sums are taken in other orders."""
@@ -65,10 +65,12 @@ def train(mixture: Path, zygote: Zygote, corpus: Path, tmp_path_factory: pytest.
         if key not in known:
             folder = tmp_path_factory.mktemp(f"{method}-{layout}")
             world_size, flags = ALL[layout]
-            # One data-parallel rank takes the step's four sequences in two micro-batches, two ranks in one each: the
-            # balancing loss of a micro-batch depends on which tokens it holds.
-            data_parallel = 1 if "tensor" in flags or "pipeline" in flags or world_size == 1 else world_size
-            micro = max(1, 2 // data_parallel) if "paper-global" == method else 1
+            # The balancing loss of a micro-batch depends on which tokens it holds: over the global batch, layouts are
+            # compared at equal micro-batches of all data-parallel ranks together.
+            data_parallel = world_size // 2 ** sum(
+                f"--{kind}-model-parallel" in flags for kind in ("tensor", "pipeline")
+            )
+            micro = max(1, 2 // data_parallel) if method == "paper-global" else 1
             arguments = pico.train(corpus, 6, folder / "metrics.jsonl", moe=True) + METHODS[method].split()
             arguments += flags.split() + ["--pretrained-checkpoint", str(mixture), "--micro-batch-size", str(micro)]
             zygote.run(world_size, arguments, folder / "log")

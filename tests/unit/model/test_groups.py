@@ -1,0 +1,121 @@
+"""Groups of parameters: every name in one group, and what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_btx.errors import BTXError, InputError
+from megatron_btx.model.groups import frozen_groups, group_of, groups_of_model, lr_multipliers
+
+NAMES = {
+    "embedding.word_embeddings.weight": "embeddings",
+    "module.module.embedding.position_embeddings.weight": "embeddings",
+    "decoder.layers.0.input_layernorm.weight": "norms",
+    "decoder.layers.0.self_attention.linear_qkv.weight": "attention",
+    "decoder.layers.0.self_attention.linear_qkv.bias": "attention",
+    "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": "norms",
+    "decoder.layers.0.self_attention.q_layernorm.weight": "norms",
+    "decoder.layers.0.self_attention.linear_proj.weight": "attention",
+    "decoder.layers.0.pre_mlp_layernorm.weight": "norms",
+    "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": "norms",
+    "decoder.layers.0.mlp.linear_fc1.weight": "mlp",
+    "decoder.layers.0.mlp.router.weight": "router",
+    "decoder.layers.0.mlp.router.bias": "router",
+    "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight": "experts",
+    "decoder.layers.0.mlp.experts.linear_fc2.weight3": "experts",
+    "decoder.layers.0.mlp.shared_experts.linear_fc1.weight": "mlp",
+    "decoder.final_layernorm.bias": "norms",
+    "output_layer.weight": "head",
+}
+
+
+def model(**changes: object) -> SimpleNamespace:
+    settings = {
+        "num_experts": 4,
+        "num_layers": 4,
+        "moe_layer_freq": 1,
+        "moe_shared_expert_intermediate_size": None,
+        "untie_embeddings_and_output_weights": True,
+        "btx_freeze": [],
+        "decoupled_lr": None,
+    }
+    return SimpleNamespace(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_group_of_a_name(name):
+    """Local layers and Transformer Engine's."""
+    assert group_of(name, tied=False) == NAMES[name]
+
+
+def test_tied_head_is_embedding():
+    """The last stage's copy of a shared embedding must not train where the first stage's stands still."""
+    assert group_of("output_layer.weight", tied=True) == "embeddings"
+
+
+@pytest.mark.parametrize("name", ["mtp.layers.0.eh_proj.weight", "something.else"])
+def test_unknown_names_are_refused(name):
+    """Rather than trained or frozen by accident."""
+    with pytest.raises(BTXError, match=name):
+        group_of(name, tied=False)
+
+
+def test_groups_of_models():
+    """What a model has follows from its arguments, on every pipeline stage alike."""
+    assert groups_of_model(model()) == ["experts", "router", "attention", "norms", "embeddings", "head"]
+    assert groups_of_model(model(num_experts=None)) == ["attention", "mlp", "norms", "embeddings", "head"]
+    assert "mlp" in groups_of_model(model(moe_layer_freq=[0, 1, 1, 1]))
+    assert "head" not in groups_of_model(model(untie_embeddings_and_output_weights=False))
+
+
+def test_frozen_groups():
+    """Names, complements and both together."""
+    assert frozen_groups([], model()) == []
+    assert frozen_groups(["router", "experts"], model()) == ["experts", "router"]
+    assert frozen_groups(["all-but:router"], model()) == ["experts", "attention", "norms", "embeddings", "head"]
+    assert frozen_groups(["all-but:router,norms"], model()) == ["experts", "attention", "embeddings", "head"]
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "said"),
+    [
+        (["expert"], {}, "no such group; this model has experts, router, attention"),
+        (["all-but:routers"], {}, "'routers'"),
+        (["mlp"], {}, "this model has none"),
+        (["router"], {"num_experts": None}, "this model has none"),
+        (["head"], {"untie_embeddings_and_output_weights": False}, "this model has none"),
+        (["all-but:router", "router"], {}, "freezes everything"),
+        ([""], {}, "''"),
+    ],
+)
+def test_freezing_is_refused(words, changes, said):
+    """A group that matches nothing lists what there is; nothing left to train is an error."""
+    with pytest.raises(InputError, match=said):
+        frozen_groups(words, model(**changes))
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "said"),
+    [
+        (["router"], {}, "expected GROUP=X"),
+        (["router=0"], {}, "above zero"),
+        (["router=-1"], {}, "above zero"),
+        (["router=nan"], {}, "above zero"),
+        (["router=inf"], {}, "above zero"),
+        (["routers=2"], {}, "no such group"),
+        (["router=2", "router=3"], {}, "once"),
+        (["router=2"], {"btx_freeze": ["router"]}, "frozen"),
+        (["head=2"], {"decoupled_lr": 1e-3}, "decoupled"),
+    ],
+)
+def test_multipliers_are_refused(words, changes, said):
+    """The form, the group, and what contradicts another flag."""
+    with pytest.raises(InputError, match=said):
+        lr_multipliers(words, model(**changes))
+
+
+def test_multipliers():
+    """Any positive factor."""
+    assert lr_multipliers(["router=10", "experts=1e-2"], model()) == {"router": 10.0, "experts": 0.01}
