@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_btx.cpu import CPU_DEFAULTS, has_gpu
 from megatron_btx.errors import InputError
-from megatron_btx.model.groups import GROUPS, frozen_groups, lr_multipliers
+from megatron_btx.model.groups import GROUPS, check_every_rank_trains, frozen_groups, lr_multipliers
 
 TORCH_NATIVE_DEFAULTS: dict[str, Any] = {
     "transformer_impl": "local",
@@ -216,7 +216,8 @@ def check_finetuning(args: Any) -> None:
     Raises:
         InputError: one line that names the flag, what was found and the remedy.
     """
-    frozen_groups(args.btx_freeze, args)
+    if frozen := frozen_groups(args.btx_freeze, args):
+        check_every_rank_trains(frozen, args)
     lr_multipliers(args.btx_lr_multiplier, args)
     if not 0 < args.btx_sample_min_temperature <= 1:
         raise InputError(

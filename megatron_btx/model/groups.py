@@ -56,8 +56,7 @@ def group_of(name: str, tied: bool) -> str:
 
 def groups_of_model(args: Any) -> list[str]:
     """The groups that the model of Megatron's arguments has, whatever part of it this rank holds."""
-    frequency = args.moe_layer_freq if args.num_experts else [0] * args.num_layers
-    is_moe = moe_layers(frequency, args.num_layers)
+    is_moe = moe_layers(args.moe_layer_freq, args.num_layers) if args.num_experts else [False] * args.num_layers
     present = {
         "experts": any(is_moe),
         "router": any(is_moe),
@@ -93,6 +92,35 @@ def frozen_groups(words: Iterable[str], args: Any) -> list[str]:
             f"as {ALL_BUT}router does"
         )
     return [group for group in GROUPS if group in frozen]
+
+
+def check_every_rank_trains(frozen: list[str], args: Any) -> None:
+    """Refuse freezes that leave a pipeline stage, or the optimizer of all that is no expert, without a parameter.
+
+    Megatron 0.19 trains such a run; with an empty optimizer among others it cannot save it, or resumes it with other
+    numbers (``core/optimizer/optimizer.py``, ChainedOptimizer).
+
+    Raises:
+        InputError: names what is left and what would do.
+    """
+    trained = set(groups_of_model(args)) - set(frozen)
+    left = f"--btx-freeze {' '.join(args.btx_freeze)}: leaves {', '.join(sorted(trained))} to train, "
+    stages = args.pipeline_model_parallel_size
+    if stages > 1:
+        is_moe = moe_layers(args.moe_layer_freq, args.num_layers) if args.num_experts else [False] * args.num_layers
+        in_every_layer = trained & {"attention", "norms"}
+        in_layers = [trained & ({"experts", "router"} if moe else {"mlp"}) for moe in is_moe]
+        size = max(1, args.num_layers // stages)
+        if not in_every_layer and not all(any(in_layers[at : at + size]) for at in range(0, args.num_layers, size)):
+            raise InputError(
+                f"{left}of which some of the {stages} pipeline stages hold nothing, and Megatron cannot resume that; "
+                "use --pipeline-model-parallel-size 1, or train a group of every layer too, as norms"
+            )
+    if trained == {"experts"} and args.expert_model_parallel_size > 1:
+        raise InputError(
+            f"{left}with --expert-model-parallel-size {args.expert_model_parallel_size}, and Megatron cannot save an "
+            "empty optimizer beside that of the experts; use 1, or train the router too"
+        )
 
 
 def lr_multipliers(words: Iterable[str], args: Any) -> dict[str, float]:

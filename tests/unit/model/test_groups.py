@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_btx.errors import BTXError, InputError
-from megatron_btx.model.groups import frozen_groups, group_of, groups_of_model, lr_multipliers
+from megatron_btx.model.groups import check_every_rank_trains, frozen_groups, group_of, groups_of_model, lr_multipliers
 
 NAMES = {
     "embedding.word_embeddings.weight": "embeddings",
@@ -40,6 +40,8 @@ def model(**changes: object) -> SimpleNamespace:
         "untie_embeddings_and_output_weights": True,
         "btx_freeze": [],
         "decoupled_lr": None,
+        "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
     }
     return SimpleNamespace(**{**settings, **changes})
 
@@ -119,3 +121,28 @@ def test_multipliers_are_refused(words, changes, said):
 def test_multipliers():
     """Any positive factor."""
     assert lr_multipliers(["router=10", "experts=1e-2"], model()) == {"router": 10.0, "experts": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("kept", "changes", "refused"),
+    [
+        ("head", {"pipeline_model_parallel_size": 2}, True),
+        ("head", {}, False),
+        ("head,embeddings", {"pipeline_model_parallel_size": 2}, True),
+        ("head,norms", {"pipeline_model_parallel_size": 2}, False),
+        ("router", {"pipeline_model_parallel_size": 2}, False),
+        ("router", {"pipeline_model_parallel_size": 2, "moe_layer_freq": [0, 0, 1, 1]}, True),
+        ("router,mlp", {"pipeline_model_parallel_size": 2, "moe_layer_freq": [0, 0, 1, 1]}, False),
+        ("experts", {"expert_model_parallel_size": 2}, True),
+        ("experts,router", {"expert_model_parallel_size": 2}, False),
+        ("head", {"pipeline_model_parallel_size": 2, "num_experts": None}, True),
+    ],
+)
+def test_every_rank_trains(kept, changes, refused):
+    """What leaves a stage or an optimizer without parameters is refused, because Megatron resumes it wrongly."""
+    args = model(btx_freeze=[f"all-but:{kept}"], **changes)
+    frozen = frozen_groups(args.btx_freeze, args)
+    if not refused:
+        return check_every_rank_trains(frozen, args)
+    with pytest.raises(InputError, match="to train, "):
+        check_every_rank_trains(frozen, args)

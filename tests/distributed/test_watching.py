@@ -1,0 +1,195 @@
+"""What a finetuning run lets you see: routing per layer, loss per domain, and whether it started sound."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests import pico
+from tests.distributed.test_identities import evaluate
+from tests.distributed.test_refusals import refusal
+from tests.mixing import mix, rewrite
+from tests.runner import read_metrics
+
+
+@pytest.fixture(scope="module")
+def mixture(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    experts = {"a": dense / "iter_0000005", "b": dense, "c": dense, "d": dense / "iter_0000005"}
+    return mix(experts, tmp_path_factory.mktemp("watched") / "mix")
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two domains that are not the training text."""
+    folder = tmp_path_factory.mktemp("domains")
+    return {name: pico.write_corpus(folder / name, 60, seed) for seed, name in enumerate(("one", "two"), start=3)}
+
+
+def watched(domains: dict[str, Path], tokens: int = 1024) -> list[str]:
+    words = [f"{name}={prefix}" for name, prefix in domains.items()]
+    return ["--btx-valid-data", *words, "--btx-valid-tokens", str(tokens)]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (1, ""),
+        (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+        (2, "--expert-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    ],
+)
+def test_loss_per_domain_is_the_evaluations(world_size, layout, mixture, domains, zygote, corpus, tmp_path):
+    """At every interval and after the last step, equal to evaluating the saved checkpoint; training goes on unmoved."""
+    flags = ["--pretrained-checkpoint", str(mixture), *layout.split()]
+    plain = pico.train(corpus, 5, tmp_path / "plain.jsonl", moe=True) + flags
+    zygote.run(world_size, plain, tmp_path / "log" / "plain")
+    arguments = pico.train(corpus, 5, tmp_path / "metrics.jsonl", moe=True) + flags + watched(domains)
+    arguments += ["--eval-interval", "2", "--save", str(tmp_path / "run"), "--save-interval", "2"]
+    zygote.run(world_size, arguments, tmp_path / "log" / "watched")
+    found, reference = read_metrics(tmp_path / "metrics.jsonl"), read_metrics(tmp_path / "plain.jsonl")
+    assert [step for step, values in found.items() if "lm loss validation one" in values] == [2, 4, 5]
+    assert {step: v["lm loss"] for step, v in found.items()} == {step: v["lm loss"] for step, v in reference.items()}
+    for step in (2, 5):
+        saved = {"run": tmp_path / "run" / f"iter_{step:07d}"}
+        for name, prefix in domains.items():
+            result = evaluate(zygote, tmp_path / f"{name}{step}", saved, prefix, [*pico.MOE, "--micro-batch-size", "1"])
+            loss = result["run"]["losses"]["text"]
+            assert found[step][f"lm loss validation {name}"] == pytest.approx(loss, abs=1e-6)
+    values = found[5]
+    assert values["lm loss validation mean"] == pytest.approx(
+        (values["lm loss validation one"] + values["lm loss validation two"]) / 2
+    )
+
+
+def test_loads_are_of_the_whole_interval(mixture, zygote, corpus, tmp_path):
+    """The load of an interval of three steps is the mean of the loads of its steps; so is the entropy."""
+    for interval in (1, 3):
+        arguments = pico.train(corpus, 6, tmp_path / f"{interval}.jsonl", moe=True)
+        arguments += ["--pretrained-checkpoint", str(mixture), "--log-interval", str(interval)]
+        zygote.run(1, arguments, tmp_path / "log" / str(interval))
+    single, triple = read_metrics(tmp_path / "1.jsonl"), read_metrics(tmp_path / "3.jsonl")
+    names = [name for name in single[1] if name.startswith(("moe/load", "moe/router_entropy"))]
+    assert len(names) == 4 * 4 + 4
+    for name in names:
+        assert name not in triple[1] and name not in triple[2]
+        for end in (3, 6):
+            mean = sum(single[step][name] for step in range(end - 2, end + 1)) / 3
+            assert triple[end][name] == pytest.approx(mean, abs=1e-9)
+    for layer in range(4):
+        assert sum(triple[6][f"moe/load_layer_{layer}_expert_{e}"] for e in range(4)) == pytest.approx(1)
+        assert 0 < triple[6][f"moe/router_entropy_layer_{layer}"] < math.log(4)
+        assert triple[6][f"moe/dropped_layer_{layer}"] == 0
+
+
+def test_dead_experts_and_drops_are_counted(mixture, zygote, corpus, tmp_path):
+    """Routers of zeros want one expert alone: the other three are dead in every layer, and the capacity drops tokens."""
+    forced = rewrite(mixture, tmp_path / "forced", lambda key, t: t * 0 if key.endswith("router.weight") else t)
+    flags = "--moe-router-topk 1 --moe-router-pre-softmax --moe-expert-capacity-factor 1.5".split()
+    flags += "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0 --lr 0 --min-lr 0".split()
+    arguments = pico.train(corpus, 1, tmp_path / "metrics.jsonl", moe=True) + flags
+    zygote.run(1, [*arguments, "--pretrained-checkpoint", str(forced)], tmp_path / "log")
+    step = read_metrics(tmp_path / "metrics.jsonl")[1]
+    # Equal logits: all tokens of a layer want the same expert, whose capacity is 32 x 1.5 / 4 = 12 of 32.
+    assert step["moe/dead_experts"] == 12
+    for layer in range(4):
+        assert max(step[f"moe/load_layer_{layer}_expert_{e}"] for e in range(4)) == 1
+        assert step[f"moe/dropped_layer_{layer}"] == pytest.approx(1 - 12 / 32)
+        assert step[f"moe/router_entropy_layer_{layer}"] == pytest.approx(math.log(4), abs=1e-6)
+
+
+def experts_evaluation(file: Path, one: float, two: float) -> Path:
+    losses = {"worse": {"one": one, "two": two}, "better": {"one": 0.1, "two": 0.1}}
+    file.write_text(json.dumps({"models": {name: {"losses": of} for name, of in losses.items()}}))
+    return file
+
+
+def test_a_sound_mix_trains(mixture, domains, zygote, corpus, tmp_path):
+    """Bounded by its worst expert, it starts; its first loss and its losses per domain are said."""
+    arguments = pico.train(corpus, 1, moe=True) + ["--pretrained-checkpoint", str(mixture), *watched(domains)]
+    bound = experts_evaluation(tmp_path / "experts.json", 9.0, 9.0)
+    run = zygote.run(1, [*arguments, "--btx-first-loss-bound", str(bound)], tmp_path / "log")
+    assert "the mix before its first step | one " in run.text()
+    assert "first step | loss " in run.text()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_broken_mix_stops_at_its_first_step(world_size, mixture, domains, zygote, corpus, tmp_path):
+    """A mix whose head is scrambled is worse than guessing; nothing is saved. Also over a pipeline."""
+    import torch
+
+    def scrambled(key, tensor):
+        noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+        return noise if key == "output_layer.weight" else tensor
+
+    broken = rewrite(mixture, tmp_path / "broken", scrambled)
+    arguments = pico.train(corpus, 2, moe=True) + ["--pretrained-checkpoint", str(broken)]
+    arguments += ["--save", str(tmp_path / "run"), "--save-interval", "2"]
+    arguments += ["--pipeline-model-parallel-size", str(world_size)]
+    line = refusal(zygote, arguments, tmp_path / "log", world_size)
+    assert "--btx-first-loss-bound" in line and f"above {math.log(pico.PADDED_VOCABULARY):.4f}" in line
+    assert not list((tmp_path / "run").glob("iter_*"))
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [
+        ("{worse}", "worse: 0.2000"),
+        ("0.01", "above 0.0100"),
+        ("-1", "expected a loss above 0"),
+        ("nan", "expected a loss above 0"),
+        ("{tmp}/nothing.json", "there is no such file"),
+        ("{other}", "'two'"),
+        ("{text}", "is no result of megatron_btx.evaluate"),
+    ],
+)
+def test_bounds(bound, said, mixture, domains, zygote, corpus, tmp_path):
+    """By the worst expert of a domain, by a number; and what is no bound."""
+    worse = experts_evaluation(tmp_path / "worse.json", 9.0, 0.2)
+    (tmp_path / "other.json").write_text('{"models": {"a": {"losses": {"one": 1.0}}}}')
+    (tmp_path / "text.json").write_text("no")
+    given = bound.format(worse=worse, tmp=tmp_path, other=tmp_path / "other.json", text=tmp_path / "text.json")
+    arguments = pico.train(corpus, 1, moe=True) + ["--pretrained-checkpoint", str(mixture), *watched(domains)]
+    assert said in refusal(zygote, [*arguments, "--btx-first-loss-bound", given], tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--btx-freeze expertz", "'expertz': there is no such group; this model has experts, router"),
+        ("--btx-freeze mlp", "this model has none"),
+        ("--btx-freeze all-but:router router", "freezes everything"),
+        ("--btx-lr-multiplier router", "expected GROUP=X"),
+        ("--moe-router-topk 5", "can take 1 to 4 experts"),
+        ("--moe-router-topk 1", "add --moe-router-pre-softmax"),
+        ("--moe-expert-capacity-factor 1.5", "top-2 routing, which drops no token"),
+        ("--moe-router-topk 4 --moe-expert-capacity-factor 1.5", "soft routing, which drops no token"),
+        ("--btx-sample-top1", "--moe-router-topk 1 --moe-router-pre-softmax"),
+        (
+            "--btx-sample-top1 --moe-router-topk 1 --moe-router-pre-softmax --moe-expert-capacity-factor 2",
+            "sampled top-1 routing, which drops no token",
+        ),
+        ("--btx-sample-min-temperature 0", "above 0 and at most 1"),
+        ("--btx-sample-min-temperature 1.5", "above 0 and at most 1"),
+        ("--btx-sample-decay -1", "0 or more"),
+        ("--btx-load-balancing paper --moe-router-fusion", "--moe-router-fusion together with"),
+        ("--btx-load-balancing paper --moe-aux-loss-coeff 0", "above 0 (the paper's is 0.01)"),
+        ("--btx-load-balancing paper --moe-router-load-balancing-type seq_aux_loss", "seq_aux_loss"),
+        ("--btx-load-balancing paper --moe-router-score-function sigmoid", "defined on the softmax"),
+        ("--btx-valid-data one", "expected NAME=PATH"),
+        ("--btx-valid-data one=/nowhere/text", "/nowhere/text.bin does not exist"),
+    ],
+)
+def test_refusals(flags, said, zygote, corpus, tmp_path):
+    """One line with the remedy, before any rank trains: with two ranks, which never meet."""
+    line = refusal(zygote, pico.train(corpus, 1, moe=True) + flags.split(), tmp_path / "log", 2)
+    assert said in line, line
+
+
+@pytest.mark.parametrize("flags", ["--btx-sample-top1", "--btx-load-balancing paper", "--btx-freeze router"])
+def test_dense_models_have_no_routers(flags, zygote, corpus, tmp_path):
+    """Routing flags of a dense model are a mistake, not a wish."""
+    line = refusal(zygote, pico.train(corpus, 1) + flags.split(), tmp_path / "log")
+    assert "has no experts" in line or "has none" in line
