@@ -49,7 +49,12 @@ DERIVED_FLAGS = {
     "tokenizer-type": "data.tokenizer",
     "tokenizer-model": "data.tokenizer",
     "num-experts": "mix.experts",
-    "moe-router-topk": "mix.top-k",
+    "moe-router-topk": "mix.routing and mix.top-k",
+    "moe-router-pre-softmax": "mix.routing",
+    "btx-sample-top1": "mix.routing",
+    "btx-load-balancing": "mix.load-balancing",
+    "btx-valid-data": "ablation",
+    "btx-valid-tokens": "ablation",
     "btx-metrics": "the stage's own directory",
 }
 """Flags that the planner sets, and what they are derived from; in a recipe they would be said twice."""

@@ -9,13 +9,14 @@ A stage whose checkpoint is given (``from``) has no node: its children read the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_btx.errors import InputError
+from megatron_btx.recipe.ablation import Ablation, stage_name, valid_flags
 from megatron_btx.recipe.flags import Flags, check_layout, merged, number, to_argv
-from megatron_btx.recipe.schema import GENERALIST, Recipe, Settings, Training
+from megatron_btx.recipe.schema import GENERALIST, Evaluate, Recipe, Settings, Training
 from megatron_btx.recipe.stage import PYTHON, Stage, in_order
 
 WARMUP_FRACTION = 0.05
@@ -91,8 +92,8 @@ class _Planner:
         self.experts = {name: self._given_or(f"expert-{name}", part.source) for name, part in recipe.experts.items()}
         self.mix_flags: Flags = {}
         if recipe.mix:
-            moe = {"num-experts": len(recipe.mix.experts), "moe-router-topk": recipe.mix.top_k}
-            self.mix_flags = merged(recipe.mix.megatron, moe)
+            given, routing = recipe.mix.megatron, recipe.mix.routing
+            self.mix_flags = merged(given, {"num-experts": len(recipe.mix.experts), **routing.flags(given)})
 
     def stages(self) -> list[Stage]:
         """Every stage of the recipe, in no particular order."""
@@ -108,10 +109,11 @@ class _Planner:
         if recipe.average:
             stages.append(self._combine("average", ["--method", "average"]))
             dense_models["average"] = _made("average")
+        if recipe.ablation and recipe.mix and recipe.finetune:
+            return [*stages, *self._ablation(recipe.ablation, recipe.finetune)]
         if recipe.mix:
             if not recipe.mix.source:
-                router = ["--router-seed", str(recipe.mix.router_seed), "--moe-router-topk", str(recipe.mix.top_k)]
-                stages.append(self._combine("mix", router))
+                stages.append(self._combine("mix", self._router(recipe.mix.router_seed)))
             moe_models["mix"] = self._given_or("mix", recipe.mix.source)
         if recipe.finetune:
             if not recipe.finetune.source:
@@ -121,13 +123,43 @@ class _Planner:
             stages += self._dense(recipe.dense, recipe.finetune)
             dense_models["dense"] = _made("dense")
         if recipe.evaluate:
-            stages.append(self._evaluate("evaluate-dense", dense_models, {}))
+            stages.append(self._evaluate("evaluate-dense", dense_models, {}, recipe.evaluate))
             if moe_models:
-                stages.append(self._evaluate("evaluate-moe", moe_models, self.mix_flags))
+                stages.append(self._evaluate("evaluate-moe", moe_models, self.mix_flags, recipe.evaluate))
             parents = tuple(stage.name for stage in stages if stage.name.startswith("evaluate-"))
             command = (PYTHON, "-m", "megatron_btx.recipe.report", ".")
             stages.append(Stage("report", command, parents, product="report.md"))
         return stages
+
+    def _router(self, seed: int) -> list[str]:
+        assert self.recipe.mix is not None
+        return ["--router-seed", str(seed), "--moe-router-topk", str(self.recipe.mix.routing.top_k)]
+
+    def _ablation(self, ablation: Ablation, finetune: Training) -> list[Stage]:
+        """A mix for every seed, finetuned by every variant; the experts' losses, which bound its first; the report."""
+        experts = {GENERALIST: self.seed} | {f"expert-{name}": model for name, model in self.experts.items()}
+        evaluation = Evaluate(ablation.split, ablation.valid_tokens, Settings())
+        bound = self._evaluate("evaluate-experts", experts, {}, evaluation)
+        stages = [bound]
+        prefixes = {domain: self._prefixes(domain, ablation.split)[0][1] for domain in self.recipe.domains}
+        for seed in ablation.seeds():
+            stages.append(self._combine(f"mix-s{seed}", self._router(seed)))
+            for variant in ablation.variants:
+                if seed not in variant.seeds:
+                    continue
+                part = replace(finetune, source=None, tokens=variant.tokens or finetune.tokens)
+                watched = valid_flags(prefixes, ablation.valid_tokens, 10**9)
+                own = {
+                    **variant.flags,
+                    **watched,
+                    "btx-first-loss-bound": f"{bound.name}/evaluation.json",
+                    "seed": seed,
+                }
+                name = stage_name(variant.name, seed)
+                stages.append(self._train(name, part, _made(f"mix-s{seed}"), variant.flags, own, (bound.name,)))
+        parents = tuple(stage.name for stage in stages if stage.name.startswith("ablation-"))
+        command = (PYTHON, "-m", "megatron_btx.recipe.report_ablation", ".")
+        return [*stages, Stage("report", command, parents, product="ablation.md")]
 
     def _given_or(self, stage: str, source: Path | None) -> _Model:
         return _Model(str(source), None) if source else _made(stage)
@@ -155,7 +187,16 @@ class _Planner:
         first = self._train("dense-domains", domains, self.seed)
         return [first, self._train("dense", mixture, _made("dense-domains"))]
 
-    def _train(self, name: str, part: Training, start: _Model | None, model_flags: Flags | None = None) -> Stage:
+    def _train(
+        self,
+        name: str,
+        part: Training,
+        start: _Model | None,
+        model_flags: Flags | None = None,
+        last: Flags | None = None,
+        after: tuple[str, ...] = (),
+    ) -> Stage:
+        """A training stage; ``last`` are flags that win over all others, ``after`` are stages whose files it reads."""
         recipe = self.recipe
         flags = merged(
             recipe.model,
@@ -165,6 +206,7 @@ class _Planner:
             part.layout.flags,
             part.megatron,
             {"seed": recipe.random_seed},
+            last or {},
         )
         iterations = training_steps(name, part.tokens, flags)
         check_layout(name, part.layout.processes, flags)
@@ -184,10 +226,12 @@ class _Planner:
         flags = merged(flags)
         tokens = iterations * number(flags, "seq-length") * number(flags, "global-batch-size")
         vocabulary = self._padded_vocabulary(flags)
+        parents, inputs = self._origins_and_data({"start": start} if start else {}, part.blend, ("train", "valid"))
         return Stage(
             name,
             (*_torchrun(part.layout.processes, "megatron_btx.pretrain"), *to_argv(flags)),
-            *self._origins_and_data({"start": start} if start else {}, part.blend, ("train", "valid")),
+            (*parents, *after),
+            inputs,
             product="checkpoint/latest_checkpointed_iteration.txt",
             processes=part.layout.processes,
             threads=part.layout.threads,
@@ -199,10 +243,9 @@ class _Planner:
             config={"flags": {key: list(value) if isinstance(value, tuple) else value for key, value in flags.items()}},
         )
 
-    def _evaluate(self, name: str, models: Mapping[str, _Model], model_flags: Flags) -> Stage:
+    def _evaluate(self, name: str, models: Mapping[str, _Model], model_flags: Flags, how: Evaluate) -> Stage:
         recipe = self.recipe
-        assert recipe.evaluate is not None
-        layout, split = recipe.evaluate.settings.layout, recipe.evaluate.split
+        layout, split = how.settings.layout, how.split
         dropped = () if model_flags else _EXPERT_LAYOUT_FLAGS
         spread = {key: value for key, value in layout.flags.items() if key not in dropped}
         flags = merged(
@@ -211,7 +254,7 @@ class _Planner:
             model_flags,
             recipe.training,
             spread,
-            recipe.evaluate.settings.megatron,
+            how.settings.megatron,
             {"seed": recipe.random_seed},
         )
         check_layout(name, layout.processes, flags)
@@ -220,7 +263,7 @@ class _Planner:
             command += ["--btx-eval-model", f"{model_name}={model.path}"]
         for domain in recipe.domains:
             command += ["--btx-eval-data", f"{domain}={self._prefixes(domain, split)[0][1]}"]
-        command += ["--btx-eval-tokens", str(recipe.evaluate.tokens), "--btx-eval-output", f"{name}/evaluation.json"]
+        command += ["--btx-eval-tokens", str(how.tokens), "--btx-eval-output", f"{name}/evaluation.json"]
         return Stage(
             name,
             tuple(command),

@@ -101,8 +101,7 @@ class Reader:
 def load_tree(file: Path, changes: list[str]) -> dict[str, Any]:
     """The YAML mapping in ``file`` with ``changes`` (dotted KEY=VALUE, the value read as YAML) applied."""
     try:
-        with file.open(encoding="utf-8") as stream:
-            tree = yaml.load(stream, _UniqueKeyLoader)
+        tree = _with_included(file, ())
         for change in changes:
             _apply(tree, change, yaml.load(change.partition("=")[2], _UniqueKeyLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -110,6 +109,30 @@ def load_tree(file: Path, changes: list[str]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{file}: found {type(tree).__name__}, expected a mapping")
     return tree
+
+
+def _with_included(file: Path, including: tuple[Path, ...]) -> Any:
+    """The mapping in ``file``, laid over that of the file it names under ``include`` (relative to itself).
+
+    Mappings are merged key by key, anything else is replaced; null takes a key back.
+    """
+    if file.resolve() in including:
+        raise InputError(f"{file}: include: includes itself; leave it out")
+    with file.open(encoding="utf-8") as stream:
+        tree = yaml.load(stream, _UniqueKeyLoader)
+    if not isinstance(tree, dict) or "include" not in tree:
+        return tree
+    name = tree.pop("include")
+    base = file.parent / str(name)
+    if not isinstance(name, str) or not base.is_file():
+        raise InputError(f"{file}: include: found {name!r}, expected a recipe file, relative to this one")
+    return _laid_over(_with_included(base, (*including, file.resolve())), tree)
+
+
+def _laid_over(base: Any, over: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(over, dict):
+        return over
+    return base | {key: _laid_over(base.get(key), value) for key, value in over.items()}
 
 
 def _apply(tree: Any, change: str, value: Any) -> None:

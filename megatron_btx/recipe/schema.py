@@ -8,13 +8,15 @@ Relative paths count from the directory in which the command is called.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.recipe.ablation import Ablation, read_ablation
 from megatron_btx.recipe.flags import LAYOUT_FLAGS, Flags, FlagValue
 from megatron_btx.recipe.reading import Reader, Section, load_tree
+from megatron_btx.recipe.routing import Routing, check_capacity, read_routing
 
 QUICKSTART_DOMAINS = ("general", "math", "code", "knowledge")
 SPLITS = ("train", "valid", "test")
@@ -63,9 +65,9 @@ class Mix:
     source: Path | None
     experts: tuple[str, ...]
     router_seed: int
-    top_k: int
+    routing: Routing
     megatron: Flags
-    """Flags of the MoE model, for finetuning and evaluation alike."""
+    """Flags of the MoE model, for finetuning and evaluation alike; those of its routing not among them."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Recipe:
     dense: tuple[Settings, Settings] | None
     """Settings of the dense baseline on the experts' data, then on finetuning's mixture."""
     evaluate: Evaluate | None
+    ablation: Ablation | None
+    """Variants of finetuning; they take the place of the one finetuning stage."""
     flag_sections: Mapping[str, Flags]
     """Place in the recipe -> the flags that were written there."""
     notes: tuple[str, ...]
@@ -114,7 +118,7 @@ _CORPORA_KEYS = ("corpora", "vocab-size", "workers", "seed", "scale")
 _TRAINING_KEYS = ("from", "blend", "tokens", "layout", "megatron")
 _RECIPE_KEYS = (
     *("name", "random-seed", "data", "model", "training", "domains"),
-    *("seed", "experts", "mix", "finetune", "baselines", "evaluate"),
+    *("seed", "experts", "mix", "finetune", "baselines", "evaluate", "ablation"),
 )
 
 
@@ -138,6 +142,7 @@ def parse_recipe(tree: Mapping[str, Any], file: str) -> Recipe:
             experts_section.refuse(expert, f"an expert is named after its home domain; known: {', '.join(domains)}")
         experts[expert] = _training(experts_section.section(expert, _TRAINING_KEYS), domains)
     average, dense = _baselines(top)
+    mix = _mix(top, tuple(experts), random_seed)
     recipe = Recipe(
         file=file,
         name=name,
@@ -148,15 +153,16 @@ def parse_recipe(tree: Mapping[str, Any], file: str) -> Recipe:
         domains=domains,
         seed=_training(top.section("seed", _TRAINING_KEYS), domains),
         experts=experts,
-        mix=_mix(top, tuple(experts), random_seed),
+        mix=mix,
         finetune=_training(top.section("finetune", _TRAINING_KEYS), domains) if "finetune" in top.node else None,
         average=average,
         dense=dense,
         evaluate=_evaluate(top),
+        ablation=read_ablation(top, mix.megatron, mix.routing, len(mix.experts)) if mix else None,
         flag_sections=reader.flag_sections,
         notes=tuple(reader.notes),
     )
-    _check_whole(reader, recipe)
+    _check_whole(reader, recipe, top.node)
     return recipe
 
 
@@ -275,7 +281,7 @@ def _prefix(section: Section, split: str, entry: str) -> tuple[float, str]:
 def _mix(top: Section, experts: tuple[str, ...], random_seed: int) -> Mix | None:
     if "mix" not in top.node:
         return None
-    section = top.section("mix", ("from", "experts", "router-seed", "top-k", "megatron"))
+    section = top.section("mix", ("from", "experts", "router-seed", "routing", "top-k", "load-balancing", "megatron"))
     names = section.node.get("experts", [*experts, GENERALIST])
     source = _source(section)
     known = {*experts, GENERALIST}
@@ -283,11 +289,10 @@ def _mix(top: Section, experts: tuple[str, ...], random_seed: int) -> Mix | None
         section.refuse("experts", f"found {names!r}, expected a list of some of: {', '.join([*experts, GENERALIST])}")
     if len(names) < 2 or len(set(map(str, names))) < len(names):
         section.refuse("experts", f"found {names!r}, expected at least two different experts")
-    top_k = section.integer("top-k", 2)
-    if top_k > len(names):
-        section.refuse("top-k", f"found {top_k}, expected at most the {len(names)} experts of the mix")
+    routing, flags = read_routing(section, len(names)), section.flags("megatron")
+    check_capacity(section, routing, flags)
     router_seed = section.integer("router-seed", random_seed, minimum=0)
-    return Mix(source, tuple(map(str, names)), router_seed, top_k, section.flags("megatron"))
+    return Mix(source, tuple(map(str, names)), router_seed, routing, flags)
 
 
 def _baselines(top: Section) -> tuple[bool, tuple[Settings, Settings] | None]:
@@ -312,12 +317,14 @@ def _evaluate(top: Section) -> Evaluate | None:
     return Evaluate(split, section.integer("tokens"), _settings(section))
 
 
-def _check_whole(reader: Reader, recipe: Recipe) -> None:
+def _check_whole(reader: Reader, recipe: Recipe, top_keys: Container[str]) -> None:
     """What only the parts together can violate."""
     if recipe.finetune and not recipe.mix:
         reader.refuse("finetune", "there is no mix to finetune; add mix: {}")
     if recipe.mix and not recipe.mix.source and not recipe.experts:
         reader.refuse("mix", "there are no experts to mix; add experts, or mix: {from: PATH}")
+    if "ablation" in top_keys and not (recipe.mix and not recipe.mix.source and recipe.finetune):
+        reader.refuse("ablation", "its variants are of a mix of the recipe's experts and of finetune; add both")
     if recipe.average and not recipe.experts:
         reader.refuse("baselines.average", "there are no experts to average; add experts")
     if recipe.dense:
