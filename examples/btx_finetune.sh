@@ -13,7 +13,15 @@
 #   MATH_DATA= CODE_DATA= WIKI_DATA= GENERAL_DATA=    the four domains' data, mixed as in the paper; or DATA, any blend
 #   BLEND="30.16 40.31 10.30 19.23"                   the weights of math, code, wiki and general
 #   STEPS=19000
-#   EXPERTS=4  TOPK=2  AUX_LOSS=0.01 (coefficient of Megatron's load-balancing loss)
+#   EXPERTS=4
+#   ROUTING=top-k          top-k, top-k-pre-softmax, switch, soft or sample-top1 (the paper's step count for it: 38000)
+#   TOPK=2                 experts per token, of the two top-k methods
+#   BALANCING=megatron     form of the load-balancing loss: megatron, paper or none (the default of soft, sample-top1)
+#   AUX_LOSS=0.01          its coefficient
+#   FREEZE=                groups that are not trained, as "experts" or "all-but:router"
+#   VALID_DOMAINS=         "math=data/math_valid_text_document code=...": loss per domain at every EVAL_INTERVAL
+#   EXPERT_LOSSES=         result of megatron_btx.evaluate for the experts on those domains: a mix that starts worse than
+#                          the worst of them is refused at its first step
 #   DISPATCHER=alltoall    how tokens reach their experts: alltoall, allgather or flex
 #   TP=2  PP=1  EP=4       for nodes of 8 GPUs with 80 GB; EP: ranks over which the experts are spread
 #   ETP=$TP                tensor parallel size within an expert
@@ -26,14 +34,44 @@ if [ -z "${DATA:-}" ]; then
         require "${domain}_DATA" "the prefix of that domain's dataset, or the whole blend as DATA"
     done
     read -r math code wiki general <<<"${BLEND:-30.16 40.31 10.30 19.23}"
+    # Megatron normalises the weights of a blend; say what they come to.
+    [ "${RANK:-${SLURM_PROCID:-0}}" != 0 ] || awk -v m="$math" -v c="$code" -v w="$wiki" -v g="$general" 'BEGIN {
+        sum = (m + c + w + g) / 100
+        printf "blend: math %.2f %%, code %.2f %%, wiki %.2f %%, general %.2f %%\n", m / sum, c / sum, w / sum, g / sum }'
     DATA="$math $MATH_DATA $code $CODE_DATA $wiki $WIKI_DATA $general $GENERAL_DATA"
 fi
 
 TP="${TP:-2}" PP="${PP:-1}"
 common_flags 19000
+experts="${EXPERTS:-4}" balancing="${BALANCING:-megatron}"
+routing_flags() {
+    case "${ROUTING:=top-k}" in
+        top-k) FLAGS+=(--moe-router-topk "${TOPK:-2}") ;;
+        top-k-pre-softmax) FLAGS+=(--moe-router-topk "${TOPK:-2}" --moe-router-pre-softmax) ;;
+        switch) FLAGS+=(--moe-router-topk 1 --moe-router-pre-softmax --moe-expert-capacity-factor "${CAPACITY:-1.5}") ;;
+        soft) FLAGS+=(--moe-router-topk "$experts") balancing="${BALANCING:-none}" ;;
+        sample-top1)
+            FLAGS+=(--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1) balancing="${BALANCING:-none}"
+            ;;
+        *) fail "ROUTING=$ROUTING: expected top-k, top-k-pre-softmax, switch, soft or sample-top1" ;;
+    esac
+    case "$balancing" in
+        megatron | paper)
+            FLAGS+=(--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff "${AUX_LOSS:-0.01}")
+            FLAGS+=(--btx-load-balancing "$balancing")
+            ;;
+        none) FLAGS+=(--moe-router-load-balancing-type none) ;;
+        *) fail "BALANCING=$balancing: expected megatron, paper or none" ;;
+    esac
+}
+routing_flags
+read -r -a freeze <<<"${FREEZE:-}"
+read -r -a valid_domains <<<"${VALID_DOMAINS:-}"
+[ "${#freeze[@]}" -eq 0 ] || FLAGS+=(--btx-freeze "${freeze[@]}")
+[ "${#valid_domains[@]}" -eq 0 ] || FLAGS+=(--btx-valid-data "${valid_domains[@]}")
+[ -z "${EXPERT_LOSSES:-}" ] || FLAGS+=(--btx-first-loss-bound "$EXPERT_LOSSES")
 FLAGS+=(
-    --num-experts "${EXPERTS:-4}" --moe-router-topk "${TOPK:-2}" --moe-ffn-hidden-size "${FFN:-11008}"
-    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff "${AUX_LOSS:-0.01}" --moe-router-dtype fp32
+    --num-experts "$experts" --moe-ffn-hidden-size "${FFN:-11008}" --moe-router-dtype fp32 --moe-per-layer-logging
     --moe-token-dispatcher-type "${DISPATCHER:-alltoall}"
     --expert-model-parallel-size "${EP:-4}" --expert-tensor-parallel-size "${ETP:-$TP}"
 )
