@@ -74,9 +74,6 @@ def named_paths(texts: list[str], flag: str) -> dict[str, str]:
     return pairs
 
 
-_pairs = named_paths
-
-
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
@@ -165,6 +162,25 @@ def evaluate_domain(
         loss; tokens; for mixtures the share of tokens per layer and expert, all choices counted, else None.
     """
     import torch
+    from megatron.training import get_args
+
+    args = get_args()
+    batches = batches_of(_start_of(prefix, args.btx_eval_tokens if tokens is None else tokens), f"{domain}: {prefix}")
+    counts_LE = torch.zeros(args.num_layers, args.num_experts or 1, dtype=torch.float64, device="cuda")
+    hooks = _count_routing(model, counts_LE)
+    loss, counted = forward(model, batches)
+    for hook in hooks:
+        hook.remove()
+    torch.distributed.all_reduce(counts_LE)
+    shares_LE = None
+    if args.num_experts:
+        shares_LE = (counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
+    return loss, counted, shares_LE
+
+
+def forward(model: list[Any], batches: list[dict[str, Any]]) -> tuple[float, int]:
+    """The mean loss in nats per token over everybody's batches, and the tokens; the same on all ranks."""
+    import torch
     from megatron.core import mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.training import get_args
@@ -172,9 +188,6 @@ def evaluate_domain(
     from megatron_btx.pretrain import forward_step
 
     args = get_args()
-    batches = _batches(domain, prefix, tokens)
-    counts_LE = torch.zeros(args.num_layers, args.num_experts or 1, dtype=torch.float64, device="cuda")
-    hooks = _count_routing(model, counts_LE)
     with torch.no_grad():
         losses = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -185,46 +198,49 @@ def evaluate_domain(
             micro_batch_size=args.micro_batch_size,
             forward_only=True,
         )
-    for hook in hooks:
-        hook.remove()
     sums = torch.zeros(2, dtype=torch.float64, device="cuda")
     if mpu.is_pipeline_last_stage(ignore_virtual=True) and mpu.get_tensor_model_parallel_rank() == 0:
         for loss in losses:
             sums += loss["lm loss"].double()
     torch.distributed.all_reduce(sums)
-    torch.distributed.all_reduce(counts_LE)
-    shares_LE = None
-    if args.num_experts:
-        shares_LE = (counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
-    return (sums[0] / sums[1]).item(), int(sums[1].item()), shares_LE
+    return (sums[0] / sums[1]).item(), int(sums[1].item())
 
 
-def _batches(domain: str, prefix: str, tokens: int | None = None) -> list[dict[str, Any]]:
-    """This data-parallel rank's micro-batches: consecutive sequences from the start of the dataset."""
+def _start_of(prefix: str, tokens: int) -> Any:
+    """The first ``tokens`` tokens of a dataset and the one after them, as int64."""
     import numpy as np
-    import torch
-    from megatron.core import mpu
     from megatron.core.datasets.indexed_dataset import IndexedDataset
-    from megatron.training import get_args
 
-    args = get_args()
-    length, micro, ranks = args.seq_length, args.micro_batch_size, mpu.get_data_parallel_world_size()
     dataset = IndexedDataset(prefix)
-    wanted = (args.btx_eval_tokens if tokens is None else tokens) + 1
     parts, have = [], 0
     for document in range(len(dataset)):
         parts.append(dataset[document])
         have += len(parts[-1])
-        if have >= wanted:
+        if have > tokens:
             break
-    text = np.concatenate(parts)[:wanted].astype(np.int64)
+    return np.concatenate(parts)[: tokens + 1].astype(np.int64)
+
+
+def batches_of(text: Any, where: str) -> list[dict[str, Any]]:
+    """This data-parallel rank's micro-batches of a text: its consecutive sequences, as far as they fill batches.
+
+    Raises:
+        InputError: the text is shorter than one batch; ``where`` says which.
+    """
+    import numpy as np
+    import torch
+    from megatron.core import mpu
+    from megatron.training import get_args
+
+    args = get_args()
+    length, micro, ranks = args.seq_length, args.micro_batch_size, mpu.get_data_parallel_world_size()
     steps = (len(text) - 1) // (length * micro * ranks)
     # Interleaved pipelines take micro-batches in groups of the pipeline's size.
     steps -= steps % mpu.get_pipeline_model_parallel_world_size()
     if steps == 0:
         raise InputError(
-            f"{domain}: {prefix} has {len(text)} of the {wanted - 1} tokens asked for, fewer than "
-            f"one batch of {micro * ranks} sequences of {length}; evaluate more tokens or use a smaller batch"
+            f"{where}: {len(text)} tokens, fewer than one batch of {micro * ranks} sequences of {length} for every "
+            "pipeline stage; give more tokens or use a smaller batch"
         )
     order = np.arange(steps * micro * ranks).reshape(steps, ranks, micro)[:, mpu.get_data_parallel_rank()]
     positions = torch.arange(length).expand(micro, length).contiguous()

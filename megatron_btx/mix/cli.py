@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from megatron_btx.mix.plan import Request
 
 _LAYERS_BELOW = 10_000
-METHODS = ("btx", "split", "blend", "upcycle", "average")
+METHODS = ("btx", "split", "blend", "upcycle", "average", "reroute")
 """Those of :mod:`megatron_btx.mix.rules` that this command offers; named here so that --help needs no import."""
 
 

@@ -128,6 +128,8 @@ def make_plan(request: Request) -> Plan:
                     f"{source.name} ({source.folder}): is a mixture of {source.sizes.experts} experts, "
                     "expected a dense model"
                 )
+    if method.new_routers and not sources[0].sizes.experts:
+        raise InputError(f"{sources[0].name} ({sources[0].folder}): has no routers, expected a mixture of experts")
     first = checked_sources(sources, request)
     arguments = dense_arguments(first)
     if method.experts:
@@ -222,6 +224,8 @@ def _planned_pieces(
             if is_weight or f"{ffn}up.bias" in first.pieces:
                 dtype = first.pieces[f"{ffn}down.weight"].dtype
                 yield PlannedPiece(piece, piece.shape, dtype, "router" if is_weight else "zeros")
+        elif method.new_routers and piece.name.endswith(".router.weight"):
+            yield PlannedPiece(piece, piece.shape, first.pieces[piece.name].dtype, "router")
         elif piece.name in first.pieces:
             held = [source.pieces[piece.name] for source in sources]
             parts = tuple(Part(i, piece.name, 0, h.shape[0]) for i, h in enumerate(held))

@@ -39,6 +39,8 @@ class Method:
     at_most: int | None = None
     number_flag: str = ""
     """The flag that gives the number, for methods that need one."""
+    new_routers: bool = False
+    """Whether a mixture's routers are made anew, those of its source left."""
 
 
 METHODS: dict[str, Method] = {
@@ -70,5 +72,6 @@ METHODS: dict[str, Method] = {
         number_flag="--copies",
     ),
     "average": Method("the plain average of the sources, a dense model", "average"),
+    "reroute": Method("one mixture as it is, with new routers", "move", at_least=1, at_most=1, new_routers=True),
     "copy": Method("one source as it is, in another format", "move", at_least=1, at_most=1),
 }
