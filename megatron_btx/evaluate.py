@@ -243,6 +243,8 @@ def batches_of(text: Any, where: str) -> list[dict[str, Any]]:
             "pipeline stage; give more tokens or use a smaller batch"
         )
     order = np.arange(steps * micro * ranks).reshape(steps, ranks, micro)[:, mpu.get_data_parallel_rank()]
+    # Tensor-parallel ranks broadcast a mask to each other exactly where Megatron's datasets would have made one.
+    masked = torch.ones(length, length, dtype=torch.bool).triu(1) if args.create_attention_mask_in_dataloader else None
     positions = torch.arange(length).expand(micro, length).contiguous()
     batches = []
     for sequences in order:
@@ -253,6 +255,7 @@ def batches_of(text: Any, where: str) -> list[dict[str, Any]]:
                 "labels": rows[:, 1:].contiguous(),
                 "loss_mask": torch.ones(micro, length),
                 "position_ids": positions,
+                "attention_mask": None if masked is None else masked.expand(micro, 1, length, length).contiguous(),
             }
         )
     return batches

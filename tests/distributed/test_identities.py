@@ -84,6 +84,7 @@ def test_a_forced_router_is_that_expert(experts_with_equal_shared_weights, zygot
     [
         (2, "--expert-model-parallel-size 1"),
         (2, "--pipeline-model-parallel-size 2"),
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"),
         (3, "--expert-model-parallel-size 3"),
     ],
 )

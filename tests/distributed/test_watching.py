@@ -38,6 +38,7 @@ def watched(domains: dict[str, Path], tokens: int = 1024) -> list[str]:
     [
         (1, ""),
         (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"),
         (2, "--expert-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
     ],
 )
@@ -85,7 +86,7 @@ def test_loads_are_of_the_whole_interval(mixture, zygote, corpus, tmp_path):
 
 
 def test_dead_experts_and_drops_are_counted(mixture, zygote, corpus, tmp_path):
-    """Routers of zeros want one expert alone: the other three are dead in every layer, and the capacity drops tokens."""
+    """Routers of zeros want one expert alone: the others are dead in every layer, and the capacity drops tokens."""
     forced = rewrite(mixture, tmp_path / "forced", lambda key, t: t * 0 if key.endswith("router.weight") else t)
     flags = "--moe-router-topk 1 --moe-router-pre-softmax --moe-expert-capacity-factor 1.5".split()
     flags += "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0 --lr 0 --min-lr 0".split()

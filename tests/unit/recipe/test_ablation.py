@@ -1,0 +1,201 @@
+"""Routing methods by name, included recipes, ablations: what they plan, what they refuse, and their report."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.errors import InputError
+from megatron_btx.recipe.planner import plan_stages
+from megatron_btx.recipe.report_ablation import main, read_outcomes, spread
+from megatron_btx.recipe.schema import load_recipe
+
+RECIPES = Path(__file__).resolve().parents[3] / "examples" / "recipes"
+
+
+def planned(name: str, *changes: str) -> dict[str, list[str]]:
+    """Stage -> words of its command."""
+    recipe, _ = load_recipe(RECIPES / f"{name}.yaml", list(changes))
+    return {stage.name: list(stage.command) for stage in plan_stages(recipe)}
+
+
+def value(command: list[str], flag: str) -> str | None:
+    """The value of a flag, "" for a bare one, None where it is not given."""
+    if f"--{flag}" not in command:
+        return None
+    following = command[command.index(f"--{flag}") + 1]
+    return "" if following.startswith("--") else following
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("quickstart", {"moe-router-topk": "2", "moe-router-pre-softmax": None, "moe-aux-loss-coeff": "0.01"}),
+        ("quickstart-top-k-pre-softmax", {"moe-router-topk": "2", "moe-router-pre-softmax": ""}),
+        (
+            "quickstart-switch",
+            {"moe-router-topk": "1", "moe-router-pre-softmax": "", "moe-expert-capacity-factor": "1.5"},
+        ),
+        (
+            "quickstart-soft",
+            {"moe-router-topk": "4", "moe-router-load-balancing-type": "none", "moe-aux-loss-coeff": None},
+        ),
+        (
+            "quickstart-sample-top1",
+            {"moe-router-topk": "1", "moe-router-pre-softmax": "", "btx-sample-top1": "", "moe-aux-loss-coeff": None},
+        ),
+    ],
+)
+def test_routing_methods(name, expected):
+    """Each example's finetuning and evaluation get the flags of its method; the rest is the quickstart's."""
+    stages, quickstart = planned(name), planned("quickstart")
+    for stage in ("finetune", "evaluate-moe"):
+        for flag, wanted in expected.items():
+            assert value(stages[stage], flag) == wanted, flag
+    assert stages["seed"] == quickstart["seed"]
+    assert (value(stages["finetune"], "btx-sample-top1") is None) == (name != "quickstart-sample-top1")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("mix.routing=top-1", "mix.routing: found 'top-1', expected one of top-k"),
+        ("mix={routing: switch, top-k: 2}", "mix.top-k: switch routing has its own k"),
+        ("mix.top-k=5", "at most the 4 experts"),
+        ("mix.top-k=1", "take routing: switch"),
+        ("mix.load-balancing=half", "expected one of megatron, paper, none"),
+        ("mix.megatron.moe-expert-capacity-factor=1.5", "drops no token; only switch has a capacity"),
+        ("mix.megatron.moe-router-pre-softmax=true", "set by the pipeline from mix.routing"),
+        ("mix.megatron.btx-sample-top1=true", "set by the pipeline from mix.routing"),
+        ("mix.megatron.btx-load-balancing=paper", "set by the pipeline from mix.load-balancing"),
+    ],
+)
+def test_routing_is_refused(change, said):
+    """What is no method, what the method lacks, and what would be said twice."""
+    with pytest.raises(InputError, match=said):
+        planned("quickstart", change)
+
+
+def test_ablation_of_the_example():
+    """Ten variants over three seeds, each from its seed's mix, measured on every domain at its end."""
+    stages = planned("ablation-tiny")
+    runs = {name: command for name, command in stages.items() if name.startswith("ablation-")}
+    assert len(runs) == 30
+    assert [name for name in stages if name.startswith("mix")] == ["mix-s1", "mix-s2", "mix-s3"]
+    assert value(stages["mix-s2"], "router-seed") == "2"
+    for name, command in runs.items():
+        seed = name.rpartition("-s")[2]
+        assert value(command, "seed") == seed
+        assert value(command, "pretrained-checkpoint") == f"mix-s{seed}/checkpoint"
+        assert value(command, "btx-valid-data") == "general=data/general_valid_text_document"
+        assert value(command, "btx-first-loss-bound") == "evaluate-experts/evaluation.json"
+    assert value(runs["ablation-top2-none-frozen-s1"], "btx-freeze") == "experts"
+    assert value(runs["ablation-top2-paper-s1"], "btx-load-balancing") == "paper"
+    assert value(runs["ablation-provoked-s1"], "moe-aux-loss-coeff") is None
+    assert value(runs["ablation-provoked-s1"], "btx-lr-multiplier") == "router=20"
+    assert "finetune" not in stages and "report" in stages
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("ablation.seeds=[1, 1]", "expected every seed once"),
+        ("ablation.seeds=[0]", "above zero"),
+        ("ablation.seeds=3", "expected a list"),
+        ("ablation.variants={}", "ablation.variants: missing"),
+        ("ablation.variants.soft.routing=softer", "ablation.variants.soft.routing: found 'softer'"),
+        ("ablation.variants.soft.speed=2", "ablation.variants.soft.speed: unknown key"),
+        ("ablation.variants.soft.freeze=experts", "expected a list of groups"),
+        ("ablation.variants={'a b': {}}", "letters, digits and dashes"),
+        ("ablation.variants.soft.megatron={moe-expert-capacity-factor: 2}", "soft routing drops no token"),
+        ("finetune=null", "add both"),
+    ],
+)
+def test_ablations_are_refused(change, said):
+    """With the place and what was expected."""
+    with pytest.raises(InputError, match=said):
+        planned("ablation-tiny", change)
+
+
+def test_included_recipes(tmp_path):
+    """Mappings are merged, the rest is replaced, null takes back; a missing file and a circle are refused."""
+    (tmp_path / "over.yaml").write_text(
+        f"include: {RECIPES / 'quickstart.yaml'}\nname: mine\nseed: {{tokens: 2_000_000}}\n"
+    )
+    recipe, tree = load_recipe(tmp_path / "over.yaml", ["baselines=null"])
+    assert (recipe.name, recipe.seed.tokens, recipe.dense) == ("mine", 2_000_000, None)
+    assert set(recipe.seed.blend) == {"general", "math", "code", "knowledge"}
+    assert "include" not in tree
+    for name, text, said in (
+        ("lost", "include: nowhere.yaml", "expected a recipe file"),
+        ("self", "include: self.yaml", "includes itself"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(text)
+        with pytest.raises(InputError, match=said):
+            load_recipe(tmp_path / f"{name}.yaml", [])
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The files of a finished ablation of two variants and two seeds."""
+    (tmp_path / "recipe.yaml").write_text(
+        json.dumps({"ablation": {"seeds": [1, 2], "variants": {"one": None, "two": {"seeds": [2]}}}})
+    )
+    for name, seed, loss, dead in (("one", 1, 2.0, 0), ("one", 2, 2.5, 2), ("two", 2, 1.5, 1)):
+        folder = tmp_path / f"ablation-{name}-s{seed}"
+        folder.mkdir()
+        load = {f"moe/load_layer_{layer}_expert_{e}": (0.7, 0.3)[e] for layer in range(2) for e in range(2)}
+        lines = [
+            {"iteration": 4, **load, "moe/dead_experts": 9, "moe/dropped_layer_0": 0.5},
+            {"iteration": 8, **load, "moe/dead_experts": dead, "moe/dropped_layer_0": 0.1, "moe/dropped_layer_1": 0.3},
+            {"iteration": 9, "lm loss validation math": loss, "lm loss validation mean": loss + 1},
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    return tmp_path
+
+
+def test_report(finished, capsys):
+    """The last values of every run; mean and deviation over seeds; a table, pages, figures and numbers."""
+    outcomes = read_outcomes(finished)
+    assert outcomes["one"][2].losses == {"math": 2.5, "mean": 3.5}
+    assert (outcomes["one"][2].dead, outcomes["one"][2].dropped) == (2, pytest.approx(0.2))
+    assert outcomes["two"][2].loads == [[0.7, 0.3], [0.7, 0.3]]
+    assert list(outcomes["two"]) == [2]
+    assert main([str(finished)]) == 0
+    printed = capsys.readouterr().out
+    assert "2.250 ± 0.354" in printed and "0, 2" in printed and "30.0% to 70.0%" in printed
+    text = (finished / "report" / "ablation.md").read_text()
+    assert "Lowest mean loss: two, 2.500" in text and "3.250 ± 0.354" in text
+    assert len(list((finished / "report").glob("*.png"))) == 2
+    assert json.loads((finished / "report" / "ablation.json").read_text())["one"]["1"]["dead"] == 0
+
+
+def test_spread():
+    """The sample's deviation, none of one value."""
+    assert spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
+    assert math.isnan(spread([1.0])[1])
+
+
+@pytest.mark.parametrize("broken", ["metrics", "validation", "recipe", "dense"])
+def test_unfinished_runs_are_refused(broken, finished):
+    """A stage that is missing or not at its end, and a run that is no ablation."""
+    file = finished / "ablation-one-s1" / "metrics.jsonl"
+    if broken == "metrics":
+        file.unlink()
+    elif broken == "validation":
+        file.write_text(file.read_text().replace("validation mean", "validation"))
+    elif broken == "recipe":
+        (finished / "recipe.yaml").unlink()
+    else:
+        (finished / "recipe.yaml").write_text("name: other")
+    said = {
+        "metrics": "has not run",
+        "validation": "not come to its end",
+        "recipe": "does not exist",
+        "dense": "btx report",
+    }
+    with pytest.raises(InputError, match=said[broken]):
+        read_outcomes(finished)
