@@ -165,7 +165,7 @@ def evaluate_domain(
     from megatron.training import get_args
 
     args = get_args()
-    batches = batches_of(_start_of(prefix, args.btx_eval_tokens if tokens is None else tokens), f"{domain}: {prefix}")
+    batches = batches_of(start_of(prefix, args.btx_eval_tokens if tokens is None else tokens), f"{domain}: {prefix}")
     counts_LE = torch.zeros(args.num_layers, args.num_experts or 1, dtype=torch.float64, device="cuda")
     hooks = _count_routing(model, counts_LE)
     loss, counted = forward(model, batches)
@@ -206,7 +206,7 @@ def forward(model: list[Any], batches: list[dict[str, Any]]) -> tuple[float, int
     return (sums[0] / sums[1]).item(), int(sums[1].item())
 
 
-def _start_of(prefix: str, tokens: int) -> Any:
+def start_of(prefix: str, tokens: int) -> Any:
     """The first ``tokens`` tokens of a dataset and the one after them, as int64."""
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -7,24 +7,16 @@ same. Centroids: the domains' means less their common mean, each of length 1 per
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_btx.evaluate import forward
+from megatron_btx.routing.trace import routers_of, watching
 from megatron_btx.routing.warm_start import RIDGES, SCALES
 
 Texts = list[list[dict[str, Any]]]
 """Batches of every domain, in the order of the experts."""
-
-
-def routers_of(model: list[Any]) -> dict[int, TopKRouter]:
-    """The routers that this rank holds, by layer from 0."""
-    routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
-    return {router.layer_number - 1: router for router in routers}
 
 
 def own_rows(model: list[Any]) -> torch.Tensor:
@@ -46,22 +38,6 @@ def install_rows(model: list[Any], rows_LEH: torch.Tensor) -> None:
         router.weight.data.copy_(rows_LEH[layer])
 
 
-@contextmanager
-def _watching(model: list[Any], see: Callable[[int, Any, torch.Tensor, Any], None]) -> Iterator[None]:
-    """Call ``see(layer, router, inputs_TH, outputs)`` at every forward pass of a router."""
-
-    def hook(layer: int) -> Callable[..., None]:
-        def seen(router: Any, inputs: Any, outputs: Any) -> None:
-            see(layer, router, inputs[0].detach().reshape(-1, inputs[0].shape[-1]), outputs)
-
-        return seen
-
-    handles = [router.register_forward_hook(hook(layer)) for layer, router in routers_of(model).items()]
-    yield
-    for handle in handles:
-        handle.remove()
-
-
 def moments(model: list[Any], texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
     """Second moments of the router inputs, every domain weighing the same, and the domains' means.
 
@@ -78,13 +54,13 @@ def moments(model: list[Any], texts: Texts) -> tuple[torch.Tensor, torch.Tensor]
         weight = 1.0 / _tokens(batches)
 
         def add(
-            layer: int, _router: Any, x_TH: torch.Tensor, _out: Any, weight: float = weight, d: int = domain
+            layer: int, _router: Any, x_SBH: torch.Tensor, _out: Any, weight: float = weight, d: int = domain
         ) -> None:
-            x_TH = x_TH.double()
+            x_TH = x_SBH.flatten(0, 1).double()
             second_LHH[layer].addmm_(x_TH.T, x_TH, alpha=weight / args.num_experts)
             mean_LEH[layer, d] += x_TH.sum(dim=0) * weight
 
-        with _watching(model, add):
+        with watching(model, add):
             forward(model, batches)
     torch.distributed.all_reduce(second_LHH)
     torch.distributed.all_reduce(mean_LEH)
@@ -145,14 +121,14 @@ def refit(model: list[Any], fit: Texts, held_out: Texts, method: str) -> tuple[t
         weight = 1.0 / _tokens(batches) / len(held_out)
 
         def add(
-            layer: int, _router: Any, x_TH: torch.Tensor, _out: Any, weight: float = weight, d: int = domain
+            layer: int, _router: Any, x_SBH: torch.Tensor, _out: Any, weight: float = weight, d: int = domain
         ) -> None:
-            logits_CTE = torch.einsum("th,ceh->cte", x_TH.float(), candidates[layer])
+            logits_CTE = torch.einsum("th,ceh->cte", x_SBH.flatten(0, 1).float(), candidates[layer])
             for at, scale in enumerate(scales_S):
                 surprise_CT = -torch.log_softmax(logits_CTE * scale, dim=-1)[..., d]
                 entropy_LCS[layer, :, at] += surprise_CT.double().sum(dim=1) * weight
 
-        with _watching(model, add):
+        with watching(model, add):
             forward(model, batches)
     torch.distributed.all_reduce(entropy_LCS)
     rows_LEH = torch.zeros(mean_LEH.shape, device="cuda")
@@ -188,13 +164,15 @@ def measure(model: list[Any], texts: Texts) -> dict[str, Any]:
     for domain, batches in enumerate(texts):
         weight = 1.0 / _tokens(batches) / len(texts)
 
-        def add(layer: int, router: Any, x_TH: torch.Tensor, out: Any, weight: float = weight, d: int = domain) -> None:
-            log_TE = torch.log_softmax(x_TH.float() @ router.weight.detach().float().T, dim=-1)
+        def add(
+            layer: int, router: Any, x_SBH: torch.Tensor, out: Any, weight: float = weight, d: int = domain
+        ) -> None:
+            log_TE = torch.log_softmax(x_SBH.flatten(0, 1).float() @ router.weight.detach().float().T, dim=-1)
             sums_LC[layer, 0] += (log_TE.argmax(dim=-1) == d).sum() * weight
             sums_LC[layer, 1] -= (log_TE.exp() * log_TE).double().sum() * weight
             sums_LC[layer, 2:] += out[1].reshape(-1, experts).sum(dim=0) * weight
 
-        with _watching(model, add):
+        with watching(model, add):
             losses.append(forward(model, batches)[0])
     torch.distributed.all_reduce(sums_LC)
     layers = []

@@ -1,0 +1,139 @@
+"""Who is routed where: one or several checkpoints over labelled texts, as numbers, figures and a page of tokens.
+
+    torchrun --nproc-per-node N tools/analyze_routing.py [Megatron's model and layout flags]
+        --btx-route-model NAME=PATH ... --btx-route-data LABEL=PREFIX ... --btx-route-output FOLDER
+
+A label is a domain, or ``domain/task``. Works under any layout; every layout gives the same counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
+from megatron_btx.errors import InputError, exits_with_one_line
+
+prepare_environment()
+
+
+def add_analysis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of this program to Megatron's parser."""
+    group = parser.add_argument_group("megatron_btx routing analysis", "used by tools/analyze_routing.py")
+    group.add_argument(
+        "--btx-route-model",
+        metavar="NAME=PATH",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="a mixture, and the name it gets in the figures; several of one architecture side by side (required)",
+    )
+    group.add_argument(
+        "--btx-route-data",
+        metavar="LABEL=PREFIX",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="an indexed dataset and its label: a domain, or domain/task (required)",
+    )
+    group.add_argument("--btx-route-output", metavar="FOLDER", help="folder for routing.json, figures, page (required)")
+    group.add_argument(
+        "--btx-route-tokens",
+        metavar="TOKENS",
+        type=int,
+        default=65536,
+        help="tokens per label, rounded down to whole batches, from the start of each dataset (default: 65536)",
+    )
+    group.add_argument(
+        "--btx-route-text",
+        metavar="FILE",
+        help="UTF-8 text whose tokens the page colours, up to one micro-batch (default: the start of every label)",
+    )
+    group.add_argument(
+        "--btx-route-beside",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="routing.json files of earlier analyses, of other routing methods say, drawn beside (default: none)",
+    )
+    return parser
+
+
+@exits_with_one_line
+def main() -> int:
+    """Analyse what the command line names; see --help."""
+    install_cpu_stand_ins()
+    from megatron.training import initialize
+
+    from megatron_btx import repairs
+    from megatron_btx.checkpoint.arguments import compare_with_stored
+    from megatron_btx.cpu import has_gpu
+    from megatron_btx.data.training import check_indexed_dataset
+    from megatron_btx.evaluate import build_model, load_weights, named_paths, write_json
+    from megatron_btx.pretrain import parse_arguments
+    from megatron_btx.routing.analysis import read_earlier, route_label, route_text, table
+
+    args = parse_arguments(add_analysis_arguments)
+    models = named_paths(args.btx_route_model, "--btx-route-model")
+    data = named_paths(args.btx_route_data, "--btx-route-data")
+    if not args.num_experts:
+        raise InputError("--btx-route-model: routing is of mixtures; give --num-experts and a mixture's checkpoint")
+    if args.btx_route_output is None:
+        raise InputError("--btx-route-output is missing; name a folder for the results")
+    if args.btx_route_tokens < 1:
+        raise InputError(f"--btx-route-tokens {args.btx_route_tokens}: expected at least 1")
+    stored = [compare_with_stored(path, vars(args)) for path in models.values()]
+    for label, prefix in data.items():
+        if label.count("/") > 1 or label.startswith("/") or label.endswith("/"):
+            raise InputError(f"--btx-route-data {label}={prefix}: expected DOMAIN=PREFIX or DOMAIN/TASK=PREFIX")
+        check_indexed_dataset(prefix, f"--btx-route-data {label}=")
+    given = _read_text(args.btx_route_text)
+    experts = next((a["btx_experts"] for a in stored if a.get("btx_experts")), None)
+    experts = experts or [f"expert {number}" for number in range(args.num_experts)]
+    earlier = read_earlier([Path(file) for file in args.btx_route_beside], list(models), experts)
+    folder = Path(args.btx_route_output)
+    if int(os.environ.get("RANK", "0")) == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    repairs.install()
+    initialize.initialize_megatron(allow_no_cuda=not has_gpu())
+    model = build_model(args)
+    result: dict[str, Any] = {"experts": experts, "models": {}}
+    texts: dict[str, dict[str, Any]] = {}
+    for name, path in models.items():
+        load_weights(model, path)
+        routed = {label: route_label(model, f"{label}: {prefix}", prefix) for label, prefix in data.items()}
+        result["models"][name] = routed
+        sources = {"text": given} if given is not None else data
+        texts[name] = {label: route_text(model, text, is_text=given is not None) for label, text in sources.items()}
+    if args.rank == 0:
+        from megatron_btx.routing.figures import write_figures
+        from megatron_btx.routing.page import write_page
+
+        write_json(folder / "routing.json", result)
+        everything = {**earlier, **result["models"]}
+        figures = write_figures(folder, everything, experts)
+        write_page(folder / "tokens.html", texts, experts)
+        print(table(everything, experts))
+        print(
+            "\nwrote " + ", ".join(str(folder / name) for name in ("routing.json", *figures, "tokens.html")), flush=True
+        )
+    return 0
+
+
+def _read_text(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--btx-route-text {file}: is no UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not text.strip():
+        raise InputError(f"--btx-route-text {file}: is empty; give a text of some words")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Watching a model's routers while it runs: which they are, what goes in, what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+
+
+def routers_of(model: list[Any]) -> dict[int, TopKRouter]:
+    """The routers that this rank holds, by layer from 0."""
+    routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
+    return {router.layer_number - 1: router for router in routers}
+
+
+@contextmanager
+def watching(model: list[Any], see: Callable[[int, Any, torch.Tensor, Any], None]) -> Iterator[None]:
+    """Call ``see(layer, router, inputs_SBH, outputs)`` at every forward pass of a router.
+
+    Every token is seen by exactly one rank of those that hold its layer: under sequence parallelism a rank's router
+    gets its part of the sequence. Outputs are gates and routing map, [S B, E] each.
+    """
+
+    def hook(layer: int) -> Callable[..., None]:
+        def seen(router: Any, inputs: Any, outputs: Any) -> None:
+            see(layer, router, inputs[0].detach(), outputs)
+
+        return seen
+
+    handles = [router.register_forward_hook(hook(layer)) for layer, router in routers_of(model).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,114 @@
+"""Routing analysis with the real Megatron: every layout counts the same, as the evaluation does; figures and page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import pico
+from tests.distributed.test_identities import evaluate
+from tests.mixing import mix
+from tests.runner import Zygote
+
+ENTRY = "megatron_btx.routing.analyze"
+LAYOUTS = {
+    "1": (1, "--micro-batch-size 4"),
+    "dp2": (2, "--micro-batch-size 2"),
+    "ep2": (2, "--micro-batch-size 2 --expert-model-parallel-size 2"),
+    "pp2": (2, "--micro-batch-size 2 --pipeline-model-parallel-size 2"),
+    "pp2-vpp2": (
+        2,
+        "--micro-batch-size 2 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "tp2": (
+        2,
+        "--micro-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mixture(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    experts = {"a": dense / "iter_0000005", "b": dense, "c": dense, "d": dense / "iter_0000005"}
+    return mix(experts, tmp_path_factory.mktemp("routed") / "mix")
+
+
+def command(mixture: Path, corpus: Path, output: Path, *more: str) -> list[str]:
+    words = [*pico.MODEL, *pico.MOE, "--micro-batch-size", "4", "--btx-route-model", f"btx={mixture}"]
+    words += ["--btx-route-data", f"home/one={corpus}", "--btx-route-tokens", "1024"]
+    return [*words, "--btx-route-output", str(output), *more]
+
+
+@pytest.fixture(scope="module")
+def analysed(zygote: Zygote, mixture: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
+    """routing.json and the page's data under a layout."""
+    known = {}
+
+    def analyse(layout: str) -> tuple[dict, dict, Path]:
+        if layout not in known:
+            folder = tmp_path_factory.mktemp(f"routes-{layout}")
+            world_size, flags = LAYOUTS[layout]
+            words = command(mixture, corpus, folder / "out", *flags.split())
+            zygote.run(world_size, words, folder / "log", entry=ENTRY)
+            page = (folder / "out" / "tokens.html").read_text()
+            data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+            known[layout] = (json.loads((folder / "out" / "routing.json").read_text()), data, folder / "out")
+        return known[layout]
+
+    return analyse
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "1"])
+def test_every_layout_counts_the_same(layout, analysed):
+    """Counts exactly, means to rounding; the page's gates to the thousandth that it shows."""
+    (found, page, _), (reference, expected_page, _) = analysed(layout), analysed("1")
+    routed, expected = found["models"]["btx"]["home/one"], reference["models"]["btx"]["home/one"]
+    assert routed["tokens"] == expected["tokens"] == 1024
+    for key in ("choices", "first"):
+        for layer, of_reference in zip(routed[key], expected[key], strict=True):
+            assert layer == pytest.approx(of_reference, abs=1e-9)
+    for key in ("probabilities", "gates"):
+        for layer, of_reference in zip(routed[key], expected[key], strict=True):
+            assert layer == pytest.approx(of_reference, abs=1e-6)
+    assert routed["entropy"] == pytest.approx(expected["entropy"], abs=1e-6)
+    text, expected_text = page["models"]["btx"]["home/one"], expected_page["models"]["btx"]["home/one"]
+    assert text["pieces"] == expected_text["pieces"] and len(text["pieces"]) == 32
+    for layer, of_reference in zip(text["gates"], expected_text["gates"], strict=True):
+        for token, of_token in zip(layer, of_reference, strict=True):
+            assert token == pytest.approx(of_token, abs=0.0011)
+            assert sum(token) == pytest.approx(1, abs=0.003) and sum(gate > 0 for gate in token) == 2
+
+
+def test_shares_are_the_evaluations(analysed, mixture, zygote, corpus, tmp_path):
+    """The same shares and loss as megatron_btx.evaluate's; figures are there."""
+    found, _, folder = analysed("1")
+    routed = found["models"]["btx"]["home/one"]
+    result = evaluate(zygote, tmp_path, {"btx": mixture}, corpus, [*pico.MOE, "--micro-batch-size", "4"])["btx"]
+    for layer, of_reference in zip(routed["choices"], result["routing"]["text"], strict=True):
+        assert layer == pytest.approx(of_reference, abs=1e-9)
+    assert routed["loss"] == pytest.approx(result["losses"]["text"], abs=1e-6)
+    assert found["experts"] == ["a", "b", "c", "d"]
+    for name in ("routing.png", "overlap.png", "entropy.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--btx-route-data", "a/b/c=/nowhere"], "expected DOMAIN=PREFIX or DOMAIN/TASK=PREFIX"),
+        (["--btx-route-data", "other=/nowhere/text"], "/nowhere/text.bin does not exist"),
+        (["--btx-route-data", "home"], "expected NAME=PATH"),
+        (["--btx-route-tokens", "0"], "expected at least 1"),
+        (["--btx-route-tokens", "64"], "fewer than one batch"),
+        (["--btx-route-beside", "/nowhere.json"], "there is no such file"),
+        (["--btx-route-text", "/dev/null"], "is empty"),
+    ],
+)
+def test_refusals(more, said, mixture, corpus, zygote, tmp_path):
+    """One line, exit code 2."""
+    run = zygote.run(1, command(mixture, corpus, tmp_path / "out", *more), tmp_path / "log", entry=ENTRY, expect=2)
+    lines = [line for line in run.text().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and said in lines[0]
+    assert not list(tmp_path.glob("out/*"))
