@@ -18,6 +18,7 @@
 #   TOPK=2                 experts per token, of the two top-k methods
 #   BALANCING=megatron     form of the load-balancing loss: megatron, paper or none (the default of soft, sample-top1)
 #   AUX_LOSS=0.01          its coefficient
+#   CAPACITY=1.5           capacity factor of switch routing
 #   FREEZE=                groups that are not trained, as "experts" or "all-but:router"
 #   VALID_DOMAINS=         "math=data/math_valid_text_document code=...": loss per domain at every EVAL_INTERVAL
 #   EXPERT_LOSSES=         result of megatron_btx.evaluate for the experts on those domains: a mix that starts worse than
@@ -37,7 +38,7 @@ if [ -z "${DATA:-}" ]; then
     # Megatron normalises the weights of a blend; say what they come to.
     [ "${RANK:-${SLURM_PROCID:-0}}" != 0 ] || awk -v m="$math" -v c="$code" -v w="$wiki" -v g="$general" 'BEGIN {
         sum = (m + c + w + g) / 100
-        printf "blend: math %.2f %%, code %.2f %%, wiki %.2f %%, general %.2f %%\n", m / sum, c / sum, w / sum, g / sum }'
+        printf "blend: math %.2f %%, code %.2f %%, wiki %.2f %%, general %.2f %%\n", m / sum, c / sum, w / sum, g / sum }' >&2
     DATA="$math $MATH_DATA $code $CODE_DATA $wiki $WIKI_DATA $general $GENERAL_DATA"
 fi
 

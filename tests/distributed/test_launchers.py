@@ -109,6 +109,37 @@ def test_under_srun_it_is_its_rank(teller):
     assert told(FINETUNE, teller, **SRUN | {"SLURM_STEP_NODELIST": "n1,n2"})[1]["MASTER_ADDR"] == "n1"
 
 
+@pytest.mark.parametrize(
+    ("routing", "words", "balancing"),
+    [
+        ("top-k", "--moe-router-topk 2 --moe-router-load-balancing-type aux_loss", "megatron"),
+        ("top-k-pre-softmax", "--moe-router-topk 2 --moe-router-pre-softmax", "megatron"),
+        ("switch", "--moe-router-topk 1 --moe-router-pre-softmax --moe-expert-capacity-factor 1.5", "megatron"),
+        ("soft", "--moe-router-topk 4 --moe-router-load-balancing-type none", None),
+        ("sample-top1", "--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1", None),
+    ],
+)
+def test_routing_methods(routing, words, balancing, teller):
+    """Each method by its name; those without load balancing in the paper have none unless it is asked for."""
+    command = " ".join(told(FINETUNE, teller, ROUTING=routing)[0])
+    assert words in command
+    assert ("--btx-load-balancing" in command) == (balancing is not None)
+    assert "--btx-load-balancing paper" in " ".join(told(FINETUNE, teller, ROUTING=routing, BALANCING="paper")[0])
+
+
+def test_watching_and_freezing(teller):
+    """Lists of words are passed on as such."""
+    variables = {"FREEZE": "experts norms", "VALID_DOMAINS": "math=m code=c", "EXPERT_LOSSES": "experts.json"}
+    command = " ".join(told(FINETUNE, teller, **variables)[0])
+    for words in (
+        "--btx-freeze experts norms",
+        "--btx-valid-data math=m code=c",
+        "--btx-first-loss-bound experts.json",
+    ):
+        assert words in command
+    assert "--btx-freeze" not in " ".join(told(FINETUNE, teller)[0])
+
+
 def test_defaults_are_the_papers_recipe(teller):
     """Batch of 4,194,304 tokens, peak 1e-4 to a tenth of it, 19,000 steps, the paper's mixture of domains."""
     four = {f"{domain}_DATA": domain.lower() for domain in ("MATH", "CODE", "WIKI", "GENERAL")}
