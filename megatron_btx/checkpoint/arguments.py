@@ -117,8 +117,7 @@ MODEL_ARGUMENTS = (
 """What must be equal for the weights to mean the same function."""
 
 ROUTING_ARGUMENTS = frozenset(
-    "moe_router_topk moe_router_pre_softmax moe_router_dtype moe_expert_capacity_factor moe_token_drop_policy "
-    "btx_sample_top1".split()
+    "moe_router_topk moe_router_pre_softmax moe_expert_capacity_factor moe_token_drop_policy btx_sample_top1".split()
 )
 """What a mixture that was never trained leaves open: its routers know nothing of how they will be used."""
 

@@ -122,7 +122,10 @@ def test_no_dataset(zygote, corpus, tmp_path):
 
 @pytest.fixture(scope="module")
 def mixture(dense, tmp_path_factory) -> Path:
-    return mix(dict.fromkeys("abcd", dense), tmp_path_factory.mktemp("mixture") / "mix")
+    """A mixture whose routers count as trained: a fresh one leaves its routing open (test_routing_methods.py)."""
+    folder = tmp_path_factory.mktemp("mixture")
+    fresh = mix(dict.fromkeys("abcd", dense), folder / "mix")
+    return rewrite(fresh, folder / "trained", arguments={"btx_untrained_routers": None})
 
 
 CHANGES = {
