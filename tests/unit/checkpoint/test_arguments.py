@@ -6,6 +6,7 @@ import argparse
 
 import pytest
 
+from megatron_btx.arguments import add_routing_arguments
 from megatron_btx.checkpoint.arguments import (
     MODEL_ARGUMENTS,
     NUMERICS_ARGUMENTS,
@@ -21,7 +22,9 @@ from megatron_btx.errors import InputError
 def parser() -> argparse.ArgumentParser:
     from megatron.training.arguments import add_megatron_arguments
 
-    return add_megatron_arguments(argparse.ArgumentParser())
+    parser = add_megatron_arguments(argparse.ArgumentParser())
+    add_routing_arguments(parser)
+    return parser
 
 
 OTHER_VALUES = {
