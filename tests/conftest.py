@@ -36,3 +36,21 @@ def dense(zygote: Zygote, corpus: Path, tmp_path_factory: pytest.TempPathFactory
     arguments = pico.train(corpus, 10) + ["--save", str(folder / "checkpoint"), "--save-interval", "5"]
     zygote.run(1, arguments, folder / "log")
     return folder / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def four_experts(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of four different experts: two iterations of one run, and perturbed copies."""
+    import torch
+
+    from tests.mixing import mix, rewrite
+
+    folder = tmp_path_factory.mktemp("four-experts")
+
+    def perturbed(seed: int) -> object:
+        generator = torch.Generator().manual_seed(seed)
+        return lambda key, tensor: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
+
+    experts = {"a": dense / "iter_0000005", "b": dense}
+    experts |= {name: rewrite(dense, folder / name, perturbed(seed)) for seed, name in enumerate("cd")}
+    return mix(experts, folder / "mix")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests import pico
-from tests.mixing import mix, rewrite
 from tests.runner import read_losses
 
 TOLERANCE = 1e-5
@@ -26,23 +25,7 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def mixture(dense, tmp_path_factory):
-    """Four different experts: two iterations of one run, and perturbed copies."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("mixture")
-
-    def perturbed(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return lambda key, tensor: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
-
-    experts = {"a": dense / "iter_0000005", "b": dense}
-    experts |= {name: rewrite(dense, folder / name, perturbed(seed)) for seed, name in enumerate("cd")}
-    return mix(experts, folder / "mix")
-
-
-@pytest.fixture(scope="module")
-def train(mixture, zygote, corpus, tmp_path_factory):
+def train(four_experts, zygote, corpus, tmp_path_factory):
     """Ten steps under a layout: the losses."""
     known = {}
 
@@ -52,7 +35,7 @@ def train(mixture, zygote, corpus, tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"layout-{layout}")
             world_size, flags = LAYOUTS[layout]
             arguments = pico.train(corpus, 10, folder / "metrics.jsonl", moe=True) + flags.split()
-            arguments += ["--pretrained-checkpoint", str(mixture)]
+            arguments += ["--pretrained-checkpoint", str(four_experts)]
             arguments += ["--use-distributed-optimizer"] if distributed_optimizer else []
             zygote.run(world_size, arguments, folder / "log")
             known[key] = read_losses(folder / "metrics.jsonl")

@@ -8,7 +8,6 @@ import pytest
 
 from tests import pico
 from tests.distributed.test_layouts import LAYOUTS
-from tests.mixing import mix, rewrite
 from tests.runner import Zygote, read_metrics
 
 TOLERANCE = 1e-5
@@ -40,23 +39,7 @@ ALL = {**LAYOUTS, **MORE}
 
 
 @pytest.fixture(scope="module")
-def mixture(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four different experts."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("mixture")
-
-    def perturbed(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return lambda key, tensor: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
-
-    experts = {"a": dense / "iter_0000005", "b": dense}
-    experts |= {name: rewrite(dense, folder / name, perturbed(seed)) for seed, name in enumerate("cd")}
-    return mix(experts, folder / "mix")
-
-
-@pytest.fixture(scope="module")
-def train(mixture: Path, zygote: Zygote, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
+def train(four_experts: Path, zygote: Zygote, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
     """Six steps of a method under a layout: the metrics."""
     known = {}
 
@@ -72,7 +55,12 @@ def train(mixture: Path, zygote: Zygote, corpus: Path, tmp_path_factory: pytest.
             )
             micro = max(1, 2 // data_parallel) if method == "paper-global" else 1
             arguments = pico.train(corpus, 6, folder / "metrics.jsonl", moe=True) + METHODS[method].split()
-            arguments += flags.split() + ["--pretrained-checkpoint", str(mixture), "--micro-batch-size", str(micro)]
+            arguments += flags.split() + [
+                "--pretrained-checkpoint",
+                str(four_experts),
+                "--micro-batch-size",
+                str(micro),
+            ]
             zygote.run(world_size, arguments, folder / "log")
             known[key] = read_metrics(folder / "metrics.jsonl")
         return known[key]
