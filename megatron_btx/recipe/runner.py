@@ -213,6 +213,7 @@ class Runner:
         with (directory / "log.txt").open("ab") as log:
             log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {action.verb}: bash command.sh\n".encode())
             log.flush()
+            offset = log.tell()  # before the start: the stage shares our file's position and moves it
             process = subprocess.Popen(
                 ["bash", "command.sh"],
                 cwd=directory,
@@ -222,7 +223,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            self.running[stage.name] = _Running(process, manifest, taken, log.tell(), manifest["seconds"])
+            self.running[stage.name] = _Running(process, manifest, taken, offset, manifest["seconds"])
         self.reporter.set(stage.name, "running", f"{action.verb}: {action.why}")
 
     def _finish(self, name: str) -> int:
