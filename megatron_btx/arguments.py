@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -34,6 +37,13 @@ def add_btx_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     Defaults depend on what is installed; whatever they are, they are stored in the checkpoint and compared on resume
     (:mod:`megatron_btx.checkpoint.arguments`), so that a run cannot change numerics by moving to another machine.
     """
+    parser.set_defaults(**machine_defaults())
+    add_own_arguments(parser)
+    return parser
+
+
+def add_own_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every program of ours takes, beside Megatron's."""
     group = parser.add_argument_group("megatron_btx", "Branch-Train-MiX on top of Megatron-core")
     group.add_argument(
         "--btx-metrics",
@@ -52,9 +62,6 @@ def add_btx_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     )
     add_routing_arguments(parser)
     add_validation_arguments(parser)
-    add_evaluation_arguments(parser)
-    parser.set_defaults(**machine_defaults())
-    return parser
 
 
 def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,36 +142,54 @@ def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``megatron_btx.evaluate``; they stand in the same parser so that --help shows all."""
-    group = parser.add_argument_group("megatron_btx evaluation", "used by python -m megatron_btx.evaluate")
-    group.add_argument(
-        "--btx-eval-model",
-        metavar="NAME=PATH",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="a checkpoint to evaluate, and the name it gets in the results; repeat for several of one architecture",
-    )
-    group.add_argument(
-        "--btx-eval-data",
-        metavar="DOMAIN=PREFIX",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="an indexed dataset (prefix of .bin and .idx), and the domain it stands for",
-    )
-    group.add_argument(
-        "--btx-eval-tokens",
-        metavar="TOKENS",
-        type=int,
-        default=65536,
-        help="tokens per domain, rounded down to whole batches of sequences, from the start of each dataset "
-        "(default: 65536)",
-    )
-    group.add_argument(
-        "--btx-eval-output", metavar="FILE", default=None, help="where to write the results as JSON (required)"
-    )
+def help_if_asked(
+    description: str | None, extra: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None = None
+) -> None:
+    """Answer ``--help`` and ``--help-megatron`` on rank 0, and end with status 0; otherwise do nothing.
+
+    Ours at once, without importing Megatron, whose own --help takes long and in 0.19 ends in an error: texts of its
+    flags have percent signs that argparse takes for placeholders. ``--help-megatron`` lists those too.
+
+    Args:
+        description: what the program does, its module's docstring.
+        extra: adds the flags that only this program has.
+    """
+    asked = {"-h", "--help", "--help-megatron"} & set(sys.argv[1:])
+    if not asked:
+        return
+    if os.environ.get("RANK", "0") == "0":
+        parser = argparse.ArgumentParser(
+            usage="%(prog)s [Megatron's flags] [--btx-... flags]",
+            description=description,
+            epilog="Every flag of Megatron-core's training program is taken too: --help-megatron lists them.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        parser.add_argument("--help-megatron", action="store_true", help="list Megatron's flags too, and exit")
+        if extra:
+            extra(parser)
+        add_own_arguments(parser)
+        if "--help-megatron" in asked:
+            _add_megatron_arguments(parser)
+        parser.print_help()
+        sys.stdout.flush()
+    raise SystemExit(0)
+
+
+def _add_megatron_arguments(parser: argparse.ArgumentParser) -> None:
+    """Megatron's flags with texts that argparse can show."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    ours = set(parser._actions)
+    add_megatron_arguments(parser)
+    parser.set_defaults(**machine_defaults())
+    for action in parser._actions:
+        if action in ours or not action.help:
+            continue
+        try:
+            action.help % vars(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
 
 
 def machine_defaults() -> dict[str, Any]:

@@ -9,6 +9,7 @@ that every model, layout and batch size sees the same tokens; sums are kept in f
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.arguments import help_if_asked
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import InputError, exits_with_one_line
 
@@ -25,9 +27,44 @@ if TYPE_CHECKING:
 prepare_environment()
 
 
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of this program to Megatron's parser."""
+    group = parser.add_argument_group("megatron_btx evaluation", "used by python -m megatron_btx.evaluate")
+    group.add_argument(
+        "--btx-eval-model",
+        metavar="NAME=PATH",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="a checkpoint to evaluate, and the name it gets in the results; repeat for several of one architecture "
+        "(required)",
+    )
+    group.add_argument(
+        "--btx-eval-data",
+        metavar="DOMAIN=PREFIX",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="an indexed dataset (prefix of .bin and .idx), and the domain it stands for (required)",
+    )
+    group.add_argument(
+        "--btx-eval-tokens",
+        metavar="TOKENS",
+        type=int,
+        default=65536,
+        help="tokens per domain, rounded down to whole batches of sequences, from the start of each dataset "
+        "(default: 65536)",
+    )
+    group.add_argument(
+        "--btx-eval-output", metavar="FILE", default=None, help="where to write the results as JSON (required)"
+    )
+    return parser
+
+
 @exits_with_one_line
 def main() -> int:
     """Evaluate what the command line names; see --help."""
+    help_if_asked(__doc__, add_evaluation_arguments)
     install_cpu_stand_ins()
     from megatron.training import initialize
 
@@ -37,7 +74,7 @@ def main() -> int:
     from megatron_btx.data.training import check_indexed_dataset
     from megatron_btx.pretrain import parse_arguments
 
-    args = parse_arguments()
+    args = parse_arguments(add_evaluation_arguments)
     models = named_paths(args.btx_eval_model, "--btx-eval-model")
     data = named_paths(args.btx_eval_data, "--btx-eval-data")
     if args.btx_eval_output is None:

@@ -16,6 +16,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.arguments import add_btx_arguments, check_finetuning, check_layout, help_if_asked
 from megatron_btx.checkpoint.torch_dist import TRACKER
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import CheckpointError, InputError, exits_with_one_line
@@ -29,6 +30,7 @@ prepare_environment()
 @exits_with_one_line
 def main() -> int:
     """Train what the command line describes; see --help."""
+    help_if_asked(__doc__)
     install_cpu_stand_ins()
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain
@@ -132,8 +134,6 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
         InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on.
     """
     from megatron.training.arguments import parse_and_validate_args
-
-    from megatron_btx.arguments import add_btx_arguments, check_finetuning, check_layout
 
     def add(parser: ArgumentParser) -> ArgumentParser:
         parser = add_btx_arguments(parser)

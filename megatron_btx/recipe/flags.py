@@ -166,8 +166,10 @@ def check_sections(parser: argparse.ArgumentParser, sections: Mapping[str, list[
         for name in (word.removeprefix("--") for word in argv if word.startswith("--")):
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]}?" if close else "; see python -m megatron_btx.pretrain --help"
-                raise InputError(f"{where}.{name}: Megatron has no flag --{name}{hint}")
+                hint = (
+                    f"; did you mean {close[0]}?" if close else "; see python -m megatron_btx.pretrain --help-megatron"
+                )
+                raise InputError(f"{where}.{name}: Megatron has no flag --{name}; {hint}")
         try:
             parser.parse_args(argv)
         except InputError as error:

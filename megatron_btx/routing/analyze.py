@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.arguments import help_if_asked
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import InputError, exits_with_one_line
 
@@ -65,6 +66,7 @@ def add_analysis_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
 @exits_with_one_line
 def main() -> int:
     """Analyse what the command line names; see --help."""
+    help_if_asked(__doc__, add_analysis_arguments)
     install_cpu_stand_ins()
     from megatron.training import initialize
 

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.arguments import help_if_asked
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import InputError, exits_with_one_line
 
@@ -72,6 +73,7 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 @exits_with_one_line
 def main() -> int:
     """Fill the routers of a mixture; see --help."""
+    help_if_asked(__doc__, add_init_arguments)
     install_cpu_stand_ins()
     import torch
     from megatron.training import initialize
