@@ -8,7 +8,6 @@ shuffles the data; the experts are trained once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_btx.recipe.flags import Flags, FlagValue, merged
@@ -95,9 +94,3 @@ def _variant(
     flags = merged(mix_flags, {**routing.flags(mix_flags), "num-experts": experts}, own)
     tokens = section.integer("tokens") if "tokens" in section.node else None
     return Variant(name, _seeds(section, seeds), tokens, flags)
-
-
-def valid_flags(prefixes: Mapping[str, str], tokens: int, interval: int) -> dict[str, FlagValue]:
-    """The flags that measure a stage's loss on every domain."""
-    data = tuple(f"{domain}={prefix}" for domain, prefix in prefixes.items())
-    return {"btx-valid-data": data, "btx-valid-tokens": tokens, "eval-interval": interval}

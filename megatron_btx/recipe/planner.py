@@ -1,7 +1,8 @@
 """From a recipe to its graph of stages: every budget, step count, blend and flag that follows from it is derived here.
 
-    data -> seed -> expert-* -> mix -> finetune -> evaluate-moe -> report
-                 -> dense-domains -> dense      -> evaluate-dense
+    data -> seed -> expert-* -> mix              -> finetune -> evaluate-moe -> report
+                             -> evaluate-experts -> finetune    (bounds its first loss)
+                 -> dense-domains -> dense       -> evaluate-dense
 
 A stage whose checkpoint is given (``from``) has no node: its children read the given path.
 """
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_btx.errors import InputError
-from megatron_btx.recipe.ablation import Ablation, stage_name, valid_flags
+from megatron_btx.recipe.ablation import Ablation, stage_name
 from megatron_btx.recipe.flags import Flags, check_layout, merged, number, to_argv
 from megatron_btx.recipe.schema import GENERALIST, Evaluate, Recipe, Settings, Training
 from megatron_btx.recipe.stage import PYTHON, Stage, in_order
 
 WARMUP_FRACTION = 0.05
 """Share of a stage's steps in which the learning rate rises, where the recipe does not say it."""
+BOUND_STAGE = "evaluate-experts"
+"""The stage that evaluates seed and experts."""
 _EXPERT_LAYOUT_FLAGS = ("expert-model-parallel-size", "expert-tensor-parallel-size")
 
 
@@ -104,8 +107,8 @@ class _Planner:
         for name, expert in recipe.experts.items():
             if not expert.source:
                 stages.append(self._train(f"expert-{name}", expert, self.seed))
-        dense_models, moe_models = {GENERALIST: self.seed}, {}
-        dense_models |= {f"expert-{name}": model for name, model in self.experts.items()}
+        dense_models: dict[str, _Model] = {}
+        moe_models: dict[str, _Model] = {}
         if recipe.average:
             stages.append(self._combine("average", ["--method", "average"]))
             dense_models["average"] = _made("average")
@@ -115,15 +118,20 @@ class _Planner:
             if not recipe.mix.source:
                 stages.append(self._combine("mix", self._router(recipe.mix.router_seed)))
             moe_models["mix"] = self._given_or("mix", recipe.mix.source)
+        if recipe.evaluate:
+            stages.append(self._evaluate_experts(recipe.evaluate))
         if recipe.finetune:
             if not recipe.finetune.source:
-                stages.append(self._train("finetune", recipe.finetune, moe_models["mix"], self.mix_flags))
+                flags = merged(self.mix_flags, self._watched(recipe.evaluate)) if recipe.evaluate else self.mix_flags
+                bound = (BOUND_STAGE,) if recipe.evaluate else ()
+                stages.append(self._train("finetune", recipe.finetune, moe_models["mix"], flags, after=bound))
             moe_models["btx"] = self._given_or("finetune", recipe.finetune.source)
         if recipe.dense and recipe.finetune:
             stages += self._dense(recipe.dense, recipe.finetune)
             dense_models["dense"] = _made("dense")
         if recipe.evaluate:
-            stages.append(self._evaluate("evaluate-dense", dense_models, {}, recipe.evaluate))
+            if dense_models:
+                stages.append(self._evaluate("evaluate-dense", dense_models, {}, recipe.evaluate))
             if moe_models:
                 stages.append(self._evaluate("evaluate-moe", moe_models, self.mix_flags, recipe.evaluate))
             parents = tuple(stage.name for stage in stages if stage.name.startswith("evaluate-"))
@@ -137,29 +145,31 @@ class _Planner:
 
     def _ablation(self, ablation: Ablation, finetune: Training) -> list[Stage]:
         """A mix for every seed, finetuned by every variant; the experts' losses, which bound its first; the report."""
-        experts = {GENERALIST: self.seed} | {f"expert-{name}": model for name, model in self.experts.items()}
         evaluation = Evaluate(ablation.split, ablation.valid_tokens, Settings())
-        bound = self._evaluate("evaluate-experts", experts, {}, evaluation)
-        stages = [bound]
-        prefixes = {domain: self._prefixes(domain, ablation.split)[0][1] for domain in self.recipe.domains}
+        stages = [self._evaluate_experts(evaluation)]
         for seed in ablation.seeds():
             stages.append(self._combine(f"mix-s{seed}", self._router(seed)))
             for variant in ablation.variants:
                 if seed not in variant.seeds:
                     continue
                 part = replace(finetune, source=None, tokens=variant.tokens or finetune.tokens)
-                watched = valid_flags(prefixes, ablation.valid_tokens, 10**9)
-                own = {
-                    **variant.flags,
-                    **watched,
-                    "btx-first-loss-bound": f"{bound.name}/evaluation.json",
-                    "seed": seed,
-                }
+                own = {**variant.flags, **self._watched(evaluation), "eval-interval": 10**9, "seed": seed}
                 name = stage_name(variant.name, seed)
-                stages.append(self._train(name, part, _made(f"mix-s{seed}"), variant.flags, own, (bound.name,)))
+                stages.append(self._train(name, part, _made(f"mix-s{seed}"), variant.flags, own, (BOUND_STAGE,)))
         parents = tuple(stage.name for stage in stages if stage.name.startswith("ablation-"))
         command = (PYTHON, "-m", "megatron_btx.recipe.report_ablation", ".")
         return [*stages, Stage("report", command, parents, product="ablation.md")]
+
+    def _evaluate_experts(self, how: Evaluate) -> Stage:
+        """The losses of the seed and the experts, which bound the mixture's first."""
+        experts = {GENERALIST: self.seed} | {f"expert-{name}": model for name, model in self.experts.items()}
+        return self._evaluate(BOUND_STAGE, experts, {}, how)
+
+    def _watched(self, how: Evaluate) -> Flags:
+        """Flags of finetuning: loss per domain on the text that the experts are evaluated on, and their bound."""
+        data = tuple(f"{domain}={self._prefixes(domain, how.split)[0][1]}" for domain in self.recipe.domains)
+        bound = f"{BOUND_STAGE}/evaluation.json"
+        return {"btx-valid-data": data, "btx-valid-tokens": how.tokens, "btx-first-loss-bound": bound}
 
     def _given_or(self, stage: str, source: Path | None) -> _Model:
         return _Model(str(source), None) if source else _made(stage)

@@ -66,7 +66,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_ends_with_a_report(run):
     """Every stage has its files; the report holds every model and every fact."""
     stages = "data seed expert-math expert-code expert-knowledge mix average finetune dense-domains dense".split()
-    for stage in [*stages, "evaluate-dense", "evaluate-moe", "report"]:
+    for stage in [*stages, "evaluate-experts", "evaluate-dense", "evaluate-moe", "report"]:
         for file in ("config.yaml", "command.sh", "log.txt", "manifest.json"):
             assert (run / stage / file).is_file(), f"{stage}/{file}"
     report = run / "report"
@@ -80,9 +80,15 @@ def test_ends_with_a_report(run):
     evaluation = json.loads((run / "evaluate-moe" / "evaluation.json").read_text())
     assert evaluation["experts"] == ["math", "code", "knowledge", "seed"]
     # Ten random-looking steps do not make experts, but every expert has at least moved at home.
-    losses = json.loads((run / "evaluate-dense" / "evaluation.json").read_text())["models"]
+    losses = json.loads((run / "evaluate-experts" / "evaluation.json").read_text())["models"]
     for domain in ("math", "code", "knowledge"):
         assert losses[f"expert-{domain}"]["losses"][domain] < losses["seed"]["losses"][domain]
+
+
+def test_the_mixture_starts_bounded_by_its_experts(run):
+    """Finetuning compares its loss on every domain with the worst expert's before its first step."""
+    said = (run / "finetune" / "log.txt").read_text()
+    assert "the mix before its first step | general " in said and "first step | loss " in said
 
 
 def test_killed_and_resumed_equals_the_command_run_by_hand(run, tmp_path):
@@ -100,7 +106,7 @@ def test_killed_and_resumed_equals_the_command_run_by_hand(run, tmp_path):
 def test_nothing_runs_twice(run):
     """Run again: every stage is skipped. A changed stage would run again with what depends on it, and nothing else."""
     said = called(btx_run(run))
-    assert said.count("skipped (finished)") == 13 and "running" not in said
+    assert said.count("skipped (finished)") == 14 and "running" not in said
     changed = called([*btx_run(run, "finetune.megatron.lr=0.001"), "--dry-run"])
     again = {line.split()[1].rstrip(":") for line in changed.splitlines() if ": rerun (" in line}
     assert again == {"finetune", "evaluate-moe", "report"}

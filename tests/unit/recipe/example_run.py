@@ -90,10 +90,10 @@ def make_run(root: Path, seed: int = 7) -> Path:
     write_json(run / "mix" / "manifest.json", {"seconds": 3.1, "parents": {"expert-math": "sha", "seed": "sha"}})
     write_json(run / "data" / "manifest.json", {"seconds": 41.0, "parents": []})
     write_json(run / "data" / "corpora.json", corpora())
-    write_json(
-        run / "evaluate-dense" / "evaluation.json",
-        evaluation(tuple(name for name in LOSSES if name not in ("mix", "btx"))),
-    )
+    baselines = ("average", "dense")
+    experts = tuple(name for name in LOSSES if name not in ("mix", "btx", *baselines))
+    write_json(run / "evaluate-experts" / "evaluation.json", evaluation(experts))
+    write_json(run / "evaluate-dense" / "evaluation.json", evaluation(baselines))
     write_json(run / "evaluate-moe" / "evaluation.json", evaluation(("mix", "btx", "seed")))
     return run
 

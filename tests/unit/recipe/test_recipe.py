@@ -103,7 +103,7 @@ def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: s
         ("seed.megatron.micro-batch-size=4", "global-batch-size 4 with micro-batch-size 4 on DP 2"),
         ("model.num-attention-heads=3", "stage seed"),
         ("training.global-batch-size=null", "--global-batch-size is not given"),
-        ("evaluate.layout={processes: 2}", "stage evaluate-dense: .* micro-batch-size 4 on DP 2"),
+        ("evaluate.layout={processes: 2}", "stage evaluate-experts: .* micro-batch-size 4 on DP 2"),
     ],
 )
 def test_a_budget_or_layout_that_does_not_fit_is_refused(change: str, reason: str) -> None:
@@ -151,12 +151,13 @@ def test_the_quickstart_is_the_graph_of_the_method() -> None:
         **{expert: {"data", "seed"} for expert in experts},
         "average": experts | {"seed"},
         "mix": experts | {"seed"},
-        "finetune": {"data", "mix"},
+        "evaluate-experts": experts | {"data", "seed"},
+        "finetune": {"data", "mix", "evaluate-experts"},
         "dense-domains": {"data", "seed"},
         "dense": {"data", "dense-domains"},
-        "evaluate-dense": experts | {"data", "seed", "average", "dense"},
+        "evaluate-dense": {"data", "average", "dense"},
         "evaluate-moe": {"data", "mix", "finetune"},
-        "report": {"evaluate-dense", "evaluate-moe"},
+        "report": {"evaluate-experts", "evaluate-dense", "evaluate-moe"},
     }
 
 
@@ -240,8 +241,13 @@ def test_the_moe_flags_are_the_mixs_in_finetuning_and_evaluation_alike() -> None
 def test_evaluation_names_every_model() -> None:
     planned = stages()
     assert all_values(planned["evaluate-moe"], "btx-eval-model") == ["mix=mix/checkpoint", "btx=finetune/checkpoint"]
-    names = [pair.partition("=")[0] for pair in all_values(planned["evaluate-dense"], "btx-eval-model")]
-    assert names == ["seed", "expert-math", "expert-code", "expert-knowledge", "average", "dense"]
+    names = [pair.partition("=")[0] for pair in all_values(planned["evaluate-experts"], "btx-eval-model")]
+    assert names == ["seed", "expert-math", "expert-code", "expert-knowledge"]
+    assert all_values(planned["evaluate-dense"], "btx-eval-model") == [
+        "average=average/checkpoint",
+        "dense=dense/checkpoint",
+    ]
+    assert "evaluate-dense" not in stages("baselines=null")
     data = all_values(stages("evaluate.split=test")["evaluate-moe"], "btx-eval-data")
     assert data == [f"{domain}=data/{domain}_test_text_document" for domain in ("general", "math", "code", "knowledge")]
     spread = stages(
@@ -249,6 +255,21 @@ def test_evaluation_names_every_model() -> None:
     )
     assert "--expert-model-parallel-size" not in spread["evaluate-dense"].command
     assert values(spread["evaluate-moe"], "expert-model-parallel-size") == ["2"]
+
+
+def test_the_first_loss_of_finetuning_is_bounded_by_the_experts() -> None:
+    """On the text that they are evaluated on; the recipe's own flags win; without an evaluation nothing is bounded."""
+    found = stages("evaluate.split=test", "evaluate.tokens=2048", "finetune.megatron.eval-interval=50")
+    finetune = found["finetune"]
+    domains = ("general", "math", "code", "knowledge")
+    assert values(finetune, "btx-valid-data") == [f"{domain}=data/{domain}_test_text_document" for domain in domains]
+    assert values(finetune, "btx-valid-tokens") == ["2048"] and values(finetune, "eval-interval") == ["50"]
+    assert values(finetune, "btx-first-loss-bound") == ["evaluate-experts/evaluation.json"]
+    assert not any(word.startswith("--btx-valid") for word in found["dense"].command)
+    loose = stages("finetune.megatron.btx-first-loss-bound=5.0")["finetune"]
+    assert values(loose, "btx-first-loss-bound") == ["5.0"]
+    without = stages("evaluate=null")
+    assert "evaluate-experts" not in without and "--btx-first-loss-bound" not in without["finetune"].command
 
 
 def test_seeds() -> None:
@@ -273,7 +294,7 @@ def test_given_checkpoints_take_the_place_of_their_stages(tmp_path: Path) -> Non
     assert values(planned["expert-code"], "pretrained-checkpoint") == [str(seed)]
     assert planned["expert-code"].inputs == (seed,)
     assert set(planned["mix"].inputs) == {math, seed}
-    assert f"seed={seed}" in planned["evaluate-dense"].command
+    assert f"seed={seed}" in planned["evaluate-experts"].command
     with pytest.raises(InputError, match="experts.math: baselines.dense is derived from its blend and tokens"):
         stages(f"experts.math={{from: {math}}}")
     mixed = checkpoint(tmp_path / "mix")

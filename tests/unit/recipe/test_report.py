@@ -139,7 +139,7 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_run_that_only_trained_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path)
-    for folder in ("evaluate-dense", "evaluate-moe"):
+    for folder in ("evaluate-experts", "evaluate-dense", "evaluate-moe"):
         (run / folder / "evaluation.json").unlink()
     (run / "dense" / "manifest.json").unlink()
     (run / "data" / "corpora.json").unlink()
