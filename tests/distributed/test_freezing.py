@@ -91,6 +91,10 @@ def test_frozen_stand_still_and_cost_nothing(word, layout, run, mixture, tmp_pat
         assert torch.equal(before[key], after[key]) == (group in frozen), key
         if "--use-distributed-optimizer" not in flags:  # whose state is one flat buffer
             assert (f"optimizer.state.exp_avg.{key}" in after) == (group not in frozen), key
+    if "--use-distributed-optimizer" not in flags:
+        # What freezing saves: Adam keeps two fp32 numbers for every parameter that is trained, and none for the others.
+        state = sum(t.numel() * t.element_size() for key, t in after.items() if key.startswith("optimizer.state.exp_"))
+        assert state == 8 * sum(before[key].numel() for key in before if GROUP_OF_KEY[key] not in frozen)
     # Killed after step 2: the tracker is what a run resumes from.
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("2")
     tail = run(tmp_path, world_size, more)

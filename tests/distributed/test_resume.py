@@ -33,6 +33,14 @@ CASES = {
     "dense-distributed": (2, False, ["--use-distributed-optimizer"]),
     "moe-ep2": (2, True, ["--expert-model-parallel-size", "2"]),
     "moe-ep2-distributed": (2, True, ["--expert-model-parallel-size", "2", "--use-distributed-optimizer"]),
+    # The noise and its temperature follow from the step; a forgotten state of the balancing loss would show, too.
+    "sampled-ep2-distributed": (
+        2,
+        True,
+        "--expert-model-parallel-size 2 --use-distributed-optimizer --moe-router-topk 1 --moe-router-pre-softmax "
+        "--btx-sample-top1 --btx-sample-decay 0.1 --btx-load-balancing paper --moe-router-load-balancing-type "
+        "global_aux_loss".split(),
+    ),
     "moe-ep2-reshardable": (
         2,
         True,

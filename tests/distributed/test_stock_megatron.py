@@ -9,7 +9,7 @@ import pytest
 
 from tests import pico
 from tests.mixing import mix, rewrite
-from tests.runner import read_losses
+from tests.runner import read_losses, read_metrics
 
 TOLERANCE = 1e-5
 """Megatron's own attention and norms sum in another order than torch's."""
@@ -76,6 +76,24 @@ def test_use_checkpoint_args(mixture, ours, zygote, corpus, tmp_path):
     arguments += ["--use-checkpoint-args", "--micro-batch-size", "1"]
     zygote.run(1, arguments, tmp_path / "log", entry="tests.stock_program")
     assert read_losses(tmp_path / "metrics.jsonl") == pytest.approx(ours, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", [[], ["--pipeline-model-parallel-size", "2"]], ids=["1", "pp2"])
+def test_our_routers_in_megatrons_own_layers(layout, mixture, zygote, corpus, tmp_path):
+    """Sampled top-1, its soft first layer and the paper's balancing loss: the losses of our layers."""
+    flags = flags_of(mixture)
+    flags += "--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1 --btx-load-balancing paper".split()
+    flags += ["--moe-aux-loss-coeff", "0.5"]
+    losses = {}
+    for entry in ("megatron_btx.pretrain", "tests.stock_program"):
+        words = [*running(corpus, tmp_path, tmp_path / f"{entry}.jsonl"), *layout, "--load", str(mixture)]
+        zygote.run(2 if layout else 1, [*flags, *words, "--finetune"], tmp_path / f"log-{entry}", entry=entry)
+        losses[entry] = read_metrics(tmp_path / f"{entry}.jsonl")
+    ours, stock = losses.values()
+    assert len(ours) == 3 and ours[1]["load_balancing_loss"] > 0
+    for step, values in ours.items():
+        for name in ("lm loss", "load_balancing_loss", "grad-norm"):
+            assert stock[step][name] == pytest.approx(values[name], abs=TOLERANCE), (step, name)
 
 
 def test_the_average_has_flags_of_its_own(dense, zygote, corpus, tmp_path):

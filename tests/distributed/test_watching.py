@@ -194,3 +194,44 @@ def test_dense_models_have_no_routers(flags, zygote, corpus, tmp_path):
     """Routing flags of a dense model are a mistake, not a wish."""
     line = refusal(zygote, pico.train(corpus, 1) + flags.split(), tmp_path / "log")
     assert "has no experts" in line or "has none" in line
+
+
+def records_of(log: bytes) -> list[bytes]:
+    """The records of an offline run: LevelDB's log format, blocks of 32 KiB, after a header of 7 bytes."""
+    at, records, parts = 7, [], b""
+    while at + 7 <= len(log):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        size, kind = int.from_bytes(log[at + 4 : at + 6], "little"), log[at + 6]
+        parts += log[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            records.append(parts)
+            parts = b""
+    return records
+
+
+def test_wandb_gets_what_the_metrics_have(mixture, domains, zygote, corpus, tmp_path):
+    """Offline, as on a node without a network: every number of the routing and of the domains is in its record."""
+    from wandb.proto import wandb_internal_pb2
+
+    arguments = pico.train(corpus, 2, tmp_path / "metrics.jsonl", moe=True) + watched(domains)
+    arguments += ["--pretrained-checkpoint", str(mixture), "--wandb-project", "btx", "--wandb-exp-name", "test"]
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    arguments += ["--wandb-save-dir", str(tmp_path), "--tensorboard-dir", str(tmp_path / "tensorboard")]
+    zygote.run(1, arguments, tmp_path / "log", environment=environment)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    found: dict[int, dict[str, str]] = {}
+    for data in records_of(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        if items:
+            found.setdefault(int(items["_step"]), {}).update(items)
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    for step, values in metrics.items():
+        names = [name for name in values if name.startswith(("moe/", "lm loss validation"))]
+        assert len(names) >= 4 * 4 + 4 + 4 + 1
+        for name in names:
+            assert json.loads(found[step][name]) == pytest.approx(values[name], rel=1e-9), name
