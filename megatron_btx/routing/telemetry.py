@@ -51,6 +51,7 @@ class RoutingSums:
     def __init__(self, layers: int, experts: int) -> None:
         self.layers, self.experts = layers, experts
         self._rows: Any | None = None
+        self._tokens, self._wanted = [0] * layers, [0] * layers
 
     def add(self, layer: int, logits_TE: Any, map_TE: Any, topk: int) -> None:
         """Add one router's micro-batch.
@@ -62,15 +63,16 @@ class RoutingSums:
         """
         import torch
 
+        # Few operations, because a small model's step is short; what is no tensor is counted apart.
         with torch.no_grad():
             if self._rows is None:
                 self._rows = torch.zeros(self.layers, self.experts + 3, dtype=torch.float64, device=logits_TE.device)
-            logarithms_TE = torch.log_softmax(logits_TE.float(), dim=-1)
-            tokens, row = logits_TE.shape[0], self._rows[layer]
+            row = self._rows[layer]
             row[: self.experts] += map_TE.sum(dim=0)
-            row[self.experts] -= (logarithms_TE.exp() * logarithms_TE).sum()
-            row[self.experts + 1] += tokens
-            row[self.experts + 2] += topk * tokens
+            row[self.experts] += torch.special.entr(torch.softmax(logits_TE.float(), dim=-1)).sum()
+        tokens = logits_TE.shape[0]
+        self._tokens[layer] += tokens
+        self._wanted[layer] += topk * tokens
 
     def take(self) -> Any:
         """The sums over all ranks, [L, E + 3] on the CPU; starts anew.
@@ -83,6 +85,8 @@ class RoutingSums:
         rows, self._rows = self._rows, None
         if rows is None:
             rows = torch.zeros(self.layers, self.experts + 3, dtype=torch.float64, device="cuda")
+        rows[:, -2:] = torch.tensor([self._tokens, self._wanted], dtype=torch.float64).T
+        self._tokens, self._wanted = [0] * self.layers, [0] * self.layers
         torch.distributed.all_reduce(rows)
         return rows.cpu()
 
