@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.checkpoint.names import mixture_layers
 from megatron_btx.errors import BTXError, InputError, MegatronVersionError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def group_of(name: str, tied: bool) -> str:
 
 def groups_of_model(args: Any) -> list[str]:
     """The groups that the model of Megatron's arguments has, whatever part of it this rank holds."""
-    is_moe = moe_layers(args.moe_layer_freq, args.num_layers) if args.num_experts else [False] * args.num_layers
+    is_moe = _is_mixture(args)
     present = {
         "experts": any(is_moe),
         "router": any(is_moe),
@@ -66,11 +67,8 @@ def groups_of_model(args: Any) -> list[str]:
     return [group for group in GROUPS if present.get(group, True)]
 
 
-def moe_layers(frequency: int | list[int], num_layers: int) -> list[bool]:
-    """Which layers are mixtures, from Megatron's ``--moe-layer-freq``: every how many layers, or one entry a layer."""
-    if isinstance(frequency, int):
-        return [layer % frequency == 0 for layer in range(num_layers)]
-    return [bool(entry) for entry in frequency]
+def _is_mixture(args: Any) -> tuple[bool, ...]:
+    return mixture_layers(args.moe_layer_freq, args.num_layers) if args.num_experts else (False,) * args.num_layers
 
 
 def frozen_groups(words: Iterable[str], args: Any) -> list[str]:
@@ -107,7 +105,7 @@ def check_every_rank_trains(frozen: list[str], args: Any) -> None:
     left = f"--btx-freeze {' '.join(args.btx_freeze)}: leaves {', '.join(sorted(trained))} to train, "
     stages = args.pipeline_model_parallel_size
     if stages > 1:
-        is_moe = moe_layers(args.moe_layer_freq, args.num_layers) if args.num_experts else [False] * args.num_layers
+        is_moe = _is_mixture(args)
         in_every_layer = trained & {"attention", "norms"}
         in_layers = [trained & ({"experts", "router"} if moe else {"mlp"}) for moe in is_moe]
         size = max(1, args.num_layers // stages)

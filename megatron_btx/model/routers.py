@@ -24,8 +24,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_btx.checkpoint.names import mixture_layers
 from megatron_btx.errors import MegatronVersionError
-from megatron_btx.model.groups import moe_layers
 from megatron_btx.model.sampling import Annealing, Step, gumbel_noise
 
 
@@ -263,7 +263,7 @@ def with_routers(
         MegatronVersionError: a mixture layer's specification is of another form.
     """
     _check_form()
-    is_moe = moe_layers(config.moe_layer_freq, config.num_layers)
+    is_moe = mixture_layers(config.moe_layer_freq, config.num_layers)
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers: list[ModuleSpec] = []
     for number, layer in enumerate(block.layer_specs, start=offset):

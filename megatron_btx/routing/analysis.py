@@ -95,8 +95,7 @@ def route_text(model: list[Any], text: str, is_text: bool) -> dict[str, Any]:
     from megatron.training import get_args, get_tokenizer
 
     from megatron_btx.evaluate import batches_of, forward, start_of
-    from megatron_btx.model.groups import moe_layers
-    from megatron_btx.routing.trace import watching
+    from megatron_btx.routing.trace import mixtures, watching
 
     args, tokenizer = get_args(), get_tokenizer()
     length, micro = args.seq_length, args.micro_batch_size
@@ -124,7 +123,7 @@ def route_text(model: list[Any], text: str, is_text: bool) -> dict[str, Any]:
     if mpu.get_data_parallel_rank() > 0:
         gates_LBSE.zero_()
     torch.distributed.all_reduce(gates_LBSE)
-    layers = [layer for layer, is_moe in enumerate(moe_layers(args.moe_layer_freq, args.num_layers)) if is_moe]
+    layers = mixtures()
     gates_LTE = gates_LBSE[layers].flatten(1, 2)[:, : len(ids)]
     rounded = [[[round(g, 3) for g in token] for token in layer] for layer in gates_LTE.tolist()]
     pieces = [f"{token} " for token in ids] if args.tokenizer_type == "NullTokenizer" else pieces_of(ids, tokenizer)

@@ -9,11 +9,21 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_btx.checkpoint.names import mixture_layers
+
 
 def routers_of(model: list[Any]) -> dict[int, TopKRouter]:
     """The routers that this rank holds, by layer from 0."""
     routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
     return {router.layer_number - 1: router for router in routers}
+
+
+def mixtures() -> list[int]:
+    """The mixture layers of the whole model, from 0, whatever this rank holds."""
+    from megatron.training import get_args
+
+    args = get_args()
+    return [at for at, mixture in enumerate(mixture_layers(args.moe_layer_freq, args.num_layers)) if mixture]
 
 
 @contextmanager

@@ -177,11 +177,11 @@ def _drawn(router_rows: Any, args: Any, like: Any) -> Any:
     import torch
 
     from megatron_btx.mix.routers import RouterInit
-    from megatron_btx.model.groups import moe_layers
+    from megatron_btx.routing.trace import mixtures
 
     rows_LEH = torch.zeros_like(like)
-    mixtures = [at for at, is_moe in enumerate(moe_layers(args.moe_layer_freq, args.num_layers)) if is_moe]
-    rows_LEH[mixtures] = router_rows(RouterInit(), len(mixtures), args.num_experts, args.hidden_size).to(rows_LEH)
+    layers = mixtures()
+    rows_LEH[layers] = router_rows(RouterInit(), len(layers), args.num_experts, args.hidden_size).to(rows_LEH)
     return rows_LEH
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_btx.evaluate import forward
-from megatron_btx.routing.trace import routers_of, watching
+from megatron_btx.routing.trace import mixtures, routers_of, watching
 from megatron_btx.routing.warm_start import RIDGES, SCALES
 
 Texts = list[list[dict[str, Any]]]
@@ -101,7 +101,7 @@ def refit(model: list[Any], fit: Texts, held_out: Texts, method: str) -> tuple[t
         fp32 [L, E, H]; for every mixture layer its lambda (None for centroids), scale and held-out cross-entropy.
     """
     second_LHH, mean_LEH = moments(model, fit)
-    layers = _mixtures(model)
+    layers = mixtures()
     ridges: tuple[float | None, ...] = RIDGES if method == "ridge" else (None,)
     candidates = {
         layer: torch.stack(
@@ -142,16 +142,6 @@ def refit(model: list[Any], fit: Texts, held_out: Texts, method: str) -> tuple[t
     return rows_LEH, choices
 
 
-def _mixtures(model: list[Any]) -> list[int]:
-    """The mixture layers of the whole model, from 0, whatever this rank holds."""
-    from megatron.training import get_args
-
-    from megatron_btx.model.groups import moe_layers
-
-    args = get_args()
-    return [layer for layer, is_moe in enumerate(moe_layers(args.moe_layer_freq, args.num_layers)) if is_moe]
-
-
 def measure(model: list[Any], texts: Texts) -> dict[str, Any]:
     """Loss per domain, and per layer how well and how evenly the routers tell the domains apart."""
     from megatron.training import get_args
@@ -176,7 +166,7 @@ def measure(model: list[Any], texts: Texts) -> dict[str, Any]:
             losses.append(forward(model, batches)[0])
     torch.distributed.all_reduce(sums_LC)
     layers = []
-    for layer in _mixtures(model):
+    for layer in mixtures():
         accuracy, entropy, *load = sums_LC[layer].tolist()
         layers.append(
             {"layer": layer, "accuracy": accuracy, "entropy": entropy, "load": [x / (sum(load) or 1) for x in load]}
