@@ -157,10 +157,13 @@ def load_weights(model: list[Any], path: str) -> None:
 
 def evaluate_model(model: list[Any], data: dict[str, str], path: str) -> dict[str, Any]:
     """Losses, token counts, parameter counts and routing of one loaded model."""
+    from megatron.training import get_args
+
     from megatron_btx.mix.sources import open_source
 
     source = open_source("the model", path)
-    total, active = count_parameters(source)
+    args = get_args()
+    total, active = count_parameters(source, args.moe_router_topk, args.btx_sample_top1)
     result: dict[str, Any] = {
         "checkpoint": str(Path(path).resolve()),
         "parameters": total,
@@ -177,14 +180,21 @@ def evaluate_model(model: list[Any], data: dict[str, str], path: str) -> dict[st
     return result
 
 
-def count_parameters(source: Source) -> tuple[int, int]:
-    """All parameters of a model, and those active for one token."""
+def count_parameters(source: Source, topk: int, sampled: bool) -> tuple[int, int]:
+    """All parameters of a model, and those active for one token.
+
+    Args:
+        topk: experts per token and mixture layer.
+        sampled: sampled top-1 routing, whose first mixture layer takes all experts.
+    """
     sizes = {name: math.prod(held.shape) for name, held in source.pieces.items()}
     total = sum(sizes.values())
     in_experts = sum(n for name, n in sizes.items() if ".experts." in name)
     if not in_experts:
         return total, total
-    return total, total - in_experts + in_experts * source.arguments["moe_router_topk"] // source.sizes.experts
+    experts, layers = source.sizes.experts, sum(source.sizes.mixture_layers)
+    taken = layers * topk + (experts - topk if sampled else 0)
+    return total, total - in_experts + in_experts * taken // (experts * layers)
 
 
 def evaluate_domain(

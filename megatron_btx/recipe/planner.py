@@ -74,11 +74,14 @@ def training_flops(flags: Flags, tokens: int, vocabulary: int) -> float:
     attention = hidden * channels * 2 * (heads + groups)
     gated = bool(flags.get("swiglu"))
     width = number(flags, "ffn-hidden-size", hidden * 8 // 3 // 64 * 64 if gated else 4 * hidden)
-    experts = number(flags, "num-experts") if "num-experts" in flags else 0
-    if experts:
-        width = number(flags, "moe-ffn-hidden-size", width) * number(flags, "moe-router-topk")
-    feed_forward = hidden * width * (3 if gated else 2) + hidden * experts
-    return 6.0 * tokens * (layers * (attention + feed_forward) + hidden * vocabulary)
+    experts, taken = 0, layers
+    if "num-experts" in flags:
+        experts, topk = number(flags, "num-experts"), number(flags, "moe-router-topk")
+        width = number(flags, "moe-ffn-hidden-size", width)
+        # Under sampled top-1 routing the first layer takes all experts.
+        taken = layers * topk + (experts - topk if flags.get("btx-sample-top1") else 0)
+    feed_forward = taken * hidden * width * (3 if gated else 2)
+    return 6.0 * tokens * (layers * (attention + hidden * experts) + feed_forward + hidden * vocabulary)
 
 
 class _Origins(NamedTuple):

@@ -44,6 +44,19 @@ def test_equal_experts_are_the_dense_model(topk, zygote, dense, corpus, tmp_path
         assert losses["moe"] == pytest.approx(losses["dense"], abs=TOLERANCE)
 
 
+def test_parameters_active_for_a_token(four_experts, dense):
+    """Of four experts in four layers k are active; under sampled top-1 all of the first layer's, one of the others'."""
+    from megatron_btx.evaluate import count_parameters
+    from megatron_btx.mix.sources import open_source
+
+    source, expert, routers = open_source("mix", str(four_experts)), 3 * 32 * 48, 4 * 4 * 32
+    total, active = count_parameters(source, 2, False)
+    assert total - active == 4 * 2 * expert
+    assert count_parameters(source, 4, False) == (total, total)
+    assert count_parameters(source, 1, True) == (total, active - 4 * expert + 3 * expert)
+    assert count_parameters(open_source("dense", str(dense)), 1, False) == (total - routers - 4 * 3 * expert,) * 2
+
+
 @pytest.fixture(scope="module")
 def experts_with_equal_shared_weights(dense, tmp_path_factory) -> dict[str, Path]:
     """Three experts that differ in their feed-forward blocks alone."""

@@ -365,6 +365,9 @@ def test_flops_are_six_per_active_parameter_and_token() -> None:
     assert training_flops(dense, 10, 2048) == 60 * (blocks + 64 * 2048)
     moe = {**dense, "num-experts": 4, "moe-router-topk": 2}
     assert training_flops(moe, 10, 2048) == 60 * (4 * (4 * 64 * 64 + 2 * 3 * 64 * 176 + 64 * 4) + 64 * 2048)
+    sampled = {**moe, "moe-router-topk": 1, "btx-sample-top1": True}
+    blocks = 4 * (4 * 64 * 64 + 64 * 4) + (4 + 1 + 1 + 1) * 3 * 64 * 176
+    assert training_flops(sampled, 10, 2048) == 60 * (blocks + 64 * 2048)
     grouped = {**dense, "group-query-attention": True, "num-query-groups": 2}
     assert training_flops(dense, 1, 0) - training_flops(grouped, 1, 0) == 6 * 4 * 2 * 64 * 32
 
