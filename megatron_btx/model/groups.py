@@ -177,9 +177,36 @@ def freeze(frozen: list[str], args: Any) -> Callable[[list[Any]], list[Any]]:
             embedding = getattr(chunk, "embedding", None)
             if args.recompute_granularity and "embeddings" in frozen and embedding is not None:
                 embedding.register_forward_hook(_require_gradient)
+        if args.rank == 0:
+            print(what_freezing_saves(model, frozen, args), flush=True)
         return model
 
     return hook
+
+
+def what_freezing_saves(model: list[Any], frozen: list[str], args: Any) -> str:
+    """One line: the frozen parameters of this rank, and the bytes of gradients and Adam's state they do without."""
+    from megatron.core import mpu
+
+    whole = held = gradient_bytes = state_bytes = 0
+    for parameter in (p for chunk in model for p in chunk.parameters()):
+        count, is_half = parameter.numel(), parameter.element_size() < 4
+        whole += count
+        if parameter.requires_grad:
+            continue
+        held += count
+        gradient_bytes += count * (4 if args.accumulate_allreduce_grads_in_fp32 else parameter.element_size())
+        each = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
+        each += args.main_params_dtype.itemsize if is_half else 0
+        ranks = 1
+        if args.use_distributed_optimizer and not getattr(parameter, "allreduce", True):
+            ranks = mpu.get_expert_data_parallel_world_size()
+        elif args.use_distributed_optimizer:
+            ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
+        state_bytes += count * each // ranks
+    line = f" frozen: {', '.join(frozen)} | {held:,} of {whole:,} parameters of rank 0 | saved there: "
+    line += f"{gradient_bytes / 2**20:.2f} MiB of gradients"
+    return line + (f", {state_bytes / 2**20:.2f} MiB of optimizer state" if args.optimizer == "adam" else "")
 
 
 def _require_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -97,7 +97,14 @@ def test_frozen_stand_still_and_cost_nothing(word, layout, run, mixture, tmp_pat
     if "--use-distributed-optimizer" not in flags:
         # What freezing saves: Adam keeps two fp32 numbers for every parameter that is trained, and none for the others.
         state = sum(t.numel() * t.element_size() for key, t in after.items() if key.startswith("optimizer.state.exp_"))
-        assert state == 8 * sum(before[key].numel() for key in before if GROUP_OF_KEY[key] not in frozen)
+        sizes = {True: 0, False: 0}
+        for key, value in before.items():
+            sizes[GROUP_OF_KEY[key] in frozen] += value.numel()
+        assert state == 8 * sizes[False]
+        if layout == "1":  # where one rank holds everything
+            said = f"{sizes[True]:,} of {sum(sizes.values()):,} parameters of rank 0 | saved there: "
+            said += f"{4 * sizes[True] / 2**20:.2f} MiB of gradients, {8 * sizes[True] / 2**20:.2f} MiB of optimizer"
+            assert said in (tmp_path / "run.log.0").read_text()
     if layout == "1":
         recomputed = run(tmp_path, 1, [*more, *RECOMPUTE], name="recomputed")
         for step, values in whole.items():
