@@ -118,12 +118,12 @@ def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("megatron_btx validation", "loss per domain while training")
     group.add_argument(
         "--btx-valid-data",
-        metavar="DOMAIN=PREFIX",
+        metavar="DOMAIN=TEXT",
         nargs="+",
         action="extend",
         default=[],
-        help="an indexed dataset per domain (prefix of .bin and .idx); its loss is measured every --eval-interval "
-        "steps and after the last one, whatever --eval-iters says (default: none)",
+        help="for every domain the prefix of an indexed dataset, or a .jsonl, .txt or .parquet file; its loss is taken "
+        "every --eval-interval steps and after the last one, whatever --eval-iters says (default: none)",
     )
     group.add_argument(
         "--btx-valid-tokens",

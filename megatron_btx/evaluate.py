@@ -1,7 +1,7 @@
 """Loss per domain and routing per layer, for one or several checkpoints of one architecture.
 
     torchrun --nproc-per-node N -m megatron_btx.evaluate [Megatron's model and layout flags]
-        --btx-eval-model NAME=PATH ... --btx-eval-data DOMAIN=PREFIX ... --btx-eval-output FILE
+        --btx-eval-model NAME=PATH ... --btx-eval-data DOMAIN=TEXT ... --btx-eval-output FILE
 
 Works under any layout, pipelines included. Each domain's text is read from its beginning in consecutive sequences, so
 that every model, layout and batch size sees the same tokens; sums are kept in fp64.
@@ -41,11 +41,12 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     )
     group.add_argument(
         "--btx-eval-data",
-        metavar="DOMAIN=PREFIX",
+        metavar="DOMAIN=TEXT",
         nargs="+",
         action="extend",
         default=[],
-        help="an indexed dataset (prefix of .bin and .idx), and the domain it stands for (required)",
+        help="the prefix of an indexed dataset, or a .jsonl, .txt or .parquet file, and the domain it stands for "
+        "(required)",
     )
     group.add_argument(
         "--btx-eval-tokens",
@@ -71,7 +72,7 @@ def main() -> int:
     from megatron_btx import repairs
     from megatron_btx.checkpoint.arguments import compare_with_stored
     from megatron_btx.cpu import has_gpu
-    from megatron_btx.data.training import check_indexed_dataset
+    from megatron_btx.data.texts import check_documents
     from megatron_btx.pretrain import parse_arguments
 
     args = parse_arguments(add_evaluation_arguments)
@@ -84,7 +85,7 @@ def main() -> int:
     if args.num_experts and experts is None:
         experts = [f"expert {i}" for i in range(args.num_experts)]
     for domain, prefix in data.items():
-        check_indexed_dataset(prefix, f"--btx-eval-data {domain}=")
+        check_documents(prefix, f"--btx-eval-data {domain}=")
     repairs.install()
     initialize.initialize_megatron(allow_no_cuda=not has_gpu())
     model = build_model(args)
@@ -211,6 +212,8 @@ def evaluate_domain(
     import torch
     from megatron.training import get_args
 
+    from megatron_btx.data.texts import start_of
+
     args = get_args()
     batches = batches_of(start_of(prefix, args.btx_eval_tokens if tokens is None else tokens), f"{domain}: {prefix}")
     counts_LE = torch.zeros(args.num_layers, args.num_experts or 1, dtype=torch.float64, device="cuda")
@@ -251,21 +254,6 @@ def forward(model: list[Any], batches: list[dict[str, Any]]) -> tuple[float, int
             sums += loss["lm loss"].double()
     torch.distributed.all_reduce(sums)
     return (sums[0] / sums[1]).item(), int(sums[1].item())
-
-
-def start_of(prefix: str, tokens: int) -> Any:
-    """The first ``tokens`` tokens of a dataset and the one after them, as int64."""
-    import numpy as np
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(prefix)
-    parts, have = [], 0
-    for document in range(len(dataset)):
-        parts.append(dataset[document])
-        have += len(parts[-1])
-        if have > tokens:
-            break
-    return np.concatenate(parts)[: tokens + 1].astype(np.int64)
 
 
 def batches_of(text: Any, where: str) -> list[dict[str, Any]]:

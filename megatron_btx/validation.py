@@ -26,10 +26,10 @@ def check(args: Any) -> None:
     Raises:
         InputError: a dataset that is not there, or a bound that is neither a number nor an evaluation.
     """
-    from megatron_btx.data.training import check_indexed_dataset
+    from megatron_btx.data.texts import check_documents
 
     for domain, prefix in domains(args).items():
-        check_indexed_dataset(prefix, f"--btx-valid-data {domain}=")
+        check_documents(prefix, f"--btx-valid-data {domain}=")
     _bounds(args)
 
 
@@ -112,7 +112,7 @@ def _worst_experts(where: str, file: Path, names: list[str]) -> dict[str, tuple[
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: is no result of megatron_btx.evaluate ({error}); make it again") from error
     if not names:
-        raise InputError(f"{where}: bounds the loss on every domain; name them with --btx-valid-data DOMAIN=PREFIX")
+        raise InputError(f"{where}: bounds the loss on every domain; name them with --btx-valid-data DOMAIN=TEXT")
     return {domain: max((loss, model) for model, loss in of.items()) for domain, of in losses.items()}
 
 

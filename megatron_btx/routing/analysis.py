@@ -22,7 +22,8 @@ def route_label(model: list[Any], where: str, prefix: str) -> dict[str, Any]:
     import torch
     from megatron.training import get_args
 
-    from megatron_btx.evaluate import batches_of, forward, start_of
+    from megatron_btx.data.texts import start_of
+    from megatron_btx.evaluate import batches_of, forward
     from megatron_btx.routing.trace import watching
 
     args = get_args()
@@ -94,7 +95,8 @@ def route_text(model: list[Any], text: str, is_text: bool) -> dict[str, Any]:
     from megatron.core import mpu
     from megatron.training import get_args, get_tokenizer
 
-    from megatron_btx.evaluate import batches_of, forward, start_of
+    from megatron_btx.data.texts import start_of
+    from megatron_btx.evaluate import batches_of, forward
     from megatron_btx.routing.trace import mixtures, watching
 
     args, tokenizer = get_args(), get_tokenizer()

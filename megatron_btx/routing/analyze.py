@@ -1,7 +1,7 @@
 """Who is routed where: one or several checkpoints over labelled texts, as numbers, figures and a page of tokens.
 
     torchrun --nproc-per-node N tools/analyze_routing.py [Megatron's model and layout flags]
-        --btx-route-model NAME=PATH ... --btx-route-data LABEL=PREFIX ... --btx-route-output FOLDER
+        --btx-route-model NAME=PATH ... --btx-route-data LABEL=TEXT ... --btx-route-output FOLDER
 
 A label is a domain, or ``domain/task``. Works under any layout; every layout gives the same counts.
 """
@@ -34,11 +34,12 @@ def add_analysis_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     )
     group.add_argument(
         "--btx-route-data",
-        metavar="LABEL=PREFIX",
+        metavar="LABEL=TEXT",
         nargs="+",
         action="extend",
         default=[],
-        help="an indexed dataset and its label: a domain, or domain/task (required)",
+        help="the prefix of an indexed dataset, or a .jsonl, .txt or .parquet file, and its label: a domain, or "
+        "domain/task (required)",
     )
     group.add_argument("--btx-route-output", metavar="FOLDER", help="folder for routing.json, figures, page (required)")
     group.add_argument(
@@ -73,7 +74,7 @@ def main() -> int:
     from megatron_btx import repairs
     from megatron_btx.checkpoint.arguments import compare_with_stored
     from megatron_btx.cpu import has_gpu
-    from megatron_btx.data.training import check_indexed_dataset
+    from megatron_btx.data.texts import check_documents
     from megatron_btx.evaluate import build_model, load_weights, named_paths, write_json
     from megatron_btx.pretrain import parse_arguments
     from megatron_btx.routing.analysis import read_earlier, route_label, route_text, table
@@ -90,8 +91,8 @@ def main() -> int:
     stored = [compare_with_stored(path, vars(args)) for path in models.values()]
     for label, prefix in data.items():
         if label.count("/") > 1 or label.startswith("/") or label.endswith("/"):
-            raise InputError(f"--btx-route-data {label}={prefix}: expected DOMAIN=PREFIX or DOMAIN/TASK=PREFIX")
-        check_indexed_dataset(prefix, f"--btx-route-data {label}=")
+            raise InputError(f"--btx-route-data {label}={prefix}: expected DOMAIN=TEXT or DOMAIN/TASK=TEXT")
+        check_documents(prefix, f"--btx-route-data {label}=")
     given = _read_text(args.btx_route_text)
     experts = next((a["btx_experts"] for a in stored if a.get("btx_experts")), None)
     experts = experts or [f"expert {number}" for number in range(args.num_experts)]

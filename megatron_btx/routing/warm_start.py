@@ -1,7 +1,7 @@
 """Routers that start warm: filled from a few hundred documents per domain, without training.
 
     torchrun --nproc-per-node N tools/init_router.py [Megatron's model and layout flags] --btx-init-model MIX
-        --btx-init-data EXPERT=PREFIX ... --btx-init-output PATH
+        --btx-init-data EXPERT=TEXT ... --btx-init-output PATH
 
 The inputs of every router are streamed through a forward pass, each token labelled with the expert of its document's
 domain. Ridge regression on the one-hot labels, or the domains' centroids, gives the rows; documents that were held out
@@ -38,11 +38,12 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument("--btx-init-model", metavar="PATH", help="the mixed checkpoint (required)")
     group.add_argument(
         "--btx-init-data",
-        metavar="EXPERT=PREFIX",
+        metavar="EXPERT=TEXT",
         nargs="+",
         action="extend",
         default=[],
-        help="an indexed dataset for every expert of the mixture: documents that are to go to it (required)",
+        help="for every expert of the mixture the prefix of an indexed dataset, or a .jsonl, .txt or .parquet file: "
+        "documents that are to go to it (required)",
     )
     group.add_argument(
         "--btx-init-output", metavar="PATH", help="folder for the checkpoint with the new routers (required)"
@@ -124,7 +125,7 @@ def _required(value: str | None, flag: str) -> str:
 
 def _checked_data(args: Any, stored: dict[str, Any]) -> dict[str, str]:
     """Expert -> prefix, in the order of the mixture's experts."""
-    from megatron_btx.data.training import check_indexed_dataset
+    from megatron_btx.data.texts import check_documents
     from megatron_btx.evaluate import named_paths
 
     if not args.num_experts:
@@ -144,7 +145,7 @@ def _checked_data(args: Any, stored: dict[str, Any]) -> dict[str, str]:
             f"has {', '.join(names)}"
         )
     for name in names:
-        check_indexed_dataset(given[name], f"--btx-init-data {name}=")
+        check_documents(given[name], f"--btx-init-data {name}=")
     return {name: given[name] for name in names}
 
 
@@ -157,17 +158,17 @@ def split_documents(count: int) -> tuple[list[int], list[int]]:
 def _texts(data: dict[str, str], documents: int) -> tuple[list[Any], list[Any]]:
     """This rank's batches of every domain, in the order of the experts: to fit on, and held out."""
     import numpy as np
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    from megatron_btx.data.texts import first_documents
     from megatron_btx.evaluate import batches_of
 
     parts: tuple[list[Any], list[Any]] = ([], [])
     for name, prefix in data.items():
-        dataset = IndexedDataset(prefix)
-        for part, numbers in zip(parts, split_documents(min(documents, len(dataset))), strict=True):
+        found = first_documents(prefix, documents)
+        for part, numbers in zip(parts, split_documents(len(found)), strict=True):
             if not numbers:
-                raise InputError(f"--btx-init-data {name}={prefix}: has {len(dataset)} documents, expected 5 or more")
-            text = np.concatenate([dataset[number] for number in numbers]).astype(np.int64)
+                raise InputError(f"--btx-init-data {name}={prefix}: has {len(found)} documents, expected 5 or more")
+            text = np.concatenate([found[number] for number in numbers])
             part.append(batches_of(text, f"--btx-init-data {name}={prefix} ({len(numbers)} documents)"))
     return parts
 

@@ -94,10 +94,25 @@ def test_shares_are_the_evaluations(analysed, mixture, zygote, corpus, tmp_path)
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_text_file_is_its_dataset(analysed, mixture, corpus, zygote, tmp_path):
+    """The documents as lines of JSON, tokenized and ended as they are read: the same numbers and the same page."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset, file = IndexedDataset(str(corpus)), tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": " ".join(map(str, dataset[at][:-1]))}) for at in range(len(dataset))]
+    file.write_text("\n".join(lines))
+    words = [*command(mixture, file, tmp_path / "out"), "--micro-batch-size", "4"]
+    zygote.run(1, words, tmp_path / "log", entry=ENTRY)
+    reference, page, _ = analysed("1")
+    assert json.loads((tmp_path / "out" / "routing.json").read_text()) == reference
+    assert json.dumps(page["models"], separators=(",", ":")) in (tmp_path / "out" / "tokens.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--btx-route-data", "a/b/c=/nowhere"], "expected DOMAIN=PREFIX or DOMAIN/TASK=PREFIX"),
+        (["--btx-route-data", "other=/nowhere/text.jsonl"], "other=/nowhere/text.jsonl: does not exist"),
+        (["--btx-route-data", "a/b/c=/nowhere"], "expected DOMAIN=TEXT or DOMAIN/TASK=TEXT"),
         (["--btx-route-data", "other=/nowhere/text"], "/nowhere/text.bin does not exist"),
         (["--btx-route-data", "home"], "expected NAME=PATH"),
         (["--btx-route-tokens", "0"], "expected at least 1"),
