@@ -67,9 +67,14 @@ def gumbel_noise(
     hashed_B = _mix(_mix(_mix(torch.full_like(samples_B, seed)) ^ samples_B) ^ layer)
     hashed_SB = _mix(hashed_B[None, :] ^ positions_S[:, None])
     hashed_SBE = _mix(hashed_SB[:, :, None] ^ expert_E)
-    # 24 bits fill an fp32 mantissa; the half keeps 0 and 1 out.
-    uniform_SBE = ((hashed_SBE >> 40 & 0xFFFFFF).float() + 0.5) * 2.0**-24
-    return -torch.log(-torch.log(uniform_SBE))
+    return _gumbel(hashed_SBE)
+
+
+def _gumbel(hashed: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise of 64-bit hashes: between -2.8 and 16.7, never infinite."""
+    # 23 bits, and the half keeps 0 and 1 out: with 24 the largest would round to 1, once in 16 million draws.
+    uniform = ((hashed >> 41 & 0x7FFFFF).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

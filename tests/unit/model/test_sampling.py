@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_btx.model.sampling import Annealing, Step, gumbel_noise
+from megatron_btx.model.sampling import Annealing, Step, _gumbel, gumbel_noise
 
 EULER = 0.5772156649
 
@@ -39,6 +39,14 @@ def test_neighbours_are_independent(axis):
     left, right = noise.narrow(axis, 0, noise.shape[axis] - 1), noise.narrow(axis, 1, noise.shape[axis] - 1)
     correlation = torch.corrcoef(torch.stack([left.flatten(), right.flatten()]))[0, 1].item()
     assert abs(correlation) < 4 / math.sqrt(left.numel())
+
+
+def test_noise_is_finite_for_every_hash():
+    """The extremes of 64 bits, which no sample is likely to hold: one infinity makes a whole run nan."""
+    noise = _gumbel(torch.tensor([-1, 0, 2**63 - 1, -(2**63)]))
+    assert noise.isfinite().all() and -2.82 < noise.min() < noise.max() < 16.7
+    # A token that did draw an infinite number while the noise had 24 bits.
+    assert gumbel_noise(1234, torch.tensor([316]), torch.tensor([1487]), 2, 4).isfinite().all()
 
 
 def test_noise_belongs_to_the_token():
