@@ -291,7 +291,43 @@ def soft_first_layer(case: Case, form: str) -> None:
     compare(case, "soft", 1, form, Annealing())
 
 
-CHECKS = {f.__name__: f for f in (top_k, pre_softmax, switch, soft, sample, sample_in_evaluation, soft_first_layer)}
+@EXAMPLES
+@given(CASES, st.integers(1, 4), st.booleans())
+def accumulated(case: Case, microbatches: int, alike: bool) -> None:
+    """The global loss over a step's micro-batches pulls as hard as over one batch of them all.
+
+    The gradient is that of alpha N sum u p with means so far, earlier micro-batches fixed, summed in the units in which
+    Megatron averages over micro-batches: for micro-batches that are alike, each gives the whole batch's gradient.
+    """
+    case = dataclasses.replace(case, aux=0.7, z=0.0)
+    layer, _ = build(case, "top-k", min(2, case.experts), "paper-global", None, None)
+    weight_EH = layer.router.weight.detach().double().requires_grad_()
+    generator = torch.Generator().manual_seed(case.seed)
+    texts = [torch.randn(case.sequence, case.batch, case.hidden, generator=generator) for _ in range(microbatches)]
+    earlier, tokens = torch.zeros(2, case.experts, dtype=torch.float64), 0
+    for number, x_SBH in enumerate([texts[0]] * microbatches if alike else texts, start=1):
+        (layer(x_SBH)[0] * 0.0).sum().backward()
+        logits_TE = x_SBH.double().reshape(-1, case.hidden) @ weight_EH.T
+        gates = route(logits_TE, "top-k", min(2, case.experts), None, 1.0)
+        zero = torch.zeros((), dtype=torch.float64)
+        use_E = torch.stack([sum((g.get(e, zero) for g in gates), zero) for e in range(case.experts)])
+        sums = torch.stack([use_E, torch.softmax(logits_TE, dim=1).sum(dim=0)])
+        tokens += len(gates)
+        use_E, probability_E = (earlier + sums) / tokens
+        earlier = (earlier + sums).detach()
+        (number * case.aux * case.experts * (use_E * probability_E).sum()).backward()
+    close(layer.router.weight.grad, weight_EH.grad, "gradient of the router")
+    if alike:
+        once = weight_EH.detach().requires_grad_()
+        logits_TE = texts[0].double().reshape(-1, case.hidden) @ once.T
+        balance("paper", logits_TE, route(logits_TE, "top-k", min(2, case.experts), None, 1.0), case.aux, 2).backward()
+        close(layer.router.weight.grad, microbatches * once.grad, "gradient of the whole batch")
+
+
+CHECKS = {
+    f.__name__: f
+    for f in (top_k, pre_softmax, switch, soft, sample, sample_in_evaluation, soft_first_layer, accumulated)
+}
 
 
 def main() -> int:

@@ -60,7 +60,8 @@ class BTXRouter(TopKRouter):  # type: ignore[misc]
     **The paper's loss.** ``alpha N sum_i u_i p_i`` with u the mean gate and p the mean probability per expert, gradient
     through both; ``alpha`` is ``--moe-aux-loss-coeff``. The means are taken over the tokens of a micro-batch on all
     tensor- and context-parallel ranks (``aux_loss``), or also over the data-parallel ranks and the earlier
-    micro-batches of the step, the latter without gradient (``global_aux_loss``).
+    micro-batches of the step, the latter without gradient (``global_aux_loss``); alpha weighs the same then, however
+    many micro-batches a step has.
     """
 
     def __init__(
@@ -169,10 +170,11 @@ class BTXRouter(TopKRouter):  # type: ignore[misc]
         self._earlier_2E = earlier_2E.detach() + sums_2E.detach()
         self._earlier_tokens += tokens
         loss = paper_balancing_loss(means_2E, coefficient)
-        # Every rank holds the gradient of the one loss through its own tokens. Megatron sums gradients over tensor-
-        # parallel ranks and averages them over data-parallel ones: here they would have to be summed too.
-        data_parallel = group.size() // self.tp_cp_group.size()
-        return self._attach(probs, coefficient, loss, "global_load_balancing_loss", group, data_parallel)
+        # Every rank holds the gradient of the one loss through its own tokens of this micro-batch. Megatron sums
+        # gradients over tensor-parallel ranks and averages them over data-parallel ones and micro-batches, where here
+        # they would have to be summed too: the share of the tokens that this micro-batch has is taken back.
+        factor = group.size() // self.tp_cp_group.size() * self._earlier_tokens / tokens
+        return self._attach(probs, coefficient, loss, "global_load_balancing_loss", group, factor)
 
     def reset_global_aux_loss_tracker(self) -> None:
         """Forget the earlier micro-batches; Megatron calls it at the end of a step."""
@@ -192,7 +194,7 @@ class BTXRouter(TopKRouter):  # type: ignore[misc]
         return reduce_from_tensor_model_parallel_region(local_2E, group)
 
     def _attach(
-        self, probs: torch.Tensor, coefficient: float, loss: torch.Tensor, name: str, group: Any, gradient_factor: int
+        self, probs: torch.Tensor, coefficient: float, loss: torch.Tensor, name: str, group: Any, gradient_factor: float
     ) -> torch.Tensor:
         """Hand the loss to Megatron, which sums over ``group`` what it logs: the value is divided, the gradient not."""
         scaled = loss * gradient_factor
@@ -203,7 +205,7 @@ class BTXRouter(TopKRouter):  # type: ignore[misc]
             scaled,
             name,
             group,
-            needs_dp_avg=gradient_factor == 1 and name == "load_balancing_loss",
+            needs_dp_avg=name == "load_balancing_loss",
             valid_token_count=probs.shape[0],
         )
 

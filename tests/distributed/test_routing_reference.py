@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-CHECKS = ("top_k", "pre_softmax", "switch", "soft", "sample", "sample_in_evaluation", "soft_first_layer")
+CHECKS = ("top_k", "pre_softmax", "switch", "soft", "sample", "sample_in_evaluation", "soft_first_layer", "accumulated")
 
 
 @pytest.mark.parametrize("check", CHECKS)
