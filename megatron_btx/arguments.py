@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -11,8 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from megatron_btx.cpu import CPU_DEFAULTS, has_gpu
-from megatron_btx.errors import InputError
-from megatron_btx.model.groups import GROUPS, check_every_rank_trains, frozen_groups, lr_multipliers
+from megatron_btx.model.groups import GROUPS
 
 TORCH_NATIVE_DEFAULTS: dict[str, Any] = {
     "transformer_impl": "local",
@@ -29,6 +27,11 @@ UNCOMPILED_DEFAULTS: dict[str, Any] = {
     "bias_dropout_fusion": False,
 }
 """Defaults on the CPU, where Megatron's torch.compile'd functions are not compiled and only cost detours."""
+
+SAMPLE_DECAY = 1e-4
+"""The paper's, per iteration."""
+SAMPLE_MIN_TEMPERATURE = 0.5
+"""The paper's."""
 
 
 def add_btx_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -78,14 +81,14 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
         "--btx-sample-decay",
         metavar="RATE",
         type=float,
-        default=1e-4,
+        default=SAMPLE_DECAY,
         help="how fast the sampling temperature exp(-RATE x iteration) falls, per iteration (default: 1e-4)",
     )
     group.add_argument(
         "--btx-sample-min-temperature",
         metavar="T",
         type=float,
-        default=0.5,
+        default=SAMPLE_MIN_TEMPERATURE,
         help="the temperature of --btx-sample-top1 falls from 1 to this, above 0 and at most 1 (default: 0.5)",
     )
     group.add_argument(
@@ -201,134 +204,3 @@ def machine_defaults() -> dict[str, Any]:
     elif find_spec("transformer_engine") is None:
         defaults |= TORCH_NATIVE_DEFAULTS
     return defaults
-
-
-def check_layout(args: Any) -> None:
-    """Refuse layouts that Megatron's own validation lets through and that fail later, on every rank, in its depths.
-
-    Raises:
-        InputError: names both numbers and what would fit.
-    """
-    tensor, expert, pipeline = (
-        args.tensor_model_parallel_size,
-        args.expert_model_parallel_size,
-        args.pipeline_model_parallel_size,
-    )
-    refused = "Megatron refuses these arguments: "
-    if args.num_attention_heads % tensor:
-        raise InputError(
-            f"{refused}number of attention heads ({args.num_attention_heads}) is not a multiple of "
-            f"--tensor-model-parallel-size ({tensor}); choose one that divides it"
-        )
-    if not args.num_experts:
-        return
-    if tensor > 1 and not args.sequence_parallel:
-        raise InputError(
-            f"{refused}experts with --tensor-model-parallel-size ({tensor}) need sequence parallelism; "
-            "add --sequence-parallel"
-        )
-    expert_ranks = (args.expert_tensor_parallel_size or tensor) * expert * pipeline
-    if args.world_size % expert_ranks:
-        raise InputError(
-            f"{refused}world size ({args.world_size}) is not a multiple of expert tensor x expert x pipeline parallel "
-            f"sizes ({expert_ranks}); start that many processes, or lower --expert-model-parallel-size ({expert})"
-        )
-
-
-def check_finetuning(args: Any) -> None:
-    """Refuse routing, freezing and learning rates that make no sense, before any rank starts to train.
-
-    Raises:
-        InputError: one line that names the flag, what was found and the remedy.
-    """
-    if frozen := frozen_groups(args.btx_freeze, args):
-        check_every_rank_trains(frozen, args)
-    lr_multipliers(args.btx_lr_multiplier, args)
-    if not 0 < args.btx_sample_min_temperature <= 1:
-        raise InputError(
-            f"--btx-sample-min-temperature {args.btx_sample_min_temperature:g}: expected above 0 and at most 1, where "
-            "annealing starts; the paper's is 0.5"
-        )
-    if not 0 <= args.btx_sample_decay < math.inf:
-        raise InputError(
-            f"--btx-sample-decay {args.btx_sample_decay:g}: expected 0 or more per iteration; the paper's is 1e-4"
-        )
-    if args.num_experts:
-        _check_routing(args)
-        return
-    for flag, given in (("--btx-sample-top1", args.btx_sample_top1), ("--btx-load-balancing paper", _is_paper(args))):
-        if given:
-            raise InputError(f"{flag}: this model has no experts to route to; give --num-experts, or leave it out")
-
-
-def _is_paper(args: Any) -> bool:
-    return bool(args.btx_load_balancing == "paper")
-
-
-def _check_routing(args: Any) -> None:
-    experts, topk, capacity = args.num_experts, args.moe_router_topk, args.moe_expert_capacity_factor
-    if not 1 <= topk <= experts:
-        raise InputError(f"--moe-router-topk {topk}: a token can take 1 to {experts} experts (--num-experts {experts})")
-    softmax = args.moe_router_score_function == "softmax"
-    if topk == 1 and softmax and not args.moe_router_pre_softmax and experts > 1:
-        raise InputError(
-            "--moe-router-topk 1 with the softmax after the choice: every gate is 1 and the router learns nothing from "
-            "the loss; add --moe-router-pre-softmax (switch routing), or take two experts"
-        )
-    if capacity is not None and not (topk == 1 and args.moe_router_pre_softmax and not args.btx_sample_top1):
-        method = "sampled top-1" if args.btx_sample_top1 else "soft" if topk == experts else f"top-{topk}"
-        raise InputError(
-            f"--moe-expert-capacity-factor {capacity:g} with {method} routing, which drops no token; leave it out, or "
-            "take switch routing (--moe-router-topk 1 --moe-router-pre-softmax)"
-        )
-    ours = [
-        flag
-        for flag, on in (("--btx-sample-top1", args.btx_sample_top1), ("--btx-load-balancing paper", _is_paper(args)))
-        if on
-    ]
-    if ours:
-        _check_our_routers(args, ours[0])
-    if args.btx_sample_top1 and not (topk == 1 and args.moe_router_pre_softmax):
-        raise InputError(
-            f"--btx-sample-top1 with --moe-router-topk {topk}: it takes one expert, whose gate is a probability; give "
-            "--moe-router-topk 1 --moe-router-pre-softmax"
-        )
-    if _is_paper(args):
-        kinds = args.moe_router_load_balancing_type
-        kinds = [kinds] if isinstance(kinds, str) else kinds
-        coefficients = args.moe_aux_loss_coeff
-        positive = max(coefficients) > 0 if isinstance(coefficients, list) else coefficients > 0
-        if not set(kinds) <= {"aux_loss", "global_aux_loss"} or not positive:
-            raise InputError(
-                f"--btx-load-balancing paper with --moe-router-load-balancing-type {' '.join(kinds)} and coefficient "
-                f"{coefficients}: it gives aux_loss (micro-batch) or global_aux_loss (global batch) the paper's form, "
-                "with a --moe-aux-loss-coeff above 0 (the paper's is 0.01)"
-            )
-
-
-def _check_our_routers(args: Any, flag: str) -> None:
-    """What Megatron's own routers have and ours do not."""
-    for other, on, why in (
-        ("--moe-router-fusion", args.moe_router_fusion, "the fused kernel knows Megatron's routing alone"),
-        ("--moe-router-score-function", args.moe_router_score_function != "softmax", "it is defined on the softmax"),
-        ("--moe-router-enable-expert-bias", args.moe_router_enable_expert_bias, "its choice is not the logits' own"),
-        ("--moe-router-num-groups", args.moe_router_num_groups is not None, "it knows no groups of experts"),
-        ("--moe-router-topk-scaling-factor", bool(args.moe_router_topk_scaling_factor), "its gates are not scaled"),
-        ("--mtp-num-layers", bool(args.mtp_num_layers), "it routes the decoder's layers alone"),
-        ("--moe-enable-routing-replay", getattr(args, "moe_enable_routing_replay", False), "it draws its own route"),
-    ):
-        if on:
-            raise InputError(f"{other} together with {flag}: {why}; leave one of them out")
-    if not args.btx_sample_top1:
-        return
-    for other, on in (
-        ("--overlap-moe-expert-parallel-comm", getattr(args, "overlap_moe_expert_parallel_comm", False)),
-        ("--cuda-graph-impl", getattr(args, "cuda_graph_impl", "none") != "none"),
-        ("--dataloader-type cyclic", args.dataloader_type == "cyclic"),
-        ("--rampup-batch-size", args.rampup_batch_size is not None),
-    ):
-        if on:
-            raise InputError(
-                f"{other} together with --btx-sample-top1: the noise of a token follows from its place in a plain "
-                "sequence of batches; leave one of them out"
-            )

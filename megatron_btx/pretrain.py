@@ -16,8 +16,9 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.arguments import add_btx_arguments, check_finetuning, check_layout, help_if_asked
+from megatron_btx.arguments import add_btx_arguments, help_if_asked
 from megatron_btx.checkpoint.torch_dist import TRACKER
+from megatron_btx.checks import check_finetuning, check_layout
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import CheckpointError, InputError, exits_with_one_line
 
@@ -96,7 +97,13 @@ def prepare(step: Step) -> Any:
     from megatron_btx import metrics, repairs, validation
     from megatron_btx.checkpoint.arguments import check_against_checkpoint
     from megatron_btx.data.training import check_data_files
-    from megatron_btx.model.groups import freeze, frozen_groups, install_lr_multipliers, lr_multipliers
+    from megatron_btx.model.groups import (
+        check_optimizers,
+        freeze,
+        frozen_groups,
+        install_lr_multipliers,
+        lr_multipliers,
+    )
     from megatron_btx.routing import telemetry
 
     args = parse_arguments()
@@ -119,6 +126,7 @@ def prepare(step: Step) -> Any:
     model = model_config(args, step)
     if frozen := frozen_groups(args.btx_freeze, args):
         model.pre_wrap_hooks.append(freeze(frozen, args))
+    model.pre_wrap_hooks.append(check_optimizers(args))
     if args.num_experts:
         model.pre_wrap_hooks.append(telemetry.install(args))
     return pretrain_cfg_container_from_args(args, model)

@@ -17,6 +17,7 @@ def install() -> None:
     """
     use_the_shipped_dataset_helper()
     use_an_optimizer_that_resumes()
+    recompute_norms_without_fp8()
 
 
 def use_the_shipped_dataset_helper() -> None:
@@ -65,6 +66,28 @@ def use_an_optimizer_that_resumes() -> None:
             return original(self, *positional, **named)
 
     distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = without_gradients
+
+
+def recompute_norms_without_fp8() -> None:
+    """Without Transformer Engine, let ``--recompute-modules layernorm`` run.
+
+    ``CheckpointWithoutOutput(fp8=False)`` takes any ``fp8`` but None for True, the norms' False among them, and asks
+    Transformer Engine for its fp8 state (``core/tensor_parallel/random.py``).
+    """
+    from megatron.core.tensor_parallel import random
+
+    _expect(random, "HAVE_TE")
+    _expect(random, "CheckpointWithoutOutput")
+    if random.HAVE_TE:
+        return
+    original = random.CheckpointWithoutOutput.__init__
+
+    @functools.wraps(original)
+    def without_fp8(self: Any, fp8: Any = None) -> None:
+        original(self, fp8)
+        self.fp8 = False
+
+    random.CheckpointWithoutOutput.__init__ = without_fp8
 
 
 def _expect(owner: Any, name: str) -> None:

@@ -92,33 +92,58 @@ def frozen_groups(words: Iterable[str], args: Any) -> list[str]:
     return [group for group in GROUPS if group in frozen]
 
 
-def check_every_rank_trains(frozen: list[str], args: Any) -> None:
-    """Refuse freezes that leave a pipeline stage, or the optimizer of all that is no expert, without a parameter.
+def check_optimizers(args: Any) -> Callable[[list[Any]], list[Any]]:
+    """A hook for ``GPTModelConfig.pre_wrap_hooks``, after freezing: refuse what Megatron trains and cannot resume.
 
-    Megatron 0.19 trains such a run; with an empty optimizer among others it cannot save it, or resumes it with other
-    numbers (``core/optimizer/optimizer.py``, ChainedOptimizer).
+    It makes one optimizer of the experts, where they are spread otherwise than the rest (EP > 1, or expert TP other
+    than TP), and one of the rest. Its checkpoints of the plain optimizer hold one set of them for all pipeline stages:
+    where a stage has another set than the first, 0.19 fails on resuming, or resumes with other numbers and says
+    nothing; and it cannot save where experts alone train (``core/optimizer/optimizer.py``, ChainedOptimizer).
 
     Raises:
-        InputError: names what is left and what would do.
+        InputError: from the hook, on all ranks, before there is an optimizer.
     """
-    trained = set(groups_of_model(args)) - set(frozen)
-    left = f"--btx-freeze {' '.join(args.btx_freeze)}: leaves {', '.join(sorted(trained))} to train, "
-    stages = args.pipeline_model_parallel_size
-    if stages > 1:
-        is_moe = _is_mixture(args)
-        in_every_layer = trained & {"attention", "norms"}
-        in_layers = [trained & ({"experts", "router"} if moe else {"mlp"}) for moe in is_moe]
-        size = max(1, args.num_layers // stages)
-        if not in_every_layer and not all(any(in_layers[at : at + size]) for at in range(0, args.num_layers, size)):
-            raise InputError(
-                f"{left}of which some of the {stages} pipeline stages hold nothing, and Megatron cannot resume that; "
-                "use --pipeline-model-parallel-size 1, or train a group of every layer too, as norms"
-            )
-    if trained == {"experts"} and args.expert_model_parallel_size > 1:
+
+    def hook(model: list[Any]) -> list[Any]:
+        import torch
+        from megatron.core import mpu
+
+        trained = [parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad]
+        mine = {bool(getattr(parameter, "allreduce", True)) for parameter in trained}
+        stages: list[set[bool]] = [set()] * mpu.get_pipeline_model_parallel_world_size()
+        torch.distributed.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
+        refuse_optimizers(stages, args.use_distributed_optimizer)
+        return model
+
+    return hook
+
+
+def refuse_optimizers(stages: list[set[bool]], distributed: bool) -> None:
+    """See :func:`check_optimizers`.
+
+    Args:
+        stages: of every pipeline stage, whether it trains parameters of the rest (True in it), of experts that are
+            spread otherwise (False in it).
+        distributed: the distributed optimizer, whose states are stored by parameter.
+
+    Raises:
+        InputError: names what trains where, and the remedy.
+    """
+    if not any(True in stage for stage in stages):
         raise InputError(
-            f"{left}with --expert-model-parallel-size {args.expert_model_parallel_size}, and Megatron cannot save an "
-            "empty optimizer beside that of the experts; use 1, or train the router too"
+            "nothing but the experts trains (--btx-freeze), and Megatron cannot save their optimizer alone where they "
+            "are spread over ranks; use --expert-model-parallel-size 1 and the expert tensor parallelism that the rest "
+            "has, or train the router too"
         )
+    if distributed or all(stage == stages[0] for stage in stages):
+        return
+    words = {(): "nothing", (True,): "no experts", (False,): "experts alone", (False, True): "experts and more"}
+    listed = ", ".join(f"{number} trains {words[tuple(sorted(stage))]}" for number, stage in enumerate(stages))
+    raise InputError(
+        f"of the pipeline's stages {listed}: without the distributed optimizer Megatron cannot resume that; add "
+        "--use-distributed-optimizer, or let all stages train the same (--btx-freeze, --moe-layer-freq, "
+        "--pipeline-model-parallel-size)"
+    )
 
 
 def lr_multipliers(words: Iterable[str], args: Any) -> dict[str, float]:

@@ -32,7 +32,7 @@ MORE = {
         2,
         f"--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 {RECOMPUTE}",
     ),
-    "recompute-moe-dp2": (2, "--recompute-granularity selective --recompute-modules moe"),
+    "recompute-selective-dp2": (2, "--recompute-granularity selective --recompute-modules core_attn layernorm moe"),
     "tp2-etp2": (2, "--tensor-model-parallel-size 2 --sequence-parallel --moe-token-dispatcher-type allgather"),
     "dp2-distributed": (2, "--use-distributed-optimizer"),
 }
