@@ -16,6 +16,7 @@ import functools
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,10 @@ _FACTORIES = (
 ).split()
 _RANGES = ("range_push", "range_pop")
 _METHODS = "new_empty new_full new_ones new_tensor new_zeros".split()
+
+KERNELS_FOR_GPUS = ("transformer_engine", "apex", "amp_C")
+"""Megatron calls these wherever they can be imported, whatever the layers are, for router logits and gradient norms: on
+a machine that has them and no GPU, a container's login node say, that ends in CUDA's errors."""
 
 
 @functools.cache
@@ -72,10 +77,17 @@ def install_cpu_stand_ins() -> bool:
     """
     if has_gpu():
         return False
+    hide_kernels_for_gpus()
     _redirect_devices()
     _answer_for_cuda()
     _replace_in_megatron()
     return True
+
+
+def hide_kernels_for_gpus() -> None:
+    """Make importing :data:`KERNELS_FOR_GPUS` an ImportError; call before Megatron is imported."""
+    for name in KERNELS_FOR_GPUS:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 # --- torch: "cuda" means the CPU ------------------------------------------------------------------------------

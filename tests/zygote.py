@@ -130,6 +130,10 @@ def wait(ranks: list[int]) -> list[int]:
 
 def main() -> None:
     """Import once, then serve requests until stdin closes."""
+    from megatron_btx.cpu import hide_kernels_for_gpus
+
+    if sys.argv[1:] != ["gpu"]:
+        hide_kernels_for_gpus()
     import megatron.training.training  # noqa: F401
     import torch  # noqa: F401
 
