@@ -89,7 +89,9 @@ def draw_overlap(models: dict[str, Any]) -> Figure:
         panel.set_xticks(range(len(own)), own, rotation=35, ha="right", fontsize=7)
         panel.set_yticks(range(len(own)), own, fontsize=7)
         panel.set_title(name, fontsize=10)
-    figure.colorbar(image, ax=list(panels), shrink=0.7, label="overlap of routing (1: the same)")
+    bar = figure.colorbar(image, ax=list(panels), shrink=0.8)
+    bar.set_label("overlap of routing (1: the same)", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return figure
 
 
@@ -105,6 +107,7 @@ def draw_entropy(models: dict[str, Any], experts: list[str]) -> Figure:
                 share = [value / math.log(max(len(experts), 2)) for value in routed[label]["entropy"]]
                 layers = [layer + 1 for layer in routed[label]["layers"]]
                 panel.plot(layers, share, marker="o", markersize=3, color=palette.colour(label), label=label)
+                panel.set_xticks(layers[:: max(1, len(layers) // 8)])
         panel.set_title(name, fontsize=10)
         panel.set_ylim(0, 1.05)
         panel.grid(axis="y", color=FAINT)
