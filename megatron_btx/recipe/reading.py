@@ -117,9 +117,15 @@ def _with_included(file: Path, including: tuple[Path, ...]) -> Any:
     Mappings are merged key by key, anything else is replaced; null takes a key back.
     """
     if file.resolve() in including:
-        raise InputError(f"{file}: include: includes itself; leave it out")
+        circle = " includes ".join(map(str, (*including[including.index(file.resolve()) :], file.resolve())))
+        raise InputError(f"include: a circle: {circle}; leave one of these includes out")
+    if not file.exists():
+        raise InputError(f"{file}: there is no such recipe; give a recipe's path, as examples/recipes/quickstart.yaml")
     with file.open(encoding="utf-8") as stream:
         tree = yaml.load(stream, _UniqueKeyLoader)
+    if including and not isinstance(tree, dict):
+        found = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise InputError(f"{file}: found {found}, expected a mapping, because {including[-1]} includes it")
     if not isinstance(tree, dict) or "include" not in tree:
         return tree
     name = tree.pop("include")
