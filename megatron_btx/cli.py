@@ -84,8 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     actions = decide(stages, directory)
     if recipe.notes:
         print(f"# note: {'; '.join(recipe.notes)}", flush=True)
-    if any(stage.on_gpu and actions[stage.name].verb in ("run", "rerun") for stage in stages):
-        check_with_megatron(recipe.file, recipe.flag_sections)
+    due = [stage for stage in stages if stage.on_gpu and actions[stage.name].verb in ("run", "rerun")]
+    if due:
+        check_with_megatron(recipe.file, recipe.flag_sections, due)
     if arguments.dry_run:
         print(
             shell_script([stage for stage in stages if stage.name in (arguments.only or actions)], actions, directory)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_btx.recipe.flags import Flags, FlagValue, merged
+from megatron_btx.recipe.flags import Flags, FlagValue
 from megatron_btx.recipe.reading import Section
-from megatron_btx.recipe.routing import Routing, check_capacity, read_routing
+from megatron_btx.recipe.routing import Routing, read_routing
 
 _VARIANT_KEYS = ("routing", "top-k", "load-balancing", "freeze", "tokens", "megatron", "seeds")
 
@@ -26,7 +26,7 @@ class Variant:
     tokens: int | None
     """None: as finetune."""
     flags: Flags
-    """Of the whole variant: the mix's, the routing's, the freeze, its own."""
+    """Of the whole variant: the mix's and finetune's, the routing's, the freeze, its own; false takes a flag back."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,16 @@ def stage_name(variant: str, seed: int) -> str:
     return f"ablation-{variant}-s{seed}"
 
 
-def read_ablation(top: Section, mix_flags: Flags, base: Routing, experts: int) -> Ablation | None:
-    """The recipe's section ``ablation``. Raises InputError with the place, what was found, what was expected."""
+def read_ablation(top: Section, given: Flags, base: Routing, experts: int) -> Ablation | None:
+    """The recipe's section ``ablation``.
+
+    Args:
+        given: flags of mix and finetune, which every variant has unless it says otherwise.
+        base: the routing of mix, likewise.
+
+    Raises:
+        InputError: the place, what was found, what was expected.
+    """
     if "ablation" not in top.node:
         return None
     section = top.section("ablation", ("seeds", "split", "tokens", "variants"))
@@ -66,31 +74,36 @@ def read_ablation(top: Section, mix_flags: Flags, base: Routing, experts: int) -
     for name in (str(key) for key in listed.node):
         if not name.replace("-", "").isalnum():
             listed.refuse(name, "expected a name of letters, digits and dashes")
-        variants.append(_variant(listed.section(name, _VARIANT_KEYS), name, seeds, mix_flags, base, experts))
+        variants.append(_variant(listed.section(name, _VARIANT_KEYS), name, seeds, given, base, experts))
     return Ablation(tuple(variants), split, section.integer("tokens", 65_536))
 
 
 def _seeds(section: Section, inherited: tuple[int, ...]) -> tuple[int, ...]:
     seeds = section.node.get("seeds", list(inherited))
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) and s > 0 for s in seeds):
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s > 0 for s in seeds):
         section.refuse("seeds", f"found {seeds!r}, expected a list of whole numbers above zero, as [1, 2, 3]")
     if len(set(seeds)) < len(seeds):
         section.refuse("seeds", f"found {seeds!r}, expected every seed once")
     return tuple(seeds)
 
 
-def _variant(
-    section: Section, name: str, seeds: tuple[int, ...], mix_flags: Flags, base: Routing, experts: int
-) -> Variant:
+def _variant(section: Section, name: str, seeds: tuple[int, ...], given: Flags, base: Routing, experts: int) -> Variant:
     routing = read_routing(section, experts, base)
     own: dict[str, FlagValue] = dict(section.flags("megatron"))
-    check_capacity(section, routing, own)
+    kind = own.get("moe-router-load-balancing-type")
+    if "load-balancing" in section.node and kind is not None and (kind == "none") != (routing.balancing == "none"):
+        section.refuse(
+            "megatron.moe-router-load-balancing-type",
+            f"found {kind!r} beside load-balancing: {routing.balancing}, which contradicts it; leave one of them out",
+        )
+    if base.method == "switch" != routing.method:  # the mix's capacity is that of its own method
+        given = {**given, "moe-expert-capacity-factor": None}
     freeze = section.node.get("freeze", [])
     if not isinstance(freeze, list) or not all(isinstance(word, str) for word in freeze):
         section.refuse("freeze", f"found {freeze!r}, expected a list of groups, as [experts] or ['all-but:router']")
     if freeze:
         own["btx-freeze"] = tuple(freeze)
         section.reader.flag_sections[f"{section.place}.freeze"] = {"btx-freeze": tuple(freeze)}
-    flags = merged(mix_flags, {**routing.flags(mix_flags), "num-experts": experts}, own)
+    flags = {**given, **routing.flags(given), "num-experts": experts, **own}
     tokens = section.integer("tokens") if "tokens" in section.node else None
     return Variant(name, _seeds(section, seeds), tokens, flags)

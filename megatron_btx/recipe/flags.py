@@ -1,4 +1,4 @@
-"""Megatron's flags as a recipe spells them: merge, write as a command line, check against Megatron's own parser.
+"""Megatron's flags as a recipe spells them: merge, write as a command line, check with the programs' own checks.
 
 A flag mapping has Megatron's names without the leading dashes as keys. ``true`` is a bare flag, ``false`` and null
 are "not given" (which takes back what an outer section gave), a list is one flag with several values.
@@ -11,10 +11,13 @@ import difflib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_btx.errors import InputError, exits_with_one_line
+
+if TYPE_CHECKING:
+    from megatron_btx.recipe.stage import Stage
 
 FlagValue = bool | int | float | str | tuple[int | float | str, ...] | None
 Flags = Mapping[str, FlagValue]
@@ -129,17 +132,41 @@ def check_layout(stage: str, processes: int, flags: Flags) -> None:
         )
 
 
-def check_with_megatron(file: str, sections: Mapping[str, Flags]) -> None:
-    """Refuse flags and values that the installed Megatron does not know; ``sections``: place in ``file`` -> flags.
+def check_measured(stage: str, tokens: int, processes: int, flags: Flags) -> None:
+    """Refuse a measurement of fewer ``tokens`` per domain than one batch, which would end the stage when it is due."""
+    tensor, pipeline, context = (number(flags, name, 1) for name in LAYOUT_FLAGS[:3])
+    sequences = number(flags, "micro-batch-size") * (processes // (tensor * context))
+    batch_tokens = sequences * number(flags, "seq-length")
+    if tokens < batch_tokens:
+        raise InputError(
+            f"stage {stage}: {tokens} tokens per domain are fewer than one batch to measure on ({sequences} sequences "
+            f"= {batch_tokens} tokens under its layout); raise the tokens of evaluate or ablation"
+        )
+
+
+def check_with_megatron(file: str, sections: Mapping[str, Flags], stages: Iterable[Stage] = ()) -> None:
+    """Refuse what the installed Megatron does not know, and what the programs of ``stages`` would refuse themselves.
 
     Another process does it, because importing Megatron takes some 10 s and 500 MB that would then stay in this one.
+
+    Args:
+        sections: place in ``file`` -> flags.
+        stages: those that train or evaluate.
     """
-    asked = json.dumps({where: to_argv(flags) for where, flags in sections.items()})
+    asked = {
+        "sections": {where: to_argv(flags) for where, flags in sections.items()},
+        "stages": {stage.name: (stage.processes, program_words(stage)) for stage in stages},
+    }
     command = [sys.executable, "-W", "ignore", "-m", "megatron_btx.recipe.flags"]
-    answer = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
+    answer = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
     if answer.returncode:
         lines = answer.stderr.strip().splitlines() or [f"Megatron's parser ended with status {answer.returncode}"]
         raise InputError(f"{file}: {lines[-1].removeprefix('error: ')}")
+
+
+def program_words(stage: Stage) -> list[str]:
+    """The command line of the program that torchrun starts in ``stage``: what follows the second -m MODULE."""
+    return list(stage.command[stage.command.index("-m", stage.command.index("-m") + 1) + 2 :])
 
 
 class _RefusingParser(argparse.ArgumentParser):
@@ -176,11 +203,49 @@ def check_sections(parser: argparse.ArgumentParser, sections: Mapping[str, list[
             raise InputError(f"{where}: {error}") from None
 
 
+def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int, list[str]]]) -> None:
+    """What a training or evaluating program checks of its arguments alone; ``stages``: name -> processes, words.
+
+    Raises:
+        InputError: the stage, and the program's own sentence.
+    """
+    from megatron_btx import arguments
+
+    for stage, (processes, words) in stages.items():
+        try:
+            args = parser.parse_args(words)
+            args.world_size, args.rank = processes, 0
+            for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):  # as Megatron's validation does
+                value = getattr(args, name)
+                setattr(args, name, value[0] if isinstance(value, list) and len(value) == 1 else value)
+            arguments.check_layout(args)
+            arguments.check_finetuning(args)
+            _check_bound(args)
+        except InputError as error:
+            raise InputError(f"stage {stage}: {error}") from None
+
+
+def _check_bound(args: Any) -> None:
+    """A bound that is a number is checked; a file may be one that an earlier stage will make."""
+    from megatron_btx import validation
+
+    try:
+        float(args.btx_first_loss_bound)
+    except (TypeError, ValueError):
+        return
+    validation._bounds(args)
+
+
 @exits_with_one_line
 def main() -> int:
-    """Check the sections given as JSON on standard input; see :func:`check_with_megatron`."""
-    sections: dict[str, Any] = json.load(sys.stdin)
-    check_sections(_megatron_parser(), sections)
+    """Check the sections and stages given as JSON on standard input; see :func:`check_with_megatron`."""
+    from megatron_btx.evaluate import add_evaluation_arguments
+
+    asked: dict[str, Any] = json.load(sys.stdin)
+    parser = _megatron_parser()
+    check_sections(parser, asked["sections"])
+    add_evaluation_arguments(parser)  # set by the pipeline alone, so that no section may have them
+    check_stages(parser, asked["stages"])
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from megatron_btx.errors import InputError
 from megatron_btx.recipe.ablation import Ablation, stage_name
-from megatron_btx.recipe.flags import Flags, check_layout, merged, number, to_argv
+from megatron_btx.recipe.flags import Flags, check_layout, check_measured, merged, number, to_argv
 from megatron_btx.recipe.schema import GENERALIST, Evaluate, Recipe, Settings, Training
 from megatron_btx.recipe.stage import PYTHON, Stage, in_order
 
@@ -156,9 +156,11 @@ class _Planner:
                 if seed not in variant.seeds:
                     continue
                 part = replace(finetune, source=None, tokens=variant.tokens or finetune.tokens)
-                own = {**variant.flags, **self._watched(evaluation), "eval-interval": 10**9, "seed": seed}
+                # Measured after the last step alone, unless the recipe says more.
+                watched = {**self._watched(evaluation), "eval-interval": 10**9}
+                own = {**variant.flags, "seed": seed}
                 name = stage_name(variant.name, seed)
-                stages.append(self._train(name, part, _made(f"mix-s{seed}"), variant.flags, own, (BOUND_STAGE,)))
+                stages.append(self._train(name, part, _made(f"mix-s{seed}"), watched, own, (BOUND_STAGE,)))
         parents = tuple(stage.name for stage in stages if stage.name.startswith("ablation-"))
         command = (PYTHON, "-m", "megatron_btx.recipe.report_ablation", ".")
         return [*stages, Stage("report", command, parents, product="ablation.md")]
@@ -223,6 +225,8 @@ class _Planner:
         )
         iterations = training_steps(name, part.tokens, flags)
         check_layout(name, part.layout.processes, flags)
+        if "btx-valid-tokens" in flags:
+            check_measured(name, number(flags, "btx-valid-tokens"), part.layout.processes, flags)
         flags["train-iters"] = iterations
         if not any(flag in flags for flag in ("lr-decay-iters", "lr-decay-samples")):
             flags["lr-decay-iters"] = iterations
@@ -271,6 +275,7 @@ class _Planner:
             {"seed": recipe.random_seed},
         )
         check_layout(name, layout.processes, flags)
+        check_measured(name, how.tokens, layout.processes, flags)
         command = [*_torchrun(layout.processes, "megatron_btx.evaluate"), *to_argv(flags)]
         for model_name, model in models.items():
             command += ["--btx-eval-model", f"{model_name}={model.path}"]

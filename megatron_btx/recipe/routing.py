@@ -68,12 +68,3 @@ def read_routing(section: Section, experts: int, base: Routing | None = None) ->
     if balancing not in (*BALANCING, "as given"):
         section.refuse("load-balancing", f"found {balancing!r}, expected one of {', '.join(BALANCING)}")
     return Routing(method, top_k, None if balancing == "as given" else balancing)
-
-
-def check_capacity(section: Section, routing: Routing, flags: Flags) -> None:
-    """Refuse a capacity for a method that drops no token."""
-    if routing.method != "switch" and flags.get("moe-expert-capacity-factor") not in (None, False):
-        section.refuse(
-            "megatron.moe-expert-capacity-factor",
-            f"{routing.method} routing drops no token; only switch has a capacity",
-        )

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_btx.recipe.ablation import Ablation, read_ablation
 from megatron_btx.recipe.flags import LAYOUT_FLAGS, Flags, FlagValue
 from megatron_btx.recipe.reading import Reader, Section, load_tree
-from megatron_btx.recipe.routing import Routing, check_capacity, read_routing
+from megatron_btx.recipe.routing import Routing, read_routing
 
 QUICKSTART_DOMAINS = ("general", "math", "code", "knowledge")
 SPLITS = ("train", "valid", "test")
@@ -143,22 +143,28 @@ def parse_recipe(tree: Mapping[str, Any], file: str) -> Recipe:
         experts[expert] = _training(experts_section.section(expert, _TRAINING_KEYS), domains)
     average, dense = _baselines(top)
     mix = _mix(top, tuple(experts), random_seed)
+    training = top.flags("training")
+    finetune = _training(top.section("finetune", _TRAINING_KEYS), domains) if "finetune" in top.node else None
+    ablation = None
+    if mix:
+        given = {**mix.megatron, **training, **(finetune.megatron if finetune else {})}
+        ablation = read_ablation(top, given, mix.routing, len(mix.experts))
     recipe = Recipe(
         file=file,
         name=name,
         random_seed=random_seed,
         data=data,
         model=top.flags("model"),
-        training=top.flags("training"),
+        training=training,
         domains=domains,
         seed=_training(top.section("seed", _TRAINING_KEYS), domains),
         experts=experts,
         mix=mix,
-        finetune=_training(top.section("finetune", _TRAINING_KEYS), domains) if "finetune" in top.node else None,
+        finetune=finetune,
         average=average,
         dense=dense,
         evaluate=_evaluate(top),
-        ablation=read_ablation(top, mix.megatron, mix.routing, len(mix.experts)) if mix else None,
+        ablation=ablation,
         flag_sections=reader.flag_sections,
         notes=tuple(reader.notes),
     )
@@ -290,7 +296,6 @@ def _mix(top: Section, experts: tuple[str, ...], random_seed: int) -> Mix | None
     if len(names) < 2 or len(set(map(str, names))) < len(names):
         section.refuse("experts", f"found {names!r}, expected at least two different experts")
     routing, flags = read_routing(section, len(names)), section.flags("megatron")
-    check_capacity(section, routing, flags)
     router_seed = section.integer("router-seed", random_seed, minimum=0)
     return Mix(source, tuple(map(str, names)), router_seed, routing, flags)
 

@@ -67,7 +67,6 @@ def test_routing_methods(name, expected):
         ("mix.top-k=5", "at most the 4 experts"),
         ("mix.top-k=1", "take routing: switch"),
         ("mix.load-balancing=half", "expected one of megatron, paper, none"),
-        ("mix.megatron.moe-expert-capacity-factor=1.5", "drops no token; only switch has a capacity"),
         ("mix.megatron.moe-router-pre-softmax=true", "set by the pipeline from mix.routing"),
         ("mix.megatron.btx-sample-top1=true", "set by the pipeline from mix.routing"),
         ("mix.megatron.btx-load-balancing=paper", "set by the pipeline from mix.load-balancing"),
@@ -99,18 +98,44 @@ def test_ablation_of_the_example():
     assert "finetune" not in stages and "report" in stages
 
 
+def test_what_finetune_says_holds_for_its_variants():
+    """Its flags win over those of the mix and of the ablation itself; a variant's own win over them, false too."""
+    settings = "{eval-interval: 10, btx-first-loss-bound: 5.5, moe-router-dtype: fp64, bf16: true, swiglu: false}"
+    own = "ablation.variants.soft.megatron={eval-interval: 20, bf16: false}"
+    stages = planned("ablation-tiny", f"finetune.megatron={settings}", "finetune.megatron.micro-batch-size=4", own)
+    for name, interval, half in (("top2", "10", ""), ("soft", "20", None)):
+        command = stages[f"ablation-{name}-s1"]
+        assert value(command, "eval-interval") == interval and value(command, "bf16") == half
+        assert value(command, "btx-first-loss-bound") == "5.5" and value(command, "moe-router-dtype") == "fp64"
+        assert value(command, "swiglu") is None
+    assert value(planned("ablation-tiny")["ablation-soft-s1"], "eval-interval") == "1000000000"
+
+
+def test_a_capacity_of_the_mix_is_its_methods():
+    """Variants of switch routing inherit it; those that drop no token do not."""
+    stages = planned("ablation-tiny", "mix={routing: switch, top-k: null, megatron: {moe-expert-capacity-factor: 2}}")
+    assert value(stages["ablation-switch-s1"], "moe-expert-capacity-factor") == "2"
+    assert value(stages["ablation-soft-s1"], "moe-expert-capacity-factor") is None
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ("ablation.seeds=[1, 1]", "expected every seed once"),
         ("ablation.seeds=[0]", "above zero"),
+        ("ablation.seeds=[true]", "above zero"),
+        ("ablation.tokens=10", "stage evaluate-experts: 10 tokens per domain are fewer than one batch"),
         ("ablation.seeds=3", "expected a list"),
         ("ablation.variants={}", "ablation.variants: missing"),
         ("ablation.variants.soft.routing=softer", "ablation.variants.soft.routing: found 'softer'"),
         ("ablation.variants.soft.speed=2", "ablation.variants.soft.speed: unknown key"),
         ("ablation.variants.soft.freeze=experts", "expected a list of groups"),
         ("ablation.variants={'a b': {}}", "letters, digits and dashes"),
-        ("ablation.variants.soft.megatron={moe-expert-capacity-factor: 2}", "soft routing drops no token"),
+        (
+            "ablation.variants.soft.megatron={moe-router-load-balancing-type: aux_loss}",
+            "soft.megatron.moe-router-load-balancing-type: found 'aux_loss' beside load-balancing: none",
+        ),
+        ("ablation.variants.top2.megatron={moe-router-load-balancing-type: none}", "beside load-balancing: megatron"),
         ("finetune=null", "add both"),
     ],
 )
@@ -121,7 +146,7 @@ def test_ablations_are_refused(change, said):
 
 
 def test_included_recipes(tmp_path):
-    """Mappings are merged, the rest is replaced, null takes back; a missing file and a circle are refused."""
+    """Mappings are merged, the rest is replaced, null takes back; what is no recipe and a circle are refused."""
     (tmp_path / "over.yaml").write_text(
         f"include: {RECIPES / 'quickstart.yaml'}\nname: mine\nseed: {{tokens: 2_000_000}}\n"
     )
@@ -129,9 +154,14 @@ def test_included_recipes(tmp_path):
     assert (recipe.name, recipe.seed.tokens, recipe.dense) == ("mine", 2_000_000, None)
     assert set(recipe.seed.blend) == {"general", "math", "code", "knowledge"}
     assert "include" not in tree
+    for name, text in (("list", "- a"), ("empty", "# nothing"), ("b", "include: c.yaml"), ("c", "include: b.yaml")):
+        (tmp_path / f"{name}.yaml").write_text(text)
     for name, text, said in (
         ("lost", "include: nowhere.yaml", "expected a recipe file"),
-        ("self", "include: self.yaml", "includes itself"),
+        ("self", "include: self.yaml", "a circle: .*/self.yaml includes .*/self.yaml; leave"),
+        ("a", "include: b.yaml", "a circle: .*/b.yaml includes .*/c.yaml includes .*/b.yaml; leave"),
+        ("of-list", "include: list.yaml", "list.yaml: found a list, expected a mapping, because .*/of-list.yaml inclu"),
+        ("of-empty", "include: empty.yaml", "empty.yaml: found nothing, expected a mapping"),
     ):
         (tmp_path / f"{name}.yaml").write_text(text)
         with pytest.raises(InputError, match=said):

@@ -104,6 +104,7 @@ def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: s
         ("model.num-attention-heads=3", "stage seed"),
         ("training.global-batch-size=null", "--global-batch-size is not given"),
         ("evaluate.layout={processes: 2}", "stage evaluate-experts: .* micro-batch-size 4 on DP 2"),
+        ("evaluate.tokens=1000", "stage evaluate-experts: 1000 tokens per domain are fewer than .*4 sequences = 1024"),
     ],
 )
 def test_a_budget_or_layout_that_does_not_fit_is_refused(change: str, reason: str) -> None:
@@ -112,6 +113,14 @@ def test_a_budget_or_layout_that_does_not_fit_is_refused(change: str, reason: st
         changes.append("seed.layout={processes: 2, tensor-model-parallel-size: 2}")
     with pytest.raises(InputError, match=reason):
         stages(*changes)
+
+
+def test_finetuning_must_be_able_to_measure() -> None:
+    """What is enough for the evaluation may be less than a batch of finetuning's many processes."""
+    many = ["finetune.layout.processes=8", "finetune.megatron.micro-batch-size=1", "training.global-batch-size=8"]
+    assert stages("evaluate.tokens=2048", *many)
+    with pytest.raises(InputError, match="stage finetune: 1024 tokens per domain are fewer .*8 sequences = 2048"):
+        stages("evaluate.tokens=1024", *many)
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
@@ -438,7 +447,11 @@ def test_commands_exit_2_with_one_line(capsys: pytest.CaptureFixture[str], tmp_p
     assert cli.main(["status", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
-    assert "none.yaml" in lines[0] and "seed.tokens: found 0" in lines[1] and str(tmp_path) in lines[2]
+    assert (
+        "none.yaml: there is no such recipe; give" in lines[0]
+        and "seed.tokens: found 0" in lines[1]
+        and str(tmp_path) in lines[2]
+    )
 
 
 def test_the_words_after_a_dispatched_command_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
