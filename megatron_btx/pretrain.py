@@ -8,13 +8,16 @@ It is Megatron's own ``megatron.training.pretrain`` with our layers and data, af
 from __future__ import annotations
 
 import functools
+import io
+import logging
 import os
 import shutil
 import sys
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from contextlib import redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_btx.arguments import add_btx_arguments, help_if_asked
 from megatron_btx.checkpoint.torch_dist import TRACKER
@@ -28,10 +31,23 @@ if TYPE_CHECKING:
 prepare_environment()
 
 
+def add_training_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the flag of this program to Megatron's parser."""
+    parser.add_argument_group("megatron_btx training", "used by python -m megatron_btx.pretrain").add_argument(
+        "--btx-check",
+        action="store_true",
+        help="check the command line, the checkpoint and the data in one process, say what would be trained and train "
+        "nothing; WORLD_SIZE says for how many processes (default: off)",
+    )
+    return parser
+
+
 @exits_with_one_line
 def main() -> int:
     """Train what the command line describes; see --help."""
-    help_if_asked(__doc__)
+    help_if_asked(__doc__, add_training_arguments)
+    if "--btx-check" in sys.argv[1:]:
+        return check()
     install_cpu_stand_ins()
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain
@@ -53,6 +69,33 @@ def main() -> int:
         )
     except CheckpointException as failure:
         raise _checkpointing_failed(get_args(), failure) from failure
+    return 0
+
+
+def check() -> int:
+    """Check everything that needs no process group, and say in one line what would be trained."""
+    # The last value of a flag wins: a check writes nowhere.
+    sys.argv += ["--tensorboard-dir=", "--wandb-project=", "--no-one-logger"]
+    # Megatron has no switch for its list of all arguments and what it says of them and of missing libraries. Errors of
+    # ours and tracebacks are printed after this block.
+    logging.disable()
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        install_cpu_stand_ins()
+        args = checked_arguments()
+        model_config(args)
+    if args.rank == 0:
+        layout = " x ".join(
+            f"{name} {size}"
+            for name, size in (
+                ("TP", args.tensor_model_parallel_size),
+                ("PP", args.pipeline_model_parallel_size),
+                ("EP", args.expert_model_parallel_size),
+                ("DP", args.data_parallel_size),
+            )
+        )
+        steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+        tokens = args.global_batch_size * args.seq_length
+        print(f"checked: {args.world_size} processes, {layout}, {steps} steps of {tokens} tokens", flush=True)
     return 0
 
 
@@ -81,7 +124,7 @@ def _checkpointing_failed(args: Any, failure: BaseException) -> CheckpointError:
 
 
 def prepare(step: Step) -> Any:
-    """Parse the command line, check it against the checkpoint it starts from, and describe the run to Megatron.
+    """Check the command line, install what it asks for, and describe the run to Megatron.
 
     Args:
         step: where training stands, for the routers that are built here and the forward step that tells them.
@@ -90,13 +133,11 @@ def prepare(step: Step) -> Any:
         Megatron's configuration container for ``pretrain``.
 
     Raises:
-        InputError: see :mod:`megatron_btx.checkpoint.arguments` and :mod:`megatron_btx.data.training`.
+        InputError: see :func:`checked_arguments`.
     """
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_btx import metrics, repairs, validation
-    from megatron_btx.checkpoint.arguments import check_against_checkpoint
-    from megatron_btx.data.training import check_data_files
     from megatron_btx.model.groups import (
         check_optimizers,
         freeze,
@@ -106,19 +147,7 @@ def prepare(step: Step) -> Any:
     )
     from megatron_btx.routing import telemetry
 
-    args = parse_arguments()
-    if not args.train_iters and not args.train_samples and not args.skip_train:
-        raise InputError(f"--train-iters {args.train_iters}: nothing to train; give a budget of at least one step")
-    if args.seed <= 0:
-        raise InputError(f"--seed {args.seed}: Megatron takes positive seeds only; give another")
-    if args.num_experts and args.add_bias_linear and args.transformer_impl == "local":
-        raise InputError(
-            "experts with biases: Megatron 0.19's local layers cannot train them (core/transformer/mlp.py adds in "
-            "place to a view); use --transformer-impl transformer_engine, or --disable-bias-linear without biases"
-        )
-    check_against_checkpoint(args)
-    check_data_files(args)
-    validation.check(args)
+    args = checked_arguments()
     repairs.install()
     metrics.install(args)
     validation.install(args)
@@ -132,6 +161,32 @@ def prepare(step: Step) -> Any:
     return pretrain_cfg_container_from_args(args, model)
 
 
+def checked_arguments() -> Any:
+    """The arguments, checked against the checkpoint that the run starts from and the files that it reads.
+
+    Raises:
+        InputError: see :mod:`megatron_btx.checkpoint.arguments` and :mod:`megatron_btx.data.training`.
+    """
+    from megatron_btx import validation
+    from megatron_btx.checkpoint.arguments import check_against_checkpoint
+    from megatron_btx.data.training import check_data_files
+
+    args = parse_arguments(add_training_arguments)
+    if not args.train_iters and not args.train_samples and not args.skip_train:
+        raise InputError(f"--train-iters {args.train_iters}: nothing to train; give a budget of at least one step")
+    if args.seed <= 0:
+        raise InputError(f"--seed {args.seed}: Megatron takes positive seeds only; give another")
+    if args.num_experts and args.add_bias_linear and args.transformer_impl == "local":
+        raise InputError(
+            "experts with biases: Megatron 0.19's local layers cannot train them (core/transformer/mlp.py adds in "
+            "place to a view); use --transformer-impl transformer_engine, or --disable-bias-linear without biases"
+        )
+    check_against_checkpoint(args)
+    check_data_files(args)
+    validation.check(args)
+    return args
+
+
 def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = None) -> Any:
     """Megatron's arguments and ours, parsed and validated by Megatron.
 
@@ -143,14 +198,18 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
     """
     from megatron.training.arguments import parse_and_validate_args
 
+    def refuse(message: str) -> NoReturn:
+        raise InputError(f"{message}; --help and --help-megatron list all flags")
+
     def add(parser: ArgumentParser) -> ArgumentParser:
+        parser.error = refuse  # type: ignore[method-assign]  # argparse itself prints Megatron's 900 lines of usage
         parser = add_btx_arguments(parser)
         return extra(parser) if extra else parser
 
     try:
         args = parse_and_validate_args(add)
     except AssertionError as refusal:
-        raise InputError(f"Megatron refuses these arguments: {_assertion_text(refusal)}") from refusal
+        raise InputError(f"Megatron refuses these arguments: {_refusal_text(refusal)}") from refusal
     except (RuntimeError, ValueError, OSError) as failure:
         # Validation ends with building the tokenizer, whose libraries raise what they like for a bad file.
         if not any("tokenizers" in frame.filename for frame in traceback.extract_tb(failure.__traceback__)):
@@ -166,8 +225,8 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
     return args
 
 
-def _assertion_text(refusal: AssertionError) -> str:
-    """The message of an assertion, or the asserted line where it has none."""
+def _refusal_text(refusal: Exception) -> str:
+    """The message of an exception, or the line that raised it where it has none, as assertions."""
     frame = traceback.extract_tb(refusal.__traceback__)[-1]
     return (
         str(refusal) or f"{frame.line} does not hold ({frame.filename.rpartition('site-packages/')[2]}:{frame.lineno})"
@@ -182,7 +241,10 @@ def model_config(args: Any, step: Step | None = None) -> Any:
     from megatron_btx.model.routers import settings_from
     from megatron_btx.model.sampling import Step
 
-    model = gpt_config_from_args(args)
+    try:
+        model = gpt_config_from_args(args)
+    except (AssertionError, ValueError) as refusal:
+        raise InputError(f"Megatron refuses these arguments: {_refusal_text(refusal)}") from refusal
     # Megatron 0.19 parses this flag and does not pass it on.
     model.rope_scaling_factor = args.rope_scaling_factor
     if args.transformer_impl == "local" and args.spec is None:

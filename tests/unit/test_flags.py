@@ -11,6 +11,7 @@ import pytest
 
 from megatron_btx.arguments import add_own_arguments
 from megatron_btx.evaluate import add_evaluation_arguments
+from megatron_btx.pretrain import add_training_arguments
 from megatron_btx.routing.analyze import add_analysis_arguments
 from megatron_btx.routing.warm_start import add_init_arguments
 
@@ -20,7 +21,13 @@ README = (REPOSITORY / "README.md").read_text()
 
 def flags() -> dict[str, argparse.Action]:
     parser = argparse.ArgumentParser(add_help=False)
-    for add in (add_own_arguments, add_evaluation_arguments, add_init_arguments, add_analysis_arguments):
+    for add in (
+        add_own_arguments,
+        add_training_arguments,
+        add_evaluation_arguments,
+        add_init_arguments,
+        add_analysis_arguments,
+    ):
         add(parser)
     return {action.option_strings[0]: action for action in parser._actions}
 
@@ -45,7 +52,7 @@ def test_flag_is_documented(flag):
 
 
 PROGRAMS = {
-    "-m megatron_btx.pretrain": "--btx-metrics",
+    "-m megatron_btx.pretrain": "--btx-check",
     "-m megatron_btx.evaluate": "--btx-eval-model",
     "tools/init_router.py": "--btx-init-model",
     "tools/analyze_routing.py": "--btx-route-model",
@@ -67,7 +74,7 @@ def test_help_answers(program):
     """Every program's --help shows its own flags and ours, and says where Megatron's are."""
     text = help_of(program, "--help")
     assert {PROGRAMS[program], "--btx-freeze", "--help-megatron"} <= set(text.replace("]", " ").split())
-    others = {PROGRAMS[other] for other in list(PROGRAMS)[1:] if other != program}
+    others = {PROGRAMS[other] for other in PROGRAMS if other != program}
     assert not others & set(text.split())
 
 
