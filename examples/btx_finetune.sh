@@ -30,11 +30,24 @@ set -euo pipefail
 # shellcheck source=examples/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-if [ -z "${DATA:-}" ]; then
+refuse_with() { # refuse_with WHY NAME...: none of the variables may be set
+    local name
+    for name in "${@:2}"; do
+        [ -z "${!name:-}" ] || fail "$name=${!name} with $1; leave one of them out"
+    done
+}
+
+if [ -n "${DATA:-}" ]; then
+    refuse_with "DATA, which is the whole blend" BLEND MATH_DATA CODE_DATA WIKI_DATA GENERAL_DATA
+else
     for domain in MATH CODE WIKI GENERAL; do
         require "${domain}_DATA" "the prefix of that domain's dataset, or the whole blend as DATA"
     done
-    read -r math code wiki general <<<"${BLEND:-30.16 40.31 10.30 19.23}"
+    read -r -a blend <<<"${BLEND:=30.16 40.31 10.30 19.23}"
+    if [ "${#blend[@]}" -ne 4 ] || ! positive "${blend[@]}"; then
+        fail "BLEND=$BLEND: expected four numbers above zero, the weights of math, code, wiki and general"
+    fi
+    read -r math code wiki general <<<"$BLEND"
     # Megatron normalises the weights of a blend; say what they come to.
     [ "${RANK:-${SLURM_PROCID:-0}}" != 0 ] || awk -v m="$math" -v c="$code" -v w="$wiki" -v g="$general" 'BEGIN {
         sum = (m + c + w + g) / 100
@@ -43,10 +56,15 @@ if [ -z "${DATA:-}" ]; then
 fi
 
 TP="${TP:-2}" PP="${PP:-1}"
+sizes EXPERTS TOPK EP ETP
 common_flags 19000
 experts="${EXPERTS:-4}" balancing="${BALANCING:-megatron}"
 routing_flags() {
     case "${ROUTING:=top-k}" in
+        switch | soft | sample-top1) refuse_with "ROUTING=$ROUTING, which has its own k" TOPK ;;
+    esac
+    [ "$ROUTING" = switch ] || refuse_with "ROUTING=$ROUTING, which drops no token" CAPACITY
+    case "$ROUTING" in
         top-k) FLAGS+=(--moe-router-topk "${TOPK:-2}") ;;
         top-k-pre-softmax) FLAGS+=(--moe-router-topk "${TOPK:-2}" --moe-router-pre-softmax) ;;
         switch) FLAGS+=(--moe-router-topk 1 --moe-router-pre-softmax --moe-expert-capacity-factor "${CAPACITY:-1.5}") ;;
@@ -58,10 +76,15 @@ routing_flags() {
     esac
     case "$balancing" in
         megatron | paper)
+            [ "$balancing" = megatron ] || positive "${AUX_LOSS:-0.01}" ||
+                fail "AUX_LOSS=$AUX_LOSS with BALANCING=paper: expected a number above zero (the paper's is 0.01)"
             FLAGS+=(--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff "${AUX_LOSS:-0.01}")
             FLAGS+=(--btx-load-balancing "$balancing")
             ;;
-        none) FLAGS+=(--moe-router-load-balancing-type none) ;;
+        none)
+            refuse_with "BALANCING=none (the default of ROUTING=soft and sample-top1)" AUX_LOSS
+            FLAGS+=(--moe-router-load-balancing-type none)
+            ;;
         *) fail "BALANCING=$balancing: expected megatron, paper or none" ;;
     esac
 }

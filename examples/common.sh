@@ -26,7 +26,8 @@
 #   NPROC (processes on this machine; default: its GPUs, or 1)
 #   NNODES=1  NODE_RANK=0  MASTER_ADDR (required with more than one node)  MASTER_PORT=29500
 #   PYTHON                 the interpreter; default: this checkout's .venv, or python3
-# Arguments after the launcher's name go to Megatron last, where the last one wins.
+# Arguments after the launcher's name go to Megatron last, where the last one wins. With --btx-check the job is checked
+# for NPROC x NNODES processes, and not started.
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ -z "${PYTHON:-}" ]; then
@@ -47,8 +48,25 @@ require() { # require NAME 'what it is'
     [ -n "${!1:-}" ] || fail "no $1: give $2"
 }
 
+# Whether all words are numbers above zero.
+positive() {
+    local word
+    for word; do
+        [[ "$word" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ && "${word%%[eE]*}" =~ [1-9] ]] || return 1
+    done
+}
+
+sizes() { # sizes NAME...: those that are set are whole numbers above zero
+    local name
+    for name; do
+        [[ "${!name:-1}" =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: expected a whole number above zero"
+    done
+}
+
 # The flags of every run, into the array FLAGS.
 common_flags() {
+    sizes TP PP NPROC NNODES LAYERS HIDDEN FFN HEADS KV_GROUPS PADDED_VOCAB VOCAB SEQ_LENGTH MAX_POSITIONS \
+        GLOBAL_BATCH MICRO_BATCH SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL EVAL_STEPS
     require DATA 'the training data, as DATA="0.9 data/math_text_document 0.1 data/general_text_document"'
     require START 'the checkpoint to start from, as START=checkpoints/seed'
     require RUN "the folder for this run's checkpoints, as RUN=runs/math"
@@ -112,13 +130,18 @@ launch() {
     if [ -n "${RANK:-}" ]; then
         exec "$PYTHON" -m megatron_btx.pretrain "$@"
     fi
+    local nproc="${NPROC:-$(gpus_or_one)}"
+    # Bad input is one line of one process here, instead of one of every rank within torchrun's report.
+    WORLD_SIZE=$((nproc * ${NNODES:-1})) LOCAL_WORLD_SIZE="$nproc" RANK=0 LOCAL_RANK=0 \
+        "$PYTHON" -m megatron_btx.pretrain --btx-check "$@" || exit
+    [[ " $* " != *" --btx-check "* ]] || exit 0
     local -a rendezvous=(--standalone)
     if [ "${NNODES:-1}" -gt 1 ]; then
         require MASTER_ADDR 'the host name of the first node'
         rendezvous=(--nnodes "$NNODES" --node-rank "${NODE_RANK:-0}"
             --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
     fi
-    exec "$PYTHON" -m torch.distributed.run --nproc-per-node "${NPROC:-$(gpus_or_one)}" "${rendezvous[@]}" \
+    exec "$PYTHON" -m torch.distributed.run --nproc-per-node "$nproc" "${rendezvous[@]}" \
         -m megatron_btx.pretrain "$@"
 }
 

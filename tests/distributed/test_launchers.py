@@ -13,7 +13,7 @@ import pytest
 
 from tests import pico
 from tests.mixing import mix
-from tests.runner import REPOSITORY, read_losses
+from tests.runner import REPOSITORY, Zygote, read_losses
 from tests.zygote import free_port
 
 EXPERT = str(REPOSITORY / "examples" / "train_expert.sh")
@@ -65,12 +65,20 @@ def teller(tmp_path: Path) -> Path:
 
 
 def told(launcher: str, teller: Path, *arguments: str, **variables: str) -> tuple[list[str], dict[str, str]]:
-    """The command a launcher ends in, and the rank it gives."""
+    """The command a launcher ends in, and the rank it gives; by hand the same job is checked before."""
     given = {"PYTHON": teller, "DATA": "a", "START": teller, "RUN": "run", "TOKENIZER_MODEL": "t"} | variables
     done = subprocess.run(
         ["bash", launcher, *arguments], env=environment(**given), capture_output=True, text=True, check=True
     )
-    command, rank = json.loads(done.stdout)
+    *before, (command, rank) = map(json.loads, done.stdout.splitlines())
+    if "torch.distributed.run" in command:
+        start = command.index("megatron_btx.pretrain")
+        processes = int(given.get("NNODES", "1")) * int(command[command.index("--nproc-per-node") + 1])
+        [(checked, place)] = before
+        assert checked == ["-m", "megatron_btx.pretrain", "--btx-check", *command[start + 1 :]]
+        assert (place["WORLD_SIZE"], place["RANK"], place["LOCAL_RANK"]) == (str(processes), "0", "0")
+    else:
+        assert not before
     return command, rank
 
 
@@ -167,6 +175,114 @@ def test_missing_input_is_refused(launcher, missing, tmp_path):
         assert done.returncode == 2 and not done.stdout
         assert len(done.stderr.splitlines()) == lines
         assert not lines or missing in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"ROUTING": "soft", "TOPK": "2"}, "TOPK=2 with ROUTING=soft, which has its own k"),
+        ({"ROUTING": "switch", "TOPK": "1"}, "TOPK=1 with ROUTING=switch"),
+        ({"ROUTING": "sample-top1", "TOPK": "1"}, "TOPK=1 with ROUTING=sample-top1"),
+        ({"CAPACITY": "1.5"}, "CAPACITY=1.5 with ROUTING=top-k, which drops no token"),
+        ({"ROUTING": "sample-top1", "CAPACITY": "2"}, "CAPACITY=2 with ROUTING=sample-top1"),
+        ({"BALANCING": "none", "AUX_LOSS": "0.1"}, "AUX_LOSS=0.1 with BALANCING=none"),
+        ({"ROUTING": "soft", "AUX_LOSS": "0.1"}, "AUX_LOSS=0.1 with BALANCING=none (the default of ROUTING=soft"),
+        *(({"BALANCING": "paper", "AUX_LOSS": loss}, f"AUX_LOSS={loss} with") for loss in ("0", "-1", "0.00", "nan")),
+        ({"BLEND": "1 2 3 4"}, "BLEND=1 2 3 4 with DATA"),
+        ({"WIKI_DATA": "w"}, "WIKI_DATA=w with DATA"),
+        *(
+            ({"DATA": "", "BLEND": blend}, f"BLEND={blend}: expected four numbers")
+            for blend in ("1 2 3", "1 2 3 4 5", "1 2 3 -4", "1 2 3 nan", "1,2,3,4", "1 2 3 0", "1 2 3 1e")
+        ),
+        *(
+            ({name: size}, f"{name}={size}: expected a whole number above zero")
+            for name, size in (
+                *(("TP", "abc"), ("PP", "0"), ("EP", "-1"), ("ETP", "1.5"), ("EXPERTS", "four"), ("TOPK", "two")),
+                *(("NPROC", "all"), ("NNODES", "0"), ("LAYERS", "08"), ("GLOBAL_BATCH", "1e3"), ("SEQ_LENGTH", "4k")),
+            )
+        ),
+    ],
+)
+def test_contradictions_are_refused(variables, said, teller):
+    """One line, exit code 2, and nothing is started."""
+    four = {} if variables.get("DATA", "a") else {f"{name}_DATA": "d" for name in ("MATH", "CODE", "WIKI", "GENERAL")}
+    given = {"PYTHON": teller, "DATA": "a", "START": teller, "RUN": "run", "TOKENIZER_MODEL": "t", **four, **variables}
+    done = subprocess.run(["bash", FINETUNE], env=environment(**given), capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+
+
+def test_blends_of_any_numbers(teller):
+    """Whole, broken, with an exponent."""
+    four = {f"{domain}_DATA": domain.lower() for domain in ("MATH", "CODE", "WIKI", "GENERAL")}
+    command = " ".join(told(FINETUNE, teller, DATA="", BLEND="1 2.5 .5 1e-3", **four)[0])
+    assert "--train-data-path 1 math 2.5 code .5 wiki 1e-3 general" in command
+
+
+# --- checking without training ----------------------------------------------------------------------------------
+
+
+def checking(zygote: Zygote, data: Path, log: Path, given: list[str], ranks: int = 1) -> list[str]:
+    """The lines that --btx-check says for a pico mixture, all ranks together."""
+    run = zygote.run(ranks, [*pico.train(data, 7, moe=True), "--btx-check", *given], log, expect=None)
+    assert run.codes == [2 if "error:" in run.text() else 0] * ranks
+    return run.text().splitlines()
+
+
+def test_a_check_says_what_would_be_trained(zygote, corpus, tmp_path):
+    """One line of one rank; nothing is written."""
+    run = tmp_path / "run"
+    words = f"--btx-metrics {run}/metrics --tensorboard-dir {run}/board --save {run} --save-interval 7"
+    lines = checking(zygote, corpus, tmp_path / "log", [*words.split(), "--expert-model-parallel-size", "2"], ranks=2)
+    (line,) = filter(None, lines)
+    assert line == "checked: 2 processes, TP 1 x PP 1 x EP 2 x DP 2, 7 steps of 128 tokens"
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--btx-freeze nonsense", "--btx-freeze nonsense: "),
+        ("--moe-router-topk 9", "--moe-router-topk 9: "),
+        ("--train-iters 0", "--train-iters 0: nothing to train"),
+        ("--btx-valid-data math=/nowhere", "--btx-valid-data math= /nowhere: "),
+        ("--btx-first-loss-bound /nowhere", "--btx-first-loss-bound /nowhere: there is no such file"),
+        ("--train-data-path /nowhere", "--train-data-path /nowhere: "),
+        ("--pretrained-checkpoint /nowhere", "/nowhere"),
+        ("--lr high", "argument --lr: invalid float value: 'high'"),
+        ("--moe-router-group-topk 3", "Megatron refuses these arguments: "),  # not by an assertion
+    ],
+)
+def test_a_check_refuses_in_one_line(given, said, zygote, corpus, tmp_path):
+    """Whatever the training program would refuse on every rank."""
+    (line,) = checking(zygote, corpus, tmp_path / "log", given.split())
+    assert line.startswith(f"error: {said}")
+
+
+def test_the_launchers_check_before_torchrun(dense, corpus, tmp_path):
+    """All that is shown is one line; asked for the check alone, they start nothing, however many machines it is for."""
+    common = {**PICO, "START": dense, "DATA": corpus, "RUN": tmp_path / "run", "DATA_CACHE": tmp_path / "cache"}
+    asked = {
+        FINETUNE: {"NPROC": "3", "EXPERTS": "4", "EP": "3", "GLOBAL_BATCH": "3"},
+        EXPERT: {"NPROC": "2", "NNODES": "2"},
+    }
+    started = [
+        subprocess.Popen(
+            ["bash", launcher, *(["--btx-check"] if launcher == EXPERT else [])],
+            env=environment(**common | variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for launcher, variables in asked.items()
+    ]
+    refused, checked = ((*process.communicate(timeout=200), process.returncode) for process in started)
+    expected = (
+        "error: Megatron refuses these arguments: Number of experts should be a multiple of expert model parallel"
+    )
+    assert refused[0] == "" and refused[1].startswith(expected) and refused[1].count("\n") == 1 and refused[2] == 2
+    assert checked == ("checked: 4 processes, TP 1 x PP 1 x EP 1 x DP 4, 4 steps of 128 tokens\n", "", 0)
+    assert not (tmp_path / "run").exists()
 
 
 # --- the real thing ---------------------------------------------------------------------------------------------
