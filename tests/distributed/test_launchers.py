@@ -269,7 +269,7 @@ def test_the_launchers_check_before_torchrun(dense, corpus, tmp_path):
     started = [
         subprocess.Popen(
             ["bash", launcher, *(["--btx-check"] if launcher == EXPERT else [])],
-            env=environment(**common | variables),
+            env=environment(**common | variables, PYTHONWARNINGS="default"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
