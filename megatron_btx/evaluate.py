@@ -72,7 +72,7 @@ def main() -> int:
     from megatron_btx import repairs
     from megatron_btx.checkpoint.arguments import compare_with_stored
     from megatron_btx.cpu import has_gpu
-    from megatron_btx.data.texts import check_documents
+    from megatron_btx.data.texts import check_texts
     from megatron_btx.pretrain import parse_arguments
 
     args = parse_arguments(add_evaluation_arguments)
@@ -84,8 +84,7 @@ def main() -> int:
     experts = next((a["btx_experts"] for a in stored if a.get("btx_experts")), None)
     if args.num_experts and experts is None:
         experts = [f"expert {i}" for i in range(args.num_experts)]
-    for domain, prefix in data.items():
-        check_documents(prefix, f"--btx-eval-data {domain}=")
+    check_texts(data, "--btx-eval-data", args.btx_eval_tokens, "--btx-eval-tokens", args)
     repairs.install()
     initialize.initialize_megatron(allow_no_cuda=not has_gpu())
     model = build_model(args)
@@ -267,11 +266,12 @@ def batches_of(text: Any, where: str) -> list[dict[str, Any]]:
     from megatron.core import mpu
     from megatron.training import get_args
 
+    from megatron_btx.data.texts import tokens_of_a_batch
+
     args = get_args()
     length, micro, ranks = args.seq_length, args.micro_batch_size, mpu.get_data_parallel_world_size()
-    steps = (len(text) - 1) // (length * micro * ranks)
-    # Interleaved pipelines take micro-batches in groups of the pipeline's size.
-    steps -= steps % mpu.get_pipeline_model_parallel_world_size()
+    stages = args.pipeline_model_parallel_size
+    steps = (len(text) - 1) // tokens_of_a_batch(args) * stages
     if steps == 0:
         raise InputError(
             f"{where}: {len(text)} tokens, fewer than one batch of {micro * ranks} sequences of {length} for every "

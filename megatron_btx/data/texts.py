@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.data import readers
 from megatron_btx.data.training import check_indexed_dataset
@@ -17,22 +17,59 @@ if TYPE_CHECKING:
 _KEYS = (readers.TEXT_KEY,)
 
 
-def check_documents(path: str, where: str) -> None:
-    """Refuse what :func:`documents_of` cannot read, as far as its first document.
+def tokens_of_a_batch(args: Any) -> int:
+    """The fewest tokens that can be measured: one micro-batch for every data-parallel rank and pipeline stage.
+
+    Interleaved pipelines take micro-batches in groups of the pipeline's size.
+    """
+    ranks, stages = args.data_parallel_size, args.pipeline_model_parallel_size
+    return int(args.seq_length * args.micro_batch_size * ranks * stages)
+
+
+def check_texts(texts: dict[str, str], flag: str, tokens: int, tokens_flag: str, args: Any) -> None:
+    """Refuse, before any process group exists, what :func:`megatron_btx.evaluate.batches_of` could make no batch of.
+
+    Args:
+        texts: name -> path, as ``flag`` gave them.
+        tokens: how many are to be measured of each, as ``tokens_flag`` says.
+
+    Raises:
+        InputError: names the flag, what was found and what fills a batch.
+    """
+    least = tokens_of_a_batch(args)
+    if tokens < least:
+        raise InputError(
+            f"{tokens_flag} {tokens}: fewer than one batch, expected at least {least}: --seq-length {args.seq_length} "
+            f"x --micro-batch-size {args.micro_batch_size} x {args.data_parallel_size} data-parallel ranks x "
+            f"{args.pipeline_model_parallel_size} pipeline stages; give more, or make the batch smaller"
+        )
+    for name, path in texts.items():
+        check_documents(path, f"{flag} {name}=", least + 1)
+
+
+def check_documents(path: str, where: str, least_tokens: int = 0) -> None:
+    """Refuse what :func:`documents_of` cannot read, as far as its first document, and what is too short.
 
     Args:
         where: the flag that gave the path.
+        least_tokens: how many tokens it has to hold. A text file is then tokenized as far as that.
 
     Raises:
-        InputError: a dataset or file that does not exist, is empty or not of its kind.
+        InputError: a dataset or file that does not exist, is empty, not of its kind or too short.
     """
     if not path.endswith(readers.KNOWN_SUFFIXES):
-        check_indexed_dataset(path, where)
-        return
-    if not Path(path).is_file():
-        raise InputError(f"{where}{path}: does not exist; give a text file, or the prefix of an indexed dataset")
-    if next(_texts_of(path), None) is None:
-        raise InputError(f"{where}{path}: holds no text; expected documents under the key {readers.TEXT_KEY!r}")
+        found = check_indexed_dataset(path, where)
+    else:
+        if not Path(path).is_file():
+            raise InputError(f"{where}{path}: does not exist; give a text file, or the prefix of an indexed dataset")
+        if next(_texts_of(path), None) is None:
+            raise InputError(f"{where}{path}: holds no text; expected documents under the key {readers.TEXT_KEY!r}")
+        found = len(start_of(path, least_tokens - 1)) if least_tokens else 0
+    if found < least_tokens:
+        raise InputError(
+            f"{where}{path}: holds {found} tokens, fewer than one batch for every data-parallel rank and pipeline "
+            f"stage, expected at least {least_tokens}; give a longer text, or make the batch smaller"
+        )
 
 
 def documents_of(path: str) -> Iterator[np.ndarray]:
@@ -55,7 +92,12 @@ def documents_of(path: str) -> Iterator[np.ndarray]:
     tokenizer = get_tokenizer()
     end = [tokenizer.eod] if tokenizer.eod is not None and tokenizer.eod >= 0 else []
     for text in _texts_of(path):
-        yield np.array([*tokenizer.tokenize(text), *end], dtype=np.int64)
+        try:
+            yield np.array([*tokenizer.tokenize(text), *end], dtype=np.int64)
+        except ValueError as error:  # the NullTokenizer takes numbers alone
+            raise InputError(
+                f"{path}: the run's tokenizer does not take its text ({error}); give one that does"
+            ) from error
 
 
 def start_of(path: str, tokens: int) -> np.ndarray:

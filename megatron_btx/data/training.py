@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import _IndexReader
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
@@ -60,10 +62,10 @@ def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
 
 
 def check_data_files(args: Any) -> None:
-    """Refuse missing or empty datasets before any process group exists.
+    """Refuse missing, empty and damaged datasets before any process group exists.
 
     Raises:
-        InputError: no data at all; or the flag, the prefix and the missing file.
+        InputError: no data at all; or the flag, the prefix and the file that is missing or damaged.
     """
     flags = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
     if not any(getattr(args, flag) for flag in flags) and not args.data_args_path and not args.per_split_data_args_path:
@@ -74,8 +76,13 @@ def check_data_files(args: Any) -> None:
             check_indexed_dataset(prefix, f"--{flag.replace('_', '-')}")
 
 
-def check_indexed_dataset(prefix: str, where: str) -> None:
-    """Refuse a prefix whose .bin or .idx is missing or empty."""
+def check_indexed_dataset(prefix: str, where: str) -> int:
+    """Refuse a prefix whose .bin or .idx is missing, empty, cut off or of another kind.
+
+    Returns:
+        The tokens it holds.
+    """
+    again = "make it again with tools/preprocess_data.py"
     for suffix in (".bin", ".idx"):
         file = Path(prefix + suffix)
         if not file.is_file():
@@ -84,7 +91,24 @@ def check_indexed_dataset(prefix: str, where: str) -> None:
                 "or give the prefix without .bin"
             )
         if file.stat().st_size == 0:
-            raise InputError(f"{where} {prefix}: {file} is empty; make it again with tools/preprocess_data.py")
+            raise InputError(f"{where} {prefix}: {file} is empty; {again}")
+    try:
+        # Not IndexedDataset, whose destructor prints a traceback when its index could not be read.
+        index = _IndexReader(f"{prefix}.idx", multimodal=False)
+        end_bytes = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * index.dtype_size
+        whole = int(index.document_indices[-1]) == len(index)
+    except (AssertionError, IndexError, ValueError, struct.error) as error:
+        # Megatron asserts what it expects of the header, and lets numpy and struct find the rest.
+        raise InputError(
+            f"{where} {prefix}: {prefix}.idx is no index of a dataset, or was cut off ({error}); {again}"
+        ) from error
+    found_bytes = Path(f"{prefix}.bin").stat().st_size
+    if not whole or found_bytes < end_bytes:
+        raise InputError(
+            f"{where} {prefix}: {prefix}.bin has {found_bytes} bytes and its index {len(index)} sequences that end at "
+            f"{end_bytes}: one of them was cut off; {again}"
+        )
+    return end_bytes // int(index.dtype_size)
 
 
 def reads_batches() -> bool:

@@ -74,7 +74,7 @@ def main() -> int:
     from megatron_btx import repairs
     from megatron_btx.checkpoint.arguments import compare_with_stored
     from megatron_btx.cpu import has_gpu
-    from megatron_btx.data.texts import check_documents
+    from megatron_btx.data.texts import check_texts
     from megatron_btx.evaluate import build_model, load_weights, named_paths, write_json
     from megatron_btx.pretrain import parse_arguments
     from megatron_btx.routing.analysis import read_earlier, route_label, route_text, table
@@ -86,13 +86,11 @@ def main() -> int:
         raise InputError("--btx-route-model: routing is of mixtures; give --num-experts and a mixture's checkpoint")
     if args.btx_route_output is None:
         raise InputError("--btx-route-output is missing; name a folder for the results")
-    if args.btx_route_tokens < 1:
-        raise InputError(f"--btx-route-tokens {args.btx_route_tokens}: expected at least 1")
     stored = [compare_with_stored(path, vars(args)) for path in models.values()]
     for label, prefix in data.items():
         if label.count("/") > 1 or label.startswith("/") or label.endswith("/"):
             raise InputError(f"--btx-route-data {label}={prefix}: expected DOMAIN=TEXT or DOMAIN/TASK=TEXT")
-        check_documents(prefix, f"--btx-route-data {label}=")
+    check_texts(data, "--btx-route-data", args.btx_route_tokens, "--btx-route-tokens", args)
     given = _read_text(args.btx_route_text)
     experts = next((a["btx_experts"] for a in stored if a.get("btx_experts")), None)
     experts = experts or [f"expert {number}" for number in range(args.num_experts)]
