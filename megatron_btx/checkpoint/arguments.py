@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.resume import check_resume_layout
+from megatron_btx.checkpoint.resume import check_resume
 from megatron_btx.checkpoint.tokenizers import check_same_tokenizer
 from megatron_btx.checkpoint.torch_dist import TRACKER, TorchDistReader, resolve_iteration
 from megatron_btx.errors import InputError
@@ -175,13 +175,13 @@ def check_against_checkpoint(args: Any) -> None:
     Raises:
         InputError: names every argument that differs, with both values and the flag that mends it.
     """
-    loaded = _checkpoint_to_load(args)
+    loaded = checkpoint_to_load(args)
     if loaded is not None:
         path, resuming = loaded
         table = MODEL_ARGUMENTS + (NUMERICS_ARGUMENTS if resuming else ())
         stored = compare_with_stored(path, vars(args), table)
         if resuming:
-            check_resume_layout(path, stored, vars(args))
+            check_resume(path, stored, vars(args))
         # The experts' names travel from checkpoint to checkpoint, for figures and for mixing again.
         args.btx_experts = stored.get("btx_experts")
 
@@ -208,7 +208,7 @@ def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[Mod
     return stored
 
 
-def _checkpoint_to_load(args: Any) -> tuple[str, bool] | None:
+def checkpoint_to_load(args: Any) -> tuple[str, bool] | None:
     """The checkpoint Megatron will load, and whether that resumes a run rather than starting one."""
     if args.load and (Path(args.load) / TRACKER).is_file():
         return args.load, not args.finetune

@@ -1,11 +1,16 @@
-"""Which layouts a run's optimizer state can be resumed under: what Megatron 0.19 cannot reshard is refused by name."""
+"""What a run's optimizer state can be resumed under: what Megatron 0.19 cannot bring it to is refused by name.
+
+Without these checks it ends in a traceback out of every rank, or trains on with state that belongs to other parameters.
+"""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_btx.errors import InputError
+from megatron_btx.model.groups import frozen_groups, lr_multipliers
 
 _MODEL_LAYOUT = {
     "tensor_model_parallel_size": "--tensor-model-parallel-size",
@@ -14,35 +19,56 @@ _MODEL_LAYOUT = {
     "expert_model_parallel_size": "--expert-model-parallel-size",
     "expert_tensor_parallel_size": "--expert-tensor-parallel-size",
 }
+_SCHEDULE = {
+    "train_iters": "--train-iters",
+    "global_batch_size": "--global-batch-size",
+    "train_samples": "--train-samples",
+    "lr_warmup_iters": "--lr-warmup-iters",
+    "lr_warmup_samples": "--lr-warmup-samples",
+    "lr_warmup_fraction": "--lr-warmup-fraction",
+    "lr_decay_iters": "--lr-decay-iters",
+    "lr_decay_samples": "--lr-decay-samples",
+    "lr_decay_style": "--lr-decay-style",
+    "start_weight_decay": "--weight-decay (--start-weight-decay)",
+    "end_weight_decay": "--end-weight-decay",
+    "weight_decay_incr_style": "--weight-decay-incr-style",
+}
+"""What ``core/optimizer_param_scheduler.py`` asserts to be unchanged, as steps and samples that follow from it."""
 
 
-def check_resume_layout(path: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse to resume under a layout that the stored optimizer state cannot be brought to.
+def check_resume(path: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse to resume with what the stored optimizer state cannot be brought to.
 
-    - Experts on one rank (EP 1) belong to one optimizer with the rest, spread experts (EP > 1) to a second one;
-      Megatron cannot turn one into the other.
+    - The frozen groups and the groups with learning rates of their own decide which state there is; Megatron finds the
+      state of a group by its rates (``core/optimizer/optimizer.py``, param_group_identifier_keys).
+    - The schedule, unless one of Megatron's flags decides between the stored one and the given one.
+    - Experts that are spread over ranks otherwise than the rest belong to an optimizer of their own; Megatron cannot
+      turn one optimizer into two.
     - The distributed optimizer and the plain one store different things; the distributed one's default format is bound
       to the model's layout (``core/optimizer/distrib_optimizer.py``, dp_reshardable).
 
     Raises:
         InputError: names the flag, both values and the remedy.
     """
-    if given.get("no_load_optim") or stored.get("no_save_optim"):
+    if given.get("no_load_optim") or given.get("skip_train") or stored.get("no_save_optim"):
         return
+    anew = (
+        f"or start a new stage from its weights: --pretrained-checkpoint {path}, another folder for --save and --load"
+    )
+    _check_trained(path, stored, given, anew)
     _check_schedule(path, stored, given)
-    weights_only = "or start a new run from its weights with --pretrained-checkpoint"
-    if stored.get("num_experts"):
-        was, now = stored.get("expert_model_parallel_size", 1), given["expert_model_parallel_size"]
-        if (was == 1) != (now == 1):
-            raise InputError(
-                f"{path}: its optimizer state was saved with --expert-model-parallel-size {was} and cannot be resumed "
-                f"with {now}: one optimizer against two; resume with {was}, {weights_only}"
-            )
+    experts_train = given.get("num_experts") and "experts" not in frozen_groups(given["btx_freeze"], Namespace(**given))
+    if experts_train and _is_spread(stored) != _is_spread(given):
+        counts = ("one optimizer", "two optimizers")
+        raise InputError(
+            f"{path}: was saved with {_spread(stored)} and has {counts[_is_spread(stored)]}; {_spread(given)} needs "
+            f"{counts[_is_spread(given)]}; resume it with the former, {anew}"
+        )
     was, now = bool(stored.get("use_distributed_optimizer")), bool(given["use_distributed_optimizer"])
     if was != now:
         raise InputError(
             f"{path}: was saved {'with' if was else 'without'} --use-distributed-optimizer; resume it the same way, "
-            f"{weights_only}"
+            f"{anew}"
         )
     if was and not stored.get("dist_ckpt_optim_fully_reshardable"):
         for name, flag in _MODEL_LAYOUT.items():
@@ -50,16 +76,74 @@ def check_resume_layout(path: str, stored: Mapping[str, Any], given: Mapping[str
                 raise InputError(
                     f"{path}: its distributed optimizer was saved with {flag} {stored.get(name)} in a format bound to "
                     f"that layout, given {given[name]}; resume with {stored.get(name)} (save with "
-                    f"--dist-ckpt-optim-fully-reshardable to be free), {weights_only}"
+                    f"--dist-ckpt-optim-fully-reshardable to be free), {anew}"
                 )
 
 
+def _check_trained(path: str, stored: Mapping[str, Any], given: Mapping[str, Any], anew: str) -> None:
+    """The same parameters with the same rates, however the flags spell them."""
+    # Megatron's own checkpoints have no flags of ours.
+    before = Namespace(**{**given, "btx_freeze": [], "btx_lr_multiplier": [], **stored})
+    after = Namespace(**given)
+    for flag, resolved in (
+        ("--btx-freeze", lambda args: frozen_groups(args.btx_freeze, args)),
+        ("--btx-lr-multiplier", _multipliers),
+        ("--lr", lambda args: [args.lr]),
+        ("--min-lr", lambda args: [args.min_lr]),
+    ):
+        was, now = resolved(before), resolved(after)
+        if was != now:
+            raise InputError(
+                f"{path}: was trained with {flag} {_listed(was)}, given {_listed(now)}, and its optimizer state fits "
+                f"the former alone; resume it with that, {anew}"
+            )
+
+
+def _multipliers(args: Namespace) -> list[str]:
+    return sorted(f"{group}={factor!r}" for group, factor in lr_multipliers(args.btx_lr_multiplier, args).items())
+
+
+def _listed(values: list[Any]) -> str:
+    return " ".join(map(str, values)) or "(none)"
+
+
+def _is_spread(args: Mapping[str, Any]) -> bool:
+    """Whether experts are spread over other ranks than the rest: their gradients are then reduced over others, too.
+
+    Source: ``core/tensor_parallel/layers.py``, where ``allreduce`` is set.
+    """
+    tensor = args.get("tensor_model_parallel_size", 1)
+    return (
+        args.get("expert_model_parallel_size", 1) > 1 or (args.get("expert_tensor_parallel_size") or tensor) != tensor
+    )
+
+
+def _spread(args: Mapping[str, Any]) -> str:
+    tensor = args.get("tensor_model_parallel_size", 1)
+    return (
+        f"--tensor-model-parallel-size {tensor} --expert-model-parallel-size "
+        f"{args.get('expert_model_parallel_size', 1)} --expert-tensor-parallel-size "
+        f"{args.get('expert_tensor_parallel_size') or tensor}"
+    )
+
+
 def _check_schedule(path: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Megatron stops with an assertion when the schedule's length changes and neither of its two flags decides."""
-    was, now = stored.get("train_iters"), given["train_iters"]
-    decided = given["override_opt_param_scheduler"] or given["use_checkpoint_opt_param_scheduler"]
-    if was and now and was != now and not decided:
-        raise InputError(
-            f"{path}: its schedule was made for --train-iters {was}, given {now}; take the new schedule with "
-            "--override-opt-param-scheduler, or keep the stored one with --use-checkpoint-opt-param-scheduler"
-        )
+    """Megatron stops with an assertion when the schedule changes and neither of its two flags decides."""
+    if given["override_opt_param_scheduler"] or given["use_checkpoint_opt_param_scheduler"]:
+        return
+    for name, flag in _SCHEDULE.items():
+        was, now = _scheduled(stored, name), _scheduled(given, name)
+        if name in stored and was != now:
+            raise InputError(
+                f"{path}: its schedule was made for {flag} {was}, given {now}; take the new schedule with "
+                "--override-opt-param-scheduler, or keep the stored one with --use-checkpoint-opt-param-scheduler"
+            )
+
+
+def _scheduled(args: Mapping[str, Any], name: str) -> Any:
+    """An argument of the schedule; where Megatron fills it in late, what it will be."""
+    if name in ("train_iters", "global_batch_size") and args.get("train_samples"):
+        return None  # the schedule counts samples, and the steps follow
+    if args.get(name) is None and name in ("lr_decay_iters", "lr_decay_samples"):
+        return args.get(name.replace("lr_decay", "train"))
+    return args.get(name)

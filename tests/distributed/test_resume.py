@@ -28,25 +28,24 @@ def mixture(dense, tmp_path_factory):
     return mix({"a": dense, "b": dense / "iter_0000005", "c": dense, "d": dense}, tmp_path_factory.mktemp("m") / "mix")
 
 
-CASES = {
+TP = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
+RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+# The noise and its temperature follow from the step; a forgotten state of the balancing loss would show, too.
+SAMPLED = (
+    "--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1 --btx-sample-decay 0.1 --btx-load-balancing paper "
+    "--moe-router-load-balancing-type global_aux_loss".split()
+)
+EP2 = ["--expert-model-parallel-size", "2"]
+FROZEN = ["--btx-freeze", "experts"]
+KILLED_CASES = {
     "dense": (1, False, []),
     "dense-distributed": (2, False, ["--use-distributed-optimizer"]),
-    "moe-ep2": (2, True, ["--expert-model-parallel-size", "2"]),
-    "moe-ep2-distributed": (2, True, ["--expert-model-parallel-size", "2", "--use-distributed-optimizer"]),
-    # The noise and its temperature follow from the step; a forgotten state of the balancing loss would show, too.
-    "sampled-ep2-distributed": (
-        2,
-        True,
-        "--expert-model-parallel-size 2 --use-distributed-optimizer --moe-router-topk 1 --moe-router-pre-softmax "
-        "--btx-sample-top1 --btx-sample-decay 0.1 --btx-load-balancing paper --moe-router-load-balancing-type "
-        "global_aux_loss".split(),
-    ),
-    "moe-ep2-reshardable": (
-        2,
-        True,
-        ["--expert-model-parallel-size", "2", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"],
-    ),
+    "moe-ep2": (2, True, EP2),
+    "moe-ep2-distributed": (2, True, [*EP2, "--use-distributed-optimizer"]),
+    "moe-ep2-reshardable": (2, True, [*EP2, *RESHARDABLE]),
+    "sampled-ep2-reshardable": (2, True, [*EP2, *RESHARDABLE, *SAMPLED]),
 }
+CASES = {**KILLED_CASES, "moe-tp2": (2, True, TP), "moe-frozen": (1, True, FROZEN)}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def uninterrupted(zygote, corpus, mixture, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", KILLED_CASES)
 def test_killed_and_started_again(case, uninterrupted, zygote, corpus, mixture, tmp_path):
     """SIGKILL after step 7, restart from the checkpoint of step 4: steps 5 to 12 equal to the last bit."""
     reference = read_losses(uninterrupted(case) / "metrics.jsonl")
@@ -90,10 +89,6 @@ def resume_copy(source, target):
     (target / "checkpoint" / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
 
 
-TP = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
-RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
-
-
 @pytest.mark.parametrize(
     ("case", "world_size", "layout"),
     [
@@ -103,7 +98,11 @@ RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardab
         ("dense-distributed", 1, ["--use-distributed-optimizer"]),
         ("moe-ep2", 4, ["--expert-model-parallel-size", "4"]),
         ("moe-ep2", 4, ["--expert-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
-        ("moe-ep2-reshardable", 2, [*RESHARDABLE, *TP, "--expert-model-parallel-size", "2"]),
+        ("moe-ep2-reshardable", 2, [*RESHARDABLE, *TP, *EP2]),
+        ("sampled-ep2-reshardable", 4, [*RESHARDABLE, *SAMPLED, *EP2, "--pipeline-model-parallel-size", "2"]),
+        # Experts spread otherwise than the rest have their own optimizer in both; frozen ones have none in either.
+        ("moe-tp2", 2, EP2),
+        ("moe-frozen", 2, [*FROZEN, *EP2]),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -130,6 +129,9 @@ def test_a_finished_run_started_again_does_nothing(uninterrupted, zygote, corpus
     ("case", "world_size", "layout", "named"),
     [
         ("moe-ep2", 1, [], "--expert-model-parallel-size"),
+        ("moe-tp2", 1, [], "--expert-tensor-parallel-size"),
+        ("moe-frozen", 1, ["--btx-freeze", "router"], "--btx-freeze"),
+        ("dense", 1, ["--lr", "2e-2"], "--lr"),
         ("dense-distributed", 2, [], "--use-distributed-optimizer"),
         (
             "dense-distributed",

@@ -13,7 +13,7 @@ from megatron_btx.checkpoint.arguments import (
     differences,
     model_flags,
 )
-from megatron_btx.checkpoint.resume import check_resume_layout
+from megatron_btx.checkpoint.resume import check_resume
 from megatron_btx.checkpoint.tokenizers import check_same_tokenizer
 from megatron_btx.errors import InputError
 
@@ -135,10 +135,24 @@ LAYOUT = {
     "train_iters": 10,
     "override_opt_param_scheduler": False,
     "use_checkpoint_opt_param_scheduler": False,
+    "num_layers": 2,
+    "num_experts": None,
+    "moe_layer_freq": 1,
+    "moe_shared_expert_intermediate_size": None,
+    "untie_embeddings_and_output_weights": True,
+    "decoupled_lr": None,
+    "lr": 1e-2,
+    "min_lr": 1e-3,
+    "lr_decay_iters": 10,  # Megatron stores train_iters where it was not given
+    "start_weight_decay": 0.1,
+    "global_batch_size": 8,
+    "btx_freeze": [],
+    "btx_lr_multiplier": [],
 }
 SHARDED = {**LAYOUT, "use_distributed_optimizer": True}
 FREE = {**SHARDED, "dist_ckpt_optim_fully_reshardable": True}
 MOE = {**LAYOUT, "num_experts": 4}
+SPREAD = {**MOE, "expert_model_parallel_size": 2}
 
 
 @pytest.mark.parametrize(
@@ -147,33 +161,56 @@ MOE = {**LAYOUT, "num_experts": 4}
         (LAYOUT, {"tensor_model_parallel_size": 2}, None),
         (LAYOUT, {"train_iters": 20}, ["--train-iters 10", "given 20", "--override-opt-param-scheduler"]),
         (LAYOUT, {"train_iters": 20, "override_opt_param_scheduler": True}, None),
+        (LAYOUT, {"lr_decay_iters": None}, None),
+        (LAYOUT, {"lr_decay_iters": 5}, ["--lr-decay-iters 10", "given 5", "--use-checkpoint-opt-param-scheduler"]),
+        (LAYOUT, {"start_weight_decay": 0.2}, ["--weight-decay", "0.1", "given 0.2"]),
+        (LAYOUT, {"global_batch_size": 4}, ["--global-batch-size 8", "given 4"]),
+        ({**LAYOUT, "train_samples": 80}, {"global_batch_size": 4, "train_iters": None}, None),
+        # These rates name the optimizer's groups, whoever decides about the schedule.
+        (LAYOUT, {"lr": 0.02, "override_opt_param_scheduler": True}, ["--lr 0.01", "given 0.02", "--pretrained"]),
+        (LAYOUT, {"min_lr": 0.0, "override_opt_param_scheduler": True}, ["--min-lr 0.001", "given 0.0", "--save"]),
+        (LAYOUT, {"btx_freeze": ["norms"]}, ["--btx-freeze (none)", "given norms", "--pretrained-checkpoint path"]),
+        ({**MOE, "btx_freeze": ["all-but:router"]}, {"btx_freeze": []}, ["--btx-freeze experts attention", "(none)"]),
+        ({**MOE, "btx_freeze": ["all-but:router,norms,head,embeddings,attention"]}, {"btx_freeze": ["experts"]}, None),
+        (MOE, {"btx_freeze": ["router"], "no_load_optim": True}, None),
+        (MOE, {"btx_freeze": ["router"], "skip_train": True}, None),
+        (MOE, {"btx_lr_multiplier": ["router=3"]}, ["--btx-lr-multiplier (none)", "given router=3.0"]),
+        (
+            {**MOE, "btx_lr_multiplier": ["router=3", "experts=0.5"]},
+            {"btx_lr_multiplier": ["experts=.5", "router=3.0"]},
+            None,
+        ),
         (LAYOUT, {"use_distributed_optimizer": True}, ["--use-distributed-optimizer", "without"]),
         (SHARDED, {"use_distributed_optimizer": False}, ["--use-distributed-optimizer", "was saved with"]),
         (SHARDED, {"tensor_model_parallel_size": 2}, ["--tensor-model-parallel-size 1", "given 2", "reshardable"]),
         (SHARDED, {"pipeline_model_parallel_size": 2}, ["--pipeline-model-parallel-size 1", "given 2"]),
         (SHARDED, {"tensor_model_parallel_size": 2, "no_load_optim": True}, None),
         (FREE, {"tensor_model_parallel_size": 2}, None),
-        (
-            MOE,
-            {"expert_model_parallel_size": 2},
-            ["--expert-model-parallel-size 1", "with 2", "--pretrained-checkpoint"],
-        ),
-        ({**MOE, "expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}, None),
-        (
-            {**MOE, "expert_model_parallel_size": 2},
-            {"expert_model_parallel_size": 1},
-            ["--expert-model-parallel-size 2"],
-        ),
+        (MOE, {"expert_model_parallel_size": 2}, ["--expert-model-parallel-size 1", "one optimizer;", "-size 2"]),
+        (SPREAD, {"expert_model_parallel_size": 4}, None),
+        (SPREAD, {"expert_model_parallel_size": 1}, ["--expert-model-parallel-size 2", "two optimizers;"]),
+        (SPREAD, {"expert_model_parallel_size": 1, "tensor_model_parallel_size": 2}, None),
+        (MOE, {"tensor_model_parallel_size": 2}, ["--tensor-model-parallel-size 1", "--expert-tensor-parallel-size 1"]),
+        (MOE, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}, None),
+        (MOE, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": None}, None),
+        ({**MOE, "btx_freeze": ["experts"]}, {"expert_model_parallel_size": 2}, None),
         ({**MOE, "no_save_optim": True}, {"expert_model_parallel_size": 2}, None),
     ],
 )
-def test_layouts_to_resume_under(stored, change, named):
-    """What Megatron can reshard passes; the rest is refused with flag, both values and remedy."""
+def test_what_can_be_resumed(stored, change, named):
+    """What Megatron can bring the stored optimizer to passes; the rest is refused with flag, both values and remedy."""
     given = {**stored, "no_save_optim": False, **change}
     if named is None:
-        check_resume_layout("path", stored, given)
+        check_resume("path", stored, given)
         return
     with pytest.raises(InputError) as refusal:
-        check_resume_layout("path", stored, given)
+        check_resume("path", stored, given)
     for text in ["path", *named]:
         assert text in str(refusal.value)
+
+
+def test_megatrons_own_checkpoints_are_of_a_run_without_our_flags():
+    stored = {name: value for name, value in LAYOUT.items() if not name.startswith("btx_")}
+    check_resume("path", stored, LAYOUT)
+    with pytest.raises(InputError, match="--btx-freeze .none., given head"):
+        check_resume("path", stored, {**LAYOUT, "btx_freeze": ["head"]})
