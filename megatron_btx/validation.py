@@ -24,12 +24,26 @@ def check(args: Any) -> None:
     """Refuse what cannot be measured, before any process group exists.
 
     Raises:
-        InputError: a dataset that is not there, or a bound that is neither a number nor an evaluation.
+        InputError: a text that is not there or fills no batch, or a bound that is neither a number nor an evaluation;
+            either of them where no step is taken that could be watched.
     """
-    from megatron_btx.data.texts import check_documents
+    from megatron_btx.data.texts import check_texts
 
-    for domain, prefix in domains(args).items():
-        check_documents(prefix, f"--btx-valid-data {domain}=")
+    if texts := domains(args):
+        check_texts(texts, "--btx-valid-data", args.btx_valid_tokens, "--btx-valid-tokens", args)
+    if "mean" in texts:
+        raise InputError(f"--btx-valid-data mean={texts['mean']}: the mean of all domains is logged as that; rename it")
+    if texts and args.skip_train:
+        raise InputError("--btx-valid-data: --skip-train takes no step to follow; use python -m megatron_btx.evaluate")
+    if args.btx_first_loss_bound is not None and not starts_from_a_mix(args):
+        why = (
+            "the model has no experts"
+            if not args.num_experts
+            else "--skip-train takes no step"
+            if args.skip_train
+            else "no checkpoint is loaded that could be broken"
+        )
+        raise InputError(f"--btx-first-loss-bound {args.btx_first_loss_bound}: {why}; leave it out")
     _bounds(args)
 
 
@@ -69,9 +83,11 @@ def install(args: Any) -> None:
             _check_domains(_losses(model, optimizer, per_domain, args), number)
         result = original(forward, data, model, optimizer, *rest, **named)
         if starts and iteration == 0:
-            _check_first_step(result[0], number)
+            # The training text may hold other domains than those that are watched, and one batch is noise.
+            _check_first_step(result[0], number if isinstance(number, float) else _guessing(args))
         done = iteration + 1
-        if per_domain and (done == args.train_iters or done % args.eval_interval == 0):
+        is_last = done == args.train_iters or (args.exit_interval and done % args.exit_interval == 0)
+        if per_domain and (is_last or done % args.eval_interval == 0):
             _log(_losses(model, optimizer, per_domain, args), done)
         return result
 
@@ -79,15 +95,20 @@ def install(args: Any) -> None:
 
 
 def starts_from_a_mix(args: Any) -> bool:
-    """Whether this run may take the first step of a mixture that it did not train."""
-    return bool(args.num_experts and not args.skip_train and (args.pretrained_checkpoint or args.finetune))
+    """Whether this run may take the first step of a mixture that it did not train: it does if its iteration is 0.
+
+    A fresh mix is a release, which ``--load`` takes without ``--finetune`` and starts at iteration 0.
+    """
+    from megatron_btx.checkpoint.arguments import checkpoint_to_load
+
+    return bool(args.num_experts and not args.skip_train and checkpoint_to_load(args))
 
 
 def _bounds(args: Any) -> float | dict[str, tuple[float, str]]:
     """The largest sound loss in nats: of the first step, or of every domain with the expert that sets it."""
     given = args.btx_first_loss_bound
     if given is None:
-        return math.log(args.padded_vocab_size)
+        return _guessing(args)
     where = f"--btx-first-loss-bound {given}"
     try:
         number = float(given)
@@ -98,21 +119,30 @@ def _bounds(args: Any) -> float | dict[str, tuple[float, str]]:
     return number
 
 
+def _guessing(args: Any) -> float:
+    """The loss of a model that holds every token equally likely."""
+    return math.log(args.padded_vocab_size)
+
+
 def _worst_experts(where: str, file: Path, names: list[str]) -> dict[str, tuple[float, str]]:
+    again = f"evaluate the experts with megatron_btx.evaluate on every domain of --btx-valid-data ({', '.join(names)})"
+    if not names:
+        raise InputError(f"{where}: bounds the loss on every domain; name them with --btx-valid-data DOMAIN=TEXT")
     try:
         models = json.loads(file.read_text())["models"]
         losses = {domain: {m: float(r["losses"][domain]) for m, r in models.items()} for domain in names}
-    except FileNotFoundError:
-        raise InputError(f"{where}: there is no such file; give a number of nats, or evaluate the experts") from None
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read ({error.strerror}); give a number of nats, or {again}") from error
     except KeyError as missing:
-        raise InputError(
-            f"{where}: has no {missing}; evaluate the experts with megatron_btx.evaluate on every domain of "
-            f"--btx-valid-data ({', '.join(names)})"
-        ) from None
+        raise InputError(f"{where}: has no {missing}; {again}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{where}: is no result of megatron_btx.evaluate ({error}); make it again") from error
-    if not names:
-        raise InputError(f"{where}: bounds the loss on every domain; name them with --btx-valid-data DOMAIN=TEXT")
+        raise InputError(f"{where}: is no result of megatron_btx.evaluate ({error}); {again}") from error
+    if not models:
+        raise InputError(f"{where}: holds no model; {again}")
+    for domain, of in losses.items():
+        for model, loss in of.items():
+            if not 0 < loss < math.inf:
+                raise InputError(f"{where}: the loss of {model} on {domain} is {loss}, expected above 0; {again}")
     return {domain: max((loss, model) for model, loss in of.items()) for domain, of in losses.items()}
 
 
@@ -172,20 +202,21 @@ def _check_domains(losses: dict[str, float], worst: dict[str, tuple[float, str]]
             )
 
 
-def _check_first_step(loss_dict: dict[str, Any], bound: float | dict[str, tuple[float, str]]) -> None:
+def _check_first_step(loss_dict: dict[str, Any], bound: float) -> None:
     """Stop after a first step whose loss no sound mix has."""
     import torch
 
-    found = torch.tensor(-math.inf, device="cuda")
+    found = torch.tensor([-math.inf, 0.0], device="cuda")  # the loss, and whether it is no number
     if "lm loss" in loss_dict:  # on the last pipeline stage alone
-        found = loss_dict["lm loss"].detach().float().reshape(()).to(found.device)
-    torch.distributed.all_reduce(found.nan_to_num_(nan=math.inf), op=torch.distributed.ReduceOp.MAX)
-    limit = bound if isinstance(bound, float) else max(loss for loss, _ in bound.values()) + MARGIN_NATS
+        loss = loss_dict["lm loss"].detach().float().reshape(()).to(found.device)
+        found = torch.stack([loss.nan_to_num(nan=math.inf), loss.isnan().float()])
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    first = math.nan if found[1].item() else found[0].item()
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f" first step | loss {found.item():.4f}, sound up to {limit:.4f}", flush=True)
-    if not found.item() <= limit:
+        print(f" first step | loss {first:.4f}, sound up to {bound:.4f}", flush=True)
+    if not first <= bound:
         raise InputError(
-            f"the first step's loss is {found.item():.4f} nats per token, above {limit:.4f} (--btx-first-loss-bound): "
+            f"the first step's loss is {first:.4f} nats per token, above {bound:.4f} (--btx-first-loss-bound): "
             "the mix is broken, or its data are of another vocabulary; nothing was saved. Check it with "
             "tools/convert_experts.py --verify"
         )
