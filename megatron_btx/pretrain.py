@@ -26,6 +26,8 @@ from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import CheckpointError, InputError, exits_with_one_line
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
+
     from megatron_btx.model.sampling import Step
 
 prepare_environment()
@@ -112,14 +114,25 @@ def is_finished(args: Any) -> bool:
     return finished
 
 
-def _checkpointing_failed(args: Any, failure: BaseException) -> CheckpointError:
-    """A failed checkpoint in one line: most often the disk is full. The tracker still names the last complete one."""
-    cause = str(failure).strip().splitlines()[-1]
-    folder = args.save or args.load or args.pretrained_checkpoint
-    free_mib = shutil.disk_usage(folder if os.path.isdir(folder) else ".").free >> 20
+def _checkpointing_failed(args: Any, failure: CheckpointException) -> CheckpointError:
+    """A failed checkpoint in one line, with what helps: most often the disk is full, and the last one stands."""
+    from megatron_btx.checkpoint.arguments import checkpoint_to_load
+
+    cause = next(iter(failure.failures.values()))[0]
+    said = f"{type(cause).__name__}: {cause}"
+    if any(frame.name == "load_checkpoint" for frame in traceback.extract_tb(failure.__traceback__)):
+        loaded = checkpoint_to_load(args)
+        return CheckpointError(
+            f"{loaded[0] if loaded else args.load}: the checkpoint could not be read: {said}. It holds other state "
+            "than this command needs, or is damaged: give the flags it was written with, or an older one with "
+            "--ckpt-step"
+        )
+    free_mib = shutil.disk_usage(args.save if os.path.isdir(args.save) else ".").free >> 20
+    # Megatron passes on of an exception in a writing process its class alone, as text.
+    room = "Make room and start" if isinstance(cause, OSError) or "OSError" in said else "Start"
     return CheckpointError(
-        f"{folder}: a checkpoint could not be written or read ({free_mib} MiB free there): {cause}. Make room and "
-        "start the same command again; it goes on from the last complete checkpoint"
+        f"{args.save}: a checkpoint could not be written ({free_mib} MiB free there): {said}. {room} the same command "
+        "again; it goes on from the last complete checkpoint"
     )
 
 
@@ -174,6 +187,10 @@ def checked_arguments() -> Any:
     args = parse_arguments(add_training_arguments)
     if not args.train_iters and not args.train_samples and not args.skip_train:
         raise InputError(f"--train-iters {args.train_iters}: nothing to train; give a budget of at least one step")
+    if args.eval_interval < 1:
+        raise InputError(
+            f"--eval-interval {args.eval_interval}: expected 1 or more; to evaluate nothing: --eval-iters 0"
+        )
     if args.seed <= 0:
         raise InputError(f"--seed {args.seed}: Megatron takes positive seeds only; give another")
     if args.num_experts and args.add_bias_linear and args.transformer_impl == "local":
@@ -209,12 +226,16 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
     try:
         args = parse_and_validate_args(add)
     except AssertionError as refusal:
-        raise InputError(f"Megatron refuses these arguments: {_refusal_text(refusal)}") from refusal
+        raise _refused(refusal) from refusal
     except (RuntimeError, ValueError, OSError) as failure:
         # Validation ends with building the tokenizer, whose libraries raise what they like for a bad file.
-        if not any("tokenizers" in frame.filename for frame in traceback.extract_tb(failure.__traceback__)):
-            raise
-        raise InputError(f"the tokenizer cannot be read: {failure}; check --tokenizer-model and its type") from failure
+        if any("tokenizers" in frame.filename for frame in traceback.extract_tb(failure.__traceback__)):
+            raise InputError(
+                f"the tokenizer cannot be read: {failure}; check --tokenizer-model and its type"
+            ) from failure
+        if isinstance(failure, ValueError):
+            raise _refused(failure) from failure
+        raise
     check_layout(args)
     check_finetuning(args)
     for name in ("tokenizer_model", "vocab_file", "merge_file"):
@@ -225,16 +246,19 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
     return args
 
 
-def _refusal_text(refusal: Exception) -> str:
-    """The message of an exception, or the line that raised it where it has none, as assertions."""
+def _refused(refusal: Exception) -> InputError:
+    """What Megatron's own checks say, by assertions and ValueErrors; the asserted line where they say nothing."""
     frame = traceback.extract_tb(refusal.__traceback__)[-1]
-    return (
-        str(refusal) or f"{frame.line} does not hold ({frame.filename.rpartition('site-packages/')[2]}:{frame.lineno})"
-    )
+    line = f"{frame.line} does not hold ({frame.filename.rpartition('site-packages/')[2]}:{frame.lineno})"
+    return InputError(f"Megatron refuses these arguments: {str(refusal) or line}")
 
 
 def model_config(args: Any, step: Step | None = None) -> Any:
-    """The model as Megatron's GPTModelConfig, with our layers and routers where they were asked for."""
+    """The model as Megatron's GPTModelConfig, with our layers and routers where they were asked for.
+
+    Raises:
+        InputError: Megatron's configuration refuses it, or two flags want different layers.
+    """
     from megatron.training.argument_utils import gpt_config_from_args
 
     from megatron_btx.model.layers import layer_specs, torch_native_layer_spec
@@ -244,7 +268,7 @@ def model_config(args: Any, step: Step | None = None) -> Any:
     try:
         model = gpt_config_from_args(args)
     except (AssertionError, ValueError) as refusal:
-        raise InputError(f"Megatron refuses these arguments: {_refusal_text(refusal)}") from refusal
+        raise _refused(refusal) from refusal
     # Megatron 0.19 parses this flag and does not pass it on.
     model.rope_scaling_factor = args.rope_scaling_factor
     if args.transformer_impl == "local" and args.spec is None:

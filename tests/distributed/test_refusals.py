@@ -64,8 +64,24 @@ def test_layouts_that_do_not_fit(case, zygote, corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--moe-router-load-balancing-type aux_loss global_aux_loss", "moe_aux_loss_coeff must be a list"),
+        ("--recompute-granularity selective --recompute-modules moe_act", "moe_act"),
+        ("--moe-router-padding-for-quantization", "fp8"),
+        ("--moe-layer-freq [0,1]", "--moe-layer-freq [0, 1]: has 2 layers, the model has 4"),
+    ],
+)
+def test_configurations_that_do_not_fit(flags, said, zygote, corpus, tmp_path):
+    """What Megatron checks when it makes its configuration, after the command line, or even the model."""
+    line = refusal(zygote, pico.train(corpus, 1, moe=True) + flags.split(), tmp_path / "log")
+    assert said in line
+
+
+@pytest.mark.parametrize(
     ("given", "named"),
     [
+        (["--eval-interval", "0"], "--eval-interval 0: expected 1 or more"),
         (["--train-iters", "0"], "--train-iters 0: nothing to train"),
         (["--seed", "0"], "--seed 0: Megatron takes positive seeds"),
         (pico.MOE, "--disable-bias-linear"),
@@ -213,6 +229,15 @@ def test_a_tokenizer_of_other_content(dense, zygote, corpus, tmp_path):
     assert "tokenizers differ" in message and "--btx-allow-change tokenizer_model" in message
     zygote.run(1, [*given, str(moved)], tmp_path / "log-moved")
     zygote.run(1, [*given, str(new), "--btx-allow-change", "tokenizer_model"], tmp_path / "log-allowed")
+
+
+def test_an_evaluation_of_less_than_a_batch(dense, zygote, corpus, tmp_path):
+    """Before a model is built."""
+    words = ["--btx-eval-model", f"m={dense}", "--btx-eval-data", f"text={corpus}", "--btx-eval-tokens", "31"]
+    words += ["--btx-eval-output", str(tmp_path / "result.json")]
+    run = zygote.run(1, pico.train(corpus, 1) + words, tmp_path / "log", entry="megatron_btx.evaluate", expect=2)
+    assert "error: --btx-eval-tokens 31: fewer than one batch, expected at least 32: " in run.text()
+    assert "initializing" not in run.text()
 
 
 @pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
