@@ -69,7 +69,6 @@ def test_layouts_that_do_not_fit(case, zygote, corpus, tmp_path):
         ("--moe-router-load-balancing-type aux_loss global_aux_loss", "moe_aux_loss_coeff must be a list"),
         ("--recompute-granularity selective --recompute-modules moe_act", "moe_act"),
         ("--moe-router-padding-for-quantization", "fp8"),
-        ("--moe-layer-freq [0,1]", "--moe-layer-freq [0, 1]: has 2 layers, the model has 4"),
     ],
 )
 def test_configurations_that_do_not_fit(flags, said, zygote, corpus, tmp_path):
