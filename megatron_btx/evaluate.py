@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,9 +82,7 @@ def main() -> int:
     if args.btx_eval_output is None:
         raise InputError("--btx-eval-output is missing; name the file for the results")
     stored = [compare_with_stored(path, vars(args)) for path in models.values()]
-    experts = next((a["btx_experts"] for a in stored if a.get("btx_experts")), None)
-    if args.num_experts and experts is None:
-        experts = [f"expert {i}" for i in range(args.num_experts)]
+    experts = expert_names(dict(zip(models.values(), stored, strict=True)), args.num_experts)
     check_texts(data, "--btx-eval-data", args.btx_eval_tokens, "--btx-eval-tokens", args)
     repairs.install()
     initialize.initialize_megatron(allow_no_cuda=not has_gpu())
@@ -109,6 +108,30 @@ def named_paths(texts: list[str], flag: str) -> dict[str, str]:
             raise InputError(f"{flag} {text}: expected NAME=PATH, every name once")
         pairs[name] = path
     return pairs
+
+
+def expert_names(stored: Mapping[str, Mapping[str, Any]], count: int | None) -> list[str] | None:
+    """The names of the experts, in the order of the mixtures; None for dense models.
+
+    Args:
+        stored: path -> the arguments that its checkpoint holds.
+
+    Raises:
+        InputError: two mixtures of other experts, or of the same in another order, which one list would mislabel.
+    """
+    if not count:
+        return None
+    named = {path: list(arguments["btx_experts"]) for path, arguments in stored.items() if arguments.get("btx_experts")}
+    if not named:
+        return [f"expert {number}" for number in range(count)]
+    first, names = next(iter(named.items()))
+    for path, others in named.items():
+        if others != names:
+            raise InputError(
+                f"{path}: its experts are {', '.join(others)}, those of {first} {', '.join(names)}; mixtures of other "
+                "experts, or in another order, need a run of their own"
+            )
+    return names
 
 
 def _say(text: str) -> None:
@@ -212,14 +235,17 @@ def evaluate_domain(
     from megatron.training import get_args
 
     from megatron_btx.data.texts import start_of
+    from megatron_btx.routing.trace import watching
 
     args = get_args()
     batches = batches_of(start_of(prefix, args.btx_eval_tokens if tokens is None else tokens), f"{domain}: {prefix}")
     counts_LE = torch.zeros(args.num_layers, args.num_experts or 1, dtype=torch.float64, device="cuda")
-    hooks = _count_routing(model, counts_LE)
-    loss, counted = forward(model, batches)
-    for hook in hooks:
-        hook.remove()
+
+    def count(layer: int, _router: Any, _inputs: Any, outputs: Any) -> None:
+        counts_LE[layer] += outputs[1].reshape(-1, counts_LE.size(1)).sum(dim=0).double()
+
+    with watching(model, count):
+        loss, counted = forward(model, batches)
     torch.distributed.all_reduce(counts_LE)
     shares_LE = None
     if args.num_experts:
@@ -294,22 +320,6 @@ def batches_of(text: Any, where: str) -> list[dict[str, Any]]:
             }
         )
     return batches
-
-
-def _count_routing(model: list[Any], counts_LE: Any) -> list[Any]:
-    """Hooks that add every router's choices to ``counts_LE`` [L, E]."""
-    from megatron.core.transformer.moe.router import Router
-
-    def count(router: Any, _inputs: Any, outputs: Any) -> None:
-        _probabilities, routing_map_TE = outputs[:2]
-        counts_LE[router.layer_number - 1] += routing_map_TE.reshape(-1, counts_LE.size(1)).sum(dim=0).double()
-
-    return [
-        module.register_forward_hook(count)
-        for chunk in model
-        for module in chunk.modules()
-        if isinstance(module, Router)
-    ]
 
 
 if __name__ == "__main__":

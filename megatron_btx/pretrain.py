@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import shutil
+import socket
 import sys
 import traceback
 from argparse import ArgumentParser
@@ -215,6 +216,8 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
     """
     from megatron.training.arguments import parse_and_validate_args
 
+    _rendezvous_alone()
+
     def refuse(message: str) -> NoReturn:
         raise InputError(f"{message}; --help and --help-megatron list all flags")
 
@@ -244,6 +247,14 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
             # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
             setattr(args, name, os.path.abspath(file))
     return args
+
+
+def _rendezvous_alone() -> None:
+    """Started by hand, without torchrun or srun, a program is one process and meets nobody but itself."""
+    if not {"RANK", "MASTER_PORT"} & os.environ.keys() and os.environ.get("SLURM_NTASKS", "1") == "1":
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
 
 
 def _refused(refusal: Exception) -> InputError:

@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
         choices=METHODS,
         default="btx",
         help="btx: every expert's feed-forward blocks become one expert; split: each is cut in --chunks experts; "
-        "blend: expert n is chunk n of all; upcycle: --copies of one model; average: the plain average of all "
-        "(default: btx)",
+        "blend: expert n is chunk n of all; upcycle: --copies of one model; average: the plain average of all; "
+        "reroute: one mixture with other routers (--router-init), all else bit for bit (default: btx)",
     )
     p.add_argument("--chunks", metavar="C", type=int, help="split: experts made of each source (no default)")
     p.add_argument("--copies", metavar="N", type=int, help="upcycle: experts made of the one source (no default)")

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_btx.errors import InputError
 from megatron_btx.routing.telemetry import DEAD_SHARE
 
 
-def route_label(model: list[Any], where: str, prefix: str) -> dict[str, Any]:
-    """Where the tokens of a dataset's start go.
+class Routed(NamedTuple):
+    """Where the tokens of a text went, summed over all ranks."""
 
-    Returns:
-        loss and tokens, and for every mixture layer (a list each): ``layers`` its number from 0, ``choices`` [E] shares
-        of all choices, ``first`` [E] shares of first choices, ``probabilities`` [E] mean of the full softmax, ``gates``
-        [E] mean gate, ``entropy`` in nats, ``dropped`` share of choices, ``dead`` numbers of dead experts.
-    """
+    loss: float
+    """Nats per token."""
+    tokens: int
+    sums: list[list[float]]
+    """Per layer: choices, first choices, probabilities and gates per expert; entropy, tokens, choices before drops."""
+
+
+def route_label(model: list[Any], where: str, prefix: str) -> Routed:
+    """Where the tokens of a dataset's start go."""
     import torch
     from megatron.training import get_args
 
@@ -45,11 +50,36 @@ def route_label(model: list[Any], where: str, prefix: str) -> dict[str, Any]:
     with watching(model, add):
         loss, tokens = forward(model, batches)
     torch.distributed.all_reduce(sums_LC)
-    return {"loss": loss, "tokens": tokens, **shares(sums_LC.tolist(), experts)}
+    return Routed(loss, tokens, sums_LC.tolist())
+
+
+def described(routed: Mapping[str, Routed], experts: int) -> dict[str, dict[str, Any]]:
+    """The numbers of every label; of domains that are given by two tasks or more, also of all of them together.
+
+    Returns:
+        loss and tokens, and for every mixture layer (a list each): ``layers`` its number from 0, ``choices`` [E] shares
+        of all choices, ``first`` [E] shares of first choices, ``probabilities`` [E] mean of the full softmax, ``gates``
+        [E] mean gate, ``entropy`` in nats, ``dropped`` share of choices, ``dead`` numbers of dead experts.
+    """
+    result = {}
+    for label in routed:
+        domain, _, task = label.partition("/")
+        parts = [part for other, part in routed.items() if other.startswith(f"{domain}/")]
+        if task and len(parts) > 1 and domain not in routed and domain not in result:
+            tokens = sum(part.tokens for part in parts)
+            loss = sum(part.loss * part.tokens for part in parts) / tokens
+            sums_LC = [
+                [sum(cells) for cells in zip(*rows, strict=True)]
+                for rows in zip(*(part.sums for part in parts), strict=True)
+            ]
+            result[domain] = {"loss": loss, "tokens": tokens, **shares(sums_LC, experts)}
+        part = routed[label]
+        result[label] = {"loss": part.loss, "tokens": part.tokens, **shares(part.sums, experts)}
+    return result
 
 
 def shares(sums_LC: list[list[float]], experts: int) -> dict[str, Any]:
-    """The shares and means of :func:`route_label` from its sums; layers without tokens are dense and left out."""
+    """The shares and means of :func:`described` from sums; layers without tokens are dense and left out."""
     names = ("layers", "choices", "first", "probabilities", "gates", "entropy", "dropped", "dead")
     result: dict[str, Any] = {name: [] for name in names}
     for layer, row in enumerate(sums_LC):
@@ -82,6 +112,11 @@ def overlap(one: list[list[float]], other: list[list[float]]) -> float:
     """Mean over layers of 1 less the total variation distance of two labels' shares [L, E]: 1 is the same routing."""
     distances = [sum(abs(a - b) for a, b in zip(x, y, strict=True)) / 2 for x, y in zip(one, other, strict=True)]
     return 1.0 - sum(distances) / len(distances)
+
+
+def overlaps(labels: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The overlap of every two labels of a model."""
+    return {a: {b: overlap(labels[a]["choices"], labels[b]["choices"]) for b in labels} for a in labels}
 
 
 def route_text(model: list[Any], text: str, is_text: bool) -> dict[str, Any]:
@@ -133,19 +168,20 @@ def route_text(model: list[Any], text: str, is_text: bool) -> dict[str, Any]:
 
 
 def pieces_of(ids: list[int], tokenizer: Any) -> list[str]:
-    """The text that each token adds; together they are the text, even where a character takes several tokens."""
-    pieces, before = [], ""
+    """The text that each token adds; together they are the text, even where a character takes several tokens.
+
+    A token's text depends on the one before it (SentencePiece's blanks), so that two pieces are decoded at a time.
+    """
+    pieces: list[str] = []
+    start = read = 0
     for count in range(1, len(ids) + 1):
-        after = tokenizer.detokenize(ids[:count])
-        if after.endswith("\N{REPLACEMENT CHARACTER}") and count < len(
-            ids
-        ):  # within a character: the next one shows it
+        before = tokenizer.detokenize(ids[start:read]) if read > start else ""
+        after = tokenizer.detokenize(ids[start:count])
+        if after.endswith("\N{REPLACEMENT CHARACTER}") and count < len(ids):  # in a character: its last token shows it
             pieces.append("")
             continue
-        pieces.append(
-            after[len(before) :] if after.startswith(before) else tokenizer.detokenize(ids[count - 1 : count])
-        )
-        before = after
+        pieces.append(after[len(before) :] if after.startswith(before) else tokenizer.detokenize(ids[read:count]))
+        start, read = read, count
     return pieces
 
 
@@ -161,10 +197,13 @@ def read_earlier(files: list[Path], names: list[str], experts: list[str]) -> dic
         try:
             content = json.loads(file.read_text())
             found, of = content["models"], content["experts"]
+            for labels in found.values():
+                for routed in labels.values():
+                    _check_numbers(routed, len(of))
         except FileNotFoundError:
             raise InputError(f"{where}: there is no such file") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{where}: is no routing.json of this tool ({error})") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{where}: is no routing.json of this tool ({error}); analyse that model again") from error
         if of != experts:
             raise InputError(f"{where}: its experts are {', '.join(of)}, expected {', '.join(experts)}")
         for name, routed in found.items():
@@ -172,6 +211,17 @@ def read_earlier(files: list[Path], names: list[str], experts: list[str]) -> dic
                 raise InputError(f"{where}: its model {name} is there already; name one of them otherwise")
             models[name] = routed
     return models
+
+
+def _check_numbers(routed: Mapping[str, Any], experts: int) -> None:
+    """Raises ValueError, KeyError or TypeError where one of the numbers of :func:`described` is not as it should be."""
+    layers = len(routed["layers"])
+    lists = [routed[name] for name in ("entropy", "dropped", "dead", "choices", "first", "probabilities", "gates")]
+    if not layers or any(len(values) != layers for values in lists):
+        raise ValueError("its lists have other lengths than its layers")
+    if any(len(row) != experts for rows in lists[3:] for row in rows):
+        raise ValueError("its shares are not one per expert")
+    sum(routed["entropy"], sum(routed["dropped"], float(routed["loss"])))  # numbers
 
 
 def table(models: dict[str, Any], experts: list[str]) -> str:

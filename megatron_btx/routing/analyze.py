@@ -3,7 +3,12 @@
     torchrun --nproc-per-node N tools/analyze_routing.py [Megatron's model and layout flags]
         --btx-route-model NAME=PATH ... --btx-route-data LABEL=TEXT ... --btx-route-output FOLDER
 
-A label is a domain, or ``domain/task``. Works under any layout; every layout gives the same counts.
+A label is a domain, or ``domain/task``; the tasks of a domain are also added up. Works under any layout but context
+parallelism; layouts that cut the texts into the same batches give the same counts (a capacity depends on its own).
+
+FOLDER/routing.json holds ``experts``, ``checkpoints`` (model -> path), ``texts`` (label -> path), ``routing`` (flags),
+``models`` (model -> label -> numbers, see ``megatron_btx.routing.analysis.described``) and ``overlap`` (model -> label
+-> label: 1 less the mean total variation distance of the shares of all choices).
 """
 
 from __future__ import annotations
@@ -75,9 +80,9 @@ def main() -> int:
     from megatron_btx.checkpoint.arguments import compare_with_stored
     from megatron_btx.cpu import has_gpu
     from megatron_btx.data.texts import check_texts
-    from megatron_btx.evaluate import build_model, load_weights, named_paths, write_json
+    from megatron_btx.evaluate import build_model, expert_names, load_weights, named_paths, write_json
     from megatron_btx.pretrain import parse_arguments
-    from megatron_btx.routing.analysis import read_earlier, route_label, route_text, table
+    from megatron_btx.routing.analysis import described, overlaps, read_earlier, route_label, route_text, table
 
     args = parse_arguments(add_analysis_arguments)
     models = named_paths(args.btx_route_model, "--btx-route-model")
@@ -92,8 +97,12 @@ def main() -> int:
             raise InputError(f"--btx-route-data {label}={prefix}: expected DOMAIN=TEXT or DOMAIN/TASK=TEXT")
     check_texts(data, "--btx-route-data", args.btx_route_tokens, "--btx-route-tokens", args)
     given = _read_text(args.btx_route_text)
-    experts = next((a["btx_experts"] for a in stored if a.get("btx_experts")), None)
-    experts = experts or [f"expert {number}" for number in range(args.num_experts)]
+    if args.context_parallel_size > 1:
+        raise InputError(
+            f"--context-parallel-size {args.context_parallel_size}: tokens are told by their place, which it cuts "
+            "up; use 1 to analyse"
+        )
+    experts = expert_names(dict(zip(models.values(), stored, strict=True)), args.num_experts) or []
     earlier = read_earlier([Path(file) for file in args.btx_route_beside], list(models), experts)
     folder = Path(args.btx_route_output)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -101,12 +110,15 @@ def main() -> int:
     repairs.install()
     initialize.initialize_megatron(allow_no_cuda=not has_gpu())
     model = build_model(args)
-    result: dict[str, Any] = {"experts": experts, "models": {}}
+    flags = ("moe_router_topk", "moe_router_pre_softmax", "moe_expert_capacity_factor", "btx_sample_top1")
+    result: dict[str, Any] = {"experts": experts, "checkpoints": models, "texts": data}
+    result |= {"routing": {flag: getattr(args, flag) for flag in flags}, "models": {}, "overlap": {}}
     texts: dict[str, dict[str, Any]] = {}
     for name, path in models.items():
         load_weights(model, path)
         routed = {label: route_label(model, f"{label}: {prefix}", prefix) for label, prefix in data.items()}
-        result["models"][name] = routed
+        result["models"][name] = described(routed, len(experts))
+        result["overlap"][name] = overlaps(result["models"][name])
         sources = {"text": given} if given is not None else data
         texts[name] = {label: route_text(model, text, is_text=given is not None) for label, text in sources.items()}
     if args.rank == 0:

@@ -96,10 +96,12 @@ def observe(chunk: Any, sums: RoutingSums) -> None:
     import torch
     from megatron.core.transformer.moe.router import TopKRouter
 
+    from megatron_btx.routing.trace import taken_experts
+
     def observed(router: Any, routing: Any, logits: Any, *rest: Any, **named: Any) -> Any:
         gates_TE, map_TE = routing(logits, *rest, **named)
         if router.training and torch.is_grad_enabled():
-            taken_TE = gates_TE > 0 if router.config.moe_pad_expert_input_to_capacity else map_TE
+            taken_TE = taken_experts(router, gates_TE, map_TE)
             sums.add(router.layer_number - 1, logits.detach().reshape(-1, sums.experts), taken_TE, router.topk)
         return gates_TE, map_TE
 

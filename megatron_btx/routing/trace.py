@@ -26,17 +26,22 @@ def mixtures() -> list[int]:
     return [at for at, mixture in enumerate(mixture_layers(args.moe_layer_freq, args.num_layers)) if mixture]
 
 
+def taken_experts(router: Any, gates_TE: torch.Tensor, map_TE: torch.Tensor) -> torch.Tensor:
+    """Boolean [T, E]: the choices that were not dropped. A map that is padded to the capacity holds others too."""
+    return gates_TE > 0 if router.config.moe_pad_expert_input_to_capacity else map_TE
+
+
 @contextmanager
 def watching(model: list[Any], see: Callable[[int, Any, torch.Tensor, Any], None]) -> Iterator[None]:
     """Call ``see(layer, router, inputs_SBH, outputs)`` at every forward pass of a router.
 
     Every token is seen by exactly one rank of those that hold its layer: under sequence parallelism a rank's router
-    gets its part of the sequence. Outputs are gates and routing map, [S B, E] each.
+    gets its part of the sequence. Outputs are gates [S B, E] and, boolean, which experts the token takes [S B, E].
     """
 
     def hook(layer: int) -> Callable[..., None]:
         def seen(router: Any, inputs: Any, outputs: Any) -> None:
-            see(layer, router, inputs[0].detach(), outputs)
+            see(layer, router, inputs[0].detach(), (outputs[0], taken_experts(router, *outputs[:2])))
 
         return seen
 

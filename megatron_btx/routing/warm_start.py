@@ -26,7 +26,9 @@ prepare_environment()
 
 HELD_OUT_EVERY = 5
 """Every fifth document is held out."""
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+ROWS_SUFFIX, REPORT_SUFFIX = ".routers.npy", ".routers.json"
+"""Of the files beside the output: the rows [mixture layers, experts, hidden], and what was measured."""
+RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for lambda, as shares of the mean square of the inputs' components."""
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Candidates for the factor on the rows: regression gives values about 0 and 1, a softmax wants logits."""
@@ -90,12 +92,10 @@ def main() -> int:
     args = parse_arguments(add_init_arguments)
     stored = compare_with_stored(_required(args.btx_init_model, "--btx-init-model"), vars(args))
     data = _checked_data(args, stored)
-    output = Path(_required(args.btx_init_output, "--btx-init-output"))
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"--btx-init-output {output}: exists; name a new folder, or remove it first")
+    output = _checked_output(_required(args.btx_init_output, "--btx-init-output"))
     repairs.install()
     initialize.initialize_megatron(allow_no_cuda=not has_gpu())
-    fit, held_out = _texts(data, args.btx_init_documents)
+    fit, held_out, sizes = _texts(data, args.btx_init_documents)
     model = build_model(args)
     load_weights(model, args.btx_init_model)
     before = own_rows(model)
@@ -109,18 +109,34 @@ def main() -> int:
         install_rows(model, rows)
     reports["after"] = measure(model, held_out)
     rows = own_rows(model)
-    failure = [0]
-    if args.rank == 0:
-        print(_table(reports, choices, list(data)), flush=True)
-        failure[0] = _write(args.btx_init_model, rows, reports, choices, output)
-    torch.distributed.broadcast_object_list(failure)
-    return failure[0]
+    # Writing can take longer than the other ranks would wait for.
+    torch.distributed.destroy_process_group()
+    if args.rank > 0:
+        return 0
+    print(_table(reports, choices, sizes), flush=True)
+    return _write(args.btx_init_model, rows, {"texts": sizes, "reports": reports, "choices": choices}, output)
 
 
 def _required(value: str | None, flag: str) -> str:
     if not value:
         raise InputError(f"{flag} is missing; see tools/init_router.py --help")
     return value
+
+
+def _checked_output(given: str) -> Path:
+    """The folder to be made, absolute. Raises InputError where it or a file beside it is there, or cannot be made."""
+    output = Path(given).absolute()
+    where = f"--btx-init-output {given}"
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"{where}: exists; name a new folder, or remove it first")
+    for suffix in (ROWS_SUFFIX, REPORT_SUFFIX):
+        beside = output.with_name(output.name + suffix)
+        if beside.exists():
+            raise InputError(f"{where}: {beside.name} is there already, beside it; move it, or name another folder")
+    above = next(folder for folder in output.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{where}: {above} is no folder that can be written to; name another place")
+    return output
 
 
 def _checked_data(args: Any, stored: dict[str, Any]) -> dict[str, str]:
@@ -155,22 +171,32 @@ def split_documents(count: int) -> tuple[list[int], list[int]]:
     return [number for number in range(count) if number not in set(held_out)], held_out
 
 
-def _texts(data: dict[str, str], documents: int) -> tuple[list[Any], list[Any]]:
-    """This rank's batches of every domain, in the order of the experts: to fit on, and held out."""
+def _texts(data: dict[str, str], documents: int) -> tuple[list[Any], list[Any], dict[str, list[int]]]:
+    """This rank's batches of every domain, in the order of the experts: to fit on, and held out; and how much that is.
+
+    Whole batches alone are used: name -> documents to fit on, their tokens, those used, and the same of those held out.
+    """
     import numpy as np
+    from megatron.core import mpu
 
     from megatron_btx.data.texts import first_documents
     from megatron_btx.evaluate import batches_of
 
     parts: tuple[list[Any], list[Any]] = ([], [])
+    sizes: dict[str, list[int]] = {}
     for name, prefix in data.items():
         found = first_documents(prefix, documents)
+        sizes[name] = []
         for part, numbers in zip(parts, split_documents(len(found)), strict=True):
             if not numbers:
                 raise InputError(f"--btx-init-data {name}={prefix}: has {len(found)} documents, expected 5 or more")
             text = np.concatenate([found[number] for number in numbers])
-            part.append(batches_of(text, f"--btx-init-data {name}={prefix} ({len(numbers)} documents)"))
-    return parts
+            where = f"--btx-init-data {name}={prefix}, {len(numbers)} of --btx-init-documents {documents}"
+            batches = batches_of(text, where)
+            part.append(batches)
+            used = sum(batch["tokens"].numel() for batch in batches) * int(mpu.get_data_parallel_world_size())
+            sizes[name] += [len(numbers), len(text), used]
+    return *parts, sizes
 
 
 def _drawn(router_rows: Any, args: Any, like: Any) -> Any:
@@ -186,8 +212,15 @@ def _drawn(router_rows: Any, args: Any, like: Any) -> Any:
     return rows_LEH
 
 
-def _table(reports: dict[str, Any], choices: list[dict[str, Any]], names: list[str]) -> str:
-    lines = ["loss on held-out documents  " + "  ".join(f"{name:>10}" for name in [*names, "mean"])]
+def _table(reports: dict[str, Any], choices: list[dict[str, Any]], sizes: dict[str, list[int]]) -> str:
+    names = list(sizes)
+    lines = []
+    for name, (documents, tokens, used, held_out, held_out_tokens, held_out_used) in sizes.items():
+        lines.append(
+            f"{name}: fitted on {documents} documents ({used:,} of {tokens:,} tokens, whole batches), measured on "
+            f"{held_out} held out ({held_out_used:,} of {held_out_tokens:,})"
+        )
+    lines += ["loss on held-out documents  " + "  ".join(f"{name:>10}" for name in [*names, "mean"])]
     for which, report in reports.items():
         losses = [*report["losses"], sum(report["losses"]) / len(names)]
         lines.append(f"  {which:<26}" + "  ".join(f"{loss:>10.4f}" for loss in losses))
@@ -202,17 +235,17 @@ def _table(reports: dict[str, Any], choices: list[dict[str, Any]], names: list[s
     return "\n".join(lines)
 
 
-def _write(model: str, rows_LEH: Any, reports: Any, choices: Any, output: Path) -> int:
+def _write(model: str, rows_LEH: Any, report: dict[str, Any], output: Path) -> int:
     """The checkpoint with the new rows, written and proved by the mixing engine in a process without ranks."""
     import numpy as np
 
     from megatron_btx.evaluate import write_json
 
-    rows_file = output.with_name(f"{output.name}.routers.npy")
+    rows_file = output.with_name(output.name + ROWS_SUFFIX)
     output.parent.mkdir(parents=True, exist_ok=True)
-    mixtures = [row["layer"] for row in reports["after"]["layers"]]
+    mixtures = [row["layer"] for row in report["reports"]["after"]["layers"]]
     np.save(rows_file, rows_LEH[mixtures].float().cpu().numpy())
-    write_json(output.with_name(f"{output.name}.routers.json"), {"reports": reports, "choices": choices})
+    write_json(output.with_name(output.name + REPORT_SUFFIX), report)
     command = [sys.executable, "-W", "ignore", "-m", "megatron_btx.mix.cli", "--method", "reroute", "--verify"]
     command += ["--expert", f"mixture={Path(model).resolve()}", "--router-init", str(rows_file.resolve())]
     alone = {

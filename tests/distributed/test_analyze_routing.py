@@ -94,6 +94,20 @@ def test_shares_are_the_evaluations(analysed, mixture, zygote, corpus, tmp_path)
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_padding_to_the_capacity_is_no_choice(mixture, corpus, zygote, tmp_path):
+    """Experts that compute on full capacities are chosen by the same tokens, and drop the same."""
+    switch = "--moe-router-topk 1 --moe-router-pre-softmax --moe-expert-capacity-factor 1.5".split()
+    found = []
+    for padding in ([], ["--moe-pad-expert-input-to-capacity"]):
+        words = command(mixture, corpus, tmp_path / str(len(padding)), *switch, *padding)
+        zygote.run(1, words, tmp_path / "log", entry=ENTRY)
+        result = json.loads((tmp_path / str(len(padding)) / "routing.json").read_text())
+        found.append(result["models"]["btx"]["home/one"])
+    assert max(found[0]["dropped"]) > 0.05
+    for key in ("choices", "first", "dropped", "dead"):
+        assert found[0][key] == found[1][key], key
+
+
 def test_a_text_file_is_its_dataset(analysed, mixture, corpus, zygote, tmp_path):
     """The documents as lines of JSON, tokenized and ended as they are read: the same numbers and the same page."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -104,7 +118,8 @@ def test_a_text_file_is_its_dataset(analysed, mixture, corpus, zygote, tmp_path)
     words = [*command(mixture, file, tmp_path / "out"), "--micro-batch-size", "4"]
     zygote.run(1, words, tmp_path / "log", entry=ENTRY)
     reference, page, _ = analysed("1")
-    assert json.loads((tmp_path / "out" / "routing.json").read_text()) == reference
+    found = json.loads((tmp_path / "out" / "routing.json").read_text())
+    assert found == {**reference, "texts": {"home/one": str(file)}}
     assert json.dumps(page["models"], separators=(",", ":")) in (tmp_path / "out" / "tokens.html").read_text()
 
 

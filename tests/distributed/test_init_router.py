@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.errors import InputError
+from megatron_btx.routing.warm_start import _checked_output
 from tests import pico
 from tests.mixing import mix
 from tests.runner import Zygote
@@ -97,6 +99,9 @@ def test_every_layout_fits_the_same(layout, started):
     """Sums of fp32 forward passes in other orders, then one fp64 solution."""
     (rows, report, _), (reference, expected, _) = started(layout), started("1")
     np.testing.assert_allclose(rows, reference, rtol=0, atol=1e-4 * np.abs(reference).max())
+    documents, tokens, used, held_out, held_out_tokens, held_out_used = report["texts"]["a"]
+    assert (documents, held_out, report["texts"]) == (48, 12, expected["texts"])
+    assert 0 <= tokens - used < 32 * 8 and 0 <= held_out_tokens - held_out_used < 32 * 8
     for key in ("before", "random", "after"):
         assert report["reports"][key]["losses"] == pytest.approx(expected["reports"][key]["losses"], abs=1e-5)
     for choice, of_reference in zip(report["choices"], expected["choices"], strict=True):
@@ -158,6 +163,22 @@ def test_an_output_is_never_overwritten(mixture, domains, zygote, tmp_path):
     run = zygote.run(1, command(mixture, domains, tmp_path / "warm"), tmp_path / "log", entry=ENTRY, expect=2)
     assert "warm: exists; name a new folder" in run.text()
     assert (tmp_path / "warm" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [("warm.routers.npy", "warm.routers.npy is there already"), ("warm", "warm: exists"), ("..", "can be written to")],
+)
+def test_places_that_cannot_be_written(made, said, tmp_path):
+    """Told at once, not after the fit; a file of that name, one beside it, a file where a folder should be."""
+    output = tmp_path / "warm"
+    if made == "..":
+        output = tmp_path / "file" / "deeper" / "warm"
+        made = "file"
+    (tmp_path / made).write_text("mine")
+    with pytest.raises(InputError, match=said):
+        _checked_output(str(output))
+    assert _checked_output(str(tmp_path / "new" / "warm")) == tmp_path / "new" / "warm"
 
 
 def test_dense_models_have_no_routers(dense, domains, zygote, tmp_path):

@@ -8,7 +8,8 @@ import re
 import pytest
 
 from megatron_btx.errors import InputError
-from megatron_btx.routing.analysis import overlap, pieces_of, read_earlier, shares
+from megatron_btx.evaluate import expert_names
+from megatron_btx.routing.analysis import Routed, described, overlap, overlaps, pieces_of, read_earlier, shares
 from megatron_btx.routing.page import write_page
 
 
@@ -36,6 +37,26 @@ def test_overlap():
     assert overlap([[1.0, 0.0]], [[1.0, 0.0]]) == 1
     assert overlap([[1.0, 0.0]], [[0.0, 1.0]]) == 0
     assert overlap([[0.5, 0.5], [1.0, 0.0]], [[0.25, 0.75], [1.0, 0.0]]) == pytest.approx(0.875)
+
+
+def test_tasks_of_a_domain_are_added_up():
+    """By hand: two tasks of 10 and 30 tokens of one domain; a domain with one task is the task."""
+    one = Routed(2.0, 10, [[10.0, 0.0, 10.0, 0.0, 5.0, 5.0, 10.0, 0.0, 0.0, 10.0, 10.0]])
+    three = Routed(4.0, 30, [[0.0, 30.0, 0.0, 30.0, 15.0, 15.0, 0.0, 30.0, 0.0, 30.0, 30.0]])
+    found = described({"math/a": one, "code/x": one, "math/b": three}, 2)
+    assert list(found) == ["math", "math/a", "code/x", "math/b"]
+    assert found["math"]["choices"] == [[0.25, 0.75]] and found["math"]["tokens"] == 40 and found["math"]["loss"] == 3.5
+    assert described({"math": one, "math/a": one, "math/b": three}, 2)["math"]["tokens"] == 10
+    assert overlaps(found)["math/a"] == {"math": 0.25, "math/a": 1.0, "code/x": 1.0, "math/b": 0.0}
+
+
+def test_experts_have_one_order():
+    """The names of one mixture would be put on another's experts."""
+    ours = {"btx_experts": ["a", "b"]}
+    assert expert_names({"x": {}, "y": ours}, 2) == ["a", "b"]
+    assert expert_names({"x": {}}, 2) == ["expert 0", "expert 1"] and expert_names({"x": {}}, None) is None
+    with pytest.raises(InputError, match="^y: its experts are b, a, those of x a, b"):
+        expert_names({"x": ours, "y": {"btx_experts": ["b", "a"]}}, 2)
 
 
 class Bytes:
@@ -70,6 +91,11 @@ def test_hostile_text_stays_data(tmp_path):
     [
         (None, "there is no such file"),
         ("{}", "is no routing.json"),
+        ('{"experts": ["a", "b"], "models": ["x"]}', "is no routing.json"),
+        (
+            '{"experts": ["a", "b"], "models": {"x": {"y": {"loss": 1, "layers": [0]}}}}',
+            "is no routing.json.*'entropy'",
+        ),
         ('{"experts": ["x"], "models": {}}', "its experts are x, expected a, b"),
         ('{"experts": ["a", "b"], "models": {"btx": {}}}', "btx is there already"),
     ],
