@@ -74,7 +74,7 @@ def main() -> int:
     from megatron_btx.checkpoint.arguments import compare_with_stored
     from megatron_btx.cpu import has_gpu
     from megatron_btx.data.texts import check_texts
-    from megatron_btx.pretrain import parse_arguments
+    from megatron_btx.parsing import parse_arguments
 
     args = parse_arguments(add_evaluation_arguments)
     models = named_paths(args.btx_eval_model, "--btx-eval-model")

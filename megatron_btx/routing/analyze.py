@@ -81,7 +81,7 @@ def main() -> int:
     from megatron_btx.cpu import has_gpu
     from megatron_btx.data.texts import check_texts
     from megatron_btx.evaluate import build_model, expert_names, load_weights, named_paths, write_json
-    from megatron_btx.pretrain import parse_arguments
+    from megatron_btx.parsing import parse_arguments
     from megatron_btx.routing.analysis import described, overlaps, read_earlier, route_label, route_text, table
 
     args = parse_arguments(add_analysis_arguments)

@@ -86,7 +86,7 @@ def main() -> int:
     from megatron_btx.cpu import has_gpu
     from megatron_btx.evaluate import build_model, load_weights
     from megatron_btx.mix.routers import router_rows
-    from megatron_btx.pretrain import parse_arguments
+    from megatron_btx.parsing import parse_arguments
     from megatron_btx.routing.warm_start_fit import install_rows, measure, own_rows, refit
 
     args = parse_arguments(add_init_arguments)

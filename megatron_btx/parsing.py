@@ -1,0 +1,73 @@
+"""The command line of every program that is Megatron inside: parsed, checked, and refused in one line."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from megatron_btx.arguments import add_btx_arguments
+from megatron_btx.checks import check_finetuning, check_layout
+from megatron_btx.errors import InputError
+
+
+def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = None) -> Any:
+    """Megatron's arguments and ours, parsed and validated by Megatron.
+
+    Args:
+        extra: adds the arguments of another program than this one.
+
+    Raises:
+        InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on.
+    """
+    from megatron.training.arguments import parse_and_validate_args
+
+    _rendezvous_alone()
+
+    def refuse(message: str) -> NoReturn:
+        raise InputError(f"{message}; --help and --help-megatron list all flags")
+
+    def add(parser: ArgumentParser) -> ArgumentParser:
+        parser.error = refuse  # type: ignore[method-assign]  # argparse itself prints Megatron's 900 lines of usage
+        parser = add_btx_arguments(parser)
+        return extra(parser) if extra else parser
+
+    try:
+        args = parse_and_validate_args(add)
+    except AssertionError as refusal:
+        raise refused(refusal) from refusal
+    except (RuntimeError, ValueError, OSError) as failure:
+        # Validation ends with building the tokenizer, whose libraries raise what they like for a bad file.
+        if any("tokenizers" in frame.filename for frame in traceback.extract_tb(failure.__traceback__)):
+            raise InputError(
+                f"the tokenizer cannot be read: {failure}; check --tokenizer-model and its type"
+            ) from failure
+        if isinstance(failure, ValueError):
+            raise refused(failure) from failure
+        raise
+    check_layout(args)
+    check_finetuning(args)
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        file = getattr(args, name)
+        if file and os.path.exists(file):
+            # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
+            setattr(args, name, os.path.abspath(file))
+    return args
+
+
+def _rendezvous_alone() -> None:
+    """Started by hand, without torchrun or srun, a program is one process and meets nobody but itself."""
+    if not {"RANK", "MASTER_PORT"} & os.environ.keys() and os.environ.get("SLURM_NTASKS", "1") == "1":
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+
+
+def refused(refusal: Exception) -> InputError:
+    """What Megatron's own checks say, by assertions and ValueErrors; the asserted line where they say nothing."""
+    frame = traceback.extract_tb(refusal.__traceback__)[-1]
+    line = f"{frame.line} does not hold ({frame.filename.rpartition('site-packages/')[2]}:{frame.lineno})"
+    return InputError(f"Megatron refuses these arguments: {str(refusal) or line}")
