@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_btx.arguments import help_if_asked
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import InputError, exits_with_one_line
+from megatron_btx.manifest import write_atomically
 
 if TYPE_CHECKING:
     from megatron_btx.mix.sources import Source
@@ -140,11 +141,9 @@ def _say(text: str) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write beside the target and rename: a killed process leaves no half-written file."""
+    """Write a value as JSON; a killed process, or a full disk, leaves the old file or the new one, and no other."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.replace(file)
+    write_atomically(file, json.dumps(value, indent=1))
 
 
 def build_model(args: Any) -> list[Any]:

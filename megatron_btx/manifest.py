@@ -33,12 +33,19 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return content
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader, or whoever comes after a kill, sees the old file or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path`` so that a reader, or whoever comes after a kill, sees the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written, for a full disk say; names ``path``, and leaves nothing beside it.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(beside, path)
+    except OSError as error:
+        error.filename = str(path)  # a failed write names no file, a failed open the temporary one
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
