@@ -11,6 +11,7 @@ choose the strength of the ridge and the scale of the rows. Works under any layo
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import subprocess
@@ -240,11 +241,14 @@ def _write(model: str, rows_LEH: Any, report: dict[str, Any], output: Path) -> i
     import numpy as np
 
     from megatron_btx.evaluate import write_json
+    from megatron_btx.manifest import write_atomically
 
     rows_file = output.with_name(output.name + ROWS_SUFFIX)
     output.parent.mkdir(parents=True, exist_ok=True)
     mixtures = [row["layer"] for row in report["reports"]["after"]["layers"]]
-    np.save(rows_file, rows_LEH[mixtures].float().cpu().numpy())
+    content = io.BytesIO()
+    np.save(content, rows_LEH[mixtures].float().cpu().numpy())
+    write_atomically(rows_file, content.getvalue())
     write_json(output.with_name(output.name + REPORT_SUFFIX), report)
     command = [sys.executable, "-W", "ignore", "-m", "megatron_btx.mix.cli", "--method", "reroute", "--verify"]
     command += ["--expert", f"mixture={Path(model).resolve()}", "--router-init", str(rows_file.resolve())]
