@@ -246,7 +246,7 @@ def test_a_check_says_what_would_be_trained(zygote, corpus, tmp_path):
         ("--moe-router-topk 9", "--moe-router-topk 9: "),
         ("--train-iters 0", "--train-iters 0: nothing to train"),
         ("--btx-valid-data math=/nowhere", "--btx-valid-data math= /nowhere: "),
-        ("--btx-first-loss-bound /nowhere", "--btx-first-loss-bound /nowhere: there is no such file"),
+        ("--btx-first-loss-bound /nowhere", "--btx-first-loss-bound /nowhere: no checkpoint is loaded"),
         ("--train-data-path /nowhere", "--train-data-path /nowhere: "),
         ("--pretrained-checkpoint /nowhere", "/nowhere"),
         ("--lr high", "argument --lr: invalid float value: 'high'"),
