@@ -10,6 +10,6 @@ if [ $# -eq 0 ]; then
     codespell
     mypy
 fi
-# Half of a run's time one of two cores would be idle: two processes take the files, each with fixtures of its own.
+# Many tests keep one core busy, and some wait: two processes take the files, each with fixtures of its own.
 [ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile
 exec python -m pytest "$@"
