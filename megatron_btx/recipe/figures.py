@@ -7,7 +7,9 @@ title says what it shows in this run, computed from the numbers.
 
 from __future__ import annotations
 
+import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from megatron_btx.recipe.facts import in_digits, routing_distances
 from megatron_btx.recipe.report_inputs import EXPERT_PREFIX, Model, Stage
 
 PAGE_WIDTH_INCHES = 9.0
+DOTS_PER_INCH = 160
 INK, FAINT = "#222222", "#d9d9d9"
 FIXED_COLOURS = {
     "seed": "#7a7a7a",
@@ -96,6 +99,16 @@ def curve_of(stage: Stage) -> Curve:
 def group_of(stage: str) -> str:
     """The panel a training stage is drawn in."""
     return "seed" if stage == "seed" else "experts" if stage.startswith("expert") else "mixture and baselines"
+
+
+def as_png(figure: Figure) -> bytes:
+    """The picture as a file's content: the same for the same numbers."""
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; tables and JSON have it in full.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(content, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    return content.getvalue()
 
 
 def shortened(name: str, limit: int = 18) -> str:

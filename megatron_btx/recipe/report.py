@@ -7,18 +7,16 @@ facts hold, unless ``--require-facts`` asks for them.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
-import os
 import sys
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.errors import exits_with_one_line
+from megatron_btx.manifest import write_atomically
 from megatron_btx.recipe.facts import Fact, best_per_column, check_facts, difference_to_dense, in_digits, loss_in
 from megatron_btx.recipe.report_inputs import REPORT_FOLDER, Model, RunData, read_run
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from megatron_btx.recipe.figures import Curve
 
 FIGURE_FILES = ("losses.png", "curves.png", "routing.png")
-DOTS_PER_INCH = 160
 TERMINAL_COLUMNS = 110
 FACT_INDENT = " " * len("  not checked  ")
 
@@ -62,19 +59,19 @@ def _write(run: Path, data: RunData) -> Path:
     from megatron_btx.recipe.report_text import blocks_of, title_of
 
     curves = [figures.curve_of(stage) for stage in data.stages if stage.curve]
-    images = {name: _png(figure) for name, figure in _draw(data, curves).items()}
+    images = {name: figures.as_png(figure) for name, figure in _draw(data, curves).items()}
     blocks = blocks_of(data, set(images))
     folder = run / REPORT_FOLDER
     folder.mkdir(exist_ok=True)
     for name in FIGURE_FILES:
         if name in images:
-            _replace(folder / name, images[name])
+            write_atomically(folder / name, images[name])
         else:
             (folder / name).unlink(missing_ok=True)
     content = json.dumps(_plain(results_of(data, curves)), indent=1, ensure_ascii=False, allow_nan=False)
-    _replace(folder / "results.json", f"{content}\n".encode())
-    _replace(folder / "report.md", report_pages.to_markdown(title_of(data), blocks).encode())
-    _replace(folder / "index.html", report_pages.to_html(title_of(data), blocks, images).encode())
+    write_atomically(folder / "results.json", f"{content}\n".encode())
+    write_atomically(folder / "report.md", report_pages.to_markdown(title_of(data), blocks).encode())
+    write_atomically(folder / "index.html", report_pages.to_html(title_of(data), blocks, images).encode())
     return folder / "index.html"
 
 
@@ -90,26 +87,6 @@ def _draw(data: RunData, curves: Sequence[Curve]) -> dict[str, Figure]:
     if mixtures := [model for model in data.models.values() if model.routing]:
         drawn["routing.png"] = figures.draw_routing(mixtures, palette)
     return drawn
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # No software version inside: the same numbers give the same bytes.
-    with warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes; the tables have it in full.
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write ``path`` so that it is either the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def results_of(data: RunData, curves: Sequence[Curve]) -> dict[str, Any]:

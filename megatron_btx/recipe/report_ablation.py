@@ -7,7 +7,6 @@ the metrics of its finetuning stages.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import re
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_btx.errors import InputError, exits_with_one_line
+from megatron_btx.manifest import write_atomically
 from megatron_btx.recipe.ablation import stage_name
 from megatron_btx.recipe.report_inputs import REPORT_FOLDER
 from megatron_btx.recipe.report_pages import Block, Heading, Image, Paragraph, Table, row, to_html, to_markdown
@@ -50,19 +50,21 @@ class Outcome:
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> int:
     """Write the report of an ablation and print its table."""
+    from megatron_btx.recipe.figures import as_png
+
     parser = argparse.ArgumentParser(prog="btx report", description="Write the report of an ablation.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/ablation-tiny")
     arguments = parser.parse_args(argv)
     outcomes = read_outcomes(arguments.run)
     folder = arguments.run / REPORT_FOLDER
     folder.mkdir(exist_ok=True)
-    images = {name: _png(figure) for name, figure in _figures(outcomes).items()}
+    images = {name: as_png(figure) for name, figure in _figures(outcomes).items()}
     title, blocks = "Ablation", blocks_of(outcomes)
     files = {"ablation.html": to_html(title, blocks, images).encode(), **images}
     files["ablation.json"] = json.dumps(results_of(outcomes), indent=1).encode()
     files["ablation.md"] = to_markdown(title, blocks).encode()
     for name, content in files.items():
-        (folder / name).write_bytes(content)
+        write_atomically(folder / name, content)
     print(_printed(outcomes))
     print(f"\nreport: {folder / 'ablation.html'}")
     return 0
@@ -233,12 +235,6 @@ def _draw_load(outcomes: Mapping[str, Mapping[int, Outcome]]) -> Figure:
     figure.supxlabel("expert, in the order of the mix", fontsize=8)
     figure.supylabel("layer", fontsize=8)
     return figure
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=160, metadata={"Software": None})
-    return content.getvalue()
 
 
 if __name__ == "__main__":

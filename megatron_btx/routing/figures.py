@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,10 @@ from matplotlib.patches import Patch
 from matplotlib.textpath import TextPath
 
 from megatron_btx.manifest import write_atomically
-from megatron_btx.recipe.figures import CYCLE, DASHES, FAINT, PAGE_WIDTH_INCHES, Palette, shortened
+from megatron_btx.recipe.figures import CYCLE, DASHES, FAINT, PAGE_WIDTH_INCHES, Palette, as_png, shortened
 from megatron_btx.routing.analysis import overlap
 from megatron_btx.routing.telemetry import DEAD_SHARE
 
-DOTS_PER_INCH = 160
 POINTS_PER_INCH = 72
 LEGEND_POINTS = 8.5
 MARKERS = ("o", "s", "^", "D", "v")
@@ -40,25 +37,15 @@ def write_figures(folder: Path, models: dict[str, Any], experts: list[str]) -> l
 
     Everything is drawn before anything is written, and each file is replaced as a whole.
     """
-    with warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes; routing.json has it in full.
-        warnings.filterwarnings("ignore", message="Glyph")
-        pictures = {
-            "routing.png": _png(draw_shares(models, experts, "choices")),
-            "routing-first.png": _png(draw_shares(models, experts, "first")),
-            "overlap.png": _png(draw_overlap(models)),
-            "entropy.png": _png(draw_entropy(models, experts)),
-        }
+    pictures = {
+        "routing.png": as_png(draw_shares(models, experts, "choices")),
+        "routing-first.png": as_png(draw_shares(models, experts, "first")),
+        "overlap.png": as_png(draw_overlap(models)),
+        "entropy.png": as_png(draw_entropy(models, experts)),
+    }
     for name, picture in pictures.items():
         write_atomically(folder / name, picture)
     return list(pictures)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # No software version inside: the same numbers give the same bytes.
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def draw_shares(models: dict[str, Any], experts: list[str], key: str = "choices") -> Figure:

@@ -32,7 +32,7 @@ from megatron_btx.recipe.report_inputs import read_curve
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests are not about pixels."""
-    monkeypatch.setattr(report, "DOTS_PER_INCH", 30)
+    monkeypatch.setattr("megatron_btx.recipe.figures.DOTS_PER_INCH", 30)
 
 
 class PageReader(HTMLParser):
