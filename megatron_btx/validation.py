@@ -44,7 +44,7 @@ def check(args: Any) -> None:
             else "no checkpoint is loaded that could be broken"
         )
         raise InputError(f"--btx-first-loss-bound {args.btx_first_loss_bound}: {why}; leave it out")
-    _bounds(args)
+    bounds(args)
 
 
 def domains(args: Any) -> dict[str, str]:
@@ -74,7 +74,7 @@ def install(args: Any) -> None:
         if not hasattr(training, name):
             raise MegatronVersionError(f"megatron.training.training.{name} does not exist: written for 0.19")
     original = training.train_step
-    per_domain, number = domains(args), _bounds(args)
+    per_domain, number = domains(args), bounds(args)
 
     @functools.wraps(original)
     def train_step(forward: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
@@ -104,7 +104,7 @@ def starts_from_a_mix(args: Any) -> bool:
     return bool(args.num_experts and not args.skip_train and checkpoint_to_load(args))
 
 
-def _bounds(args: Any) -> float | dict[str, tuple[float, str]]:
+def bounds(args: Any) -> float | dict[str, tuple[float, str]]:
     """The largest sound loss in nats: of the first step, or of every domain with the expert that sets it."""
     given = args.btx_first_loss_bound
     if given is None:

@@ -233,7 +233,7 @@ def _check_bound(args: Any) -> None:
         float(args.btx_first_loss_bound)
     except (TypeError, ValueError):
         return
-    validation._bounds(args)
+    validation.bounds(args)
 
 
 @exits_with_one_line

@@ -79,12 +79,12 @@ def test_what_is_no_bound(bound, said, args, tmp_path):
 def test_bounds(args, tmp_path):
     """By default that of guessing; a number; the worst expert of every domain."""
     validation.check(args)
-    assert validation._bounds(args) == math.log(128)
+    assert validation.bounds(args) == math.log(128)
     args.btx_first_loss_bound = "2.5"
-    assert validation._bounds(args) == 2.5
+    assert validation.bounds(args) == 2.5
     args.btx_first_loss_bound = evaluation(tmp_path / "bound.json", 1.0, 3.0, 2.0)
     validation.check(args)
-    assert validation._bounds(args) == {"one": (3.0, "expert 1"), "two": (3.0, "expert 1")}
+    assert validation.bounds(args) == {"one": (3.0, "expert 1"), "two": (3.0, "expert 1")}
 
 
 @pytest.mark.parametrize(
