@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_btx.checkpoint import shared_expert
 from megatron_btx.checkpoint.hf_families import (
     ALWAYS,
     COUNT,
@@ -87,10 +88,7 @@ def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None
     if config.get("partial_rotary_factor", 1.0) != 1.0:
         remedy = "only rotary embeddings over the whole head can be converted"
         raise wrong(where, "partial_rotary_factor", config["partial_rotary_factor"], "1.0", remedy)
-    shared = config.get("shared_expert_intermediate_size", family.defaults.get("shared_expert_intermediate_size", 0))
-    if family.is_mixture and shared != 0:
-        remedy = "a gated shared expert has no counterpart; take a model without one"
-        raise wrong(where, "shared_expert_intermediate_size", shared, "0", remedy)
+    shared_expert.width_of(config, where)  # whether it adds something, its tensors show
 
 
 def _with_defaults(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:

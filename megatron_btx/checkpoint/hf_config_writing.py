@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_btx.checkpoint import shared_expert
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
 from megatron_btx.checkpoint.hf_config import foreign_llama3, scaling_arguments
 from megatron_btx.checkpoint.hf_families import (
@@ -240,5 +241,5 @@ def _written_mixture(values: Mapping[str, Any], family: Family, where: str) -> d
         return {}
     keys = {"decoder_sparse_step": 1, "mlp_only_layers": dense, "norm_topk_prob": not pre_softmax}
     if family.model_type == "qwen2_moe":
-        keys |= {"shared_expert_intermediate_size": 0, "qkv_bias": bool(values.get("add_qkv_bias"))}
+        keys |= {shared_expert.WIDTH_KEY: shared_expert.WRITTEN_WIDTH, "qkv_bias": bool(values.get("add_qkv_bias"))}
     return keys

@@ -181,11 +181,7 @@ IGNORED_MEGATRON = (
 )
 """Entries that are no part of the model: a mix starts with a fresh optimizer, and empty extra states."""
 
-IGNORED_HF = (
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-    # A shared expert of width zero adds nothing, whatever its gate says.
-    r"model\.layers\.\d+\.mlp\.shared_expert(_gate|\.(gate|up|down)_proj)\.weight",
-)
+IGNORED_HF = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 """Tensors that mean nothing: rotary frequencies follow from the configuration."""
 
 

@@ -45,7 +45,18 @@ def _rows(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Ten
         layers = [layer for layer, mixture in enumerate(plan.sizes.mixture_layers) if mixture]
         rows_LEH = router_rows(plan.request.router, len(layers), plan.sizes.experts, plan.sizes.hidden)
         return rows_LEH[layers.index(planned.piece.numbers["layer"]), start:stop].to(planned.dtype)
+    if planned.operation == "ramp":
+        return _ramp(planned)[start:stop]
     return torch.zeros(stop - start, *planned.shape[1:], dtype=planned.dtype)
+
+
+def _ramp(planned: PlannedPiece) -> torch.Tensor:
+    """Rows that run from 1 to just below 2."""
+    import torch
+
+    rows, columns = planned.shape
+    row = 1 + torch.arange(columns, dtype=torch.float64) / columns
+    return row.to(planned.dtype).repeat(rows, 1)
 
 
 def _moved(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:

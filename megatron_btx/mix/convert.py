@@ -49,7 +49,8 @@ def convert(request: Request, options: argparse.Namespace, explained: str | None
     if options.dry_run or explained is not None:
         ranks.close()
         return 0
-    total = plan.output_bytes * (2 if options.verify else 1) // ranks.world
+    written = sum(task.slot.length_bytes for task in output.tasks)
+    total = written * (2 if options.verify else 1) // ranks.world
     total += sum(proof.manifest_bytes(source.root) for source in plan.sources)
     with byte_progress("mixing", total if ranks.rank == 0 else 0) as progress:
         Execution(plan, output, target, ranks, workers, progress, options.overwrite).run(options.verify)

@@ -32,7 +32,7 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
         shape = "x".join(map(str, tensors[0].shape))
         size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors) / 2**20
         fills = [fill.planned for block in tensors[0].blocks for fill in block.fills]
-        rules = "; ".join(dict.fromkeys(_rule(plan, planned) for planned in fills)) or "zeros"
+        rules = "; ".join(dict.fromkeys(_rule(plan, planned) for planned in fills))
         lines.append(f"  {pattern:<62} {len(tensors):>6} {shape:<18} {size:>10.2f}  {rules}")
     memory = _IMPORTS_BYTES + workers * STEP_BYTES * (4 + 2 * len(plan.sources))
     lines.append(
@@ -90,6 +90,8 @@ def _rule(plan: Plan, planned: PlannedPiece) -> str:
         return f"normal, std {init.std:g}, seed {init.seed}" if init.kind == "normal" else f"rows: {init.kind}"
     if planned.operation == "zeros":
         return "zeros"
+    if planned.operation == "ramp":
+        return "1 to 2, so that no token's gate is zero"
     axis = ("rows", "columns")[planned.axis]
     first = planned.parts[0]
     cut = first.stop - first.start < plan.sources[first.source].pieces[first.piece].shape[planned.axis]
@@ -112,7 +114,7 @@ def explain(plan: Plan, output: Output, name: str) -> str:
     lines = [f"{name}  {list(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}"]
     described: dict[str, list[str]] = {}
     for block in tensor.blocks:
-        axis = len(block.sizes) - (len(block.fills[0].planned.shape) if block.fills else len(block.sizes))
+        axis = len(block.sizes) - len(block.fills[0].planned.shape)
         lead = ", ".join(map(str, block.offsets[:axis]))
         row = block.offsets[axis]
         for text, rows in _joined(plan, block.fills):

@@ -174,11 +174,6 @@ class Execution:
                 self.place.write(slot.file, at, content)
                 at += len(content)
                 self.progress(len(content))
-        if not task.block.fills:
-            zeros = bytes(slot.length_bytes)
-            digest.update(zeros)
-            self.place.write(slot.file, at, zeros)
-            at += len(zeros)
         assert at == slot.position_bytes + slot.length_bytes, f"{task.block.tensor}: {at} is not the end of its block"
         self._write_around(slot)
         return digest.hexdigest()

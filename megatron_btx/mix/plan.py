@@ -61,7 +61,7 @@ class PlannedPiece:
     shape: tuple[int, ...]
     dtype: torch.dtype
     operation: str
-    """move: the parts, one after the other; average: their weighted mean; router: new rows; zeros: new."""
+    """move: the parts, one after the other; average: their weighted mean; router: new rows; zeros and ramp: new."""
     parts: tuple[Part, ...] = ()
     axis: int = 0
 
@@ -93,11 +93,6 @@ class Plan:
     def method(self) -> Method:
         """The method's row of the table."""
         return METHODS[self.request.method]
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of all pieces of the result."""
-        return sum(piece.size_bytes for piece in self.pieces)
 
     @property
     def input_bytes(self) -> int:

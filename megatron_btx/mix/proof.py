@@ -64,7 +64,7 @@ def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder:
         "versions": versions(),
         "tensors": {
             t.name: {
-                "operation": "+".join(operations_of(t.blocks)) or "zeros",
+                "operation": "+".join(operations_of(t.blocks)),
                 "sources": sources_of(plan, t.blocks),
                 "shape": list(t.shape),
                 "dtype": str(t.dtype).removeprefix("torch."),
@@ -257,8 +257,6 @@ def check_against_sources(plan: Plan, output: Output, folder: Path) -> Callable[
 
     def check(task: Task, progress: Progress) -> None:
         block = task.block
-        if not block.fills:
-            return
         # The fills follow each other along the first axis after the leading ones.
         axis = len(block.sizes) - len(block.fills[0].planned.shape)
         row = block.offsets[axis]

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint import hf_config_writing, hf_families, safetensors
+from megatron_btx.checkpoint import hf_config_writing, hf_families, safetensors, shared_expert
 from megatron_btx.checkpoint.names import DIALECTS, Sizes
 from megatron_btx.checkpoint.stored import Reader, Slot
 from megatron_btx.checkpoint.tokenizers import TOKENIZER_FOLDER_FILES, vocabulary
 from megatron_btx.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistLayout, TorchDistReader
 from megatron_btx.errors import InputError
 from megatron_btx.mix.layout import LaidOutBlock, LaidOutTensor, Task, lay_out
-from megatron_btx.mix.plan import Plan
+from megatron_btx.mix.plan import Plan, PlannedPiece
 from megatron_btx.mix.result import megatron_args_text
 from megatron_btx.mix.sources import HF_FOLDER, Source
 
@@ -166,7 +166,9 @@ def _hugging_face(plan: Plan, target: Path) -> Output:
             raise InputError(
                 f"{planned.name}: {family.architecture} has no such tensor; write --output-format megatron"
             )
-    tensors = tuple(lay_out(plan, dialect, with_other_names=False)) + tuple(_empty_shared_experts(plan, config))
+    if family.model_type == shared_expert.MODEL_TYPE:
+        plan = dataclasses.replace(plan, pieces=plan.pieces + tuple(_zero_shared_experts(plan)))
+    tensors = tuple(lay_out(plan, dialect, with_other_names=False))
     layout = safetensors.SafetensorsLayout([(t.name, t.shape, t.dtype) for t in tensors])
     tasks = tuple(
         task for t in tensors for block in t.blocks for task in _tasks(block, layout.slot(t.name), t.dtype.itemsize)
@@ -192,24 +194,11 @@ def _tasks(block: LaidOutBlock, tensor: Slot, itemsize: int) -> Iterator[Task]:
     yield Task(block, Slot(tensor.file, begin, row_bytes * block.sizes[0]))
 
 
-def _empty_shared_experts(plan: Plan, config: Mapping[str, Any]) -> Iterator[LaidOutTensor]:
-    """Qwen2-MoE has a shared expert in every mixture layer; one of width zero adds nothing."""
-    if config["model_type"] != "qwen2_moe":
-        return
-    hidden = plan.sizes.hidden
+def _zero_shared_experts(plan: Plan) -> Iterator[PlannedPiece]:
+    """The parts that Qwen2-MoE has in every mixture layer and the model has not: they add nothing."""
     dtype = plan.pieces[0].dtype
-    for layer, mixture in enumerate(plan.sizes.mixture_layers):
-        if mixture:
-            prefix = f"model.layers.{layer}.mlp.shared_expert"
-            shapes = {
-                ".gate_proj": (0, hidden),
-                ".up_proj": (0, hidden),
-                ".down_proj": (hidden, 0),
-                "_gate": (1, hidden),
-            }
-            for name, shape in shapes.items():
-                key = f"{prefix}{name}.weight"
-                yield LaidOutTensor(key, shape, dtype, (LaidOutBlock(key, (0, 0), shape, ()),))
+    for piece, content in shared_expert.pieces(plan.sizes, shared_expert.WRITTEN_WIDTH):
+        yield PlannedPiece(piece, piece.shape, dtype, content)
 
 
 def _tokenizer_files(source: Source) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint import hf_config, hf_families, safetensors
+from megatron_btx.checkpoint import hf_config, hf_families, safetensors, shared_expert
 from megatron_btx.checkpoint.names import (
     DIALECTS,
     IGNORED_HF,
@@ -45,12 +45,23 @@ class Held:
 class Source:
     """One model to be mixed or converted.
 
+    Args:
+        config: its config.json, of a Hugging Face model folder.
+
     Raises:
         CheckpointError: from the constructor: a tensor is missing, too much, or of another shape than the model's
             configuration says.
     """
 
-    def __init__(self, name: str, root: Path, reader: Reader, arguments: Mapping[str, Any], dialect: Dialect) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        reader: Reader,
+        arguments: Mapping[str, Any],
+        dialect: Dialect,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.name = name
         self.root = root
         self.reader = reader
@@ -58,7 +69,11 @@ class Source:
         self.dialect = dialect
         self.sizes = _sizes(name, reader.folder, arguments)
         self.pieces: dict[str, Held] = {}
-        self._hold(set(reader.tensors))
+        unused = set(reader.tensors)
+        if config is not None:
+            where = f"{name} ({reader.folder})"
+            unused -= shared_expert.names_without_effect(reader, config, self.sizes, where)
+        self._hold(unused)
 
     @property
     def folder(self) -> Path:
@@ -230,7 +245,8 @@ def open_source(name: str, path: str | Path) -> Source:
         arguments = hf_config.arguments_from_config(config, f"{name} ({path / safetensors.CONFIG})")
         hf_reader = safetensors.SafetensorsReader(path)
         family = hf_families.family_of(config, f"{name} ({path / safetensors.CONFIG})")
-        return Source(name, path, hf_reader, arguments, _hf_dialect(family.dialect, hf_reader.tensors))
+        dialect = _hf_dialect(family.dialect, hf_reader.tensors)
+        return Source(name, path, hf_reader, arguments, dialect, config)
     if not any((path / name).exists() for name in (TRACKER, "metadata.json", ".metadata")):
         safetensors.refuse_without_config(path)
     folder = resolve_iteration(path)
