@@ -104,7 +104,7 @@ def test_nothing_loads_without_the_index(tmp_path):
     (tmp_path / "x" / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="incomplete"):
         TorchDistReader(tmp_path / "x")
-    with pytest.raises(CheckpointException, match="metadata read failed"):
+    with pytest.raises(CheckpointException, match=r"metadata (read failed|is None)"):
         dcp.load({"a": torch.zeros(2, 2)}, checkpoint_id=str(tmp_path / "x"), no_dist=True)
 
 
