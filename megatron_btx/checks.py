@@ -60,6 +60,22 @@ def check_layout(args: Any) -> None:
         )
 
 
+def check_checkpoint_format(args: Any) -> None:
+    """Refuse to write or read checkpoints that these programs could not read again.
+
+    Megatron's other formats are pickled whole, or belong to wrappers of the model that are not used here.
+
+    Raises:
+        InputError: names the format.
+    """
+    touches = args.save or args.load or args.pretrained_checkpoint
+    if touches and args.ckpt_format != "torch_dist":
+        raise InputError(
+            f"--ckpt-format {args.ckpt_format}: these programs read and write torch_dist alone, so that a run can be "
+            "resumed, mixed and checked; leave the flag out"
+        )
+
+
 def check_finetuning(args: Any) -> None:
     """Refuse routing, freezing and learning rates that make no sense, before any rank starts to train.
 

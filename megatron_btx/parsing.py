@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import traceback
 from argparse import ArgumentParser
@@ -10,8 +11,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megatron_btx.arguments import add_btx_arguments
-from megatron_btx.checks import check_finetuning, check_layout
+from megatron_btx.checks import check_checkpoint_format, check_finetuning, check_layout
 from megatron_btx.errors import InputError
+from megatron_btx.restricted_loading import loading_failed, restrict_unpickling
 
 
 def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = None) -> Any:
@@ -24,8 +26,11 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
         InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on.
     """
     from megatron.training.arguments import parse_and_validate_args
+    from torch.distributed.checkpoint.api import CheckpointException
 
     _rendezvous_alone()
+    # Before Megatron parses: --use-checkpoint-args makes it load a checkpoint's arguments while it does.
+    restrict_unpickling()
 
     def refuse(message: str) -> NoReturn:
         raise InputError(f"{message}; --help and --help-megatron list all flags")
@@ -39,6 +44,8 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
         args = parse_and_validate_args(add)
     except AssertionError as refusal:
         raise refused(refusal) from refusal
+    except (CheckpointException, pickle.UnpicklingError) as failure:
+        raise loading_failed("the checkpoint of --use-checkpoint-args", failure) from failure
     except (RuntimeError, ValueError, OSError) as failure:
         # Validation ends with building the tokenizer, whose libraries raise what they like for a bad file.
         if any("tokenizers" in frame.filename for frame in traceback.extract_tb(failure.__traceback__)):
@@ -48,6 +55,7 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
         if isinstance(failure, ValueError):
             raise refused(failure) from failure
         raise
+    check_checkpoint_format(args)
     check_layout(args)
     check_finetuning(args)
     for name in ("tokenizer_model", "vocab_file", "merge_file"):

@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import os
+import pickle
 import shutil
 import sys
 import traceback
@@ -69,7 +70,7 @@ def main() -> int:
             ModelType.encoder_or_decoder,
             functools.partial(forward_step, step=step),
         )
-    except CheckpointException as failure:
+    except (CheckpointException, pickle.UnpicklingError) as failure:
         raise _checkpointing_failed(get_args(), failure) from failure
     return 0
 
@@ -114,19 +115,18 @@ def is_finished(args: Any) -> bool:
     return finished
 
 
-def _checkpointing_failed(args: Any, failure: CheckpointException) -> CheckpointError:
+def _checkpointing_failed(args: Any, failure: CheckpointException | pickle.UnpicklingError) -> CheckpointError:
     """A failed checkpoint in one line, with what helps: most often the disk is full, and the last one stands."""
     from megatron_btx.checkpoint.arguments import checkpoint_to_load
+    from megatron_btx.restricted_loading import loading_failed
 
-    cause = next(iter(failure.failures.values()))[0]
-    said = f"{type(cause).__name__}: {cause}"
     if any(frame.name == "load_checkpoint" for frame in traceback.extract_tb(failure.__traceback__)):
         loaded = checkpoint_to_load(args)
-        return CheckpointError(
-            f"{loaded[0] if loaded else args.load}: the checkpoint could not be read: {said}. It holds other state "
-            "than this command needs, or is damaged: give the flags it was written with, or an older one with "
-            "--ckpt-step"
-        )
+        return loading_failed(str(loaded[0] if loaded else args.load), failure)
+    if isinstance(failure, pickle.UnpicklingError):
+        raise failure  # of no checkpoint
+    cause = next(iter(failure.failures.values()))[0]
+    said = f"{type(cause).__name__}: {cause}"
     free_mib = shutil.disk_usage(args.save if os.path.isdir(args.save) else ".").free >> 20
     # Megatron passes on of an exception in a writing process its class alone, as text.
     room = "Make room and start" if isinstance(cause, OSError) or "OSError" in said else "Start"

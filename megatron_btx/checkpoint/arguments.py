@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_btx.checkpoint.resume import check_resume
 from megatron_btx.checkpoint.tokenizers import check_same_tokenizer
-from megatron_btx.checkpoint.torch_dist import TRACKER, TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader, resolve_iteration
 from megatron_btx.errors import InputError
 
 
@@ -176,6 +176,7 @@ def check_against_checkpoint(args: Any) -> None:
         InputError: names every argument that differs, with both values and the flag that mends it.
     """
     loaded = checkpoint_to_load(args)
+    _check_non_persistent(args)
     if loaded is not None:
         path, resuming = loaded
         table = MODEL_ARGUMENTS + (NUMERICS_ARGUMENTS if resuming else ())
@@ -187,12 +188,20 @@ def check_against_checkpoint(args: Any) -> None:
 
 
 def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[ModelArgument] = MODEL_ARGUMENTS) -> Any:
-    """Refuse a checkpoint whose stored arguments differ from the given ones; returns the stored ones.
+    """Refuse a checkpoint that could run code, or whose stored arguments differ from the given ones.
+
+    Every rank does it for itself, before any meets the others, and finds the same.
+
+    Returns:
+        The stored arguments.
 
     Raises:
+        CheckpointError: something in it is not on the allow-list, or cannot be read.
         InputError: names every argument that differs, with both values and the flag that mends it.
     """
-    stored = TorchDistReader(resolve_iteration(path)).arguments()
+    checkpoint = TorchDistReader(resolve_iteration(path))
+    checkpoint.check_objects()
+    stored = checkpoint.arguments()
     allowed = set(given["btx_allow_change"])
     if stored.get("btx_untrained_routers"):
         allowed |= ROUTING_ARGUMENTS
@@ -209,9 +218,36 @@ def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[Mod
 
 
 def checkpoint_to_load(args: Any) -> tuple[str, bool] | None:
-    """The checkpoint Megatron will load, and whether that resumes a run rather than starting one."""
+    """The checkpoint Megatron will load, and whether that resumes a run rather than starting one.
+
+    A root stands for its latest iteration; with ``--ckpt-step`` the folder of that iteration is given, which Megatron
+    finds without a tracker, too. Source: ``training/checkpointing.py``, load_checkpoint and _load_base_checkpoint.
+    """
     if args.load and (Path(args.load) / TRACKER).is_file():
-        return args.load, not args.finetune
+        return _iteration_of(args.load, args.ckpt_step), not args.finetune
     if args.pretrained_checkpoint:
-        return args.pretrained_checkpoint, False
+        return _iteration_of(args.pretrained_checkpoint, args.ckpt_step), False
+    if args.load and args.ckpt_step:
+        return _iteration_of(args.load, args.ckpt_step), not args.finetune
     return None
+
+
+def _iteration_of(root: str, step: int | None) -> str:
+    """The root itself, or the folder of the step that ``--ckpt-step`` asks for; a release has no steps."""
+    tracker = Path(root) / TRACKER
+    if not step or (tracker.is_file() and tracker.read_bytes()[:40].strip() == RELEASE.encode()):
+        return root
+    return str(Path(root) / f"iter_{step:07d}")
+
+
+def _check_non_persistent(args: Any) -> None:
+    """Megatron prefers a checkpoint of ``--non-persistent-ckpt-type global`` when it is newer: it passes the list, too.
+
+    Local ones need a library of their own, lie on this node's disk and are held to the list when they are loaded.
+
+    Raises:
+        CheckpointError: something in it is not on the allow-list, or cannot be read.
+    """
+    root = args.non_persistent_global_ckpt_dir or (args.load and str(Path(args.load) / "non_persistent"))
+    if args.non_persistent_ckpt_type == "global" and root and (Path(root) / TRACKER).is_file():
+        TorchDistReader(resolve_iteration(root)).check_objects()

@@ -3,18 +3,24 @@
 PyTorch's distributed checkpoints keep their index in a pickle (``.metadata``) and Megatron keeps its arguments in
 another. Both are read here by an unpickler that knows the few classes they need. Megatron's enums come back as
 :class:`ForeignValue`: inert, and good enough to be compared or dropped, without importing Megatron.
+
+The training programs let Megatron unpickle for itself, which needs the real classes. They hold it to this same list:
+see :mod:`megatron_btx.restricted_loading`.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import pickle
-from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 from megatron_btx.errors import CheckpointError
 
-_PLAIN_BUILTINS = {"set", "frozenset", "slice", "complex", "bytearray", "range"}
+_PLAIN_BUILTINS = {
+    *("set", "frozenset", "slice", "complex", "bytearray", "range"),
+    *("bool", "bytes", "dict", "float", "int", "list", "str", "tuple"),
+}
 _ALLOWED = {
     "argparse": {"Namespace"},
     "builtins": _PLAIN_BUILTINS,
@@ -23,6 +29,7 @@ _ALLOWED = {
     "pathlib": {"PosixPath", "PurePosixPath", "Path"},
     "pathlib._local": {"PosixPath", "PurePosixPath", "Path"},
     "_codecs": {"encode"},
+    "_io": {"BytesIO"},  # extra states of Transformer Engine's first generation
     "numpy": {"dtype", "ndarray"},
     "numpy._core.multiarray": {"_reconstruct", "scalar"},
     "numpy.core.multiarray": {"_reconstruct", "scalar"},
@@ -48,7 +55,7 @@ _ALLOWED = {
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
 }
-_UNREADABLE = (
+UNREADABLE = (
     pickle.UnpicklingError,
     ArithmeticError,
     AttributeError,
@@ -62,7 +69,10 @@ _UNREADABLE = (
 )
 """What damaged pickles have been seen to raise: the unpickler obeys whatever the bytes happen to say."""
 
-_INERT_PREFIXES = ("megatron.", "signal", "transformer_engine.", "enum")
+_INERT_PACKAGES = ("megatron.", "transformer_engine.")
+_INERT_MODULES = {"signal", "enum"}
+_INERT = {("torch._C", "Generator")}
+"""A random generator of a GPU, which a machine without one could not make."""
 
 
 class ForeignValue:
@@ -105,12 +115,20 @@ class AllowListUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and "." not in name and _is_plain_torch_value(name):
             return super().find_class(module, name)
-        if module.startswith(_INERT_PREFIXES) and "." not in name:
+        if _is_inert(module, name):
             return _foreign_class(module, name)
         raise CheckpointError(
             f"{self.where} wants to load {module}.{name}, which no checkpoint needs and which could run code; "
             "do not use it, or have its owner save it again with stock Megatron"
         )
+
+
+def _is_inert(module: str, name: str) -> bool:
+    """Whether a global is read as a ForeignValue, without importing anything."""
+    if (module, name) in _INERT:
+        return True
+    ours = module in _INERT_MODULES or module.startswith(_INERT_PACKAGES)
+    return ours and "." not in name
 
 
 def _is_plain_torch_value(name: str) -> bool:
@@ -135,27 +153,27 @@ def unpickled(kind: type[AllowListUnpickler], file: BinaryIO, where: str) -> Any
     unpickler.where = where
     try:
         return unpickler.load()
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise CheckpointError(
-            f"{where}: cannot be read ({_first_line(error)}); it is truncated or not a checkpoint's"
+            f"{where}: cannot be read ({first_line(error)}); it is truncated or not a checkpoint's"
         ) from error
 
 
-def load_torch(file: BinaryIO, where: str) -> Any:
-    """``torch.load`` to the CPU with the allow-list, for the byte entries of a checkpoint and for ``common.pt``.
+def allowed_globals() -> list[tuple[Any, str]]:
+    """The list as PyTorch's own restricted unpickler takes it: every object with the full name that pickles give it.
 
-    Raises:
-        CheckpointError: as :func:`load_pickle`.
+    What this Python or NumPy spells otherwise is left out: nothing it reads can be asked for by that name.
     """
-    import torch
+    found = []
+    for module, names in _ALLOWED.items():
+        try:
+            owner = importlib.import_module(module)
+        except ImportError:
+            continue
+        found += [(getattr(owner, name), f"{module}.{name}") for name in sorted(names) if hasattr(owner, name)]
+    return found
 
-    unpickler = type("Unpickler", (AllowListUnpickler,), {"where": where})
-    allow_list = SimpleNamespace(Unpickler=unpickler, load=lambda f, **_: load_pickle(f, where), __name__="allow_list")
-    try:
-        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=allow_list)
-    except _UNREADABLE as error:
-        raise CheckpointError(f"{where}: cannot be read ({_first_line(error)}); it is truncated or damaged") from error
 
-
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, or what it is, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

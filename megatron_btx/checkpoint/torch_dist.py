@@ -8,6 +8,7 @@ which tensor. The numbers of a record are read and written where they lie, a sli
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import math
@@ -17,9 +18,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.safe_pickle import load_pickle, load_torch
+from megatron_btx.checkpoint.safe_pickle import load_pickle
 from megatron_btx.checkpoint.stored import Block, Files, Place, Slot, StoredTensor, read_box, read_slice
-from megatron_btx.checkpoint.torch_record import RecordedTensor, locate_tensor, record_around
+from megatron_btx.checkpoint.torch_record import RecordedTensor, load_torch, locate_tensor, record_around
 from megatron_btx.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ class TorchDistReader:
         with index_file.open("rb") as file:
             index = load_pickle(file, str(index_file))
         self.tensors: dict[str, StoredTensor] = {}
-        self._objects: dict[str, Any] = {}
+        self._objects: dict[str, list[Any]] = {}
+        """Name -> the places of its records: one, unless the index says otherwise."""
         self._files = Files()
         self._located: dict[tuple[str, int], RecordedTensor] = {}
         try:
@@ -120,6 +122,8 @@ class TorchDistReader:
             raise CheckpointError(f"{index_file}: not the index of a distributed checkpoint ({error!r})") from error
 
     def _fill(self, index: Any) -> None:
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
         stored: dict[str, list[tuple[Any, Any]]] = {}
         for key, info in index.storage_data.items():
             self._check_record(info.relative_path, info.offset, info.length)
@@ -128,8 +132,9 @@ class TorchDistReader:
             records = stored.get(name, [])
             if not records:
                 raise CheckpointError(f"{self.folder}: {name}: is in the index and stored nowhere; incomplete")
-            if not hasattr(description, "chunks"):
-                self._objects[name] = records[0][1]
+            # By its class, as PyTorch does: an index can give one kind of entry the attributes of the other.
+            if isinstance(description, BytesStorageMetadata):
+                self._objects[name] = [info for _, info in records]
                 continue
             sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in description.chunks}
             blocks = [
@@ -180,10 +185,29 @@ class TorchDistReader:
 
     def read_object(self, name: str) -> Any:
         """One entry that is not a tensor, unpickled with the allow-list."""
-        info = self._objects[name]
-        return load_torch(
-            io.BytesIO(self._record(info.relative_path, info.offset, info.length)), f"{self.folder}: {name}"
-        )
+        return self._unpickled_record(name, self._objects[name][0])
+
+    def _unpickled_record(self, name: str, info: Any) -> Any:
+        return load_torch(io.BytesIO(self._record_of(info)), f"{self.folder / info.relative_path}: {name}")
+
+    def check_objects(self) -> None:
+        """Unpickle everything that is not a tensor with the allow-list: what Megatron would unpickle without one.
+
+        Tensors are not read. The extra states of a large model are thousands, and all alike: equal bytes are looked at
+        once.
+
+        Raises:
+            CheckpointError: names the entry and what it wants to load.
+        """
+        seen: set[bytes] = set()
+        for name, records in self._objects.items():
+            for info in records:
+                digest = hashlib.sha256(self._record_of(info)).digest()
+                if digest not in seen:
+                    self._unpickled_record(name, info)
+                    seen.add(digest)
+        if self._older_common_state().is_file():
+            self.common_state()
 
     def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """The slice of a tensor at ``offsets`` of ``sizes``, put together from the blocks that overlap it."""
@@ -208,8 +232,8 @@ class TorchDistReader:
             )
         return recorded
 
-    def _record(self, relative: str, position: int, length: int) -> bytes:
-        return self._files.bytes_at(Place(self.folder / relative, position), length)
+    def _record_of(self, info: Any) -> bytes:
+        return self._files.bytes_at(Place(self.folder / info.relative_path, info.offset), info.length)
 
     def files(self) -> list[Path]:
         """The index and all files that hold tensors."""
@@ -228,16 +252,20 @@ class TorchDistReader:
         return dict(vars(arguments))
 
     def common_state(self) -> dict[str, Any]:
-        """The entry that holds arguments, iteration and scheduler."""
+        """The entry that holds arguments, iteration and scheduler: where both forms are there, Megatron's choice."""
+        older = self._older_common_state()
+        if older.is_file():
+            with older.open("rb") as file:
+                return self._checked_state(load_torch(file, str(older)), older.name)
         for name in self._objects:
             if name.split("/")[0] == "common_state":
                 state = self.read_object(name)
                 return self._checked_state(state[0] if isinstance(state, list) and state else state, name)
-        older = self.folder / "common.pt"
-        if older.is_file():
-            with older.open("rb") as file:
-                return self._checked_state(load_torch(file, str(older)), older.name)
         raise CheckpointError(f"{self.folder}: has neither common_state nor common.pt, so no model configuration")
+
+    def _older_common_state(self) -> Path:
+        """Where Megatron before 0.19 keeps the common state."""
+        return self.folder / "common.pt"
 
     def _checked_state(self, state: Any, name: str) -> dict[str, Any]:
         if not isinstance(state, dict):

@@ -11,9 +11,9 @@ import functools
 import io
 import struct
 import zipfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from megatron_btx.checkpoint.safe_pickle import AllowListUnpickler, unpickled
+from megatron_btx.checkpoint.safe_pickle import UNREADABLE, AllowListUnpickler, first_line, unpickled
 from megatron_btx.checkpoint.stored import Files, Place
 from megatron_btx.errors import CheckpointError
 
@@ -35,6 +35,8 @@ _STORAGE_DTYPES = {
     "CharStorage": "int8",
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
 }
 
 
@@ -103,9 +105,7 @@ def locate_tensor(files: Files, start: Place, length: int, where: str) -> Record
     damaged = f"{where}: is not a tensor's record"
     try:
         archive = zipfile.ZipFile(_Window(files, start, length))  # type: ignore[arg-type]
-        members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        if len(members) < len(archive.infolist()):
-            raise ValueError("two members have one name")
+        members = _members(archive)
         description = members["data.pkl"]
         if description.compress_type != zipfile.ZIP_STORED or description.file_size > _DESCRIPTION_AT_MOST_BYTES:
             raise ValueError(f"a description of {description.file_size} bytes")
@@ -142,6 +142,14 @@ def locate_tensor(files: Files, start: Place, length: int, where: str) -> Record
     return RecordedTensor(Place(start.file, start.position_bytes + begin), shape, dtype)
 
 
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The members of a record by name, without the folder that all of them lie in."""
+    members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    if len(members) < len(archive.infolist()):
+        raise ValueError("two members have one name")
+    return members
+
+
 def _numbers_at(archive: zipfile.ZipFile, data: zipfile.ZipInfo) -> int:
     """Where a member's bytes begin: told by its own header, which the archive's directory must agree with."""
     assert archive.fp is not None
@@ -155,6 +163,75 @@ def _numbers_at(archive: zipfile.ZipFile, data: zipfile.ZipInfo) -> int:
     if header[:4] != b"PK\3\4" or not named or not 0 <= gap <= _DESCRIPTOR_AT_MOST_BYTES:
         raise ValueError(f"the header of {data.filename} and the archive's directory differ")
     return begin
+
+
+class _ObjectUnpickler(AllowListUnpickler):
+    """Unpickles any object of a record; its tensors are made of the record's other members."""
+
+    archive: zipfile.ZipFile
+    members: dict[str, zipfile.ZipInfo]
+    storages: dict[str, torch.Tensor]
+    """By key: two tensors may share one."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _strided
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if module == "torch" and name in _STORAGE_DTYPES:
+            import torch
+
+            return getattr(torch, _STORAGE_DTYPES[name])
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        import torch
+
+        _, dtype, key, _, count = pid
+        if key not in self.storages:
+            content = bytearray(_read_member(self.archive, self.members[f"data/{key}"]))
+            if len(content) != count * dtype.itemsize:
+                raise ValueError(f"{len(content)} bytes for {count} numbers of {dtype}")
+            self.storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+        return self.storages[key]
+
+
+def _strided(numbers: torch.Tensor, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:
+    """A tensor that is a view of a storage; PyTorch refuses what would lie outside it."""
+    return numbers.as_strided(tuple(size), tuple(stride), offset)
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """A member's bytes, whatever its checksum: PyTorch can be told to write none, and does not look at it."""
+    assert archive.fp is not None
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{member.filename} is compressed")
+    archive.fp.seek(_numbers_at(archive, member))
+    content = archive.fp.read(member.file_size)
+    if len(content) < member.file_size:
+        raise EOFError(f"{member.filename} ends early")
+    return content
+
+
+def load_torch(file: BinaryIO, where: str) -> Any:
+    """What ``torch.save`` wrote, on the CPU and with the allow-list: byte entries of a checkpoint, and ``common.pt``.
+
+    Not ``torch.load``: its own restricted form would need Megatron's classes, and the other can be switched off for a
+    whole process, as the training programs do.
+
+    Raises:
+        CheckpointError: as :func:`megatron_btx.checkpoint.safe_pickle.load_pickle`.
+    """
+    try:
+        archive = zipfile.ZipFile(file)
+        members = _members(archive)
+        if "byteorder" in members and _read_member(archive, members["byteorder"]) != b"little":
+            raise ValueError("its numbers are big-endian")
+        of_archive = {"archive": archive, "members": members, "storages": {}}
+        kind = type("Unpickler", (_ObjectUnpickler,), of_archive)
+        return unpickled(kind, io.BytesIO(_read_member(archive, members["data.pkl"])), where)
+    except (zipfile.BadZipFile, OSError, struct.error, *UNREADABLE) as error:
+        raise CheckpointError(f"{where}: cannot be read ({first_line(error)}); it is truncated or damaged") from error
 
 
 class _Skeleton(io.RawIOBase):

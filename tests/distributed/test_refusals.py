@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from megatron.core.datasets.utils import compile_helpers
 
 from tests import pico
+from tests.hostile import Call, payload, plant
 from tests.mixing import mix, rewrite
 from tests.runner import Zygote, read_losses
 
@@ -262,3 +264,17 @@ def test_metrics_that_cannot_be_written(zygote, corpus, tmp_path):
     run = zygote.run(2, arguments, tmp_path / "log", expect=None)
     assert run.codes is not None and run.codes[1] == 2
     assert f"rank 1: error: {tmp_path / 'file'}" in run.text()
+
+
+def test_a_payload_in_a_runs_own_checkpoint(zygote, corpus, dense, tmp_path):
+    """Resumed by two ranks: refused by all of them before they meet; and by PyTorch, where our check finds it inert."""
+    for case, value, named in (
+        ("seen", payload(tmp_path), "posix.mkdir"),
+        ("unseen", Call(compile_helpers), "compile"),
+    ):
+        root = Path(shutil.copytree(dense, tmp_path / case))
+        plant(root / "iter_0000010", "rng_state", value)
+        arguments = [*pico.train(corpus, 12), "--load", str(root), "--override-opt-param-scheduler"]
+        line = refusal(zygote, arguments, tmp_path / f"{case}-log", 2)
+        assert named in line and "could run code" in line and str(root) in line
+    assert not (tmp_path / "ran").exists()

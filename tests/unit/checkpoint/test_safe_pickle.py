@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_btx.checkpoint.safe_pickle import load_pickle, load_torch
+from megatron_btx.checkpoint.safe_pickle import load_pickle
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.checkpoint.torch_record import load_torch
 from megatron_btx.errors import CheckpointError
 
 FLIPS = 400
@@ -108,8 +109,7 @@ def test_nothing_but_a_checkpoint_error_comes_out_of_a_damaged_index(dense, tmp_
 def test_nothing_but_a_checkpoint_error_comes_out_of_a_damaged_entry(dense):
     """The same for the record of the arguments, in its pickle and in its archive."""
     reader, random_ = TorchDistReader(dense / "iter_0000010"), random.Random(1)
-    info = reader._objects["common_state/shard_0_1"]
-    honest = reader._record(info.relative_path, info.offset, info.length)
+    honest = reader._record_of(reader._objects["common_state/shard_0_1"][0])
     refused = 0
     for number in range(FLIPS):
         content = bytearray(honest)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.mix.convert_hf import main as convert_hf
 from tests.mixing import mix
 from tests.old_formats import FORMS, MIXTURE_FORMS, Form, write_form
-from tests.unit.mix.checkpoints import byte_entry, same_bits, tensors
+from tests.unit.mix.checkpoints import byte_entry, iteration, same_bits, tensors
 
 COMMON = "common_state/shard_0_1"
 
@@ -22,8 +23,9 @@ def expected(experts, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_form_mixes_bit_for_bit(form: Form, experts, expected, tmp_path):
-    """Both experts in the form; and one of them in it, one in today's."""
+    """Both experts in the form; and one of them in it, one in today's. The training programs' check passes it."""
     old = {name: write_form(experts[name], tmp_path / name, form) for name in ("code", "wiki")}
+    TorchDistReader(iteration(old["code"])).check_objects()
     reference = tensors(expected)
     for number, pair in enumerate(({"a": old["code"], "b": old["wiki"]}, {"a": experts["code"], "b": old["wiki"]})):
         found = tensors(mix(pair, tmp_path / str(number)))
