@@ -3,144 +3,198 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.checkpoint.segmentation import first_difference
+from megatron_btx.checkpoint.vocabulary import (
+    TOKENIZER_FILES,
+    UnknownVocabularyError,
+    known_vocabulary,
+    refuse_pointer,
+    tokenizer_files,
+    tokenizer_place,
+    unknown_reason,
+)
 from megatron_btx.errors import InputError
 
-TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
-"""The arguments that name a tokenizer's files."""
-
-TOKENIZER_FOLDER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model")
-"""Files of a tokenizer in a Hugging Face folder."""
+Stored = Mapping[str, Any]
+_SHOWN = 3
+_ALL = 1 << 62
 
 
-def check_same_tokenizer(sources: Mapping[str, Mapping[str, Any]], remedy: str) -> None:
-    """Refuse models whose tokenizers differ: by the content of their files, never by their paths.
+def check_same_tokenizer(sources: Mapping[str, Stored], remedy: str) -> None:
+    """Refuse models whose tokenizers differ: in their tables and rules, never in the paths or form of their files.
 
-    Files that differ are compared by the vocabularies in them, where these can be read: chat templates and the like do
-    not matter to a mix.
+    Tokens beyond a model's rows (``padded_vocab_size``) are none of it. Where a table cannot be known, the bytes of the
+    files decide.
 
     Args:
         sources: a name to show, and the stored arguments; ``hf_folder`` among them is a Hugging Face folder.
+        remedy: the flag that allows what is refused here.
 
     Raises:
-        InputError: two tokenizers differ, or one cannot be found to be compared.
+        InputError: names the first tokens that differ, or why two tokenizers cannot be compared.
     """
-    seen = {name: tokenizer_identity(arguments, name, remedy) for name, arguments in sources.items()}
-    first = next(iter(seen))
-    for name, identity in seen.items():
-        if identity == seen[first]:
-            continue
-        left, right = (vocabulary(sources[n]) for n in (first, name))
-        if left is not None and left == right:
-            continue
+    first, *others = sources
+    for other in others:
+        _check_pair({name: sources[name] for name in (first, other)}, remedy)
+
+
+def _check_pair(pair: Mapping[str, Stored], remedy: str) -> None:
+    (left, one), (right, other) = pair.items()
+    same_files = _identity(one) == _identity(other)
+    if same_files:
+        _refuse_pointers(pair, remedy)
+    if same_files and one.get("padded_vocab_size") == other.get("padded_vocab_size"):
+        return
+    try:
+        tables = {name: known_vocabulary(stored) for name, stored in pair.items()}
+    except UnknownVocabularyError:
+        if same_files:
+            return
+        raise InputError(_why_unknown(pair, remedy)) from None
+    rows = [stored["padded_vocab_size"] for stored in pair.values() if stored.get("padded_vocab_size")]
+    most = max(rows, default=_ALL)
+    below = {name: tables[name].below(stored.get("padded_vocab_size") or most) for name, stored in pair.items()}
+    refuse_different_tokens(below, remedy)
+    difference = first_difference(tables[left], tables[right], (one.get("merge_file"), other.get("merge_file")))
+    if difference:
         raise InputError(
-            f"tokenizers differ: {first} has {seen[first]}, {name} has {identity}; models can only be mixed or "
-            f"continued with one tokenizer ({remedy} if the files differ in form alone)"
+            f"tokenizers differ: {left} and {right} have the same tokens and cut texts in other ways, because of "
+            f"{difference}; models can only be mixed or continued with one tokenizer ({remedy} if you know that the "
+            "ids are the same)"
         )
 
 
-def check_vocabulary_union(sources: Mapping[str, Mapping[str, Any]], remedy: str) -> None:
-    """Refuse vocabularies of which none extends all others: a token that two of them know must have one number.
+def refuse_different_tokens(tables: Mapping[str, Mapping[int, str]], remedy: str) -> None:
+    """Refuse two tables that are not equal; see :func:`check_same_tokenizer`.
+
+    Raises:
+        InputError: names the first numbers that differ, with both tokens, and how many there are.
+    """
+    (left, one), (right, other) = tables.items()
+    different = [number for number in sorted({*one, *other}) if one.get(number) != other.get(number)]
+    if different:
+        shown = ", ".join(
+            f"token {number} is {_shown(one, number)} in {left} and {_shown(other, number)} in {right}"
+            for number in different[:_SHOWN]
+        )
+        raise InputError(
+            f"tokenizers differ: {shown}; {_count(different)}; models can only be mixed or continued with one "
+            f"tokenizer ({remedy} if you know better)"
+        )
+
+
+def _shown(table: Mapping[int, str], number: int) -> str:
+    return repr(table[number]) if number in table else "nobody's"
+
+
+def _count(different: Sequence[int]) -> str:
+    return f"{len(different)} numbers differ" if len(different) > 1 else "1 number differs"
+
+
+def check_vocabulary_union(sources: Mapping[str, Stored], remedy: str) -> None:
+    """Refuse vocabularies that contradict each other: a token that two of them know must have one number.
 
     Raises:
         InputError: names a token with two numbers, a number with two tokens, or a vocabulary that cannot be read.
     """
-    known: dict[int, tuple[str, str]] = {}
-    for name, arguments in sources.items():
-        tokens = vocabulary(arguments)
-        if tokens is None:
+    tables = {}
+    for name, stored in sources.items():
+        try:
+            table = known_vocabulary(stored)
+        except UnknownVocabularyError as error:
             raise InputError(
-                f"{name}: its vocabulary cannot be read (no tokenizer.json, vocab.json or tokenizer.model), so it "
-                f"cannot be compared; put the tokenizer's files beside the model, or {remedy}"
-            )
-        for token, number in tokens.items():
-            before, owner = known.setdefault(number, (token, name))
-            if before != token:
-                raise InputError(
-                    f"vocabularies do not extend each other: token {number} is {before!r} in {owner} and {token!r} in "
-                    f"{name}; such models cannot be mixed ({remedy} if you know better)"
-                )
+                f"{name}: its vocabulary cannot be read ({error}), so it cannot be compared; put the tokenizer's files "
+                f"beside the model, or {remedy}"
+            ) from error
+        tables[name] = table.below(stored.get("padded_vocab_size") or _ALL)
+    refuse_contradictions(tables, remedy)
 
 
-def tokenizer_identity(arguments: Mapping[str, Any], name: str, remedy: str) -> str:
-    """A tokenizer's kind and the hash of its files; its size where it has none.
+def refuse_contradictions(tables: Mapping[str, Mapping[int, str]], remedy: str) -> None:
+    """Refuse tables that contradict each other; see :func:`contradictions`.
 
     Raises:
-        InputError: a file cannot be found, or a folder holds no file of a tokenizer.
+        InputError: names the first, with both, and how many numbers differ.
     """
-    kind = arguments.get("tokenizer_type")
-    folder = arguments.get("hf_folder")
-    given = [arguments[argument] for argument in TOKENIZER_FILES if arguments.get(argument) is not None]
-    if folder is not None:
-        kind, given = "HuggingFaceTokenizer", [folder] if _folder_files(Path(folder)) else []
-    if not given:
-        return f"{kind} of {arguments.get('vocab_size')} tokens"
+    wrong = contradictions(tables)
+    if wrong:
+        shown = ", ".join(wrong[number] for number in sorted(wrong)[:_SHOWN])
+        raise InputError(
+            f"vocabularies do not extend each other: {shown}; {_count(sorted(wrong))}; such models cannot be mixed "
+            f"({remedy} if you know better)"
+        )
+
+
+def contradictions(tables: Mapping[str, Mapping[int, str]]) -> dict[int, str]:
+    """The numbers that have two tokens, or whose token has two numbers, in words; one that one alone has is fine."""
+    numbers: dict[int, tuple[str, str]] = {}
+    tokens: dict[str, tuple[int, str]] = {}
+    wrong: dict[int, str] = {}
+    for name, table in tables.items():
+        for number, token in table.items():
+            before, owner = numbers.setdefault(number, (token, name))
+            if before != token:
+                wrong.setdefault(number, f"token {number} is {before!r} in {owner} and {token!r} in {name}")
+            place, owner = tokens.setdefault(token, (number, name))
+            if place != number:
+                wrong.setdefault(number, f"{token!r} is token {place} in {owner} and token {number} in {name}")
+    return wrong
+
+
+# --- tokenizers whose table is not known ----------------------------------------------------------------------
+
+
+def _identity(stored: Stored) -> tuple[object, ...]:
+    """What tells two tokenizers apart without reading them: kind and bytes; the size where there is nothing to read."""
+    place, kind = tokenizer_place(stored), stored.get("tokenizer_type")
+    if place is None:
+        return kind, stored.get("vocab_size")
+    files = _files(stored)
+    if not files:
+        return kind, object()  # equal to nothing: what is gone is unknown
+    return "HuggingFaceTokenizer" if place.is_dir() else kind, _hash(files)
+
+
+def _files(stored: Stored) -> list[Path]:
+    """The files of a tokenizer; none where one of them is gone."""
+    place = tokenizer_place(stored)
+    if place is None:
+        return []
+    if place.is_dir():
+        return tokenizer_files(place)
+    named = [Path(stored[argument]) for argument in TOKENIZER_FILES if stored.get(argument) is not None]
+    return named if all(file.is_file() for file in named) else []
+
+
+def _hash(files: Sequence[Path]) -> str:
+    """One hash of the contents of all files."""
     digest = hashlib.sha256()
-    for path in map(Path, given):
-        files = [path] if path.is_file() else _folder_files(path)
-        if not files:
-            raise InputError(
-                f"{name}: its tokenizer {path} cannot be found, so it cannot be compared; put it back, or {remedy}"
-            )
-        for file in files:
-            digest.update(file.read_bytes())
-    return f"{kind} sha256 {digest.hexdigest()[:16]}"
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    return sorted({f for pattern in TOKENIZER_FOLDER_FILES for f in folder.glob(pattern) if f.is_file()})
+def _why_unknown(pair: Mapping[str, Stored], remedy: str) -> str:
+    reasons = {name: unknown_reason(stored) for name, stored in pair.items()}
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    found = (
+        "differ in kind or files, and their tokens" if all(map(_files, pair.values())) else "of " + " and ".join(pair)
+    )
+    return (
+        f"tokenizers {found} cannot be compared: {listed}; put the tokenizer's files back or beside the model, or "
+        f"{remedy} if you know that they are the same"
+    )
 
 
-def vocabulary(arguments: Mapping[str, Any]) -> dict[str, int] | None:
-    """Every token and its number, from the tokenizer's own files; None where they are of no kind that can be read."""
-    tokens = _vocabulary(arguments)
-    if tokens is None or not all(type(number) is int for number in tokens.values()):
-        return None
-    return tokens
-
-
-def _vocabulary(arguments: Mapping[str, Any]) -> dict[str, int] | None:
-    named = arguments.get("hf_folder") or arguments.get("tokenizer_model")
-    if not named:
-        return None
-    path = Path(named)
-    if path.is_file():
-        return _sentencepiece(path)
-    if (path / "tokenizer.json").is_file():
-        return _tokenizer_json(path / "tokenizer.json")
-    if (path / "vocab.json").is_file():
-        return _plain_json(path / "vocab.json")
-    return _sentencepiece(path / "tokenizer.model") if (path / "tokenizer.model").is_file() else None
-
-
-def _tokenizer_json(file: Path) -> dict[str, int] | None:
+def _refuse_pointers(pair: Mapping[str, Stored], remedy: str) -> None:
+    """Two equal pointers say nothing of what they point to."""
+    name, stored = next(iter(pair.items()))
     try:
-        content = json.loads(file.read_bytes())
-        tokens = content["model"]["vocab"]
-        if isinstance(tokens, list):  # unigram models: [token, score] in the order of their numbers
-            tokens = {token: number for number, (token, _) in enumerate(tokens)}
-        return dict(tokens) | {added["content"]: added["id"] for added in content.get("added_tokens", [])}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _plain_json(file: Path) -> dict[str, int] | None:
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _sentencepiece(file: Path) -> dict[str, int] | None:
-    import sentencepiece
-
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except (RuntimeError, OSError):
-        return None
-    return {model.id_to_piece(number): number for number in range(model.get_piece_size())}
+        for file in _files(stored):
+            refuse_pointer(file)
+    except UnknownVocabularyError as error:
+        raise InputError(f"{name}: {error} (or {remedy})") from error

@@ -118,6 +118,15 @@ def add_output_options(p: argparse.ArgumentParser, output_format: str = "") -> N
         type=int,
         help="threads that read, compute and write, in each process (default: the cores it may use, at most 4)",
     )
+    p.add_argument(
+        "--pad-vocab-to-multiple-of",
+        metavar="N",
+        type=int,
+        default=1,
+        help="add rows to the embedding and the head until N divides them, as tensor parallelism needs it; a new row "
+        "is the mean of all tokens' rows, so its probability is below the tokens' average, and belongs to no token "
+        "(default: 1, add none)",
+    )
     p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     p.add_argument(
         "--verify",
@@ -179,6 +188,7 @@ def request_of(options: argparse.Namespace) -> Request:
         options.vocab == "union",
         options.allow_other_tokenizer,
         RouterInit(options.router_init, options.router_seed, options.router_std),
+        options.pad_vocab_to_multiple_of,
     )
 
 

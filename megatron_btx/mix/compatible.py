@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS, differences
-from megatron_btx.checkpoint.tokenizers import check_same_tokenizer, check_vocabulary_union
+from megatron_btx.checkpoint.tokenizers import check_same_tokenizer, check_vocabulary_union, contradictions
 from megatron_btx.errors import InputError
+from megatron_btx.mix.sources import EMBEDDING
 
 if TYPE_CHECKING:
     from megatron_btx.mix.plan import Request
@@ -34,6 +35,7 @@ _SYNONYMS = {
     "max_positions": "max_position_embeddings",
 } | dict.fromkeys(_ROPE_SCALING, "rope_scaling")
 
+_REMEDY = "--allow-other-tokenizer"
 _VOCABULARY = {"padded_vocab_size", "vocab_size"}
 
 
@@ -134,23 +136,85 @@ def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str
 
     Rows of padding may differ: they belong to no token, and no average counts them.
     """
-    rows = {s.name: s.vocabulary_rows("embedding.weight") for s in sources}
-    largest = max(sources, key=lambda s: rows[s.name])
-    # Tokenizers that are missing, or not to be compared, say nothing: then the configurations' sizes count.
-    told = not request.allow_other_tokenizer and all(s.tokens is not None for s in sources)
-    sizes = rows if told else {s.name: s.configured_rows("embedding.weight") for s in sources}
-    if len(set(sizes.values())) > 1 and not request.vocabulary_union:
-        smallest, largest = (choose(sources, key=lambda s: sizes[s.name]) for choose in (min, max))
-        raise InputError(
-            f"vocabularies differ: {smallest.name} has {sizes[smallest.name]} tokens, {largest.name} has "
-            f"{sizes[largest.name]}; where one extends the other, --vocab union averages each row over its owners"
-        )
-    tokenizers = {s.name: {**s.arguments, "hf_folder": s.hf_folder} for s in sources}
-    if len(sources) > 1 and not request.allow_other_tokenizer:
-        if request.vocabulary_union:
-            check_vocabulary_union(tokenizers, "--allow-other-tokenizer")
-        else:
-            check_same_tokenizer(tokenizers, "--allow-other-tokenizer")
-    padded = max(s.pieces["embedding.weight"].shape[0] for s in sources)
+    if len(sources) > 1:
+        _check_sizes(sources, request)
+        if not request.allow_other_tokenizer:
+            _check_tokenizers(sources, request.vocabulary_union)
+    chosen = vocabulary_source(sources)
     names = ("vocab_size", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
-    return {name: largest.arguments.get(name) for name in names} | {"padded_vocab_size": padded}
+    rows = max(source.pieces[EMBEDDING].shape[0] for source in sources)
+    return {name: chosen.arguments.get(name) for name in names} | {"padded_vocab_size": rows}
+
+
+def _check_sizes(sources: Sequence[Source], request: Request) -> None:
+    """Refuse vocabularies of which one has tokens that another has not, unless a union is asked for.
+
+    Tokenizers that are missing, or not to be compared, say nothing: then the configurations' sizes count.
+    """
+    tables = {source.name: source.tokens for source in sources}
+    known = {name: table for name, table in tables.items() if table is not None}
+    told = len(known) == len(tables) and not request.allow_other_tokenizer
+    if request.vocabulary_union or (told and contradictions(known)):
+        return  # what is wrong is said where tokenizers are compared
+    if not told:
+        sizes = {source.name: _configured_size(source) for source in sources}
+        missing = ""
+    else:
+        sizes = {name: len(table) for name, table in known.items()}
+        missing = _first_missing(known)
+    if len(set(sizes.values())) > 1 or missing:
+        smallest, largest = (choose(sizes, key=sizes.__getitem__) for choose in (min, max))
+        raise InputError(
+            f"vocabularies differ: {smallest} has {sizes[smallest]} tokens, {largest} has {sizes[largest]}{missing}; "
+            "where one extends the other, --vocab union averages each row over its owners"
+        )
+
+
+def _configured_size(source: Source) -> int:
+    """Tokens by the configuration alone, which may count padding."""
+    rows = source.pieces[EMBEDDING].shape[0]
+    return min(rows, source.arguments.get("vocab_size") or rows)
+
+
+def _first_missing(tables: Mapping[str, Mapping[int, str]]) -> str:
+    """In words, the first token that one model has and another has not; "" where there is none."""
+    every = _every_token(tables)
+    for number in sorted(every):
+        lacking = next((name for name, table in tables.items() if number not in table), None)
+        if lacking is not None:
+            token, owner = every[number]
+            return f" (token {number} is {token!r} in {owner} and nobody's in {lacking})"
+    return ""
+
+
+def _every_token(tables: Mapping[str, Mapping[int, str]]) -> dict[int, tuple[str, str]]:
+    """The tokens of all, each with the first that has it."""
+    every: dict[int, tuple[str, str]] = {}
+    for name, table in tables.items():
+        for number, token in table.items():
+            every.setdefault(number, (token, name))
+    return every
+
+
+def _check_tokenizers(sources: Sequence[Source], union: bool) -> None:
+    stored = {source.name: source.tokenizer_arguments for source in sources}
+    if not union:
+        check_same_tokenizer(stored, _REMEDY)
+        return
+    check_vocabulary_union(stored, _REMEDY)
+    tables = {source.name: source.tokens or {} for source in sources}
+    chosen = vocabulary_source(sources)
+    every = _every_token(tables)
+    lacking = [number for number in sorted(every) if number not in tables[chosen.name]]
+    if lacking:
+        token, owner = every[lacking[0]]
+        raise InputError(
+            f"--vocab union: no expert's tokenizer has every token: that of {chosen.name} has the most and lacks "
+            f"{len(lacking)}, the first {token!r} (token {lacking[0]} of {owner}); give one expert a tokenizer that "
+            f"has all of them, or {_REMEDY}, which takes that of {chosen.name}"
+        )
+
+
+def vocabulary_source(sources: Sequence[Source]) -> Source:
+    """The source whose tokenizer is the result's: the one with the most tokens, the first of equals."""
+    return max(sources, key=lambda source: source.token_count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -37,6 +38,10 @@ def rows_of(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> Iterato
 def _rows(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
     import torch
 
+    had = planned.shape[0] - planned.new_rows
+    if stop > had and planned.new_rows:
+        new = mean_row(plan, planned).expand(stop - max(start, had), *planned.shape[1:])
+        return torch.cat([_rows(plan, planned, start, had), new]) if start < had else new
     if planned.operation == "move":
         return _moved(plan, planned, start, stop).to(planned.dtype)
     if planned.operation == "average":
@@ -82,22 +87,63 @@ def _average(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.
     """The weighted mean over the sources, rounded once to the stored dtype.
 
     Summed in fp64: in fp32 three equal experts would not average to themselves, and the experts' order would show.
-    Where vocabularies differ, each row is averaged over the sources whose token it is; over those that have it at all,
-    where it is nobody's.
     """
     import torch
 
-    rows = {part.stop for part in planned.parts}
-    if not planned.name.startswith(("embedding.", "head.")) or (len(rows) == 1 and not plan.request.vocabulary_union):
+    if not planned.has_token_rows:
         return _mean(plan, planned, planned.parts, start, stop)
-    owned = [plan.sources[part.source].vocabulary_rows(part.piece) for part in planned.parts]
-    bounds = sorted({start, stop, *(n for n in (*owned, *(p.stop for p in planned.parts)) if start < n < stop)})
-    means = []
-    for low, high in zip(bounds, bounds[1:], strict=False):
-        owners = [part for part, rows in zip(planned.parts, owned, strict=True) if rows >= high]
-        having = owners or [part for part in planned.parts if part.stop >= high]
-        means.append(_mean(plan, planned, having, low, high))
+    means = [_mean(plan, planned, owners, low, high) for low, high, owners in owned_rows(plan, planned, start, stop)]
     return means[0] if len(means) == 1 else torch.cat(means)
+
+
+def owned_rows(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
+    """Rows of an embedding or head in stretches, each with the parts it is averaged over.
+
+    They are the sources whose token the row is: padding enters no average. A row that is nobody's token is averaged
+    over those that have it at all.
+    """
+    owned = {part: plan.sources[part.source].token_rows(part.piece) for part in planned.parts}
+    bounds = {start, stop}
+    for part, stretches in owned.items():
+        bounds.update(bound for bound in (part.stop, *itertools.chain(*stretches)) if start < bound < stop)
+    for low, high in itertools.pairwise(sorted(bounds)):
+        owners = [part for part in planned.parts if any(begin <= low < end for begin, end in owned[part])]
+        having = [part for part in planned.parts if low < part.stop]
+        yield low, high, tuple(owners or having)
+
+
+def mean_row(plan: Plan, planned: PlannedPiece) -> torch.Tensor:
+    """What every new row of an embedding or head is: the mean of the result's tokens' rows, in the piece's dtype.
+
+    All rows of a head take part in the softmax. A row of zeros has the logit 0, which can be the largest of all,
+    because a model's logits may lie anywhere. The mean row has the mean of the tokens' logits, so its probability is
+    at most that of an average token: n new rows beside V tokens raise no loss by more than log(1 + n / V). (Hewitt
+    2021, "Initializing New Word Embeddings for Pretrained Language Models".)
+    """
+    import torch
+
+    if planned.name not in plan.mean_rows:
+        had = planned.shape[0] - planned.new_rows
+        step = max(1, STEP_BYTES // (8 * math.prod(planned.shape[1:])))
+        total = torch.zeros(planned.shape[1:], dtype=torch.float64)
+        stretches = _all_token_rows(plan, planned) or [(0, had)]
+        for start, stop in stretches:
+            for low in range(start, stop, step):
+                total += _rows(plan, planned, low, min(low + step, stop)).sum(0, dtype=torch.float64)
+        count = sum(stop - start for start, stop in stretches)
+        plan.mean_rows[planned.name] = (total / count).to(planned.dtype)
+    return plan.mean_rows[planned.name]
+
+
+def _all_token_rows(plan: Plan, planned: PlannedPiece) -> list[tuple[int, int]]:
+    """The rows that are a token of any source."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(s for part in planned.parts for s in plan.sources[part.source].token_rows(part.piece)):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return found
 
 
 def _mean(plan: Plan, planned: PlannedPiece, parts: Sequence[Part], start: int, stop: int) -> torch.Tensor:

@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     if Path(path).is_dir() and is_model_folder(Path(path)) != (options.command == "import"):
         other = "is no Hugging Face model folder" if options.command == "import" else "is a Hugging Face model folder"
         raise InputError(f"{path}: {other}; import takes one, export takes a Megatron checkpoint")
-    return convert(Request((("model", path),), method="copy"), options)
+    request = Request((("model", path),), method="copy", pad_vocabulary=options.pad_vocab_to_multiple_of)
+    return convert(request, options)
 
 
 if __name__ == "__main__":

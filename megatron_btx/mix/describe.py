@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from megatron_btx.checkpoint.arguments import model_flags
+from megatron_btx.checkpoint.vocabulary import unknown_reason
 from megatron_btx.errors import InputError
-from megatron_btx.mix.compute import STEP_BYTES
+from megatron_btx.mix.compatible import vocabulary_source
+from megatron_btx.mix.compute import STEP_BYTES, owned_rows
 from megatron_btx.mix.layout import Fill, LaidOutTensor
-from megatron_btx.mix.plan import Plan, PlannedPiece
+from megatron_btx.mix.plan import Part, Plan, PlannedPiece
 from megatron_btx.mix.routers import router_rows, starting_route
 from megatron_btx.mix.sinks import Output
+from megatron_btx.mix.sources import EMBEDDING, Source
 
+_NEW_ROWS = "new rows, each the mean of all tokens' rows"
+_TENSOR_PARALLEL_SIZES = (2, 4, 8)
 _IMPORTS_BYTES = 250 << 20
 """What Python and torch take before any work."""
 
@@ -39,8 +44,38 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
         f"  {len(output.tensors)} tensors as {output.format}, {plan.input_bytes / 2**20:.1f} MiB to read, "
         f"{output.size_bytes / 2**20:.1f} MiB to write, about {memory / 2**20:.0f} MiB of memory with {workers} workers"
     )
+    lines += _vocabulary_lines(plan)
     lines.append(f"  result: {_configuration(plan, output)}")
     return "\n".join(lines)
+
+
+def _vocabulary_lines(plan: Plan) -> list[str]:
+    """What is known of each source's vocabulary, and what the result's is."""
+    lines = [f"  vocabulary of {source.name}: {_vocabulary_of(source)}" for source in plan.sources]
+    embedding = next(planned for planned in plan.pieces if planned.name == EMBEDDING)
+    rows, new = embedding.shape[0], embedding.new_rows
+    chosen = vocabulary_source(plan.sources)
+    made = f", {new} of them {_NEW_ROWS}" if new else ""
+    lines.append(
+        f"  vocabulary of the result: that of {chosen.name} with {chosen.token_count} tokens, {rows} rows{made}"
+    )
+    refused = [str(size) for size in _TENSOR_PARALLEL_SIZES if rows % size]
+    if refused:
+        lines.append(
+            f"  note: Megatron cannot train {rows} rows with a tensor parallel size of {' or '.join(refused)}, which "
+            "does not divide them; --pad-vocab-to-multiple-of 128 adds rows until it does"
+        )
+    return lines
+
+
+def _vocabulary_of(source: Source) -> str:
+    rows = source.pieces[EMBEDDING].shape[0]
+    if source.vocabulary is None:
+        why = unknown_reason(source.tokenizer_arguments)
+        return f"not known ({why}); its configuration counts {source.token_count} tokens in {rows} rows"
+    beyond = sum(number >= rows for number in source.vocabulary.tokens)
+    without = f", {beyond} more tokens have no row" if beyond else ""
+    return f"{source.token_count} tokens in {rows} rows, by {source.vocabulary.base}{without}"
 
 
 def _configuration(plan: Plan, output: Output) -> str:
@@ -129,10 +164,9 @@ def explain(plan: Plan, output: Output, name: str) -> str:
 def _joined(plan: Plan, fills: Sequence[Fill]) -> list[tuple[str, int]]:
     """Each fill in words, and its rows."""
     said = []
-    for fill in fills:
-        planned = fill.planned
+    for low, high, planned, parts in _made_alike(plan, fills):
         sources = []
-        for part in planned.parts:
+        for part in parts:
             source = plan.sources[part.source]
             held = source.pieces[part.piece]
             numbers = "".join(f"[{n}]" for n in held.location.lead)
@@ -140,7 +174,23 @@ def _joined(plan: Plan, fills: Sequence[Fill]) -> list[tuple[str, int]]:
             cut = "" if whole else f" {('rows', 'columns')[planned.axis]} {part.start}:{part.stop}"
             sources.append(f"{source.name}: {held.location.key}{numbers} ({part.piece}{cut})")
         origin = f" from {', '.join(sources)}" if sources else ""
-        said.append(
-            (f"{planned.name} rows {fill.start}:{fill.stop}: {_rule(plan, planned)}{origin}", fill.stop - fill.start)
-        )
+        is_new = bool(planned.parts) and not parts
+        rule = _NEW_ROWS if is_new else _rule(plan, planned)
+        said.append((f"{planned.name} rows {low}:{high}: {rule}{origin}", high - low))
     return said
+
+
+def _made_alike(plan: Plan, fills: Sequence[Fill]) -> Iterator[tuple[int, int, PlannedPiece, tuple[Part, ...]]]:
+    """Stretches of rows of one piece that are made of the same parts; of none where the rows are new padding."""
+    for fill in fills:
+        planned = fill.planned
+        had = planned.shape[0] - planned.new_rows
+        if fill.start < had:
+            start, stop = fill.start, min(fill.stop, had)
+            if planned.operation == "average" and planned.has_token_rows:
+                for low, high, owners in owned_rows(plan, planned, start, stop):
+                    yield low, high, planned, owners
+            else:
+                yield start, stop, planned, planned.parts
+        if fill.stop > had:
+            yield max(fill.start, had), fill.stop, planned, ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _EXPERTS_AT_MOST = 4096
+_MULTIPLE_AT_MOST = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Request:
     vocabulary_union: bool = False
     allow_other_tokenizer: bool = False
     router: RouterInit = RouterInit()
+    pad_vocabulary: int = 1
+    """The result's rows become a multiple of this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,13 @@ class PlannedPiece:
     """move: the parts, one after the other; average: their weighted mean; router: new rows; zeros and ramp: new."""
     parts: tuple[Part, ...] = ()
     axis: int = 0
+    new_rows: int = 0
+    """The last rows of the piece, which no source has: padding, each the mean of the result's tokens."""
+
+    @property
+    def has_token_rows(self) -> bool:
+        """Whether each row belongs to a token or is padding."""
+        return self.name.startswith(("embedding.", "head."))
 
     @property
     def name(self) -> str:
@@ -88,6 +99,11 @@ class Plan:
     arguments: Mapping[str, Any]
     """The arguments of the result."""
     sizes: Sizes
+
+    @functools.cached_property
+    def mean_rows(self) -> dict[str, torch.Tensor]:
+        """By piece, the row that is new in it; filled when the first of its rows is asked for."""
+        return {}
 
     @property
     def method(self) -> Method:
@@ -126,6 +142,7 @@ def make_plan(request: Request) -> Plan:
     if method.new_routers and not sources[0].sizes.experts:
         raise InputError(f"{sources[0].name} ({sources[0].folder}): has no routers, expected a mixture of experts")
     first = checked_sources(sources, request)
+    first["padded_vocab_size"] = _padded(first["padded_vocab_size"], request.pad_vocabulary)
     arguments = dense_arguments(first)
     if method.experts:
         number = request.number or 1
@@ -159,6 +176,11 @@ def _check_request(request: Request, method: Method, names: Sequence[str]) -> No
         flag = method.number_flag or next(m.number_flag for m in METHODS.values() if m.number_flag)
         raise InputError(
             f"--method {request.method}: {flag} {'is missing' if method.number_flag else 'does not apply'}"
+        )
+    if not 1 <= request.pad_vocabulary <= _MULTIPLE_AT_MOST:
+        raise InputError(
+            f"--pad-vocab-to-multiple-of {request.pad_vocabulary}: expected 1 to {_MULTIPLE_AT_MOST}; 128 suits every "
+            "tensor parallel size up to 128"
         )
     if request.number is not None and not 2 <= request.number <= _EXPERTS_AT_MOST:
         raise InputError(f"{method.number_flag} {request.number}: expected 2 to {_EXPERTS_AT_MOST}")
@@ -224,8 +246,21 @@ def _planned_pieces(
         elif piece.name in first.pieces:
             held = [source.pieces[piece.name] for source in sources]
             parts = tuple(Part(i, piece.name, 0, h.shape[0]) for i, h in enumerate(held))
-            shape = (max(h.shape[0] for h in held), *held[0].shape[1:])
-            yield PlannedPiece(piece, shape, first.pieces[piece.name].dtype, method.shared, parts)
+            rows = max(h.shape[0] for h in held)
+            dtype = first.pieces[piece.name].dtype
+            planned = PlannedPiece(piece, (rows, *held[0].shape[1:]), dtype, method.shared, parts)
+            yield _with_new_rows(planned, request) if planned.has_token_rows else planned
+
+
+def _padded(rows: int, multiple: int) -> int:
+    return -(-rows // multiple) * multiple
+
+
+def _with_new_rows(planned: PlannedPiece, request: Request) -> PlannedPiece:
+    """An embedding or head with as many rows as the user asks for."""
+    rows, *rest = planned.shape
+    padded = _padded(rows, request.pad_vocabulary)
+    return dataclasses.replace(planned, shape=(padded, *rest), new_rows=padded - rows)
 
 
 def _expert_piece(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS, model_flags
-from megatron_btx.checkpoint.tokenizers import TOKENIZER_FILES
+from megatron_btx.checkpoint.vocabulary import TOKENIZER_FILES
 
 
 def dense_arguments(first: Mapping[str, Any]) -> dict[str, Any]:

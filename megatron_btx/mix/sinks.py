@@ -13,9 +13,10 @@ from typing import Any
 from megatron_btx.checkpoint import hf_config_writing, hf_families, safetensors, shared_expert
 from megatron_btx.checkpoint.names import DIALECTS, Sizes
 from megatron_btx.checkpoint.stored import Reader, Slot
-from megatron_btx.checkpoint.tokenizers import TOKENIZER_FOLDER_FILES, vocabulary
 from megatron_btx.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistLayout, TorchDistReader
+from megatron_btx.checkpoint.vocabulary import TOKENIZER_FOLDER_FILES
 from megatron_btx.errors import InputError
+from megatron_btx.mix.compatible import vocabulary_source
 from megatron_btx.mix.layout import LaidOutBlock, LaidOutTensor, Task, lay_out
 from megatron_btx.mix.plan import Plan, PlannedPiece
 from megatron_btx.mix.result import megatron_args_text
@@ -91,7 +92,7 @@ def _megatron(plan: Plan, target: Path) -> Output:
 
 def _with_hf_files(plan: Plan, target: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The result's arguments, and the files of Hugging Face's that travel along, for training and for the way back."""
-    source = _vocabulary_source(plan)
+    source = vocabulary_source(plan.sources)
     arguments, folder = dict(plan.arguments), source.hf_folder
     if folder is None:
         return arguments, {}
@@ -104,11 +105,6 @@ def _with_hf_files(plan: Plan, target: Path) -> tuple[dict[str, Any], dict[str, 
         arguments["tokenizer_type"] = "NullTokenizer"
         arguments["tokenizer_model"] = None
     return arguments, files
-
-
-def _vocabulary_source(plan: Plan) -> Source:
-    """The source whose vocabulary is the result's: the largest, the first of equals."""
-    return max(plan.sources, key=lambda s: s.vocabulary_rows("embedding.weight"))
 
 
 def _travelling_files(folder: Path) -> dict[str, bytes]:
@@ -155,7 +151,7 @@ def _objects(arguments: Mapping[str, Any], sizes: Sizes, numbered: bool) -> Iter
 
 
 def _hugging_face(plan: Plan, target: Path) -> Output:
-    source = _vocabulary_source(plan)
+    source = vocabulary_source(plan.sources)
     folder = source.hf_folder
     base = safetensors.read_json(folder / safetensors.CONFIG) if folder else None
     config = hf_config_writing.config_from_arguments(plan.arguments, base)
@@ -212,4 +208,4 @@ def _tokenizer_files(source: Source) -> dict[str, bytes]:
     if path.is_dir():
         return _travelling_files(path)
     # A stranger's checkpoint can name any file: only a tokenizer's travels.
-    return {"tokenizer.model": path.read_bytes()} if vocabulary(source.arguments) else {}
+    return {"tokenizer.model": path.read_bytes()} if source.vocabulary else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,14 @@ from megatron_btx.checkpoint.names import (
     pieces_of,
 )
 from megatron_btx.checkpoint.stored import Reader
-from megatron_btx.checkpoint.tokenizers import TOKENIZER_FILES, vocabulary
 from megatron_btx.checkpoint.torch_dist import TRACKER, TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.vocabulary import TOKENIZER_FILES, Vocabulary, read_vocabulary
 from megatron_btx.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
+EMBEDDING = "embedding.weight"
 HF_FOLDER = "huggingface"
 """Beside a Megatron checkpoint made from Hugging Face models: their configuration, tokenizer and generation files."""
 
@@ -123,7 +124,7 @@ class Source:
         """Some save the head of tied models too: it must be the embedding, which is what is used."""
         import torch
 
-        embedding = self.pieces["embedding.weight"]
+        embedding = self.pieces[EMBEDDING]
         head = self._held(piece, location, where)
         same = head.shape == embedding.shape and head.dtype == embedding.dtype
         for start in range(0, head.shape[0] if same else 0, _HEAD_ROWS):
@@ -177,20 +178,51 @@ class Source:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, *rest, dtype=held.dtype)
 
-    def vocabulary_rows(self, name: str) -> int:
-        """How many rows of an embedding or head belong to tokens; those after them are padding."""
-        return min(self.configured_rows(name), self.tokens or self.pieces[name].shape[0])
-
-    def configured_rows(self, name: str) -> int:
-        """As :meth:`vocabulary_rows`, by the configuration alone, which may count padding."""
-        rows = self.pieces[name].shape[0]
-        return min(rows, self.arguments.get("vocab_size") or rows)
+    @functools.cached_property
+    def tokenizer_arguments(self) -> dict[str, Any]:
+        """The stored arguments with what tells the tokenizer: the folder that came along, and the rows there are."""
+        beside = self.root / HF_FOLDER
+        folder = self.hf_folder or (beside if beside.is_dir() else None)
+        rows = self.pieces[EMBEDDING].shape[0]
+        return {**self.arguments, "hf_folder": folder, "padded_vocab_size": rows}
 
     @functools.cached_property
-    def tokens(self) -> int | None:
-        """Tokens of the vocabulary, from the tokenizer's files; None where they cannot be read."""
-        tokens = vocabulary({**self.arguments, "hf_folder": self.hf_folder})
-        return max(tokens.values()) + 1 if tokens else None
+    def vocabulary(self) -> Vocabulary | None:
+        """What the tokenizer's files say; None where they cannot be read."""
+        return read_vocabulary(self.tokenizer_arguments)
+
+    @functools.cached_property
+    def tokens(self) -> dict[int, str] | None:
+        """The token of each row that has one; None where the tokenizer's files cannot be read."""
+        return None if self.vocabulary is None else self.vocabulary.below(self.pieces[EMBEDDING].shape[0])
+
+    def token_rows(self, name: str) -> tuple[tuple[int, int], ...]:
+        """The rows of an embedding or head that are tokens, in stretches from ``start`` to before ``stop``.
+
+        All others are padding. Where no table is known, they are those that the configuration counts as vocabulary.
+        """
+        rows = self.pieces[name].shape[0]
+        if self.tokens is None:
+            return ((0, min(rows, self.arguments.get("vocab_size") or rows)),)
+        return tuple(_stretches(number for number in sorted(self.tokens) if number < rows))
+
+    @property
+    def token_count(self) -> int:
+        """How many rows of the embedding are tokens."""
+        return sum(stop - start for start, stop in self.token_rows(EMBEDDING))
+
+
+def _stretches(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as stretches from ``start`` to before ``stop``."""
+    start = stop = -1
+    for number in numbers:
+        if number != stop:
+            if start < stop:
+                yield start, stop
+            start = number
+        stop = number + 1
+    if start < stop:
+        yield start, stop
 
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
@@ -252,7 +284,26 @@ def open_source(name: str, path: str | Path) -> Source:
     folder = resolve_iteration(path)
     reader = TorchDistReader(folder)
     root = folder.parent if (folder.parent / TRACKER).is_file() else folder
-    return Source(name, root, reader, reader.arguments(), _megatron_dialect(reader.tensors))
+    arguments = _with_tokenizer_beside(reader.arguments(), root)
+    return Source(name, root, reader, arguments, _megatron_dialect(reader.tensors))
+
+
+def _with_tokenizer_beside(arguments: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The stored arguments with the tokenizer's files where they are, if not where the run had them.
+
+    A checkpoint that was moved names paths of another machine: files of the same names beside the weights, or in the
+    folder with Hugging Face's files, take their place.
+    """
+    found = dict(arguments)
+    for argument in TOKENIZER_FILES:
+        named = arguments.get(argument)
+        if not isinstance(named, str | Path) or not str(named) or Path(named).exists():
+            continue
+        for place in (root, root / HF_FOLDER):
+            if (place / Path(named).name).is_file():
+                found[argument] = str(place / Path(named).name)
+                break
+    return found
 
 
 def _hf_dialect(dialect: str, keys: Iterable[str]) -> Dialect:

@@ -1,0 +1,125 @@
+"""What decides ids besides the vocabulary: two tokenizers with one table can cut the same text into other tokens.
+
+A byte-pair tokenizer cuts by the order of its merges, a Unigram tokenizer by its scores, and both after a normaliser
+and a first cut into words. Files of different form tell different parts of this; what both tell is compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.checkpoint.vocabulary import Vocabulary
+
+_JSON_PARTS = {"normalizer": "normaliser", "pre_tokenizer": "first cut into words"}
+
+
+def first_difference(left: Vocabulary, right: Vocabulary, merges: tuple[object, object] = (None, None)) -> str | None:
+    """The first rule in which two tokenizers with one table differ, in words; None where no difference is known.
+
+    Args:
+        merges: the files of merges that stored arguments name, for tokenizers that are no folders.
+    """
+    one, other = _rules(left, merges[0]), _rules(right, merges[1])
+    for name in one:
+        if name in other and one[name] != other[name]:
+            return _described(name, one[name], other[name])
+    return None
+
+
+def _described(name: str, one: Any, other: Any) -> str:
+    if not isinstance(one, list) or not isinstance(other, list):
+        return f"their {name} ({_short(one)} and {_short(other)})"
+    for number, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return f"their {name} (number {number} is {left!r} and {right!r})"
+    return f"their {name} (there are {len(one)} and {len(other)})"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 120 else f"{text[:120]}..."
+
+
+def _rules(vocabulary: Vocabulary, merges: object) -> dict[str, Any]:
+    """The rules that a tokenizer's files tell, by the name they have in a refusal."""
+    base = vocabulary.base
+    if base.name == "tokenizer.json":
+        return _rules_of_json(base)
+    if base.suffix in (".json", ".txt"):
+        file = Path(str(merges)) if merges else base.parent / "merges.txt"
+        return {"merges": _read_merges(file)} if file.is_file() else {}
+    return _rules_of_sentencepiece(base)
+
+
+def _rules_of_json(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    model = content["model"]
+    rules = {"kind": model["type"]} if model.get("type") else {}
+    if "merges" in model:
+        rules["merges"] = [_pair(merge) for merge in model["merges"]]
+    if isinstance(model.get("vocab"), list):
+        rules["scores"] = [float(score) for _, score in model["vocab"]]
+    return rules | {name: _canonical(content.get(part)) for part, name in _JSON_PARTS.items()}
+
+
+def _canonical(part: Any) -> Any:
+    """A part of tokenizer.json with what its writers leave out or spell in an older way."""
+    if not isinstance(part, dict):
+        return part
+    filled = {key: value for key, value in part.items() if key != "str_rep"}
+    for key in ("normalizers", "pretokenizers"):
+        if isinstance(filled.get(key), list):
+            filled[key] = [_canonical(step) for step in filled[key]]
+    if filled.get("type") == "ByteLevel":
+        filled = {"add_prefix_space": True, "trim_offsets": True, "use_regex": True} | filled
+    if filled.get("type") == "Metaspace":
+        prefix = filled.pop("add_prefix_space", True)
+        filled = {"prepend_scheme": "always" if prefix else "never", "split": True} | filled
+    return filled
+
+
+def _read_merges(file: Path) -> list[tuple[str, str]]:
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [_pair(line) for line in lines if line.strip() and not line.startswith("#version")]
+
+
+def _pair(merge: Any) -> tuple[str, str]:
+    """A merge, written as one text or as two."""
+    words = merge.split(" ") if isinstance(merge, str) else [str(word) for word in merge]
+    return words[0], " ".join(words[1:])
+
+
+def _rules_of_sentencepiece(file: Path) -> dict[str, Any]:
+    """From the model's protocol buffer; its whole content where protobuf is not installed or it is none."""
+    content = file.read_bytes()
+    whole = {"files": hashlib.sha256(content).hexdigest()[:16]}
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+    except ModuleNotFoundError:
+        return whole
+    model: Any = vars(sentencepiece_model_pb2)["ModelProto"]()  # made when the module is imported
+    try:
+        model.ParseFromString(content)
+    except DecodeError:
+        return whole
+    kind = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}[model.trainer_spec.model_type]
+    # A score says which merge comes first or which cut is likeliest; its number alone means nothing to byte pairs.
+    scores = [piece.score for piece in model.pieces]
+    order = sorted(range(len(scores)), key=lambda number: -scores[number])
+    rules: dict[str, Any] = {"kind": kind}
+    rules["scores" if kind == "Unigram" else "order of pieces"] = scores if kind == "Unigram" else order
+    return rules | {f"SentencePiece {name}": value for name, value in _normaliser(model.normalizer_spec).items()}
+
+
+def _normaliser(spec: Any) -> Mapping[str, Any]:
+    return {
+        "normaliser": hashlib.sha256(spec.precompiled_charsmap).hexdigest()[:16],
+        "dummy prefix": bool(spec.add_dummy_prefix),
+        "removal of blanks": bool(spec.remove_extra_whitespaces),
+        "escaping of blanks": bool(spec.escape_whitespaces),
+    }
