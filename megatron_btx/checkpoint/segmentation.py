@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,29 @@ def first_difference(left: Vocabulary, right: Vocabulary, merges: tuple[object, 
     """
     one, other = _rules(left, merges[0]), _rules(right, merges[1])
     for name in one:
-        if name in other and one[name] != other[name]:
+        if name in other and not _alike(one[name], other[name]):
             return _described(name, one[name], other[name])
     return None
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Equal; scores to the precision of the files, and those of special pieces (None) with any."""
+    if not isinstance(one, list) or not isinstance(other, list) or len(one) != len(other):
+        return bool(one == other)
+    return all(map(_alike_entries, one, other))
+
+
+def _alike_entries(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one is None or other is None or bool(one == other)
 
 
 def _described(name: str, one: Any, other: Any) -> str:
     if not isinstance(one, list) or not isinstance(other, list):
         return f"their {name} ({_short(one)} and {_short(other)})"
     for number, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
+        if not _alike_entries(left, right):
             return f"their {name} (number {number} is {left!r} and {right!r})"
     return f"their {name} (there are {len(one)} and {len(other)})"
 
@@ -59,10 +73,10 @@ def _rules_of_json(file: Path) -> dict[str, Any]:
     content = json.loads(file.read_text(encoding="utf-8"))
     model = content["model"]
     rules = {"kind": model["type"]} if model.get("type") else {}
-    if "merges" in model:
+    if isinstance(model.get("merges"), list):
         rules["merges"] = [_pair(merge) for merge in model["merges"]]
     if isinstance(model.get("vocab"), list):
-        rules["scores"] = [float(score) for _, score in model["vocab"]]
+        rules["scores"] = [entry[1] if len(entry) > 1 else None for entry in model["vocab"]]
     return rules | {name: _canonical(content.get(part)) for part, name in _JSON_PARTS.items()}
 
 
@@ -89,30 +103,31 @@ def _read_merges(file: Path) -> list[tuple[str, str]]:
 
 def _pair(merge: Any) -> tuple[str, str]:
     """A merge, written as one text or as two."""
-    words = merge.split(" ") if isinstance(merge, str) else [str(word) for word in merge]
-    return words[0], " ".join(words[1:])
+    words = merge if isinstance(merge, list) else str(merge).split(" ")
+    return str(words[0]) if words else "", " ".join(map(str, words[1:]))
 
 
 def _rules_of_sentencepiece(file: Path) -> dict[str, Any]:
-    """From the model's protocol buffer; its whole content where protobuf is not installed or it is none."""
+    """From the model's protocol buffer; nothing for a tiktoken file, whose table says it all."""
     content = file.read_bytes()
-    whole = {"files": hashlib.sha256(content).hexdigest()[:16]}
     try:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2
-    except ModuleNotFoundError:
-        return whole
+    except ModuleNotFoundError:  # without protobuf only equal files are known to be equal
+        return {"files": hashlib.sha256(content).hexdigest()[:16]}
     model: Any = vars(sentencepiece_model_pb2)["ModelProto"]()  # made when the module is imported
     try:
         model.ParseFromString(content)
     except DecodeError:
-        return whole
+        return {}
     kind = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}[model.trainer_spec.model_type]
-    # A score says which merge comes first or which cut is likeliest; its number alone means nothing to byte pairs.
-    scores = [piece.score for piece in model.pieces]
-    order = sorted(range(len(scores)), key=lambda number: -scores[number])
     rules: dict[str, Any] = {"kind": kind}
-    rules["scores" if kind == "Unigram" else "order of pieces"] = scores if kind == "Unigram" else order
+    if kind == "Unigram":
+        ordinary = type(model.pieces[0]).NORMAL if model.pieces else None
+        rules["scores"] = [piece.score if piece.type == ordinary else None for piece in model.pieces]
+    else:  # a score says which merge comes first, its number means nothing
+        scores = [piece.score for piece in model.pieces]
+        rules["order of pieces"] = sorted(range(len(scores)), key=lambda number: -scores[number])
     return rules | {f"SentencePiece {name}": value for name, value in _normaliser(model.normalizer_spec).items()}
 
 

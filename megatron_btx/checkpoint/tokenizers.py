@@ -10,13 +10,12 @@ from typing import Any
 from megatron_btx.checkpoint.segmentation import first_difference
 from megatron_btx.checkpoint.vocabulary import (
     TOKENIZER_FILES,
-    UnknownVocabularyError,
     known_vocabulary,
-    refuse_pointer,
     tokenizer_files,
     tokenizer_place,
     unknown_reason,
 )
+from megatron_btx.checkpoint.vocabulary_files import UnknownVocabularyError, refuse_pointer
 from megatron_btx.errors import InputError
 
 Stored = Mapping[str, Any]

@@ -216,5 +216,8 @@ def _check_tokenizers(sources: Sequence[Source], union: bool) -> None:
 
 
 def vocabulary_source(sources: Sequence[Source]) -> Source:
-    """The source whose tokenizer is the result's: the one with the most tokens, the first of equals."""
-    return max(sources, key=lambda source: source.token_count)
+    """The source whose tokenizer is the result's: that with the most tokens, of equals the most rows, then the first.
+
+    A tokenizer can have tokens beyond its model's rows; beside the rows of a larger model they would seem to have one.
+    """
+    return max(sources, key=lambda source: (source.token_count, source.pieces[EMBEDDING].shape[0]))

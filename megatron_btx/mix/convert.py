@@ -53,11 +53,12 @@ def convert(request: Request, options: argparse.Namespace, explained: str | None
     total = written * (2 if options.verify else 1) // ranks.world
     total += sum(proof.manifest_bytes(source.root) for source in plan.sources)
     with byte_progress("mixing", total if ranks.rank == 0 else 0) as progress:
-        Execution(plan, output, target, ranks, workers, progress, options.overwrite).run(options.verify)
+        execution = Execution(plan, output, target, ranks, workers, progress, options.overwrite)
+        execution.run(options.verify)
     ranks.close()
     if ranks.rank == 0:
         if options.verify:
-            print(f"verified: all {len(output.tensors)} tensors equal what their rules give")
+            print(f"verified: all {len(output.tensors)} tensors equal what their rules give; {execution.checked_rows}")
         hint = f"; continue with the flags in {target / 'megatron_args.txt'}" if output.format == "megatron" else ""
         print(f"wrote {target}{hint}")
     return 0

@@ -20,6 +20,7 @@ from megatron_btx.mix.compute import rows_of
 from megatron_btx.mix.layout import Task
 from megatron_btx.mix.plan import Plan
 from megatron_btx.mix.ranks import Ranks
+from megatron_btx.mix.rows_proof import check_token_rows
 from megatron_btx.mix.sinks import Output
 from megatron_btx.mix.workplace import Workplace
 
@@ -53,6 +54,7 @@ class Execution:
         self.workers = workers
         self.progress = progress
         self.place = Workplace(target, overwrite)
+        self.checked_rows = ""
         self._share = range(ranks.rank, len(output.tasks), ranks.world)
         self._stop = threading.Event()
 
@@ -233,6 +235,8 @@ class Execution:
     def _verify_share(self) -> None:
         check = proof.check_against_sources(self.plan, self.output, self.place.result)
         self._in_threads(lambda number: check(self.output.tasks[number], self.progress), self._share)
+        if self.ranks.rank == 0:
+            self.checked_rows = check_token_rows(self.plan, self.output, self.place.result)
 
     def _publish(self) -> None:
         if self.ranks.rank == 0:

@@ -11,11 +11,12 @@ from typing import Any
 
 from megatron_btx.errors import CheckpointError, InputError
 from megatron_btx.manifest import FILE_NAME, read_manifest, versions
+from megatron_btx.mix.compatible import vocabulary_source
 from megatron_btx.mix.compute import rows_of
 from megatron_btx.mix.layout import Task
 from megatron_btx.mix.plan import Plan
 from megatron_btx.mix.sinks import Output
-from megatron_btx.mix.sources import Source
+from megatron_btx.mix.sources import EMBEDDING, Source
 
 FORM = 2
 """Version of the manifest's form."""
@@ -58,6 +59,7 @@ def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder:
         "router": {"init": request.router.kind, "seed": request.router.seed, "std": request.router.std},
         "take": dict(request.take),
         "vocabulary_union": request.vocabulary_union,
+        "vocabulary": _vocabulary(plan),
         "experts": [
             {**source_identity(s), "weight": weight} for s, weight in zip(plan.sources, plan.weights, strict=True)
         ],
@@ -79,6 +81,20 @@ def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder:
     content["files"] = {name: _frame(folder / name, slots.get(name, [])) for name in names}
     content["manifest_sha256"] = _own_hash(content)
     return _text(content)
+
+
+def _vocabulary(plan: Plan) -> dict[str, Any]:
+    """Whose tokenizer the result has, and which of its rows are tokens."""
+    planned = next(piece for piece in plan.pieces if piece.name == EMBEDDING)
+    chosen = vocabulary_source(plan.sources)
+    stretches = [list(stretch) for stretch in chosen.token_rows(EMBEDDING)]
+    return {
+        "tokenizer_of": chosen.name,
+        "known": chosen.tokens is not None,
+        "token_rows": stretches,
+        "rows": planned.shape[0],
+        "new_rows": planned.new_rows,
+    }
 
 
 def operations_of(blocks: Sequence[Any]) -> list[str]:

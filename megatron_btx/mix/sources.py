@@ -22,7 +22,7 @@ from megatron_btx.checkpoint.names import (
 )
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.checkpoint.torch_dist import TRACKER, TorchDistReader, resolve_iteration
-from megatron_btx.checkpoint.vocabulary import TOKENIZER_FILES, Vocabulary, read_vocabulary
+from megatron_btx.checkpoint.vocabulary import TOKENIZER_FILES, Vocabulary, read_vocabulary, tokenizer_files
 from megatron_btx.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -303,6 +303,10 @@ def _with_tokenizer_beside(arguments: dict[str, Any], root: Path) -> dict[str, A
             if (place / Path(named).name).is_file():
                 found[argument] = str(place / Path(named).name)
                 break
+    named, folder = found.get("tokenizer_model"), root / HF_FOLDER
+    is_folder = found.get("tokenizer_type") == "HuggingFaceTokenizer" and isinstance(named, str)
+    if is_folder and not Path(str(named)).exists() and tokenizer_files(folder):
+        found["tokenizer_model"] = str(folder)
     return found
 
 
