@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from megatron_btx.checkpoint.arguments import model_flags
+from megatron_btx.checkpoint.safetensors import CONFIG
+from megatron_btx.checkpoint.servers import server_lines
 from megatron_btx.checkpoint.vocabulary import unknown_reason
 from megatron_btx.errors import InputError
 from megatron_btx.mix.compatible import vocabulary_source
@@ -46,6 +48,8 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
     )
     lines += _vocabulary_lines(plan)
     lines.append(f"  result: {_configuration(plan, output)}")
+    if output.format == "hf":
+        lines += server_lines(json.loads(output.small_files[CONFIG]))
     return "\n".join(lines)
 
 
@@ -81,7 +85,7 @@ def _vocabulary_of(source: Source) -> str:
 def _configuration(plan: Plan, output: Output) -> str:
     """The result's configuration as its own format says it."""
     if output.format == "hf":
-        return " ".join(json.dumps(json.loads(output.small_files["config.json"]), sort_keys=True).split())
+        return " ".join(json.dumps(json.loads(output.small_files[CONFIG]), sort_keys=True).split())
     return " ".join(" ".join(flag) for flag in model_flags(plan.arguments))
 
 
