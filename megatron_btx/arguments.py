@@ -160,7 +160,7 @@ def help_if_asked(
     asked = {"-h", "--help", "--help-megatron"} & set(sys.argv[1:])
     if not asked:
         return
-    if os.environ.get("RANK", "0") == "0":
+    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) == "0":
         parser = argparse.ArgumentParser(
             usage="%(prog)s [Megatron's flags] [--btx-... flags]",
             description=description,

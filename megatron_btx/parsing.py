@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
+import sys
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from megatron_btx import launch
 from megatron_btx.arguments import add_btx_arguments
 from megatron_btx.checks import check_checkpoint_format, check_finetuning, check_layout
 from megatron_btx.errors import InputError
@@ -23,12 +24,13 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
         extra: adds the arguments of another program than this one.
 
     Raises:
-        InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on.
+        InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on. Or this
+            process is one of several and cannot know its place; see :mod:`megatron_btx.launch`.
     """
     from megatron.training.arguments import parse_and_validate_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    _rendezvous_alone()
+    launch.join(checking="--btx-check" in sys.argv[1:])
     # Before Megatron parses: --use-checkpoint-args makes it load a checkpoint's arguments while it does.
     restrict_unpickling()
 
@@ -64,14 +66,6 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
             # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
             setattr(args, name, os.path.abspath(file))
     return args
-
-
-def _rendezvous_alone() -> None:
-    """Started by hand, without torchrun or srun, a program is one process and meets nobody but itself."""
-    if not {"RANK", "MASTER_PORT"} & os.environ.keys() and os.environ.get("SLURM_NTASKS", "1") == "1":
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
 
 
 def refused(refusal: Exception) -> InputError:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import datetime
 import os
-import subprocess
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from megatron_btx.errors import BTXError, InputError, KeptError
+from megatron_btx.launch import find_place
 
 T = TypeVar("T")
 
@@ -26,21 +26,19 @@ class Ranks:
     """This process among those of one run; alone where nothing launched several."""
 
     def __init__(self) -> None:
-        self.rank, self.world = _rank_and_world()
-        if self.world > 1:
+        place = find_place(os.environ)
+        self.rank, self.world = (place.rank, place.world) if place else (0, 1)
+        if place and self.world > 1:
             import torch.distributed
 
-            if "MASTER_ADDR" not in os.environ:
-                os.environ["MASTER_ADDR"] = _first_host()
-            os.environ.setdefault("MASTER_PORT", str(_port_of_step()))
+            os.environ |= place.variables()
             try:
                 torch.distributed.init_process_group("gloo", rank=self.rank, world_size=self.world, timeout=_MEETING)
                 self._group = torch.distributed.new_group(timeout=_PATIENCE)
             except RuntimeError as error:
-                meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 raise RankLostError(
-                    f"the {self.world} processes did not meet at {meeting} (MASTER_ADDR, MASTER_PORT): "
-                    f"{str(error).splitlines()[0]}; start them all again"
+                    f"the {self.world} processes did not meet at {place.address}:{place.port} (MASTER_ADDR, "
+                    f"MASTER_PORT): {str(error).splitlines()[0]}; start them all again"
                 ) from error
 
     def gather(self, value: Any) -> list[Any]:
@@ -85,30 +83,3 @@ class Ranks:
             import torch.distributed
 
             torch.distributed.destroy_process_group()
-
-
-def _rank_and_world() -> tuple[int, int]:
-    """From torchrun's variables, else from those of a Slurm step (a batch script alone has one process)."""
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        if rank in os.environ and world in os.environ:
-            return int(os.environ[rank]), int(os.environ[world])
-    return 0, 1
-
-
-def _port_of_step() -> int:
-    """A port that steps of one job, and neighbouring jobs, do not share."""
-    job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return 20000 + (job * 64 + step) % 20000
-
-
-def _first_host() -> str:
-    nodes = os.environ.get("SLURM_STEP_NODELIST")
-    if nodes is None:
-        return "127.0.0.1"
-    answer = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-    if answer.returncode != 0 or not answer.stdout.split():
-        raise InputError(
-            f"scontrol show hostnames {nodes}: {answer.stderr.strip() or 'no answer'}; "
-            "set MASTER_ADDR to the first host"
-        )
-    return answer.stdout.split()[0]

@@ -22,6 +22,7 @@ from typing import Any
 from megatron_btx.arguments import help_if_asked
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import InputError, exits_with_one_line
+from megatron_btx.launch import without_launcher
 
 prepare_environment()
 
@@ -252,11 +253,7 @@ def _write(model: str, rows_LEH: Any, report: dict[str, Any], output: Path) -> i
     write_json(output.with_name(output.name + REPORT_SUFFIX), report)
     command = [sys.executable, "-W", "ignore", "-m", "megatron_btx.mix.cli", "--method", "reroute", "--verify"]
     command += ["--expert", f"mixture={Path(model).resolve()}", "--router-init", str(rows_file.resolve())]
-    alone = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("SLURM_", "TORCHELASTIC_")) and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
+    alone = without_launcher(os.environ)
     return subprocess.run([*command, "--output", str(output)], env=alone, check=False).returncode
 
 

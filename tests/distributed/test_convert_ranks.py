@@ -18,6 +18,7 @@ import pytest
 
 from tests.mixing import mix, rewrite
 from tests.runner import REPOSITORY
+from tests.srun import become_task
 from tests.unit.mix.checkpoints import expert_words
 from tests.unit.mix.folders import llama_folder
 
@@ -33,9 +34,7 @@ def main() -> int:
 
     wrong, is_last = os.environ.get(LAST), int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     if "SLURM_JOB_ID" in os.environ:
-        os.environ["SLURM_PROCID"], os.environ["SLURM_STEP_NUM_TASKS"] = os.environ["RANK"], os.environ["WORLD_SIZE"]
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            del os.environ[name]
+        become_task()
     write, left = Workplace.write, [10]
 
     def failing(self: Workplace, file: str, position: int, content: bytes) -> None:
@@ -142,43 +141,36 @@ def test_a_file_that_cannot_grow(models, zygote, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["logs"]
 
 
-# --- Slurm, imitated by its variables: there is none here ---------------------------------------------------------
+# --- Slurm, imitated by its variables ------------------------------------------------------------------------------
 
 
-def slurm(folder: Path, answer: str) -> dict[str, str]:
-    """The variables of a Slurm step but for rank and size, and an scontrol that gives an answer."""
-    folder.mkdir(parents=True)
-    (folder / "scontrol").write_text(f"#!/bin/sh\n{answer}\n")
-    (folder / "scontrol").chmod(0o755)
-    for job in range(os.getpid() % 10_000, 20_000):
+def slurm(nodes: str) -> dict[str, str]:
+    """The variables of a Slurm step but for rank and size; its processes meet at a port that is free."""
+    job = 50_000 + os.getpid() % 10_000
+    while True:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", 20_000 + job)) != 0:
-                break
-    path = f"{folder}:{os.environ['PATH']}"
-    return {"PATH": path, "SLURM_JOB_ID": str(job + 40_000), "SLURM_STEP_NODELIST": "node[007-008]"}
+            if probe.connect_ex(("127.0.0.1", 20_000 + job * 64 % 12_000)) != 0:
+                return {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": nodes}
+        job += 1
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_under_srun(world, models, alone, zygote, tmp_path):
-    """srun is imitated by the variables it sets: rank, size, job and nodes, whose first name scontrol tells."""
-    asked = tmp_path / "logs" / "asked"
-    environment = slurm(tmp_path / "logs" / "bin", f'echo "$@" >> {asked}; echo localhost; echo node008')
+    """srun is imitated by the variables it sets: rank, size, job and nodes, the first of which is the meeting place."""
     words = [*expert_words(models["megatron"]), "--output", str(tmp_path / "out")]
+    environment = slurm("localhost,node008")
     zygote.run(world, words, tmp_path / "logs" / "log", entry=WRONG, environment=environment)
     assert contents(tmp_path / "out") == alone["megatron"]
-    assert not asked.exists() if world == 1 else "show hostnames node[007-008]" in asked.read_text()
 
 
-def test_under_srun_with_an_scontrol_that_fails(models, zygote, tmp_path):
-    """One line with the way out; where MASTER_ADDR is given, nobody is asked."""
-    environment = slurm(tmp_path / "logs" / "bin", "echo no such node >&2; exit 1")
+def test_under_srun_with_nodes_of_an_unknown_form(models, zygote, tmp_path):
+    """One line with the way out; where MASTER_ADDR is given, the nodes are not asked."""
     words = [*expert_words(models["megatron"]), "--output", str(tmp_path / "out")]
-    run = zygote.start(2, words, tmp_path / "logs" / "log", entry=WRONG, environment=environment)
+    run = zygote.start(2, words, tmp_path / "logs" / "log", entry=WRONG, environment=slurm("node[7"))
     zygote.wait(run, expect=None)
-    assert 2 in run.codes and "no such node" in run.text() and "MASTER_ADDR" in run.text()
+    assert run.codes == [2, 2] and "Slurm's list of nodes node[7" in run.text() and "MASTER_ADDR" in run.text()
     assert "Traceback" not in run.text()
-    given = {key: value for key, value in environment.items() if key != "SLURM_JOB_ID"}
-    zygote.run(2, words, tmp_path / "logs" / "given", entry=CLI, environment=given)
+    zygote.run(2, words, tmp_path / "logs" / "given", entry=CLI, environment={"SLURM_STEP_NODELIST": "node[7"})
     assert (tmp_path / "out").is_dir()
 
 
