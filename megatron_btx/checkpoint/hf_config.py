@@ -7,7 +7,7 @@ absent means what its transformers class makes of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_btx.checkpoint import shared_expert
@@ -26,6 +26,9 @@ from megatron_btx.checkpoint.hf_families import (
     wrong,
 )
 from megatron_btx.errors import InputError
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Of transformers 5 and 4."""
 
 
 def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -79,8 +82,14 @@ def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None
     """Refuse parts of a model that the arguments of these families do not say."""
     if config.get("hidden_act", "silu") != "silu":
         raise wrong(where, "hidden_act", config["hidden_act"], "'silu'", "only gated SiLU models can be converted")
-    if config.get("quantization_config") is not None:
-        raise InputError(f"{where}: quantization_config is given, expected plain weights; take the unquantized model")
+    quantised = config.get("quantization_config") or config.get("compression_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+        raise InputError(
+            f"{where}: quantization_config is given ({method or 'of an unnamed method'}), expected plain weights; take "
+            "the unquantized model, or load it with transformers, call dequantize() on it and save it with "
+            "save_pretrained"
+        )
     for key in ("attention_bias", "mlp_bias"):
         if True not in family.qkv_biases and _switch(where, config, key):
             remedy = "such biases, also on the output projections, have no counterpart; take a model without them"
@@ -123,11 +132,29 @@ def _qkv_bias(config: Mapping[str, Any], family: Family, where: str) -> bool:
 
 def _dtype(config: Mapping[str, Any], where: str) -> str:
     """Name of the weights' type: ``dtype`` of transformers 5, ``torch_dtype`` of 4; float32 where there is neither."""
-    key = "dtype" if config.get("dtype") is not None else "torch_dtype"
+    key = next((key for key in _DTYPE_KEYS if config.get(key) is not None), _DTYPE_KEYS[0])
     name = config.get(key) or "float32"
     if name not in DTYPES:
         raise wrong(where, key, name, f"one of {', '.join(DTYPES)}", "save the model in one of those types")
     return str(name)
+
+
+def dtype_arguments(config: Mapping[str, Any], dtypes: Sequence[str], where: str) -> dict[str, Any]:
+    """The arguments that say the weights' type: what the configuration states, else what the tensors have.
+
+    Args:
+        dtypes: the names of the tensors' types, that with the most bytes first.
+
+    Raises:
+        InputError: no tensor has the type that is stated; nobody can know which of the two is meant.
+    """
+    stated = next((str(config[key]) for key in _DTYPE_KEYS if config.get(key) is not None), None)
+    dtype = stated or next((name for name in dtypes if name in DTYPES), "float32")
+    if dtypes and stated and stated not in dtypes:
+        key = next(key for key in _DTYPE_KEYS if config.get(key) is not None)
+        remedy = f'set it to "{dtypes[0]}" if the weights are as they are meant, else save the model in {stated}'
+        raise wrong(where, key, stated, f"{' or '.join(dtypes)}, as its tensors are", remedy)
+    return {"params_dtype": dtype, "bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
 
 
 def _rope(config: Mapping[str, Any], family: Family, where: str) -> tuple[float, dict[str, Any] | None]:

@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 _HEADER_AT_MOST_BYTES = 100 << 20
+_STEP_BYTES = 16 << 20
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -58,6 +59,49 @@ def _whole(numbers: list[int]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index: from the name of each tensor to its file."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX}: has no weight_map of names to files; it is damaged")
+    return weight_map
+
+
+def _file_that_counts(folder: Path) -> str:
+    """The index or the single file: where both are there, the single file, which transformers (4.57 and 5) reads.
+
+    Raises:
+        CheckpointError: there is neither, or the two hold other weights: one is left over from another save.
+    """
+    single, index = (folder / SINGLE).is_file(), os.path.lexists(folder / INDEX)
+    if not single and not index:
+        found = f"{SINGLE} is no file, or a link to none" if os.path.lexists(folder / SINGLE) else ""
+        found = found or f"has neither {SINGLE} nor {INDEX}"
+        raise CheckpointError(f"{folder}: {found}; the model folder is incomplete")
+    if not (single and index):
+        return SINGLE if single else INDEX
+    shards = set(_weight_map(folder).values())
+    if shards == {SINGLE}:
+        return INDEX
+    if any((folder / Path(name).name).is_file() for name in shards) and not _hold_the_same(folder):
+        raise CheckpointError(
+            f"{folder}: holds two sets of weights: {SINGLE}, which transformers reads, and {INDEX} with its "
+            "shards, and they are not the same; remove the one that is left over from another save"
+        )
+    return SINGLE
+
+
+def _hold_the_same(folder: Path) -> bool:
+    """Whether the single file and the shards of the index hold the same tensors, bit for bit."""
+    one = SafetensorsReader(folder, SINGLE)
+    try:
+        other = SafetensorsReader(folder, INDEX)
+    except CheckpointError:
+        return False
+    described = [{name: (t.shape, t.dtype) for name, t in reader.tensors.items()} for reader in (one, other)]
+    return described[0] == described[1] and all(one.holds_as(other, name) for name in one.tensors)
+
+
 class SafetensorsReader:
     """Reads tensors and slices of one model folder.
 
@@ -65,38 +109,30 @@ class SafetensorsReader:
         CheckpointError: from the constructor or a read; names the file and what is wrong with it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, file: str = "") -> None:
+        """Open a folder; ``file`` is :data:`INDEX` or :data:`SINGLE` where one of the two is meant."""
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self._files = Files()
-        if os.path.lexists(folder / INDEX):
+        if (file or _file_that_counts(folder)) == INDEX:
             self._open_index()
-        elif (folder / SINGLE).is_file():
-            self._open_file(SINGLE)
         else:
-            self._refuse_without_safetensors()
-
-    def _refuse_without_safetensors(self) -> None:
-        pickled = sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pth"))
-        if pickled:
-            raise CheckpointError(
-                f"{pickled[0]}: holds pickled weights, which can run code and are not read; load the model with "
-                "transformers and save it with save_pretrained, which writes safetensors"
-            )
-        found = f"{SINGLE} is no file, or a link to none" if os.path.lexists(self.folder / SINGLE) else ""
-        found = found or f"has neither {SINGLE} nor {INDEX}"
-        raise CheckpointError(f"{self.folder}: {found}; the model folder is incomplete")
+            self._open_file(SINGLE)
 
     def _open_index(self) -> None:
         index = self.folder / INDEX
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise CheckpointError(f"{index}: has no weight_map of names to files; it is damaged")
-        for name in sorted(set(weight_map.values())):
+        weight_map = _weight_map(self.folder)
+        names = sorted(set(weight_map.values()))
+        for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{index}: names {name!r}, expected a .safetensors file beside it; refused")
-            if not (self.folder / name).is_file():
-                raise CheckpointError(f"{self.folder / name}: does not exist, {INDEX} names it; incomplete")
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{self.folder / missing[0]}: does not exist, {INDEX} names it ({len(missing)} of {len(names)} "
+                "files are missing); the model folder is incomplete, fetch or save it again"
+            )
+        for name in names:
             self._open_file(name)
         for tensor, file in weight_map.items():
             if tensor not in self.tensors:
@@ -161,10 +197,33 @@ class SafetensorsReader:
 
         return read_slice(name, stored, offsets, sizes, read_block, self.folder)
 
+    def dtypes(self) -> list[str]:
+        """The names of the tensors' types, that with the most bytes first."""
+        size_bytes: dict[str, int] = {}
+        for stored in self.tensors.values():
+            name = str(stored.dtype).removeprefix("torch.")
+            size_bytes[name] = size_bytes.get(name, 0) + sum(block.length_bytes for block in stored.blocks)
+        return sorted(size_bytes, key=lambda name: -size_bytes[name])
+
+    def holds_as(self, other: SafetensorsReader, name: str) -> bool:
+        """Whether a tensor has the same bytes in another reader, whose tensor is of the same shape and dtype."""
+        (mine,), (theirs,) = (reader.tensors[name].blocks for reader in (self, other))
+        for start in range(0, mine.length_bytes, _STEP_BYTES):
+            count = min(_STEP_BYTES, mine.length_bytes - start)
+            parts = [
+                reader._files.bytes_at(Place(reader.folder / block.file, block.position_bytes + start), count)
+                for reader, block in ((self, mine), (other, theirs))
+            ]
+            if parts[0] != parts[1]:
+                return False
+        return True
+
     def files(self) -> list[Path]:
         """The configuration, the index where there is one, and all files that hold tensors."""
         names = sorted({block.file for stored in self.tensors.values() for block in stored.blocks})
         small = [self.folder / name for name in (CONFIG, INDEX) if (self.folder / name).is_file()]
+        # An index that is left over beside the single file says nothing of it.
+        small = [file for file in small if file.name != INDEX or names != [SINGLE]]
         return small + [self.folder / name for name in names]
 
 

@@ -32,6 +32,11 @@ BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 DATA_FILE_BYTES = 4 << 30
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is (or claims to be) a Megatron checkpoint: a root, or one iteration."""
+    return any((path / mark).exists() for mark in (TRACKER, "metadata.json", ".metadata"))
+
+
 def resolve_iteration(path: str | Path) -> Path:
     """The folder of one iteration, from a checkpoint root (its latest) or from the folder itself.
 
@@ -77,7 +82,8 @@ def _refuse_other_formats(folder: Path) -> None:
         found = "its metadata.json says so" if fsdp else "it has an index, but no metadata.json"
         raise CheckpointError(
             f"{folder}: is of the format 'fsdp_dtensor' or 'torch_dcp' ({found}), not a torch_dist checkpoint; load it "
-            "with the Megatron that wrote it and save it again with --ckpt-format torch_dist"
+            "with the Megatron that wrote it and save it again with --ckpt-format torch_dist (or, where accelerate or "
+            f"transformers saved it: accelerate merge-weights {folder} MODEL, with config.json and tokenizer beside)"
         )
 
 

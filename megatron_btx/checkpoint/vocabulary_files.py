@@ -157,9 +157,14 @@ def refuse_pointer(file: Path) -> None:
     Raises:
         UnknownVocabularyError: the file is such a pointer.
     """
+    if is_pointer(file):
+        raise UnknownVocabularyError(f"{file} is a pointer of Git LFS in place of the file; fetch it: git lfs pull")
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is what Git LFS leaves where the file itself was not fetched."""
     with file.open("rb") as opened:
-        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UnknownVocabularyError(f"{file} is a pointer of Git LFS in place of the file; fetch it: git lfs pull")
+        return opened.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def _read_text(file: Path) -> str:

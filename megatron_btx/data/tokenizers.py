@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from megatron_btx.checkpoint.kinds import refuse_placeholders
 from megatron_btx.errors import InputError
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer")
@@ -67,6 +68,8 @@ class TokenizerSettings:
             raise InputError(f"--tokenizer-model is missing: {self.tokenizer_type} needs a model")
         elif self.tokenizer_type == "SentencePieceTokenizer" and not Path(self.tokenizer_model).is_file():
             raise InputError(f"--tokenizer-model {self.tokenizer_model}: no such file; expected a SentencePiece model")
+        if self.tokenizer_model is not None:
+            refuse_placeholders(Path(self.tokenizer_model))
 
 
 def import_megatron() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from megatron_btx.errors import InputError, exits_with_one_line
 from megatron_btx.mix.cli import add_output_options
@@ -34,15 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.output is None and not options.dry_run:
         raise InputError("--output is missing; name the folder for the result, or look at the plan with --dry-run")
+    from megatron_btx.checkpoint.paths import model_path
     from megatron_btx.checkpoint.safetensors import is_model_folder
+    from megatron_btx.checkpoint.torch_dist import is_checkpoint
     from megatron_btx.mix.convert import convert
     from megatron_btx.mix.plan import Request
 
-    path = options.hf_model if options.command == "import" else options.checkpoint
-    if Path(path).is_dir() and is_model_folder(Path(path)) != (options.command == "import"):
-        other = "is no Hugging Face model folder" if options.command == "import" else "is a Hugging Face model folder"
-        raise InputError(f"{path}: {other}; import takes one, export takes a Megatron checkpoint")
-    request = Request((("model", path),), method="copy", pad_vocabulary=options.pad_vocab_to_multiple_of)
+    path = model_path(options.hf_model if options.command == "import" else options.checkpoint)
+    into = options.command == "import"
+    if path.is_dir() and (is_checkpoint(path) if into else is_model_folder(path)):
+        other = "is a Megatron checkpoint" if into else "is a Hugging Face model folder"
+        raise InputError(f"{path}: {other}; import takes a Hugging Face model folder, export a Megatron checkpoint")
+    request = Request((("model", str(path)),), method="copy", pad_vocabulary=options.pad_vocab_to_multiple_of)
     return convert(request, options)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint import hf_config, hf_families, safetensors, shared_expert
+from megatron_btx.checkpoint import hf_config, hf_families, kinds, safetensors, shared_expert
 from megatron_btx.checkpoint.names import (
     DIALECTS,
     IGNORED_HF,
@@ -20,8 +20,9 @@ from megatron_btx.checkpoint.names import (
     Sizes,
     pieces_of,
 )
+from megatron_btx.checkpoint.paths import model_path
 from megatron_btx.checkpoint.stored import Reader
-from megatron_btx.checkpoint.torch_dist import TRACKER, TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TRACKER, TorchDistReader, is_checkpoint, resolve_iteration
 from megatron_btx.checkpoint.vocabulary import TOKENIZER_FILES, Vocabulary, read_vocabulary, tokenizer_files
 from megatron_btx.errors import CheckpointError
 
@@ -270,16 +271,19 @@ def open_source(name: str, path: str | Path) -> Source:
     Raises:
         CheckpointError: it cannot be read, or is of a form that is not supported; says what to do.
     """
-    path = Path(path)
+    path = model_path(path)
+    if path.is_dir() and (safetensors.is_model_folder(path) or not is_checkpoint(path)):
+        kinds.check_kind(path)
     if path.is_dir() and safetensors.is_model_folder(path):
         config = safetensors.read_json(path / safetensors.CONFIG)
         _check_layers(config.get("num_hidden_layers"), f"{name} ({path / safetensors.CONFIG})")
         arguments = hf_config.arguments_from_config(config, f"{name} ({path / safetensors.CONFIG})")
         hf_reader = safetensors.SafetensorsReader(path)
         family = hf_families.family_of(config, f"{name} ({path / safetensors.CONFIG})")
+        arguments |= hf_config.dtype_arguments(config, hf_reader.dtypes(), f"{name} ({path / safetensors.CONFIG})")
         dialect = _hf_dialect(family.dialect, hf_reader.tensors)
         return Source(name, path, hf_reader, arguments, dialect, config)
-    if not any((path / name).exists() for name in (TRACKER, "metadata.json", ".metadata")):
+    if not is_checkpoint(path):
         safetensors.refuse_without_config(path)
     folder = resolve_iteration(path)
     reader = TorchDistReader(folder)

@@ -1,0 +1,83 @@
+"""What a PATH on the command line may be: a folder, a folder of the hub's cache, or the name of a model in that cache.
+
+Nothing is downloaded: a model that is not here is refused with the command that fetches it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from megatron_btx.errors import CheckpointError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CACHED = "models--"
+_SNAPSHOTS = "snapshots"
+
+
+def model_path(text: str | Path) -> Path:
+    """The folder that a path stands for.
+
+    ``~`` is the home folder, as in a shell, which does not see it in ``NAME=~/model``. A folder ``models--org--name``
+    of the hub's cache stands for its snapshot, and so does the name ``org/name``, unless it is a folder here.
+
+    Raises:
+        CheckpointError: a model of the hub that is not in the cache, several snapshots, or a file; says what to do.
+    """
+    path = Path(os.path.expanduser(text))
+    if path.is_file():
+        raise CheckpointError(f"{path}: is a file and no such folder; {_remedy_for_file(path)}")
+    if path.is_dir():
+        is_cached = (path / _SNAPSHOTS).is_dir() and path.name.startswith(_CACHED)
+        return _snapshot(path) if is_cached else path
+    address = re.fullmatch(r"(?:https?://(?:www\.)?huggingface\.co/|hf://(?:models/)?)([^/]+/[^/?#]+).*", str(text))
+    name = address[1] if address else str(text)
+    if not _HUB_NAME.fullmatch(name):
+        return path
+    cached = hub_cache() / (_CACHED + name.replace("/", "--"))
+    if cached.is_dir():
+        return _snapshot(cached)
+    raise CheckpointError(
+        f"{text}: no such folder, and no model of this name in the hub's cache ({hub_cache()}); correct the path, or "
+        f"download it first: hf download {name} --local-dir {name.replace('/', '--')}, and give that folder"
+    )
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads (``huggingface_hub/constants.py``)."""
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(variable):
+            return Path(os.path.expanduser(os.environ[variable]))
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
+    return Path(os.path.expanduser(home)) / "hub"
+
+
+def _snapshot(cached: Path) -> Path:
+    """The snapshot that ``refs/main`` names; without it the only one there is."""
+    snapshots = sorted(place for place in (cached / _SNAPSHOTS).glob("*") if place.is_dir())
+    reference = cached / "refs" / "main"
+    if reference.is_file():
+        revision = reference.read_bytes()[:100].decode(errors="replace").strip()
+        named = next((place for place in snapshots if place.name == revision), None)
+        if named is not None:
+            return named
+    if len(snapshots) == 1:
+        return snapshots[0]
+    name = cached.name.removeprefix(_CACHED).replace("--", "/", 1)
+    if not snapshots:
+        raise CheckpointError(f"{cached}: has no snapshot of the model; download it first: hf download {name}")
+    listed = ", ".join(place.name for place in snapshots)
+    raise CheckpointError(
+        f"{cached}: has {len(snapshots)} snapshots ({listed}) and no refs/main that names one of them; give one of "
+        f"them as {snapshots[0]}"
+    )
+
+
+def _remedy_for_file(file: Path) -> str:
+    if file.suffix == ".gguf":
+        return "GGUF is a form for llama.cpp, mostly quantised; take the model that it was made from, with safetensors"
+    if file.suffix == ".nemo":
+        return f"a .nemo file is an archive of NeMo 1; unpack it (tar xf {file.name}) and give the folder"
+    return f"give the folder that holds the whole model, {file.parent}"
