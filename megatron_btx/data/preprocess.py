@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.data import readers, tokenizers
+from megatron_btx.data.inputs import ENDINGS, expand_inputs, listed
 from megatron_btx.data.progress import ByteProgress
+from megatron_btx.data.records import BadRecord, Tally
 from megatron_btx.data.sink import Sink
-from megatron_btx.data.tokenizers import Tokenizer, TokenizerSettings
+from megatron_btx.data.tokenizers import DocumentEncoder, TokenizerSettings
 from megatron_btx.errors import InputError, exits_with_one_line
 
 if TYPE_CHECKING:
@@ -48,14 +50,20 @@ class DatasetSummary:
     """Size of the ``.bin`` files."""
     seconds: float
     """Wall-clock time."""
+    bad_records: Tally
+    """Records left out because nothing could be read from them."""
+    not_read: tuple[Path, ...]
+    """Files that directories hold besides those that were read."""
 
     def line(self) -> str:
         """The summary as one line for people."""
         skipped = f" ({self.empty_documents} empty ones left out)" if self.empty_documents else ""
+        bad = f"; left out {self.bad_records.text()}" if self.bad_records.counts else ""
+        beside = f"; {listed(self.not_read)}" if self.not_read else ""
         return (
             f"{', '.join(self.prefixes)}: {self.documents:,} documents{skipped}, {self.tokens:,} tokens,"
             f" {self.output_bytes:,} bytes, {self.tokens / self.documents:.1f} tokens per document,"
-            f" {self.seconds:.1f} s"
+            f" {self.seconds:.1f} s{bad}{beside}"
         )
 
 
@@ -63,11 +71,11 @@ class DatasetSummary:
 class _Encoder:
     """All that turns a unit into tokens; each worker holds one."""
 
-    tokenizer: Tokenizer
+    document_ids: DocumentEncoder
     keys: tuple[str, ...]
-    eod: int | None
     vocab_size: int
     dtype: type[numpy.number[Any]]
+    skips_bad_records: bool
 
     def encode(self, unit: readers.Unit) -> _EncodedUnit:
         """Tokenize the documents of a unit; InputError names the document that cannot be."""
@@ -75,8 +83,9 @@ class _Encoder:
 
         ids: dict[str, list[int]] = {key: [] for key in self.keys}
         lengths: dict[str, list[int]] = {key: [] for key in self.keys}
+        bad = Tally()
         empty = 0
-        for document in readers.parse(unit, self.keys):
+        for document in readers.parse(unit, self.keys, bad.add if self.skips_bad_records else _refuse):
             for key in self.keys:
                 tokens = self._tokens(document, key)
                 if not tokens:
@@ -85,19 +94,17 @@ class _Encoder:
                 ids[key] += tokens
                 lengths[key].append(len(tokens))
         arrays = {key: numpy.array(values, dtype=self.dtype) for key, values in ids.items()}
-        return _EncodedUnit(arrays, lengths, empty, unit.input_bytes)
+        return _EncodedUnit(arrays, lengths, empty, bad, unit.input_bytes)
 
     def _tokens(self, document: readers.Document, key: str) -> list[int]:
         try:
-            tokens = self.tokenizer.tokenize(document.texts[key])
+            tokens = self.document_ids.ids(document.texts[key])
         except ValueError as error:  # words where the NullTokenizer wants numbers
             raise InputError(f"{document.where}: {key!r} cannot be tokenized: {error}") from error
-        if not tokens:
-            return tokens
-        if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
             span = f"{min(tokens)} to {max(tokens)}"
             raise InputError(f"{document.where}: token ids {span} leave the vocabulary of {self.vocab_size}")
-        return tokens if self.eod is None else [*tokens, self.eod]
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,12 @@ class _EncodedUnit:
     ids: dict[str, numpy.ndarray[Any, Any]]
     lengths: dict[str, list[int]]
     empty_documents: int
+    bad_records: Tally
     input_bytes: int
+
+
+def _refuse(record: BadRecord) -> None:
+    raise InputError(f"{record.line()}; mend the record, or leave such records out with --on-bad-record skip")
 
 
 class _Worker:
@@ -133,11 +145,15 @@ def preprocess(
     append_eod: bool = False,
     workers: int = 1,
     overwrite: bool = False,
+    skip_bad_records: bool = False,
     quiet: bool = False,
 ) -> DatasetSummary:
     """Tokenize text files into one indexed dataset for each JSON key.
 
     Documents keep their order. Documents without tokens are left out.
+
+    Args:
+        skip_bad_records: count records that cannot be read, and go on. A damaged file stops the work all the same.
 
     Raises:
         InputError: anything wrong with inputs, tokenizer or output; nothing is left at the output's names, except
@@ -147,14 +163,15 @@ def preprocess(
     started = time.monotonic()
     if workers < 1:
         raise InputError(f"--workers {workers}: expected at least 1")
-    files = readers.expand_inputs(inputs)
+    found = expand_inputs(inputs)
+    files = found.files
     keys = tuple(dict.fromkeys(json_keys))
     prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
     for prefix in prefixes.values():
         for existing in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
             if existing.exists() and not overwrite:
                 raise InputError(f"--output-prefix: {existing} exists; choose another prefix or add --overwrite")
-    encoder = _make_encoder(tokenizer_settings, keys, append_eod)
+    encoder = _make_encoder(tokenizer_settings, keys, append_eod, skip_bad_records)
 
     with contextlib.ExitStack() as stack:
         # The pool starts before the progress bar does: forking a process that runs threads is unsafe.
@@ -163,15 +180,19 @@ def preprocess(
         total_bytes = sum(file.stat().st_size for file in files)
         progress = stack.enter_context(ByteProgress(f"tokenizing {len(files)} file(s)", total_bytes, quiet))
         empty_documents = 0
+        bad_records = Tally()
         for encoded in encode_all(unit for file in files for unit in readers.cut(file, keys)):
             for key, sink in sinks.items():
                 sink.add(encoded.ids[key], encoded.lengths[key])
             empty_documents += encoded.empty_documents
+            bad_records.merge(encoded.bad_records)
             progress.advance(encoded.input_bytes)
         for key, sink in sinks.items():
             if sink.documents == 0:
-                found = f"{len(files)} file(s), {empty_documents} document(s) without tokens"
-                raise InputError(f"--input {' '.join(inputs)}: no text under the key {key!r} ({found})")
+                seen = f"{len(files)} file(s), {empty_documents} document(s) without tokens"
+                if bad_records.counts:
+                    seen += f", {bad_records.text()}; the first: {bad_records.shown[0]}"
+                raise InputError(f"--input {' '.join(inputs)}: no text under the key {key!r} ({seen})")
         for sink in sinks.values():
             sink.write_index()
         for sink in sinks.values():
@@ -183,19 +204,22 @@ def preprocess(
         tokens=sum(sink.tokens for sink in sinks.values()),
         output_bytes=sum(os.path.getsize(f"{prefix}.bin") for prefix in prefixes.values()),
         seconds=time.monotonic() - started,
+        bad_records=bad_records,
+        not_read=found.not_read,
     )
 
 
-def _make_encoder(settings: TokenizerSettings, keys: tuple[str, ...], append_eod: bool) -> _Encoder:
+def _make_encoder(settings: TokenizerSettings, keys: tuple[str, ...], append_eod: bool, skips: bool) -> _Encoder:
     tokenizer = tokenizers.load(settings)
+    eod = tokenizers.end_of_document(tokenizer, settings) if append_eod else None
     from megatron.core.datasets.indexed_dataset import DType
 
     return _Encoder(
-        tokenizer=tokenizer,
+        document_ids=DocumentEncoder.of(tokenizer, eod),
         keys=keys,
-        eod=tokenizers.end_of_document(tokenizer, settings) if append_eod else None,
         vocab_size=tokenizer.vocab_size,
         dtype=DType.optimal_dtype(tokenizer.vocab_size),
+        skips_bad_records=skips,
     )
 
 
@@ -228,12 +252,14 @@ def _in_order(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="btx preprocess", description="Turn JSONL, text or Parquet files into Megatron's indexed datasets."
+        prog="btx preprocess",
+        description="Turn JSON, text or Parquet files into Megatron's indexed datasets. "
+        "docs/data.md says what is read and what is refused.",
     )
-    known = ", ".join(readers.KNOWN_SUFFIXES)
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help=f"files, globs or directories; endings: {known}"
-    )
+        "--input", nargs="+", required=True, metavar="PATH",
+        help=f"files, globs or directories with all below them; endings: {ENDINGS}",
+    )  # fmt: skip
     parser.add_argument("--output-prefix", required=True, help="makes PREFIX_<key>_document.bin and .idx")
     parser.add_argument("--tokenizer-type", required=True, choices=tokenizers.TOKENIZER_TYPES)
     parser.add_argument("--tokenizer-model", help="a SentencePiece file, or a Hugging Face folder or name")
@@ -246,6 +272,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json-keys", nargs="+", default=[readers.TEXT_KEY], help="one dataset each (default: text)")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     parser.add_argument("--workers", type=int, default=1, help="processes; the output does not depend on it")
+    parser.add_argument(
+        "--on-bad-record", choices=("stop", "skip"), default="stop",
+        help="what a record does that cannot be read: stop the work (default), or be counted, named and left out; "
+        "a damaged file always stops it",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     return parser
 
@@ -267,7 +298,10 @@ def main(argv: list[str] | None = None) -> int:
         append_eod=arguments.append_eod,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
+        skip_bad_records=arguments.on_bad_record == "skip",
     )
+    for line in summary.bad_records.shown:
+        print(f"left out: {line}", file=sys.stderr)
     print(summary.line())
     return 0
 

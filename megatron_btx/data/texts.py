@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.data import readers
+from megatron_btx.data.inputs import form_of
+from megatron_btx.data.tokenizers import DocumentEncoder
 from megatron_btx.data.training import check_indexed_dataset
 from megatron_btx.errors import InputError
 
@@ -57,7 +59,7 @@ def check_documents(path: str, where: str, least_tokens: int = 0) -> None:
     Raises:
         InputError: a dataset or file that does not exist, is empty, not of its kind or too short.
     """
-    if not path.endswith(readers.KNOWN_SUFFIXES):
+    if not _is_text(path):
         found = check_indexed_dataset(path, where)
     else:
         if not Path(path).is_file():
@@ -80,7 +82,7 @@ def documents_of(path: str) -> Iterator[np.ndarray]:
     """
     import numpy as np
 
-    if not path.endswith(readers.KNOWN_SUFFIXES):
+    if not _is_text(path):
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         dataset = IndexedDataset(path)
@@ -90,14 +92,17 @@ def documents_of(path: str) -> Iterator[np.ndarray]:
     from megatron.training import get_tokenizer
 
     tokenizer = get_tokenizer()
-    end = [tokenizer.eod] if tokenizer.eod is not None and tokenizer.eod >= 0 else []
+    has_end = tokenizer.eod is not None and tokenizer.eod >= 0
+    encoder = DocumentEncoder.of(tokenizer, tokenizer.eod if has_end else None)
     for text in _texts_of(path):
         try:
-            yield np.array([*tokenizer.tokenize(text), *end], dtype=np.int64)
+            ids = encoder.ids(text)
         except ValueError as error:  # the NullTokenizer takes numbers alone
             raise InputError(
                 f"{path}: the run's tokenizer does not take its text ({error}); give one that does"
             ) from error
+        if ids:
+            yield np.array(ids, dtype=np.int64)
 
 
 def start_of(path: str, tokens: int) -> np.ndarray:
@@ -118,8 +123,12 @@ def first_documents(path: str, count: int) -> list[np.ndarray]:
     return list(itertools.islice(documents_of(path), count))
 
 
+def _is_text(path: str) -> bool:
+    return form_of(path) is not None
+
+
 def _texts_of(path: str) -> Iterator[str]:
     for unit in readers.cut(Path(path), _KEYS):
-        for document in readers.parse(unit, _KEYS):
+        for document in readers.parse(unit, _KEYS, readers.refuse):
             if text := document.texts[readers.TEXT_KEY]:
                 yield text

@@ -118,6 +118,70 @@ def end_of_document(tokenizer: Tokenizer, settings: TokenizerSettings) -> int:
     return eod
 
 
+@dataclass(frozen=True)
+class DocumentEncoder:
+    """Texts into the token ids of documents, the same wherever documents are made or measured.
+
+    Some Hugging Face tokenizers put tokens of their own around every text: ``<s>``, ``[CLS]``, ``[SEP]``. They stay,
+    because the model was trained with them and training and serving have to agree; Megatron's flag
+    ``--tokenizer-hf-no-include-special-tokens`` leaves them out. But they are no text, they are not doubled where the
+    text itself begins or ends with them, and an end token of theirs is the end of the document.
+    """
+
+    tokenizer: Tokenizer
+    eod: int | None
+    """Ends every document, or None."""
+    before: tuple[int, ...]
+    """What the tokenizer puts before a text."""
+    after: tuple[int, ...]
+    """What it puts behind one."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, eod: int | None) -> DocumentEncoder:
+        """Look at what the tokenizer makes of an empty text."""
+        frame, framed = _ids_or_none(tokenizer, ""), _ids_or_none(tokenizer, "a")
+        if not frame or not framed:
+            return cls(tokenizer, eod, (), ())
+        split = 0
+        while split < min(len(frame), len(framed)) and frame[split] == framed[split]:
+            split += 1
+        return cls(tokenizer, eod, tuple(frame[:split]), tuple(frame[split:]))
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a document; none for a text that holds no token.
+
+        Raises:
+            ValueError: the tokenizer does not take the text.
+        """
+        body = self._tokenized(text) if text else []
+        while self.before and tuple(body[: len(self.before)]) == self.before:
+            body = body[len(self.before) :]
+        while self.after and tuple(body[-len(self.after) :]) == self.after:
+            body = body[: -len(self.after)]
+        if not body:
+            return []
+        document = [*self.before, *body, *self.after]
+        if self.eod is not None and document[-1] != self.eod:
+            document.append(self.eod)
+        return document
+
+    def _tokenized(self, text: str) -> list[int]:
+        try:
+            return self.tokenizer.tokenize(text)
+        except Exception as error:
+            # Hugging Face's tokenizers raise bare Exceptions, such as for a character without a token.
+            if type(error) is not Exception:
+                raise
+            raise ValueError(str(error)) from error
+
+
+def _ids_or_none(tokenizer: Tokenizer, text: str) -> list[int] | None:
+    try:
+        return tokenizer.tokenize(text)
+    except ValueError:  # the NullTokenizer takes numbers alone
+        return None
+
+
 def _namespace(settings: TokenizerSettings) -> argparse.Namespace:
     return argparse.Namespace(
         tokenizer_type=settings.tokenizer_type,

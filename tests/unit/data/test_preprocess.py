@@ -86,7 +86,7 @@ def test_without_append_eod_documents_have_none(model: Path, jsonl: Path, tmp_pa
 
 
 def test_workers_do_not_change_a_byte(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_LINES_PER_UNIT_BYTES", 4096)  # many more units than are ever in flight
+    monkeypatch.setattr(readers, "_UNIT_BYTES", 4096)  # many more units than are ever in flight
     texts = [f"{number} {text}" for number in range(1000) for text in TEXTS]
     big = write_jsonl(tmp_path / "big.jsonl", texts)
     assert len(list(readers.cut(big, ["text"]))) > 40
@@ -240,7 +240,7 @@ REFUSALS: dict[str, tuple[Breaker, str]] = {
     ),
     "not an object": (give_input("a.jsonl", b'{"text": "x"}\n["x"]\n'), "a.jsonl:2: expected a JSON object"),
     "missing key": (give_input("a.jsonl", b'{"txt": "x"}\n'), "a.jsonl:1: no key 'text'; it has ['txt']"),
-    "not a string": (give_input("a.jsonl", b'\n{"text": 5}\n'), "a.jsonl:2: 'text' should be a string, found int"),
+    "not a string": (give_input("a.jsonl", b'\n{"text": 5}\n'), "a.jsonl:2: 'text' should be a string, found a number"),
     "half a character": (give_input("a.jsonl", b'{"text": "\\ud800"}\n'), "a.jsonl:1: 'text' is not valid Unicode"),
     "not UTF-8": (give_input("a.txt", b"x\xe9"), "a.txt: not UTF-8 text (byte 1)"),
     "cut gzip": (give_input("a.jsonl.gz", gzip.compress(os.urandom(999))[:500]), "a.jsonl.gz: damaged"),
@@ -288,7 +288,7 @@ def test_a_parquet_file_without_the_column_or_with_nulls(
     assert preprocess.main(arguments(model, [tmp_path / "a.parquet"], tmp_path / "out" / "a")) == 2
     assert "a.parquet: no column 'text'; it has ['body']" in capfd.readouterr().err
     assert preprocess.main(arguments(model, [tmp_path / "b.parquet"], tmp_path / "out" / "b")) == 2
-    assert "row group 0, row 1: 'text' should be a string, found NoneType" in capfd.readouterr().err
+    assert "row group 0, row 1: 'text' should be a string, found null" in capfd.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
 
 
