@@ -15,6 +15,7 @@ from typing import Any
 import torch  # before Transformer Engine: it loads the libraries that are linked to
 
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
+from megatron_btx.restricted_loading import restrict_unpickling
 
 
 def main(mix: Path, kind: str, parameters: Path) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def main(mix: Path, kind: str, parameters: Path) -> dict[str, Any]:
     import transformer_engine  # noqa: F401
 
     install_cpu_stand_ins()
+    restrict_unpickling()
     from megatron.core import parallel_state
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -69,6 +69,9 @@ UNREADABLE = (
 )
 """What damaged pickles have been seen to raise: the unpickler obeys whatever the bytes happen to say."""
 
+_PROPERTIES = ("torch.distributed.checkpoint.metadata", "TensorProperties")
+_OLD_VALUES = 5
+
 _INERT_PACKAGES = ("megatron.", "transformer_engine.")
 _INERT_MODULES = {"signal", "enum"}
 _INERT = {("torch._C", "Generator")}
@@ -100,6 +103,40 @@ def _foreign_class(module: str, name: str) -> type[ForeignValue]:
     return type(name, (ForeignValue,), {"__module__": module})
 
 
+@functools.cache
+def _tensor_properties() -> type:
+    """PyTorch's TensorProperties, read alike from every version: 2.15 added strides to what an index says of a tensor.
+
+    Older versions do not know this sixth value. Megatron 0.19 hands all values to ``torch.empty``, which knows no
+    strides (``load_tensors_metadata``). A checkpoint's tensors are contiguous, so nothing is lost.
+    """
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    class Properties(TensorProperties):
+        def __setstate__(self, state: tuple[Any, ...]) -> None:
+            super().__setstate__(state[:_OLD_VALUES])
+            self.__dict__.pop("strides", None)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _plain_properties, (old_state(self),)
+
+    return Properties
+
+
+def _plain_properties(state: tuple[Any, ...]) -> Any:
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    properties = TensorProperties()
+    properties.__setstate__(state)
+    return properties
+
+
+def old_state(properties: Any) -> tuple[Any, ...]:
+    """What a TensorProperties pickles, in the form that every version of PyTorch reads."""
+    state: tuple[Any, ...] = properties.__getstate__()
+    return state[:_OLD_VALUES]
+
+
 class AllowListUnpickler(pickle.Unpickler):
     """Unpickles the allowed classes, turns Megatron's own into ForeignValue, refuses everything else."""
 
@@ -111,6 +148,8 @@ class AllowListUnpickler(pickle.Unpickler):
         Raises:
             CheckpointError: the global is not on the list, so the file might run code.
         """
+        if (module, name) == _PROPERTIES:
+            return _tensor_properties()
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and "." not in name and _is_plain_torch_value(name):

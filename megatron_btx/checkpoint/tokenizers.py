@@ -48,6 +48,14 @@ def _check_pair(pair: Mapping[str, Stored], remedy: str) -> None:
         _refuse_pointers(pair, remedy)
     if same_files and one.get("padded_vocab_size") == other.get("padded_vocab_size"):
         return
+    if not same_files and tokenizer_place(one) is None and tokenizer_place(other) is None:
+        kinds = " and ".join(
+            f"{s.get('tokenizer_type')} of {s.get('vocab_size')} in {name}" for name, s in pair.items()
+        )
+        raise InputError(
+            f"tokenizers differ: {kinds}; models can only be mixed or continued with one tokenizer ({remedy} if you "
+            "know better)"
+        )
     try:
         tables = {name: known_vocabulary(stored) for name, stored in pair.items()}
     except UnknownVocabularyError:

@@ -8,6 +8,7 @@ which tensor. The numbers of a record are read and written where they lie, a sli
 from __future__ import annotations
 
 import argparse
+import copyreg
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.safe_pickle import load_pickle
+from megatron_btx.checkpoint.safe_pickle import load_pickle, old_state
 from megatron_btx.checkpoint.stored import Block, Files, Place, Slot, StoredTensor, read_box, read_slice
 from megatron_btx.checkpoint.torch_record import RecordedTensor, load_torch, locate_tensor, record_around
 from megatron_btx.errors import CheckpointError
@@ -341,8 +342,20 @@ class TorchDistLayout:
         """The format file and the index; without them nothing loads."""
         from torch.distributed.checkpoint.metadata import Metadata
 
-        index = Metadata(self._entries, storage_data=self._storage)
-        return {"metadata.json": json.dumps(BACKEND).encode(), ".metadata": pickle.dumps(index)}
+        index = io.BytesIO()
+        _IndexPickler(index).dump(Metadata(self._entries, storage_data=self._storage))
+        return {"metadata.json": json.dumps(BACKEND).encode(), ".metadata": index.getvalue()}
+
+
+class _IndexPickler(pickle.Pickler):
+    """Pickles an index in the form that PyTorch before 2.15 reads, too."""
+
+    def reducer_override(self, value: Any) -> Any:
+        from torch.distributed.checkpoint.metadata import TensorProperties
+
+        if isinstance(value, TensorProperties):
+            return copyreg.__newobj__, (TensorProperties,), old_state(value)  # type: ignore[attr-defined]
+        return NotImplemented
 
 
 def write_flushed(file: Path, content: bytes) -> None:

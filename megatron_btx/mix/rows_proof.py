@@ -154,6 +154,7 @@ def _first_unequal(found: torch.Tensor, expected: torch.Tensor) -> int | None:
     import torch
 
     unit = torch.finfo(found.dtype)
-    difference = (found.double() - expected.double()).abs()
-    wrong = (difference > expected.double().abs() * unit.eps + unit.tiny).flatten(1).any(dim=1)
+    close = (found.double() - expected.double()).abs() <= expected.double().abs() * unit.eps + unit.tiny
+    same = close | (found == expected) | (found.isnan() & expected.isnan())
+    wrong = ~same.flatten(1).all(dim=1)
     return int(torch.nonzero(wrong)[0]) if bool(wrong.any()) else None

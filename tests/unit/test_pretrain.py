@@ -47,7 +47,8 @@ def test_a_checkpoint_that_failed(step, cause, said, remedy, tmp_path: Path):
     start = tmp_path / "start"
     start.mkdir()
     (start / TRACKER).write_text("release")
-    args = Namespace(save=str(tmp_path / "run"), load=str(start), pretrained_checkpoint=None, finetune=False)
+    start_from = {"load": str(start), "pretrained_checkpoint": None, "ckpt_step": None, "finetune": False}
+    args = Namespace(save=str(tmp_path / "run"), **start_from)
     with pytest.raises(CheckpointException) as failure:
         step(cause)
     with pytest.raises(Exception, match=f"{said}.*{remedy}") as raised:

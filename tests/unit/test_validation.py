@@ -28,6 +28,7 @@ def args(tmp_path: Path) -> Namespace:
         skip_train=False,
         pretrained_checkpoint=str(tmp_path / "mix"),
         load=None,
+        ckpt_step=None,
         finetune=False,
         seq_length=32,
         micro_batch_size=1,

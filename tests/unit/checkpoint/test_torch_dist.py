@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
 import io
+import pickle
 import random
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from megatron_btx.checkpoint import torch_dist
+from megatron_btx.checkpoint.safe_pickle import load_pickle
 from megatron_btx.checkpoint.stored import Files, Place, bytes_of, read_box
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader, resolve_iteration
 from megatron_btx.checkpoint.torch_record import locate_tensor, record_around
 from megatron_btx.errors import CheckpointError
 from tests.mixing import write_checkpoint
@@ -117,3 +121,35 @@ def test_paths_that_stand_for_an_iteration(dense, tmp_path):
     assert resolve_iteration(tmp_path) == tmp_path / "release"
     with pytest.raises(CheckpointError, match="no such folder"):
         resolve_iteration(dense / "latest_checkpointed_iteration.txt")
+
+
+def test_an_index_of_every_pytorch():
+    """Version 2.15 also tells a tensor's strides, which older ones and Megatron's ``torch.empty`` refuse."""
+    layout = TorchDistLayout()
+    layout.add_block("weight", (2, 3), (0, 0), (2, 3), torch.float32)
+    index = layout.small_files()[".metadata"]
+    seen = []
+
+    class Watching(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name != "TensorProperties":
+                return super().find_class(module, name)
+            return type(name, (), {"__setstate__": lambda self, state: seen.append(state)})
+
+    Watching(io.BytesIO(index)).load()
+    assert [len(state) for state in seen] == [5]
+
+    class Newer(pickle.Pickler):
+        def reducer_override(self, value):
+            if isinstance(value, TensorProperties):
+                return copyreg.__newobj__, (TensorProperties,), (*value.__getstate__()[:5], (3, 1))
+            return NotImplemented
+
+    newer = io.BytesIO()
+    Newer(newer).dump(pickle.loads(index))
+    for content in (index, newer.getvalue()):
+        read = load_pickle(io.BytesIO(content), "index")
+        for metadata in (read, pickle.loads(pickle.dumps(read))):
+            assert metadata.state_dict_metadata["weight"].properties.dtype == torch.float32
+        properties = read.state_dict_metadata["weight"].properties
+        assert torch.empty((2, 3), **vars(properties), device="meta").dtype == torch.float32
