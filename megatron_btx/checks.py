@@ -35,6 +35,13 @@ def check_layout(args: Any) -> None:
             f"{refused}number of attention heads ({args.num_attention_heads}) is not a multiple of "
             f"--tensor-model-parallel-size ({tensor}); choose one that divides it"
         )
+    rows = args.padded_vocab_size
+    if rows and rows % tensor:
+        raise InputError(
+            f"the vocabulary's {rows} rows (--padded-vocab-size) are not a multiple of --tensor-model-parallel-size "
+            f"({tensor}), whose ranks hold equal parts of them; convert the models with --pad-vocab-to-multiple-of "
+            f"128, which adds rows, or choose a size that divides {rows}"
+        )
     if args.transformer_impl == "local" and args.reset_attention_mask:
         raise InputError(
             "--reset-attention-mask: the attention of the torch-native layers is causal over the whole sequence, its "

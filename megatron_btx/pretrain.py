@@ -182,6 +182,7 @@ def checked_arguments() -> Any:
     """
     from megatron_btx import validation
     from megatron_btx.checkpoint.arguments import check_against_checkpoint
+    from megatron_btx.data.splits import check_splits
     from megatron_btx.data.training import check_data_files
 
     args = parse_arguments(add_training_arguments)
@@ -200,6 +201,7 @@ def checked_arguments() -> Any:
         )
     check_against_checkpoint(args)
     check_data_files(args)
+    check_splits(args)
     validation.check(args)
     return args
 

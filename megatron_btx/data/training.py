@@ -12,11 +12,11 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import _IndexReader
-from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_btx.data.splits import splits_of
 from megatron_btx.errors import InputError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
@@ -70,10 +70,12 @@ def check_data_files(args: Any) -> None:
     flags = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
     if not any(getattr(args, flag) for flag in flags) and not args.data_args_path and not args.per_split_data_args_path:
         raise InputError("no training data: give --data-path, or --train-data-path (and --valid-data-path)")
-    for flag in flags:
-        paths = getattr(args, flag)
-        for prefix in get_blend_from_list(paths)[0] if paths else []:
-            check_indexed_dataset(prefix, f"--{flag.replace('_', '-')}")
+    checked: set[str] = set()
+    for split in splits_of(args):
+        for prefix in split.blend[0]:
+            if prefix not in checked:
+                check_indexed_dataset(prefix, split.flag)
+            checked.add(prefix)
 
 
 def check_indexed_dataset(prefix: str, where: str) -> int:

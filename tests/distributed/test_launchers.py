@@ -249,6 +249,7 @@ def test_a_check_says_what_would_be_trained(zygote, corpus, tmp_path):
         ("--btx-first-loss-bound /nowhere", "--btx-first-loss-bound /nowhere: no checkpoint is loaded"),
         ("--train-data-path /nowhere", "--train-data-path /nowhere: "),
         ("--pretrained-checkpoint /nowhere", "/nowhere"),
+        ("--eval-iters 3", "--eval-iters 3: there is no validation data"),
         ("--lr high", "argument --lr: invalid float value: 'high'"),
         ("--moe-router-group-topk 3", "Megatron refuses these arguments: "),  # not by an assertion
     ],

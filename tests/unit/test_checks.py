@@ -71,6 +71,7 @@ def check(parser: argparse.ArgumentParser, flags: str, moe: bool = True) -> None
         ("--reset-attention-mask", "causal over the whole sequence"),
         ("--mtp-num-layers 1 --pipeline-model-parallel-size 2", "--mtp-num-layers 1 with --pipeline"),
         ("--tensor-model-parallel-size 2", "add --sequence-parallel"),
+        ("--tensor-model-parallel-size 2 --padded-vocab-size 32001", "--pad-vocab-to-multiple-of 128"),
     ],
 )
 def test_refused(flags, said, parser):
