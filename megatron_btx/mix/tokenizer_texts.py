@@ -15,7 +15,8 @@ _CHARACTERS = (
     "a\u200db", "a\u00adb", "\ufffd", "a\x00b", "\x01\x1f\x7f", "\u0301", "a\u0301", "\U000e0041", "\ue000",
     "\u00e9t\u00e9", "e\u0301te\u0301", "E\u0301TE\u0301 \u00c9", "\u212b \u00c5 A\u030a", "\u1e9b",
     "\uff21\uff22\uff23 \uff11", "\ufb01ne \ufb02at", "\u00bd \u00b2 \u2460", "\u2126 \u03a9", "\u1e9e \u00df STRASSE",
-    "\u0130stanbul \u0131", "\u2163", "\uff76\uff9e\uff8a\uff9f", "\ud55c\uae00 \u1112\u1161\u11ab", "\u00a8\u00b4\u00b8",
+    "\u0130stanbul \u0131", "\u2163", "\uff76\uff9e\uff8a\uff9f", "\ud55c\uae00 \u1112\u1161\u11ab",
+    "\u00a8\u00b4\u00b8",
 )  # fmt: skip
 _EMOJI = (
     "\U0001f600", " \U0001f600 ", "a\U0001f600b", "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466",
