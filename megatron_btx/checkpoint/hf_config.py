@@ -25,6 +25,7 @@ from megatron_btx.checkpoint.hf_families import (
     number,
     wrong,
 )
+from megatron_btx.checkpoint.hf_keys import check_rope_fields, refuse_unknown_keys
 from megatron_btx.errors import InputError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -80,6 +81,7 @@ def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, An
 
 def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None:
     """Refuse parts of a model that the arguments of these families do not say."""
+    refuse_unknown_keys(config, family, where)
     if config.get("hidden_act", "silu") != "silu":
         raise wrong(where, "hidden_act", config["hidden_act"], "'silu'", "only gated SiLU models can be converted")
     quantised = config.get("quantization_config") or config.get("compression_config")
@@ -188,9 +190,10 @@ def _rope(config: Mapping[str, Any], family: Family, where: str) -> tuple[float,
             raise wrong(where, key, value, f"rope_theta {theta!r}", "correct one of the two")
     if scalings and scalings[0] != scalings[-1]:
         raise wrong(where, "rope_scaling", scalings[-1], f"rope_parameters {scalings[0]!r}", "correct one of the two")
+    if scalings:
+        check_rope_fields(scalings[0], config, where)
     scaling = scalings[0] if scalings and scalings[0]["rope_type"] != "default" else None
-    required = {"linear": ("factor",), "llama3": ("factor", *MEGATRON_LLAMA3)}
-    for key in required.get(scaling["rope_type"], ()) if scaling else ():
+    for key in MEGATRON_LLAMA3 if scaling and scaling["rope_type"] == "llama3" else ():
         number(where, f"rope_scaling.{key}", scaling.get(key) if scaling else None, POSITIVE)
     return theta, scaling
 

@@ -33,7 +33,7 @@ _TRANSLATED = frozenset(row.argument for row in ROWS) | {
     "moe_router_dtype", "moe_token_drop_policy",
 }  # fmt: skip
 """Arguments that may have any value here; every other model argument must have the one value that can be written."""
-_PASSED_THROUGH = (
+PASSED_THROUGH = (
     "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "pretraining_tp", "initializer_range",
     "attention_dropout", "router_aux_loss_coef", "output_router_logits", "router_jitter_noise",
 )  # fmt: skip
@@ -80,7 +80,7 @@ def config_from_arguments(
     _refuse_unsayable(arguments, mixture, where)
     values = _completed(arguments, where)
     family = _fitting(values, mixture, base, where)
-    config = {key: base[key] for key in _PASSED_THROUGH if key in base} if base else {}
+    config = {key: base[key] for key in PASSED_THROUGH if key in base} if base else {}
     config |= {"architectures": [family.architecture], "model_type": family.model_type, "hidden_act": "silu"}
     for row in ROWS:
         if row.argument in values and (mixture or not row.mixture):

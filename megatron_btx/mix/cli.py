@@ -80,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="where the experts' configurations differ in FIELD (rotary_base, layernorm_epsilon, rope_scaling, "
-        "max_position_embeddings, window_size, dtype), take the value of the expert NAME; repeat",
+        "max_position_embeddings, window_size, dtype, attention_dropout, hidden_dropout, init_method_std), take the "
+        "value of the expert NAME; repeat",
     )
     p.add_argument(
         "--vocab",

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _ROPE_SCALING = ("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor", "hf_rope_scaling")
 
+TRAINING_ARGUMENTS = ("attention_dropout", "hidden_dropout", "init_method_std")
+"""What changes no number of the model and counts when it is trained on."""
+
 TAKEABLE: dict[str, tuple[str, ...]] = {
     "rotary_base": ("rotary_base",),
     "layernorm_epsilon": ("layernorm_epsilon",),
@@ -23,6 +26,7 @@ TAKEABLE: dict[str, tuple[str, ...]] = {
     "rope_scaling": _ROPE_SCALING,
     "window_size": ("window_size", "window_attn_skip_freq"),
     "dtype": ("bf16", "fp16", "params_dtype"),
+    **{name: (name,) for name in TRAINING_ARGUMENTS},
 }
 """What may be taken from one expert, because it shapes no tensor: field, and the arguments it stands for."""
 
@@ -32,6 +36,7 @@ _SYNONYMS = {
     "norm_epsilon": "layernorm_epsilon",
     "sliding_window": "window_size",
     "torch_dtype": "dtype",
+    "initializer_range": "init_method_std",
     "max_positions": "max_position_embeddings",
 } | dict.fromkeys(_ROPE_SCALING, "rope_scaling")
 

@@ -16,6 +16,7 @@ from megatron_btx.mix.compatible import vocabulary_source
 from megatron_btx.mix.compute import STEP_BYTES, owned_rows
 from megatron_btx.mix.layout import Fill, LaidOutTensor
 from megatron_btx.mix.plan import Part, Plan, PlannedPiece
+from megatron_btx.mix.remarks import remarks
 from megatron_btx.mix.routers import router_rows, starting_route
 from megatron_btx.mix.sinks import Output
 from megatron_btx.mix.sources import EMBEDDING, Source
@@ -47,6 +48,7 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
         f"{output.size_bytes / 2**20:.1f} MiB to write, about {memory / 2**20:.0f} MiB of memory with {workers} workers"
     )
     lines += _vocabulary_lines(plan)
+    lines += [f"  note: {remark}" for remark in remarks(plan)]
     lines.append(f"  result: {_configuration(plan, output)}")
     if output.format == "hf":
         lines += server_lines(json.loads(output.small_files[CONFIG]))

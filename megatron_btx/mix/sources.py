@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint import hf_config, hf_families, kinds, safetensors, shared_expert
+from megatron_btx.checkpoint.foreign_names import unwrapped
 from megatron_btx.checkpoint.names import (
     DIALECTS,
     IGNORED_HF,
@@ -279,6 +280,7 @@ def open_source(name: str, path: str | Path) -> Source:
         _check_layers(config.get("num_hidden_layers"), f"{name} ({path / safetensors.CONFIG})")
         arguments = hf_config.arguments_from_config(config, f"{name} ({path / safetensors.CONFIG})")
         hf_reader = safetensors.SafetensorsReader(path)
+        hf_reader.tensors = unwrapped(hf_reader.tensors, f"{name} ({path})")
         family = hf_families.family_of(config, f"{name} ({path / safetensors.CONFIG})")
         arguments |= hf_config.dtype_arguments(config, hf_reader.dtypes(), f"{name} ({path / safetensors.CONFIG})")
         dialect = _hf_dialect(family.dialect, hf_reader.tensors)
