@@ -125,7 +125,7 @@ def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="for every domain the prefix of an indexed dataset, or a .jsonl, .txt or .parquet file; its loss is taken "
+        help="for every domain the prefix of an indexed dataset, or a text file (docs/data.md); its loss is taken "
         "every --eval-interval steps and after the last one, whatever --eval-iters says (default: none)",
     )
     group.add_argument(

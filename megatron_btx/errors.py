@@ -59,6 +59,11 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
     return wrapped
 
 
+def printable(text: str) -> str:
+    """A stranger's text without what a terminal would obey or could not show, such as bytes of a file's name."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _say(text: str) -> None:
     """One line on stderr: of a distributed run's ranks the first says "error:", the others say who they are before it.
 
@@ -67,7 +72,7 @@ def _say(text: str) -> None:
     """
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
     who = "" if rank == "0" else f"rank {rank}: "
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    line = printable(" ".join(text.split()))
     if len(line) > _LINE_AT_MOST:  # the remedy stands at the end
         line = f"{line[: _LINE_AT_MOST // 2]} [...] {line[-_LINE_AT_MOST // 2 :]}"
     print(f"{who}error: {line}", file=sys.stderr, flush=True)

@@ -48,8 +48,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         nargs="+",
         action="extend",
         default=[],
-        help="the prefix of an indexed dataset, or a .jsonl, .txt or .parquet file, and the domain it stands for "
-        "(required)",
+        help="the prefix of an indexed dataset, or a text file (docs/data.md), and the domain it stands for (required)",
     )
     group.add_argument(
         "--btx-eval-tokens",

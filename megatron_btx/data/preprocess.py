@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +22,11 @@ from megatron_btx.data.progress import ByteProgress
 from megatron_btx.data.records import BadRecord, Tally
 from megatron_btx.data.sink import Sink
 from megatron_btx.data.tokenizers import DocumentEncoder, TokenizerSettings
-from megatron_btx.errors import InputError, exits_with_one_line
+from megatron_btx.data.workers import in_order
+from megatron_btx.errors import InputError, exits_with_one_line, printable
 
 if TYPE_CHECKING:
     import numpy
-
-_UNITS_IN_FLIGHT_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
@@ -120,22 +115,6 @@ def _refuse(record: BadRecord) -> None:
     raise InputError(f"{record.line()}; mend the record, or leave such records out with --on-bad-record skip")
 
 
-class _Worker:
-    """A worker process's own encoder, put there once by the fork instead of with every unit."""
-
-    encoder: _Encoder
-
-    @classmethod
-    def start(cls, encoder: _Encoder) -> None:
-        """Called in the new process."""
-        cls.encoder = encoder
-
-    @classmethod
-    def encode(cls, unit: readers.Unit) -> _EncodedUnit:
-        """Called in the process for every unit."""
-        return cls.encoder.encode(unit)
-
-
 def preprocess(
     inputs: Sequence[str],
     output_prefix: str,
@@ -175,7 +154,7 @@ def preprocess(
 
     with contextlib.ExitStack() as stack:
         # The pool starts before the progress bar does: forking a process that runs threads is unsafe.
-        encode_all = _in_order(stack, encoder, workers)
+        encode_all = in_order(stack, encoder.encode, workers)
         sinks = {key: stack.enter_context(Sink(prefix, encoder.dtype)) for key, prefix in prefixes.items()}
         total_bytes = sum(file.stat().st_size for file in files)
         progress = stack.enter_context(ByteProgress(f"tokenizing {len(files)} file(s)", total_bytes, quiet))
@@ -221,33 +200,6 @@ def _make_encoder(settings: TokenizerSettings, keys: tuple[str, ...], append_eod
         dtype=DType.optimal_dtype(tokenizer.vocab_size),
         skips_bad_records=skips,
     )
-
-
-def _in_order(
-    stack: contextlib.ExitStack, encoder: _Encoder, workers: int
-) -> Callable[[Iterator[readers.Unit]], Iterator[_EncodedUnit]]:
-    """A function that encodes units and gives the results in the units' order, here or in worker processes."""
-    if workers == 1:
-        return lambda units: map(encoder.encode, units)
-    # Rust threads of Hugging Face tokenizers would fight over the cores that the processes use already.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _Worker.start, (encoder,))
-    stack.callback(pool.shutdown, cancel_futures=True)
-    pool.submit(os.getpid).result()  # with fork, the first task starts all processes
-
-    def run(units: Iterator[readers.Unit]) -> Iterator[_EncodedUnit]:
-        waiting: deque[Future[_EncodedUnit]] = deque()
-        try:
-            for unit in units:
-                waiting.append(pool.submit(_Worker.encode, unit))
-                if len(waiting) >= workers * _UNITS_IN_FLIGHT_PER_WORKER:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise InputError("a worker was killed, most likely for want of memory; lower --workers") from error
-
-    return run
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -301,8 +253,8 @@ def main(argv: list[str] | None = None) -> int:
         skip_bad_records=arguments.on_bad_record == "skip",
     )
     for line in summary.bad_records.shown:
-        print(f"left out: {line}", file=sys.stderr)
-    print(summary.line())
+        print(printable(f"left out: {line}"), file=sys.stderr)
+    print(printable(summary.line()))
     return 0
 
 

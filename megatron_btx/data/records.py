@@ -83,7 +83,7 @@ def texts_of_json(raw: bytes, keys: Sequence[str]) -> dict[str, str] | None:
     try:
         row = json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
-        raise RecordError("nested too deeply", "JSON nested deeper than can be read; flatten the record") from error
+        raise RecordError("nested too deeply", "JSON nested deeper than can be read") from error
     except ValueError as error:
         raise RecordError("not JSON", f"not a line of JSON: {error}") from error
     if not isinstance(row, dict):

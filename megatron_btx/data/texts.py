@@ -46,15 +46,17 @@ def check_texts(texts: dict[str, str], flag: str, tokens: int, tokens_flag: str,
             f"{args.pipeline_model_parallel_size} pipeline stages; give more, or make the batch smaller"
         )
     for name, path in texts.items():
-        check_documents(path, f"{flag} {name}=", least + 1)
+        check_documents(path, f"{flag} {name}=", least + 1, tokens + 1)
 
 
-def check_documents(path: str, where: str, least_tokens: int = 0) -> None:
-    """Refuse what :func:`documents_of` cannot read, as far as its first document, and what is too short.
+def check_documents(path: str, where: str, least_tokens: int = 0, tokens: int = 0, documents: int = 1) -> None:
+    """Refuse what :func:`documents_of` cannot read, as far as it will be read, and what is too short.
 
     Args:
         where: the flag that gave the path.
-        least_tokens: how many tokens it has to hold. A text file is then tokenized as far as that.
+        least_tokens: how many it has to hold.
+        tokens: how many will be read if it holds as many; a text file is then tokenized as far as that.
+        documents: how many will be read of a text file, if it holds as many, where no tokens are asked for.
 
     Raises:
         InputError: a dataset or file that does not exist, is empty, not of its kind or too short.
@@ -64,9 +66,9 @@ def check_documents(path: str, where: str, least_tokens: int = 0) -> None:
     else:
         if not Path(path).is_file():
             raise InputError(f"{where}{path}: does not exist; give a text file, or the prefix of an indexed dataset")
-        if next(_texts_of(path), None) is None:
+        if not sum(1 for _ in itertools.islice(_texts_of(path), documents)):
             raise InputError(f"{where}{path}: holds no text; expected documents under the key {readers.TEXT_KEY!r}")
-        found = len(start_of(path, least_tokens - 1)) if least_tokens else 0
+        found = len(start_of(path, max(least_tokens, tokens) - 1)) if least_tokens else 0
     if found < least_tokens:
         raise InputError(
             f"{where}{path}: holds {found} tokens, fewer than one batch for every data-parallel rank and pipeline "
@@ -109,7 +111,8 @@ def start_of(path: str, tokens: int) -> np.ndarray:
     """The first ``tokens`` tokens of a dataset or file and the one after them, as int64."""
     import numpy as np
 
-    parts, have = [], 0
+    parts: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    have = 0
     for document in documents_of(path):
         parts.append(document)
         have += len(document)
@@ -124,7 +127,7 @@ def first_documents(path: str, count: int) -> list[np.ndarray]:
 
 
 def _is_text(path: str) -> bool:
-    return form_of(path) is not None
+    return form_of(path) is not None and not Path(f"{path}.idx").exists()
 
 
 def _texts_of(path: str) -> Iterator[str]:

@@ -8,9 +8,11 @@ tokenization are a dataclass here, the rest keep Megatron's defaults.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -96,7 +98,8 @@ def load(settings: TokenizerSettings) -> Tokenizer:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     try:
-        tokenizer: Tokenizer = build_tokenizer(_namespace(settings))
+        with _bare_errors_named():
+            tokenizer: Tokenizer = build_tokenizer(_namespace(settings))
     except (ValueError, RuntimeError, OSError) as error:
         what = f"--tokenizer-model {settings.tokenizer_model}: not a readable {settings.tokenizer_type}"
         raise InputError(f"{what}: {error}") from error
@@ -153,7 +156,7 @@ class DocumentEncoder:
         Raises:
             ValueError: the tokenizer does not take the text.
         """
-        body = self._tokenized(text) if text else []
+        body = _tokenized(self.tokenizer, text) if text else []
         while self.before and tuple(body[: len(self.before)]) == self.before:
             body = body[len(self.before) :]
         while self.after and tuple(body[-len(self.after) :]) == self.after:
@@ -165,19 +168,26 @@ class DocumentEncoder:
             document.append(self.eod)
         return document
 
-    def _tokenized(self, text: str) -> list[int]:
-        try:
-            return self.tokenizer.tokenize(text)
-        except Exception as error:
-            # Hugging Face's tokenizers raise bare Exceptions, such as for a character without a token.
-            if type(error) is not Exception:
-                raise
-            raise ValueError(str(error)) from error
+
+def _tokenized(tokenizer: Tokenizer, text: str) -> list[int]:
+    with _bare_errors_named():
+        return tokenizer.tokenize(text)
+
+
+@contextlib.contextmanager
+def _bare_errors_named() -> Iterator[None]:
+    """Make a ValueError of the bare Exception that Hugging Face's tokenizers raise, as for a word without a token."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise ValueError(str(error)) from error
 
 
 def _ids_or_none(tokenizer: Tokenizer, text: str) -> list[int] | None:
     try:
-        return tokenizer.tokenize(text)
+        return _tokenized(tokenizer, text)
     except ValueError:  # the NullTokenizer takes numbers alone
         return None
 

@@ -46,7 +46,7 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         nargs="+",
         action="extend",
         default=[],
-        help="for every expert of the mixture the prefix of an indexed dataset, or a .jsonl, .txt or .parquet file: "
+        help="for every expert of the mixture the prefix of an indexed dataset, or a text file (docs/data.md): "
         "documents that are to go to it (required)",
     )
     group.add_argument(
@@ -163,7 +163,7 @@ def _checked_data(args: Any, stored: dict[str, Any]) -> dict[str, str]:
             f"has {', '.join(names)}"
         )
     for name in names:
-        check_documents(given[name], f"--btx-init-data {name}=")
+        check_documents(given[name], f"--btx-init-data {name}=", documents=args.btx_init_documents)
     return {name: given[name] for name in names}
 
 

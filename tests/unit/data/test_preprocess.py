@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ import pytest
 from megatron_btx.data import preprocess, readers, tokenizers
 from megatron_btx.data.corpora import math_problems, vocabulary
 from megatron_btx.data.tokenizers import TokenizerSettings
+from megatron_btx.data.workers import in_order
 
 TEXTS = (
     "The first document.\n\nIt has two paragraphs.",
@@ -338,13 +341,42 @@ def test_stopped_between_the_two_files_nothing_loads(
     assert list(tmp_path.glob("*.tmp*")) == []
 
 
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "(SIGKILL) at {}, most likely for want of memory: lower --work"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "(SIGSEGV) at {}"),
+        (lambda: os._exit(3), "(exit status 3) at {}"),
+    ],
+)
 def test_a_killed_worker_is_an_error_not_a_hang(
-    model: Path, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    end: Callable[[], None],
+    said: str,
+    model: Path,
+    jsonl: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(preprocess._Encoder, "encode", lambda self, unit: os._exit(1))
+    """One line with the signal and the file."""
+    monkeypatch.setattr(preprocess._Encoder, "encode", lambda self, unit: end())
+    capfd.readouterr()
     assert preprocess.main(arguments(model, [jsonl], tmp_path / "out" / "prefix", "--workers", "2")) == 2
-    assert "a worker was killed" in capfd.readouterr().err
+    assert f"a worker was killed {said.format(jsonl)}" in capfd.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupt_is_the_parents() -> None:
+    """A terminal sends it to every process; each worker would print a traceback."""
+
+    class Encoder:
+        def encode(self, unit: object) -> str:
+            os.kill(os.getpid(), signal.SIGINT)
+            return "lives"
+
+    with contextlib.ExitStack() as stack:
+        unit = readers.Unit("a", readers.Form.TEXT, (), (), 0, 0)
+        assert list(in_order(stack, Encoder().encode, 2)(iter([unit]))) == ["lives"]
 
 
 def test_help_answers_without_torch() -> None:

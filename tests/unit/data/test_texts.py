@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -32,6 +33,27 @@ def test_refusals(name, content, said, tmp_path):
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=said):
         check_documents(str(tmp_path / name), "--flag a=")
+
+
+def test_all_that_will_be_read_is_checked(tmp_path, monkeypatch):
+    """A record that is bad far down stops the program before it starts, not in the middle of its measurement."""
+    monkeypatch.setattr("megatron.training.get_tokenizer", _Numbers)
+    path = tmp_path / "a.ndjson.gz"
+    good = b'{"text": "1 2 3"}\n'
+    path.write_bytes(gzip.compress(good * 300 + b'{"text": null}\n'))
+    check_texts({"a": str(path)}, "--data", 1000, "--tokens", BATCH)
+    with pytest.raises(InputError, match="a.ndjson.gz:301: 'text' should be a string, found null; mend the record"):
+        check_texts({"a": str(path)}, "--data", 2000, "--tokens", BATCH)
+    check_documents(str(path), "--flag a=", documents=300)
+    with pytest.raises(InputError, match="a.ndjson.gz:301: "):
+        check_documents(str(path), "--flag a=", documents=301)
+
+
+def test_a_file_without_a_token(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron.training.get_tokenizer", _Numbers)
+    (tmp_path / "a.json").write_text('[{"text": " "}, {"text": "\\n"}]')
+    with pytest.raises(InputError, match="a.json: holds 0 tokens, fewer than one batch"):
+        check_texts({"a": str(tmp_path / "a.json")}, "--data", 999, "--tokens", BATCH)
 
 
 def test_what_can_be_read_passes(tmp_path):
