@@ -8,10 +8,15 @@ import sys
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_btx import launch
 from megatron_btx.arguments import add_btx_arguments
+from megatron_btx.checkpoint.beside import root_of, with_tokenizer_beside
+from megatron_btx.checkpoint.kinds import refuse_placeholders
+from megatron_btx.checkpoint.torch_dist import TorchDistReader, is_checkpoint, resolve_iteration
+from megatron_btx.checkpoint.vocabulary import TOKENIZER_FILES
 from megatron_btx.checks import check_checkpoint_format, check_finetuning, check_layout
 from megatron_btx.errors import InputError
 from megatron_btx.restricted_loading import loading_failed, restrict_unpickling
@@ -40,7 +45,11 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
     def add(parser: ArgumentParser) -> ArgumentParser:
         parser.error = refuse  # type: ignore[method-assign]  # argparse itself prints Megatron's 900 lines of usage
         parser = add_btx_arguments(parser)
-        return extra(parser) if extra else parser
+        parser = extra(parser) if extra else parser
+        parse = parser.parse_args
+        # Before Megatron looks at them: it takes a path that is gone for the name of a model on the hub.
+        parser.parse_args = lambda *words: find_tokenizer(parse(*words))  # type: ignore[method-assign,assignment]
+        return parser
 
     try:
         args = parse_and_validate_args(add)
@@ -65,6 +74,39 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
         if file and os.path.exists(file):
             # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
             setattr(args, name, os.path.abspath(file))
+    return args
+
+
+def find_tokenizer(args: Any) -> Any:
+    """Arguments with the tokenizer that lies beside the checkpoint, where the path that is given or stored is gone.
+
+    So the flags in megatron_args.txt hold after its folder was moved.
+
+    Raises:
+        CheckpointError: a file of the tokenizer is a pointer of Git LFS, or ``--use-checkpoint-args`` finds nothing.
+    """
+    names = ("tokenizer_type", *TOKENIZER_FILES)
+    for root in (args.pretrained_checkpoint, args.load):
+        if not root or not is_checkpoint(Path(root)):
+            continue
+        given = {name: getattr(args, name) for name in names}
+        if args.use_checkpoint_args and args.use_tokenizer_model_from_checkpoint_args:
+            stored = TorchDistReader(resolve_iteration(root)).arguments()
+            given = {name: stored.get(name) for name in names}
+        # What is no whole path is a name on the hub, or a slip of the person at the keyboard.
+        if not all(os.path.isabs(given[name] or "/") for name in TOKENIZER_FILES):
+            continue
+        found = with_tokenizer_beside(given, root_of(Path(root)))
+        if found != given:
+            gone = next(name for name in names if given[name] != found[name])
+            if os.environ.get("RANK", "0") == "0":
+                print(f"tokenizer: {given[gone]} is not there, {found[gone]} is used", flush=True)
+            vars(args).update(found)
+            args.use_tokenizer_model_from_checkpoint_args = False
+            break
+    for name in TOKENIZER_FILES:
+        if getattr(args, name):
+            refuse_placeholders(Path(getattr(args, name)))
     return args
 
 

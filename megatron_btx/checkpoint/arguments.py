@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.checkpoint.beside import root_of, with_tokenizer_beside
 from megatron_btx.checkpoint.resume import check_resume
 from megatron_btx.checkpoint.tokenizers import check_same_tokenizer
 from megatron_btx.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader, resolve_iteration
@@ -201,7 +202,7 @@ def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[Mod
     """
     checkpoint = TorchDistReader(resolve_iteration(path))
     checkpoint.check_objects()
-    stored = checkpoint.arguments()
+    stored = with_tokenizer_beside(checkpoint.arguments(), root_of(checkpoint.folder))
     allowed = set(given["btx_allow_change"])
     if stored.get("btx_untrained_routers"):
         allowed |= ROUTING_ARGUMENTS

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS, model_flags
+from megatron_btx.checkpoint.beside import as_shell_word
 from megatron_btx.checkpoint.vocabulary import TOKENIZER_FILES
 
 
@@ -73,7 +74,7 @@ def megatron_args_text(arguments: Mapping[str, Any]) -> str:
             lines.append([f"--{name.replace('_', '-')}", str(arguments[name])])
     for name in ("tokenizer_type", *TOKENIZER_FILES, "vocab_size"):
         if arguments.get(name) is not None:
-            lines.append([f"--{name.replace('_', '-')}", str(arguments[name])])
+            lines.append([f"--{name.replace('_', '-')}", as_shell_word(str(arguments[name]))])
     lines += [[f"--{name}"] for name in ("bf16", "fp16") if arguments.get(name)]
     if arguments.get("num_experts"):
         lines.append(["--moe-token-dispatcher-type", "alltoall"])

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.checkpoint.beside import HF_FOLDER
 from megatron_btx.checkpoint.safetensors import SafetensorsReader
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.checkpoint.vocabulary import read_vocabulary
 from megatron_btx.errors import CheckpointError
 from megatron_btx.mix.plan import Plan, PlannedPiece
 from megatron_btx.mix.sinks import Output
-from megatron_btx.mix.sources import HF_FOLDER, Source
+from megatron_btx.mix.sources import Source
 
 if TYPE_CHECKING:
     import torch

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint import hf_config_writing, hf_families, safetensors, shared_expert
+from megatron_btx.checkpoint.beside import HF_FOLDER
 from megatron_btx.checkpoint.names import DIALECTS, Sizes
 from megatron_btx.checkpoint.stored import Reader, Slot
 from megatron_btx.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistLayout, TorchDistReader
@@ -20,7 +21,7 @@ from megatron_btx.mix.compatible import vocabulary_source
 from megatron_btx.mix.layout import LaidOutBlock, LaidOutTensor, Task, lay_out
 from megatron_btx.mix.plan import Plan, PlannedPiece
 from megatron_btx.mix.result import megatron_args_text
-from megatron_btx.mix.sources import HF_FOLDER, Source
+from megatron_btx.mix.sources import Source
 
 FORMATS = ("megatron", "hf")
 _SMALL_BYTES = 256 << 20

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint import hf_config, hf_families, kinds, safetensors, shared_expert
+from megatron_btx.checkpoint.beside import HF_FOLDER, root_of, with_tokenizer_beside
 from megatron_btx.checkpoint.foreign_names import unwrapped
 from megatron_btx.checkpoint.names import (
     DIALECTS,
@@ -23,16 +24,14 @@ from megatron_btx.checkpoint.names import (
 )
 from megatron_btx.checkpoint.paths import model_path
 from megatron_btx.checkpoint.stored import Reader
-from megatron_btx.checkpoint.torch_dist import TRACKER, TorchDistReader, is_checkpoint, resolve_iteration
-from megatron_btx.checkpoint.vocabulary import TOKENIZER_FILES, Vocabulary, read_vocabulary, tokenizer_files
+from megatron_btx.checkpoint.torch_dist import TorchDistReader, is_checkpoint, resolve_iteration
+from megatron_btx.checkpoint.vocabulary import TOKENIZER_FILES, Vocabulary, read_vocabulary
 from megatron_btx.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDING = "embedding.weight"
-HF_FOLDER = "huggingface"
-"""Beside a Megatron checkpoint made from Hugging Face models: their configuration, tokenizer and generation files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,31 +288,9 @@ def open_source(name: str, path: str | Path) -> Source:
         safetensors.refuse_without_config(path)
     folder = resolve_iteration(path)
     reader = TorchDistReader(folder)
-    root = folder.parent if (folder.parent / TRACKER).is_file() else folder
-    arguments = _with_tokenizer_beside(reader.arguments(), root)
+    root = root_of(folder)
+    arguments = with_tokenizer_beside(reader.arguments(), root)
     return Source(name, root, reader, arguments, _megatron_dialect(reader.tensors))
-
-
-def _with_tokenizer_beside(arguments: dict[str, Any], root: Path) -> dict[str, Any]:
-    """The stored arguments with the tokenizer's files where they are, if not where the run had them.
-
-    A checkpoint that was moved names paths of another machine: files of the same names beside the weights, or in the
-    folder with Hugging Face's files, take their place.
-    """
-    found = dict(arguments)
-    for argument in TOKENIZER_FILES:
-        named = arguments.get(argument)
-        if not isinstance(named, str | Path) or not str(named) or Path(named).exists():
-            continue
-        for place in (root, root / HF_FOLDER):
-            if (place / Path(named).name).is_file():
-                found[argument] = str(place / Path(named).name)
-                break
-    named, folder = found.get("tokenizer_model"), root / HF_FOLDER
-    is_folder = found.get("tokenizer_type") == "HuggingFaceTokenizer" and isinstance(named, str)
-    if is_folder and not Path(str(named)).exists() and tokenizer_files(folder):
-        found["tokenizer_model"] = str(folder)
-    return found
 
 
 def _hf_dialect(dialect: str, keys: Iterable[str]) -> Dialect:
