@@ -258,6 +258,13 @@ class TorchDistReader:
             raise CheckpointError(f"{self.folder}: its common state holds no arguments; save it with stock Megatron")
         return dict(vars(arguments))
 
+    def has_arguments(self) -> bool:
+        """Whether there are stored arguments: programs other than Megatron's own leave them out."""
+        names = [name for name in self._objects if name.split("/")[0] == "common_state"]
+        if not names and not self._older_common_state().is_file():
+            return False
+        return isinstance(self.common_state().get("args"), argparse.Namespace)
+
     def common_state(self) -> dict[str, Any]:
         """The entry that holds arguments, iteration and scheduler: where both forms are there, Megatron's choice."""
         older = self._older_common_state()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint import hf_config, hf_families, kinds, safetensors, shared_expert
+from megatron_btx.checkpoint import hf_config, hf_families, kinds, nemo, safetensors, shared_expert
 from megatron_btx.checkpoint.beside import HF_FOLDER, root_of, with_tokenizer_beside
 from megatron_btx.checkpoint.foreign_names import unwrapped
 from megatron_btx.checkpoint.names import (
@@ -271,7 +271,7 @@ def open_source(name: str, path: str | Path) -> Source:
     Raises:
         CheckpointError: it cannot be read, or is of a form that is not supported; says what to do.
     """
-    path = model_path(path)
+    path = nemo.weights_folder(model_path(path))
     if path.is_dir() and (safetensors.is_model_folder(path) or not is_checkpoint(path)):
         kinds.check_kind(path)
     if path.is_dir() and safetensors.is_model_folder(path):
@@ -289,8 +289,21 @@ def open_source(name: str, path: str | Path) -> Source:
     folder = resolve_iteration(path)
     reader = TorchDistReader(folder)
     root = root_of(folder)
-    arguments = with_tokenizer_beside(reader.arguments(), root)
+    arguments = with_tokenizer_beside(_arguments_of(reader, f"{name} ({folder})"), root)
     return Source(name, root, reader, arguments, _megatron_dialect(reader.tensors))
+
+
+def _arguments_of(reader: TorchDistReader, where: str) -> dict[str, Any]:
+    """The stored arguments, else those that Megatron-Bridge or NeMo 2 describe; names lose NeMo's ``module.``."""
+    model = [key for key in reader.tensors if not any(re.fullmatch(pattern, key) for pattern in IGNORED_MEGATRON)]
+    plain = unwrapped({key: key for key in model}, where)
+    renamed = {old: new for new, old in plain.items()}
+    reader.tensors = {renamed.get(key, key): stored for key, stored in reader.tensors.items()}
+    description = nemo.description_of(reader.folder)
+    if description is None or reader.has_arguments():
+        return reader.arguments()
+    embedding = reader.tensors.get("embedding.word_embeddings.weight")
+    return nemo.described_arguments(description, embedding.shape[0] if embedding and embedding.shape else 0)
 
 
 def _hf_dialect(dialect: str, keys: Iterable[str]) -> Dialect:
