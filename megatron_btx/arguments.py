@@ -61,7 +61,8 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         help="names of stored model arguments (as norm_epsilon) that may differ from those of the checkpoint that is "
-        "loaded; without it a difference that would silently change the model is refused (default: none)",
+        "loaded; without it a difference that would silently change the model is refused. dataset_tokenizer allows "
+        "datasets that were made with another tokenizer than this run's (default: none)",
     )
     add_routing_arguments(parser)
     add_validation_arguments(parser)

@@ -289,16 +289,18 @@ def batches_of(text: Any, where: str) -> list[dict[str, Any]]:
     """This data-parallel rank's micro-batches of a text: its consecutive sequences, as far as they fill batches.
 
     Raises:
-        InputError: the text is shorter than one batch; ``where`` says which.
+        InputError: the text is shorter than one batch, or holds ids beyond the vocabulary; ``where`` says which.
     """
     import numpy as np
     import torch
     from megatron.core import mpu
     from megatron.training import get_args
 
+    from megatron_btx.data.foreign_ids import check_text
     from megatron_btx.data.texts import tokens_of_a_batch
 
     args = get_args()
+    check_text(text, where, args)
     length, micro, ranks = args.seq_length, args.micro_batch_size, mpu.get_data_parallel_world_size()
     stages = args.pipeline_model_parallel_size
     steps = (len(text) - 1) // tokens_of_a_batch(args) * stages

@@ -25,6 +25,7 @@ from megatron_btx.checkpoint.torch_dist import TRACKER
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import CheckpointError, InputError, exits_with_one_line
 from megatron_btx.parsing import parse_arguments, refused
+from megatron_btx.stopping import Stopping
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.api import CheckpointException
@@ -56,22 +57,24 @@ def main() -> int:
     from megatron.training import get_args, pretrain
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from megatron_btx.data.training import train_valid_test_datasets
+    from megatron_btx.data.training import datasets_for
     from megatron_btx.model.sampling import Step
 
-    step = Step()
+    step, stopping = Step(), Stopping()
     configuration = prepare(step)
     if is_finished(get_args()):
         return 0
     try:
         pretrain(
             configuration,
-            train_valid_test_datasets,
+            datasets_for(stopping),
             ModelType.encoder_or_decoder,
-            functools.partial(forward_step, step=step),
+            functools.partial(forward_step, step=step, stopping=stopping),
         )
     except (CheckpointException, pickle.UnpicklingError) as failure:
         raise _checkpointing_failed(get_args(), failure) from failure
+    finally:
+        stopping.end()
     return 0
 
 
@@ -234,17 +237,21 @@ def model_config(args: Any, step: Step | None = None) -> Any:
     return model
 
 
-def forward_step(data_iterator: Iterator[Any], model: Any, step: Step | None = None) -> tuple[Any, Any]:
+def forward_step(
+    data_iterator: Iterator[Any], model: Any, step: Step | None = None, stopping: Stopping | None = None
+) -> tuple[Any, Any]:
     """One micro-batch through this stage: the per-token losses on the last one, and how to reduce them.
 
     Args:
         step: in training, is told which micro-batch this is.
+        stopping: tells all ranks when one of them reads what it cannot use.
     """
     from megatron.core import mpu
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args
 
+    from megatron_btx.data.foreign_ids import ForeignIdError
     from megatron_btx.data.training import get_batch
 
     chunk = get_attr_wrapped_model(model, "vp_stage")
@@ -259,7 +266,12 @@ def forward_step(data_iterator: Iterator[Any], model: Any, step: Step | None = N
             mpu.get_data_parallel_rank(),
             chunk or 0,
         )
-    batch = get_batch(data_iterator, chunk)
+    try:
+        batch = get_batch(data_iterator, chunk, model.training)
+    except ForeignIdError as refusal:
+        if stopping is not None:
+            stopping.stop_all(refusal)
+        raise
     output = model(
         batch["tokens"],
         batch["position_ids"],

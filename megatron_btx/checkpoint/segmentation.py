@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,27 @@ def first_difference(left: Vocabulary, right: Vocabulary, merges: tuple[object, 
         if name in other and not _alike(one[name], other[name]):
             return _described(name, one[name], other[name])
     return None
+
+
+def rule_fingerprints(vocabulary: Vocabulary, merges: object = None) -> dict[str, str]:
+    """Every rule that a tokenizer's files tell, as a short hash by its name: what two name alike can be compared.
+
+    Scores of special pieces mean nothing and differ from form to form, so that scores have a name for each form.
+
+    Args:
+        merges: the file of merges that stored arguments name, for tokenizers that are no folders.
+    """
+    rules = _rules(vocabulary, merges)
+    if vocabulary.base.name == "tokenizer.json" and "scores" in rules:
+        rules["scores in tokenizer.json"] = rules.pop("scores")
+    return {name: _fingerprint(value) for name, value in rules.items()}
+
+
+def _fingerprint(value: Any) -> str:
+    if isinstance(value, list) and any(isinstance(entry, float) for entry in value):
+        # Scores: to the precision of the files, and without those of special pieces, which are 0 or none.
+        value = [(number, struct.pack("<f", score).hex()) for number, score in enumerate(value) if score]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_btx.data import compression
+from megatron_btx.data.description import SUFFIX
 from megatron_btx.errors import InputError
 
 
@@ -127,7 +128,8 @@ def _contents(directory: Path) -> tuple[list[Path], list[Path]]:
                 continue
             if path.is_symlink() and not path.exists():
                 raise InputError(f"--input {path}: a link to a file that is not there; fetch it, or remove the link")
-            wanted = form_of(name) is not None and name.lower().split(".")[0] not in _ABOUT_THE_DATA
+            about = name.lower().split(".")[0] in _ABOUT_THE_DATA or name.endswith(SUFFIX)
+            wanted = form_of(name) is not None and not about
             (read if wanted and path.is_file() else others).append(path)
     return sorted(read), sorted(others)
 

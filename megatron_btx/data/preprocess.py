@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.data import readers, tokenizers
+from megatron_btx.data.description import Tokenizer as DescribedTokenizer
 from megatron_btx.data.inputs import ENDINGS, expand_inputs, listed
 from megatron_btx.data.progress import ByteProgress
 from megatron_btx.data.records import BadRecord, Tally
@@ -71,6 +73,7 @@ class _Encoder:
     vocab_size: int
     dtype: type[numpy.number[Any]]
     skips_bad_records: bool
+    described: DescribedTokenizer
 
     def encode(self, unit: readers.Unit) -> _EncodedUnit:
         """Tokenize the documents of a unit; InputError names the document that cannot be."""
@@ -173,7 +176,7 @@ def preprocess(
                     seen += f", {bad_records.text()}; the first: {bad_records.shown[0]}"
                 raise InputError(f"--input {' '.join(inputs)}: no text under the key {key!r} ({seen})")
         for sink in sinks.values():
-            sink.write_index()
+            sink.write_index(encoder.described)
         for sink in sinks.values():
             sink.publish()
     return DatasetSummary(
@@ -199,6 +202,7 @@ def _make_encoder(settings: TokenizerSettings, keys: tuple[str, ...], append_eod
         vocab_size=tokenizer.vocab_size,
         dtype=DType.optimal_dtype(tokenizer.vocab_size),
         skips_bad_records=skips,
+        described=DescribedTokenizer.of(dataclasses.asdict(settings), tokenizer.vocab_size),
     )
 
 

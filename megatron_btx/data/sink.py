@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.data.description import SUFFIX, Counts, Tokenizer, describe
+
 if TYPE_CHECKING:
     import numpy
 
@@ -18,9 +20,10 @@ class Sink:
     def __init__(self, prefix: str, dtype: type[numpy.number[Any]]) -> None:
         self._prefix = prefix
         self._dtype = dtype
-        self._temporary = {suffix: f"{prefix}{suffix}.tmp{os.getpid()}" for suffix in (".bin", ".idx")}
+        self._temporary = {suffix: f"{prefix}{suffix}.tmp{os.getpid()}" for suffix in (".bin", SUFFIX, ".idx")}
         self.documents = 0
         self.tokens = 0
+        self._largest_id = -1
 
     def __enter__(self) -> Sink:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -43,13 +46,16 @@ class Sink:
             start += length
         self.documents += len(lengths)
         self.tokens += start
+        self._largest_id = max(self._largest_id, int(ids.max(initial=0)))
 
-    def write_index(self) -> None:
-        """Close the data and write the index, still under temporary names."""
+    def write_index(self, tokenizer: Tokenizer) -> None:
+        """Close the data, write the index and the description, all still under temporary names."""
         self._builder.finalize(self._temporary[".idx"])
+        counts = Counts(self._largest_id, self.documents, self.tokens)
+        Path(self._temporary[SUFFIX]).write_text(describe(tokenizer, counts, self._temporary), encoding="utf-8")
 
     def publish(self) -> None:
-        """Give both files their names, the index last: without it nothing loads."""
+        """Give the files their names, the index last: without it nothing loads."""
         Path(f"{self._prefix}.idx").unlink(missing_ok=True)
         for suffix, name in self._temporary.items():
             os.replace(name, f"{self._prefix}{suffix}")

@@ -145,6 +145,8 @@ def check_splits(args: Any) -> None:
         for dataset in _datasets(prefixes, known):
             if dataset.tokens(split.part) == 0:
                 raise split.empty(dataset)
+        if weights is not None and split.name != "train":
+            _check_weighted(split, wanted[split.name])
         if weights is None and len(prefixes) > 1:
             _check_unweighted(split, list(_datasets(prefixes, known)), args, wanted[split.name])
 
@@ -177,6 +179,18 @@ def _check_weights(flag: str, weights: list[float] | None) -> None:
     for weight in weights or ():
         if not 0 < weight < math.inf:
             raise InputError(f"{flag}: a dataset has the weight {weight:g}; expected above 0, or leave the dataset out")
+
+
+def _check_weighted(split: Split, wanted: int | None) -> None:
+    """A blend with weights is made for a number of sequences above 0."""
+    if wanted is None:
+        raise InputError(f"{split.where}: --full-validation reads every dataset once; leave the weights out")
+    is_blend = len(split.blend[0]) > 1 or bool(split.shares)
+    if is_blend and wanted == 0:
+        raise InputError(
+            f"{split.where}: nothing of the {_WORDS[split.name]} part is asked for (--eval-iters 0), and Megatron "
+            "makes no such blend with weights; leave that part out, or give --eval-iters"
+        )
 
 
 def _check_unweighted(split: Split, datasets: list[Dataset], args: Any, wanted: int | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_btx.data import readers
 from megatron_btx.data.inputs import form_of
 from megatron_btx.data.tokenizers import DocumentEncoder
-from megatron_btx.data.training import check_indexed_dataset
+from megatron_btx.data.training import check_descriptions, check_indexed_dataset
 from megatron_btx.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def check_texts(texts: dict[str, str], flag: str, tokens: int, tokens_flag: str,
         )
     for name, path in texts.items():
         check_documents(path, f"{flag} {name}=", least + 1, tokens + 1)
+    check_descriptions({path: f"{flag} {name}=" for name, path in texts.items()}, args)
 
 
 def check_documents(path: str, where: str, least_tokens: int = 0, tokens: int = 0, documents: int = 1) -> None:

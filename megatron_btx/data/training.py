@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,31 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_btx.data.description import ALLOWANCE, SUFFIX, Tokenizer, check_description
+from megatron_btx.data.foreign_ids import check_batch
 from megatron_btx.data.splits import splits_of
 from megatron_btx.errors import InputError
+from megatron_btx.stopping import Stopping
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
 
 
-def train_valid_test_datasets(sample_counts: list[int | None], vp_stage: int | None = None) -> Any:
-    """The blended datasets of a run, for ``megatron.training.pretrain``.
+def datasets_for(stopping: Stopping) -> Any:
+    """The function that gives ``megatron.training.pretrain`` the blended datasets of a run.
 
     Args:
-        sample_counts: sequences wanted for training, validation and test.
+        stopping: begins to watch when the function is called: by every rank, before one of them can wait for a batch.
     """
-    config = gpt_dataset_config(get_args())
-    return BlendedMegatronDatasetBuilder(GPTDataset, sample_counts, reads_batches, config).build()
 
+    def train_valid_test_datasets(sample_counts: list[int | None], vp_stage: int | None = None) -> Any:
+        """The datasets, for the numbers of sequences that are wanted for training, validation and test."""
+        stopping.watch()
+        config = gpt_dataset_config(get_args())
+        return BlendedMegatronDatasetBuilder(GPTDataset, sample_counts, reads_batches, config).build()
 
-# Every rank calls the provider; reads_batches says which of them build.
-train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
+    # Every rank calls the provider; reads_batches says which of them build.
+    train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
+    return train_valid_test_datasets
 
 
 def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
@@ -70,12 +77,31 @@ def check_data_files(args: Any) -> None:
     flags = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
     if not any(getattr(args, flag) for flag in flags) and not args.data_args_path and not args.per_split_data_args_path:
         raise InputError("no training data: give --data-path, or --train-data-path (and --valid-data-path)")
-    checked: set[str] = set()
+    named: dict[str, str] = {}
     for split in splits_of(args):
         for prefix in split.blend[0]:
-            if prefix not in checked:
-                check_indexed_dataset(prefix, split.flag)
-            checked.add(prefix)
+            named.setdefault(prefix, split.flag)
+    for prefix, flag in named.items():
+        check_indexed_dataset(prefix, flag)
+    check_descriptions(named, args)
+
+
+def check_descriptions(named: Mapping[str, str], args: Any) -> None:
+    """Refuse datasets that say that they are of another tokenizer than the run's, or beyond its vocabulary.
+
+    Args:
+        named: prefixes of datasets, each with the flag that named it.
+
+    Raises:
+        InputError: see :func:`megatron_btx.data.description.check_description`.
+    """
+    described = [prefix for prefix in named if Path(prefix + SUFFIX).is_file()]
+    if not described:
+        return
+    tokenizer = Tokenizer.of(vars(args), get_tokenizer().vocab_size)
+    for prefix in described:
+        allowed = ALLOWANCE in args.btx_allow_change
+        check_description(prefix, named[prefix], tokenizer, args.padded_vocab_size, allowed)
 
 
 def check_indexed_dataset(prefix: str, where: str) -> int:
@@ -119,12 +145,20 @@ def reads_batches() -> bool:
     return bool(at_an_end and mpu.get_tensor_model_parallel_rank() == 0)
 
 
-def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None) -> dict[str, Any]:
+def get_batch(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None, training: bool = False
+) -> dict[str, Any]:
     """The micro-batch of this rank.
+
+    Args:
+        training: whether it is of the training data, which a refusal then names.
 
     Returns:
         tokens, labels, position_ids: [B, S] int64; loss_mask: [B, S] float; each None where this pipeline stage does
         not need it.
+
+    Raises:
+        ForeignIdError: an id is beyond the vocabulary; on the ranks that read it alone.
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -136,6 +170,7 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage:
         if data_iterator is None:
             raise RuntimeError("a rank that reads batches has no data iterator")
         sample = next(data_iterator)
+        check_batch(sample, args, training)
         for key in BATCH_KEYS:
             value = sample.get(key)
             batch[key] = value.cuda(non_blocking=True) if value is not None else None

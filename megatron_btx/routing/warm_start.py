@@ -144,6 +144,7 @@ def _checked_output(given: str) -> Path:
 def _checked_data(args: Any, stored: dict[str, Any]) -> dict[str, str]:
     """Expert -> prefix, in the order of the mixture's experts."""
     from megatron_btx.data.texts import check_documents
+    from megatron_btx.data.training import check_descriptions
     from megatron_btx.evaluate import named_paths
 
     if not args.num_experts:
@@ -164,6 +165,7 @@ def _checked_data(args: Any, stored: dict[str, Any]) -> dict[str, str]:
         )
     for name in names:
         check_documents(given[name], f"--btx-init-data {name}=", documents=args.btx_init_documents)
+    check_descriptions({given[name]: f"--btx-init-data {name}=" for name in names}, args)
     return {name: given[name] for name in names}
 
 
