@@ -160,7 +160,7 @@ class _Members(io.RawIOBase):
         try:
             self._output = memoryview(self._decompressor.decompress(self._input))
         except self._errors as error:
-            raise self._damaged(str(error)) from error
+            raise self._damaged(str(error) or type(error).__name__) from error
         self._input = b""
         if self._decompressor.eof:
             self._input = self._decompressor.unused_data
@@ -183,6 +183,8 @@ class _Members(io.RawIOBase):
         return True
 
     def _damaged(self, why: str) -> InputError:
+        if "memory" in why.lower():
+            return InputError(f"{self._path}: {self._format}: {why}; a long window needs up to 2 GiB: free some memory")
         at = f"near byte {self._raw.tell():,} of {os.fstat(self._raw.fileno()).st_size:,}"
         return InputError(f"{self._path}: damaged {self._format} data {at}: {why}; fetch or write the file again")
 
@@ -201,7 +203,7 @@ def _new_decompressor(name: str) -> _Decompressor:
 
 
 def _errors_of(name: str) -> tuple[type[Exception], ...]:
-    """What the format's library raises for bad data: bz2 an OSError, all of them MemoryError for a window too large."""
+    """What the format's library raises for bad data, or MemoryError for a window too large; bz2 raises OSError."""
     if name == "zstd":
         import zstandard
 

@@ -115,7 +115,8 @@ class _EncodedUnit:
 
 
 def _refuse(record: BadRecord) -> None:
-    raise InputError(f"{record.line()}; mend the record, or leave such records out with --on-bad-record skip")
+    first = "name the right key with --json-keys, " if record.cause == "no key" else ""
+    raise InputError(f"{record.line()}; {first}mend the record, or leave such records out with --on-bad-record skip")
 
 
 def preprocess(

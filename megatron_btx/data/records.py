@@ -142,7 +142,7 @@ def _text(row: Mapping[str, Any], key: str) -> str:
         names = sorted(row)
         more = ["..."] if len(names) > _KEYS_NAMED_AT_MOST else []
         found = names[:_KEYS_NAMED_AT_MOST] + more
-        raise RecordError("no key", f"no key {key!r}; it has {found}; name the right one with --json-keys")
+        raise RecordError("no key", f"no key {key!r}; it has {found}")
     value = row[key]
     if isinstance(value, bytes):  # a column of bytes, or of text that nobody has checked
         try:
