@@ -262,9 +262,9 @@ def test_a_directory_with_nothing_to_read_is_refused(run: Run) -> None:
 
 def test_names_that_are_no_text_are_shown_all_the_same(run: Run) -> None:
     run.write("d/a.jsonl", LINES)
-    (run.folder / "in" / "d" / os.fsdecode(b"caf\xe9\x1b.csv")).write_bytes(b"x")
+    (run.folder / "in" / "d" / os.fsdecode(b"\xe9\x1b.csv")).write_bytes(b"x")
     assert run.numbers(run.folder / "in" / "d") == NUMBERS
-    assert "not read: 1 file (caf\\udce9\\x1b.csv)" in run.out
+    assert "not read: 1 file (\\udce9\\x1b.csv)" in run.out
 
 
 @pytest.mark.parametrize(
