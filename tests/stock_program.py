@@ -25,10 +25,11 @@ def main() -> int:
 
     from megatron_btx import metrics, repairs
     from megatron_btx.arguments import add_btx_arguments
-    from megatron_btx.data.training import train_valid_test_datasets
+    from megatron_btx.data.training import datasets_for
     from megatron_btx.model.routers import settings_from, with_routers
     from megatron_btx.model.sampling import Step
     from megatron_btx.pretrain import forward_step
+    from megatron_btx.stopping import Stopping
 
     args = parse_and_validate_args(add_btx_arguments)
     repairs.use_the_shipped_dataset_helper()
@@ -45,5 +46,5 @@ def main() -> int:
         model.transformer_layer_spec = injected
     config = pretrain_cfg_container_from_args(args, model)
     forward = functools.partial(forward_step, step=step)
-    pretrain(config, train_valid_test_datasets, ModelType.encoder_or_decoder, forward)
+    pretrain(config, datasets_for(Stopping()), ModelType.encoder_or_decoder, forward)
     return 0
