@@ -105,8 +105,10 @@ for name in "${served[@]}"; do
         must 900 vllm env VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_ENABLE_V1_MULTIPROCESSING=0 \
             VLLM_NO_USAGE_STATS=1 .venv-vllm/bin/python -W ignore -m tests.serving.served_by_vllm "$root"
     else
-        must 600 llama env LLAMA_CPP_LIB_PATH="$PWD/.venv-llama/build/bin" PYTHONPATH="$PWD:$PWD/.venv-llama/source" \
-            .venv-llama/bin/python -W ignore -m tests.serving.served_by_llama "$root" .venv-llama/source
+        must 300 llama-convert .venv-llama/bin/python -W ignore -m tests.serving.convert_for_llama "$root" \
+            "$PWD/.venv-llama/source/vendor/llama.cpp/convert_hf_to_gguf.py"
+        must 300 llama env LLAMA_CPP_LIB_PATH="$PWD/.venv-llama/build/bin" PYTHONPATH="$PWD:$PWD/.venv-llama/source" \
+            .venv-llama/bin/python -W ignore -m tests.serving.served_by_llama "$root"
     fi
 done
 for name in transformers-5 transformers-4 "${served[@]}"; do

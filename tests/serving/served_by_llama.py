@@ -1,11 +1,11 @@
-"""The numbers of llama.cpp, in fp32: python -m tests.serving.served_by_llama ROOT SOURCE, in .venv-llama.
+"""The numbers of llama.cpp, in fp32, for what convert_for_llama.py has written.
 
-SOURCE is llama-cpp-python's source. Its binding is used from there, its copy of llama.cpp has the converter.
+python -m tests.serving.served_by_llama ROOT, with llama-cpp-python's source on the path: its binding is used as it is.
 """
 
 from __future__ import annotations
 
-import subprocess
+import json
 import sys
 from pathlib import Path
 
@@ -14,50 +14,28 @@ import llama_cpp
 from tests.serving import exchange
 
 GGML_TYPE_F32 = 0
-CONVERT_SECONDS = 120
 
 
 def main() -> None:
     """Write llama below ROOT."""
-    root, source = map(Path, sys.argv[1:])
+    root = Path(sys.argv[1])
     found = exchange.Findings("llama", f"of llama-cpp-python {llama_cpp.__version__}")
-    (root / "gguf").mkdir()
+    found.refusals |= json.loads((root / "gguf" / "refusals.json").read_text())
     for case in exchange.cases(root):
-        with_tokenizer = case == exchange.EXPORT
-        file = root / "gguf" / f"{case}.gguf"
-        error = convert(root / exchange.MODELS / case, file, source / "vendor" / "llama.cpp", with_tokenizer)
-        if error:
-            found.refusals[case] = error
+        if case in found.refusals:
             continue
         try:
-            server = load(file)
+            server = load(root / "gguf" / f"{case}.gguf")
         except ValueError as refusal:
             found.refusals[case] = str(refusal)
             continue
         for prompt in exchange.PROMPTS:
             serve(server, case, prompt, found)
-        if with_tokenizer:
+        if case == exchange.EXPORT:
             texts = exchange.texts(root)[0]
             found.ids = [server.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
         server.close()
     found.write(root)
-
-
-def convert(folder: Path, file: Path, llama: Path, with_tokenizer: bool) -> str:
-    """Convert with llama.cpp's own program; what it says last where it fails, else nothing.
-
-    It knows tokenizers by the ids that they give for a text, so one of pico size is a stranger to it where the
-    architecture's are not SentencePiece's. Models that are there for their numbers have none, and go without.
-    """
-    program = llama / "convert_hf_to_gguf.py"
-    words = [str(program), str(folder), f"--outfile={file}", "--outtype=f32"]
-    if not with_tokenizer:
-        words = ["-m", "tests.serving.convert_without_tokenizer", *words]
-    done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=CONVERT_SECONDS, check=False
-    )
-    said = done.stderr.strip().splitlines()
-    return (said[-1] if said else f"exit code {done.returncode}") if done.returncode else ""
 
 
 def load(file: Path) -> llama_cpp.Llama:
