@@ -109,7 +109,7 @@ CONDITIONS = (
         _has_dense_layers,
         (
             Answer("SGLang", OTHER, "it takes every layer for a mixture and skips the dense layers' tensors"),
-            Answer("llama.cpp", REFUSES, "it looks for a router in every layer"),
+            Answer("llama.cpp", REFUSES, "its converter has no names for their tensors"),
         ),
     ),
     Condition(
