@@ -9,7 +9,7 @@ lengths in the indices (``core/datasets/blended_megatron_dataset_builder.py`` an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ Range = tuple[float, float]
 """The share of a dataset's sequences that a split takes: from, to."""
 
 NAMES = ("train", "valid", "test")
+LEGACY_SPLIT = "969, 30, 1"
+"""What Megatron takes for --data-path without --split (``training/arguments.py``)."""
 _WORDS = {"train": "training", "valid": "validation", "test": "test"}
 
 
@@ -126,10 +128,13 @@ def _flag_of(args: Any, name: str) -> str:
     return f"--{name}-data-path"
 
 
-def check_splits(args: Any) -> None:
+def check_splits(args: Any, is_there: Callable[[str], object] = lambda prefix: True) -> None:
     """Refuse data with which Megatron would not come to its first step, or not past its last.
 
     The datasets themselves have been checked (:func:`megatron_btx.data.training.check_data_files`).
+
+    Args:
+        is_there: says of a prefix whether its dataset has been made; of others nothing is known yet.
 
     Raises:
         InputError: nothing to train on, an evaluation without data, a split without tokens, weights that are none, or
@@ -142,12 +147,13 @@ def check_splits(args: Any) -> None:
     for split in splits:
         prefixes, weights = split.blend
         _check_weights(split.where, weights)
-        for dataset in _datasets(prefixes, known):
+        present = [prefix for prefix in prefixes if is_there(prefix)]
+        for dataset in _datasets(present, known):
             if dataset.tokens(split.part) == 0:
                 raise split.empty(dataset)
         if weights is not None and split.name != "train":
             _check_weighted(split, wanted[split.name])
-        if weights is None and len(prefixes) > 1:
+        if weights is None and len(prefixes) > 1 and present == prefixes:
             _check_unweighted(split, list(_datasets(prefixes, known)), args, wanted[split.name])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -221,8 +222,40 @@ def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int
             checks.check_layout(args)
             checks.check_finetuning(args)
             _check_bound(args)
+            _check_data(args)
         except InputError as error:
             raise InputError(f"stage {stage}: {error}") from None
+
+
+def _check_data(args: Any) -> None:
+    """Refuse datasets on which a stage would not start, or not end, before the stages ahead of it are trained.
+
+    A run's own datasets lie at paths relative to its directory and may have to be made first: they are not looked at.
+    """
+    from megatron_btx.data.description import ALLOWANCE, Tokenizer, check_description
+    from megatron_btx.data.inputs import form_of
+    from megatron_btx.data.splits import LEGACY_SPLIT, check_splits, splits_of
+    from megatron_btx.data.training import check_indexed_dataset
+
+    trains = args.train_data_path or args.data_path or args.data_args_path or args.per_split_data_args_path
+    if args.data_path and args.split is None:
+        args.split = LEGACY_SPLIT
+    named: dict[str, str] = {}
+    for split in splits_of(args):
+        named |= dict.fromkeys(split.blend[0], split.flag)
+    for flag, words in (("--btx-valid-data", args.btx_valid_data), ("--btx-eval-data", args.btx_eval_data)):
+        for name, _, path in (word.partition("=") for word in words):
+            if form_of(path) is None:
+                named[path] = f"{flag} {name}="
+    given = {prefix: flag for prefix, flag in named.items() if os.path.isabs(prefix)}
+    for prefix, flag in given.items():
+        check_indexed_dataset(prefix, flag)
+    if trains:
+        check_splits(args, os.path.isabs)
+    tokenizer = Tokenizer.of(vars(args), None) if given else None
+    for prefix, flag in given.items():
+        assert tokenizer is not None
+        check_description(prefix, flag, tokenizer, args.padded_vocab_size, ALLOWANCE in args.btx_allow_change)
 
 
 def _check_bound(args: Any) -> None:

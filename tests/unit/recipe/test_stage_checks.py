@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 
 from megatron_btx import cli
+from megatron_btx.data import preprocess
+from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.errors import InputError
 from megatron_btx.evaluate import add_evaluation_arguments
 from megatron_btx.recipe import flags
 from megatron_btx.recipe.planner import plan_stages
 from megatron_btx.recipe.schema import load_recipe
+from tests import pico
 
 RECIPES = Path(__file__).resolve().parents[3] / "examples" / "recipes"
 
@@ -35,6 +39,55 @@ def test_the_examples_pass(parser, recipe):
     """Every stage of every example."""
     check(parser, recipe)
     check(parser, recipe, "finetune.megatron.btx-freeze=[experts]", "finetune.megatron.btx-first-loss-bound=5.0")
+
+
+def described(folder: Path, size: int) -> str:
+    """The prefix of a dataset that the NullTokenizer of so many tokens made: 200 numbers in each of 40 documents."""
+    lines = [" ".join(str((i * 977 + j * 31) % (size - 1)) for j in range(200)) for i in range(40)]
+    file = folder / f"{size}.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    preprocess.preprocess(
+        [str(file)], str(folder / str(size)), TokenizerSettings("NullTokenizer", None, size), quiet=True
+    )
+    return str(folder / f"{size}_text_document")
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of the run's tokenizer, and of another."""
+    folder = tmp_path_factory.mktemp("datasets")
+    return {"own": described(folder, pico.VOCABULARY), "foreign": described(folder, 5001)}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--train-data-path foreign", "stage seed: --train-data-path .*token ids up to 4999, .* ends at 95 "),
+        ("--train-data-path own --btx-valid-data a=foreign", "stage seed: --btx-valid-data a= .*token ids up to 4999"),
+        ("--btx-eval-data a=foreign", "stage seed: --btx-eval-data a= .*token ids up to 4999"),
+        ("--train-data-path own --eval-iters 3", "stage seed: --eval-iters 3: there is no validation data"),
+        ("--data-path own --split 99,1", "stage seed: --data-path with --split 99,1: .* leaves none to validation"),
+        ("--data-path own", "stage seed: --data-path with --split 969, 30, 1: .* leaves none to test"),
+        ("--train-data-path 1 own 0 later", "stage seed: --train-data-path: a dataset has the weight 0"),
+        ("--train-data-path /no/where", "stage seed: --train-data-path /no/where: .*does not exist"),
+        ("--train-data-path 1 own 2 later --valid-data-path later", None),
+        ("--data-path own --split 1,0,0", None),
+        ("--btx-eval-data a=own b=later c=/texts/of.jsonl", None),
+    ],
+)
+def test_datasets_are_checked_before_the_first_stage(words, said, parser, datasets):
+    """Those that are there; a run's own, at relative paths, may have to be made by a stage before."""
+    line = [part.partition("=") for part in words.split()]
+    data = [
+        "".join((name, sign, datasets.get(path, path))) if sign else datasets.get(name, name)
+        for name, sign, path in line
+    ]
+    stages = {"seed": (1, [*pico.MODEL, *pico.TRAINING, "--train-iters", "2", *data])}
+    if said is None:
+        flags.check_stages(parser, stages)
+        return
+    with pytest.raises(InputError, match=said):
+        flags.check_stages(parser, stages)
 
 
 TENSOR = "evaluate.layout={processes: 2, tensor-model-parallel-size: 2}"
