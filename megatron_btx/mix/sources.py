@@ -289,6 +289,7 @@ def open_source(name: str, path: str | Path) -> Source:
     folder = resolve_iteration(path)
     reader = TorchDistReader(folder)
     root = root_of(folder)
+    kinds.refuse_placeholders(root / HF_FOLDER)
     arguments = with_tokenizer_beside(_arguments_of(reader, f"{name} ({folder})"), root)
     return Source(name, root, reader, arguments, _megatron_dialect(reader.tensors))
 

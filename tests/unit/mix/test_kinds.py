@@ -184,6 +184,15 @@ def test_what_is_no_plain_model_is_refused_with_its_remedy(case, tmp_path, capsy
     assert all(text in line for text in [*named, str(folder)]), line
 
 
+def test_a_pointer_beside_a_megatron_checkpoint_is_refused(tmp_path, capsys):
+    """What travels along is what the export gets."""
+    folder, out = llama_folder(tmp_path / "model", 1), tmp_path / "megatron"
+    assert convert_hf.main(["import", "--hf-model", str(folder), "--output", str(out)]) == 0
+    (out / "huggingface" / "tokenizer.json").write_bytes(POINTER)
+    assert convert_hf.main(["export", "--checkpoint", str(out), "--output", str(tmp_path / "back")]) == 2
+    assert "tokenizer.json: is a pointer of Git LFS" in capsys.readouterr().err
+
+
 HARMLESS: dict[str, Change] = {
     "Mistral's own form beside": _file("consolidated.safetensors"),
     "GGUF beside": _file("model-q8_0.gguf"),
