@@ -345,7 +345,7 @@ def test_stopped_between_the_two_files_nothing_loads(
     ("end", "said"),
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "(SIGKILL) at {}, most likely for want of memory: lower --work"),
-        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "(SIGSEGV) at {}"),
+        (lambda: os.kill(os.getpid(), signal.SIGHUP), "(SIGHUP) at {}"),
         (lambda: os._exit(3), "(exit status 3) at {}"),
     ],
 )
