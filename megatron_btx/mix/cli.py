@@ -128,6 +128,12 @@ def add_output_options(p: argparse.ArgumentParser, output_format: str = "") -> N
         "is the mean of all tokens' rows, so its probability is below the tokens' average, and belongs to no token "
         "(default: 1, add none)",
     )
+    p.add_argument(
+        "--allow-other-ids",
+        action="store_true",
+        help="write the tokenizer even where it gives texts other ids than the source's own, or cannot be compared "
+        "with it (by default that is refused)",
+    )
     p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     p.add_argument(
         "--verify",
@@ -190,6 +196,7 @@ def request_of(options: argparse.Namespace) -> Request:
         options.allow_other_tokenizer,
         RouterInit(options.router_init, options.router_seed, options.router_std),
         options.pad_vocab_to_multiple_of,
+        options.allow_other_ids,
     )
 
 

@@ -44,7 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     if path.is_dir() and (is_checkpoint(path) if into else is_model_folder(path)):
         other = "is a Megatron checkpoint" if into else "is a Hugging Face model folder"
         raise InputError(f"{path}: {other}; import takes a Hugging Face model folder, export a Megatron checkpoint")
-    request = Request((("model", str(path)),), method="copy", pad_vocabulary=options.pad_vocab_to_multiple_of)
+    request = Request(
+        (("model", str(path)),),
+        method="copy",
+        pad_vocabulary=options.pad_vocab_to_multiple_of,
+        allow_other_ids=options.allow_other_ids,
+    )
     return convert(request, options)
 
 

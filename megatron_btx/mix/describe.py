@@ -49,6 +49,7 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
     )
     lines += _vocabulary_lines(plan)
     lines += [f"  note: {remark}" for remark in remarks(plan)]
+    lines.append(f"  tokenizer of the result: {output.tokenizer['said']}")
     lines.append(f"  result: {_configuration(plan, output)}")
     if output.format == "hf":
         lines += server_lines(json.loads(output.small_files[CONFIG]))

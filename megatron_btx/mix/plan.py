@@ -45,6 +45,8 @@ class Request:
     router: RouterInit = RouterInit()
     pad_vocabulary: int = 1
     """The result's rows become a multiple of this."""
+    allow_other_ids: bool = False
+    """Write a tokenizer that gives texts other ids than the source's."""
 
 
 @dataclasses.dataclass(frozen=True)

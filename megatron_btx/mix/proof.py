@@ -60,6 +60,7 @@ def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder:
         "take": dict(request.take),
         "vocabulary_union": request.vocabulary_union,
         "vocabulary": _vocabulary(plan),
+        "tokenizer": dict(output.tokenizer),
         "experts": [
             {**source_identity(s), "weight": weight} for s, weight in zip(plan.sources, plan.weights, strict=True)
         ],

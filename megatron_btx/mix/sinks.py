@@ -15,16 +15,15 @@ from megatron_btx.checkpoint.beside import HF_FOLDER
 from megatron_btx.checkpoint.names import DIALECTS, Sizes
 from megatron_btx.checkpoint.stored import Reader, Slot
 from megatron_btx.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistLayout, TorchDistReader
-from megatron_btx.checkpoint.vocabulary import TOKENIZER_FOLDER_FILES
 from megatron_btx.errors import InputError
+from megatron_btx.mix import tokenizer_files
 from megatron_btx.mix.compatible import vocabulary_source
 from megatron_btx.mix.layout import LaidOutBlock, LaidOutTensor, Task, lay_out
 from megatron_btx.mix.plan import Plan, PlannedPiece
 from megatron_btx.mix.result import megatron_args_text
-from megatron_btx.mix.sources import Source
+from megatron_btx.mix.result_tokenizer import result_tokenizer
 
 FORMATS = ("megatron", "hf")
-_SMALL_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Output:
     """A file that every output of this format has."""
     reader: Callable[[Path], Reader]
     """Opens a written result."""
+    tokenizer: Mapping[str, Any]
+    """What was done to the tokenizer and proved of it."""
 
     @property
     def size_bytes(self) -> int:
@@ -74,7 +75,7 @@ def _megatron(plan: Plan, target: Path) -> Output:
         for block in tensor.blocks:
             slot = layout.add_block(tensor.name, tensor.shape, block.offsets, block.sizes, tensor.dtype)
             tasks.append(Task(block, dataclasses.replace(slot, file=f"{RELEASE}/{slot.file}")))
-    arguments, small = _with_hf_files(plan, target)
+    arguments, small, tokenizer = _with_hf_files(plan, target)
     for name, value in _objects(arguments, plan.sizes, numbered):
         layout.add_object(name, value)
     small |= {f"{RELEASE}/{name}": content for name, content in layout.small_files().items()}
@@ -88,16 +89,23 @@ def _megatron(plan: Plan, target: Path) -> Output:
         small,
         TRACKER,
         lambda folder: TorchDistReader(folder / RELEASE),
+        tokenizer,
     )
 
 
-def _with_hf_files(plan: Plan, target: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The result's arguments, and the files of Hugging Face's that travel along, for training and for the way back."""
+def _with_hf_files(plan: Plan, target: Path) -> tuple[dict[str, Any], dict[str, bytes], Mapping[str, Any]]:
+    """The result's arguments, the files of Hugging Face's that travel along, and what was proved of its tokenizer."""
     source = vocabulary_source(plan.sources)
     arguments, folder = dict(plan.arguments), source.hf_folder
     if folder is None:
-        return arguments, {}
-    files = {f"{HF_FOLDER}/{name}": content for name, content in _travelling_files(folder).items()}
+        return arguments, {}, {"said": "the files that the arguments name"}
+    config = safetensors.read_json(folder / safetensors.CONFIG)
+    made = result_tokenizer(source, config, plan.request.allow_other_ids)
+    travelling = dict(made.files)
+    generation = tokenizer_files.generation_file(made.files, made.ids, made.rows)
+    if generation is not None:
+        travelling[tokenizer_files.GENERATION] = generation
+    files = {f"{HF_FOLDER}/{name}": content for name, content in travelling.items()}
     files[f"{HF_FOLDER}/{safetensors.CONFIG}"] = (folder / safetensors.CONFIG).read_bytes()
     if any("tokenizer" in name or name.endswith(".model") for name in files):
         arguments["tokenizer_type"] = "HuggingFaceTokenizer"
@@ -105,13 +113,7 @@ def _with_hf_files(plan: Plan, target: Path) -> tuple[dict[str, Any], dict[str, 
     else:
         arguments["tokenizer_type"] = "NullTokenizer"
         arguments["tokenizer_model"] = None
-    return arguments, files
-
-
-def _travelling_files(folder: Path) -> dict[str, bytes]:
-    patterns = (*TOKENIZER_FOLDER_FILES, "generation_config.json", "chat_template*")
-    found = sorted({f for pattern in patterns for f in folder.glob(pattern) if f.is_file()})
-    return {f.name: f.read_bytes() for f in found if f.stat().st_size < _SMALL_BYTES and f.suffix != ".safetensors"}
+    return arguments, files, made.record
 
 
 def _objects(arguments: Mapping[str, Any], sizes: Sizes, numbered: bool) -> Iterator[tuple[str, Any]]:
@@ -170,7 +172,12 @@ def _hugging_face(plan: Plan, target: Path) -> Output:
     tasks = tuple(
         task for t in tensors for block in t.blocks for task in _tasks(block, layout.slot(t.name), t.dtype.itemsize)
     )
-    small = layout.small_files() | _tokenizer_files(source)
+    tokenizer = result_tokenizer(source, config, plan.request.allow_other_ids)
+    small = layout.small_files() | dict(tokenizer.files)
+    config = tokenizer_files.completed_ids(config, tokenizer.ids, tokenizer.rows)
+    generation = tokenizer_files.generation_file(tokenizer.files, _ids_of(config), tokenizer.rows)
+    if generation is not None:
+        small[tokenizer_files.GENERATION] = generation
     small[safetensors.CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return Output(
         "hf",
@@ -181,7 +188,14 @@ def _hugging_face(plan: Plan, target: Path) -> Output:
         small,
         safetensors.CONFIG,
         safetensors.SafetensorsReader,
+        tokenizer.record,
     )
+
+
+def _ids_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of special tokens that a configuration gives."""
+    names = [f"{token}_id" for token in tokenizer_files.NAMES]
+    return {name: config[name] for name in names if config.get(name) is not None}
 
 
 def _tasks(block: LaidOutBlock, tensor: Slot, itemsize: int) -> Iterator[Task]:
@@ -196,17 +210,3 @@ def _zero_shared_experts(plan: Plan) -> Iterator[PlannedPiece]:
     dtype = plan.pieces[0].dtype
     for piece, content in shared_expert.pieces(plan.sizes, shared_expert.WRITTEN_WIDTH):
         yield PlannedPiece(piece, piece.shape, dtype, content)
-
-
-def _tokenizer_files(source: Source) -> dict[str, bytes]:
-    """Tokenizer and generation files of the source, from wherever it names them."""
-    if source.hf_folder:
-        return _travelling_files(source.hf_folder)
-    named = source.arguments.get("tokenizer_model")
-    if not named:
-        return {}
-    path = Path(named)
-    if path.is_dir():
-        return _travelling_files(path)
-    # A stranger's checkpoint can name any file: only a tokenizer's travels.
-    return {"tokenizer.model": path.read_bytes()} if source.vocabulary else {}

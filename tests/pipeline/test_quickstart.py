@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from tests.asked_tokenizers import Asked
+from tests.hugging_face import OLDER
 from tests.runner import REPOSITORY, read_losses
 
 RECIPE = REPOSITORY / "examples" / "recipes" / "quickstart.yaml"
@@ -110,3 +112,29 @@ def test_nothing_runs_twice(run):
     changed = called([*btx_run(run, "finetune.megatron.lr=0.001"), "--dry-run"])
     again = {line.split()[1].rstrip(":") for line in changed.splitlines() if ": rerun (" in line}
     assert again == {"finetune", "evaluate-moe", "report"}
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    """The finetuned mixture as a Hugging Face folder."""
+    out = tmp_path_factory.mktemp("exported") / "hf"
+    tool = str(REPOSITORY / "tools" / "convert_hf.py")
+    called([sys.executable, tool, "export", "--checkpoint", str(run / "finetune" / "checkpoint"), "--output", str(out)])
+    return out
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["transformers 5", "transformers 4.57"])
+def test_the_exported_mixture_has_the_trained_ids(older, run, exported, tmp_path):
+    """Of 60 documents: plain AutoTokenizer gives what SentencePiece gave when the data were made."""
+    import sentencepiece
+
+    if older and not OLDER.is_dir():
+        pytest.skip(f"{OLDER} does not exist; bash tools/environment.sh --tests installs it")
+    files = sorted((run / "data").rglob("*.valid.jsonl"))
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()[:15]]
+    documents = [json.loads(line)["text"] for line in lines]
+    assert len(documents) == 60
+    model = sentencepiece.SentencePieceProcessor(model_file=str(next((run / "data").rglob("tokenizer.model"))))
+    answer = Asked([exported], documents, tmp_path, older).answer()
+    assert answer[str(exported)]["ids"] == [model.encode(documents)] * 2
+    assert answer[str(exported)]["special"] == [1, 2, None]

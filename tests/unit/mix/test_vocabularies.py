@@ -63,10 +63,13 @@ def pair(tmp_path: Path, a: tuple[int, Mapping[str, Any]], b: tuple[int, Mapping
 
 def mixed(experts: Mapping[str, Path], out: Path, format_: str, *more: str) -> dict[str, torch.Tensor]:
     """Mix, verified; the result's tensors as a Hugging Face folder has them."""
-    mix(dict(experts), out, "--verify", f"--output-format={format_}", *more)
+    mix(dict(experts), out, "--verify", "--allow-other-ids", f"--output-format={format_}", *more)
     if format_ == "hf":
         return tensors(out)
-    assert convert_hf.main(["export", "--checkpoint", str(out), "--output", f"{out}-hf", "--verify"]) == 0
+    assert (
+        convert_hf.main(["export", "--checkpoint", str(out), "--output", f"{out}-hf", "--verify", "--allow-other-ids"])
+        == 0
+    )
     return tensors(Path(f"{out}-hf"))
 
 
@@ -240,7 +243,9 @@ def test_verify_sees_a_wrong_average(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(compute, "owned_rows", of_all)
     experts = pair(tmp_path, (32, {"vocab.json": words(30)}), (32, {"vocab.json": words(31)}))
-    message = refused([*expert_words(experts), "--vocab=union", "--verify"], tmp_path / "out", capsys)
+    message = refused(
+        [*expert_words(experts), "--vocab=union", "--verify", "--allow-other-ids"], tmp_path / "out", capsys
+    )
     assert "row 30 ('word30') is not the mean over the models that know this token" in message
 
 
@@ -257,7 +262,7 @@ def test_verify_sees_a_row_that_is_no_number():
 def test_verify_sees_wrong_new_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compute, "mean_row", lambda plan, planned: torch.zeros(planned.shape[1:]))
     experts = pair(tmp_path, (31, {"vocab.json": words(31)}), (31, {"vocab.json": words(31)}))
-    flags = ["--pad-vocab-to-multiple-of=8", "--verify"]
+    flags = ["--pad-vocab-to-multiple-of=8", "--verify", "--allow-other-ids"]
     message = refused([*expert_words(experts), *flags], tmp_path / "out", capsys)
     assert "rows from 31 on are not the mean of the tokens' rows" in message
 
@@ -267,7 +272,9 @@ def test_verify_sees_the_wrong_tokenizer(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Source, "token_count", property(lambda source: -ord(source.name)))
     experts = pair(tmp_path, (32, {"vocab.json": words(30)}), (32, {"vocab.json": words(31)}))
     monkeypatch.setattr("megatron_btx.mix.compatible._check_tokenizers", lambda *_: None)
-    message = refused([*expert_words(experts), "--vocab=union", "--verify"], tmp_path / "out", capsys)
+    message = refused(
+        [*expert_words(experts), "--vocab=union", "--verify", "--allow-other-ids"], tmp_path / "out", capsys
+    )
     assert "the tokenizer that was written says token 30 is None, it is 'word30' in b" in message
 
 
@@ -276,12 +283,12 @@ def test_the_plan_says_whose_rows_are_whose(tmp_path, capsys):
     experts = pair(
         tmp_path, (33, base | {"added_tokens.json": {"<x>": 30}}), (30, base | {"added_tokens.json": {"<y>": 30}})
     )
-    assert main([*expert_words(experts), "--vocab=union", "--dry-run"]) == 0
+    assert main([*expert_words(experts), "--vocab=union", "--dry-run", "--allow-other-ids"]) == 0
     said = capsys.readouterr().out
     assert f"vocabulary of a: 31 tokens in 33 rows, by {experts['a'] / 'vocab.json'}" in said
     assert "vocabulary of b: 30 tokens in 30 rows" in said and "1 more tokens have no row" in said
     assert "vocabulary of the result: that of a with 31 tokens, 33 rows" in said
-    assert main([*expert_words(experts), "--vocab=union", "--explain", "output_layer.weight"]) == 0
+    assert main([*expert_words(experts), "--vocab=union", "--explain", "output_layer.weight", "--allow-other-ids"]) == 0
     said = capsys.readouterr().out
     assert "rows 0:30" in said and "a: lm_head.weight (head.weight), b: lm_head.weight" in said
     assert "rows 30:31: mean of all from a: lm_head.weight (head.weight)\n" in said
@@ -314,7 +321,7 @@ def test_added_rows_are_never_averaged(tmp_path):
     experts = pair(tmp_path, (30, {"vocab.json": words(30)}), (32, {"vocab.json": words(32)}))
     padded = tmp_path / "sources" / "padded"
     options = ["--hf-model", str(experts["a"]), "--output", str(padded), "--pad-vocab-to-multiple-of", "16", "--verify"]
-    assert convert_hf.main(["import", *options]) == 0
+    assert convert_hf.main(["import", "--allow-other-ids", *options]) == 0
     assert open_source("padded", padded).token_rows("head.weight") == ((0, 30),)
     flags = ["--vocab=union", "--take=dtype=b"]
     found = mixed({"padded": padded, "b": experts["b"]}, tmp_path / "out", "hf", *flags)
@@ -329,9 +336,12 @@ def test_added_rows_hardly_change_the_loss(tmp_path):
     weights["lm_head.weight"] += 40 * weights["model.norm.weight"].sign()  # no logit is near 0
     (source / "model.safetensors").write_bytes(safetensors_bytes(weights))
     out = tmp_path / "out"
-    assert convert_hf.main(["import", "--hf-model", str(source), "--output", str(tmp_path / "m")]) == 0
+    assert (
+        convert_hf.main(["import", "--allow-other-ids", "--hf-model", str(source), "--output", str(tmp_path / "m")])
+        == 0
+    )
     options = ["--checkpoint", str(tmp_path / "m"), "--output", str(out), "--pad-vocab-to-multiple-of=64"]
-    assert convert_hf.main(["export", *options]) == 0
+    assert convert_hf.main(["export", "--allow-other-ids", *options]) == 0
     tokens = torch.arange(32)[None]
     with torch.no_grad():
         before, after = (loaded(folder)(tokens).logits.double() for folder in (source, out))
@@ -347,7 +357,17 @@ def test_tied_embeddings_are_padded_too(tmp_path):
     source = model(tmp_path / "source", 1, 31, {"vocab.json": words(31)}, tie_word_embeddings=True)
     out = tmp_path / "out"
     assert (
-        convert_hf.main(["import", "--hf-model", str(source), "--output", str(out), "--pad-vocab-to-multiple-of=4"])
+        convert_hf.main(
+            [
+                "import",
+                "--allow-other-ids",
+                "--hf-model",
+                str(source),
+                "--output",
+                str(out),
+                "--pad-vocab-to-multiple-of=4",
+            ]
+        )
         == 0
     )
     assert open_source("m", out).pieces["embedding.weight"].shape == (32, HIDDEN)
@@ -363,7 +383,7 @@ def test_a_multiple_that_is_none(number, tmp_path, capsys):
 @pytest.mark.parametrize(("rows", "sizes"), [(31, "2 or 4 or 8"), (36, "8"), (32, "")])
 def test_the_plan_names_the_flag_where_rows_do_not_divide(rows, sizes, tmp_path, capsys):
     source = model(tmp_path / "source", 1, rows, {"vocab.json": words(30)})
-    assert convert_hf.main(["import", "--hf-model", str(source), "--dry-run"]) == 0
+    assert convert_hf.main(["import", "--allow-other-ids", "--hf-model", str(source), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert (f"tensor parallel size of {sizes}, which" in said) == bool(sizes)
     assert ("--pad-vocab-to-multiple-of" in said) == bool(sizes)
@@ -379,7 +399,9 @@ def strangers(tmp_path: Path) -> dict[str, Path]:
     for seed, name in enumerate("ab"):
         source = model(tmp_path / "folders" / name, seed, 32, {})
         megatron = tmp_path / "imported" / name
-        assert convert_hf.main(["import", "--hf-model", str(source), "--output", str(megatron)]) == 0
+        assert (
+            convert_hf.main(["import", "--allow-other-ids", "--hf-model", str(source), "--output", str(megatron)]) == 0
+        )
         arguments = {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "/gone/words.json", "vocab_size": None}
         found[name] = rewrite(megatron, tmp_path / "sources" / name, arguments=arguments)
     return found
@@ -393,7 +415,7 @@ def test_a_tokenizer_on_another_machine(strangers, tmp_path, capsys):
     for folder in strangers.values():
         (folder / "words.json").write_text(json.dumps(words(30)))
     assert open_source("a", strangers["a"]).token_rows("embedding.weight") == ((0, 30),)
-    mix(strangers, tmp_path / "out", "--verify")
+    mix(strangers, tmp_path / "out", "--verify", "--allow-other-ids")
     (strangers["b"] / "words.json").write_text(json.dumps(words(29) | {"x": 29}))
     message = refused(expert_words(strangers), tmp_path / "other", capsys)
     assert "token 29 is 'word29' in a and 'x' in b" in message
@@ -409,7 +431,7 @@ def test_a_tokenizer_folder_on_another_machine(strangers, tmp_path):
         (folder / "huggingface").mkdir()
         (folder / "huggingface" / "tokenizer.json").write_text(json.dumps(word_json(30, "<pad>")))
     assert open_source("a", moved["a"]).token_rows("embedding.weight") == ((0, 31),)
-    out = mix(moved, tmp_path / "out", "--verify")
+    out = mix(moved, tmp_path / "out", "--verify", "--allow-other-ids")
     place = str(moved["a"] / "huggingface")
     assert f"--tokenizer-model {place}" in (out / "megatron_args.txt").read_text()
 
