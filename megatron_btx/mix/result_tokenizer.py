@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint import sentencepiece_tokenizer
-from megatron_btx.checkpoint.vocabulary import tokenizer_place
+from megatron_btx.checkpoint.vocabulary import tokenizer_place, unknown_reason
 from megatron_btx.checkpoint.vocabulary_files import with_old_megatrons_tokens
 from megatron_btx.errors import InputError
 from megatron_btx.mix import tokenizer_files as written
@@ -138,6 +138,9 @@ def _of_folder(
     source: Source, folder: Path, rows: int, model_config: Mapping[str, Any], allow: bool
 ) -> ResultTokenizer:
     """The folder's files where they say it all, else what the installed transformers makes of them."""
+    why = unknown_reason(source.tokenizer_arguments)
+    if why:
+        raise InputError(f"its vocabulary cannot be read: {why}; {FLAG} carries the files as they are")
     files = written.travelling_files(folder)
     asked = model_config if model_config.get("model_type") in _BUILDS_ITS_OWN else None
     if written.plain(files, rows) and asked is None:

@@ -84,7 +84,8 @@ def written_files(
 ) -> dict[str, bytes]:
     """All files of a tokenizer: the source's with these two, without those that could be read in their place."""
     files = {name: content for name, content in source.items() if name not in _OTHER_READINGS}
-    files[TOKENIZER_FILE] = json.dumps(tokenizer, ensure_ascii=False, indent=1).encode()
+    if tokenizer != _object(files.get(TOKENIZER_FILE, b"{}")):
+        files[TOKENIZER_FILE] = json.dumps(tokenizer, ensure_ascii=False, indent=1).encode()
     files[CONFIG_FILE] = as_json(config)
     return files
 
@@ -92,7 +93,8 @@ def written_files(
 def without_rowless(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """A tokenizer.json without the added tokens that have no row: their text would become an id no model can read."""
     added = [entry for entry in tokenizer.get("added_tokens") or [] if entry.get("id", 0) < rows]
-    return {**tokenizer, "added_tokens": added, "truncation": None, "padding": None}
+    changed = {"added_tokens": added, "truncation": None, "padding": None}
+    return {key: changed.get(key, value) for key, value in tokenizer.items()}
 
 
 def number_of_token(tokenizer: Mapping[str, Any], token: str) -> int | None:
@@ -161,5 +163,7 @@ def _object(content: bytes) -> dict[str, Any]:
 
 def _prefix_space(tokenizer: Mapping[str, Any]) -> bool | None:
     """Whether a byte-level tokenizer puts a blank before a text; None for other kinds."""
-    first_cut = tokenizer.get("pre_tokenizer") or {}
+    first_cut = tokenizer.get("pre_tokenizer")
+    if not isinstance(first_cut, dict):
+        return None
     return bool(first_cut.get("add_prefix_space", True)) if first_cut.get("type") == "ByteLevel" else None

@@ -17,7 +17,10 @@ from tests.unit.mix.checkpoints import expert_words, refused
 from tests.unit.mix.folders import llama_folder
 
 PLACES = 40
-TOKENIZER = {"tokenizer.json": '{"model": {"vocab": {"x": 0}}}', "tokenizer_config.json": '{"a": 1}'}
+TOKENIZER = {
+    "tokenizer.json": '{"model": {"type": "BPE", "vocab": {"x": 0}, "merges": []}}',
+    "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}',
+}
 
 
 @pytest.fixture(scope="module")

@@ -298,7 +298,7 @@ def test_nothing_in_a_model_folder_runs(tmp_path, capsys):
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
     (odd / "config.json").write_text(json.dumps(config))
     (odd / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_odd.T", null]}}')
-    out = mix({"a": odd, "b": odd}, tmp_path / "out", "--output-format", "hf", "--verify")
+    out = mix({"a": odd, "b": odd}, tmp_path / "out", "--output-format", "hf", "--verify", "--allow-other-ids")
     assert not mark.exists()
     assert not list(out.glob("*.py")) and not list(out.glob("*.bin")), "nothing that runs is passed on"
     (odd / "model.safetensors").unlink()
