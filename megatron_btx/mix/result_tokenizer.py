@@ -152,13 +152,16 @@ def _of_folder(
     loaded = load_with_transformers(folder)
     _check_table(source, loaded, folder)
     oracle = Oracle(_transformers_name(loaded), encode_with_transformers(loaded))
+    wrong: list[tuple[Difference, dict[str, bytes], str]] = []
     for form, tokenizer in _candidates(loaded, files, folder, rows):
         config = _config_of(loaded, files, tokenizer, rows)
         made = written.written_files(files, tokenizer, config)
         outcome = _proved(oracle, made, rows, model_config, texts_with(_special_texts(loaded)), form)
         if isinstance(outcome, ResultTokenizer):
             return outcome
-    return _chosen(outcome, made, rows, form, allow)
+        wrong.append((outcome, made, form))
+    difference, made, form = wrong[0]
+    return _chosen(difference, made, rows, form, allow)
 
 
 def _told(config: Mapping[str, Any]) -> list[str]:
