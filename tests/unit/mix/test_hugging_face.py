@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import shlex
 import shutil
 from collections.abc import Callable
@@ -250,7 +251,11 @@ def test_tokenizer_and_generation_files_travel_along(trips, tmp_path):
     tokenizer = Path(flags[flags.index("--tokenizer-model") + 1])
     back = to_hugging_face(megatron, tmp_path / "back")
     for folder in (tokenizer, back):
-        assert {name: (folder / name).read_bytes() for name in files} == files
+        found = {name: (folder / name).read_bytes() for name in files}
+        generation = json.loads(found.pop("generation_config.json"))
+        assert found == {name: content for name, content in files.items() if name in found}
+        given = {"temperature": 0.5, "do_sample": True, "eos_token_id": [2, 3]}
+        assert generation == given | ({"bos_token_id": 1} if folder == back else {}), "completed, nothing replaced"
         assert not (folder / "training_args.bin").exists()
     assert config_of(back)["eos_token_id"] == 2 and config_of(back)["bos_token_id"] == 1
     assert loaded(back).generation_config.eos_token_id == [2, 3]
