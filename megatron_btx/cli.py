@@ -9,15 +9,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_btx.errors import InputError, exits_with_one_line
 
 if TYPE_CHECKING:
-    from megatron_btx.recipe.runner import Action
+    from megatron_btx.recipe.folder import Action
     from megatron_btx.recipe.stage import Stage
 
 DISPATCHED = {
@@ -29,6 +30,13 @@ DISPATCHED = {
 }
 """Commands that other modules implement, with their own --help: name -> module with a main(argv), what it does."""
 PLAN_FILE = "plan.json"
+_RUN_DESCRIPTION = """
+Finished stages are skipped, stopped ones go on. A stage is the same as long as what decides its result is the same
+(model, data and their order, budget, optimizer, seeds, parents, numerics): intervals, paths, threads and layout may
+change. Where something that decides has changed, nothing is run and nothing removed: every such stage is named with
+what changed. Then either --rerun STAGE ..., which keeps the old folder beside the new one as STAGE.YYYYMMDD-HHMMSS, or
+another --output.
+"""
 
 
 @exits_with_one_line
@@ -44,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="btx", description="Branch-Train-MiX on Megatron-core.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run_command = commands.add_parser("run", help="run a recipe: train, mix, finetune, evaluate, report")
+    run_command = commands.add_parser(
+        "run", help="run a recipe: train, mix, finetune, evaluate, report", description=_RUN_DESCRIPTION
+    )
     run_command.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     run_command.add_argument("--dry-run", action="store_true", help="print what would be done as a shell script")
     run_command.add_argument(
@@ -58,6 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     run_command.add_argument(
         "--only", metavar="STAGE", nargs="+", action="extend", default=[], help="run these stages (default: all)"
+    )
+    run_command.add_argument(
+        "--rerun",
+        metavar="STAGE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="run these stages again whatever is there; the old folders are kept, dated, beside the new ones",
     )
     run_command.add_argument("--output", type=Path, metavar="RUN", help="run directory (default: runs/NAME)")
     run_command.add_argument("--cpu", action="store_true", help="use no GPU")
@@ -73,47 +91,81 @@ def run(arguments: argparse.Namespace) -> int:
     import yaml
 
     from megatron_btx.recipe.flags import check_with_megatron
+    from megatron_btx.recipe.folder import check_chosen, check_run, decide, kept
     from megatron_btx.recipe.planner import plan_stages
     from megatron_btx.recipe.progress import Progress
-    from megatron_btx.recipe.runner import Machine, decide, run_stages
+    from megatron_btx.recipe.runner import Machine, run_stages
     from megatron_btx.recipe.schema import load_recipe
+    from megatron_btx.recipe.stage import one_line
 
     recipe, tree = load_recipe(arguments.recipe, arguments.changes)
     stages = plan_stages(recipe)
     directory = (arguments.output or Path("runs") / recipe.name).resolve()
-    actions = decide(stages, directory)
+    check_run(directory)
+    actions = decide(stages, directory, arguments.rerun)
+    chosen = arguments.only or list(actions)
+    check_chosen(stages, actions, chosen)
+    if unchosen := [name for name in arguments.rerun if name not in chosen]:
+        raise InputError(f"--rerun {unchosen[0]}: not among the stages of --only; add it there")
     if recipe.notes:
-        print(f"# note: {'; '.join(recipe.notes)}", flush=True)
+        print(f"# note: {one_line('; '.join(recipe.notes))}", flush=True)
+    if changed := kept(actions, chosen):
+        _refuse_changes(arguments, directory, changed)
     due = [stage for stage in stages if stage.on_gpu and actions[stage.name].verb in ("run", "rerun")]
     if due:
         check_with_megatron(recipe.file, recipe.flag_sections, due)
     if arguments.dry_run:
-        print(
-            shell_script([stage for stage in stages if stage.name in (arguments.only or actions)], actions, directory)
-        )
+        print(shell_script([stage for stage in stages if stage.name in chosen], actions, directory))
         return 0
     steps = [{"stage": stage.name, "steps": stage.iterations, "tokens": stage.tokens} for stage in stages]
-    records = {"recipe.yaml": yaml.safe_dump(tree, sort_keys=False), PLAN_FILE: json.dumps(steps, indent=1) + "\n"}
+    records = {PLAN_FILE: json.dumps(steps, indent=1) + "\n", "recipe.yaml": yaml.safe_dump(tree, sort_keys=False)}
     with Progress(directory, stages) as progress:
-        code = run_stages(stages, directory, Machine.found(not arguments.cpu), progress, arguments.only, records)
+        code = run_stages(
+            stages, directory, Machine.found(not arguments.cpu), progress, arguments.only, records, arguments.rerun
+        )
     if code == 0 and (directory / "report" / "log.txt").is_file() and not arguments.only:
         print((directory / "report" / "log.txt").read_text(encoding="utf-8").rpartition("\n== ")[2].partition("\n")[2])
     return code
 
 
-def shell_script(stages: Sequence[Stage], actions: dict[str, Action], directory: Path) -> str:
-    """What a run would do, as a script that does the same by hand; stages that would be skipped are comments."""
-    import shlex
+def _refuse_changes(arguments: argparse.Namespace, directory: Path, changed: Mapping[str, str]) -> NoReturn:
+    """Say what changed in which stage, and the command that would run them again. Always raises InputError."""
+    from megatron_btx.recipe.stage import one_line
 
-    from megatron_btx.recipe.stage import command_text
+    for name, why in changed.items():
+        print(f"{name}: {one_line(why)}", file=sys.stderr, flush=True)
+    again = [*arguments.rerun, *(name for name in changed if name not in arguments.rerun)]
+    command = ["btx", "run", str(arguments.recipe), "--output", str(directory)]
+    for flag, words in (("--set", arguments.changes), ("--only", arguments.only), ("--rerun", again)):
+        command += [flag, *words] if words else []
+    command += ["--cpu"] if arguments.cpu else []
+    raise InputError(
+        f"{directory}: {len(changed)} stages that were made otherwise (above) are kept, and nothing was run; take "
+        f"another --output, or to run them again beside their old folders: {shlex.join(command)}"
+    )
 
-    place = shlex.quote(str(directory))
-    lines = ["set -euo pipefail", f"mkdir -p {place}", f"cd {place}"]
+
+def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directory: Path) -> str:
+    """What a run would do, as a script that does the same by hand; stages that would be skipped are comments.
+
+    A stage's folder gets the manifest that a run would write, so that a run can go on from what the script made.
+    """
+    from megatron_btx.recipe.folder import dated
+    from megatron_btx.recipe.identity import identities, manifest_of
+    from megatron_btx.recipe.stage import command_text, one_line
+
+    known = identities(stages)
+    lines = ["set -euo pipefail", f"mkdir -p {shlex.quote(str(directory))}", f"cd {shlex.quote(str(directory))}"]
     for stage in stages:
-        action = actions[stage.name]
-        lines += ["", f"# {stage.name}: {action.verb} ({action.why})"]
-        command = [f"rm -rf {stage.name}"] if action.verb == "rerun" else []
-        command += [f"mkdir -p {stage.name}", f"OMP_NUM_THREADS={stage.threads} {command_text(stage)}"]
+        action, folder = actions[stage.name], shlex.quote(stage.name)
+        lines += ["", f"# {one_line(stage.name)}: {action.verb} ({one_line(action.why)})"]
+        command = [f"mkdir -p {folder}"]
+        if action.verb == "rerun":
+            command.insert(0, f"mv {folder} {shlex.quote(dated(directory / stage.name).name)}")
+        if action.verb != "resume":
+            manifest = json.dumps(manifest_of(stage, known[stage.name], "started by hand"))
+            command.append(f"printf '%s\\n' {shlex.quote(manifest)} > {folder}/manifest.json")
+        command.append(f"OMP_NUM_THREADS={stage.threads} {command_text(stage)}")
         text = "\n".join(command)
         lines.append("# " + text.replace("\n", "\n# ") if action.verb == "skip" else text)
     return "\n".join(lines)
@@ -124,19 +176,23 @@ def status(directory: Path) -> int:
     from rich.console import Console
 
     from megatron_btx.manifest import read_manifest
+    from megatron_btx.recipe.folder import read_plan
     from megatron_btx.recipe.progress import read_row, table
     from megatron_btx.recipe.runner import is_locked
 
     plan = directory / PLAN_FILE
     if not plan.is_file():
         raise InputError(f"{directory}: no {PLAN_FILE} in it; expected a run directory that btx run made")
+    entries = read_plan(plan)
+    if entries is None:
+        raise InputError(f"{plan}: not the plan of a run; btx run with the same recipe and --output writes it again")
     at_work = is_locked(directory)
     rows = []
-    for entry in json.loads(plan.read_text(encoding="utf-8")):
+    for entry in entries:
         stage = directory / entry["stage"]
         state = (read_manifest(stage) or {}).get("status", "waiting")
         state = "interrupted" if state == "running" and not at_work else state
-        rows.append(read_row(stage, entry["stage"], state, entry["steps"], entry["tokens"]))
+        rows.append(read_row(stage, entry["stage"], state, entry.get("steps"), entry.get("tokens")))
     Console().print(table(rows, str(directory)))
     return 0
 

@@ -21,15 +21,15 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest in ``directory``, or None when there is none. Raises InputError when it is not a JSON object."""
     path = directory / FILE_NAME
     if path.exists() and not path.is_file():  # reading a pipe would wait forever
-        raise InputError(f"{path}: is not a file; remove it")
+        raise InputError(f"{path}: is not a file; move it away")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: broken JSON ({error}); remove the stage's directory to run it again") from error
+        raise InputError(f"{path}: broken JSON ({error}); move its folder away to run it again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: found {type(content).__name__}, expected an object; remove the stage's directory")
+        raise InputError(f"{path}: found {type(content).__name__}, expected an object; move its folder away")
     return content
 
 
@@ -50,9 +50,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def is_unwritten(path: Path) -> bool:
+    """Whether ``path`` is what a kill left of the first writing of a manifest."""
+    return path.name.startswith(f".{FILE_NAME}.")
+
+
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Write ``manifest`` into ``directory``, atomically."""
     write_atomically(directory / FILE_NAME, json.dumps(manifest, indent=1) + "\n")
+
+
+def mark(directory: Path, stage: str) -> None:
+    """Leave a manifest in a folder that a command writes by hand, if there is none: so that a run knows it for ours."""
+    if not os.path.lexists(directory / FILE_NAME):
+        write_manifest(directory, {"stage": stage, "status": "made by hand"})
 
 
 def versions() -> dict[str, str]:

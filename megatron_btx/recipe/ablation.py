@@ -70,8 +70,9 @@ def read_ablation(top: Section, given: Flags, base: Routing, experts: int) -> Ab
         section.refuse(
             "variants", "missing, expected names with what differs from mix and finetune, as soft: {routing: soft}"
         )
+    listed.check_names()
     variants = []
-    for name in (str(key) for key in listed.node):
+    for name in listed.node:
         if not name.replace("-", "").isalnum():
             listed.refuse(name, "expected a name of letters, digits and dashes")
         variants.append(_variant(listed.section(name, _VARIANT_KEYS), name, seeds, given, base, experts))

@@ -133,11 +133,16 @@ def check_layout(stage: str, processes: int, flags: Flags) -> None:
         )
 
 
+def measured_batch(processes: int, flags: Flags) -> int:
+    """Tokens of one batch to measure on; measurements are rounded down to whole ones."""
+    tensor, context = number(flags, LAYOUT_FLAGS[0], 1), number(flags, LAYOUT_FLAGS[2], 1)
+    return number(flags, "micro-batch-size") * (processes // (tensor * context)) * number(flags, "seq-length")
+
+
 def check_measured(stage: str, tokens: int, processes: int, flags: Flags) -> None:
     """Refuse a measurement of fewer ``tokens`` per domain than one batch, which would end the stage when it is due."""
-    tensor, pipeline, context = (number(flags, name, 1) for name in LAYOUT_FLAGS[:3])
-    sequences = number(flags, "micro-batch-size") * (processes // (tensor * context))
-    batch_tokens = sequences * number(flags, "seq-length")
+    batch_tokens = measured_batch(processes, flags)
+    sequences = batch_tokens // number(flags, "seq-length")
     if tokens < batch_tokens:
         raise InputError(
             f"stage {stage}: {tokens} tokens per domain are fewer than one batch to measure on ({sequences} sequences "

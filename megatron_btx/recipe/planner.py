@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_btx.errors import InputError
 from megatron_btx.recipe.ablation import Ablation, stage_name
-from megatron_btx.recipe.flags import Flags, check_layout, check_measured, merged, number, to_argv
+from megatron_btx.recipe.flags import Flags, check_layout, check_measured, measured_batch, merged, number, to_argv
+from megatron_btx.recipe.identity import deciding
 from megatron_btx.recipe.schema import GENERALIST, Evaluate, Recipe, Settings, Training
 from megatron_btx.recipe.stage import PYTHON, Stage, in_order
 
@@ -34,6 +35,10 @@ class _Model:
     path: str
     stage: str | None
     """The stage that makes it; None when it is given."""
+
+    def identity(self) -> str | Path:
+        """What decides which model it is, beside the stages that it comes from."""
+        return self.stage or Path(self.path)
 
 
 def plan_stages(recipe: Recipe) -> list[Stage]:
@@ -139,7 +144,7 @@ class _Planner:
                 stages.append(self._evaluate("evaluate-moe", moe_models, self.mix_flags, recipe.evaluate))
             parents = tuple(stage.name for stage in stages if stage.name.startswith("evaluate-"))
             command = (PYTHON, "-m", "megatron_btx.recipe.report", ".")
-            stages.append(Stage("report", command, parents, product="report.md"))
+            stages.append(_shows(command, parents, "report.md"))
         return stages
 
     def _router(self, seed: int) -> list[str]:
@@ -163,7 +168,7 @@ class _Planner:
                 stages.append(self._train(name, part, _made(f"mix-s{seed}"), watched, own, (BOUND_STAGE,)))
         parents = tuple(stage.name for stage in stages if stage.name.startswith("ablation-"))
         command = (PYTHON, "-m", "megatron_btx.recipe.report_ablation", ".")
-        return [*stages, Stage("report", command, parents, product="ablation.md")]
+        return [*stages, _shows(command, parents, "ablation.md")]
 
     def _evaluate_experts(self, how: Evaluate) -> Stage:
         """The losses of the seed and the experts, which bound the mixture's first."""
@@ -182,7 +187,8 @@ class _Planner:
     def _corpora(self) -> Stage:
         data = self.recipe.data
         command = (PYTHON, "-m", "megatron_btx.data.corpora.build", "--output", "data", *to_argv(data.corpora))
-        return Stage("data", command, product="corpora.json", processes=data.workers)
+        settings = {name: value for name, value in data.corpora.items() if name != "workers"}
+        return Stage("data", command, product="corpora.json", processes=data.workers, settings=settings)
 
     def _combine(self, stage: str, options: list[str]) -> Stage:
         """Mix or average: the sources of the mix, the seed among them, because the mix averages over the same."""
@@ -192,7 +198,10 @@ class _Planner:
         for name, model in models.items():
             command += ["--expert", f"{name}={model.path}"]
         command += ["--output", f"{stage}/checkpoint", *options]
-        return Stage(stage, tuple(command), *_origins(models), product="checkpoint")
+        parents, inputs = _origins(models)
+        settings: dict[str, Any] = {"options": options, "experts": list(models)}
+        settings |= {f"expert {name}": model.identity() for name, model in models.items()}
+        return Stage(stage, tuple(command), parents, inputs=inputs, product="checkpoint", settings=settings)
 
     def _dense(self, settings: tuple[Settings, Settings], finetune: Training) -> list[Stage]:
         """The seed continued on what BTX saw, in the same order: the experts' data, then finetuning's mixture."""
@@ -211,7 +220,12 @@ class _Planner:
         last: Flags | None = None,
         after: tuple[str, ...] = (),
     ) -> Stage:
-        """A training stage; ``last`` are flags that win over all others, ``after`` are stages whose files it reads."""
+        """A training stage.
+
+        Args:
+            last: flags that win over all others.
+            after: stages whose files it reads, which only bound its first step.
+        """
         recipe = self.recipe
         flags = merged(
             recipe.model,
@@ -247,8 +261,10 @@ class _Planner:
         return Stage(
             name,
             (*_torchrun(part.layout.processes, "megatron_btx.pretrain"), *to_argv(flags)),
-            (*parents, *after),
+            parents,
+            after,
             inputs,
+            settings=self._deciding(flags, part.blend),
             product="checkpoint/latest_checkpointed_iteration.txt",
             processes=part.layout.processes,
             threads=part.layout.threads,
@@ -282,10 +298,18 @@ class _Planner:
         for domain in recipe.domains:
             command += ["--btx-eval-data", f"{domain}={self._prefixes(domain, split)[0][1]}"]
         command += ["--btx-eval-tokens", str(how.tokens), "--btx-eval-output", f"{name}/evaluation.json"]
+        parents, inputs = self._origins_and_data(models, recipe.domains, (split,))
+        batch = measured_batch(layout.processes, flags)
+        settings = self._deciding({**flags, "btx-eval-tokens": how.tokens // batch * batch}, {})
+        settings["models"] = list(models)
+        settings |= {f"model {model_name}": model.identity() for model_name, model in models.items()}
+        settings |= {f"data {domain}": self._located(self._prefixes(domain, split)[0][1]) for domain in recipe.domains}
         return Stage(
             name,
             tuple(command),
-            *self._origins_and_data(models, recipe.domains, (split,)),
+            parents,
+            inputs=inputs,
+            settings=settings,
             product="evaluation.json",
             processes=layout.processes,
             threads=layout.threads,
@@ -309,6 +333,25 @@ class _Planner:
             for weight, prefix in prefixes:
                 words += [f"{share * weight / total:.10g}", prefix]
         return tuple(words)
+
+    def _located(self, prefix: str) -> str | Path:
+        """A prefix of data as a setting: by name where the run makes them, else by content."""
+        return prefix if self.recipe.data.corpora else Path(prefix)
+
+    def _deciding(self, flags: Flags, blend: Mapping[str, float]) -> dict[str, Any]:
+        """The settings that decide what a program does with ``flags``; files from outside count by their content."""
+        settings = deciding(flags)
+        if blend:
+            words = self._data_path(blend, "train") or ()
+            located = [self._located(prefix) for prefix in words[1::2]]
+            settings["train-data-path"] = [item for pair in zip(words[::2], located, strict=True) for item in pair]
+        start = flags.get("pretrained-checkpoint")
+        if isinstance(start, str):
+            settings["pretrained-checkpoint"] = Path(start) if Path(start).is_absolute() else start
+        tokenizer = flags.get("tokenizer-model")
+        if isinstance(tokenizer, str) and Path(tokenizer).is_absolute():
+            settings["tokenizer-model"] = Path(tokenizer)
+        return settings
 
     def _padded_vocabulary(self, flags: Flags) -> int | None:
         given = self.recipe.data.corpora.get("vocab-size") or flags.get("vocab-size")
@@ -335,6 +378,11 @@ def _origins(models: Mapping[str, _Model]) -> _Origins:
         tuple(model.stage for model in models.values() if model.stage),
         tuple(Path(model.path) for model in models.values() if not model.stage),
     )
+
+
+def _shows(command: tuple[str, ...], parents: tuple[str, ...], product: str) -> Stage:
+    """The stage that writes the report."""
+    return Stage("report", command, parents, product=product, settings={}, only_shows=True)
 
 
 def _made(stage: str) -> _Model:

@@ -10,10 +10,12 @@ however the runner ends, SIGKILL included, and then ends what is left of the mar
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
@@ -21,6 +23,11 @@ MARK_VARIABLE = "BTX_STAGE"
 GRACE_SECONDS = 5.0
 """Between asking processes to end and killing them; torchrun hands the request on to its workers."""
 _POLL_SECONDS = 0.05
+
+
+def mark_of(run: Path) -> str:
+    """What the marks of all processes of a run begin with. A hash, because one path may begin with another."""
+    return f"{hashlib.sha256(os.fsencode(run.resolve())).hexdigest()[:32]}:"
 
 
 def marked(prefix: str) -> list[psutil.Process]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -80,15 +81,28 @@ def _step_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _tail(path: Path) -> list[dict[str, Any]]:
-    """The last metrics; a first line cut by the window, or a last one torn by a kill, is passed over."""
+    """The last metrics; a first line cut by the window, or a last one torn by a kill, is passed over.
+
+    The window grows until it holds the steps that a speed is taken over: a line of a wide mixture has 20 KB and more.
+    """
+    window, found = _TAIL_BYTES, list[dict[str, Any]]()
     try:
+        size = path.stat().st_size
         with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = stream.read().decode("utf-8", "replace").splitlines()
+            while len(found) <= _SPEED_STEPS:
+                stream.seek(max(0, size - window))
+                found = _metrics_in(stream.read().decode("utf-8", "replace"))
+                if window >= size:
+                    break
+                window *= 8
     except FileNotFoundError:
         return []
+    return found
+
+
+def _metrics_in(text: str) -> list[dict[str, Any]]:
     found = []
-    for line in lines:
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
@@ -165,6 +179,8 @@ def _sentence(row: Row) -> str:
 
 
 def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

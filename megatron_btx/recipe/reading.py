@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +13,9 @@ import yaml
 
 from megatron_btx.errors import InputError
 from megatron_btx.recipe.flags import DERIVED_FLAGS, LAYOUT_FLAGS, Flags, FlagValue
+
+_NAME_BYTES_AT_MOST = 80
+"""A folder's name may have 255, and ours have words before and a date behind."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -32,6 +38,9 @@ class Section:
         self.place, self.reader = place, reader
         if not isinstance(node, dict):
             reader.refuse(place, f"found {node!r}, expected a mapping" + (f" with {', '.join(known)}" if known else ""))
+        for key in node:
+            if not isinstance(key, str):  # 1, yes and 2026-01-01 are no texts for YAML; what follows would miss them
+                reader.refuse(self.at(key), f"YAML reads this name as {type(key).__name__} {key!r}; put it in quotes")
         self.node = {key: value for key, value in node.items() if value is not None}
         for key in node:
             if known is not None and key not in known:
@@ -44,6 +53,24 @@ class Section:
 
     def refuse(self, key: str, message: str) -> NoReturn:
         self.reader.refuse(self.at(key), message)
+
+    def check_names(self, reserved: Mapping[str, str] | None = None) -> None:
+        """Refuse keys that a later stage could not use as a name: of a folder, an expert, a column.
+
+        Args:
+            reserved: names that mean something else, and what.
+        """
+        seen: dict[str, str] = {}
+        for name in self.node:
+            if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > _NAME_BYTES_AT_MOST:
+                expected = f"letters, digits, dots, dashes and underscores, at most {_NAME_BYTES_AT_MOST} bytes"
+                self.refuse(name, f"not a name; expected {expected}, beginning with none of . and -")
+            if name in (reserved or {}):
+                self.refuse(name, f"the name of {(reserved or {})[name]}; give it another")
+            folded = unicodedata.normalize("NFKC", name).casefold()
+            if folded in seen:
+                self.refuse(name, f"differs from {seen[folded]} in case alone, and some disks take both for one folder")
+            seen[folded] = name
 
     def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
         value = self.node.get(key, default)
@@ -79,6 +106,11 @@ class Section:
         return flags
 
     def flag_value(self, name: str, value: Any) -> FlagValue:
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str) and item.startswith(
+                "--"
+            ):  # would be read as a flag, one of those refused here too
+                self.refuse(name, f"found {item!r}, which is a flag; give every flag a line of its own")
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, list) and value and all(isinstance(item, int | float | str) for item in value):
@@ -132,7 +164,10 @@ def _with_included(file: Path, including: tuple[Path, ...]) -> Any:
     base = file.parent / str(name)
     if not isinstance(name, str) or not base.is_file():
         raise InputError(f"{file}: include: found {name!r}, expected a recipe file, relative to this one")
-    return _laid_over(_with_included(base, (*including, file.resolve())), tree)
+    included = _with_included(base, (*including, file.resolve()))
+    # The name says where the run lies. Another recipe is another run, or it would go on in the folder of the first.
+    included.pop("name", None)
+    return _laid_over(included, tree)
 
 
 def _laid_over(base: Any, over: Any) -> Any:

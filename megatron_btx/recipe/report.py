@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.errors import exits_with_one_line
-from megatron_btx.manifest import write_atomically
+from megatron_btx.manifest import mark, write_atomically
 from megatron_btx.recipe.facts import Fact, best_per_column, check_facts, difference_to_dense, in_digits, loss_in
 from megatron_btx.recipe.report_inputs import REPORT_FOLDER, Model, RunData, read_run
 
@@ -63,6 +63,7 @@ def _write(run: Path, data: RunData) -> Path:
     blocks = blocks_of(data, set(images))
     folder = run / REPORT_FOLDER
     folder.mkdir(exist_ok=True)
+    mark(folder, REPORT_FOLDER)
     for name in FIGURE_FILES:
         if name in images:
             write_atomically(folder / name, images[name])

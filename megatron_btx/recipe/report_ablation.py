@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_btx.errors import InputError, exits_with_one_line
-from megatron_btx.manifest import write_atomically
+from megatron_btx.manifest import mark, write_atomically
 from megatron_btx.recipe.ablation import stage_name
 from megatron_btx.recipe.report_inputs import REPORT_FOLDER
 from megatron_btx.recipe.report_pages import Block, Heading, Image, Paragraph, Table, row, to_html, to_markdown
@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     outcomes = read_outcomes(arguments.run)
     folder = arguments.run / REPORT_FOLDER
     folder.mkdir(exist_ok=True)
+    mark(folder, folder.name)
     images = {name: as_png(figure) for name, figure in _figures(outcomes).items()}
     title, blocks = "Ablation", blocks_of(outcomes)
     files = {"ablation.html": to_html(title, blocks, images).encode(), **images}

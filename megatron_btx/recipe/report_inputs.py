@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_btx.errors import InputError
+from megatron_btx.recipe.folder import is_set_aside
 
 EXPERT_PREFIX = "expert-"
 REPORT_FOLDER = "report"
@@ -91,6 +92,7 @@ def read_run(run: Path) -> RunData:
     if not run.is_dir():
         raise InputError(f"{run}: no such directory; expected a run directory such as runs/quickstart, made by btx run")
     folders = sorted(folder for folder in run.iterdir() if folder.is_dir() and folder.name != REPORT_FOLDER)
+    folders = [folder for folder in folders if not is_set_aside(folder.name)]
     stages = [stage for folder in folders if (stage := _read_stage(folder)) is not None]
     models = read_evaluations([path for folder in folders if (path := folder / "evaluation.json").is_file()])
     corpora, sources = _read_corpora(run / "data" / "corpora.json")

@@ -1,8 +1,8 @@
 """The local runner: a graph of subprocesses with manifests.
 
 A stage's directory holds config.yaml, command.sh (what is executed), log.txt, manifest.json and its product. Finished
-stages with an equal fingerprint are skipped, stopped ones go on, changed ones are removed and run again; whatever
-ends the runner, no process stays behind.
+stages are skipped, stopped ones go on; where what decides a result has changed, the run stops before it begins. Nothing
+is removed (:mod:`megatron_btx.recipe.folder`), and whatever ends the runner, no process stays behind.
 """
 
 from __future__ import annotations
@@ -22,28 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
 from megatron_btx import manifest as manifests
 from megatron_btx.errors import BAD_INPUT_EXIT_CODE, InputError
 from megatron_btx.recipe import processes
-from megatron_btx.recipe.stage import Stage, command_script, fingerprints
+from megatron_btx.recipe.folder import Action, check_chosen, check_run, decide, kept, prepare
+from megatron_btx.recipe.identity import identities, manifest_of
+from megatron_btx.recipe.stage import Stage
 
 POLL_SECONDS = 0.2
 MANIFEST_SECONDS = 15.0
 """Between two writings of a running stage's seconds, which a SIGKILL would lose."""
 _LOG_LINES_SHOWN = 15
-_RECORDS = ("config.yaml", "command.sh", "log.txt", manifests.FILE_NAME)
 _TRACKER = "latest_checkpointed_iteration.txt"
-
-
-@dataclass(frozen=True)
-class Action:
-    """What a run does with a stage."""
-
-    verb: str
-    """skip, run (from nothing), resume (from what is there), or rerun (remove what is there, then run)."""
-    why: str
 
 
 class Reporter(Protocol):
@@ -96,7 +86,7 @@ class Machine:
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold the run directory for this process. Raises InputError when another one does."""
-    with (run / ".lock").open("w") as lock:
+    with (run / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -105,37 +95,15 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def is_locked(run: Path) -> bool:
-    """Whether a runner is at work in ``run``."""
+    """Whether a runner is at work in ``run``; writes nothing, because a run may be looked at that is not ours."""
     try:
-        with locked(run):
-            return False
-    except InputError:
+        with (run / ".lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
         return True
-
-
-def decide(stages: Sequence[Stage], run: Path) -> dict[str, Action]:
-    """What would happen to each stage now. Raises InputError for a directory that no stage made."""
-    prints = fingerprints(stages)
-    return {stage.name: _decide(stage, prints, run / stage.name) for stage in stages}
-
-
-def _decide(stage: Stage, prints: Mapping[str, str], directory: Path) -> Action:
-    manifest = manifests.read_manifest(directory)
-    if manifest is None:
-        if directory.exists() and any(directory.iterdir()) and not (directory / "config.yaml").is_file():
-            raise InputError(f"{directory}: not made by btx run (no config.yaml, no manifest.json); move it away")
-        return Action("rerun" if directory.exists() else "run", "not done yet")
-    if manifest.get("fingerprint") != prints[stage.name]:
-        earlier = manifest.get("parents", {})
-        changed = [parent for parent in stage.parents if earlier.get(parent) != prints[parent]]
-        return Action("rerun", f"{', '.join(changed)} changed" if changed else "its settings or inputs changed")
-    if manifest.get("status") == "finished":
-        if (directory / stage.product).exists():
-            return Action("skip", "finished")
-        return Action("rerun", f"finished, but its {stage.product} is gone")
-    if stage.resumable:
-        return Action("resume", "unfinished, goes on from its last checkpoint")
-    return Action("run", "unfinished")
+    return False
 
 
 class Runner:
@@ -144,8 +112,8 @@ class Runner:
     def __init__(self, stages: Sequence[Stage], run: Path, machine: Machine, reporter: Reporter) -> None:
         self.stages = {stage.name: stage for stage in stages}
         self.run, self.machine, self.reporter = run, machine, reporter
-        self.fingerprints = fingerprints(stages)
-        self.session = f"{run}:{uuid.uuid4().hex}"
+        self.identities = identities(stages)
+        self.session = f"{processes.mark_of(run)}{uuid.uuid4().hex}"
         self.running: dict[str, _Running] = {}
         self.signal: int | None = None
 
@@ -181,33 +149,24 @@ class Runner:
         """Stages in the order of the longest chain of work that waits behind them (tokens per process)."""
         urgency: dict[str, float] = {}
         for stage in reversed(self.stages.values()):
-            behind = [urgency[child.name] for child in self.stages.values() if stage.name in child.parents]
+            behind = [urgency[child.name] for child in self.stages.values() if stage.name in child.waits_for()]
             urgency[stage.name] = (stage.tokens or 0) / stage.processes + max(behind, default=0.0)
         return sorted(self.stages, key=lambda name: -urgency[name])
 
     def _can_start(self, stage: Stage, waiting: Sequence[str]) -> bool:
-        return not any(parent in waiting or parent in self.running for parent in stage.parents)
+        return not any(parent in waiting or parent in self.running for parent in stage.waits_for())
 
     def _start(self, stage: Stage, action: Action) -> None:
         directory = self.run / stage.name
-        prepare_directory(stage, directory, action)
-        earlier = manifests.read_manifest(directory) or {}
-        fingerprint, parents = self.fingerprints[stage.name], stage.parents
-        manifest = {
-            "stage": stage.name,
-            "fingerprint": fingerprint,
-            "status": "running",
-            "parents": {parent: self.fingerprints[parent] for parent in parents},
-            "inputs": [str(path) for path in stage.inputs],
+        on_gpu = bool(self.machine.gpus) and stage.on_gpu
+        earlier = manifests.read_manifest(directory) if action.verb != "rerun" else None
+        manifest = manifest_of(stage, self.identities[stage.name], "running") | {
             "versions": manifests.versions(),
-            "device": "gpu" if self.machine.gpus and stage.on_gpu else "cpu",
-            "starts": earlier.get("starts", 0) + 1,
-            "steps": stage.iterations,
-            "tokens": stage.tokens,
-            "flops": stage.flops,
-            "seconds": earlier.get("seconds", 0.0),
+            "device": "gpu" if on_gpu else "cpu",
+            "starts": (earlier or {}).get("starts", 0) + 1,
+            "seconds": (earlier or {}).get("seconds", 0.0),
         }
-        manifests.write_manifest(directory, manifest)
+        prepare(stage, directory, action, manifest)
         taken = [self.machine.free.pop(0) for _ in range(self.machine.needs(stage))]
         mark = {processes.MARK_VARIABLE: f"{self.session}:{stage.name}:"}
         with (directory / "log.txt").open("ab") as log:
@@ -285,25 +244,6 @@ class _Running:
         return round(self.earlier_seconds + time.monotonic() - self.started, 3)
 
 
-def prepare_directory(stage: Stage, directory: Path, action: Action) -> None:
-    """Bring a stage's directory into the form from which its command can start."""
-    removed = directory.with_name(f".{stage.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)  # left by a kill in the next two lines
-    if action.verb == "rerun":
-        directory.rename(removed)
-        shutil.rmtree(removed)
-    directory.mkdir(parents=True, exist_ok=True)
-    if not stage.resumable:
-        for path in directory.iterdir():
-            if path.name not in _RECORDS:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    settings = {"stage": stage.name, "parents": list(stage.parents), "processes": stage.processes}
-    settings |= {"threads": stage.threads, "iterations": stage.iterations, "tokens": stage.tokens, **stage.config}
-    settings["command"] = list(stage.command)
-    manifests.write_atomically(directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    manifests.write_atomically(directory / "command.sh", command_script(stage))
-
-
 def _unfinished(stage: Stage, directory: Path) -> str:
     """Why a stage that ended with status 0 is not finished; empty when it is."""
     if not (directory / stage.product).exists():
@@ -336,26 +276,31 @@ def run_stages(
     reporter: Reporter,
     only: Sequence[str] = (),
     records: Mapping[str, str] | None = None,
+    rerun: Sequence[str] = (),
 ) -> int:
     """Run ``stages`` (parents first) in the directory ``run``; ``only`` some of them when given.
 
     Args:
         records: name -> text of files that are written into ``run`` first.
+        rerun: stages that run again whatever is there; their old folders stay beside them, dated.
 
     Returns:
         0; 1 or 2 when a stage failed (2: on bad input); 128 + n when signal n (SIGINT, SIGTERM, SIGHUP) stopped it.
 
     Raises:
-        InputError: the run directory is in use or not ours, a stage needs GPUs that are not there, or the parents of
-            ``only`` are not finished.
+        InputError: the run directory is in use or not ours, a stage needs GPUs that are not there, the parents of
+            ``only`` are not finished, or a stage would have to be kept (see :class:`Action`).
     """
     run = run.resolve()
+    check_run(run)
     run.mkdir(parents=True, exist_ok=True)
     with locked(run):
-        processes.end_marked(f"{run}:")  # of an earlier run whose guard was killed as well
-        actions = decide(stages, run)
+        processes.end_marked(processes.mark_of(run))  # of an earlier run whose guard was killed as well
+        actions = decide(stages, run, rerun)
         chosen = list(only) or [stage.name for stage in stages]
-        _check_only(stages, actions, chosen)
+        check_chosen(stages, actions, chosen)
+        if changed := kept(actions, chosen):
+            raise InputError(f"{run}: made otherwise: {changed}; run these stages again by name, or in another folder")
         machine.check([stage for stage in stages if stage.name in chosen and actions[stage.name].verb != "skip"])
         for name, text in (records or {}).items():
             manifests.write_atomically(run / name, text)
@@ -373,14 +318,3 @@ def run_stages(
             for number, handler in before.items():
                 signal.signal(number, handler)
             guard.communicate()
-
-
-def _check_only(stages: Sequence[Stage], actions: Mapping[str, Action], chosen: Sequence[str]) -> None:
-    names = [stage.name for stage in stages]
-    for name in chosen:
-        if name not in names:
-            raise InputError(f"--only {name}: no such stage; expected some of: {', '.join(names)}")
-    for stage in stages:
-        for parent in stage.parents if stage.name in chosen else ():
-            if parent not in chosen and actions[parent].verb != "skip":
-                raise InputError(f"--only {stage.name}: it needs {parent}, which is not finished; add it to --only")

@@ -21,6 +21,8 @@ from megatron_btx.recipe.routing import Routing, read_routing
 QUICKSTART_DOMAINS = ("general", "math", "code", "knowledge")
 SPLITS = ("train", "valid", "test")
 GENERALIST = "seed"
+RESERVED_NAMES = {GENERALIST: "the seed, which can be an expert of the mix", "mean": "a column of the reports"}
+"""Names that no domain may have."""
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -244,6 +246,7 @@ def _data(top: Section) -> tuple[Data, tuple[str, ...]]:
         for key in _CORPORA_KEYS[1:]:
             if key in section.node:
                 section.refuse(key, "only for corpora that the run makes; a given tokenizer goes under tokenizer")
+        section.section("domains").check_names(RESERVED_NAMES)
         given = {domain: _splits(section, domain) for domain in section.section("domains").node}
         names = tuple(given)
         tokenizer_flags = dict(section.flags("tokenizer", allowed=("tokenizer-type", "tokenizer-model")))
@@ -257,6 +260,8 @@ def _data(top: Section) -> tuple[Data, tuple[str, ...]]:
         data = Data({}, 0, given, tokenizer_flags)
     if listed is not None and (not isinstance(listed, list) or not listed or not set(map(str, listed)) <= set(names)):
         top.refuse("domains", f"found {listed!r}, expected a list of some of: {', '.join(names)}")
+    if listed is not None and len(set(map(str, listed))) < len(listed):
+        top.refuse("domains", f"found {listed!r}, expected every domain once")
     return data, tuple(map(str, listed)) if listed else names
 
 

@@ -1,9 +1,7 @@
-"""A stage of a run: one command, its parents, its directory, and the fingerprint that says whether it is up to date."""
+"""A stage of a run: one command, its parents, what decides its result, and the scripts that run it by hand."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -22,8 +20,13 @@ class Stage:
     name: str
     command: tuple[str, ...]
     parents: tuple[str, ...] = ()
+    """Stages that its result is made from."""
+    after: tuple[str, ...] = ()
+    """Stages that must be finished before it starts, and have no say in its result."""
     inputs: tuple[Path, ...] = ()
     """What the stage reads from outside the run: files, folders, or prefixes of .bin/.idx files."""
+    settings: Mapping[str, Any] | None = None
+    """What decides its result beside its parents; a Path stands for what lies there. None: its command and inputs."""
     product: str = ""
     """File or folder in the stage's directory that must exist when the stage is finished; empty for none."""
     processes: int = 1
@@ -31,7 +34,9 @@ class Stage:
     on_gpu: bool = False
     """Whether each process takes a GPU where there are GPUs."""
     resumable: bool = False
-    """Whether the command continues from what an earlier, stopped start left; else that is removed first."""
+    """Whether the command continues from what an earlier, stopped start left; else that is set aside first."""
+    only_shows: bool = False
+    """Whether it only shows what other stages made: it is made again, in place, whenever they change."""
     iterations: int | None = None
     """Steps of a stage that trains."""
     tokens: int | None = None
@@ -39,6 +44,16 @@ class Stage:
     """Estimate for the whole stage; see :func:`megatron_btx.recipe.planner.training_flops`."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Resolved settings, for config.yaml."""
+
+    def deciding_settings(self) -> Mapping[str, Any]:
+        """What decides its result beside its parents."""
+        if self.settings is not None:
+            return self.settings
+        return {"command": list(self.command), "inputs": list(self.inputs)}
+
+    def waits_for(self) -> tuple[str, ...]:
+        """All stages that must be finished before it starts."""
+        return (*self.parents, *(name for name in self.after if name not in self.parents))
 
 
 def command_text(stage: Stage) -> str:
@@ -55,11 +70,16 @@ def command_text(stage: Stage) -> str:
     return " \\\n    ".join(lines)
 
 
+def one_line(text: str) -> str:
+    """``text`` for a comment in a script, which a line break would end."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def command_script(stage: Stage) -> str:
     """The stage's command.sh: exactly what the runner executes, and what a person can call from anywhere."""
     return (
         "#!/usr/bin/env bash\n"
-        f"# Stage {stage.name}. Relative paths count from the run directory, the parent of this script's.\n"
+        f"# Stage {one_line(stage.name)}. Relative paths count from the run directory, the parent of this script's.\n"
         "set -euo pipefail\n"
         'cd "$(dirname "${BASH_SOURCE[0]}")/.."\n'
         f"export OMP_NUM_THREADS={stage.threads}\n"
@@ -67,38 +87,12 @@ def command_script(stage: Stage) -> str:
     )
 
 
-def fingerprints(stages: Iterable[Stage]) -> dict[str, str]:
-    """Fingerprint of each stage; ``stages`` in an order in which parents come first.
-
-    It covers the command (with paths in the run directory relative, so that a moved run still counts), the threads,
-    the parents' fingerprints, and of outside inputs the names, sizes and modification times, not the content.
-    """
-    known: dict[str, str] = {}
-    for stage in stages:
-        content = {
-            "command": stage.command,
-            "threads": stage.threads,
-            "parents": {parent: known[parent] for parent in stage.parents},
-            "inputs": {str(path): _outside(path) for path in stage.inputs},
-        }
-        known[stage.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return known
-
-
-def _outside(path: Path) -> list[tuple[str, int, int]]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-    else:
-        files = [file for name in (str(path), f"{path}.bin", f"{path}.idx") if (file := Path(name)).is_file()]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
 def in_order(stages: Iterable[Stage]) -> list[Stage]:
     """The stages with parents before their children, otherwise as given. A parent that is no stage is a defect."""
     waiting = list(stages)
     ordered: dict[str, Stage] = {}
     while waiting:
-        ready = next(stage for stage in waiting if all(parent in ordered for parent in stage.parents))
+        ready = next(stage for stage in waiting if all(parent in ordered for parent in stage.waits_for()))
         ordered[ready.name] = ready
         waiting.remove(ready)
     return list(ordered.values())

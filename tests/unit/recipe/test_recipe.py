@@ -16,6 +16,7 @@ import yaml
 from megatron_btx import cli
 from megatron_btx.errors import InputError
 from megatron_btx.recipe import flags
+from megatron_btx.recipe.folder import Action
 from megatron_btx.recipe.planner import plan_stages, token_weighted, training_flops, training_steps
 from megatron_btx.recipe.reading import load_tree
 from megatron_btx.recipe.schema import Layout, Recipe, Training, load_recipe, parse_recipe
@@ -152,7 +153,7 @@ def test_blends_are_normalised_and_that_is_said() -> None:
 
 
 def test_the_quickstart_is_the_graph_of_the_method() -> None:
-    graph = {name: set(stage.parents) for name, stage in stages().items()}
+    graph = {name: set(stage.waits_for()) for name, stage in stages().items()}
     experts = {"expert-math", "expert-code", "expert-knowledge"}
     assert graph == {
         "data": set(),
@@ -414,7 +415,7 @@ def test_the_dry_run_is_a_script_that_does_what_the_run_does(tmp_path: Path) -> 
 
 
 def cli_actions(made: list[Stage], directory: Path) -> Any:
-    from megatron_btx.recipe.runner import decide
+    from megatron_btx.recipe.folder import decide
 
     return decide(made, directory)
 
@@ -467,3 +468,110 @@ def test_the_words_after_a_dispatched_command_are_its_own(monkeypatch: pytest.Mo
     monkeypatch.setitem(cli.DISPATCHED, "convert", ("a_module_of_the_test", ""))
     assert cli.main(["convert", "--help", "--x"]) == 5
     assert called == [["--help", "--x"]]
+
+
+GIVEN = "data={{domains: {domains}, tokenizer: {{tokenizer-type: NullTokenizer, vocab-size: 90}}}}"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ('"a\\ntouch here"', "not a name"),
+        ('"a b"', "not a name"),
+        ('"a/b"', "not a name"),
+        ('"../a"', "not a name"),
+        ('"a:b"', "not a name"),
+        ('"a=b"', "not a name"),
+        ('"-a"', "not a name"),
+        ('".a"', "not a name"),
+        ('""', "not a name"),
+        ("a" * 81, "not a name"),
+        ("1", "YAML reads this name as int 1; put it in quotes"),
+        ("yes", "YAML reads this name as bool True; put it in quotes"),
+        ("2026-01-01", "YAML reads this name as date"),
+        ("seed", "the name of the seed"),
+        ("mean", "the name of a column"),
+        ("Code", "differs from code in case alone"),
+    ],
+)
+def test_a_domain_is_named_so_that_every_later_stage_can_use_it(name: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "t.bin").touch()
+    (tmp_path / "t.idx").touch()
+    domains = f"{{code: {{train: [{tmp_path}/t]}}, {name}: {{train: [{tmp_path}/t]}}}}"
+    with pytest.raises(InputError, match=rf"data\.domains\.(.|\n)*: {reason}"):
+        recipe("domains=null", GIVEN.format(domains=domains))
+
+
+def test_variants_are_named_so_that_yaml_keeps_their_settings() -> None:
+    for name, reason in (("1", "put it in quotes"), ("on", "put it in quotes"), ('"a b"', "not a name")):
+        with pytest.raises(InputError, match=rf"ablation\.variants\..*: .*{reason}"):
+            recipe("evaluate=null", "baselines=null", f"ablation={{seeds: [1], variants: {{{name}: {{}}}}}}")
+
+
+def test_domains_are_listed_once_and_values_are_no_flags() -> None:
+    with pytest.raises(InputError, match="domains: .*every domain once"):
+        recipe("domains=[general, math, code, knowledge, math]")
+    for value in ("[0.1, --load, /elsewhere]", "--load"):
+        with pytest.raises(InputError, match=r"training\.weight-decay: found '--load', which is a flag"):
+            recipe(f"training.weight-decay={value}")
+
+
+def test_a_recipe_that_includes_another_is_another_run(tmp_path: Path) -> None:
+    """The name of the included one would let it go on in that one's folder."""
+    (tmp_path / "mine.yaml").write_text(f"include: {QUICKSTART}\n")
+    (tmp_path / "again.yaml").write_text("include: mine.yaml\nname: given\n")
+    assert load_recipe(tmp_path / "mine.yaml", [])[0].name == "mine"
+    assert load_recipe(tmp_path / "again.yaml", [])[0].name == "given"
+
+
+def test_scripts_run_the_stages_and_nothing_else(tmp_path: Path) -> None:
+    """Whatever a stage is named, and whatever is said of it, a shell sees one comment and quoted words."""
+    name = "a\ntouch here; $(touch here) 'x"
+    stage = Stage(name, ("bash", "-c", 'printf %s "$0" > out', name), product="out")
+    run = tmp_path / "r u'n"
+    script = cli.shell_script([stage], {name: Action("run", "why\ntouch here")}, run)
+    subprocess.run(["bash", "-c", script], check=True, cwd=tmp_path)
+    assert (run / "out").read_text() == name
+    (run / name / "command.sh").write_text(command_script(stage))
+    subprocess.run(["bash", str(run / name / "command.sh")], check=True, cwd=tmp_path)
+    assert not list(tmp_path.rglob("here"))
+    rerun = cli.shell_script([stage], {name: Action("rerun", "")}, run)
+    subprocess.run(["bash", "-c", rerun], check=True, cwd=tmp_path)
+    assert len([path for path in run.iterdir() if path.is_dir()]) == 2
+    skipped = cli.shell_script([stage], {name: Action("skip", "")}, run)
+    subprocess.run(["bash", "-c", skipped], check=True, cwd=tmp_path)
+    assert not list(tmp_path.rglob("here"))
+
+
+def test_a_run_goes_on_from_what_the_printed_script_began(tmp_path: Path) -> None:
+    script = "test -e a/checkpoint && touch a/out; touch a/checkpoint"
+    stage = Stage("a", ("bash", "-c", script), product="out", resumable=True)
+    subprocess.run(["bash", "-c", cli.shell_script([stage], cli_actions([stage], tmp_path), tmp_path)], check=True)
+    assert cli_actions([stage], tmp_path)["a"].verb == "resume"
+    changed = Stage("a", ("bash", "-c", f"{script} "), product="out", resumable=True)
+    assert cli_actions([changed], tmp_path)["a"].verb == "keep"
+
+
+def test_status_of_a_run_that_may_only_be_read_and_of_wide_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line of metrics longer than what is read at first; seconds that are no number; nothing is written."""
+    (tmp_path / cli.PLAN_FILE).write_text('[{"stage": "seed", "steps": 10, "tokens": 100}, {"stage": "mix"}]')
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "manifest.json").write_text('{"status": "finished", "seconds": NaN}')
+    wide = "x" * 50_000
+    lines = [json.dumps({"iteration": n, "time": 2 * n, "lm loss": 1.0, "wide": wide}) for n in range(1, 41)]
+    (tmp_path / "seed" / "metrics.jsonl").write_text("\n".join(lines))
+    tmp_path.chmod(0o555)
+    assert cli.main(["status", str(tmp_path)]) == 0
+    tmp_path.chmod(0o755)
+    row = next(line for line in capsys.readouterr().out.splitlines() if "seed" in line and "finished" in line)
+    assert row.replace("│", " ").split() == ["seed", "finished", "40/10", "1.000", "5", "?"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [cli.PLAN_FILE, "seed"]
+
+
+def test_status_of_a_broken_plan_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("[", "{}", "[1]"):
+        (tmp_path / cli.PLAN_FILE).write_text(text)
+        assert cli.main(["status", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("not the plan of a run") == 3

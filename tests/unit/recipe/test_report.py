@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from example_run import (
 
 from megatron_btx.errors import InputError
 from megatron_btx.recipe import report
+from megatron_btx.recipe.folder import owned_manifest
 from megatron_btx.recipe.report_inputs import read_curve
 
 
@@ -165,6 +167,17 @@ def test_old_figures_go_and_other_files_stay(tmp_path: Path) -> None:
     names = {path.name for path in (run / "report").iterdir()}
     assert names == {"index.html", "report.md", "results.json", "losses.png", "routing.png", "log.txt", "manifest.json"}
     assert "report" not in results(run)["stages"]
+
+
+def test_a_report_by_hand_marks_its_folder_for_the_run_to_go_on_and_leaves_earlier_folders_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    shutil.copytree(run / "seed", run / "seed.20261124-235959")
+    folder = report.build_report(run).parent
+    assert owned_manifest(folder, "report") == {"stage": "report", "status": "made by hand"}
+    assert "seed.2026" not in (folder / "report.md").read_text()
+    (folder / "manifest.json").write_text('{"stage": "report", "status": "finished"}')
+    report.build_report(run)
+    assert owned_manifest(folder, "report") == {"stage": "report", "status": "finished"}
 
 
 def test_hostile_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,15 +10,18 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from megatron_btx import manifest as manifests
 from megatron_btx.errors import InputError
 from megatron_btx.manifest import read_manifest
 from megatron_btx.recipe import processes
-from megatron_btx.recipe.runner import Machine, decide, failure_message, is_locked, locked, run_stages
+from megatron_btx.recipe.folder import decide
+from megatron_btx.recipe.runner import Machine, failure_message, is_locked, locked, run_stages
 from megatron_btx.recipe.stage import Stage, command_script
 
 WAIT_SECONDS = 30.0
@@ -59,9 +62,11 @@ def diamond(text_of_left: str = "x") -> list[Stage]:
     ]
 
 
-def run(stages: list[Stage], directory: Path, cores: int = 2, only: tuple[str, ...] = ()) -> tuple[int, Recorder]:
+def run(
+    stages: list[Stage], directory: Path, cores: int = 2, only: tuple[str, ...] = (), rerun: tuple[str, ...] = ()
+) -> tuple[int, Recorder]:
     recorder = Recorder()
-    return run_stages(stages, directory, Machine((), cores), recorder, only), recorder
+    return run_stages(stages, directory, Machine((), cores), recorder, only, rerun=rerun), recorder
 
 
 def trace(directory: Path) -> list[str]:
@@ -82,7 +87,7 @@ def alive(pid: int) -> bool:
 @pytest.fixture
 def no_stragglers(tmp_path: Path) -> Iterator[None]:
     yield
-    wait_for(lambda: not processes.marked(f"{tmp_path}"), "the end of all processes of the run")
+    wait_for(lambda: not processes.marked(processes.mark_of(tmp_path)), "the end of all processes of the run")
 
 
 def test_parents_run_before_children_and_a_second_run_skips_everything(tmp_path: Path) -> None:
@@ -96,20 +101,33 @@ def test_parents_run_before_children_and_a_second_run_skips_everything(tmp_path:
     assert len(recorder.of("skipped")) == 5
 
 
-def test_a_changed_stage_runs_again_with_all_that_depends_on_it_and_nothing_else(tmp_path: Path) -> None:
+def test_a_changed_stage_is_kept_with_all_that_depends_on_it_until_its_rerun_is_asked_for(tmp_path: Path) -> None:
     run(diamond(), tmp_path)
     (tmp_path / "trace").unlink()
-    (tmp_path / "left" / "stale").write_text("of the earlier settings")
+    (tmp_path / "left" / "notes").write_text("of the earlier settings")
+    before = files_in(tmp_path)
     actions = decide(diamond("y"), tmp_path)
     assert {name: action.verb for name, action in actions.items()} == {
         **dict.fromkeys(("a", "right", "beside"), "skip"),
-        **dict.fromkeys(("left", "end"), "rerun"),
+        **dict.fromkeys(("left", "end"), "keep"),
     }
-    assert "left" in actions["end"].why
-    run(diamond("y"), tmp_path)
-    assert trace(tmp_path) == ["left", "end"]
+    assert "value 3 of 3" in actions["left"].why and actions["end"].why == "made from another left"
+    for rerun in ((), ("left",), ("end",)):
+        with pytest.raises(InputError, match="made otherwise"):
+            run(diamond("y"), tmp_path, rerun=rerun)
+    assert files_in(tmp_path) == before
+    code, _ = run(diamond("y"), tmp_path, rerun=("left", "end"))
+    assert code == 0 and trace(tmp_path) == ["left", "end"]
     assert (tmp_path / "left" / "out").read_text() == "y\n"
-    assert not (tmp_path / "left" / "stale").exists()
+    assert [path.read_text() for path in tmp_path.glob("left.*/notes")] == ["of the earlier settings"]
+    assert [path.read_text() for path in tmp_path.glob("left.*/out")] == ["x\n"]
+    assert {action.verb for action in decide(diamond("y"), tmp_path).values()} == {"skip"}
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    """Every file below ``directory`` but its lock, with its content."""
+    found = (path for path in directory.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
 
 def test_a_moved_run_still_counts(tmp_path: Path) -> None:
@@ -124,14 +142,23 @@ def test_a_changed_outside_input_is_a_change(tmp_path: Path) -> None:
     stage = Stage("a", ("bash", "-c", "touch a/out"), inputs=(corpus,), product="out")
     run([stage], tmp_path / "run")
     assert decide([stage], tmp_path / "run")["a"].verb == "skip"
-    corpus.with_suffix(".bin").write_bytes(b"12")
-    assert decide([stage], tmp_path / "run")["a"].verb == "rerun"
+    os.utime(corpus.with_suffix(".bin"), (1, 1))
+    assert decide([stage], tmp_path / "run")["a"].verb == "skip"
+    (tmp_path / "elsewhere").mkdir()
+    moved = corpus.with_suffix(".bin").rename(tmp_path / "elsewhere" / "text.bin")
+    there = replace(stage, inputs=(moved.with_suffix(""),))
+    assert decide([there], tmp_path / "run")["a"].verb == "skip"
+    moved.write_bytes(b"2")
+    assert decide([there], tmp_path / "run")["a"].verb == "keep"
 
 
-def test_a_missing_product_is_made_again(tmp_path: Path) -> None:
+def test_a_finished_stage_whose_product_is_gone_waits_to_be_asked(tmp_path: Path) -> None:
     run([appending("a")], tmp_path)
     (tmp_path / "a" / "out").unlink()
-    run([appending("a")], tmp_path)
+    assert decide([appending("a")], tmp_path)["a"].why == "finished, but its out is gone"
+    with pytest.raises(InputError, match="its out is gone"):
+        run([appending("a")], tmp_path)
+    run([appending("a")], tmp_path, rerun=("a",))
     assert trace(tmp_path) == ["a", "a"]
 
 
@@ -264,12 +291,64 @@ def test_only_runs_what_it_names_and_wants_finished_parents(tmp_path: Path) -> N
         run(diamond(), tmp_path, only=("lefd",))
 
 
-def test_a_folder_that_no_stage_made_is_refused(tmp_path: Path) -> None:
+STRANGERS = {
+    "a file of its own": {"thesis.txt": "my only copy"},
+    "another program's manifest": {"manifest.json": '{"files": 3}', "my_corpus.jsonl": "x"},
+    "another stage's manifest": {"manifest.json": '{"stage": "b", "status": "finished"}'},
+    "a config.yaml": {"config.yaml": "lr: 1", "model.bin": "x"},
+    "broken JSON": {"manifest.json": "{", "model.bin": "x"},
+    "a list": {"manifest.json": "[]"},
+}
+
+
+@pytest.mark.parametrize("content", STRANGERS.values(), ids=STRANGERS)
+def test_a_folder_that_no_stage_made_is_refused_and_not_touched(content: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "thesis.txt").write_text("my only copy")
-    with pytest.raises(InputError, match="not made by btx run"):
+    for name, text in content.items():
+        (tmp_path / "a" / name).write_text(text)
+    before = files_in(tmp_path)
+    for rerun in ((), ("a",)):
+        with pytest.raises(InputError, match=r"move (it|its folder) away"):
+            run([appending("first"), appending("a", "first")], tmp_path, rerun=rerun)
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("target", ["file", "dangling"])
+def test_what_is_no_folder_is_refused_where_a_stage_needs_one(target: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "a").symlink_to(tmp_path / target)
+    with pytest.raises(InputError, match="is no folder"):
         run([appending("a")], tmp_path)
-    assert (tmp_path / "a" / "thesis.txt").exists()
+    assert (tmp_path / "a").is_symlink() and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_stage_folder_that_is_a_link_is_set_aside_as_a_link(tmp_path: Path) -> None:
+    run([appending("a")], tmp_path / "run")
+    (tmp_path / "run" / "a").rename(tmp_path / "disk")
+    (tmp_path / "run" / "a").symlink_to(tmp_path / "disk")
+    before = files_in(tmp_path / "disk")
+    assert decide([appending("a")], tmp_path / "run")["a"].verb == "skip"
+    assert run([appending("a", text="y")], tmp_path / "run", rerun=("a",))[0] == 0
+    assert files_in(tmp_path / "disk") == before
+    assert not (tmp_path / "run" / "a").is_symlink() and (tmp_path / "run" / "a" / "out").read_text() == "y\n"
+    assert [path.is_symlink() for path in (tmp_path / "run").glob("a.*")] == [True]
+
+
+def test_a_kill_while_a_folder_is_made_leaves_one_that_can_be_used(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".manifest.json.4711").write_text('{"sta')
+    assert run([appending("a")], tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["plan.json", "recipe.yaml"])
+def test_files_of_a_runs_names_that_no_run_wrote_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("# mine")
+    records = {"plan.json": '[{"stage": "a"}]', "recipe.yaml": "{}"}
+    with pytest.raises(InputError, match="not written by btx run"):
+        run_stages([appending("a")], tmp_path, Machine((), 1), Recorder(), records=records)
+    assert files_in(tmp_path) == {name: b"# mine"}
+    for _ in range(2):
+        assert run_stages([appending("a")], tmp_path / "new", Machine((), 1), Recorder(), records=records) == 0
 
 
 def test_a_run_directory_is_held_by_one_runner(tmp_path: Path) -> None:
@@ -376,7 +455,7 @@ def test_a_stopped_runner_leaves_no_process_and_the_next_one_resumes(
 
 
 def test_a_new_run_ends_what_a_killed_one_left_even_without_its_guard(tmp_path: Path, no_stragglers: None) -> None:
-    mark = {**os.environ, processes.MARK_VARIABLE: f"{tmp_path.resolve()}:gone:count:"}
+    mark = {**os.environ, processes.MARK_VARIABLE: f"{processes.mark_of(tmp_path)}gone:count:"}
     left = subprocess.Popen(["sleep", "100"], env=mark, start_new_session=True)
     assert run([appending("a")], tmp_path)[0] == 0
     assert left.wait(1.0) == -signal.SIGTERM
@@ -405,7 +484,68 @@ def test_what_a_finished_stage_left_behind_is_ended_before_its_children_start(tm
     assert code == 0
 
 
-def test_a_changed_stage_that_could_resume_starts_from_nothing(tmp_path: Path) -> None:
-    run([shell("a", "echo old > a/checkpoint; touch a/out", resumable=True)], tmp_path)
-    code, _ = run([shell("a", "[ ! -e a/checkpoint ] && touch a/out", resumable=True)], tmp_path)
-    assert code == 0
+def test_what_trained_is_kept_and_what_did_not_starts_anew(tmp_path: Path) -> None:
+    """Unfinished and changed: with a checkpoint it is worth something, without one it starts from nothing."""
+    run([shell("a", "touch a/metrics; exit 1", resumable=True)], tmp_path)
+    changed = shell("a", "[ ! -e a/metrics ] && mkdir a/checkpoint && touch a/checkpoint/x; exit 1", resumable=True)
+    assert decide([changed], tmp_path)["a"].verb == "rerun"
+    run([changed], tmp_path)
+    assert (tmp_path / "a" / "checkpoint" / "x").exists() and len(list(tmp_path.glob("a.*/metrics"))) == 1
+    again = shell("a", "[ ! -e a/checkpoint ] && touch a/out", resumable=True)
+    assert decide([again], tmp_path)["a"].verb == "keep"
+    assert run([again], tmp_path, rerun=("a",))[0] == 0
+    assert len(list(tmp_path.glob("a.*/checkpoint/x"))) == 1
+
+
+def test_leftovers_of_a_stopped_try_are_set_aside_with_whatever_else_lies_there(tmp_path: Path) -> None:
+    run([shell("a", "touch a/partial a/.journal; exit 3")], tmp_path)
+    (tmp_path / "a" / "my notes").write_text("mine")
+    assert run([shell("a", "touch a/partial a/.journal; exit 3")], tmp_path)[0] == 1
+    assert sorted(path.name for path in tmp_path.glob("a.*/*")) == ["my notes", "partial"]
+    assert (tmp_path / "a" / ".journal").exists()
+
+
+def test_a_report_is_made_again_in_place_and_never_keeps_a_run_from_going_on(tmp_path: Path) -> None:
+    made = appending("a")
+    report = Stage("report", ("bash", "-c", "cat a/out >> report/out"), ("a",), product="out", only_shows=True)
+    (tmp_path / "report").mkdir()
+    manifests.mark(tmp_path / "report", "report")
+    (tmp_path / "report" / "mine").write_text("a note")
+    assert run([made, report], tmp_path)[0] == 0
+    assert {action.verb for action in decide([made, report], tmp_path).values()} == {"skip"}
+    other = replace(made, settings={"x": 1})
+    actions = decide([other, report], tmp_path)
+    assert (actions["a"].verb, actions["report"].verb) == ("keep", "run")
+    assert run([other, report], tmp_path, rerun=("a",))[0] == 0
+    assert (tmp_path / "report" / "out").read_text() == "x\nx\n"
+    assert (tmp_path / "report" / "mine").exists() and not list(tmp_path.glob("report.*"))
+    (tmp_path / "report" / "out").unlink()
+    assert run([other, report], tmp_path)[0] == 0 and (tmp_path / "report" / "out").exists()
+
+
+def test_what_only_has_to_be_there_before_is_no_part_of_the_result(tmp_path: Path) -> None:
+    bound = appending("bound")
+    trained = replace(appending("a"), after=("bound",))
+    assert run([bound, trained], tmp_path)[0] == 0 and trace(tmp_path) == ["bound", "a"]
+    actions = decide([replace(bound, settings={"tokens": 1}), trained], tmp_path)
+    assert (actions["bound"].verb, actions["a"].verb) == ("keep", "skip")
+
+
+def test_a_run_does_not_end_the_processes_of_one_whose_path_begins_alike(tmp_path: Path) -> None:
+    other = {**os.environ, processes.MARK_VARIABLE: f"{processes.mark_of(tmp_path / 'a:b')}1:count:"}
+    beside = subprocess.Popen(["sleep", "100"], env=other)
+    try:
+        assert run([appending("x")], tmp_path / "a")[0] == 0
+        assert beside.poll() is None
+    finally:
+        beside.kill()
+        beside.wait()
+
+
+def test_a_manifest_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
+    run([appending("a")], tmp_path)
+    manifest = read_manifest(tmp_path / "a") or {}
+    del manifest["settings"]
+    manifests.write_manifest(tmp_path / "a", manifest | {"fingerprint": "of another kind"})
+    action = decide([appending("a")], tmp_path)["a"]
+    assert action.verb == "keep" and "states no settings" in action.why

@@ -13,7 +13,7 @@ from megatron_btx.data import preprocess
 from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.errors import InputError
 from megatron_btx.evaluate import add_evaluation_arguments
-from megatron_btx.recipe import flags
+from megatron_btx.recipe import flags, identity
 from megatron_btx.recipe.planner import plan_stages
 from megatron_btx.recipe.schema import load_recipe
 from tests import pico
@@ -158,3 +158,9 @@ def test_the_dry_run_refuses_it(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.err.startswith(f"error: {file}: stage finetune: --btx-freeze expertz: ")
     assert said.err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_every_flag_said_not_to_decide_is_one(parser):
+    """A flag that is misspelt in the list would decide, and keep a run that did not change."""
+    known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+    assert not sorted(identity.NOT_DECIDING - known)

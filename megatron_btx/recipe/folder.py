@@ -1,0 +1,202 @@
+"""A stage's folder: whose it is, what would happen to it now, and how it is prepared. Nothing in it is ever removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_btx import manifest as manifests
+from megatron_btx.errors import InputError
+from megatron_btx.recipe.identity import Identity, differences, identities
+from megatron_btx.recipe.stage import Stage, command_script
+
+RECORDS = ("config.yaml", "command.sh", "log.txt", manifests.FILE_NAME)
+PLAN_FILE, RECIPE_FILE = "plan.json", "recipe.yaml"
+"""Of a run: the stages with their steps and tokens, in order; the recipe with all that was changed in it."""
+KEEP = "keep"
+_SET_ASIDE = re.compile(r".+\.\d{8}-\d{6}(-\d+)?")
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a run does with a stage."""
+
+    verb: str
+    """skip, run (in an empty folder), resume (from what is there), rerun (set the old folder aside, then run), or
+    keep (what is there is of other settings and is worth something: the run stops)."""
+    why: str
+
+
+def is_set_aside(name: str) -> bool:
+    """Whether ``name`` is that of an earlier stage's folder, kept beside the one that took its place."""
+    return _SET_ASIDE.fullmatch(name) is not None
+
+
+def decide(stages: Sequence[Stage], run: Path, rerun: Sequence[str] = ()) -> dict[str, Action]:
+    """What would happen to each stage now; ``rerun`` are those that are to run again whatever is there.
+
+    Raises:
+        InputError: a folder is in the way that no stage of this name made, or ``rerun`` names no stage.
+    """
+    _known("--rerun", rerun, stages)
+    known = identities(stages)
+    actions: dict[str, Action] = {}
+    for stage in stages:
+        directory = run / stage.name
+        manifest = owned_manifest(directory, stage.name)
+        action = _decide(stage, known[stage.name], directory, manifest)
+        if stage.name in rerun and manifest is not None:
+            action = Action("rerun", "as --rerun asks")
+        if stage.only_shows and any(actions[parent].verb != "skip" for parent in stage.parents):
+            action = Action("run", "shows what runs before it")
+        actions[stage.name] = action
+    return actions
+
+
+def check_run(run: Path) -> None:
+    """Refuse a run directory in which files of a run's names lie that no run wrote, because they would be replaced.
+
+    Raises:
+        InputError: the file.
+    """
+    plan, recipe = run / PLAN_FILE, run / RECIPE_FILE
+    if os.path.lexists(run) and not run.is_dir():
+        raise InputError(f"{run}: is no folder; give another --output")
+    ours = (run / ".lock").exists() or read_plan(plan) is not None
+    for path in (plan, recipe) if not ours else ():
+        if os.path.lexists(path):
+            raise InputError(f"{path}: not written by btx run, which would replace it; give another --output")
+
+
+def read_plan(path: Path) -> list[dict[str, Any]] | None:
+    """The plan that a run wrote; None when what lies there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if isinstance(content, list) and all(isinstance(entry, dict) and "stage" in entry for entry in content):
+        return content
+    return None
+
+
+def owned_manifest(directory: Path, name: str) -> dict[str, Any] | None:
+    """The manifest of stage ``name`` in ``directory``; None for an empty folder or none.
+
+    Raises:
+        InputError: something else lies there, which we did not make and will not touch.
+    """
+    if not directory.is_dir():
+        if os.path.lexists(directory):
+            raise InputError(f"{directory}: is no folder; a stage of this name needs one there: move it away")
+        return None
+    manifest = manifests.read_manifest(directory)
+    if manifest is not None and manifest.get("stage") == name and "status" in manifest:
+        return manifest
+    if manifest is None and not any(not manifests.is_unwritten(path) for path in directory.iterdir()):
+        return None
+    found = "no manifest.json" if manifest is None else f"a manifest.json that is not of a stage {name}"
+    raise InputError(f"{directory}: not made by btx run ({found}); move it away, or give another --output")
+
+
+def _decide(stage: Stage, identity: Identity, directory: Path, manifest: Mapping[str, Any] | None) -> Action:
+    if manifest is None:
+        return Action("run", "not done yet")
+    difference = differences(manifest, identity)
+    finished = manifest["status"] == "finished"
+    if difference and stage.only_shows:
+        return Action("run", "shown anew")
+    if difference:
+        worth = finished or has_trained(stage, directory)
+        return Action(KEEP if worth else "rerun", difference)
+    if finished and (directory / stage.product).exists():
+        return Action("skip", "finished")
+    if finished and not stage.only_shows:
+        return Action(KEEP, f"finished, but its {stage.product} is gone")
+    if stage.resumable:
+        return Action("resume", "unfinished, goes on from its last checkpoint")
+    return Action("run", "unfinished")
+
+
+def has_trained(stage: Stage, directory: Path) -> bool:
+    """Whether an unfinished stage left a checkpoint."""
+    checkpoint = directory / "checkpoint"
+    if not stage.resumable or not checkpoint.exists():
+        return False
+    return not checkpoint.is_dir() or any(checkpoint.iterdir())
+
+
+def check_chosen(stages: Sequence[Stage], actions: Mapping[str, Action], chosen: Sequence[str]) -> None:
+    """Refuse a choice (--only) of stages that are none, or whose parents are not finished.
+
+    Raises:
+        InputError: the stage, and what it lacks.
+    """
+    _known("--only", chosen, stages)
+    for stage in stages:
+        for parent in stage.waits_for() if stage.name in chosen else ():
+            if parent in chosen or actions[parent].verb == "skip":
+                continue
+            if actions[parent].verb == KEEP:
+                why = f"which was made otherwise ({actions[parent].why}); add it to --only and to --rerun"
+            else:
+                why = "which is not finished; add it to --only"
+            raise InputError(f"--only {stage.name}: it needs {parent}, {why}")
+
+
+def kept(actions: Mapping[str, Action], chosen: Sequence[str] = ()) -> dict[str, str]:
+    """The stages, of the ``chosen`` ones if there are any, for whose sake a run stops, and why."""
+    return {
+        name: action.why for name, action in actions.items() if action.verb == KEEP and (not chosen or name in chosen)
+    }
+
+
+def _known(flag: str, names: Sequence[str], stages: Sequence[Stage]) -> None:
+    known = [stage.name for stage in stages]
+    for name in names:
+        if name not in known:
+            raise InputError(f"{flag} {name}: no such stage; expected some of: {', '.join(known)}")
+
+
+def prepare(stage: Stage, directory: Path, action: Action, manifest: Mapping[str, Any]) -> None:
+    """Bring a stage's folder into the form from which its command can start.
+
+    The manifest is written first, so that a kill leaves a folder that is empty or known to be ours. What an earlier
+    start left is renamed and stays.
+    """
+    if action.verb == "rerun":
+        directory.rename(dated(directory))
+    directory.mkdir(parents=True, exist_ok=True)
+    manifests.write_manifest(directory, manifest)
+    if not stage.resumable and not stage.only_shows:
+        _set_leftovers_aside(directory)
+    settings = {"stage": stage.name, "parents": list(stage.parents), "processes": stage.processes}
+    settings |= {"threads": stage.threads, "iterations": stage.iterations, "tokens": stage.tokens, **stage.config}
+    settings["command"] = list(stage.command)
+    manifests.write_atomically(directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    manifests.write_atomically(directory / "command.sh", command_script(stage))
+
+
+def dated(directory: Path) -> Path:
+    """A free name beside ``directory``: its own with the time."""
+    stem = f"{directory.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
+    return next(path for name in names if not os.path.lexists(path := directory.with_name(name)))
+
+
+def _set_leftovers_aside(directory: Path) -> None:
+    """Move what a stopped start left out of the way. Hidden files stay: a conversion goes on from its own."""
+    leftovers = [path for path in directory.iterdir() if path.name not in RECORDS and not path.name.startswith(".")]
+    if not leftovers:
+        return
+    beside = dated(directory)
+    beside.mkdir()
+    for path in leftovers:
+        path.rename(beside / path.name)
