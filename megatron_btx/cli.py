@@ -140,7 +140,7 @@ def _refuse_changes(arguments: argparse.Namespace, directory: Path, changed: Map
         command += [flag, *words] if words else []
     command += ["--cpu"] if arguments.cpu else []
     raise InputError(
-        f"{directory}: {len(changed)} stages that were made otherwise (above) are kept, and nothing was run; take "
+        f"{directory}: what was made otherwise (above: {len(changed)}) is kept, and nothing was run; take "
         f"another --output, or to run them again beside their old folders: {shlex.join(command)}"
     )
 

@@ -134,7 +134,9 @@ def parse_recipe(tree: Mapping[str, Any], file: str) -> Recipe:
     """Check ``tree`` and make a Recipe of it. Raises InputError with the place, what was found, what was expected."""
     reader = Reader(file)
     top = Section(tree, "", _RECIPE_KEYS, reader)
-    random_seed = top.integer("random-seed", 1234, minimum=0)
+    random_seed = top.integer("random-seed", 1234)
+    if random_seed >= 2**32:
+        top.refuse("random-seed", f"found {random_seed}, expected less than 2**32, which is what NumPy takes")
     name = _slug(top, "name", top.text("name", Path(file).stem))
     data, domains = _data(top)
     experts_section = top.section("experts")
@@ -337,6 +339,9 @@ def _check_whole(reader: Reader, recipe: Recipe, top_keys: Container[str]) -> No
         reader.refuse("ablation", "its variants are of a mix of the recipe's experts and of finetune; add both")
     if recipe.average and not recipe.experts:
         reader.refuse("baselines.average", "there are no experts to average; add experts")
+    missing = [name for name in recipe.mix.experts if name not in (*recipe.experts, GENERALIST)] if recipe.mix else []
+    if recipe.average and missing:
+        reader.refuse("baselines.average", f"the mix has {missing[0]}, which is no expert of the recipe; leave it out")
     if recipe.dense:
         parts = {f"experts.{name}": expert for name, expert in recipe.experts.items()}
         if not parts or not recipe.finetune:

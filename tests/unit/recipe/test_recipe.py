@@ -72,6 +72,8 @@ def all_values(stage: Stage, flag: str) -> list[str]:
         ("evaluate.split=train", "evaluate.split: found 'train'"),
         ("name=a/b", "name: found 'a/b'"),
         ("random-seed=-1", "random-seed: found -1"),
+        ("random-seed=0", "random-seed: found 0"),
+        ("random-seed=4294967296", "random-seed: found 4294967296, expected less"),
         ("seed.from=/nowhere", "seed.from: /nowhere does not exist"),
         ("model.train-iters=5", "model.train-iters: set by the pipeline from tokens"),
         ("training.seed=5", "training.seed: set by the pipeline from random-seed"),
@@ -575,3 +577,9 @@ def test_status_of_a_broken_plan_is_one_line(tmp_path: Path, capsys: pytest.Capt
         (tmp_path / cli.PLAN_FILE).write_text(text)
         assert cli.main(["status", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("not the plan of a run") == 3
+
+
+def test_the_average_is_of_experts_that_the_recipe_has(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    with pytest.raises(InputError, match=r"baselines\.average: the mix has wiki, which is no expert"):
+        recipe(f"mix={{from: {tmp_path}, experts: [math, code, wiki, seed]}}")
