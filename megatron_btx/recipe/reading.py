@@ -107,9 +107,8 @@ class Section:
 
     def flag_value(self, name: str, value: Any) -> FlagValue:
         for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, str) and item.startswith(
-                "--"
-            ):  # would be read as a flag, one of those refused here too
+            # The command line would have it as a flag of its own, which may be one that is refused here.
+            if str(item).startswith("--"):
                 self.refuse(name, f"found {item!r}, which is a flag; give every flag a line of its own")
         if value is None or isinstance(value, bool | int | float | str):
             return value
