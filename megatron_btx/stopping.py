@@ -47,12 +47,15 @@ class Stopping:
         self._done.set()
 
     def stop_all(self, reason: InputError) -> None:
-        """Tell the others why this rank stops, and wait until they know; to be raised after that."""
+        """Tell the others why this rank stops, wait until they know, and end as they do.
+
+        A rank that is alone comes back: its caller raises the reason.
+        """
         self._done.set()
         if self._store is None:
             return
         self._store.set(_KEY, str(reason))
-        self._wait_for_all()
+        self._leave(str(reason))
 
     def _look(self) -> None:
         while not self._done.wait(_LOOK_EVERY_SECONDS):
@@ -64,23 +67,27 @@ class Stopping:
                     return
                 if not reason:  # the store of --fake-process-group has every key, and nothing in it
                     return
-                exits_with_one_line(_raise)(reason)
-                self._wait_for_all()
             except RuntimeError:  # the store is gone, with the rank that kept it
                 return
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(BAD_INPUT_EXIT_CODE)
+            self._leave(reason)
+
+    def _leave(self, reason: str) -> None:
+        """Say the reason and end at once: an orderly end would wait for ranks that are no more."""
+        exits_with_one_line(_raise)(reason)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._wait_for_all()
+        os._exit(BAD_INPUT_EXIT_CODE)
 
     def _wait_for_all(self) -> None:
-        seen = self._store.add(_SEEN, 1)
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        while seen < self._world and time.monotonic() < deadline:
-            time.sleep(0.05)
-            try:
+        try:
+            seen = self._store.add(_SEEN, 1)
+            while seen < self._world and time.monotonic() < deadline:
+                time.sleep(0.05)
                 seen = self._store.add(_SEEN, 0)
-            except RuntimeError:  # all had seen it, and the store has gone
-                return
+        except RuntimeError:  # all had seen it, and the store has gone
+            return
         if self._rank == 0:
             time.sleep(_KEEP_STORE_SECONDS)
 

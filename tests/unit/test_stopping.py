@@ -36,8 +36,8 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return codes
 
 
-def test_the_reason_of_one_is_said_by_the_other(ended, monkeypatch, capsys):
-    """It ends with the status of bad input, and each waits until both know."""
+def test_the_reason_of_one_is_said_by_both(ended, monkeypatch, capsys):
+    """Each waits until both know, and ends with the status of bad input."""
     monkeypatch.setenv("RANK", "1")
     store = distributed.HashStore()
     teller = threading.Thread(target=connected(store, 0).stop_all, args=(InputError("text: token 5"),))
@@ -45,8 +45,8 @@ def test_the_reason_of_one_is_said_by_the_other(ended, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         connected(store, 1)._look()
     teller.join(timeout=10)
-    assert ended == [2] and not teller.is_alive()
-    assert capsys.readouterr().err == "rank 1: error: text: token 5\n"
+    assert ended == [2, 2] and not teller.is_alive()
+    assert capsys.readouterr().err == "rank 1: error: text: token 5\n" * 2
 
 
 def test_a_store_of_no_real_ranks_stops_nobody(ended):
