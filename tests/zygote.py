@@ -134,11 +134,15 @@ def main() -> None:
 
     if sys.argv[1:] != ["gpu"]:
         hide_kernels_for_gpus()
+    # What the programs import late counts too: transformers alone, by Megatron's tokenizers, takes each rank seconds.
+    import megatron.core.models.mimo
+    import megatron.core.tokenizers.text.models
     import megatron.training.training  # noqa: F401
     import torch  # noqa: F401
 
-    from megatron_btx import evaluate, metrics, pretrain, repairs, validation  # noqa: F401
-    from megatron_btx.data import training  # noqa: F401
+    from megatron_btx import adam, evaluate, metrics, pretrain, repairs, validation  # noqa: F401
+    from megatron_btx.checkpoint import resume, tokenizers  # noqa: F401
+    from megatron_btx.data import texts, training  # noqa: F401
     from megatron_btx.model import layers  # noqa: F401
     from megatron_btx.routing import telemetry  # noqa: F401
 

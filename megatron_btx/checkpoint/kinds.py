@@ -95,7 +95,7 @@ def check_kind(folder: Path) -> None:
     for kind in _KINDS:
         for pattern in kind.patterns:
             for file in sorted(folder.glob(pattern)):
-                if file.name not in _NO_WEIGHTS:
+                if file.name not in _NO_WEIGHTS and not (file.parent / "metadata.json").exists():  # else Megatron's
                     remedy = kind.remedy.format(folder=str(folder), found=file.parent)
                     raise CheckpointError(f"{folder}: holds {file.relative_to(folder)}, {kind.what}; {remedy}")
 

@@ -36,7 +36,7 @@ class Description:
     tokenizer_type: str
     """As Megatron's ``--tokenizer-type``."""
     tokenizer_model: str | None
-    """Where the tokenizer lay, for people."""
+    """The name of its file or folder, for people; where it lay says nothing on another machine."""
     vocabulary_size: int
     """Numbers that the tokenizer has."""
     largest_id: int
@@ -113,7 +113,7 @@ def describe(tokenizer: Tokenizer, counts: Counts, files: Mapping[str, str]) -> 
     model = tokenizer.model
     description = Description(
         tokenizer_type=tokenizer.kind,
-        tokenizer_model=os.path.abspath(model) if model and os.path.exists(model) else model,
+        tokenizer_model=os.path.basename(os.path.abspath(model)) if model and os.path.exists(model) else model,
         vocabulary_size=tokenizer.size,
         largest_id=counts.largest_id,
         sequences=counts.sequences,

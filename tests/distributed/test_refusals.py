@@ -228,8 +228,10 @@ def test_a_tokenizer_of_other_content(dense, zygote, corpus, tmp_path):
     given += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model"]
     message = refusal(zygote, [*given, str(new)], tmp_path / "log-new")
     assert "tokenizers differ" in message and "--btx-allow-change tokenizer_model" in message
-    zygote.run(1, [*given, str(moved)], tmp_path / "log-moved")
-    zygote.run(1, [*given, str(new), "--btx-allow-change", "tokenizer_model"], tmp_path / "log-allowed")
+    # The corpus is of another tokenizer than both.
+    zygote.run(1, [*given, str(moved), "--btx-allow-change", "dataset_tokenizer"], tmp_path / "log-moved")
+    allowed = ["--btx-allow-change", "tokenizer_model", "dataset_tokenizer"]
+    zygote.run(1, [*given, str(new), *allowed], tmp_path / "log-allowed")
 
 
 def test_an_evaluation_of_less_than_a_batch(dense, zygote, corpus, tmp_path):

@@ -79,7 +79,7 @@ def test_it_says_what_the_dataset_holds(folder):
         assert said is not None
         assert (said.sequences, said.tokens, said.largest_id) == (12, len(ids), ids.max())
         assert (said.tokenizer_type, said.vocabulary_size) == ("SentencePieceTokenizer", SIZE)
-        assert said.tokenizer_model == str(folder / "first.model")
+        assert said.tokenizer_model == "first.model"
     assert not [file.name for file in expand_inputs([str(folder)]).files if file.name.endswith(SUFFIX)]
 
 
@@ -119,7 +119,7 @@ def test_another_tokenizer_is_refused_by_name(folder):
     for other in (sentencepiece(folder / "second.model"), null(SIZE)):
         with pytest.raises(InputError) as refusal:
             check_description(prefix, "--data-path", other, 384, allowed=False)
-        for part in (f"--data-path {prefix}:", str(folder / "first.model"), "--btx-allow-change dataset_tokenizer"):
+        for part in (f"--data-path {prefix}:", " first.model ", "--btx-allow-change dataset_tokenizer"):
             assert part in str(refusal.value)
         check_description(prefix, "--data-path", other, 384, allowed=True)
     with pytest.raises(InputError, match="second.model of 34 tokens: some of the tokens 0 to"):

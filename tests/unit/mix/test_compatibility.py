@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_btx.checkpoint.vocabulary import known_vocabulary
 from megatron_btx.mix import cli, convert_hf
 from tests.hugging_face import (
     Older,
@@ -194,7 +195,9 @@ class Bench:
         done(convert_hf.main, "export", "--checkpoint", folder / "megatron", "--output", folder / "back")
         assert same_tensors(folder / "back", folder / "hf")
         for name in ("hf", "back"):
-            assert (folder / name / "tokenizer.json").read_bytes() == (folder / "new" / "tokenizer.json").read_bytes()
+            # transformers 5 reads a dense Qwen2's file in a way of its own, so that it is written in another form.
+            tables = [known_vocabulary({"hf_folder": folder / model}).tokens for model in (name, "new")]
+            assert tables[0] == tables[1]
         shown = " ".join(f"`{flag.replace('=', ' ', 1)}`" for flag in flags)
         return f"| {first}, {second} | {', '.join(refusals)} | {shown.replace('=new', '=' + second)} |\n"
 

@@ -193,7 +193,8 @@ def test_each_direction_takes_its_own_kind_of_source(trips, tmp_path, capsys):
     for words in (["import", "--hf-model", trip.megatron], ["export", "--checkpoint", trip.original]):
         assert convert_hf.main([*map(str, words), "--output", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
-        assert "import takes one, export takes a Megatron checkpoint" in error and error.count("\n") == 1
+        assert "import takes a Hugging Face model folder, export a Megatron checkpoint" in error
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

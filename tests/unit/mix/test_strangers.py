@@ -298,6 +298,10 @@ def test_nothing_in_a_model_folder_runs(tmp_path, capsys):
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
     (odd / "config.json").write_text(json.dumps(config))
     (odd / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_odd.T", null]}}')
+    words = ["--expert", f"a={odd}", "--expert", f"b={odd}", "--output", str(tmp_path / "out")]
+    assert main(words) == 2 and "auto_map names code of the model's own" in capsys.readouterr().err
+    del config["auto_map"]
+    (odd / "config.json").write_text(json.dumps(config))
     out = mix({"a": odd, "b": odd}, tmp_path / "out", "--output-format", "hf", "--verify", "--allow-other-ids")
     assert not mark.exists()
     assert not list(out.glob("*.py")) and not list(out.glob("*.bin")), "nothing that runs is passed on"

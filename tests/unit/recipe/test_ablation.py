@@ -130,7 +130,7 @@ def test_a_capacity_of_the_mix_is_its_methods():
         ("ablation.variants.soft.routing=softer", "ablation.variants.soft.routing: found 'softer'"),
         ("ablation.variants.soft.speed=2", "ablation.variants.soft.speed: unknown key"),
         ("ablation.variants.soft.freeze=experts", "expected a list of groups"),
-        ("ablation.variants={'a b': {}}", "letters, digits and dashes"),
+        ("ablation.variants={'a b': {}}", "letters, digits, dots, dashes and underscores"),
         (
             "ablation.variants.soft.megatron={moe-router-load-balancing-type: aux_loss}",
             "soft.megatron.moe-router-load-balancing-type: found 'aux_loss' beside load-balancing: none",
