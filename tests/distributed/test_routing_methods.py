@@ -93,8 +93,8 @@ def test_same_curve(method, layout, train):
     assert sum(n.startswith("moe/load") for n in names) == 16
     dropped = sum(reference[step][f"moe/dropped_layer_{layer}"] for step in reference for layer in range(4))
     assert (dropped > 0) == (method == "switch")
-    # Who is dropped at the edge of a capacity is a step in the loss: two tokens whose probabilities differ by a last bit
-    # change places. After a few updates layouts differ by such bits (seen at step 4 on some processors).
+    # Who is dropped at the edge of a capacity is a step in the loss: two tokens whose probabilities differ by a last
+    # bit change places. After a few updates layouts differ by such bits (seen at step 4 on some processors).
     steps = sorted(reference)[:3] if method == "switch" else sorted(reference)
     for step in steps:
         for name in names:
