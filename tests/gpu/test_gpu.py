@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests import pico
+from tests.distributed.test_routing_methods import METHODS
 from tests.mixing import mix, rewrite
 from tests.runner import Zygote, gpu_count, read_losses
 
@@ -194,3 +195,17 @@ def test_evaluation_is_the_cpus(gpu, cpu, mixture, corpus, tmp_path, record_prop
     assert torch.allclose(
         torch.tensor(on_gpu["routing"]["text"]), torch.tensor(on_cpu["routing"]["text"]), atol=2.5 / 2048
     )
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_routing_methods_are_the_cpus(method, losses_from_start, record_property):
+    """Every routing method, its sampling and its balancing losses: the same ten losses as on the CPU.
+
+    The first loss is compared closely; after it, a token near an edge (of two experts, of a capacity) may go elsewhere.
+    """
+    on_cpu, on_gpu = (losses_from_start(machine, True, *METHODS[method].split()) for machine in MACHINES)
+    record_property("difference of the first losses (bound 1e-5)", abs(on_cpu[1] - on_gpu[1]))
+    record_property("largest difference from the CPU", largest_difference(on_cpu, on_gpu))
+    assert on_gpu[1] == pytest.approx(on_cpu[1], abs=1e-5)
+    assert largest_difference(on_cpu, on_gpu) < BF16_BOUND
+    assert on_gpu[10] < on_gpu[1] - 0.1
