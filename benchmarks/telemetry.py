@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.record import machine
-from benchmarks.training import REPOSITORY, Shape, write_corpus
+from benchmarks.training import FULL, REPOSITORY, Shape, write_corpus
 
 QUICKSTART = Shape(layers=4, hidden=64, ffn=176, heads=4, kv_groups=4, seq_length=256, vocabulary=2048)
 WIDER = Shape(layers=4, hidden=256, ffn=704, heads=4, kv_groups=4, seq_length=512, vocabulary=2048)
@@ -35,6 +35,11 @@ CASES: dict[str, tuple[Shape, int, int, int, int, float]] = {
     "hidden 256, sequence 512, every step logged": (WIDER, 1, 1, 4, 8, 0.25),
 }
 """Name -> shape, processes (expert parallel), log interval, micro-batch and global batch, share of the pairs taken."""
+GPU_CASES: dict[str, tuple[Shape, int, int, int, int, float]] = {
+    "one GPU, 1.1 B and 4 experts in bf16, every step logged": (FULL, 1, 1, 2, 4, 0.15),
+    "one GPU, quickstart in bf16, every step logged": (QUICKSTART, 1, 1, 4, 4, 1.0),
+}
+"""The same for a machine with a GPU, of which one is used."""
 WARM_UP_STEPS = 20
 SWITCH_FILE = "BTX_TELEMETRY_BENCHMARK"
 
@@ -77,9 +82,9 @@ def worker() -> int:
     return code
 
 
-def measure(name: str, pairs: int, work: Path) -> dict[str, Any]:
+def measure(name: str, case: tuple[Shape, int, int, int, int, float], pairs: int, work: Path) -> dict[str, Any]:
     """Run one case and compare its blocks."""
-    shape, processes, interval, micro, batch, _ = CASES[name]
+    shape, processes, interval, micro, batch, _ = case
     draw = random.Random(0)
     on = [first == half for _ in range(pairs) for first in [draw.random() < 0.5] for half in (True, False)]
     steps = WARM_UP_STEPS + len(on) * interval + 1
@@ -99,9 +104,12 @@ def measure(name: str, pairs: int, work: Path) -> dict[str, Any]:
             f"--train-data-path {folder}/corpus --data-cache-path {folder}/cache"
         ).split()
     )
+    if name in GPU_CASES:
+        arguments += ["--bf16", "--use-distributed-optimizer"]
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(processes), str(Path(__file__).resolve()), "--worker", *arguments]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", **{SWITCH_FILE: str(folder / "plan.json")})
+    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    environment[SWITCH_FILE] = str(folder / "plan.json")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     with (folder / "log.txt").open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
@@ -161,9 +169,10 @@ def main() -> int:
         "machine": machine(),
         "runs": [],
     }
+    cases = GPU_CASES if record["machine"]["gpus"] else CASES
     with tempfile.TemporaryDirectory() as work:
-        for name in CASES:
-            record["runs"].append(measure(name, max(int(options.pairs * CASES[name][-1]), 2), Path(work)))
+        for name, case in cases.items():
+            record["runs"].append(measure(name, case, max(int(options.pairs * case[-1]), 2), Path(work)))
             (options.output / "record.json").write_text(json.dumps(record, indent=1))
             (options.output / "record.md").write_text(markdown(record))
     print(markdown(record))

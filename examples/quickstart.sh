@@ -5,10 +5,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/environment.sh
 
-# Some stages are two processes, and NCCL wants a GPU for each: with a single one the CPU does it.
-where=()
+# Some stages are two processes, and NCCL wants a GPU for each. With a single GPU every stage is one process; what the
+# two would have taken at once it takes as one batch.
+one_process=()
 if [ "$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" -eq 1 ]; then
-    echo "one GPU found, two needed: running on the CPU"
-    where=(--cpu)
+    echo "one GPU found: every stage is one process"
+    one_process=(--set finetune.layout.expert-model-parallel-size=1)
+    for stage in seed finetune baselines.dense.mixture; do
+        one_process+=("$stage.layout.processes=1" "$stage.megatron.micro-batch-size=4")
+    done
 fi
-exec .venv/bin/btx run examples/recipes/quickstart.yaml "${where[@]}" "$@"
+exec .venv/bin/btx run examples/recipes/quickstart.yaml "${one_process[@]}" "$@"
