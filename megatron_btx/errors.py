@@ -6,10 +6,11 @@ remedy. Programs print it on stderr and exit with status 2; see :func:`exits_wit
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 BAD_INPUT_EXIT_CODE = 2
 _LINE_AT_MOST = 4000
@@ -33,6 +34,20 @@ class CheckpointError(InputError):
 
 class MegatronVersionError(BTXError):
     """The installed Megatron does not have the form that a stand-in or an injection relies on."""
+
+
+@contextlib.contextmanager
+def bare_exceptions_as(error_of: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Turn the bare ``Exception`` that the ``tokenizers`` library raises for all its errors into one that says more.
+
+    Errors that have a class of their own pass: catching them here would hide defects.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise error_of(error) from error
 
 
 def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:

@@ -10,7 +10,10 @@ tried once, by a child that does; where it failed, ranks are started as programs
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
+import inspect
 import json
 import os
 import random
@@ -137,7 +140,8 @@ def main() -> None:
     # What the programs import late counts too: transformers alone, by Megatron's tokenizers, takes each rank seconds.
     import megatron.core.models.mimo
     import megatron.core.tokenizers.text.models
-    import megatron.training.training  # noqa: F401
+    import megatron.training.arguments
+    import megatron.training.training
     import torch  # noqa: F401
 
     from megatron_btx import adam, evaluate, metrics, pretrain, repairs, validation  # noqa: F401
@@ -145,6 +149,10 @@ def main() -> None:
     from megatron_btx.data import texts, training  # noqa: F401
     from megatron_btx.model import layers  # noqa: F401
     from megatron_btx.routing import telemetry  # noqa: F401
+
+    # Megatron's parser finds its help texts in source files, and inspect reads a whole file for every class.
+    inspect.getsource = functools.cache(inspect.getsource)
+    megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
 
     fork = sys.argv[1:] != ["gpu"] or forked_child_can_use_gpu()
     print(json.dumps({"ready": "fork" if fork else "spawn"}), flush=True)

@@ -8,17 +8,15 @@ tokenization are a dataclass here, the rest keep Megatron's defaults.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from megatron_btx.checkpoint.kinds import refuse_placeholders
-from megatron_btx.errors import InputError
+from megatron_btx.errors import InputError, bare_exceptions_as
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer")
 
@@ -98,7 +96,7 @@ def load(settings: TokenizerSettings) -> Tokenizer:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     try:
-        with _bare_errors_named():
+        with bare_exceptions_as(lambda error: ValueError(str(error))):
             tokenizer: Tokenizer = build_tokenizer(_namespace(settings))
     except (ValueError, RuntimeError, OSError) as error:
         what = f"--tokenizer-model {settings.tokenizer_model}: not a readable {settings.tokenizer_type}"
@@ -170,19 +168,8 @@ class DocumentEncoder:
 
 
 def _tokenized(tokenizer: Tokenizer, text: str) -> list[int]:
-    with _bare_errors_named():
+    with bare_exceptions_as(lambda error: ValueError(str(error))):  # a word without a token, for instance
         return tokenizer.tokenize(text)
-
-
-@contextlib.contextmanager
-def _bare_errors_named() -> Iterator[None]:
-    """Make a ValueError of the bare Exception that Hugging Face's tokenizers raise, as for a word without a token."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        raise ValueError(str(error)) from error
 
 
 def _ids_or_none(tokenizer: Tokenizer, text: str) -> list[int] | None:

@@ -19,7 +19,7 @@ from typing import Any
 from megatron_btx.checkpoint import sentencepiece_tokenizer
 from megatron_btx.checkpoint.vocabulary import tokenizer_place, unknown_reason
 from megatron_btx.checkpoint.vocabulary_files import with_old_megatrons_tokens
-from megatron_btx.errors import InputError
+from megatron_btx.errors import InputError, bare_exceptions_as
 from megatron_btx.mix import tokenizer_files as written
 from megatron_btx.mix.sources import EMBEDDING, Source
 from megatron_btx.mix.tokenizer_proof import (
@@ -346,12 +346,9 @@ def _byte_level(vocabulary: Path, merges: Path) -> dict[str, Any]:
     """A tokenizer.json of GPT-2's two files."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    try:
+    refused = f"{vocabulary} and {merges} are no vocabulary and merges of GPT-2's form"
+    with bare_exceptions_as(lambda error: InputError(f"{refused} ({error})")):
         made = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:
-        if type(error) is not Exception:  # the library raises bare ones
-            raise
-        raise InputError(f"{vocabulary} and {merges} are no vocabulary and merges of GPT-2's form ({error})") from error
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     if made.token_to_id(GPT2_END) is not None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.errors import InputError
+from megatron_btx.errors import InputError, bare_exceptions_as
 
 Ids = list[list[int]]
 Encode = Callable[[Sequence[str], bool], Ids]
@@ -82,23 +82,16 @@ def read_tokenizer(content: str, split_special_tokens: bool) -> Encode:
     """
     from tokenizers import Tokenizer
 
-    try:
+    unreadable = "tokenizer.json cannot be read by the tokenizers library"
+    with bare_exceptions_as(lambda error: InputError(f"{unreadable} ({error})")):
         tokenizer = Tokenizer.from_str(content)
-    except Exception as error:
-        if type(error) is not Exception:  # the library raises bare ones
-            raise
-        raise InputError(f"tokenizer.json cannot be read by the tokenizers library ({error})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = split_special_tokens
 
     def encode(texts: Sequence[str], whole: bool) -> Ids:
-        try:
+        with bare_exceptions_as(lambda error: InputError(f"tokenizer.json cannot encode every text ({error})")):
             return [found.ids for found in tokenizer.encode_batch(list(texts), add_special_tokens=whole)]
-        except Exception as error:
-            if type(error) is not Exception:
-                raise
-            raise InputError(f"tokenizer.json cannot encode every text ({error})") from error
 
     return encode
 
@@ -111,14 +104,10 @@ def load_with_transformers(folder: Path) -> Any:
     """
     transformers = _quiet_transformers()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), bare_exceptions_as(lambda error: ValueError(str(error))):
             warnings.simplefilter("ignore")
             return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except _TRANSFORMERS_ERRORS as error:
-        raise InputError(_why(transformers, folder, error)) from error
-    except Exception as error:
-        if type(error) is not Exception:  # those of the tokenizers library are bare ones
-            raise
         raise InputError(_why(transformers, folder, error)) from error
 
 
