@@ -25,6 +25,8 @@ from megatron_btx.errors import InputError, exits_with_one_line
 from megatron_btx.manifest import write_atomically
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_btx.mix.sources import Source
 
 prepare_environment()
@@ -77,7 +79,7 @@ def main() -> int:
     from megatron_btx.data.texts import check_texts
     from megatron_btx.parsing import parse_arguments
 
-    args = parse_arguments(add_evaluation_arguments)
+    args = parse_arguments(add_evaluation_arguments, quiet=True)
     models = named_paths(args.btx_eval_model, "--btx-eval-model")
     data = named_paths(args.btx_eval_data, "--btx-eval-data")
     if args.btx_eval_output is None:
@@ -94,7 +96,8 @@ def main() -> int:
         results[name] = evaluate_model(model, data, path)
         _say(f"{name}: " + ", ".join(f"{d} {loss:.4f}" for d, loss in results[name]["losses"].items()))
     if args.rank == 0:
-        write_json(Path(args.btx_eval_output), {"models": results, "experts": experts})
+        result = {"models": results, "experts": experts, "eod_mask_loss": args.eod_mask_loss}
+        write_json(Path(args.btx_eval_output), result)
     return 0
 
 
@@ -310,22 +313,38 @@ def batches_of(text: Any, where: str) -> list[dict[str, Any]]:
             "pipeline stage; give more tokens or use a smaller batch"
         )
     order = np.arange(steps * micro * ranks).reshape(steps, ranks, micro)[:, mpu.get_data_parallel_rank()]
-    # Tensor-parallel ranks broadcast a mask to each other exactly where Megatron's datasets would have made one.
-    masked = torch.ones(length, length, dtype=torch.bool).triu(1) if args.create_attention_mask_in_dataloader else None
-    positions = torch.arange(length).expand(micro, length).contiguous()
     batches = []
     for sequences in order:
         rows = torch.from_numpy(np.stack([text[s * length : (s + 1) * length + 1] for s in sequences]))
-        batches.append(
-            {
-                "tokens": rows[:, :-1].contiguous(),
-                "labels": rows[:, 1:].contiguous(),
-                "loss_mask": torch.ones(micro, length),
-                "position_ids": positions,
-                "attention_mask": None if masked is None else masked.expand(micro, 1, length, length).contiguous(),
-            }
-        )
+        tokens = rows[:, :-1].contiguous()
+        batches.append({"tokens": tokens, "labels": rows[:, 1:].contiguous(), **masks_and_positions(tokens, args)})
     return batches
+
+
+def masks_and_positions(tokens_BS: torch.Tensor, args: Any) -> dict[str, Any]:
+    """Which tokens count, who sees whom and where everybody stands: the same as in training, by Megatron's function.
+
+    ``--eod-mask-loss``, ``--reset-position-ids`` and ``--reset-attention-mask`` decide.
+
+    Returns:
+        loss_mask: [B, S] float, 1 where a token counts; position_ids: [B, S] int64; attention_mask: [B, 1, S, S]
+        boolean, true where nothing is seen, or None where the layers make their own.
+    """
+    import torch
+    from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+    from megatron.training import get_tokenizer
+
+    # Tensor-parallel ranks broadcast a mask to each other exactly where Megatron's datasets would have made one.
+    flags = (args.reset_position_ids, args.reset_attention_mask, args.eod_mask_loss)
+    has_mask = args.create_attention_mask_in_dataloader
+    eod = get_tokenizer().eod
+    rows = [_get_ltor_masks_and_position_ids(tokens_S, eod, *flags, has_mask) for tokens_S in tokens_BS]
+    attention, loss, positions = zip(*rows, strict=True)
+    return {
+        "loss_mask": torch.stack(loss),
+        "position_ids": torch.stack(positions),
+        "attention_mask": torch.stack(attention) if has_mask else None,
+    }
 
 
 if __name__ == "__main__":

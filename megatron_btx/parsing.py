@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import sys
@@ -17,16 +18,18 @@ from megatron_btx.checkpoint.beside import root_of, with_tokenizer_beside
 from megatron_btx.checkpoint.kinds import refuse_placeholders
 from megatron_btx.checkpoint.torch_dist import TorchDistReader, is_checkpoint, resolve_iteration
 from megatron_btx.checkpoint.vocabulary import TOKENIZER_FILES
-from megatron_btx.checks import check_checkpoint_format, check_finetuning, check_layout
-from megatron_btx.errors import InputError
+from megatron_btx.checks import check_checkpoint_format, check_finetuning, check_flags, check_layout
+from megatron_btx.errors import InputError, MegatronVersionError
 from megatron_btx.restricted_loading import loading_failed, restrict_unpickling
 
 
-def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = None) -> Any:
+def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = None, quiet: bool = False) -> Any:
     """Megatron's arguments and ours, parsed and validated by Megatron.
 
     Args:
         extra: adds the arguments of another program than this one.
+        quiet: of a tool, whose own lines are few: Megatron logs warnings alone, unless ``--logging-level`` or its
+            variable says otherwise, and does not list its arguments.
 
     Raises:
         InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on. Or this
@@ -46,6 +49,8 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
         parser.error = refuse  # type: ignore[method-assign]  # argparse itself prints Megatron's 900 lines of usage
         parser = add_btx_arguments(parser)
         parser = extra(parser) if extra else parser
+        if quiet:
+            parser.set_defaults(logging_level=_quiet_megatron())
         parse = parser.parse_args
         # Before Megatron looks at them: it takes a path that is gone for the name of a model on the hub.
         parser.parse_args = lambda *words: find_tokenizer(parse(*words))  # type: ignore[method-assign,assignment]
@@ -66,6 +71,7 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
         if isinstance(failure, ValueError):
             raise refused(failure) from failure
         raise
+    check_flags(args)
     check_checkpoint_format(args)
     check_layout(args)
     check_finetuning(args)
@@ -75,6 +81,22 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
             # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
             setattr(args, name, os.path.abspath(file))
     return args
+
+
+def _quiet_megatron() -> int:
+    """Raise the level of Megatron's messages to warnings, from here on, and stop its list of all arguments.
+
+    Returns:
+        The level, which Megatron sets again when it is initialised.
+    """
+    from megatron.training import arguments
+
+    if not hasattr(arguments, "_print_args"):
+        raise MegatronVersionError("megatron.training.arguments._print_args is not where 0.19 has it")
+    arguments._print_args = lambda *_: None
+    level = int(os.environ.get("MEGATRON_LOGGING_LEVEL", logging.WARNING))
+    logging.getLogger().setLevel(level)
+    return level
 
 
 def find_tokenizer(args: Any) -> Any:

@@ -21,7 +21,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.arguments import help_if_asked
-from megatron_btx.checkpoint.torch_dist import TRACKER
+from megatron_btx.budget import budget_of, check_budget, is_finished
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import CheckpointError, InputError, exits_with_one_line
 from megatron_btx.parsing import parse_arguments, refused
@@ -99,23 +99,10 @@ def check() -> int:
                 ("DP", args.data_parallel_size),
             )
         )
-        steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
-        tokens = args.global_batch_size * args.seq_length
+        steps, samples = budget_of(args)
+        tokens = samples * args.seq_length // max(steps, 1)
         print(f"checked: {args.world_size} processes, {layout}, {steps} steps of {tokens} tokens", flush=True)
     return 0
-
-
-def is_finished(args: Any) -> bool:
-    """Whether the run to be resumed has taken all its steps: Megatron would stop with "no samples left to consume"."""
-    tracker = os.path.join(args.load or "", TRACKER)
-    if not args.load or args.finetune or args.skip_train or not args.train_iters or not os.path.isfile(tracker):
-        return False
-    with open(tracker) as file:
-        latest = file.read().strip()
-    finished = latest.isdigit() and int(latest) >= args.train_iters
-    if finished and args.rank == 0:
-        print(f"{args.load} has step {latest} of {args.train_iters}: nothing left to train", flush=True)
-    return finished
 
 
 def _checkpointing_failed(args: Any, failure: CheckpointException | pickle.UnpicklingError) -> CheckpointError:
@@ -159,6 +146,7 @@ def prepare(step: Step) -> Any:
         freeze,
         frozen_groups,
         install_lr_multipliers,
+        install_schedule_logging,
         lr_multipliers,
     )
     from megatron_btx.routing import telemetry
@@ -167,6 +155,7 @@ def prepare(step: Step) -> Any:
     repairs.install()
     metrics.install(args)
     validation.install(args)
+    install_schedule_logging()
     install_lr_multipliers(lr_multipliers(args.btx_lr_multiplier, args), args)
     model = model_config(args, step)
     if frozen := frozen_groups(args.btx_freeze, args):
@@ -189,8 +178,7 @@ def checked_arguments() -> Any:
     from megatron_btx.data.training import check_data_files
 
     args = parse_arguments(add_training_arguments)
-    if not args.train_iters and not args.train_samples and not args.skip_train:
-        raise InputError(f"--train-iters {args.train_iters}: nothing to train; give a budget of at least one step")
+    check_budget(args)
     if args.eval_interval < 1:
         raise InputError(
             f"--eval-interval {args.eval_interval}: expected 1 or more; to evaluate nothing: --eval-iters 0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from importlib.util import find_spec
 from typing import Any
@@ -18,6 +19,7 @@ def install() -> None:
     use_the_shipped_dataset_helper()
     use_an_optimizer_that_resumes()
     recompute_norms_without_fp8()
+    route_without_noise_in_evaluation()
 
 
 def use_the_shipped_dataset_helper() -> None:
@@ -88,6 +90,40 @@ def recompute_norms_without_fp8() -> None:
         self.fp8 = False
 
     random.CheckpointWithoutOutput.__init__ = without_fp8
+
+
+ROUTING_NOISE = {
+    "moe_input_jitter_eps": None,
+    "moe_router_force_load_balancing": False,
+    "moe_router_force_biased": None,
+}
+"""Settings of a router that make it draw random numbers, each with the value that makes it draw none."""
+
+
+def route_without_noise_in_evaluation() -> None:
+    """Keep the noise of ``--moe-input-jitter-eps`` and ``--moe-router-force-...`` for training.
+
+    ``TopKRouter.forward`` (``core/transformer/moe/router.py``) draws it in evaluation too: a loss would depend on the
+    seed, and a validation would move the random state of the training that goes on after it.
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    _expect(TopKRouter, "apply_input_jitter")
+    original = TopKRouter.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *positional: Any, **named: Any) -> Any:
+        given = self.config
+        if self.training or all(getattr(given, name) == value for name, value in ROUTING_NOISE.items()):
+            return original(self, *positional, **named)
+        self.config = copy.copy(given)
+        vars(self.config).update(ROUTING_NOISE)
+        try:
+            return original(self, *positional, **named)
+        finally:
+            self.config = given
+
+    TopKRouter.forward = forward
 
 
 def _expect(owner: Any, name: str) -> None:

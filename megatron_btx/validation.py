@@ -70,6 +70,7 @@ def install(args: Any) -> None:
         "should_disable_forward_pre_hook",
         "disable_forward_pre_hook",
         "enable_forward_pre_hook",
+        "force_param_sync",
     ):
         if not hasattr(training, name):
             raise MegatronVersionError(f"megatron.training.training.{name} does not exist: written for 0.19")
@@ -86,12 +87,17 @@ def install(args: Any) -> None:
             # The training text may hold other domains than those that are watched, and one batch is noise.
             _check_first_step(result[0], number if isinstance(number, float) else _guessing(args))
         done = iteration + 1
-        is_last = done == args.train_iters or (args.exit_interval and done % args.exit_interval == 0)
-        if per_domain and (is_last or done % args.eval_interval == 0):
+        if per_domain and is_due(done, args):
             _log(_losses(model, optimizer, per_domain, args), done)
         return result
 
     training.train_step = train_step
+
+
+def is_due(done: int, args: Any) -> bool:
+    """Whether the losses per domain are taken after ``done`` steps: Megatron's own flags decide, as for its loss."""
+    is_last = done == args.train_iters or (args.exit_interval and done % args.exit_interval == 0)
+    return bool(done >= (args.start_eval_at_iter or 0) and (is_last or done % args.eval_interval == 0))
 
 
 def starts_from_a_mix(args: Any) -> bool:
@@ -113,7 +119,7 @@ def bounds(args: Any) -> float | dict[str, tuple[float, str]]:
     try:
         number = float(given)
     except ValueError:
-        return _worst_experts(where, Path(given), list(domains(args)))
+        return _worst_experts(where, Path(given), list(domains(args)), args.eod_mask_loss)
     if not 0 < number < math.inf:
         raise InputError(f"{where}: expected a loss above 0 in nats per token, or a file of megatron_btx.evaluate")
     return number
@@ -124,12 +130,13 @@ def _guessing(args: Any) -> float:
     return math.log(args.padded_vocab_size)
 
 
-def _worst_experts(where: str, file: Path, names: list[str]) -> dict[str, tuple[float, str]]:
+def _worst_experts(where: str, file: Path, names: list[str], eod_mask_loss: bool) -> dict[str, tuple[float, str]]:
     again = f"evaluate the experts with megatron_btx.evaluate on every domain of --btx-valid-data ({', '.join(names)})"
     if not names:
         raise InputError(f"{where}: bounds the loss on every domain; name them with --btx-valid-data DOMAIN=TEXT")
     try:
-        models = json.loads(file.read_text())["models"]
+        result = json.loads(file.read_text())
+        models, masked = result["models"], bool(result.get("eod_mask_loss"))
         losses = {domain: {m: float(r["losses"][domain]) for m, r in models.items()} for domain in names}
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror}); give a number of nats, or {again}") from error
@@ -139,6 +146,12 @@ def _worst_experts(where: str, file: Path, names: list[str]) -> dict[str, tuple[
         raise InputError(f"{where}: is no result of megatron_btx.evaluate ({error}); {again}") from error
     if not models:
         raise InputError(f"{where}: holds no model; {again}")
+    if masked != eod_mask_loss:
+        words = {True: "with", False: "without"}
+        raise InputError(
+            f"{where}: its losses were measured {words[masked]} --eod-mask-loss and this run's are "
+            f"{words[eod_mask_loss]}, which are of other tokens; give the flag to both, or to neither"
+        )
     for domain, of in losses.items():
         for model, loss in of.items():
             if not 0 < loss < math.inf:
@@ -148,16 +161,24 @@ def _worst_experts(where: str, file: Path, names: list[str]) -> dict[str, tuple[
 
 def _losses(model: list[Any], optimizer: Any, per_domain: dict[str, str], args: Any) -> dict[str, float]:
     """The mean loss on every domain, in nats per token, equal on all ranks."""
+    from megatron.core.utils import get_model_config
     from megatron.training import get_timers, training
 
     from megatron_btx.evaluate import evaluate_domain
 
     timer = get_timers()("interval-time")
     timer.stop()
-    # With overlapped parameter gathering a forward pass in training waits for parameters; here they must be complete.
-    hooked = training.should_disable_forward_pre_hook(args) and bool(model[0].remove_forward_pre_hook_handles)
+    # The timers of forward passes (--timing-log-level 2) are of training.
+    config = get_model_config(model[0])
+    timers, config.timers = config.timers, None
+    # With overlapped parameter gathering the optimizer updates each rank's own shards, and the others' are fetched when
+    # a forward pass in training asks for them. Here all must be there before.
+    overlaps = training.should_disable_forward_pre_hook(args)
+    hooked = overlaps and bool(model[0].remove_forward_pre_hook_handles)
     if hooked:
         training.disable_forward_pre_hook(model, optimizer=optimizer)
+    elif overlaps:  # Megatron turns its hooks on only after the first step of a start has come back
+        training.force_param_sync(model, optimizer=optimizer)
     for chunk in model:
         chunk.eval()
     losses = {name: evaluate_domain(model, name, at, args.btx_valid_tokens)[0] for name, at in per_domain.items()}
@@ -165,6 +186,7 @@ def _losses(model: list[Any], optimizer: Any, per_domain: dict[str, str], args: 
         chunk.train()
     if hooked:
         training.enable_forward_pre_hook(model)
+    config.timers = timers
     timer.start()
     return losses
 

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_btx.checkpoint.torch_dist import resolve_iteration
 from megatron_btx.errors import InputError
 from megatron_btx.model.groups import frozen_groups, lr_multipliers
 
@@ -34,6 +35,7 @@ _SCHEDULE = {
     "weight_decay_incr_style": "--weight-decay-incr-style",
 }
 """What ``core/optimizer_param_scheduler.py`` asserts to be unchanged, as steps and samples that follow from it."""
+_OF_STEPS = ("train_iters", "global_batch_size", "lr_warmup_iters", "lr_decay_iters")
 
 
 def check_resume(path: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -57,6 +59,7 @@ def check_resume(path: str, stored: Mapping[str, Any], given: Mapping[str, Any])
     )
     _check_trained(path, stored, given, anew)
     _check_schedule(path, stored, given)
+    _check_samples(path, stored, given, anew)
     experts_train = given.get("num_experts") and "experts" not in frozen_groups(given["btx_freeze"], Namespace(**given))
     if experts_train and _is_spread(stored) != _is_spread(given):
         counts = ("one optimizer", "two optimizers")
@@ -142,8 +145,47 @@ def _check_schedule(path: str, stored: Mapping[str, Any], given: Mapping[str, An
 
 def _scheduled(args: Mapping[str, Any], name: str) -> Any:
     """An argument of the schedule; where Megatron fills it in late, what it will be."""
-    if name in ("train_iters", "global_batch_size") and args.get("train_samples"):
-        return None  # the schedule counts samples, and the steps follow
+    if name in _OF_STEPS and args.get("train_samples"):
+        return None  # the schedule counts samples, and what is stored of steps was worked out by Megatron
     if args.get(name) is None and name in ("lr_decay_iters", "lr_decay_samples"):
         return args.get(name.replace("lr_decay", "train"))
     return args.get(name)
+
+
+def _check_samples(path: str, stored: Mapping[str, Any], given: Mapping[str, Any], anew: str) -> None:
+    """Refuse batches of another size where Megatron would count on samples that its dataset does not have.
+
+    It makes a dataset of as many samples as the whole budget has at the present size of a batch, whatever sizes there
+    were before (``training/training.py``, update_train_iters and get_train_valid_test_num_samples).
+    """
+    if given.get("override_ckpt_iteration") is not None:  # Megatron then counts anew, and refuses another size itself
+        return
+    in_samples = bool(given.get("train_samples"))
+    for name, flag in (
+        ("global_batch_size", "--global-batch-size"),
+        ("step_batch_size_schedule", "--step-batch-size-schedule"),
+    ):
+        was, now = stored.get(name), given.get(name)
+        if in_samples and was != now:
+            raise InputError(
+                f"{path}: was trained with {flag} {was}, given {now}: the steps of --train-samples are counted with "
+                f"one size of batches; resume it with the former, {anew}"
+            )
+    consumed, batch = stored.get("consumed_train_samples", 0), given["global_batch_size"]
+    if consumed and not in_samples and consumed > step_of(path) * batch:
+        raise InputError(
+            f"{path}: has read {consumed} samples in {step_of(path)} steps; with --global-batch-size {batch} its data "
+            f"would end before --train-iters; resume it with {stored.get('global_batch_size')} or more, {anew}"
+        )
+
+
+def step_of(path: str, override: int | None = None) -> int:
+    """The finished steps of a checkpoint, a root or one iteration; 0 for a release.
+
+    Args:
+        override: ``--override-ckpt-iteration``, which wins.
+    """
+    if override is not None:
+        return override
+    number = resolve_iteration(path).name.removeprefix("iter_")
+    return int(number) if number.isdecimal() else 0

@@ -240,6 +240,36 @@ def _require_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> torch
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
 
 
+def install_schedule_logging() -> None:
+    """Have Megatron log the schedule's learning rate also where every group that is trained has one of its own.
+
+    It logs that of a group without one, and nothing where there is none, as with a multiplier on each.
+
+    Raises:
+        MegatronVersionError: the installed Megatron finds it elsewhere.
+    """
+    from megatron.training import training
+
+    for name in ("get_optimizer_param_scheduler", "get_canonical_lr_for_logging"):
+        if not hasattr(training, name):
+            raise MegatronVersionError(f"megatron.training.training.{name} is not where 0.19 has it")
+    build, of_groups = training.get_optimizer_param_scheduler, training.get_canonical_lr_for_logging
+
+    @functools.wraps(build)
+    def remembered(optimizer: Any) -> Any:
+        scheduler = build(optimizer)
+
+        @functools.wraps(of_groups)
+        def learning_rate(groups: list[dict[str, Any]]) -> float:
+            found = of_groups(groups)
+            return scheduler.get_lr({}) if found is None else found
+
+        training.get_canonical_lr_for_logging = learning_rate
+        return scheduler
+
+    training.get_optimizer_param_scheduler = remembered
+
+
 def install_lr_multipliers(factors: Mapping[str, float], args: Any) -> None:
     """Give groups their own peak and least learning rate, as Megatron does for its decoupled one.
 

@@ -84,7 +84,7 @@ def main() -> int:
     from megatron_btx.parsing import parse_arguments
     from megatron_btx.routing.analysis import described, overlaps, read_earlier, route_label, route_text, table
 
-    args = parse_arguments(add_analysis_arguments)
+    args = parse_arguments(add_analysis_arguments, quiet=True)
     models = named_paths(args.btx_route_model, "--btx-route-model")
     data = named_paths(args.btx_route_data, "--btx-route-data")
     if not args.num_experts:

@@ -91,7 +91,7 @@ def main() -> int:
     from megatron_btx.parsing import parse_arguments
     from megatron_btx.routing.warm_start_fit import install_rows, measure, own_rows, refit
 
-    args = parse_arguments(add_init_arguments)
+    args = parse_arguments(add_init_arguments, quiet=True)
     stored = compare_with_stored(_required(args.btx_init_model, "--btx-init-model"), vars(args))
     data = _checked_data(args, stored)
     output = _checked_output(_required(args.btx_init_output, "--btx-init-output"))

@@ -116,6 +116,29 @@ def test_resumed_under_another_layout(case, world_size, layout, uninterrupted, z
     assert resumed == pytest.approx({step: reference[step] for step in resumed}, abs=1e-5)
 
 
+def test_a_budget_in_samples_goes_on_by_its_own_command(zygote, corpus, tmp_path):
+    """Stopped on the way and finished: Megatron works out steps that the command does not have."""
+    root = str(tmp_path / "checkpoint")
+    arguments = pico.train(corpus, 4, tmp_path / "metrics.jsonl")
+    at = arguments.index("--train-iters")
+    arguments[at : at + 2] = ["--train-samples", "16"]
+    arguments += ["--save", root, "--load", root, "--save-interval", "2", "--exit-interval", "2"]
+    for start in range(2):
+        zygote.run(1, arguments, tmp_path / f"log-{start}")
+        assert max(read_losses(tmp_path / "metrics.jsonl")) == 2 + 2 * start
+    run = zygote.run(1, arguments, tmp_path / "log-finished")
+    assert "step 4 of 4: nothing left to train" in run.text()
+
+
+def test_a_finished_run_goes_on_from_an_earlier_checkpoint(uninterrupted, zygote, corpus, tmp_path):
+    """--ckpt-step is what is advised where the last checkpoint is damaged."""
+    source = uninterrupted("dense")
+    shutil.copytree(source / "checkpoint", tmp_path / "checkpoint")
+    zygote.run(1, flags(corpus, tmp_path, False, ["--ckpt-step", "8"]), tmp_path / "log")
+    reference = read_losses(source / "metrics.jsonl")
+    assert read_losses(tmp_path / "metrics.jsonl") == {step: reference[step] for step in range(9, STEPS + 1)}
+
+
 def test_a_finished_run_started_again_does_nothing(uninterrupted, zygote, corpus, tmp_path):
     """Killed between its last checkpoint and its end, a run has nothing left to do: that is a success."""
     folder = uninterrupted("dense")

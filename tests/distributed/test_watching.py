@@ -34,18 +34,30 @@ def watched(domains: dict[str, Path], tokens: int = 1024) -> list[str]:
     return ["--btx-valid-data", *words, "--btx-valid-tokens", str(tokens)]
 
 
+OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+
+
 @pytest.mark.parametrize(
-    ("world_size", "layout"),
+    ("world_size", "layout", "measured"),
     [
-        (1, ""),
-        (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
-        (2, "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"),
-        (2, "--expert-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+        # Routers' noise is of training alone.
+        (1, "", "--moe-input-jitter-eps 0.3"),
+        (
+            2,
+            "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+            "--moe-router-force-load-balancing",
+        ),
+        (
+            2,
+            "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
+            "--eod-mask-loss --reset-position-ids",
+        ),
+        (2, "--expert-model-parallel-size 2 " + OVERLAP, ""),
     ],
 )
-def test_loss_per_domain_is_the_evaluations(world_size, layout, mixture, domains, zygote, corpus, tmp_path):
+def test_loss_per_domain_is_the_evaluations(world_size, layout, measured, mixture, domains, zygote, corpus, tmp_path):
     """At every interval and after the last step, equal to evaluating the saved checkpoint; training goes on unmoved."""
-    flags = ["--pretrained-checkpoint", str(mixture), *layout.split()]
+    flags = ["--pretrained-checkpoint", str(mixture), *layout.split(), *measured.split()]
     plain = pico.train(corpus, 5, tmp_path / "plain.jsonl", moe=True) + flags
     zygote.run(world_size, plain, tmp_path / "log" / "plain")
     arguments = pico.train(corpus, 5, tmp_path / "metrics.jsonl", moe=True) + flags + watched(domains)
@@ -56,14 +68,33 @@ def test_loss_per_domain_is_the_evaluations(world_size, layout, mixture, domains
     assert {step: v["lm loss"] for step, v in found.items()} == {step: v["lm loss"] for step, v in reference.items()}
     for step, name in ((2, "one"), (5, "two")):
         saved = {"run": tmp_path / "run" / f"iter_{step:07d}"}
-        model = [*pico.MOE, "--micro-batch-size", "1"]
+        model = [*pico.MOE, "--micro-batch-size", "1", *measured.split()]
         result = evaluate(zygote, tmp_path / name, saved, domains[name], model)
         loss = result["run"]["losses"]["text"]
         assert found[step][f"lm loss validation {name}"] == pytest.approx(loss, abs=1e-6)
+        log = (tmp_path / name / "log" / "evaluate.0").read_text()
+        assert f"run: text {loss:.4f}" in log and "INFO" not in log and "arguments ---" not in log, "its own lines"
     values = found[5]
     assert values["lm loss validation mean"] == pytest.approx(
         (values["lm loss validation one"] + values["lm loss validation two"]) / 2
     )
+
+
+def test_loss_after_the_first_step_of_a_start(domains, zygote, corpus, tmp_path):
+    """Parameters that are gathered while training are there when they are measured, also before Megatron's hooks are.
+
+    They are not yet after the first step of every start, of a new run and of a resumed one.
+    """
+    found = {}
+    for name, flags in {"plain": "--use-distributed-optimizer", "overlapped": OVERLAP}.items():
+        metrics, run = tmp_path / f"{name}.jsonl", str(tmp_path / name)
+        arguments = [*pico.train(corpus, 4, metrics), *flags.split(), *watched(domains), "--eval-interval", "1"]
+        arguments += ["--save", run, "--load", run, "--save-interval", "2", "--exit-interval", "2"]
+        for start in ("new", "resumed"):
+            zygote.run(2, arguments, tmp_path / "log" / f"{name}-{start}")
+        found[name] = {step: values["lm loss validation one"] for step, values in read_metrics(metrics).items()}
+    assert sorted(found["plain"]) == [1, 2, 3, 4]
+    assert found["overlapped"] == pytest.approx(found["plain"], abs=1e-6)
 
 
 def test_loads_are_of_the_whole_interval(mixture, zygote, corpus, tmp_path):

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from megatron_btx.checks import check_finetuning, check_layout
+from megatron_btx.checks import check_finetuning, check_flags, check_layout
 from megatron_btx.errors import InputError
 from tests import pico
 
@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
 def check(parser: argparse.ArgumentParser, flags: str, moe: bool = True) -> None:
     args = parser.parse_args([*pico.MODEL, *(pico.MOE if moe else []), *pico.TRAINING, *flags.split()])
     args.world_size = 8
+    check_flags(args)
     check_layout(args)
     check_finetuning(args)
 
@@ -68,6 +69,19 @@ def check(parser: argparse.ArgumentParser, flags: str, moe: bool = True) -> None
         (PAPER + f"{TYPE} aux_loss global_aux_loss --moe-aux-loss-coeff 0.01 0", "above 0 (the paper's is 0.01)"),
         (PAPER + f"{TYPE} seq_aux_loss", "seq_aux_loss"),
         (PAPER + "--moe-router-score-function sigmoid", "defined on the softmax"),
+        ("--rampup-batch-size 4 4 100", "does nothing in Megatron 0.19; use --train-samples and --step-batch-size"),
+        ("--train-iters 5 --step-batch-size-schedule 0:2", "the first batch size alone; give --train-samples"),
+        ("--train-iters 5 --phase-transition-iterations 2", "in place of --train-iters"),
+        ("--dataloader-type external", "--dataloader-type external: these programs train on indexed datasets alone"),
+        ("--mock-data", "--mock-data: these programs train on indexed datasets alone"),
+        ("--sft", "--sft: these programs train on indexed datasets alone"),
+        ("--fim-data", "--fim-data: these programs train on indexed datasets alone"),
+        ("--dataloader-inter-document-masking", "masking: belongs to a program of Megatron's repository"),
+        ("--hybrid-context-parallel", "--hybrid-context-parallel: belongs to a program"),
+        ("--check-for-spiky-loss", "--check-for-spiky-loss: belongs to a program"),
+        ("--perform-rl-step", "--perform-rl-step: belongs to a program"),
+        ("--logits-save-dir there", "--logits-save-dir: needs a module that Megatron's wheel lacks"),
+        ("--logits-load-dir there", "--logits-load-dir: needs a module that Megatron's wheel lacks"),
         ("--reset-attention-mask", "causal over the whole sequence"),
         ("--mtp-num-layers 1 --pipeline-model-parallel-size 2", "--mtp-num-layers 1 with --pipeline"),
         ("--tensor-model-parallel-size 2", "add --sequence-parallel"),
@@ -95,6 +109,7 @@ def test_refused(flags, said, parser):
         "--moe-layer-freq [0,1,1,1]",
         "--btx-freeze all-but:router,norms --btx-lr-multiplier router=10",
         "--mtp-num-layers 1",
+        "--train-samples 20 --step-batch-size-schedule 0:2",
     ],
 )
 def test_accepted(flags, parser):

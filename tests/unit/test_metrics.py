@@ -96,3 +96,15 @@ def test_the_tags_of_a_real_run(zygote, corpus, tmp_path):
         assert 1 < step["lm loss"] < 6 and step["grad-norm"] > 0
     printed = f"{steps[3]['lm loss']:.6E}"
     assert printed in (tmp_path / "log.0").read_text(), "the log's own rounded loss"
+
+
+def test_the_learning_rate_of_a_schedule_that_no_group_has(zygote, corpus, tmp_path):
+    """With a multiplier on every group Megatron finds none to log; it is the schedule's, as without multipliers."""
+    found = {}
+    groups = ("attention", "mlp", "norms", "embeddings", "head")
+    for name, factors in {"plain": [], "multiplied": [f"{group}=3" for group in groups]}.items():
+        metrics = tmp_path / f"{name}.jsonl"
+        arguments = pico.train(corpus, 3, metrics) + "--lr-decay-style cosine --lr-warmup-iters 1".split()
+        zygote.run(1, arguments + (["--btx-lr-multiplier", *factors] if factors else []), tmp_path / "log" / name)
+        found[name] = {step: values["learning-rate"] for step, values in read_metrics(metrics).items()}
+    assert found["multiplied"] == pytest.approx(found["plain"], rel=1e-6) and len(found["plain"]) == 3

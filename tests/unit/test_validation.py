@@ -30,6 +30,7 @@ def args(tmp_path: Path) -> Namespace:
         load=None,
         ckpt_step=None,
         finetune=False,
+        eod_mask_loss=False,
         seq_length=32,
         micro_batch_size=1,
         data_parallel_size=1,
@@ -60,6 +61,7 @@ def evaluation(file: Path, *losses: float) -> str:
         ((1.0, math.nan), "the loss of expert 1 on one is nan, expected above 0"),
         ((1.0, math.inf), "the loss of expert 1 on one is inf"),
         ((-1.0, 1.0), "the loss of expert 0 on one is -1.0"),
+        ('{"models": {"a": {"losses": {"one": 1.0, "two": 1.0}}}, "eod_mask_loss": true}', "with --eod-mask-loss and"),
     ],
 )
 def test_what_is_no_bound(bound, said, args, tmp_path):
@@ -86,6 +88,22 @@ def test_bounds(args, tmp_path):
     args.btx_first_loss_bound = evaluation(tmp_path / "bound.json", 1.0, 3.0, 2.0)
     validation.check(args)
     assert validation.bounds(args) == {"one": (3.0, "expert 1"), "two": (3.0, "expert 1")}
+
+
+@pytest.mark.parametrize(
+    ("given", "due"),
+    [
+        ({}, [4, 8, 10]),
+        ({"exit_interval": 3}, [3, 4, 6, 8, 9, 10]),
+        ({"start_eval_at_iter": 5}, [8, 10]),
+    ],
+)
+def test_when_losses_are_taken(given, due):
+    """At --eval-interval and after the last step, where Megatron's flags say when that is."""
+    args = Namespace(
+        **{"train_iters": 10, "eval_interval": 4, "exit_interval": None, "start_eval_at_iter": None} | given
+    )
+    assert [done for done in range(1, 11) if validation.is_due(done, args)] == due
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,7 @@ LAYOUT = {
 SHARDED = {**LAYOUT, "use_distributed_optimizer": True}
 FREE = {**SHARDED, "dist_ckpt_optim_fully_reshardable": True}
 MOE = {**LAYOUT, "num_experts": 4}
+SAMPLES = {"train_iters": None, "lr_decay_iters": None}
 SPREAD = {**MOE, "expert_model_parallel_size": 2}
 
 
@@ -165,7 +166,14 @@ SPREAD = {**MOE, "expert_model_parallel_size": 2}
         (LAYOUT, {"lr_decay_iters": 5}, ["--lr-decay-iters 10", "given 5", "--use-checkpoint-opt-param-scheduler"]),
         (LAYOUT, {"start_weight_decay": 0.2}, ["--weight-decay", "0.1", "given 0.2"]),
         (LAYOUT, {"global_batch_size": 4}, ["--global-batch-size 8", "given 4"]),
-        ({**LAYOUT, "train_samples": 80}, {"global_batch_size": 4, "train_iters": None}, None),
+        # Megatron stores the steps that it counted; its own command does not have them.
+        ({**LAYOUT, "train_samples": 80, "lr_decay_samples": 80}, {**SAMPLES, "lr_decay_samples": None}, None),
+        ({**LAYOUT, "train_samples": 80}, {**SAMPLES, "train_samples": 160}, ["--train-samples 80", "given 160"]),
+        (
+            {**LAYOUT, "train_samples": 80},
+            {**SAMPLES, "global_batch_size": 4, "override_opt_param_scheduler": True},
+            ["--global-batch-size 8, given 4", "--train-samples", "--pretrained-checkpoint path"],
+        ),
         # These rates name the optimizer's groups, whoever decides about the schedule.
         (LAYOUT, {"lr": 0.02, "override_opt_param_scheduler": True}, ["--lr 0.01", "given 0.02", "--pretrained"]),
         (LAYOUT, {"min_lr": 0.0, "override_opt_param_scheduler": True}, ["--min-lr 0.001", "given 0.0", "--save"]),
@@ -207,6 +215,21 @@ def test_what_can_be_resumed(stored, change, named):
         check_resume("path", stored, given)
     for text in ["path", *named]:
         assert text in str(refusal.value)
+
+
+@pytest.mark.parametrize(("batch", "refused"), [(8, False), (16, False), (4, True)])
+def test_a_run_that_would_read_beyond_its_data(batch, refused, tmp_path):
+    """Ten steps of smaller batches have fewer samples than four of the old size and six of the new."""
+    folder = tmp_path / "iter_0000004"
+    folder.mkdir()
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    stored = {**LAYOUT, "consumed_train_samples": 32}
+    given = {**LAYOUT, "global_batch_size": batch, "override_opt_param_scheduler": True}
+    if not refused:
+        check_resume(str(folder), stored, given)
+        return
+    with pytest.raises(InputError, match="has read 32 samples in 4 steps; .*-size 4 .* resume it with 8 or more"):
+        check_resume(str(folder), stored, given)
 
 
 def test_megatrons_own_checkpoints_are_of_a_run_without_our_flags():
