@@ -95,6 +95,7 @@ done
 rm -rf "$root"/models "$root"/sources "$root"/gguf "$root"/*.npz "$root"/*.json
 must 900 run .venv/bin/btx run tests/serving/recipe.yaml --cpu --output "$root/run"
 must 300 models .venv/bin/python -W ignore -m tests.serving.models "$root" "$root/run"
+must 300 reference .venv/bin/python -W ignore -m tests.serving.reference "$root" fp64
 must 300 transformers-5 .venv/bin/python -W ignore -m tests.serving.reference "$root"
 PYTHONPATH="$PWD/.venv/transformers-4:$PWD" must 300 transformers-4 .venv/bin/python -W ignore -m tests.serving.reference "$root"
 

@@ -13,18 +13,17 @@ import numpy as np
 from megatron_btx.checkpoint.servers import OTHER, REFUSES, answers_of
 from tests.serving import exchange
 
-REFERENCE = "transformers-5"
 NAMES = {"vllm": "vLLM", "llama": "llama.cpp"}
 EQUAL_NATS, OTHER_NATS = 1e-5, 1e-3
-"""Largest difference of a log-probability between equal models, whose sums are taken in another order; smallest one
-between models that differ."""
+"""Largest difference of a log-probability in fp32 from that in fp64, of equal models; smallest one between models that
+differ."""
 
 
 def main() -> int:
     """Print a line per model; the exit code."""
     root, name = Path(sys.argv[1]), sys.argv[2]
-    reference, found = exchange.read_findings(root, REFERENCE), exchange.read_findings(root, name)
-    print(f"{name} {found.version} against {reference.name} {reference.version}")
+    reference, found = exchange.read_findings(root, exchange.REFERENCE), exchange.read_findings(root, name)
+    print(f"{name} {found.version} against transformers {reference.version} in fp64")
     failures = [line for case in exchange.cases(root) for line in judged(root, case, name, reference, found)]
     failures += tokenizer_failures(root, found)
     for line in failures:

@@ -17,6 +17,8 @@ import numpy as np
 
 MODELS, EXPORT = "models", "export"
 """Folder of the served models; the one among them that an actual run has trained and that has a tokenizer."""
+REFERENCE = "transformers-in-fp64"
+"""The findings that all others are held against."""
 GREEDY_TOKENS = 8
 CONTEXT_TOKENS = 64
 PROMPTS = ([5, 6, 7, 8] * 6, list(range(40, 64)), [90, 3, 77, 12, 64, 31, 8, 8, 8, 50, 21, 2, 95, 60, 44, 13])

@@ -72,7 +72,8 @@ def write_mixture(root: Path, name: str) -> None:
         folder = hugging_face.save(hugging_face.make_model(config, seed), sources / str(seed))
         words.append(f"--expert=e{seed}={folder}")
     layers = 1 if any("--moe-layer-freq" in flag for flag in case.flags) else config["num_hidden_layers"]
-    rows_LEH = hugging_face.router_rows(layers, EXPERTS, config["hidden_size"])
+    # A quarter of a usual deviation of 1: at this width logits would be near 8, and their rounding all that is seen.
+    rows_LEH = hugging_face.router_rows(layers, EXPERTS, config["hidden_size"]) / 4
     np.save(sources / "rows.npy", rows_LEH.numpy())
     words.append(f"--router-init={sources / 'rows.npy'}")
     if cli.main(words):

@@ -1,4 +1,7 @@
-"""The numbers of transformers, of whatever version PYTHONPATH names: python -m tests.serving.reference ROOT."""
+"""The numbers of transformers, of whatever version PYTHONPATH names: python -m tests.serving.reference ROOT [fp64].
+
+With fp64 they are what all others are held against: rounding then counts once, that of the program looked at.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,17 @@ from tests.serving import exchange
 
 
 def main() -> None:
-    """Write transformers-4 or transformers-5 below ROOT."""
-    root = Path(sys.argv[1])
+    """Write transformers-4, transformers-5 or, in fp64, the reference below ROOT."""
+    root, exact = Path(sys.argv[1]), sys.argv[2:] == ["fp64"]
     transformers = hugging_face.quiet()
     version = transformers.__version__
-    found = exchange.Findings(f"transformers-{version.partition('.')[0]}", version)
+    name = exchange.REFERENCE if exact else f"transformers-{version.partition('.')[0]}"
+    found = exchange.Findings(name, version)
     for case in exchange.cases(root):
         model = hugging_face.loaded(root / exchange.MODELS / case)
+        if exact:
+            model.set_experts_implementation("eager")  # grouped products know no fp64
+            model.double()
         for prompt in exchange.PROMPTS:
             tokens_BS = torch.tensor([prompt])
             for _ in range(exchange.GREEDY_TOKENS):
