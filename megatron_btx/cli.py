@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     import yaml
 
     from megatron_btx.recipe.flags import check_with_megatron
-    from megatron_btx.recipe.folder import check_chosen, check_run, decide, kept
+    from megatron_btx.recipe.folder import check_chosen, check_run, decide, kept, plan_of
     from megatron_btx.recipe.planner import plan_stages
     from megatron_btx.recipe.progress import Progress
     from megatron_btx.recipe.runner import Machine, run_stages
@@ -117,8 +117,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(shell_script([stage for stage in stages if stage.name in chosen], actions, directory))
         return 0
-    steps = [{"stage": stage.name, "steps": stage.iterations, "tokens": stage.tokens} for stage in stages]
-    records = {PLAN_FILE: json.dumps(steps, indent=1) + "\n", "recipe.yaml": yaml.safe_dump(tree, sort_keys=False)}
+    records = {
+        PLAN_FILE: json.dumps(plan_of(stages), indent=1) + "\n",
+        "recipe.yaml": yaml.safe_dump(tree, sort_keys=False),
+    }
     with Progress(directory, stages) as progress:
         code = run_stages(
             stages, directory, Machine.found(not arguments.cpu), progress, arguments.only, records, arguments.rerun
@@ -173,11 +175,9 @@ def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directo
 
 def status(directory: Path) -> int:
     """``btx status``: one table from the manifests and metrics of a run."""
-    from rich.console import Console
-
     from megatron_btx.manifest import read_manifest
     from megatron_btx.recipe.folder import read_plan
-    from megatron_btx.recipe.progress import read_row, table
+    from megatron_btx.recipe.progress import print_table, read_row
     from megatron_btx.recipe.runner import is_locked
 
     plan = directory / PLAN_FILE
@@ -193,7 +193,7 @@ def status(directory: Path) -> int:
         state = (read_manifest(stage) or {}).get("status", "waiting")
         state = "interrupted" if state == "running" and not at_work else state
         rows.append(read_row(stage, entry["stage"], state, entry.get("steps"), entry.get("tokens")))
-    Console().print(table(rows, str(directory)))
+    print_table(rows, str(directory))
     return 0
 
 

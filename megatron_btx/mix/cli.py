@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_btx.checkpoint.frequency import layer_frequency
 from megatron_btx.errors import InputError, exits_with_one_line
 
 if TYPE_CHECKING:
     from megatron_btx.mix.plan import Request
 
-_LAYERS_BELOW = 10_000
 METHODS = ("btx", "split", "blend", "upcycle", "average", "reroute")
 """Those of :mod:`megatron_btx.mix.rules` that this command offers; named here so that --help needs no import."""
 
@@ -173,7 +172,7 @@ def request_of(options: argparse.Namespace) -> Request:
     numbers = [n for n in (options.chunks, options.copies) if n is not None]
     if len(numbers) > 1:
         raise InputError("--chunks belongs to --method split, --copies to --method upcycle; give one of them")
-    frequency = _layer_frequency(options.moe_layer_freq)
+    frequency = layer_frequency(options.moe_layer_freq)
     if not (options.router_std > 0 and math.isfinite(options.router_std)):
         raise InputError(
             f"--router-std {options.router_std}: expected a number above 0; --router-init zeros gives zeros"
@@ -225,33 +224,6 @@ def _number(flag: str, name: str, text: str) -> float:
         return float(text)
     except ValueError as error:
         raise InputError(f"{flag} {name}={text}: expected a number") from error
-
-
-def _layer_frequency(text: str) -> int | tuple[int, ...]:
-    """Megatron's --moe-layer-freq, read without running it: a number, or a list built with + and *."""
-    try:
-        value = _evaluated(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
-        raise InputError(
-            f"--moe-layer-freq {text}: expected a number, or a list of 0 and 1 as [0,1,1,0] or ([0]+[1]*3)*2"
-        ) from error
-    return value if isinstance(value, int) else tuple(value)
-
-
-def _evaluated(node: ast.expr) -> int | list[int]:
-    if isinstance(node, ast.Constant) and type(node.value) is int and node.value < _LAYERS_BELOW:
-        return node.value
-    if isinstance(node, ast.List):
-        values = [_evaluated(element) for element in node.elts]
-        if all(isinstance(value, int) for value in values):
-            return values  # type: ignore[return-value]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
-        left, right = _evaluated(node.left), _evaluated(node.right)
-        sizes = [len(value) if isinstance(value, list) else value for value in (left, right)]
-        if (sum(sizes) if isinstance(node.op, ast.Add) else math.prod(sizes)) < _LAYERS_BELOW:
-            value = left + right if isinstance(node.op, ast.Add) else left * right  # type: ignore[operator]
-            return value  # type: ignore[no-any-return]
-    raise ValueError(ast.dump(node))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,17 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_btx.recipe.report_inputs import EXPERT_PREFIX, Model
+from megatron_btx.recipe.report_numbers import in_digits, mean
 
 SEED, AVERAGE, BTX, DENSE = "seed", "average", "btx", "dense"
 ROUTING_DISTANCE_THRESHOLD = 0.05
 """Of a distance between 0 and 1. Far above the sampling noise of shares over some thousand tokens (about 0.01)."""
+
+_SAME_SHARE = 1e-12
+"""Shares this close are equal: what they differ by is rounding."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,6 @@ def check_facts(models: Mapping[str, Model], domains: tuple[str, ...]) -> list[F
     ]
 
 
-def in_digits(value: float, sign: str = "") -> str:
-    """A loss, or with sign "+" a difference, in three decimals; or plainly what it is instead of a number."""
-    return "NaN" if math.isnan(value) else f"{value:{sign}.3f}"
-
-
 def less(loss: float | None, reference: float | None) -> bool | None:
     """Whether ``loss`` is below ``reference``; None when that cannot be known."""
     if loss is None or reference is None or not math.isfinite(reference):
@@ -78,6 +77,11 @@ def some(verdicts: Iterable[bool | None]) -> bool | None:
 def loss_in(model: Model, column: str | None, domains: tuple[str, ...]) -> float | None:
     """A model's loss in a column of the tables: on a domain, or the mean over ``domains`` in the column None."""
     return model.mean_loss(domains) if column is None else model.losses.get(column)
+
+
+def mean_column(domains: tuple[str, ...]) -> str:
+    """The heading of the means; another where a domain has that name."""
+    return "mean" if "mean" not in domains else "mean over domains"
 
 
 def best_per_column(models: Mapping[str, Model], domains: tuple[str, ...]) -> dict[str | None, float]:
@@ -117,19 +121,33 @@ def routing_distances(model: Model) -> dict[tuple[str, str], float]:
             sum(abs(a - b) for a, b in zip(shares, others, strict=True)) / 2
             for shares, others in zip(routing[first], routing[second], strict=True)
         ]
-        distances[first, second] = math.fsum(layers) / len(layers) if layers else math.nan
+        distances[first, second] = mean(layers)
     return distances
 
 
-def home_expert_first(model: Model) -> tuple[int, int]:
-    """In how many (domain, layer) cells the expert of the domain's name has the largest share, and of how many."""
-    cells = [
-        max(layer) == layer[model.experts.index(domain)]
-        for domain, layers in (model.routing or {}).items()
-        if domain in model.experts
-        for layer in layers
-    ]
-    return sum(cells), len(cells)
+class HomeExpert(NamedTuple):
+    """Over (domain, layer) cells: how the expert of the domain's own name compares with the others."""
+
+    first: int
+    """Cells in which its share is above every other."""
+    tied: int
+    """Cells in which the largest share is not one expert's, as under soft routing, where all are equal."""
+    cells: int
+
+
+def home_expert(model: Model) -> HomeExpert:
+    """How often the expert of a domain's name has the largest share of the domain's tokens."""
+    first = tied = cells = 0
+    for domain, layers in (model.routing or {}).items():
+        if domain not in model.experts:
+            continue
+        home = model.experts.index(domain)
+        for layer in layers:
+            leaders = [at for at, share in enumerate(layer) if share >= max(layer) - _SAME_SHARE]
+            cells += 1
+            tied += len(leaders) > 1
+            first += leaders == [home]
+    return HomeExpert(first, tied, cells)
 
 
 def _missing(models: Mapping[str, Model], *names: str) -> str:
@@ -222,8 +240,8 @@ def _btx_beats_its_parts_on_the_mean(models: Mapping[str, Model], domains: tuple
     if why := _missing(models, BTX):
         return Fact(name, text, None, why)
     others = [other for other in models if other == AVERAGE or other.startswith(EXPERT_PREFIX)]
-    mean = models[BTX].mean_loss(domains)
-    pairs = {other: _against(mean, models[other].mean_loss(domains)) for other in others}
+    own_mean = models[BTX].mean_loss(domains)
+    pairs = {other: _against(own_mean, models[other].mean_loss(domains)) for other in others}
     absent = [_missing(models, AVERAGE), "" if _experts(models) else "no evaluation of single experts"]
     gaps = [why for why in absent if why]
     shown = [
@@ -232,7 +250,7 @@ def _btx_beats_its_parts_on_the_mean(models: Mapping[str, Model], domains: tuple
         else f"{other} {in_digits(pair['reference'])} (btx {in_digits(pair['difference'], '+')})"
         for other, pair in pairs.items()
     ]
-    own = "btx not evaluated on every domain" if mean is None else f"btx {in_digits(mean)}"
+    own = "btx not evaluated on every domain" if own_mean is None else f"btx {in_digits(own_mean)}"
     detail = "; ".join([own, *shown, *gaps])
     holds = every([*map(_verdict, pairs.values()), *([None] * len(gaps))])
     return Fact(name, text, holds, detail, {"btx_mean_against": pairs})
@@ -250,14 +268,14 @@ def _routing_differs(models: Mapping[str, Model]) -> Fact:
     if not distances:
         return Fact(name, text, None, "no routing of btx was recorded for two or more domains")
     smallest, largest = min(distances, key=distances.__getitem__), max(distances, key=distances.__getitem__)
-    mean = math.fsum(distances.values()) / len(distances)
+    average = mean(distances.values())
     detail = (
-        f"mean {mean:.3f}; smallest {distances[smallest]:.3f} ({' and '.join(smallest)}); "
+        f"mean {average:.3f}; smallest {distances[smallest]:.3f} ({' and '.join(smallest)}); "
         f"largest {distances[largest]:.3f} ({' and '.join(largest)})"
     )
     numbers = {
         "threshold": ROUTING_DISTANCE_THRESHOLD,
-        "mean": mean,
+        "mean": average,
         "distances": {" / ".join(pair): distance for pair, distance in distances.items()},
     }
     verdicts = [less(ROUTING_DISTANCE_THRESHOLD, distance) for distance in distances.values()]

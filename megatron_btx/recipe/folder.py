@@ -76,6 +76,20 @@ def check_run(run: Path) -> None:
             raise InputError(f"{path}: not written by btx run, which would replace it; give another --output")
 
 
+def plan_of(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """What a run's plan says of each stage. The fingerprint tells its report what is of the recipe, and what is not."""
+    known = identities(stages)
+    return [
+        {
+            "stage": stage.name,
+            "steps": stage.iterations,
+            "tokens": stage.tokens,
+            "fingerprint": None if stage.only_shows else known[stage.name].fingerprint,
+        }
+        for stage in stages
+    ]
+
+
 def read_plan(path: Path) -> list[dict[str, Any]] | None:
     """The plan that a run wrote; None when what lies there is none."""
     try:

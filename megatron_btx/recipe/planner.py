@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from megatron_btx.errors import InputError
 from megatron_btx.recipe.ablation import Ablation, stage_name
+from megatron_btx.recipe.budgets import batch_tokens, padded_vocabulary, token_weighted, training_flops, training_steps
 from megatron_btx.recipe.flags import Flags, check_layout, check_measured, measured_batch, merged, number, to_argv
 from megatron_btx.recipe.identity import deciding
 from megatron_btx.recipe.schema import GENERALIST, Evaluate, Recipe, Settings, Training
@@ -44,49 +45,6 @@ class _Model:
 def plan_stages(recipe: Recipe) -> list[Stage]:
     """The stages of ``recipe``, parents first. Raises InputError for budgets and layouts that do not fit."""
     return in_order(_Planner(recipe).stages())
-
-
-def training_steps(stage: str, tokens: int, flags: Flags) -> int:
-    """Steps for a budget: tokens / (sequence x global batch), to the nearest whole one; at least one whole batch."""
-    batch_tokens = number(flags, "seq-length") * number(flags, "global-batch-size")
-    if tokens < batch_tokens:
-        raise InputError(
-            f"stage {stage}: a budget of {tokens} tokens is less than one global batch "
-            f"({flags['global-batch-size']} x {flags['seq-length']} = {batch_tokens} tokens); raise its tokens"
-        )
-    return round(tokens / batch_tokens)
-
-
-def token_weighted(parts: list[Training]) -> tuple[dict[str, float], int]:
-    """The blend and the budget of all ``parts`` one after the other: each blend weighted by its part's tokens."""
-    total = sum(part.tokens for part in parts)
-    blend: dict[str, float] = {}
-    for part in parts:
-        for domain, share in part.blend.items():
-            blend[domain] = blend.get(domain, 0.0) + share * part.tokens / total
-    return blend, total
-
-
-def training_flops(flags: Flags, tokens: int, vocabulary: int) -> float:
-    """6 x active parameters x tokens, a parameter counting when a token is multiplied with it.
-
-    Those are the attention projections, the feed-forward blocks of the k experts that a token takes, the router and
-    the output layer; not the embedding, norms or biases. Attention scores are left out: an estimate for comparisons.
-    """
-    hidden, layers, heads = (number(flags, name) for name in ("hidden-size", "num-layers", "num-attention-heads"))
-    channels = number(flags, "kv-channels", hidden // heads)
-    groups = number(flags, "num-query-groups", heads) if flags.get("group-query-attention") else heads
-    attention = hidden * channels * 2 * (heads + groups)
-    gated = bool(flags.get("swiglu"))
-    width = number(flags, "ffn-hidden-size", hidden * 8 // 3 // 64 * 64 if gated else 4 * hidden)
-    experts, taken = 0, layers
-    if "num-experts" in flags:
-        experts, topk = number(flags, "num-experts"), number(flags, "moe-router-topk")
-        width = number(flags, "moe-ffn-hidden-size", width)
-        # Under sampled top-1 routing the first layer takes all experts.
-        taken = layers * topk + (experts - topk if flags.get("btx-sample-top1") else 0)
-    feed_forward = taken * hidden * width * (3 if gated else 2)
-    return 6.0 * tokens * (layers * (attention + hidden * experts) + feed_forward + hidden * vocabulary)
 
 
 class _Origins(NamedTuple):
@@ -204,12 +162,32 @@ class _Planner:
         return Stage(stage, tuple(command), parents, inputs=inputs, product="checkpoint", settings=settings)
 
     def _dense(self, settings: tuple[Settings, Settings], finetune: Training) -> list[Stage]:
-        """The seed continued on what BTX saw, in the same order: the experts' data, then finetuning's mixture."""
-        blend, tokens = token_weighted(list(self.recipe.experts.values()))
+        """The seed continued on as many tokens of each domain as the mixture saw: its experts', then finetuning's."""
+        experts = [self._as_trained(f"expert-{name}", part, {}) for name, part in self._mixed().items()]
+        finetuned = self._as_trained("finetune", finetune, self.mix_flags)
+        blend, tokens = token_weighted(experts)
         domains = Training(None, blend, tokens, settings[0].layout, settings[0].megatron)
-        mixture = Training(None, finetune.blend, finetune.tokens, settings[1].layout, settings[1].megatron)
+        mixture = Training(None, finetuned.blend, finetuned.tokens, settings[1].layout, settings[1].megatron)
         first = self._train("dense-domains", domains, self.seed)
         return [first, self._train("dense", mixture, _made("dense-domains"))]
+
+    def _mixed(self) -> dict[str, Training]:
+        """The recipe's experts that are in its mix. Raises InputError when the mix has others, of unknown data."""
+        assert self.recipe.mix is not None
+        mixed = [name for name in self.recipe.mix.experts if name != GENERALIST]
+        unknown = [name for name in mixed if name not in self.recipe.experts]
+        if unknown:
+            raise InputError(
+                f"{self.recipe.file}: baselines.dense: the mix has {unknown[0]}, which is no expert of the recipe, so "
+                "that its data are not known; name it under experts with its from, blend and tokens, or leave dense out"
+            )
+        return {name: part for name, part in self.recipe.experts.items() if name in mixed}
+
+    def _as_trained(self, stage: str, part: Training, model_flags: Flags) -> Training:
+        """``part`` with the tokens that its stage consumes: whole batches."""
+        recipe = self.recipe
+        flags = merged(recipe.model, model_flags, recipe.training, part.layout.flags, part.megatron)
+        return replace(part, tokens=training_steps(stage, part.tokens, flags) * batch_tokens(flags))
 
     def _train(
         self,
@@ -255,8 +233,8 @@ class _Planner:
             flags["pretrained-checkpoint"] = start.path
         flags["btx-metrics"] = f"{name}/metrics.jsonl"
         flags = merged(flags)
-        tokens = iterations * number(flags, "seq-length") * number(flags, "global-batch-size")
-        vocabulary = self._padded_vocabulary(flags)
+        tokens = iterations * batch_tokens(flags)
+        vocabulary = padded_vocabulary(flags, recipe.data.corpora)
         parents, inputs = self._origins_and_data({"start": start} if start else {}, part.blend, ("train", "valid"))
         return Stage(
             name,
@@ -352,13 +330,6 @@ class _Planner:
         if isinstance(tokenizer, str) and Path(tokenizer).is_absolute():
             settings["tokenizer-model"] = Path(tokenizer)
         return settings
-
-    def _padded_vocabulary(self, flags: Flags) -> int | None:
-        given = self.recipe.data.corpora.get("vocab-size") or flags.get("vocab-size")
-        if not isinstance(given, int):
-            return None
-        multiple = number(flags, "make-vocab-size-divisible-by", 128) * number(flags, "tensor-model-parallel-size", 1)
-        return -(-given // multiple) * multiple
 
     def _origins_and_data(
         self, models: Mapping[str, _Model], domains: Iterable[str], splits: Iterable[str]

@@ -25,6 +25,8 @@ LINE_SECONDS = 15.0
 _TAIL_BYTES = 32768
 _SPEED_STEPS = 20
 """Steps over which the speed is taken."""
+_WIDE_COLUMNS = 10_000
+"""More than any table of a run has."""
 _HEADERS = ("stage", "state", "step", "loss", "tokens/s", "time left", "seconds")
 
 
@@ -120,6 +122,14 @@ def table(rows: Sequence[Row], title: str) -> Table:
     for row in rows:
         grid.add_row(*row.cells())
     return grid
+
+
+def print_table(rows: Sequence[Row], title: str) -> None:
+    """Print the rows: on a terminal within its width, elsewhere whole, because a program or a file reads them."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDE_COLUMNS)
+    console.print(table(rows, title))
 
 
 class Progress:

@@ -7,23 +7,24 @@ facts hold, unless ``--require-facts`` asks for them.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.errors import exits_with_one_line
+from megatron_btx.errors import InputError, exits_with_one_line
 from megatron_btx.manifest import mark, write_atomically
-from megatron_btx.recipe.facts import Fact, best_per_column, check_facts, difference_to_dense, in_digits, loss_in
+from megatron_btx.recipe.ablation_outcomes import is_ablation
+from megatron_btx.recipe.facts import Fact, best_per_column, check_facts, difference_to_dense, loss_in, mean_column
+from megatron_btx.recipe.report_budgets import budgets_of
 from megatron_btx.recipe.report_inputs import REPORT_FOLDER, Model, RunData, read_run
+from megatron_btx.recipe.report_numbers import in_count, in_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from megatron_btx.recipe.figures import Curve
+    from megatron_btx.recipe.figure_curves import Curve
 
 FIGURE_FILES = ("losses.png", "curves.png", "routing.png")
 TERMINAL_COLUMNS = 110
@@ -37,10 +38,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/quickstart")
     parser.add_argument("--require-facts", action="store_true", help="exit with 1 when a fact is false")
     arguments = parser.parse_args(argv)
+    if is_ablation(arguments.run):
+        from megatron_btx.recipe import report_ablation
+
+        if arguments.require_facts:
+            raise InputError(f"--require-facts: {arguments.run} is an ablation, which has no facts; leave it out")
+        return report_ablation.main([str(arguments.run)])
     data = read_run(arguments.run)
     page = _write(arguments.run, data)
     print(summary(data))
-    print(f"\nreport: {page}")
+    # From wherever the reader stands: a run calls this in its own directory, and repeats the line to its caller.
+    print(f"\nreport: {_printable(str(page.resolve()))}")
     unheld = any(fact.holds is False for fact in check_facts(data.models, data.domains))
     return 1 if unheld and arguments.require_facts else 0
 
@@ -55,10 +63,10 @@ def build_report(run: Path) -> Path:
 
 
 def _write(run: Path, data: RunData) -> Path:
-    from megatron_btx.recipe import figures, report_pages
+    from megatron_btx.recipe import figure_curves, figures, report_pages
     from megatron_btx.recipe.report_text import blocks_of, title_of
 
-    curves = [figures.curve_of(stage) for stage in data.stages if stage.curve]
+    curves = [figure_curves.curve_of(stage) for stage in data.stages if stage.curve]
     images = {name: figures.as_png(figure) for name, figure in _draw(data, curves).items()}
     blocks = blocks_of(data, set(images))
     folder = run / REPORT_FOLDER
@@ -69,22 +77,21 @@ def _write(run: Path, data: RunData) -> Path:
             write_atomically(folder / name, images[name])
         else:
             (folder / name).unlink(missing_ok=True)
-    content = json.dumps(_plain(results_of(data, curves)), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(folder / "results.json", f"{content}\n".encode())
+    write_atomically(folder / "results.json", report_pages.as_json(results_of(data, curves)))
     write_atomically(folder / "report.md", report_pages.to_markdown(title_of(data), blocks).encode())
     write_atomically(folder / "index.html", report_pages.to_html(title_of(data), blocks, images).encode())
     return folder / "index.html"
 
 
 def _draw(data: RunData, curves: Sequence[Curve]) -> dict[str, Figure]:
-    from megatron_btx.recipe import figures
+    from megatron_btx.recipe import figure_curves, figures
 
     palette = figures.palette_of(data.models, data.stages)
     drawn: dict[str, Figure] = {}
     if data.domains:
         drawn["losses.png"] = figures.draw_losses(list(data.models.values()), data.domains, palette)
     if curves:
-        drawn["curves.png"] = figures.draw_curves(curves, palette)
+        drawn["curves.png"] = figure_curves.draw_curves(curves, palette)
     if mixtures := [model for model in data.models.values() if model.routing]:
         drawn["routing.png"] = figures.draw_routing(mixtures, palette)
     return drawn
@@ -97,6 +104,7 @@ def results_of(data: RunData, curves: Sequence[Curve]) -> dict[str, Any]:
         "domains": list(data.domains),
         "models": {name: _model_results(model, data.domains) for name, model in data.models.items()},
         "btx_minus_dense": _difference_results(data),
+        "tokens_after_the_seed": budgets_of(data.stages)._asdict(),
         "facts": [
             {"name": fact.name, "text": fact.text, "holds": fact.holds, "detail": fact.detail, "numbers": fact.numbers}
             for fact in check_facts(data.models, data.domains)
@@ -108,7 +116,7 @@ def results_of(data: RunData, curves: Sequence[Curve]) -> dict[str, Any]:
         },
         "corpora": [vars(corpus) for corpus in data.corpora],
         "sources": data.sources,
-        "notes": list(data.notes),
+        "notes": [*data.marked, *data.notes],
     }
 
 
@@ -131,20 +139,11 @@ def _model_results(model: Model, domains: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """The same for JSON, which has no word for a number that is not finite: those become strings."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
 def summary(data: RunData) -> str:
     """The short table and the facts, for the terminal."""
-    lines = [*_loss_lines(data), "", *_dense_lines(data), "", "facts, computed from these numbers:"]
+    lines = [*_loss_lines(data), "", *_dense_lines(data)]
+    lines += [line for note in data.marked for line in textwrap.wrap(_printable(note), TERMINAL_COLUMNS)]
+    lines += ["", "facts, computed from these numbers:"]
     lines += [line for fact in check_facts(data.models, data.domains) for line in _fact_lines(fact)]
     return "\n".join(lines)
 
@@ -154,7 +153,7 @@ def _loss_lines(data: RunData) -> list[str]:
         return ["no model was evaluated: no losses to show"]
     columns, best = (*data.domains, None), best_per_column(data.models, data.domains)
     # Every cell ends in its mark or a space, so that the digits stay in line.
-    rows = [["", *(f"{_column(column)} " for column in columns)]]
+    rows = [["", *(f"{_column(column, data.domains)} " for column in columns)]]
     for model in data.models.values():
         cells = [_printable(model.name)]
         for column in columns:
@@ -175,11 +174,11 @@ def _aligned(cells: list[str], widths: list[int]) -> str:
 
 def _tokens(data: RunData, domain: str) -> str:
     counts = sorted({model.tokens[domain] for model in data.models.values() if domain in model.tokens})
-    return " / ".join(f"{count:,}" for count in counts) or "-"
+    return " / ".join(map(in_count, counts)) or "-"
 
 
-def _column(column: str | None) -> str:
-    return "mean" if column is None else _printable(column)
+def _column(column: str | None, domains: tuple[str, ...]) -> str:
+    return mean_column(domains) if column is None else _printable(column)
 
 
 def _dense_lines(data: RunData) -> list[str]:
@@ -187,7 +186,8 @@ def _dense_lines(data: RunData) -> list[str]:
     if differences is None:
         return ["BTX - dense: not computed, because btx and dense were not both evaluated"]
     parts = [
-        f"{_column(name)} {'-' if value is None else in_digits(value, '+')}" for name, value in differences.items()
+        f"{_column(name, data.domains)} {'-' if value is None else in_digits(value, '+')}"
+        for name, value in differences.items()
     ]
     return [f"BTX - dense (lower is better for BTX): {', '.join(parts)}"]
 

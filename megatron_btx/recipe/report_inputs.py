@@ -7,17 +7,16 @@ silently leaves out a number is worse than none.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_btx.errors import InputError
-from megatron_btx.recipe.folder import is_set_aside
+from megatron_btx.recipe.folder import PLAN_FILE, is_set_aside, read_plan
+from megatron_btx.recipe.report_numbers import mean, total
+from megatron_btx.recipe.report_stages import Stage, leaves, left_out, number, parents_of, read_json, read_stage
 
 EXPERT_PREFIX = "expert-"
 REPORT_FOLDER = "report"
@@ -47,18 +46,7 @@ class Model:
         """Unweighted mean over ``domains``, or None when one of them was not evaluated."""
         if not domains or any(domain not in self.losses for domain in domains):
             return None
-        return math.fsum(self.losses[domain] for domain in domains) / len(domains)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One directory of the run that holds a manifest or a loss curve."""
-
-    name: str
-    manifest: Mapping[str, Any] | None
-    curve: tuple[tuple[int, float], ...]
-    """(iteration, training loss in nats per token), ascending; empty for a stage that does not train."""
-    tokens_per_iteration: float | None
+        return mean(self.losses[domain] for domain in domains)
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,9 @@ class RunData:
     sources: Mapping[str, str]
     """What corpora.json says beside the sizes (sources, versions, seeds): dotted key -> value."""
     notes: tuple[str, ...]
-    """What is absent, unfinished or could not be read in part; one sentence each."""
+    """What is absent, or broken; one sentence each."""
+    marked: tuple[str, ...] = ()
+    """What was left out or went a part of its way only; one sentence each."""
 
 
 def read_run(run: Path) -> RunData:
@@ -93,17 +83,40 @@ def read_run(run: Path) -> RunData:
         raise InputError(f"{run}: no such directory; expected a run directory such as runs/quickstart, made by btx run")
     folders = sorted(folder for folder in run.iterdir() if folder.is_dir() and folder.name != REPORT_FOLDER)
     folders = [folder for folder in folders if not is_set_aside(folder.name)]
-    stages = [stage for folder in folders if (stage := _read_stage(folder)) is not None]
-    models = read_evaluations([path for folder in folders if (path := folder / "evaluation.json").is_file()])
-    corpora, sources = _read_corpora(run / "data" / "corpora.json")
-    if not stages and not models and not corpora:
+    found = [stage for folder in folders if (stage := read_stage(folder)) is not None]
+    reasons = left_out(run, {stage.name: stage.manifest for stage in found})
+    stages = [stage for stage in found if stage.name not in reasons]
+    kept = [folder for folder in folders if folder.name not in reasons]
+    evaluations = [path for folder in kept if (path := folder / "evaluation.json").is_file()]
+    models = read_evaluations(evaluations)
+    corpora, sources = _read_corpora(run / "data" / "corpora.json") if "data" not in reasons else ([], {})
+    if not found and not models and not corpora:
         raise InputError(
             f"{run}: not a run directory: no */manifest.json, */metrics.jsonl, */evaluation.json or data/corpora.json "
             "in it; give the directory that btx run made, or run the recipe first"
         )
     domains = tuple(dict.fromkeys(domain for model in models.values() for domain in model.losses))
+    strange = [path.parent.name for path in evaluations if path.parent.name not in {stage.name for stage in stages}]
+    strange = strange if read_plan(run / PLAN_FILE) is not None else []
     notes = tuple(_notes(models, stages, bool(corpora)))
-    return RunData(run.resolve().name, models, domains, tuple(stages), tuple(corpora), sources, notes)
+    marked = tuple(_marked(reasons, stages, strange))
+    return RunData(run.resolve().name, models, domains, tuple(stages), tuple(corpora), sources, notes, marked)
+
+
+def _marked(reasons: Mapping[str, str], stages: list[Stage], strange: list[str]) -> Iterator[str]:
+    """What the report leaves out, what it shows in part, and evaluations that no stage of the run made."""
+    for why in dict.fromkeys(reasons.values()):
+        yield f"Left out: {', '.join(name for name in reasons if reasons[name] == why)}: {why}."
+    unfinished = {stage.name: stage.unfinished for stage in stages if stage.unfinished}
+    for name, where in unfinished.items():
+        yield f"Stage {name} is unfinished: {where}. Its curve, tokens and FLOPs are those up to there."
+    for name in unfinished:
+        finished = [stage for stage in stages if stage.name not in unfinished]
+        earlier = [stage.name for stage in finished if name in parents_of(stage.manifest)]
+        if earlier:
+            yield f"Made before {name} started again: {', '.join(earlier)}."
+    for name in strange:
+        yield f"{name}/evaluation.json has no manifest: nothing says of which models it is."
 
 
 def read_evaluations(paths: list[Path]) -> dict[str, Model]:
@@ -122,21 +135,12 @@ def read_evaluations(paths: list[Path]) -> dict[str, Model]:
     return {name: models[name] for name in sorted(models, key=_model_rank)}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; InputError when it is not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: broken JSON ({error}); run the stage that writes it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: found JSON of type {type(content).__name__}, expected an object")
-    return content
-
-
 def _model(path: Path, name: str, entry: Any, experts: Any) -> Model:
     try:
         losses = {str(domain): float(loss) for domain, loss in entry["losses"].items()}
         tokens = {str(domain): int(count) for domain, count in entry.get("tokens", {}).items()}
+        if any(abs(count) >= 2**63 for count in tokens.values()):
+            raise ValueError("a number of tokens that cannot be")
         names = tuple(str(expert) for expert in experts or ())
         routing = {
             str(domain): tuple(_shares(layer, len(names)) for layer in layers)
@@ -144,20 +148,25 @@ def _model(path: Path, name: str, entry: Any, experts: Any) -> Model:
         }
         if len({len(layers) for layers in routing.values()}) > 1:
             raise ValueError("the domains' routing differs in its number of layers")
-        parameters, active = entry.get("parameters"), entry.get("active_parameters")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        parameters, active = (_count(entry, key) for key in ("parameters", "active_parameters"))
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: model {name!r} is not in the form of an evaluation ({error!r}); evaluate the run again"
         ) from error
     return Model(name, losses, tokens, parameters, active, routing or None, names if routing else ())
 
 
+def _count(entry: Mapping[str, Any], key: str) -> int | None:
+    stated = number(entry, key)
+    return None if stated is None else int(stated)
+
+
 def _shares(layer: list[float], experts: int) -> tuple[float, ...]:
     """Shares that sum to one; counts, or shares that sum to k under top-k, describe the same distribution."""
     if len(layer) != experts:
         raise ValueError(f"{len(layer)} shares in a layer for {experts} experts")
-    total = math.fsum(layer)
-    return tuple(share / total for share in layer) if total > 0 else tuple(math.nan for _ in layer)
+    whole = total(layer)
+    return tuple(share / whole for share in layer) if whole > 0 else tuple(math.nan for _ in layer)
 
 
 def _merged(path: Path, first: Model, second: Model) -> Model:
@@ -170,13 +179,16 @@ def _merged(path: Path, first: Model, second: Model) -> Model:
             )
     if first.routing and second.routing and first.experts != second.experts:
         raise InputError(f"{path}: model {first.name!r}: experts {second.experts}, elsewhere {first.experts}")
+    routing = {**(first.routing or {}), **(second.routing or {})}
+    if len({len(layers) for layers in routing.values()}) > 1:
+        raise InputError(f"{path}: model {first.name!r}: another number of layers than elsewhere; evaluate it again")
     return Model(
         first.name,
         {**first.losses, **second.losses},
         {**first.tokens, **second.tokens},
         first.parameters if second.parameters is None else second.parameters,
         first.active_parameters if second.active_parameters is None else second.active_parameters,
-        {**(first.routing or {}), **(second.routing or {})} or None,
+        routing or None,
         first.experts or second.experts,
     )
 
@@ -191,58 +203,6 @@ def _model_rank(name: str) -> tuple[int, int]:
     return 3, 0
 
 
-def _read_stage(folder: Path) -> Stage | None:
-    manifest_path, metrics_path = folder / "manifest.json", folder / "metrics.jsonl"
-    if not manifest_path.is_file() and not metrics_path.is_file():
-        return None
-    manifest = read_json(manifest_path) if manifest_path.is_file() else None
-    curve = read_curve(metrics_path) if metrics_path.is_file() else ()
-    return Stage(folder.name, manifest, curve, _tokens_per_iteration(folder, manifest, curve))
-
-
-def read_curve(path: Path) -> tuple[tuple[int, float], ...]:
-    """Training loss per iteration from a metrics.jsonl, the last line for an iteration counting.
-
-    A line torn by a kill is passed over: the resumed run wrote its iterations again, behind it.
-    """
-    losses: dict[int, float] = {}
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    readable = 0
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            iteration, loss = int(entry["iteration"]), entry.get("lm loss")
-        except (ValueError, TypeError, KeyError):
-            continue
-        readable += 1
-        if loss is not None:
-            losses[iteration] = float(loss)
-    if lines and not readable:
-        raise InputError(f"{path}: none of its {len(lines)} lines is a JSON object with an iteration; remove it, rerun")
-    return tuple(sorted(losses.items()))
-
-
-def _tokens_per_iteration(folder: Path, manifest: Mapping[str, Any] | None, curve: Any) -> float | None:
-    tokens = number(manifest, "tokens")
-    if tokens and curve:
-        return tokens / float(curve[-1][0])
-    settings: dict[str, Any] = {}
-    if (folder / "config.yaml").is_file():
-        try:
-            settings = dict(_leaves(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))))
-        except yaml.YAMLError as error:
-            raise InputError(f"{folder / 'config.yaml'}: broken YAML ({error}); run the stage again") from error
-    by_flag = {key.rsplit(".", 1)[-1].lstrip("-").replace("_", "-"): value for key, value in settings.items()}
-    sequence, batch = by_flag.get("seq-length"), by_flag.get("global-batch-size")
-    return float(sequence) * float(batch) if sequence and batch else None
-
-
-def number(manifest: Mapping[str, Any] | None, key: str) -> float | None:
-    """A manifest's number, or None where it states none."""
-    value = (manifest or {}).get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def _read_corpora(path: Path) -> tuple[list[CorpusRow], dict[str, str]]:
     if not path.is_file():
         return [], {}
@@ -251,10 +211,10 @@ def _read_corpora(path: Path) -> tuple[list[CorpusRow], dict[str, str]]:
     for where, entry in _mappings(content):
         if where and where[-1] in SPLITS and ("documents" in entry or "bytes" in entry):
             domain = next((part for part in reversed(where[:-1]) if part not in ("splits", "files")), "?")
-            sizes = [int(size) if (size := number(entry, key)) is not None else None for key in _SIZES]
+            sizes = [_size(entry, key) for key in _SIZES]
             rows.append(CorpusRow(domain, where[-1], *sizes))
     sources = {
-        key: str(value) for key, value in _leaves(content) if not set(key.split(".")) & {*SPLITS, "sha256", "format"}
+        key: str(value) for key, value in leaves(content) if not set(key.split(".")) & {*SPLITS, "sha256", "format"}
     }
     return rows, sources
 
@@ -262,21 +222,16 @@ def _read_corpora(path: Path) -> tuple[list[CorpusRow], dict[str, str]]:
 _SIZES = ("documents", "tokens", "bytes")
 
 
+def _size(entry: Mapping[str, Any], key: str) -> int | None:
+    size = number(entry, key)
+    return int(size) if size is not None and math.isfinite(size) else None
+
+
 def _mappings(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     if isinstance(node, dict):
         yield where, node
         for key, value in node.items():
             yield from _mappings(value, (*where, str(key)))
-
-
-def _leaves(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _leaves(value, f"{where}.{key}" if where else str(key))
-    elif isinstance(node, list):
-        yield where, ", ".join(str(item) for item in node)
-    else:
-        yield where, node
 
 
 def _notes(models: Mapping[str, Model], stages: list[Stage], has_corpora: bool) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A report as a list of blocks, and its two forms: Markdown, and one HTML page that needs nothing beside it.
+"""A report as a list of blocks, and its forms: Markdown, one HTML page that needs nothing beside it, numbers in JSON.
 
 Names of domains, models and stages are other people's text: every cell and paragraph is escaped here, once.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import base64
 import html
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,23 @@ def _html(text: str) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def as_json(content: Any) -> bytes:
+    """``content`` as a file of JSON; what UTF-8 cannot hold of names stands there as JSON's escapes."""
+    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode("utf-8", "backslashreplace")
+
+
+def _plain(value: Any) -> Any:
+    """The same for JSON, which has no word for a number that is not finite: those become strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+    return value
 
 
 STYLE = """

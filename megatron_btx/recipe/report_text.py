@@ -12,22 +12,20 @@ from megatron_btx.recipe.facts import (
     best_per_column,
     check_facts,
     difference_to_dense,
-    home_expert_first,
-    in_digits,
+    home_expert,
     loss_in,
+    mean_column,
     routing_distances,
 )
-from megatron_btx.recipe.report_inputs import RunData, Stage, number
+from megatron_btx.recipe.report_budgets import Budgets, averaged, budgets_of
+from megatron_btx.recipe.report_inputs import RunData
+from megatron_btx.recipe.report_numbers import in_count, in_digits, total
 from megatron_btx.recipe.report_pages import Block, Bullets, Cell, Heading, Image, Paragraph, Table, row
+from megatron_btx.recipe.report_stages import Stage, parents_of
 
 ABSENT = "–"
-MODEL_MEANINGS = {
-    "seed": "the model the experts branched from",
-    "average": "plain average of the experts, seed included",
-    "mix": "the mixture before finetuning",
-    "btx": "the mixture after finetuning",
-    "dense": "the seed continued on the same data as btx",
-}
+PAIRS_SHOWN = 28
+"""Of two domains each: all of eight domains."""
 TONES = {True: "good", False: "bad", None: "unknown"}
 
 
@@ -38,12 +36,15 @@ def title_of(data: RunData) -> str:
 def blocks_of(data: RunData, images: set[str]) -> list[Block]:
     """The whole report in reading order; ``images`` are the figures that could be drawn."""
     blocks: list[Block] = [Paragraph(_lead(data), lead=True)]
+    if data.marked:
+        blocks.append(Bullets(data.marked))
     blocks += _facts(check_facts(data.models, data.domains))
     blocks += _losses(data, images)
     if "curves.png" in images:
         caption = (
             "Training loss of each stage over the tokens it saw, each stage from zero. Strong: moving average over "
-            "about 5 % of the stage; faint: before smoothing. Each panel has its own scales."
+            "about 5 % of the stage; faint: before smoothing. Each panel has its own scales. The curve of an "
+            "unfinished stage ends where the stage did."
         )
         blocks += [Heading("Training"), Image("curves.png", "Training loss of every stage over tokens", caption)]
     blocks += _routing(data, images)
@@ -68,8 +69,31 @@ def _lead(data: RunData) -> str:
         parts.append(f"the seed had {in_digits(before)}")
     if difference is not None and math.isfinite(difference):
         side = "above" if difference > 0 else "below" if difference < 0 else "from"
-        parts.append(f"it is {abs(difference):.3f} {side} the dense model trained on the same data")
+        parts.append(f"it is {in_digits(abs(difference))} {side} the dense model{_compared(budgets_of(data.stages))}")
     return "; ".join(parts) + "."
+
+
+def _compared(budgets: Budgets) -> str:
+    """What may be said of the data of btx and dense side by side."""
+    btx, dense = budgets.btx_tokens, budgets.dense_tokens
+    if btx is None or dense is None:
+        return ""
+    if btx == dense:
+        return " trained on as many tokens of each domain"
+    return f", which had {in_count(dense)} tokens after the seed, the mixture and its experts {in_count(btx)}"
+
+
+def meanings(data: RunData) -> dict[str, str]:
+    """What the models of well-known names are."""
+    parts = averaged(data.stages)
+    dense = "the seed continued on the blends of the mixture's experts, then on that of finetuning"
+    return {
+        "seed": "the model the experts branched from",
+        "average": f"plain average of {', '.join(parts) if parts else 'the experts'}",
+        "mix": "the mixture before finetuning",
+        "btx": "the mixture after finetuning",
+        "dense": dense + _compared(budgets_of(data.stages)),
+    }
 
 
 def _facts(facts: list[Fact]) -> list[Block]:
@@ -94,14 +118,15 @@ def _losses(data: RunData, images: set[str]) -> list[Block]:
     if difference is not None:
         rows.append(row("btx - dense", *(_signed(difference[column]) for column in columns)))
     rows.append(row("tokens evaluated", *(_tokens(data, domain) for domain in data.domains), ""))
-    meanings = [f"{name}: {MODEL_MEANINGS[name]}" for name in data.models if name in MODEL_MEANINGS]
-    caption = "Validation loss in nats per token, lower is better; bold: lowest of its column. " + "; ".join(meanings)
+    known = meanings(data)
+    meant = [f"{name}: {known[name]}" for name in data.models if name in known]
+    caption = "Validation loss in nats per token, lower is better; bold: lowest of its column. " + "; ".join(meant)
     blocks: list[Block] = [
         Heading("Validation loss"),
-        Table(("model", *data.domains, "mean"), tuple(rows), 1, f"{caption}."),
+        Table(("model", *data.domains, mean_column(data.domains)), tuple(rows), 1, f"{caption}."),
     ]
     if "losses.png" in images:
-        caption = "The same numbers as points. Dashed: the seed."
+        caption = "The same numbers as points, as many as fit. Dashed: the seed."
         blocks.append(Image("losses.png", "Validation loss per model and domain", caption))
     if difference is None:
         blocks.append(Paragraph("btx - dense was not computed, because btx and dense were not both evaluated."))
@@ -120,22 +145,28 @@ def _routing(data: RunData, images: set[str]) -> list[Block]:
     if "routing.png" in images:
         caption = (
             "Share of the routed (token, expert) pairs that each expert gets, per layer, for the validation tokens of "
-            "each domain. Layers count from the input."
+            "each domain, of as many domains as fit. Layers count from the input."
         )
         blocks.append(Image("routing.png", "Share of tokens per expert, layer and domain", caption))
     distances = {model.name: routing_distances(model) for model in mixtures}
     pairs = dict.fromkeys(pair for of_model in distances.values() for pair in of_model)
     if pairs:
+        shown = list(pairs)[:PAIRS_SHOWN]
         rows = tuple(
-            row(" and ".join(pair), *(_share(of_model.get(pair)) for of_model in distances.values())) for pair in pairs
+            row(" and ".join(pair), *(_share(of_model.get(pair)) for of_model in distances.values())) for pair in shown
         )
         caption = "Total-variation distance between two domains' expert shares, mean over layers: 0 alike, 1 disjoint."
+        if len(shown) < len(pairs):
+            caption += f" The first {len(shown)} of {len(pairs)} pairs; results.json has the shares of all."
         blocks.append(Table(("domains", *distances), rows, 1, caption))
     for model in mixtures:
-        first, cells = home_expert_first(model)
-        if cells:
-            text = f"{model.name}: the expert of the domain's own name gets the largest share in {first} of {cells} "
-            blocks.append(Paragraph(text + "(domain, layer) cells."))
+        home = home_expert(model)
+        if home.cells:
+            text = f"{model.name}: the expert of the domain's own name gets the largest share in {home.first} of "
+            text += f"{home.cells} (domain, layer) cells."
+            if home.tied:
+                text += f" In {home.tied} no single expert does: the largest shares are equal."
+            blocks.append(Paragraph(text))
     return blocks
 
 
@@ -157,11 +188,14 @@ def _accounting(stages: tuple[Stage, ...]) -> list[Block]:
         return []
     depths = _depths(recorded)
     rows = [_stage_row(stage) for stage in sorted(recorded, key=lambda stage: depths[stage.name])]
-    sums = {key: [value for stage in recorded if (value := number(stage.manifest, key)) is not None] for key in _COSTS}
-    total = {key: math.fsum(values) if values else None for key, values in sums.items()}
-    rows.append(row("sum", "", *_costs(total)))
+    sums = {key: [cost for stage in recorded if (cost := stage.cost(key)) is not None] for key in _COSTS}
+    together = {key: total(values) if values else None for key, values in sums.items()}
+    rows.append(row("sum", "", *_costs(together)))
     header = ("stage", "made from", "tokens", "seconds", "tokens/s", "FLOPs")
-    caption = f"From the manifests. {ABSENT}: the stage states none. Stages may have run side by side."
+    caption = (
+        f"From the manifests; of unfinished stages, tokens and FLOPs up to where they went. {ABSENT}: the stage states "
+        "none. Stages may have run side by side."
+    )
     return [Heading("Accounting"), Table(header, tuple(rows), 2, caption)]
 
 
@@ -170,29 +204,28 @@ def _depths(stages: list[Stage]) -> dict[str, int]:
     depths = dict.fromkeys((stage.name for stage in stages), 0)
     for _ in stages:
         for stage in stages:
-            behind = [depths[parent] + 1 for parent in _parents(stage) if parent in depths and parent != stage.name]
+            behind = [
+                depths[parent] + 1 for parent in parents_of(stage.manifest) if parent in depths and parent != stage.name
+            ]
             depths[stage.name] = max(behind, default=0)
     return depths
-
-
-def _parents(stage: Stage) -> tuple[str, ...]:
-    return tuple(map(str, (stage.manifest or {}).get("parents") or ()))
 
 
 _COSTS = ("tokens", "seconds", "flops")
 
 
 def _stage_row(stage: Stage) -> tuple[Cell, ...]:
-    costs = {key: number(stage.manifest, key) for key in _COSTS}
+    costs = {key: stage.cost(key) for key in _COSTS}
     speed = costs["tokens"] / costs["seconds"] if costs["tokens"] and costs["seconds"] else None
-    return row(stage.name, ", ".join(_parents(stage)) or ABSENT, *_costs(costs, speed))
+    name = f"{stage.name} ({stage.unfinished})" if stage.unfinished else stage.name
+    return row(name, ", ".join(parents_of(stage.manifest)) or ABSENT, *_costs(costs, speed))
 
 
 def _costs(costs: Mapping[str, float | None], tokens_per_second: float | None = None) -> tuple[str, ...]:
     flops = costs["flops"]
     return (
         _count(costs["tokens"]),
-        ABSENT if costs["seconds"] is None else f"{costs['seconds']:,.1f}",
+        ABSENT if costs["seconds"] is None else in_count(costs["seconds"], decimals=1),
         _count(tokens_per_second),
         ABSENT if flops is None else f"{flops:.2e}",
     )
@@ -216,6 +249,9 @@ def _how_to_read() -> list[Block]:
     items = (
         "One run with one random seed. At small sizes, losses on small validation sets move by about 0.1 nats between "
         "seeds: read the sign and the size of a difference, and repeat the run before relying on a small one.",
+        "Every stage reads each domain from its first sample on. Experts that share a domain read the same samples of "
+        "it, finetuning reads some of them again, and later samples may be read by none. The dense model reads as many "
+        "tokens of each domain, and fewer samples twice.",
         "Losses per token compare models of one tokenizer only. The mean weighs every domain alike, whatever its "
         "number of tokens.",
         "Facts are checked by sign. One whose inputs are missing is not checked; a model whose loss is not a finite "
@@ -243,4 +279,4 @@ def _share(share: float | None) -> str:
 
 
 def _count(count: float | None) -> str:
-    return ABSENT if count is None else f"{count:,.0f}"
+    return ABSENT if count is None else in_count(count)

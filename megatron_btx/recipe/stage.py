@@ -41,7 +41,7 @@ class Stage:
     """Steps of a stage that trains."""
     tokens: int | None = None
     flops: float | None = None
-    """Estimate for the whole stage; see :func:`megatron_btx.recipe.planner.training_flops`."""
+    """Estimate for the whole stage; see :func:`megatron_btx.recipe.budgets.training_flops`."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Resolved settings, for config.yaml."""
 

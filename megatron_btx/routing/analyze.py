@@ -128,7 +128,10 @@ def main() -> int:
         write_json(folder / "routing.json", result)
         everything = {**earlier, **result["models"]}
         figures = write_figures(folder, everything, experts)
-        write_page(folder / "tokens.html", texts, experts)
+        trained = [
+            name for name, arguments in zip(models, stored, strict=True) if not arguments.get("btx_untrained_routers")
+        ]
+        write_page(folder / "tokens.html", texts, experts, trained)
         print(table(everything, experts))
         print(
             "\nwrote " + ", ".join(str(folder / name) for name in ("routing.json", *figures, "tokens.html")), flush=True

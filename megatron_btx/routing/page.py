@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,22 @@ from megatron_btx.manifest import write_atomically
 from megatron_btx.recipe.figures import HATCHES, Palette
 
 
-def write_page(file: Path, texts: dict[str, dict[str, Any]], experts: list[str]) -> None:
+def write_page(file: Path, texts: dict[str, dict[str, Any]], experts: list[str], trained: Collection[str] = ()) -> None:
     """Write the page: the whole one or, when that fails, none.
+
+    It opens on the first model whose routers were trained, because those of a fresh mix say nothing yet; without one,
+    on the first.
 
     Args:
         texts: model -> label -> the result of :func:`megatron_btx.routing.analysis.route_text`.
+        trained: the models whose routers were trained.
     """
     palette = Palette(experts)
     content = {
         "experts": experts,
         "colours": [palette.colour(name) for name in experts],
         "hatches": [HATCHES.index(palette.hatch(name)) for name in experts],
+        "opened": next((model for model in texts if model in trained), next(iter(texts), None)),
         "models": {model: {label: _packed(routed) for label, routed in of.items()} for model, of in texts.items()},
     }
     # In a script element only "</" and "<!--" could end or change what follows.
@@ -44,8 +50,7 @@ def _pairs(gates_E: list[float]) -> list[tuple[int, float]]:
     return sorted(pairs, key=lambda pair: -pair[1])  # stable: of equal ones the first expert, as argmax takes it
 
 
-# The page opens on the last model, because whoever compares gives the mixture before finetuning first, whose routing
-# says little yet; and on the middle layer, because the first one sees hardly more of a token than which one it is.
+# The page opens on the middle layer, because the first one sees hardly more of a token than which one it is.
 _PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{title}}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -217,7 +222,7 @@ get("text").addEventListener("keydown", (event) => {
   else { get("layer").value = layer + layers[event.key]; paint(); }
 });
 const models = Object.keys(data.models);
-options(get("model"), models, models.at(-1));
+options(get("model"), models, data.opened);
 for (const id of ["model", "label"]) get(id).addEventListener("input", build);
 get("layer").addEventListener("input", paint);
 build();

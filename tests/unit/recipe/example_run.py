@@ -22,6 +22,7 @@ LOSSES = {
     "dense": (3.995, 0.819, 3.269, 1.378),
 }
 EXPERTS = ("math", "code", "knowledge", "seed")
+MIXED = ("expert-math", "expert-code", "expert-knowledge", "seed")
 TOKENS = dict(zip(DOMAINS, (61_440, 40_960, 61_440, 20_480), strict=True))
 TRAINING = {  # stage: (iterations, tokens, first loss, last loss, made from)
     "seed": (1000, 1_024_000, 7.6, 3.6, ["data"]),
@@ -87,7 +88,7 @@ def make_run(root: Path, seed: int = 7) -> Path:
             for iteration in range(1, iterations + 1):
                 loss = last + (first - last) * math.exp(-6 * iteration / iterations) + draw.gauss(0, 0.12)
                 lines.write(json.dumps({"iteration": iteration, "time": 1.7e9 + iteration, "lm loss": loss}) + "\n")
-    write_json(run / "mix" / "manifest.json", {"seconds": 3.1, "parents": {"expert-math": "sha", "seed": "sha"}})
+    write_json(run / "mix" / "manifest.json", {"seconds": 3.1, "parents": dict.fromkeys(MIXED, "sha")})
     write_json(run / "data" / "manifest.json", {"seconds": 41.0, "parents": []})
     write_json(run / "data" / "corpora.json", corpora())
     baselines = ("average", "dense")

@@ -1,16 +1,13 @@
-"""Routing methods by name, included recipes, ablations: what they plan, what they refuse, and their report."""
+"""Routing methods by name, included recipes, ablations: what they plan, and what they refuse."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 import pytest
 
 from megatron_btx.errors import InputError
 from megatron_btx.recipe.planner import plan_stages
-from megatron_btx.recipe.report_ablation import main, read_outcomes, spread
 from megatron_btx.recipe.schema import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[3] / "examples" / "recipes"
@@ -166,66 +163,3 @@ def test_included_recipes(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(text)
         with pytest.raises(InputError, match=said):
             load_recipe(tmp_path / f"{name}.yaml", [])
-
-
-@pytest.fixture
-def finished(tmp_path):
-    """The files of a finished ablation of two variants and two seeds."""
-    (tmp_path / "recipe.yaml").write_text(
-        json.dumps({"ablation": {"seeds": [1, 2], "variants": {"one": None, "two": {"seeds": [2]}}}})
-    )
-    for name, seed, loss, dead in (("one", 1, 2.0, 0), ("one", 2, 2.5, 2), ("two", 2, 1.5, 1)):
-        folder = tmp_path / f"ablation-{name}-s{seed}"
-        folder.mkdir()
-        load = {f"moe/load_layer_{layer}_expert_{e}": (0.7, 0.3)[e] for layer in range(2) for e in range(2)}
-        lines = [
-            {"iteration": 4, **load, "moe/dead_experts": 9, "moe/dropped_layer_0": 0.5},
-            {"iteration": 8, **load, "moe/dead_experts": dead, "moe/dropped_layer_0": 0.1, "moe/dropped_layer_1": 0.3},
-            {"iteration": 9, "lm loss validation math": loss, "lm loss validation mean": loss + 1},
-        ]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
-    return tmp_path
-
-
-def test_report(finished, capsys):
-    """The last values of every run; mean and deviation over seeds; a table, pages, figures and numbers."""
-    outcomes = read_outcomes(finished)
-    assert outcomes["one"][2].losses == {"math": 2.5, "mean": 3.5}
-    assert (outcomes["one"][2].dead, outcomes["one"][2].dropped) == (2, pytest.approx(0.2))
-    assert outcomes["two"][2].loads == [[0.7, 0.3], [0.7, 0.3]]
-    assert list(outcomes["two"]) == [2]
-    assert main([str(finished)]) == 0
-    printed = capsys.readouterr().out
-    assert "2.250 ± 0.354" in printed and "0, 2" in printed and "30.0% to 70.0%" in printed
-    text = (finished / "report" / "ablation.md").read_text()
-    assert "Lowest mean loss: two, 2.500" in text and "3.250 ± 0.354" in text
-    assert len(list((finished / "report").glob("*.png"))) == 2
-    assert json.loads((finished / "report" / "ablation.json").read_text())["one"]["1"]["dead"] == 0
-
-
-def test_spread():
-    """The sample's deviation, none of one value."""
-    assert spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
-    assert math.isnan(spread([1.0])[1])
-
-
-@pytest.mark.parametrize("broken", ["metrics", "validation", "recipe", "dense"])
-def test_unfinished_runs_are_refused(broken, finished):
-    """A stage that is missing or not at its end, and a run that is no ablation."""
-    file = finished / "ablation-one-s1" / "metrics.jsonl"
-    if broken == "metrics":
-        file.unlink()
-    elif broken == "validation":
-        file.write_text(file.read_text().replace("validation mean", "validation"))
-    elif broken == "recipe":
-        (finished / "recipe.yaml").unlink()
-    else:
-        (finished / "recipe.yaml").write_text("name: other")
-    said = {
-        "metrics": "has not run",
-        "validation": "not come to its end",
-        "recipe": "does not exist",
-        "dense": "btx report",
-    }
-    with pytest.raises(InputError, match=said[broken]):
-        read_outcomes(finished)

@@ -16,8 +16,10 @@ import yaml
 from megatron_btx import cli
 from megatron_btx.errors import InputError
 from megatron_btx.recipe import flags
-from megatron_btx.recipe.folder import Action
-from megatron_btx.recipe.planner import plan_stages, token_weighted, training_flops, training_steps
+from megatron_btx.recipe.budgets import padded_vocabulary, token_weighted, training_flops, training_steps
+from megatron_btx.recipe.folder import Action, plan_of
+from megatron_btx.recipe.identity import identities
+from megatron_btx.recipe.planner import plan_stages
 from megatron_btx.recipe.reading import load_tree
 from megatron_btx.recipe.schema import Layout, Recipe, Training, load_recipe, parse_recipe
 from megatron_btx.recipe.stage import Stage, command_script
@@ -207,6 +209,27 @@ def test_the_dense_baseline_sees_what_the_experts_and_finetuning_saw() -> None:
     assert values(planned["dense"], "pretrained-checkpoint") == ["dense-domains/checkpoint"]
 
 
+def test_the_dense_baseline_has_the_tokens_that_were_consumed_by_those_in_the_mix() -> None:
+    """Every stage rounds to whole batches for itself, and an expert that is not mixed is no part of the mixture."""
+    small = [f"experts.{name}.tokens=1500" for name in ("math", "code", "knowledge")]
+    planned = stages(*small)
+    assert [planned[f"expert-{name}"].tokens for name in ("math", "code", "knowledge")] == [1024] * 3
+    assert planned["dense-domains"].tokens == 3072
+    planned = stages(
+        *small, "mix.experts=[math, seed]", "finetune.megatron.global-batch-size=8", "finetune.tokens=3300"
+    )
+    assert planned["dense-domains"].tokens == 1024
+    assert "data/code_train_text_document" not in values(planned["dense-domains"], "train-data-path")
+    assert planned["dense"].tokens == planned["finetune"].tokens == 4096
+
+
+def test_a_dense_baseline_of_experts_of_unknown_data_is_refused(tmp_path: Path) -> None:
+    """A given mix may have experts that the recipe does not know."""
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    with pytest.raises(InputError, match="baselines.dense: the mix has law, which is no expert of the recipe"):
+        stages("baselines.average=false", f"mix={{from: {tmp_path}, experts: [math, law]}}")
+
+
 def test_token_weighting_is_by_tokens() -> None:
     parts = [Training(None, blend, tokens, Layout(), {}) for blend, tokens in (({"a": 1.0}, 300), ({"b": 1.0}, 100))]
     assert token_weighted(parts) == ({"a": 0.75, "b": 0.25}, 400)
@@ -382,6 +405,22 @@ def test_flops_are_six_per_active_parameter_and_token() -> None:
     assert training_flops(sampled, 10, 2048) == 60 * (blocks + 64 * 2048)
     grouped = {**dense, "group-query-attention": True, "num-query-groups": 2}
     assert training_flops(dense, 1, 0) - training_flops(grouped, 1, 0) == 6 * 4 * 2 * 64 * 32
+    # Layers 0 and 2 are mixtures, the others dense; every mixture has shared units and a gate for them.
+    for frequency in (2, "2", "[1,0]*2", "([1]+[0])*2"):
+        partly = {**moe, "moe-layer-freq": frequency, "moe-ffn-hidden-size": 100}
+        blocks = 4 * 4 * 64 * 64 + 2 * 3 * 64 * 176 + 2 * (2 * 3 * 64 * 100 + 64 * 4)
+        assert training_flops(partly, 10, 2048) == 60 * (blocks + 64 * 2048)
+    shared = {**partly, "moe-shared-expert-intermediate-size": 50, "moe-shared-expert-gate": True}
+    assert training_flops(shared, 10, 2048) == 60 * (blocks + 2 * (3 * 64 * 50 + 64) + 64 * 2048)
+    with pytest.raises(InputError, match="names 3 layers, num-layers 4"):
+        training_flops({**moe, "moe-layer-freq": "[1,0,1]"}, 1, 0)
+
+
+def test_the_vocabulary_is_padded_as_megatron_does() -> None:
+    flags = {"vocab-size": 2049, "make-vocab-size-divisible-by": 64, "tensor-model-parallel-size": 2}
+    assert padded_vocabulary(flags, {}) == 2176
+    assert padded_vocabulary({**flags, "padded-vocab-size": 4096}, {"vocab-size": 10}) == 4096
+    assert padded_vocabulary({}, {"vocab-size": 129}) == 256 and padded_vocabulary({}, {}) is None
 
 
 def test_flags_are_checked_by_the_parser_with_the_place_and_the_close_match() -> None:
@@ -570,6 +609,24 @@ def test_status_of_a_run_that_may_only_be_read_and_of_wide_lines(
     row = next(line for line in capsys.readouterr().out.splitlines() if "seed" in line and "finished" in line)
     assert row.replace("│", " ").split() == ["seed", "finished", "40/10", "1.000", "5", "?"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [cli.PLAN_FILE, "seed"]
+
+
+def test_status_in_a_pipe_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is no terminal whose width it would have to fit."""
+    name = "expert-" + "long" * 30
+    (tmp_path / cli.PLAN_FILE).write_text(json.dumps([{"stage": name, "steps": 10, "tokens": 100}]))
+    assert cli.main(["status", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert name in printed and "waiting" in printed and "seconds" in printed and str(tmp_path) in printed
+
+
+def test_a_plan_has_the_fingerprints_that_the_manifests_get() -> None:
+    """By them a report knows what is of the recipe; a stage that only shows others has none to compare."""
+    planned = stages()
+    known = identities(planned.values())
+    for entry in plan_of(list(planned.values())):
+        expected = None if entry["stage"] == "report" else known[entry["stage"]].fingerprint
+        assert entry["fingerprint"] == expected and entry["steps"] == planned[entry["stage"]].iterations
 
 
 def test_status_of_a_broken_plan_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from example_run import (
 from megatron_btx.errors import InputError
 from megatron_btx.recipe import report
 from megatron_btx.recipe.folder import owned_manifest
-from megatron_btx.recipe.report_inputs import read_curve
+from megatron_btx.recipe.report_stages import read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +258,7 @@ def test_the_last_line_of_an_iteration_counts_and_torn_lines_do_not(tmp_path: Pa
         '{"iteration": 2, "lm loss": 2.5}\n{"iteration": 2, "lm loss": 2.6}\n{"iteration": 3, "lm loss": 2.2}\n'
         '{"iteration": 4, "grad-norm": 1.0}\n'
     )
-    assert read_curve(path) == ((1, 3.0), (2, 2.6), (3, 2.2))
+    assert read_metrics(path) == (((1, 3.0), (2, 2.6), (3, 2.2)), 4)
 
 
 def test_tokens_per_iteration_come_from_the_configuration_of_an_unfinished_stage(tmp_path: Path) -> None:

@@ -52,6 +52,17 @@ def test_gates_come_back(tmp_path):
     assert dense == gates
 
 
+@pytest.mark.parametrize(
+    ("trained", "opened"), [((), "mix"), (("btx",), "btx"), (("btx", "later"), "btx"), (("mix", "btx"), "mix")]
+)
+def test_it_opens_on_the_first_model_whose_routers_were_trained(trained, opened, tmp_path):
+    """Without one on the first; a fresh mix that is given first is not what it opens on."""
+    texts = {name: {"x": routed([[[1.0]]])} for name in ("mix", "btx", "later")}
+    write_page(tmp_path / "page.html", texts, ["a"], trained)
+    assert data_of(tmp_path / "page.html")["opened"] == opened
+    assert 'options(get("model"), models, data.opened)' in (tmp_path / "page.html").read_text()
+
+
 def test_pages_of_many_experts_are_small(tmp_path):
     """Two of sixteen gates: less than half of what all of them would take."""
     gates = [[[0.25, 0.75, *[0.0] * 14] for _ in range(200)] for _ in range(16)]
