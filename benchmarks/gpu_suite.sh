@@ -8,7 +8,8 @@
 # and every step's log; default benchmarks/records/DATE-GPU. A failed step does not stop the others; then the exit code
 # is 1. Without a GPU the same steps run at pico size on the CPU, to test this script, and the record says so.
 set -uo pipefail
-repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+unset CDPATH # with it, cd would look for the folder elsewhere first, and print it
+repository="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 wheels="${1:-}"
 [ -z "$wheels" ] || wheels="$(realpath "$wheels")"
 out="$(realpath -m "${2:-.}")"

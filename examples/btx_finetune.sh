@@ -28,7 +28,7 @@
 #   ETP=$TP                tensor parallel size within an expert
 set -euo pipefail
 # shellcheck source=examples/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 refuse_with() { # refuse_with WHY NAME...: none of the variables may be set
     local name
@@ -42,12 +42,16 @@ if [ -n "${DATA:-}" ]; then
 else
     for domain in MATH CODE WIKI GENERAL; do
         require "${domain}_DATA" "the prefix of that domain's dataset, or the whole blend as DATA"
+        words_of "${domain}_DATA"
+        [ "${#WORDS[@]}" -eq 1 ] || fail "${domain}_DATA=${WORDS[*]}: expected one prefix; give several as DATA, with weights"
+        printf -v "${domain}_DATA" %s "${WORDS[0]}"
     done
-    read -r -a blend <<<"${BLEND:=30.16 40.31 10.30 19.23}"
-    if [ "${#blend[@]}" -ne 4 ] || ! positive "${blend[@]}"; then
-        fail "BLEND=$BLEND: expected four numbers above zero, the weights of math, code, wiki and general"
+    : "${BLEND:=30.16 40.31 10.30 19.23}"
+    words_of BLEND
+    if [ "${#WORDS[@]}" -ne 4 ] || ! positive "${WORDS[@]}"; then
+        fail "BLEND=${WORDS[*]}: expected four numbers above zero, the weights of math, code, wiki and general"
     fi
-    read -r math code wiki general <<<"$BLEND"
+    math="${WORDS[0]}" code="${WORDS[1]}" wiki="${WORDS[2]}" general="${WORDS[3]}"
     # Megatron normalises the weights of a blend; say what they come to.
     [ "${RANK:-${SLURM_PROCID:-0}}" != 0 ] || awk -v m="$math" -v c="$code" -v w="$wiki" -v g="$general" 'BEGIN {
         sum = (m + c + w + g) / 100
@@ -89,10 +93,10 @@ routing_flags() {
     esac
 }
 routing_flags
-read -r -a freeze <<<"${FREEZE:-}"
-read -r -a valid_domains <<<"${VALID_DOMAINS:-}"
-[ "${#freeze[@]}" -eq 0 ] || FLAGS+=(--btx-freeze "${freeze[@]}")
-[ "${#valid_domains[@]}" -eq 0 ] || FLAGS+=(--btx-valid-data "${valid_domains[@]}")
+words_of FREEZE
+[ "${#WORDS[@]}" -eq 0 ] || FLAGS+=(--btx-freeze "${WORDS[@]}")
+words_of VALID_DOMAINS
+[ "${#WORDS[@]}" -eq 0 ] || FLAGS+=(--btx-valid-data "${WORDS[@]}")
 [ -z "${EXPERT_LOSSES:-}" ] || FLAGS+=(--btx-first-loss-bound "$EXPERT_LOSSES")
 FLAGS+=(
     --num-experts "$experts" --moe-ffn-hidden-size "${FFN:-11008}" --moe-router-dtype fp32 --moe-per-layer-logging

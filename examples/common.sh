@@ -1,5 +1,6 @@
 # shellcheck shell=bash
 # What the launchers share; sourced by them, not run. Every variable below can be set from outside (value = default).
+# Lists of words may stand on several lines.
 #
 # What to train on, with which tokenizer
 #   DATA=                  training data in Megatron's form: one prefix, or "weight prefix weight prefix ..." (required)
@@ -19,7 +20,8 @@
 #   MIN_LR=LR/10  WEIGHT_DECAY=0.1  BETA1=0.9  BETA2=0.95  CLIP=1.0  SEED=1234
 #   PRECISION=bf16         bf16 or fp32
 # Layout: TP tensor, PP pipeline parallel size, defaults per launcher; what is left of the GPUs is data parallel.
-#   DISTRIBUTED_OPTIMIZER=1    1: optimizer state spread over the data-parallel ranks; 0: a copy on each
+#   DISTRIBUTED_OPTIMIZER=1    1 (yes, true, on): optimizer state spread over the data-parallel ranks; 0 (no, false,
+#                          off): a copy on each
 # How often (steps)
 #   SAVE_INTERVAL=500  LOG_INTERVAL=10  EVAL_INTERVAL=1000  EVAL_STEPS=20 (batches per validation)
 # Processes, when the launcher starts torchrun itself
@@ -29,8 +31,10 @@
 # Arguments after the launcher's name go to Megatron last, where the last one wins. With --btx-check the job is checked
 # for NPROC x NNODES processes, and not started.
 
-repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-if [ -z "${PYTHON:-}" ]; then
+unset CDPATH # with it, cd would look for this folder elsewhere first, and print what it found
+repository="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+given_python="${PYTHON:-}"
+if [ -z "$given_python" ]; then
     PYTHON=python3
     [ ! -x "$repository/.venv/bin/python" ] || PYTHON="$repository/.venv/bin/python"
 fi
@@ -48,12 +52,36 @@ require() { # require NAME 'what it is'
     [ -n "${!1:-}" ] || fail "no $1: give $2"
 }
 
-# Whether all words are numbers above zero.
+# PYTHON may be in the environment for another purpose: say so, instead of "No module named torch".
+check_python() {
+    local remedy="run bash tools/environment.sh, or name an interpreter that has it"
+    [ -z "$given_python" ] || remedy="unset PYTHON, or name an interpreter that has it"
+    "$PYTHON" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None)' >/dev/null 2>&1 ||
+        fail "PYTHON=$PYTHON does not run or has no torch: $remedy"
+}
+
+# Whether all words are numbers above zero, which awk and Megatron can add up.
 positive() {
     local word
     for word; do
-        [[ "$word" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ && "${word%%[eE]*}" =~ [1-9] ]] || return 1
+        [[ "$word" =~ ^([0-9]{1,18}\.?[0-9]{0,18}|\.[0-9]{1,18})([eE][-+]?[0-9]{1,2})?$ ]] || return 1
+        [[ "${word%%[eE]*}" =~ [1-9] ]] || return 1
     done
+}
+
+# Whether the value means yes (or nothing is set), or no; anything else is refused.
+is_on() { # is_on NAME
+    case "${!1:-1}" in
+        1 | [Yy]es | YES | [Tt]rue | TRUE | [Oo]n | ON) return 0 ;;
+        0 | [Nn]o | NO | [Ff]alse | FALSE | [Oo]ff | OFF) return 1 ;;
+    esac
+    fail "$1=${!1}: expected 1, yes, true, on, or 0, no, false, off"
+}
+
+# The words of a variable, over all its lines, into the array WORDS.
+words_of() { # words_of NAME
+    local IFS=$' \t\r\n'
+    read -r -d '' -a WORDS <<<"${!1:-}" || true # the end of the text is no failure
 }
 
 sizes() { # sizes NAME...: those that are set are whole numbers above zero
@@ -75,9 +103,10 @@ common_flags() {
         require TOKENIZER_MODEL 'the file of the tokenizer, as TOKENIZER_MODEL=tokenizer.model'
     local heads="${HEADS:-32}" seq_length="${SEQ_LENGTH:-4096}" lr="${LR:-1e-4}"
     local -a data valid
-    # shellcheck disable=SC2153 # DATA is the user's, data its words
-    read -r -a data <<<"$DATA"
-    read -r -a valid <<<"${VALID_DATA:-}"
+    words_of DATA && data=("${WORDS[@]}")
+    words_of VALID_DATA && valid=("${WORDS[@]}")
+    [ "${#data[@]}" -gt 0 ] || fail "DATA holds no word: give the training data"
+    positive "$lr" || fail "LR=$lr: expected a number above zero"
     FLAGS=(
         --num-layers "${LAYERS:-32}" --hidden-size "${HIDDEN:-4096}" --ffn-hidden-size "${FFN:-11008}"
         --num-attention-heads "$heads" --seq-length "$seq_length"
@@ -118,12 +147,13 @@ common_flags() {
         FLAGS+=(--eval-iters 0)
     fi
     [ "$TP" -eq 1 ] || FLAGS+=(--sequence-parallel)
-    [ "${DISTRIBUTED_OPTIMIZER:-1}" != 1 ] || FLAGS+=(--use-distributed-optimizer)
+    if is_on DISTRIBUTED_OPTIMIZER; then FLAGS+=(--use-distributed-optimizer); fi
 }
 
 # Run the training program with the given flags: as this process's rank when someone has started one process per
 # rank already, else with torchrun.
 launch() {
+    check_python
     if [ -z "${RANK:-}" ] && one_task_per_rank_of_slurm; then
         rank_from_slurm
     fi

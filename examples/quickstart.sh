@@ -2,7 +2,8 @@
 # Branch-Train-MiX end to end on whatever machine this is: text, seed, experts, mixture, finetuning, report.
 # Arguments go to `btx run` (--dry-run shows the commands).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset CDPATH # with it, cd would look for the folder elsewhere first
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 bash tools/environment.sh
 
 # Some stages are two processes, and NCCL wants a GPU for each. With a single GPU every stage is one process; what the

@@ -12,7 +12,7 @@
 #   TP=2  PP=1     for nodes of 8 GPUs with 80 GB: 4 data-parallel replicas a node
 set -euo pipefail
 # shellcheck source=examples/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 TP="${TP:-2}" PP="${PP:-1}"
 common_flags 48000

@@ -90,9 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
     """``btx run``: plan the recipe, check it, and run it or print its commands."""
     import yaml
 
-    from megatron_btx.recipe.flags import check_with_megatron
     from megatron_btx.recipe.folder import check_chosen, check_run, decide, kept, plan_of
     from megatron_btx.recipe.planner import plan_stages
+    from megatron_btx.recipe.program_checks import check_with_megatron
     from megatron_btx.recipe.progress import Progress
     from megatron_btx.recipe.runner import Machine, run_stages
     from megatron_btx.recipe.schema import load_recipe
@@ -175,9 +175,8 @@ def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directo
 
 def status(directory: Path) -> int:
     """``btx status``: one table from the manifests and metrics of a run."""
-    from megatron_btx.manifest import read_manifest
     from megatron_btx.recipe.folder import read_plan
-    from megatron_btx.recipe.progress import print_table, read_row
+    from megatron_btx.recipe.progress import print_table, read_row, shown_manifest
     from megatron_btx.recipe.runner import is_locked
 
     plan = directory / PLAN_FILE
@@ -190,7 +189,7 @@ def status(directory: Path) -> int:
     rows = []
     for entry in entries:
         stage = directory / entry["stage"]
-        state = (read_manifest(stage) or {}).get("status", "waiting")
+        state = str(shown_manifest(stage).get("status", "waiting"))
         state = "interrupted" if state == "running" and not at_work else state
         rows.append(read_row(stage, entry["stage"], state, entry.get("steps"), entry.get("tokens")))
     print_table(rows, str(directory))

@@ -6,7 +6,8 @@
 # To renew the lock: uv pip compile --resolution lowest-direct --extra hf --no-header --no-annotate
 #     --no-emit-index-url pyproject.toml -o tests/oldest.lock
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset CDPATH # with it, cd would look for the folder elsewhere first
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 bash tools/environment.sh --tests
 unset UV_PYTHON VIRTUAL_ENV UV_PROJECT_ENVIRONMENT PYTHONHOME PYTHONPATH || true
 uv="$(command -v uv || echo "$PWD/.bootstrap/bin/uv")"

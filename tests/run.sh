@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Set up what is missing, then check style and types and run the tests. Arguments go to pytest.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset CDPATH # with it, cd would look for the folder elsewhere first
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 bash tools/environment.sh --tests
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 MPLBACKEND=Agg
 if [ $# -eq 0 ]; then

@@ -5,7 +5,8 @@
 # With --where-available a server that cannot be installed here (no package index, no compiler) is named with the reason
 # and left out. No step can hang: each has a limit, and whatever it started ends with it. See docs/serving.md.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset CDPATH # with it, cd would look for the folder elsewhere first
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 where_available=0
 case "$*" in
 "") ;;

@@ -3,7 +3,8 @@
 # Everything is installed inside the checkout. A second call takes a fraction of a second.
 # With --tests, also what the tests alone need: an older transformers, in .venv/transformers-4.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset CDPATH # with it, cd would look for the folder elsewhere first
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # An exported UV_PYTHON or VIRTUAL_ENV would make uv install somewhere else.
 unset UV_PYTHON VIRTUAL_ENV UV_PROJECT_ENVIRONMENT PYTHONHOME || true

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_btx.recipe.flags import Flags, FlagValue
-from megatron_btx.recipe.reading import Section
-from megatron_btx.recipe.routing import Routing, read_routing
+from megatron_btx.recipe.reading import LARGEST_SEED, Section
+from megatron_btx.recipe.routing import Routing, check_balancing, read_routing
 
 _VARIANT_KEYS = ("routing", "top-k", "load-balancing", "freeze", "tokens", "megatron", "seeds")
 
@@ -65,7 +65,7 @@ def read_ablation(top: Section, given: Flags, base: Routing, experts: int) -> Ab
     split = section.text("split", "valid")
     if split not in ("valid", "test"):
         section.refuse("split", f"found {split!r}, expected valid or test")
-    listed = section.section("variants")
+    listed = section.named("variants")
     if not listed.node:
         section.refuse(
             "variants", "missing, expected names with what differs from mix and finetune, as soft: {routing: soft}"
@@ -81,8 +81,9 @@ def read_ablation(top: Section, given: Flags, base: Routing, experts: int) -> Ab
 
 def _seeds(section: Section, inherited: tuple[int, ...]) -> tuple[int, ...]:
     seeds = section.node.get("seeds", list(inherited))
-    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s > 0 for s in seeds):
-        section.refuse("seeds", f"found {seeds!r}, expected a list of whole numbers above zero, as [1, 2, 3]")
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and 0 < s <= LARGEST_SEED for s in seeds):
+        expected = "a list of whole numbers above zero and less than 2**32, as [1, 2, 3]"
+        section.refuse("seeds", f"found {seeds!r}, expected {expected}")
     if len(set(seeds)) < len(seeds):
         section.refuse("seeds", f"found {seeds!r}, expected every seed once")
     return tuple(seeds)
@@ -91,19 +92,17 @@ def _seeds(section: Section, inherited: tuple[int, ...]) -> tuple[int, ...]:
 def _variant(section: Section, name: str, seeds: tuple[int, ...], given: Flags, base: Routing, experts: int) -> Variant:
     routing = read_routing(section, experts, base)
     own: dict[str, FlagValue] = dict(section.flags("megatron"))
-    kind = own.get("moe-router-load-balancing-type")
-    if "load-balancing" in section.node and kind is not None and (kind == "none") != (routing.balancing == "none"):
-        section.refuse(
-            "megatron.moe-router-load-balancing-type",
-            f"found {kind!r} beside load-balancing: {routing.balancing}, which contradicts it; leave one of them out",
-        )
+    check_balancing(section, routing, {f"{section.place}.megatron": own})
     if base.method == "switch" != routing.method:  # the mix's capacity is that of its own method
         given = {**given, "moe-expert-capacity-factor": None}
     freeze = section.node.get("freeze", [])
     if not isinstance(freeze, list) or not all(isinstance(word, str) for word in freeze):
         section.refuse("freeze", f"found {freeze!r}, expected a list of groups, as [experts] or ['all-but:router']")
+    if "freeze" in section.node and "btx-freeze" in own:
+        section.refuse("freeze", "megatron.btx-freeze says it a second time; leave one of them out")
+    if "freeze" in section.node:
+        own["btx-freeze"] = tuple(freeze) or False  # an empty list takes finetune's back
     if freeze:
-        own["btx-freeze"] = tuple(freeze)
         section.reader.flag_sections[f"{section.place}.freeze"] = {"btx-freeze": tuple(freeze)}
     flags = {**given, **routing.flags(given), "num-experts": experts, **own}
     tokens = section.integer("tokens") if "tokens" in section.node else None

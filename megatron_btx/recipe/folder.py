@@ -96,9 +96,14 @@ def read_plan(path: Path) -> list[dict[str, Any]] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    if isinstance(content, list) and all(isinstance(entry, dict) and "stage" in entry for entry in content):
-        return content
-    return None
+    return content if isinstance(content, list) and all(map(_is_planned, content)) else None
+
+
+def _is_planned(entry: Any) -> bool:
+    """Whether it is an entry of a plan: a stage, with its steps and tokens where it trains."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("stage"), str):
+        return False
+    return all(entry.get(key) is None or type(entry[key]) is int for key in ("steps", "tokens"))
 
 
 def owned_manifest(directory: Path, name: str) -> dict[str, Any] | None:

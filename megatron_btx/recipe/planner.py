@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 from megatron_btx.errors import InputError
 from megatron_btx.recipe.ablation import Ablation, stage_name
 from megatron_btx.recipe.budgets import batch_tokens, padded_vocabulary, token_weighted, training_flops, training_steps
-from megatron_btx.recipe.flags import Flags, check_layout, check_measured, measured_batch, merged, number, to_argv
+from megatron_btx.recipe.flags import (
+    Flags,
+    check_layout,
+    check_measured,
+    check_saving,
+    measured_batch,
+    merged,
+    number,
+    to_argv,
+)
 from megatron_btx.recipe.identity import deciding
 from megatron_btx.recipe.schema import GENERALIST, Evaluate, Recipe, Settings, Training
 from megatron_btx.recipe.stage import PYTHON, Stage, in_order
@@ -217,6 +226,7 @@ class _Planner:
         )
         iterations = training_steps(name, part.tokens, flags)
         check_layout(name, part.layout.processes, flags)
+        check_saving(name, flags)
         if "btx-valid-tokens" in flags:
             check_measured(name, number(flags, "btx-valid-tokens"), part.layout.processes, flags)
         flags["train-iters"] = iterations

@@ -16,7 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from megatron_btx.errors import InputError
 from megatron_btx.manifest import read_manifest
 from megatron_btx.recipe.stage import Stage
 
@@ -57,8 +59,8 @@ class Row:
 
 
 def read_row(directory: Path, name: str, state: str, steps: int | None, tokens: int | None) -> Row:
-    """The state of a stage from its manifest and the end of its metrics.jsonl."""
-    manifest = read_manifest(directory) or {}
+    """The state of a stage from its manifest and the end of its metrics.jsonl; what cannot be read is left out."""
+    manifest = shown_manifest(directory)
     lines = _tail(directory / "metrics.jsonl") if steps else []
     last: dict[str, Any] = lines[-1] if lines else {}
     step_seconds = _step_seconds(lines[-_SPEED_STEPS:])
@@ -68,11 +70,23 @@ def read_row(directory: Path, name: str, state: str, steps: int | None, tokens: 
         state,
         last.get("iteration"),
         steps,
-        last.get("lm loss"),
+        _number(last.get("lm loss")),
         tokens / steps / step_seconds if steps and tokens and step_seconds else None,
         (steps - last["iteration"]) * step_seconds if steps and running else None,
-        manifest.get("seconds"),
+        _number(manifest.get("seconds")),
     )
+
+
+def shown_manifest(directory: Path) -> Mapping[str, Any]:
+    """The manifest of a stage; where it is broken, one that says so: the other stages can be shown all the same."""
+    try:
+        return read_manifest(directory) or {}
+    except (InputError, OSError):
+        return {"status": "unreadable"}
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _step_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
@@ -97,7 +111,7 @@ def _tail(path: Path) -> list[dict[str, Any]]:
                 if window >= size:
                     break
                 window *= 8
-    except FileNotFoundError:
+    except OSError:
         return []
     return found
 
@@ -109,18 +123,20 @@ def _metrics_in(text: str) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and {"iteration", "time"} <= entry.keys():
+        if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
+            continue
+        if _number(entry.get("time")) is not None:
             found.append(entry)
     return found
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
     """The rows as a table for a terminal."""
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=Text(title), title_justify="left")
     for header in _HEADERS:
         grid.add_column(header, justify="left" if header in ("stage", "state") else "right", no_wrap=True)
     for row in rows:
-        grid.add_row(*row.cells())
+        grid.add_row(*map(Text, row.cells()))  # as text: brackets in a name are no markup
     return grid
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from megatron_btx.recipe.flags import Flags, FlagValue
@@ -68,3 +69,26 @@ def read_routing(section: Section, experts: int, base: Routing | None = None) ->
     if balancing not in (*BALANCING, "as given"):
         section.refuse("load-balancing", f"found {balancing!r}, expected one of {', '.join(BALANCING)}")
     return Routing(method, top_k, None if balancing == "as given" else balancing)
+
+
+def check_balancing(section: Section, routing: Routing, given: Mapping[str, Flags]) -> None:
+    """Refuse flags that contradict the load-balancing of a section, which would take their place in silence.
+
+    Args:
+        given: place in the recipe -> flags that are written there.
+    """
+    if "load-balancing" not in section.node:
+        return
+    none = routing.balancing == "none"
+    for place, flags in given.items():
+        kind, coefficient = flags.get("moe-router-load-balancing-type"), flags.get("moe-aux-loss-coeff")
+        for name, value, contradicts in (
+            ("moe-router-load-balancing-type", kind, (kind == "none") != none),
+            ("moe-aux-loss-coeff", coefficient, (coefficient == 0) != none),
+        ):
+            if value is not None and value is not False and contradicts:
+                remedy = "leave one of them out (null takes back what an included recipe says)"
+                said = f"load-balancing: {routing.balancing}"
+                section.reader.refuse(
+                    f"{place}.{name}", f"found {value!r} beside {said}, which contradicts it; {remedy}"
+                )

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_btx import manifest as manifests
-from megatron_btx.errors import BAD_INPUT_EXIT_CODE, InputError
+from megatron_btx.errors import InputError
 from megatron_btx.recipe import processes
+from megatron_btx.recipe.failure import failure_message, killed_by
 from megatron_btx.recipe.folder import Action, check_chosen, check_run, decide, kept, prepare
 from megatron_btx.recipe.identity import identities, manifest_of
 from megatron_btx.recipe.stage import Stage
@@ -32,7 +33,6 @@ from megatron_btx.recipe.stage import Stage
 POLL_SECONDS = 0.2
 MANIFEST_SECONDS = 15.0
 """Between two writings of a running stage's seconds, which a SIGKILL would lose."""
-_LOG_LINES_SHOWN = 15
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -197,6 +197,8 @@ class Runner:
         with log.open("rb") as stream:
             stream.seek(running.log_offset)
             text = stream.read().decode("utf-8", "replace")
+        if killed := killed_by(text, code):
+            problem = f"failed: {killed}"
         message, status = failure_message(text, code)
         print(f"error: stage {name} {problem}; its log: {log}\n{message}", file=sys.stderr, flush=True)
         return status
@@ -253,20 +255,6 @@ def _unfinished(stage: Stage, directory: Path) -> str:
         if reached != str(stage.iterations):
             return f"ended at iteration {reached} of {stage.iterations}"
     return ""
-
-
-def failure_message(log: str, code: int) -> tuple[str, int]:
-    """What to show of a failed start's log, and the exit status that it means for btx.
-
-    Bad input (status 2, also when torchrun tells that of a worker) is shown by its one line, anything else by the
-    end of the log, less torchrun's own report, which is long and hides the reason.
-    """
-    bad_input = code == BAD_INPUT_EXIT_CODE or bool(re.search(rf"exitcode\s*:\s*{BAD_INPUT_EXIT_CODE}\b", log))
-    lines = re.findall(r"^(?:\S+\.py: |\w+: )?error: .*$", log, re.MULTILINE)
-    if bad_input and lines:
-        return str(lines[0]), BAD_INPUT_EXIT_CODE
-    told = re.split(r"^[EW]\d{4} .*torch/distributed/elastic", log, maxsplit=1, flags=re.MULTILINE)[0].rstrip() or log
-    return "\n".join(f"  {line}" for line in told.rstrip().splitlines()[-_LOG_LINES_SHOWN:]), 1
 
 
 def run_stages(

@@ -8,21 +8,18 @@ Relative paths count from the directory in which the command is called.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.recipe.ablation import Ablation, read_ablation
-from megatron_btx.recipe.flags import LAYOUT_FLAGS, Flags, FlagValue
-from megatron_btx.recipe.reading import Reader, Section, load_tree
-from megatron_btx.recipe.routing import Routing, read_routing
+from megatron_btx.recipe.data import GENERALIST, LARGEST_SHARE, SPLITS, Data, read_data
+from megatron_btx.recipe.flags import LAYOUT_FLAGS, Flags
+from megatron_btx.recipe.reading import LARGEST_SEED, Reader, Section, check_values, load_tree
+from megatron_btx.recipe.routing import Routing, check_balancing, read_routing
 
-QUICKSTART_DOMAINS = ("general", "math", "code", "knowledge")
-SPLITS = ("train", "valid", "test")
-GENERALIST = "seed"
-RESERVED_NAMES = {GENERALIST: "the seed, which can be an expert of the mix", "mean": "a column of the reports"}
-"""Names that no domain may have."""
+_NAME_LETTERS_AT_MOST = 80
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -34,18 +31,6 @@ class Layout:
     threads: int = 1
     """OMP_NUM_THREADS of each process; on the CPU a stage takes processes x threads cores."""
     flags: Flags = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Either corpora that the run makes, or prefixes of existing .bin/.idx files per domain."""
-
-    corpora: Flags
-    """Flags of ``btx corpora``; empty when the data are given."""
-    workers: int
-    domains: Mapping[str, Mapping[str, tuple[tuple[float, str], ...]]]
-    """Domain -> split -> (weight, absolute prefix); empty when the run makes its corpora."""
-    tokenizer: Flags
 
 
 @dataclass(frozen=True)
@@ -116,7 +101,6 @@ class Recipe:
     notes: tuple[str, ...]
 
 
-_CORPORA_KEYS = ("corpora", "vocab-size", "workers", "seed", "scale")
 _TRAINING_KEYS = ("from", "blend", "tokens", "layout", "megatron")
 _RECIPE_KEYS = (
     *("name", "random-seed", "data", "model", "training", "domains"),
@@ -133,13 +117,12 @@ def load_recipe(file: Path, changes: list[str]) -> tuple[Recipe, dict[str, Any]]
 def parse_recipe(tree: Mapping[str, Any], file: str) -> Recipe:
     """Check ``tree`` and make a Recipe of it. Raises InputError with the place, what was found, what was expected."""
     reader = Reader(file)
+    check_values(tree, "", reader)
     top = Section(tree, "", _RECIPE_KEYS, reader)
-    random_seed = top.integer("random-seed", 1234)
-    if random_seed >= 2**32:
-        top.refuse("random-seed", f"found {random_seed}, expected less than 2**32, which is what NumPy takes")
+    random_seed = top.integer("random-seed", 1234, maximum=LARGEST_SEED)
     name = _slug(top, "name", top.text("name", Path(file).stem))
-    data, domains = _data(top)
-    experts_section = top.section("experts")
+    data, domains = read_data(top)
+    experts_section = top.named("experts")
     experts = {}
     for expert in experts_section.node:
         if expert not in domains:
@@ -190,7 +173,7 @@ def _settings(section: Section) -> Settings:
     flags = {name: layout.flag_value(name, layout.node[name]) for name in LAYOUT_FLAGS if name in layout.node}
     if flags:
         section.reader.flag_sections[layout.place] = flags
-    spread = Layout(layout.integer("processes", 1), layout.integer("threads", 1), flags)
+    spread = Layout(layout.processes("processes", 1), layout.processes("threads", 1), flags)
     return Settings(spread, section.flags("megatron"))
 
 
@@ -199,8 +182,9 @@ def _blend(section: Section, domains: tuple[str, ...]) -> Mapping[str, float]:
     if not blend.node:
         section.refuse("blend", f"empty; expected shares of some of the domains: {', '.join(domains)}")
     for domain, share in blend.node.items():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
-            blend.refuse(domain, f"found {share!r}, expected a number above zero (leave the domain out to have none)")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= LARGEST_SHARE:
+            expected = f"a number above zero and at most {LARGEST_SHARE:g} (leave the domain out to have none)"
+            blend.refuse(domain, f"found {share!r}, expected {expected}")
     total = sum(blend.node.values())
     if abs(total - 1) > 1e-9:
         section.reader.notes.append(f"{blend.place} sums to {total:g}; normalised to 1")
@@ -219,76 +203,10 @@ def _source(section: Section) -> Path | None:
 
 
 def _slug(top: Section, key: str, value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
-        top.refuse(key, f"found {value!r}, expected letters, digits, dots, dashes and underscores")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or len(value) > _NAME_LETTERS_AT_MOST:
+        expected = f"at most {_NAME_LETTERS_AT_MOST} letters, digits, dots, dashes and underscores"
+        top.refuse(key, f"found {value!r}, expected {expected}, the first a letter or digit")
     return value
-
-
-def _data(top: Section) -> tuple[Data, tuple[str, ...]]:
-    section = top.section("data", (*_CORPORA_KEYS, "tokenizer", "domains"))
-    listed = top.node.get("domains")
-    if ("corpora" in section.node) == ("domains" in section.node):
-        top.refuse("data", "expected either corpora: quickstart (made by the run) or domains: (.bin/.idx files)")
-    if "corpora" in section.node:
-        if section.text("corpora") != "quickstart" or "tokenizer" in section.node:
-            section.refuse("corpora", "expected quickstart, and no tokenizer beside it (one is trained on the corpora)")
-        tokenizer = {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": "data/tokenizer.model"}
-        workers = section.integer("workers", 2)
-        corpora: dict[str, FlagValue] = {"vocab-size": section.integer("vocab-size"), "workers": workers}
-        if "seed" in section.node:
-            corpora["seed"] = section.integer("seed", minimum=0)
-        if "scale" in section.node:
-            scale = section.node["scale"]
-            if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1:
-                section.refuse("scale", f"found {scale!r}, expected the share of the full size, above 0 and at most 1")
-            corpora["scale"] = scale
-        data = Data(corpora, workers, {}, tokenizer)
-        names = QUICKSTART_DOMAINS
-    else:
-        for key in _CORPORA_KEYS[1:]:
-            if key in section.node:
-                section.refuse(key, "only for corpora that the run makes; a given tokenizer goes under tokenizer")
-        section.section("domains").check_names(RESERVED_NAMES)
-        given = {domain: _splits(section, domain) for domain in section.section("domains").node}
-        names = tuple(given)
-        tokenizer_flags = dict(section.flags("tokenizer", allowed=("tokenizer-type", "tokenizer-model")))
-        if "tokenizer-type" not in tokenizer_flags:
-            section.refuse("tokenizer", "missing tokenizer-type; expected Megatron's tokenizer flags for these data")
-        model = tokenizer_flags.get("tokenizer-model")
-        if isinstance(model, str) and Path(model).expanduser().exists():
-            tokenizer_flags["tokenizer-model"] = str(Path(model).expanduser().absolute())
-        elif model is not None and tokenizer_flags["tokenizer-type"] != "HuggingFaceTokenizer":
-            section.refuse("tokenizer", f"tokenizer-model {model} does not exist")
-        data = Data({}, 0, given, tokenizer_flags)
-    if listed is not None and (not isinstance(listed, list) or not listed or not set(map(str, listed)) <= set(names)):
-        top.refuse("domains", f"found {listed!r}, expected a list of some of: {', '.join(names)}")
-    if listed is not None and len(set(map(str, listed))) < len(listed):
-        top.refuse("domains", f"found {listed!r}, expected every domain once")
-    return data, tuple(map(str, listed)) if listed else names
-
-
-def _splits(data: Section, domain: str) -> Mapping[str, tuple[tuple[float, str], ...]]:
-    section = data.section("domains").section(domain, SPLITS)
-    splits: dict[str, tuple[tuple[float, str], ...]] = {}
-    for split, entries in section.node.items():
-        if not isinstance(entries, list) or not entries:
-            section.refuse(split, f'found {entries!r}, expected a list of "PREFIX" or "WEIGHT PREFIX"')
-        splits[split] = tuple(_prefix(section, split, str(entry)) for entry in entries)
-    if "train" not in splits:
-        section.refuse("train", "missing, expected a list of prefixes of .bin/.idx files")
-    return splits
-
-
-def _prefix(section: Section, split: str, entry: str) -> tuple[float, str]:
-    match = re.fullmatch(r"(?:(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s+)?(\S.*)", entry.strip())
-    weight = float(match[1] or 1.0) if match else 0.0
-    if match is None or weight <= 0:
-        section.refuse(split, f'found {entry!r}, expected "PREFIX" or "WEIGHT PREFIX" with a weight above zero')
-    prefix = Path(match[2]).expanduser().absolute()
-    for suffix in (".bin", ".idx"):
-        if not Path(f"{prefix}{suffix}").is_file():
-            section.refuse(split, f"{prefix}{suffix} does not exist; make it with btx preprocess")
-    return weight, str(prefix)
 
 
 def _mix(top: Section, experts: tuple[str, ...], random_seed: int) -> Mix | None:
@@ -303,6 +221,10 @@ def _mix(top: Section, experts: tuple[str, ...], random_seed: int) -> Mix | None
     if len(names) < 2 or len(set(map(str, names))) < len(names):
         section.refuse("experts", f"found {names!r}, expected at least two different experts")
     routing, flags = read_routing(section, len(names)), section.flags("megatron")
+    everywhere = {"model": top.flags("model"), "training": top.flags("training"), f"{section.place}.megatron": flags}
+    if "finetune" in top.node:
+        everywhere["finetune.megatron"] = top.section("finetune").flags("megatron")
+    check_balancing(section, routing, everywhere)
     router_seed = section.integer("router-seed", random_seed, minimum=0)
     return Mix(source, tuple(map(str, names)), router_seed, routing, flags)
 
@@ -329,14 +251,16 @@ def _evaluate(top: Section) -> Evaluate | None:
     return Evaluate(split, section.integer("tokens"), _settings(section))
 
 
-def _check_whole(reader: Reader, recipe: Recipe, top_keys: Container[str]) -> None:
+def _check_whole(reader: Reader, recipe: Recipe, top: Mapping[str, Any]) -> None:
     """What only the parts together can violate."""
     if recipe.finetune and not recipe.mix:
         reader.refuse("finetune", "there is no mix to finetune; add mix: {}")
     if recipe.mix and not recipe.mix.source and not recipe.experts:
         reader.refuse("mix", "there are no experts to mix; add experts, or mix: {from: PATH}")
-    if "ablation" in top_keys and not (recipe.mix and not recipe.mix.source and recipe.finetune):
+    if "ablation" in top and not (recipe.mix and not recipe.mix.source and recipe.finetune):
         reader.refuse("ablation", "its variants are of a mix of the recipe's experts and of finetune; add both")
+    if recipe.ablation:
+        _check_ablation(reader, recipe, top)
     if recipe.average and not recipe.experts:
         reader.refuse("baselines.average", "there are no experts to average; add experts")
     missing = [name for name in recipe.mix.experts if name not in (*recipe.experts, GENERALIST)] if recipe.mix else []
@@ -355,3 +279,17 @@ def _check_whole(reader: Reader, recipe: Recipe, top_keys: Container[str]) -> No
             if len(prefixes) != 1:
                 place = f"data.domains.{domain}.{recipe.evaluate.split}"
                 reader.refuse(place, f"found {len(prefixes)} prefixes, expected one: it is the domain's evaluation set")
+
+
+def _check_ablation(reader: Reader, recipe: Recipe, top: Mapping[str, Any]) -> None:
+    """Refuse what an ablation would pass over in silence."""
+    for key, why in (
+        ("evaluate", "every variant is measured on ablation.split and ablation.tokens"),
+        ("baselines", "its report compares the variants alone"),
+    ):
+        if key in top:
+            reader.refuse(key, f"an ablation makes none: {why}; leave it out (of an included recipe by {key}: null)")
+    if recipe.finetune and recipe.finetune.source:
+        reader.refuse("finetune.from", "an ablation finetunes every variant itself; leave it out")
+    if top["mix"].get("router-seed") is not None:
+        reader.refuse("mix.router-seed", "an ablation draws its routers from ablation.seeds; leave it out")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PYTHON = "python"
-"""Stands for the interpreter in a stage's command; command.sh takes this one unless $PYTHON names another."""
+"""Stands for the interpreter in a stage's command; command.sh takes this one unless $BTX_PYTHON names another."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def command_text(stage: Stage) -> str:
     """The stage's command for a shell in the run directory, a flag per line."""
     words = [shlex.quote(word) for word in stage.command]
     if stage.command[0] == PYTHON:
-        words[0] = f'"${{PYTHON:-{shlex.quote(sys.executable)}}}"'
+        # Many an environment has a PYTHON that means another interpreter, one without torch.
+        # Without quotes around the whole: within them bash would take those of the path for a part of it.
+        words[0] = f"${{BTX_PYTHON:-{shlex.quote(sys.executable)}}}"
     lines: list[str] = []
     for word in words:
         if not lines or word.startswith("--"):
@@ -81,7 +83,8 @@ def command_script(stage: Stage) -> str:
         "#!/usr/bin/env bash\n"
         f"# Stage {one_line(stage.name)}. Relative paths count from the run directory, the parent of this script's.\n"
         "set -euo pipefail\n"
-        'cd "$(dirname "${BASH_SOURCE[0]}")/.."\n'
+        "unset CDPATH\n"  # with it, cd would look for the folder elsewhere first
+        'cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."\n'
         f"export OMP_NUM_THREADS={stage.threads}\n"
         f"exec {command_text(stage)}\n"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,12 @@ from tests.zygote import free_port
 
 EXPERT = str(REPOSITORY / "examples" / "train_expert.sh")
 FINETUNE = str(REPOSITORY / "examples" / "btx_finetune.sh")
+
+SCRIPTS = sorted(
+    str(file.relative_to(REPOSITORY))
+    for folder in ("benchmarks", "examples", "tests", "tools")
+    for file in (REPOSITORY / folder).glob("*.sh")
+)
 
 PICO = {
     "LAYERS": str(pico.LAYERS),
@@ -148,6 +155,73 @@ def test_watching_and_freezing(teller):
     assert "--btx-freeze" not in " ".join(told(FINETUNE, teller)[0])
 
 
+def test_lists_may_stand_on_several_lines(teller):
+    """As a person writes a long blend, also in a file of another system; nothing of it is dropped."""
+    lists = {"DATA": "0.5 a\n  0.5 b\n", "VALID_DATA": "0.9 c\r\n0.1 d\r\n"}
+    lists |= {"FREEZE": "\nexperts\n\nnorms", "VALID_DOMAINS": "math=m\n\tcode=c"}
+    command = " ".join(told(FINETUNE, teller, **lists)[0])
+    for words in (
+        "--train-data-path 0.5 a 0.5 b --pretrained",
+        "--valid-data-path 0.9 c 0.1 d --eval-iters",
+        "--btx-freeze experts norms --btx-valid-data math=m code=c --num-experts",
+    ):
+        assert words in command
+    four = {f"{domain}_DATA": f"{domain.lower()}\n" for domain in ("MATH", "CODE", "WIKI", "GENERAL")}
+    command = " ".join(told(FINETUNE, teller, DATA="", BLEND="1 2\n3\n4", **four)[0])
+    assert "--train-data-path 1 math 2 code 3 wiki 4 general --pretrained" in command
+
+
+@pytest.mark.parametrize(
+    ("word", "on"),
+    [*((w, True) for w in ("", "1", "true", "Yes", "ON")), *((w, False) for w in "0 no False OFF".split())],
+)
+def test_yes_and_no(word, on, teller):
+    """In the words that people use for them."""
+    assert ("--use-distributed-optimizer" in told(EXPERT, teller, DISTRIBUTED_OPTIMIZER=word)[0]) == on
+
+
+def test_another_tree_on_cdpath_is_not_taken(teller, tmp_path):
+    """With CDPATH, cd looks for a relative folder elsewhere first, and prints it."""
+    for tree in ("mine", "other"):
+        for name, text in (("tools/environment.sh", "true"), (".venv/bin/btx", f"#!/bin/sh\necho {tree} $*")):
+            file = tmp_path / tree / name
+            file.parent.mkdir(parents=True)
+            file.write_text(text)
+            file.chmod(0o755)
+        shutil.copytree(REPOSITORY / "examples", tmp_path / tree / "examples")
+    teller.write_text(f"#!{sys.executable}\nimport os\nprint(os.environ['PYTHONPATH'])\n")
+    given = {"PYTHON": teller, "DATA": "a", "START": teller, "RUN": "run", "TOKENIZER_MODEL": "t"}
+    variables = environment(**given, CDPATH=tmp_path / "other")
+    for script, said in (
+        ("train_expert", tmp_path / "mine"),
+        ("quickstart", "mine run examples/recipes/quickstart.yaml"),
+    ):
+        command = ["bash", f"examples/{script}.sh"]
+        done = subprocess.run(command, cwd=tmp_path / "mine", env=variables, capture_output=True, text=True, check=True)
+        assert set(done.stdout.splitlines()) == {str(said)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_is_led_astray_by_cdpath(script):
+    """Whoever changes the folder has taken CDPATH out before."""
+    text = (REPOSITORY / script).read_text()
+    before, changes, _ = text.partition("cd -- ")
+    assert not changes or "\nunset CDPATH" in before
+    assert 'cd "$(dirname' not in text
+
+
+def test_an_interpreter_without_torch_is_refused(teller, tmp_path):
+    """Many an environment has a PYTHON that means another one."""
+    given = {"DATA": "a", "START": teller, "RUN": "run", "TOKENIZER_MODEL": "t"}
+    for python in ("false", "/no/where"):
+        done = subprocess.run(
+            ["bash", EXPERT], env=environment(**given, PYTHON=python), capture_output=True, text=True, cwd=tmp_path
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: PYTHON={python} does not run or has no torch: unset PYTHON")
+        assert done.stderr.count("\n") == 1
+
+
 def test_defaults_are_the_papers_recipe(teller):
     """Batch of 4,194,304 tokens, peak 1e-4 to a tenth of it, 19,000 steps, the paper's mixture of domains."""
     four = {f"{domain}_DATA": domain.lower() for domain in ("MATH", "CODE", "WIKI", "GENERAL")}
@@ -194,6 +268,14 @@ def test_missing_input_is_refused(launcher, missing, tmp_path):
             ({"DATA": "", "BLEND": blend}, f"BLEND={blend}: expected four numbers")
             for blend in ("1 2 3", "1 2 3 4 5", "1 2 3 -4", "1 2 3 nan", "1,2,3,4", "1 2 3 0", "1 2 3 1e")
         ),
+        *(
+            ({"DATA": "", "BLEND": blend}, f"BLEND={blend}: expected four numbers")
+            for blend in ("1e999 1 1 1", "1 inf 1 1", f"{'9' * 400} 1 1 1", "1 1 1 0x10", "1 1 1 ١")
+        ),
+        ({"DATA": "", "MATH_DATA": "0.5 a 0.5 b"}, "MATH_DATA=0.5 a 0.5 b: expected one prefix; give several as DATA"),
+        ({"DATA": " \n "}, "DATA holds no word"),
+        *(({"DISTRIBUTED_OPTIMIZER": word}, f"DISTRIBUTED_OPTIMIZER={word}: expected 1, yes") for word in ("2", "ja")),
+        *(({"LR": rate}, f"LR={rate}: expected a number above zero") for rate in ("nan", "high", "0", "1e999")),
         *(
             ({name: size}, f"{name}={size}: expected a whole number above zero")
             for name, size in (

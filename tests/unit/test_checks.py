@@ -19,7 +19,7 @@ TYPE = "--moe-router-load-balancing-type "
 @pytest.fixture(scope="module")
 def parser() -> argparse.ArgumentParser:
     """Megatron's own, with our flags."""
-    from megatron_btx.recipe.flags import _megatron_parser
+    from megatron_btx.recipe.program_checks import _megatron_parser
 
     return _megatron_parser()
 

@@ -64,6 +64,16 @@ def test_routing_methods(name, expected):
         ("mix.top-k=5", "at most the 4 experts"),
         ("mix.top-k=1", "take routing: switch"),
         ("mix.load-balancing=half", "expected one of megatron, paper, none"),
+        ("mix.load-balancing=none", r"mix\.megatron\.moe-router-load-balancing-type: found 'aux_loss' beside .*: none"),
+        (
+            "mix={load-balancing: none, megatron: {moe-aux-loss-coeff: 0.01}}",
+            r"mix\.megatron\.moe-aux-loss-coeff: found 0.01 beside load-balancing: none, which contradicts it; leave",
+        ),
+        ("mix={load-balancing: paper, megatron: {moe-aux-loss-coeff: 0}}", "found 0 beside load-balancing: paper"),
+        (
+            "mix={load-balancing: megatron, megatron: {moe-router-load-balancing-type: none}}",
+            "found 'none' beside load-balancing: megatron",
+        ),
         ("mix.megatron.moe-router-pre-softmax=true", "set by the pipeline from mix.routing"),
         ("mix.megatron.btx-sample-top1=true", "set by the pipeline from mix.routing"),
         ("mix.megatron.btx-load-balancing=paper", "set by the pipeline from mix.load-balancing"),
@@ -73,6 +83,13 @@ def test_routing_is_refused(change, said):
     """What is no method, what the method lacks, and what would be said twice."""
     with pytest.raises(InputError, match=said):
         planned("quickstart", change)
+
+
+@pytest.mark.parametrize("place", ["model", "training", "finetune.megatron"])
+def test_load_balancing_is_not_contradicted_from_elsewhere(place):
+    """Flags of other sections would win over it."""
+    with pytest.raises(InputError, match=rf"{place}\.moe-aux-loss-coeff: found 0.5 beside load-balancing: none"):
+        planned("quickstart-soft", f"{place}.moe-aux-loss-coeff=0.5")
 
 
 def test_ablation_of_the_example():
@@ -134,12 +151,45 @@ def test_a_capacity_of_the_mix_is_its_methods():
         ),
         ("ablation.variants.top2.megatron={moe-router-load-balancing-type: none}", "beside load-balancing: megatron"),
         ("finetune=null", "add both"),
+        ("ablation.seeds=[4294967296]", "less than 2\\*\\*32"),
+        ("ablation.variants.soft={megatron: {btx-freeze: router}, freeze: [experts]}", "soft.freeze: .*a second time"),
+        (
+            "ablation.variants.soft.megatron={moe-aux-loss-coeff: 0.5}",
+            "soft.megatron.moe-aux-loss-coeff: found 0.5 besi",
+        ),
+        ("evaluate={tokens: 65536}", "evaluate: an ablation makes none: every variant is measured on ablation.split"),
+        ("baselines={average: true}", "baselines: an ablation makes none"),
+        ("mix.router-seed=5", "mix.router-seed: an ablation draws its routers from ablation.seeds"),
     ],
 )
 def test_ablations_are_refused(change, said):
     """With the place and what was expected."""
     with pytest.raises(InputError, match=said):
         planned("ablation-tiny", change)
+
+
+def test_a_variant_that_says_nothing_is_finetune_as_it_is(tmp_path):
+    """Null takes a variant of an included recipe out; an empty one changes nothing; no frozen groups unfreeze."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"include: {RECIPES / 'ablation-tiny.yaml'}\nfinetune: {{megatron: {{btx-freeze: router}}}}\n"
+        "ablation: {seeds: [1], variants: {soft: null, plain: , free: {freeze: []}}}\n"
+    )
+    recipe, tree = load_recipe(file, ["ablation.variants.switch=null"])
+    stages = {stage.name: list(stage.command) for stage in plan_stages(recipe)}
+    names = {name for name in stages if name.startswith("ablation-")}
+    assert {"ablation-plain-s1", "ablation-free-s1"} < names
+    assert not {"ablation-soft-s1", "ablation-switch-s1"} & names
+    assert not {"soft", "switch"} & tree["ablation"]["variants"].keys()
+    assert value(stages["ablation-plain-s1"], "btx-freeze") == "router"
+    assert value(stages["ablation-free-s1"], "btx-freeze") is None
+
+
+def test_an_ablation_of_a_given_finetuning_is_refused(tmp_path):
+    """It would be finetuned all the same."""
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    with pytest.raises(InputError, match=r"finetune\.from: an ablation finetunes every variant itself"):
+        planned("ablation-tiny", f"finetune.from={tmp_path}")
 
 
 def test_included_recipes(tmp_path):
@@ -150,7 +200,7 @@ def test_included_recipes(tmp_path):
     recipe, tree = load_recipe(tmp_path / "over.yaml", ["baselines=null"])
     assert (recipe.name, recipe.seed.tokens, recipe.dense) == ("mine", 2_000_000, None)
     assert set(recipe.seed.blend) == {"general", "math", "code", "knowledge"}
-    assert "include" not in tree
+    assert "include" not in tree and "baselines" not in tree
     for name, text in (("list", "- a"), ("empty", "# nothing"), ("b", "include: c.yaml"), ("c", "include: b.yaml")):
         (tmp_path / f"{name}.yaml").write_text(text)
     for name, text, said in (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx import cli
-from megatron_btx.recipe import flags, runner
+from megatron_btx.recipe import program_checks, runner
 from megatron_btx.recipe.folder import decide
 from megatron_btx.recipe.planner import plan_stages
 from megatron_btx.recipe.schema import load_recipe
@@ -73,7 +73,7 @@ CHANGES = {
     "training.exit-duration-in-mins=60": NOTHING,
     "seed.megatron.recompute-activations=true": NOTHING,
     "training={clip-grad: 1, weight-decay: 0.10, adam-beta2: 0.95, adam-beta1: 0.9, lr-decay-style: cosine, "
-    "global-batch-size: 4, micro-batch-size: 4, eval-iters: 0}": NOTHING,
+    "global-batch-size: 4, micro-batch-size: 4, eval-iters: 0, save-interval: 9}": NOTHING,
     "seed.megatron.lr=0.003": NOTHING,
     "seed.megatron.lr='3e-3'": NOTHING,
     "finetune.blend={general: 4, math: 2, code: 2, knowledge: 2}": NOTHING,
@@ -139,7 +139,7 @@ def test_the_command_that_is_proposed_is_one_that_goes_on(
     finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It names every stage; its dry run sets each old folder aside and removes none."""
-    monkeypatch.setattr(flags, "check_with_megatron", lambda *_: None)
+    monkeypatch.setattr(program_checks, "check_with_megatron", lambda *_: None)
     assert cli.main(["run", str(RECIPE), "--output", str(finished), "--set", *PICO, "evaluate.tokens=2_048"]) == 2
     again = re.search(r"btx (run .*)", capfd.readouterr().err)
     assert again

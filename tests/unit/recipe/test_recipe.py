@@ -15,7 +15,7 @@ import yaml
 
 from megatron_btx import cli
 from megatron_btx.errors import InputError
-from megatron_btx.recipe import flags
+from megatron_btx.recipe import program_checks
 from megatron_btx.recipe.budgets import padded_vocabulary, token_weighted, training_flops, training_steps
 from megatron_btx.recipe.folder import Action, plan_of
 from megatron_btx.recipe.identity import identities
@@ -75,7 +75,7 @@ def all_values(stage: Stage, flag: str) -> list[str]:
         ("name=a/b", "name: found 'a/b'"),
         ("random-seed=-1", "random-seed: found -1"),
         ("random-seed=0", "random-seed: found 0"),
-        ("random-seed=4294967296", "random-seed: found 4294967296, expected less"),
+        ("random-seed=4294967296", "random-seed: found 4294967296, expected at most 4294967295"),
         ("seed.from=/nowhere", "seed.from: /nowhere does not exist"),
         ("model.train-iters=5", "model.train-iters: set by the pipeline from tokens"),
         ("training.seed=5", "training.seed: set by the pipeline from random-seed"),
@@ -88,6 +88,18 @@ def all_values(stage: Stage, flag: str) -> list[str]:
         ("data.scale=0", "data.scale: found 0"),
         ("data.corpora=pile", "data.corpora: expected quickstart"),
         ("seed.layout.processes=0", "seed.layout.processes: found 0"),
+        ("seed.layout.processes=1000000", "seed.layout.processes: found 1000000, expected at most 1024"),
+        ("data.workers=9999", "data.workers: found 9999, expected at most"),
+        ("seed.blend.math=1e400", "seed.blend.math: found '1e400'"),
+        ("seed.blend.math=1.0e+300", "seed.blend.math: found 1e\\+300, .* at most 1e\\+15"),
+        (f"seed.blend.math=1{'0' * 400}", "seed.blend.math: found a number of 1329 bits"),
+        (f"seed.tokens=1{'0' * 30}", "seed.tokens: found a number of 100 bits"),
+        (f"seed.tokens=0x1{'0' * 5000}", "seed.tokens: found a number of 20001 bits"),
+        ("training.lr=.nan", "training.lr: found nan, expected a finite number"),
+        ("training.lr=[1, -.inf]", "training.lr: found -inf"),
+        ('training.lr="1\\0"', "training.lr: found '1.x00', which no command line can hold"),
+        ("experts.math=null", "mix.experts: found .*'math'"),
+        (f"name={'a' * 81}", "name: found .*at most 80 letters"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: str) -> None:
@@ -108,6 +120,8 @@ def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: s
         ("seed.megatron.micro-batch-size=4", "global-batch-size 4 with micro-batch-size 4 on DP 2"),
         ("model.num-attention-heads=3", "stage seed"),
         ("training.global-batch-size=null", "--global-batch-size is not given"),
+        ("training.save-interval=null", "stage seed: no save-interval; put it under training"),
+        ("experts.math.megatron.save-interval=0", "--save-interval is 0"),
         ("evaluate.layout={processes: 2}", "stage evaluate-experts: .* micro-batch-size 4 on DP 2"),
         ("evaluate.tokens=1000", "stage evaluate-experts: 1000 tokens per domain are fewer than .*4 sequences = 1024"),
     ],
@@ -135,12 +149,78 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
         load_tree(file, [])
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [1\n", "a: !!python/object/apply:os.getcwd []\n"])
+LAUGHS = "".join(f"a{at}: &a{at} [{', '.join([f'*a{at - 1}' if at else '1'] * 9)}]\n" for at in range(9))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "- a\n- b\n", "a: [1\n", "a: !!python/object/apply:os.getcwd []\n", "a: 1\n---\nb: 2\n"),
+        pytest.param(LAUGHS, id="aliases of aliases"),
+        pytest.param("a: &a {b: *a}\n", id="an alias of itself"),
+        pytest.param("a: " + "[" * 5000, id="deep"),
+        pytest.param("a: 1" + "0" * 5000, id="long number"),
+        *("a: 2026-02-30", "a: !!int x", "a: 0b_", "? [a]\n: 1", "a: \x07", "a: 010", "a: 1:30", "a: 190:20:30.15"),
+    ],
+)
 def test_a_file_that_is_no_recipe_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "broken.yaml"
     file.write_text(text)
     with pytest.raises(InputError, match="broken.yaml: "):
         load_tree(file, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "0300000",
+            "--set seed.tokens=0300000: line 1: found 0300000, which YAML reads as 98304; write a number without",
+        ),
+        ("-0_17", "found -0_17, which YAML reads as -15"),
+        ("5:00", "found 5:00, which YAML reads as 300"),
+        ("[", "--set seed.tokens=\\[: not readable as YAML"),
+        ("2026-02-30", "--set seed.tokens=2026-02-30: not readable as YAML: day is out of range"),
+        ("&a {b: *a}", "--set .*: nested too deeply"),
+    ],
+)
+def test_a_change_that_yaml_reads_otherwise_is_refused(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        recipe(f"seed.tokens={text}")
+
+
+def test_decimal_numbers_pass() -> None:
+    for text in ("0", "1_000_000", "0x10", "-3", "0.5", "00.5", "0.0"):
+        tree = load_tree(QUICKSTART, [f"random-seed={text}"])
+        assert tree["random-seed"] == yaml.safe_load(text)
+
+
+def test_a_change_of_one_alias_is_none_of_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("experts:\n  math: {megatron: &rate {lr: 1}}\n  code: {megatron: *rate}\n")
+    tree = load_tree(file, ["experts.math.megatron.lr=2"])
+    assert tree["experts"] == {"math": {"megatron": {"lr": 2}}, "code": {"megatron": {"lr": 1}}}
+
+
+def test_a_blend_is_replaced_as_a_whole_by_an_include_and_by_a_change(tmp_path: Path) -> None:
+    """Its shares belong together; a dotted key changes a single one. A domain may be named blend all the same."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"include: {QUICKSTART}\nseed: {{blend: {{math: 3, code: 1}}}}\n")
+    assert load_recipe(file, [])[0].seed.blend == {"math": 0.75, "code": 0.25}
+    assert recipe("seed.blend={math: 3, code: 1}").seed.blend == {"math": 0.75, "code": 0.25}
+    assert set(load_recipe(file, ["seed.blend.general=4"])[0].seed.blend) == {"math", "code", "general"}
+    (tmp_path / "base.yaml").write_text("experts: {blend: {tokens: 1, blend: {blend: 1}}}\n")
+    file.write_text("include: base.yaml\nexperts: {blend: {blend: {math: 1}}}\n")
+    assert load_tree(file, [])["experts"] == {"blend": {"tokens": 1, "blend": {"math": 1}}}
+
+
+def test_null_takes_a_section_out_and_an_empty_one_is_there(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"include: {QUICKSTART}\nbaselines: null\nevaluate:\n")
+    assert not {"baselines", "evaluate"} & load_tree(file, []).keys()
+    file.write_text("experts: {math: }\n")
+    with pytest.raises(InputError, match=r"experts\.math\.blend: empty"):
+        parse_recipe({**yaml.safe_load(QUICKSTART.read_text()), **load_tree(file, [])}, "r")
 
 
 @pytest.mark.parametrize("change", ["random-seed", "random-seed.deeper=1"])
@@ -424,20 +504,23 @@ def test_the_vocabulary_is_padded_as_megatron_does() -> None:
 
 
 def test_flags_are_checked_by_the_parser_with_the_place_and_the_close_match() -> None:
-    parser = flags._RefusingParser(allow_abbrev=False)
+    parser = program_checks._RefusingParser(allow_abbrev=False)
     parser.add_argument("--num-layers", type=int)
-    flags.check_sections(parser, {"model": ["--num-layers", "4"]})
+    program_checks.check_sections(parser, {"model": ["--num-layers", "4"]})
     with pytest.raises(InputError, match=r"model\.num-layer: .*did you mean num-layers"):
-        flags.check_sections(parser, {"model": ["--num-layer", "4"]})
+        program_checks.check_sections(parser, {"model": ["--num-layer", "4"]})
+    with pytest.raises(InputError) as refusal:
+        program_checks.check_sections(parser, {"model": ["--num-layer", "4"], "training": []})
+    assert ";;" not in str(refusal.value).replace(" ", "")
     with pytest.raises(InputError, match="model: argument --num-layers: invalid int value: 'four'"):
-        flags.check_sections(parser, {"model": ["--num-layers", "four"]})
+        program_checks.check_sections(parser, {"model": ["--num-layers", "four"]})
 
 
 def test_the_quickstarts_flags_are_megatrons_and_wrong_ones_are_refused() -> None:
     """One import of Megatron (some 10 s) for all: the recipe's flags pass, and the added wrong one is named."""
     sections = recipe("evaluate.megatron.clip-gradd=1").flag_sections
     with pytest.raises(InputError, match=r"r: evaluate\.megatron\.clip-gradd: Megatron has no flag .*mean clip-grad"):
-        flags.check_with_megatron("r", sections)
+        program_checks.check_with_megatron("r", sections)
     assert list(sections)[-1] == "evaluate.megatron", "the wrong flag must stand last, behind all that have to pass"
 
 
@@ -531,7 +614,10 @@ GIVEN = "data={{domains: {domains}, tokenizer: {{tokenizer-type: NullTokenizer, 
         ("yes", "YAML reads this name as bool True; put it in quotes"),
         ("2026-01-01", "YAML reads this name as date"),
         ("seed", "the name of the seed"),
+        ("SEED", "the name of the seed"),
         ("mean", "the name of a column"),
+        ("Mean", "the name of a column"),
+        ("math.20261126-101112", "ends as the folders of earlier runs do"),
         ("Code", "differs from code in case alone"),
     ],
 )
@@ -630,10 +716,27 @@ def test_a_plan_has_the_fingerprints_that_the_manifests_get() -> None:
 
 
 def test_status_of_a_broken_plan_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text in ("[", "{}", "[1]"):
+    for text in ("[", "{}", "[1]", '[{"stage": 1}]', '[{"stage": "a", "steps": "x"}]'):
         (tmp_path / cli.PLAN_FILE).write_text(text)
         assert cli.main(["status", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("not the plan of a run") == 3
+    assert capsys.readouterr().err.count("not the plan of a run") == 5
+
+
+def test_status_shows_what_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A broken manifest or line of metrics hides no other stage, and names are no markup."""
+    run = tmp_path / "[red]run[/red]"
+    plan = [{"stage": name, "steps": 10, "tokens": 100} for name in ("seed", "mix", "finetune")]
+    (run / "seed").mkdir(parents=True)
+    (run / cli.PLAN_FILE).write_text(json.dumps(plan))
+    (run / "seed" / "manifest.json").write_text('{"status": ["odd"], "seconds": "long"}')
+    lines = ['{"iteration": 1, "time": 1}', '{"iteration": "x", "time": 1}', '{"iteration": 2, "time": "y"}', "[]"]
+    (run / "seed" / "metrics.jsonl").write_text("\n".join([*lines, '{"iteration": 3, "time": 5, "lm loss": "low"}']))
+    (run / "mix").mkdir()
+    (run / "mix" / "manifest.json").write_text("{")
+    assert cli.main(["status", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "[red]run[/red]" in shown.replace("\n", "")
+    assert "3/10" in shown and "unreadable" in shown and "waiting" in shown
 
 
 def test_the_average_is_of_experts_that_the_recipe_has(tmp_path: Path) -> None:

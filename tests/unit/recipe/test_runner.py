@@ -20,9 +20,10 @@ from megatron_btx import manifest as manifests
 from megatron_btx.errors import InputError
 from megatron_btx.manifest import read_manifest
 from megatron_btx.recipe import processes
+from megatron_btx.recipe.failure import failure_message, killed_by
 from megatron_btx.recipe.folder import decide
-from megatron_btx.recipe.runner import Machine, failure_message, is_locked, locked, run_stages
-from megatron_btx.recipe.stage import Stage, command_script
+from megatron_btx.recipe.runner import Machine, is_locked, locked, run_stages
+from megatron_btx.recipe.stage import Stage, command_script, command_text
 
 WAIT_SECONDS = 30.0
 
@@ -254,6 +255,65 @@ def test_torchruns_report_does_not_hide_the_reason() -> None:
     message, status = failure_message(f"[rank1]: AssertionError: no sample\n{report}", 1)
     assert status == 1 and message == "  [rank1]: AssertionError: no sample"
     assert "noise" in failure_message(report, 1)[0]
+
+
+def test_a_killed_rank_is_said_first() -> None:
+    """torchrun tells it in a report of its own, below what looks like progress; it ends the other ranks by SIGTERM."""
+    progress = "".join(f"step {number} loss 3.1\n" for number in range(40))
+    report = "E1123 21:07:41 5 lib/torch/distributed/elastic/multiprocessing/api.py:1] failed\n"
+    report += "[1]:\n  exitcode  : -15 (pid: 5)\n  traceback : Signal 15 (SIGTERM) received by PID 5\n"
+    report += "Root Cause (first observed failure):\n[0]:\n  exitcode  : -9 (pid: 4)\n"
+    assert killed_by(progress + report, 1).startswith(
+        "a rank was killed by signal 9 (SIGKILL), most likely for want of"
+    )
+    message, status = failure_message(progress + report, 1)
+    assert status == 1 and message.endswith("  step 39 loss 3.1") and message.count("\n") == 14
+    assert killed_by("exitcode  : -15 (pid: 5)", 1) == "a rank was killed by signal 15 (SIGTERM)"
+    for code in (-9, 137):
+        assert killed_by(progress, code).startswith("its process was killed by signal 9 (SIGKILL), most likely")
+    for code in (1, 2, 128, 255):
+        assert killed_by(progress, code) == ""
+
+
+def test_a_stage_whose_process_is_killed_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _ = run([shell("a", "echo step 1; kill -KILL $$")], tmp_path)
+    said = capsys.readouterr().err
+    assert code == 1 and said.startswith("error: stage a failed: its process was killed by signal 9 (SIGKILL), most l")
+
+
+def test_an_interpreter_of_the_environment_is_not_the_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Many a shell has a PYTHON, and a CDPATH that holds another folder of the run's name."""
+    monkeypatch.setenv("PYTHON", "false")
+    stage = Stage("a", ("python", "-c", "import sys; open('a/out', 'w').write(sys.executable)"), product="out")
+    assert run([stage], tmp_path / "run")[0] == 0
+    assert (tmp_path / "run" / "a" / "out").read_text() == sys.executable
+    other = {**os.environ, "BTX_PYTHON": "false"}
+    command = tmp_path / "run" / "a" / "command.sh"
+    assert subprocess.run(["bash", str(command)], env=other, check=False).returncode == 1
+
+
+def test_command_sh_runs_in_its_own_run(tmp_path: Path) -> None:
+    """However it is called, whatever CDPATH holds, and wherever the interpreter lies."""
+    stage = Stage("a", ("bash", "-c", "pwd > a/out"), product="out")
+    for run_folder in ("mine", "other"):
+        (tmp_path / run_folder / "run" / "a").mkdir(parents=True)
+    (tmp_path / "mine" / "run" / "a" / "command.sh").write_text(command_script(stage))
+    environment = {**os.environ, "CDPATH": str(tmp_path / "other")}
+    subprocess.run(["bash", "run/a/command.sh"], cwd=tmp_path / "mine", env=environment, check=True)
+    assert (tmp_path / "mine" / "run" / "a" / "out").read_text() == f"{tmp_path / 'mine' / 'run'}\n"
+    assert not (tmp_path / "other" / "run" / "a" / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["a b", "it's", 'a"b', "$HOME", "a}b"])
+def test_an_interpreter_may_lie_anywhere(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter = tmp_path / place / "python"
+    interpreter.parent.mkdir()
+    interpreter.symlink_to("/bin/true")
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    script = f"set -eu\n{command_text(Stage('a', ('python', '-c', 'x')))}\n"
+    subprocess.run(["bash", "-c", script], check=True)
 
 
 def test_a_stage_that_ends_well_without_its_product_has_failed(

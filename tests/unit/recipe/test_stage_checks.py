@@ -13,7 +13,7 @@ from megatron_btx.data import preprocess
 from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.errors import InputError
 from megatron_btx.evaluate import add_evaluation_arguments
-from megatron_btx.recipe import flags, identity
+from megatron_btx.recipe import identity, program_checks
 from megatron_btx.recipe.planner import plan_stages
 from megatron_btx.recipe.schema import load_recipe
 from tests import pico
@@ -24,14 +24,14 @@ RECIPES = Path(__file__).resolve().parents[3] / "examples" / "recipes"
 @pytest.fixture(scope="module")
 def parser() -> ArgumentParser:
     """Megatron's parser with our flags, made once: its import takes some 10 s."""
-    made = flags._megatron_parser()
+    made = program_checks._megatron_parser()
     return add_evaluation_arguments(made)
 
 
 def check(parser: ArgumentParser, recipe: str, *changes: str) -> None:
     stages = plan_stages(load_recipe(RECIPES / f"{recipe}.yaml", list(changes))[0])
-    asked = {stage.name: (stage.processes, flags.program_words(stage)) for stage in stages if stage.on_gpu}
-    flags.check_stages(parser, asked)
+    asked = {stage.name: (stage.processes, program_checks.program_words(stage)) for stage in stages if stage.on_gpu}
+    program_checks.check_stages(parser, asked)
 
 
 @pytest.mark.parametrize("recipe", sorted(file.stem for file in RECIPES.glob("*.yaml")))
@@ -84,10 +84,10 @@ def test_datasets_are_checked_before_the_first_stage(words, said, parser, datase
     ]
     stages = {"seed": (1, [*pico.MODEL, *pico.TRAINING, "--train-iters", "2", *data])}
     if said is None:
-        flags.check_stages(parser, stages)
+        program_checks.check_stages(parser, stages)
         return
     with pytest.raises(InputError, match=said):
-        flags.check_stages(parser, stages)
+        program_checks.check_stages(parser, stages)
 
 
 TENSOR = "evaluate.layout={processes: 2, tensor-model-parallel-size: 2}"
@@ -158,6 +158,16 @@ def test_the_dry_run_refuses_it(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.err.startswith(f"error: {file}: stage finetune: --btx-freeze expertz: ")
     assert said.err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_megatrons_own_validation_is_asked_before_the_first_stage(tmp_path, capsys):
+    """What its assertions would say at the start of a stage, hours after the stages before it."""
+    file, output = str(RECIPES / "quickstart.yaml"), str(tmp_path / "run")
+    change = "finetune.megatron.min-lr=1"
+    assert cli.main(["run", file, "--dry-run", "--output", output, "--set", change]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {file}: stage finetune: Megatron refuses these arguments: assert args.min_lr <= ")
+    assert said.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_every_flag_said_not_to_decide_is_one(parser):
