@@ -71,11 +71,12 @@ positive() {
 
 # Whether the value means yes (or nothing is set), or no; anything else is refused.
 is_on() { # is_on NAME
-    case "${!1:-1}" in
-        1 | [Yy]es | YES | [Tt]rue | TRUE | [Oo]n | ON) return 0 ;;
-        0 | [Nn]o | NO | [Ff]alse | FALSE | [Oo]ff | OFF) return 1 ;;
+    local word="${!1:-1}"
+    case "${word,,}" in
+        1 | yes | true | on) return 0 ;;
+        0 | no | false | off) return 1 ;;
     esac
-    fail "$1=${!1}: expected 1, yes, true, on, or 0, no, false, off"
+    fail "$1=$word: expected 1, yes, true, on, or 0, no, false, off"
 }
 
 # The words of a variable, over all its lines, into the array WORDS.
