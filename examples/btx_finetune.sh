@@ -68,6 +68,7 @@ routing_flags() {
         switch | soft | sample-top1) refuse_with "ROUTING=$ROUTING, which has its own k" TOPK ;;
     esac
     [ "$ROUTING" = switch ] || refuse_with "ROUTING=$ROUTING, which drops no token" CAPACITY
+    positive "${CAPACITY:-1.5}" || fail "CAPACITY=$CAPACITY: expected a number above zero"
     case "$ROUTING" in
         top-k) FLAGS+=(--moe-router-topk "${TOPK:-2}") ;;
         top-k-pre-softmax) FLAGS+=(--moe-router-topk "${TOPK:-2}" --moe-router-pre-softmax) ;;
@@ -82,6 +83,7 @@ routing_flags() {
         megatron | paper)
             [ "$balancing" = megatron ] || positive "${AUX_LOSS:-0.01}" ||
                 fail "AUX_LOSS=$AUX_LOSS with BALANCING=paper: expected a number above zero (the paper's is 0.01)"
+            not_negative "${AUX_LOSS:-0.01}" || fail "AUX_LOSS=$AUX_LOSS: expected zero or a number above it"
             FLAGS+=(--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff "${AUX_LOSS:-0.01}")
             FLAGS+=(--btx-load-balancing "$balancing")
             ;;

@@ -44,7 +44,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 fail() {
     # Of many ranks, the first speaks for all.
-    [ "${RANK:-${SLURM_PROCID:-0}}" != 0 ] || echo "error: $*" >&2
+    [ "${RANK:-${SLURM_PROCID:-0}}" != 0 ] || echo "error: ${*//$'\n'/ }" >&2
     exit 2
 }
 
@@ -69,6 +69,11 @@ positive() {
     done
 }
 
+# Whether it is such a number, or zero.
+not_negative() {
+    [[ "$1" =~ ^0{1,18}(\.0{0,18})?$ ]] || positive "$1"
+}
+
 # Whether the value means yes (or nothing is set), or no; anything else is refused.
 is_on() { # is_on NAME
     local word="${!1:-1}"
@@ -83,6 +88,10 @@ is_on() { # is_on NAME
 words_of() { # words_of NAME
     local IFS=$' \t\r\n'
     read -r -d '' -a WORDS <<<"${!1:-}" || true # the end of the text is no failure
+    local word
+    for word in "${WORDS[@]}"; do
+        [[ "$word" != --* ]] || fail "$1: found $word, which is a flag; give it behind the name of the launcher"
+    done
 }
 
 sizes() { # sizes NAME...: those that are set are whole numbers above zero
@@ -95,7 +104,7 @@ sizes() { # sizes NAME...: those that are set are whole numbers above zero
 # The flags of every run, into the array FLAGS.
 common_flags() {
     sizes TP PP NPROC NNODES LAYERS HIDDEN FFN HEADS KV_GROUPS PADDED_VOCAB VOCAB SEQ_LENGTH MAX_POSITIONS \
-        GLOBAL_BATCH MICRO_BATCH SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL EVAL_STEPS
+        GLOBAL_BATCH MICRO_BATCH SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL EVAL_STEPS MASTER_PORT
     require DATA 'the training data, as DATA="0.9 data/math_text_document 0.1 data/general_text_document"'
     require START 'the checkpoint to start from, as START=checkpoints/seed'
     require RUN "the folder for this run's checkpoints, as RUN=runs/math"
@@ -108,6 +117,7 @@ common_flags() {
     words_of VALID_DATA && valid=("${WORDS[@]}")
     [ "${#data[@]}" -gt 0 ] || fail "DATA holds no word: give the training data"
     positive "$lr" || fail "LR=$lr: expected a number above zero"
+    not_negative "${MIN_LR:-0}" || fail "MIN_LR=$MIN_LR: expected zero or a number above it"
     FLAGS=(
         --num-layers "${LAYERS:-32}" --hidden-size "${HIDDEN:-4096}" --ffn-hidden-size "${FFN:-11008}"
         --num-attention-heads "$heads" --seq-length "$seq_length"
@@ -169,6 +179,8 @@ launch() {
     local -a rendezvous=(--standalone)
     if [ "${NNODES:-1}" -gt 1 ]; then
         require MASTER_ADDR 'the host name of the first node'
+        [[ "${NODE_RANK:-0}" =~ ^(0|[1-9][0-9]*)$ && "${NODE_RANK:-0}" -lt "$NNODES" ]] ||
+            fail "NODE_RANK=$NODE_RANK: expected a whole number below NNODES=$NNODES"
         rendezvous=(--nnodes "$NNODES" --node-rank "${NODE_RANK:-0}"
             --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
     fi
@@ -179,7 +191,7 @@ launch() {
 gpus_or_one() {
     local count=0
     if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        count="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)"
+        count="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cvE '^[[:space:]]*(-1)?$' || true)"
     elif [ -z "${CUDA_VISIBLE_DEVICES+set}" ] && command -v nvidia-smi >/dev/null; then
         count="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
     fi
@@ -201,7 +213,7 @@ rank_from_slurm() {
     export LOCAL_WORLD_SIZE="${per_node%%[^0-9]*}"
     export MASTER_ADDR="${MASTER_ADDR:-$(first_host "${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-localhost}}")}"
     # Two jobs that share a node must not meet on one port.
-    export MASTER_PORT="${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 20000))}"
+    export MASTER_PORT="${MASTER_PORT:-$((20000 + 10#0${SLURM_JOB_ID//[^0-9]/} % 20000))}"
 }
 
 # The first host of Slurm's short form: gpu[003-006,9],login -> gpu003. In containers scontrol is often missing.

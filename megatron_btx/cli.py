@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from megatron_btx import __version__
 from megatron_btx.errors import InputError, exits_with_one_line
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ change. Where something that decides has changed, nothing is run and nothing rem
 what changed. Then either --rerun STAGE ..., which keeps the old folder beside the new one as STAGE.YYYYMMDD-HHMMSS, or
 another --output.
 """
+_STATUS_DESCRIPTION = """
+Print how far a run is, from what its stages wrote; it may be at work, and nothing is changed. A stage is waiting,
+running, finished, failed, stopped (by a signal to btx run), or interrupted (btx run itself is gone): the same btx run
+goes on from there.
+"""
 
 
 @exits_with_one_line
@@ -46,16 +52,34 @@ def main(argv: list[str] | None = None) -> int:
     if words and words[0] in DISPATCHED:
         return int(importlib.import_module(DISPATCHED[words[0]][0]).main(words[1:]))
     arguments = _parser().parse_args(words)
-    return status(arguments.run) if arguments.command == "status" else run(arguments)
+    if arguments.command == "status":
+        return status(arguments.run)
+    if arguments.recipe is None:
+        raise InputError(
+            "no RECIPE.yaml: it stands first, as in btx run RECIPE.yaml --set KEY=VALUE, because --set, "
+            "--only and --rerun take all words behind them"
+        )
+    return run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="btx", description="Branch-Train-MiX on Megatron-core.")
+    parser = argparse.ArgumentParser(
+        prog="btx",
+        description="Branch-Train-MiX on Megatron-core.",
+        epilog="btx COMMAND --help says more. To begin: btx run examples/recipes/quickstart.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run_command = commands.add_parser(
-        "run", help="run a recipe: train, mix, finetune, evaluate, report", description=_RUN_DESCRIPTION
+        "run",
+        help="run a recipe: train, mix, finetune, evaluate, report",
+        description=_RUN_DESCRIPTION,
+        usage="btx run RECIPE.yaml [--dry-run] [--set KEY=VALUE ...] [--only STAGE ...] [--rerun STAGE ...]\n"
+        "               [--output RUN] [--cpu]",
     )
-    run_command.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    run_command.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help="the recipe, as examples/recipes/quickstart.yaml"
+    )
     run_command.add_argument("--dry-run", action="store_true", help="print what would be done as a shell script")
     run_command.add_argument(
         "--set",
@@ -64,10 +88,16 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         default=[],
-        help="change a setting of the recipe, as random-seed=7 or experts.math.tokens=600_000",
+        help="change settings of the recipe, as random-seed=7 or experts.math.tokens=600_000; a mapping is replaced as "
+        "a whole, null takes a setting out",
     )
     run_command.add_argument(
-        "--only", metavar="STAGE", nargs="+", action="extend", default=[], help="run these stages (default: all)"
+        "--only",
+        metavar="STAGE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="run these stages, which --dry-run names (default: all)",
     )
     run_command.add_argument(
         "--rerun",
@@ -79,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run_command.add_argument("--output", type=Path, metavar="RUN", help="run directory (default: runs/NAME)")
     run_command.add_argument("--cpu", action="store_true", help="use no GPU")
-    status_command = commands.add_parser("status", help="print how far a run is")
+    status_command = commands.add_parser("status", help="print how far a run is", description=_STATUS_DESCRIPTION)
     status_command.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/quickstart")
     for name, (_, what) in DISPATCHED.items():
         commands.add_parser(name, help=what)

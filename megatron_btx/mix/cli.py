@@ -20,7 +20,7 @@ METHODS = ("btx", "split", "blend", "upcycle", "average", "reroute")
 def parser() -> argparse.ArgumentParser:
     """The command line; importing and printing it needs neither torch nor Megatron."""
     p = argparse.ArgumentParser(
-        prog="convert_experts.py",
+        prog="btx convert",
         description="Mix domain experts into one mixture of experts (Branch-Train-MiX): feed-forward blocks become the "
         "experts bit for bit, everything else is averaged, routers are new. Needs no GPU; under torchrun or srun every "
         "process writes its share. With --verify and --output alone, an old output is checked against its manifest.",

@@ -11,7 +11,7 @@ from megatron_btx.mix.cli import add_output_options
 def parser() -> argparse.ArgumentParser:
     """The command line; importing and printing it needs neither torch nor Megatron."""
     p = argparse.ArgumentParser(
-        prog="convert_hf.py",
+        prog="btx convert-hf",
         description="Move one model, dense or a mixture of experts, between Hugging Face safetensors and Megatron "
         "torch_dist, bit for bit. To mix several models, whatever their format, use convert_experts.py.",
     )

@@ -69,8 +69,8 @@ def read_data(top: Section) -> tuple[Data, tuple[str, ...]]:
         if "tokenizer-type" not in tokenizer_flags:
             section.refuse("tokenizer", "missing tokenizer-type; expected Megatron's tokenizer flags for these data")
         model = tokenizer_flags.get("tokenizer-model")
-        if isinstance(model, str) and Path(model).expanduser().exists():
-            tokenizer_flags["tokenizer-model"] = str(Path(model).expanduser().absolute())
+        if isinstance(model, str) and section.path("tokenizer", model).exists():
+            tokenizer_flags["tokenizer-model"] = str(section.path("tokenizer", model))
         elif model is not None and tokenizer_flags["tokenizer-type"] != "HuggingFaceTokenizer":
             section.refuse("tokenizer", f"tokenizer-model {model} does not exist")
         data = Data({}, 0, given, tokenizer_flags)
@@ -99,7 +99,7 @@ def _prefix(section: Section, split: str, entry: str) -> tuple[float, str]:
     if match is None or not 0 < weight <= LARGEST_SHARE:
         expected = f'"PREFIX" or "WEIGHT PREFIX" with a weight above zero and at most {LARGEST_SHARE:g}'
         section.refuse(split, f"found {entry!r}, expected {expected}")
-    prefix = Path(match[2]).expanduser().absolute()
+    prefix = section.path(split, match[2])
     for suffix in (".bin", ".idx"):
         if not Path(f"{prefix}{suffix}").is_file():
             section.refuse(split, f"{prefix}{suffix} does not exist; make it with btx preprocess")

@@ -23,7 +23,7 @@ def failure_message(log: str, code: int) -> tuple[str, int]:
     end of the log, less torchrun's own report, which is long and hides the reason.
     """
     bad_input = code == BAD_INPUT_EXIT_CODE or bool(re.search(rf"exitcode\s*:\s*{BAD_INPUT_EXIT_CODE}\b", log))
-    lines = re.findall(r"^(?:\S+\.py: |\w+: )?error: .*$", log, re.MULTILINE)
+    lines = re.findall(r"^(?:[\w./ -]+: )?error: .*$", log, re.MULTILINE)
     if bad_input and lines:
         return str(lines[0]), BAD_INPUT_EXIT_CODE
     told = re.split(r"^[EW]\d{4} .*torch/distributed/elastic", log, maxsplit=1, flags=re.MULTILINE)[0].rstrip() or log

@@ -27,6 +27,7 @@ LAYOUT_FLAGS = (
 )
 """Megatron's flags that say how a stage is spread over processes; they belong in ``layout``."""
 
+_LAYERS_AT_MOST = 10_000
 _DATA = "the stage's blend and data"
 DERIVED_FLAGS = {
     "seed": "random-seed",
@@ -110,6 +111,8 @@ def check_layout(stage: str, processes: int, flags: Flags) -> None:
     if num_experts % expert:
         refuse(f"{num_experts} experts over EP {expert}", "a number of experts that EP divides")
     layers = number(flags, "num-layers")
+    if layers > _LAYERS_AT_MOST:
+        refuse(f"{layers} layers", f"at most {_LAYERS_AT_MOST}")
     if layers % pipeline and not any(name in flags for name in _UNEVEN_PIPELINE):
         refuse(f"{layers} layers over PP {pipeline}", "a number of layers that PP divides")
     heads = number(flags, "num-attention-heads")

@@ -26,6 +26,7 @@ _INTEGER_BITS_AT_MOST = 63
 _PROCESSES_AT_MOST = 1024
 _PLACES_OF_NAMES = (".experts", ".data.domains", ".ablation.variants")
 """Sections whose keys are names, which may be those of settings."""
+_DEPTH_AT_MOST = 30
 _VALUES_AT_MOST = 100_000
 """What aliases repeat counted as often: a few lines of them can stand for more than any memory holds."""
 
@@ -121,6 +122,13 @@ class Section:
             self.refuse(key, f"{f'found {value!r}' if key in self.node else 'missing'}, expected a text")
         return value
 
+    def path(self, key: str, text: str) -> Path:
+        """An absolute path; ``~`` is a home."""
+        try:
+            return Path(text).expanduser().absolute()
+        except RuntimeError:
+            self.refuse(key, f"found {text!r}, and there is no such home; give the path without ~")
+
     def section(self, key: str, known: tuple[str, ...] | None = None) -> Section:
         return Section(self.node.get(key, {}), self.at(key), known, self.reader)
 
@@ -201,17 +209,16 @@ def _unshared(tree: Any, name: str) -> Any:
     """
     left = iter(range(_VALUES_AT_MOST))
 
-    def copied(node: Any) -> Any:
+    def copied(node: Any, depth: int) -> Any:
         if next(left, None) is None:
             raise InputError(f"{name}: more than {_VALUES_AT_MOST:,} values, counting what its aliases repeat")
+        if depth > _DEPTH_AT_MOST:
+            raise InputError(f"{name}: nested too deeply; an anchor may hold an alias of itself")
         if isinstance(node, dict):
-            return {key: copied(value) for key, value in node.items()}
-        return [copied(value) for value in node] if isinstance(node, list) else node
+            return {key: copied(value, depth + 1) for key, value in node.items()}
+        return [copied(value, depth + 1) for value in node] if isinstance(node, list) else node
 
-    try:
-        return copied(tree)
-    except RecursionError as error:
-        raise InputError(f"{name}: nested too deeply; an anchor may hold an alias of itself") from error
+    return copied(tree, 0)
 
 
 def check_values(node: Any, place: str, reader: Reader) -> None:
@@ -281,6 +288,6 @@ def _apply(tree: Any, change: str, value: Any) -> None:
     *outer, last = key.split(".")
     for part in outer:
         tree = tree.setdefault(part, {}) if isinstance(tree, dict) else None
-    if not equals or not isinstance(tree, dict):
+    if not equals or not all((*outer, last)) or len(outer) > _DEPTH_AT_MOST or not isinstance(tree, dict):
         raise InputError(f"--set {change}: expected KEY=VALUE, KEY being the dotted place of a setting in the recipe")
     _put(tree, last, value)

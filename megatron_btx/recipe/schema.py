@@ -20,6 +20,8 @@ from megatron_btx.recipe.reading import LARGEST_SEED, Reader, Section, check_val
 from megatron_btx.recipe.routing import Routing, check_balancing, read_routing
 
 _NAME_LETTERS_AT_MOST = 80
+_SMALLEST_SHARE = 1e-9
+"""No run reads a sequence of less."""
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -188,6 +190,9 @@ def _blend(section: Section, domains: tuple[str, ...]) -> Mapping[str, float]:
     total = sum(blend.node.values())
     if abs(total - 1) > 1e-9:
         section.reader.notes.append(f"{blend.place} sums to {total:g}; normalised to 1")
+    for domain, share in blend.node.items():
+        if share / total < _SMALLEST_SHARE:
+            blend.refuse(domain, f"found {share!r} of {total:g}, less than {_SMALLEST_SHARE:g} of it; leave it out")
     return {domain: share / total for domain, share in blend.node.items()}
 
 
@@ -195,7 +200,7 @@ def _source(section: Section) -> Path | None:
     """The checkpoint under ``from``: an absolute path, seen to be a checkpoint's root."""
     if "from" not in section.node:
         return None
-    path = Path(section.text("from")).expanduser().absolute()
+    path = section.path("from", section.text("from"))
     if not (path / _TRACKER).is_file():
         found = f"has no {_TRACKER}" if path.is_dir() else "does not exist"
         section.refuse("from", f"{path} {found}; expected the root folder of a Megatron checkpoint")

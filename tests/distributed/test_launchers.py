@@ -105,7 +105,8 @@ def test_by_hand_it_starts_torchrun(teller):
     command, rank = told(EXPERT, teller, "--lr", "3e-4", NPROC="8")
     assert command[:7] == "-m torch.distributed.run --nproc-per-node 8 --standalone -m megatron_btx.pretrain".split()
     assert command[-2:] == ["--lr", "3e-4"] and command.count("--lr") == 2 and not rank
-    assert told(EXPERT, teller, CUDA_VISIBLE_DEVICES="2,3")[0][3] == "2"
+    for devices, processes in (("2,3", "2"), ("2,3,", "2"), ("-1", "1"), ("", "1")):
+        assert told(EXPERT, teller, CUDA_VISIBLE_DEVICES=devices)[0][3] == processes
     # The shell of a batch script has SLURM_PROCID, but belongs to no step.
     variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}
     command, _ = told(FINETUNE, teller, **variables)
@@ -122,6 +123,17 @@ def test_under_srun_it_is_its_rank(teller):
     assert rank == expected | {"MASTER_ADDR": "gpu007-ib", "MASTER_PORT": "30007"}
     assert told(FINETUNE, teller, **SRUN, CUDA_VISIBLE_DEVICES="5")[1]["LOCAL_RANK"] == "0"
     assert told(FINETUNE, teller, **SRUN | {"SLURM_STEP_NODELIST": "n1,n2"})[1]["MASTER_ADDR"] == "n1"
+    assert told(FINETUNE, teller, **SRUN | {"SLURM_JOB_ID": "009"})[1]["MASTER_PORT"] == "20009"
+
+
+@pytest.mark.parametrize("rank", ["2", "-1", "x", "09"])
+def test_a_node_that_is_none_is_refused(rank, teller):
+    """Before torchrun waits for it."""
+    given = {"PYTHON": teller, "DATA": "a", "START": teller, "RUN": "run", "TOKENIZER_MODEL": "t"}
+    given |= {"NNODES": "2", "MASTER_ADDR": "first", "NODE_RANK": rank}
+    done = subprocess.run(["bash", EXPERT], env=environment(**given), capture_output=True, text=True)
+    assert done.returncode == 2 and "torch.distributed.run" not in done.stdout
+    assert done.stderr == f"error: NODE_RANK={rank}: expected a whole number below NNODES=2\n"
 
 
 @pytest.mark.parametrize(
@@ -274,6 +286,13 @@ def test_missing_input_is_refused(launcher, missing, tmp_path):
         ),
         ({"DATA": "", "MATH_DATA": "0.5 a 0.5 b"}, "MATH_DATA=0.5 a 0.5 b: expected one prefix; give several as DATA"),
         ({"DATA": " \n "}, "DATA holds no word"),
+        ({"DATA": "a --mock-data"}, "DATA: found --mock-data, which is a flag"),
+        ({"FREEZE": "--load x"}, "FREEZE: found --load, which is a flag"),
+        ({"AUX_LOSS": "nan"}, "AUX_LOSS=nan: expected zero or a number"),
+        ({"ROUTING": "switch", "CAPACITY": "nan"}, "CAPACITY=nan: expected a number above zero"),
+        *(({"MIN_LR": rate}, f"MIN_LR={rate}: expected zero or a number") for rate in ("nan", "-1", "0x1")),
+        ({"MASTER_PORT": "here"}, "MASTER_PORT=here: expected a whole number"),
+        ({"LR": "1e-4\n"}, "LR=1e-4 : expected a number"),
         *(({"DISTRIBUTED_OPTIMIZER": word}, f"DISTRIBUTED_OPTIMIZER={word}: expected 1, yes") for word in ("2", "ja")),
         *(({"LR": rate}, f"LR={rate}: expected a number above zero") for rate in ("nan", "high", "0", "1e999")),
         *(

@@ -255,10 +255,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for texts, tokenizer, datasets"
     )
-    parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--vocab-size", type=int, default=Settings.vocab_size)
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="of the drawn texts (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=Settings.vocab_size, help="of the tokenizer (default: %(default)s)"
+    )
     parser.add_argument("--scale", type=float, default=Settings.scale, help="share of the full size (default: 1)")
-    parser.add_argument("--workers", type=int, default=2, help="processes; the output does not depend on it")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes (default: 2); the output does not depend on it"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace corpora that are there")
     return parser
 

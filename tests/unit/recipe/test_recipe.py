@@ -99,6 +99,8 @@ def all_values(stage: Stage, flag: str) -> list[str]:
         ("training.lr=[1, -.inf]", "training.lr: found -inf"),
         ('training.lr="1\\0"', "training.lr: found '1.x00', which no command line can hold"),
         ("experts.math=null", "mix.experts: found .*'math'"),
+        ("seed.from=~no-such-user/here", "seed.from: found '~no-such-user/here', and there is no such home"),
+        ("seed.blend={math: 1.0e-300, code: 1}", "seed.blend.math: found 1e-300 of 1, less than"),
         (f"name={'a' * 81}", "name: found .*at most 80 letters"),
     ],
 )
@@ -123,6 +125,7 @@ def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: s
         ("training.save-interval=null", "stage seed: no save-interval; put it under training"),
         ("experts.math.megatron.save-interval=0", "--save-interval is 0"),
         ("evaluate.layout={processes: 2}", "stage evaluate-experts: .* micro-batch-size 4 on DP 2"),
+        ("model.num-layers=9007199254740993", "9007199254740993 layers; expected at most 10000"),
         ("evaluate.tokens=1000", "stage evaluate-experts: 1000 tokens per domain are fewer than .*4 sequences = 1024"),
     ],
 )
@@ -223,7 +226,7 @@ def test_null_takes_a_section_out_and_an_empty_one_is_there(tmp_path: Path) -> N
         parse_recipe({**yaml.safe_load(QUICKSTART.read_text()), **load_tree(file, [])}, "r")
 
 
-@pytest.mark.parametrize("change", ["random-seed", "random-seed.deeper=1"])
+@pytest.mark.parametrize("change", ["random-seed", "random-seed.deeper=1", "=1", "seed.=1", "a." * 3000 + "a=1"])
 def test_a_setting_that_cannot_be_set_is_refused(change: str) -> None:
     with pytest.raises(InputError, match=f"--set {change}"):
         recipe(change)
@@ -577,6 +580,14 @@ def test_commands_exit_2_with_one_line(capsys: pytest.CaptureFixture[str], tmp_p
         and "seed.tokens: found 0" in lines[1]
         and str(tmp_path) in lines[2]
     )
+
+
+def test_words_that_an_option_swallowed_are_told_from_a_missing_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    """--set, --only and --rerun take all words behind them, the recipe too."""
+    for words in (["run"], ["run", "--set", "a=1", str(QUICKSTART)]):
+        assert cli.main(words) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: no RECIPE.yaml: it stands first") and said.count("\n") == 1
 
 
 def test_the_words_after_a_dispatched_command_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,6 +224,7 @@ def test_a_failure_shows_the_log_stops_the_others_and_leaves_them_resumable(
         "echo 'error: no such corpus' >&2; exit 2",
         "echo 'error: no such corpus'; echo '  exitcode  : 2 (pid: 5)'; exit 1",
         "echo 'pretrain.py: error: no such corpus'; exit 2",
+        "echo 'btx convert: error: no such corpus'; exit 2",
     ],
 )
 def test_bad_input_of_a_stage_is_one_line_and_status_2(
