@@ -50,16 +50,16 @@ def budget_of(args: Any) -> tuple[int, int]:
     return steps, samples
 
 
-def is_finished(args: Any) -> bool:
-    """Whether the run to be resumed has taken all its steps: Megatron would stop with "no samples left to consume"."""
+def finished(args: Any) -> str | None:
+    """What to say of a resumed run that has taken all its steps; None of any other.
+
+    Megatron would stop with "no samples left to consume".
+    """
     from megatron_btx.checkpoint.arguments import checkpoint_to_load
     from megatron_btx.checkpoint.resume import step_of
 
     path, resumes = checkpoint_to_load(args) or ("", False)
     if args.skip_train or not resumes:
-        return False
+        return None
     latest, (steps, _) = step_of(path, args.override_ckpt_iteration), budget_of(args)
-    finished = latest >= steps
-    if finished and args.rank == 0:
-        print(f"{args.load} has step {latest} of {steps}: nothing left to train", flush=True)
-    return finished
+    return f"{args.load} has step {latest} of {steps}: nothing left to train" if latest >= steps else None

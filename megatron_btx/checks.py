@@ -7,6 +7,7 @@ the first of them runs.
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 from megatron_btx.arguments import SAMPLE_DECAY, SAMPLE_MIN_TEMPERATURE
@@ -119,6 +120,26 @@ def check_flags(args: Any) -> None:
         ("--logits-save-dir", args.logits_save_dir is not None, "needs a module that Megatron's wheel lacks"),
         ("--logits-load-dir", args.logits_load_dir is not None, "needs a module that Megatron's wheel lacks"),
         ("--perform-rl-step", args.perform_rl_step, no_part),
+        (
+            "--full-validation",
+            args.full_validation and not args.multiple_validation_sets,
+            "fails on one validation set in Megatron 0.19; add --multiple-validation-sets, or use --btx-valid-data",
+        ),
+        (
+            "--multiple-validation-sets",
+            args.multiple_validation_sets and not args.full_validation,
+            "is not written in Megatron 0.19 without --full-validation; add that, or use --btx-valid-data",
+        ),
+        (
+            "--optimizer sgd",
+            args.optimizer == "sgd" and bool(args.save or args.use_distributed_optimizer),
+            "Megatron 0.19 cannot resume it; use adam, or leave out --save and --use-distributed-optimizer",
+        ),
+        (
+            f"--optimizer {args.optimizer}",
+            args.optimizer not in ("adam", "sgd") and find_spec("emerging_optimizers") is None,
+            "needs the package emerging-optimizers, which is not installed; install it, or use adam",
+        ),
     ):
         if on:
             raise InputError(f"{flag}: {why}")

@@ -268,6 +268,15 @@ def _replace_in_megatron() -> None:
         lambda _: lambda name, process_group=None: None,
     )
 
+    # Loaders draw a number from the CPU's generator when they are asked for batches, which on a GPU no model uses. Here
+    # it would move dropout and routers' noise: on resume after their state was loaded, in a new run before.
+    _replace(
+        "megatron.training.training",
+        "build_pretraining_data_loader",
+        ["dataset", "consumed_samples"],
+        lambda original: lambda dataset, consumed_samples: _with_own_generator(original(dataset, consumed_samples)),
+    )
+
     # The queue of the checkpoint writer lives in a process of its own. Megatron spawns it, because a CUDA context does
     # not survive a fork, which costs an import of torch per run; without CUDA a fork does.
     _replace(
@@ -285,6 +294,14 @@ def _replace_in_megatron() -> None:
     parameters = ["tensor", "as_numpy", "record_stream"]
     _replace("megatron.core.transformer.moe.moe_utils", name, parameters, lambda _: as_on_a_gpu)
     _replace("megatron.core.transformer.moe.token_dispatcher", name, parameters, lambda _: as_on_a_gpu)
+
+
+def _with_own_generator(loader: Any) -> Any:
+    import torch
+
+    if loader is not None:
+        loader.generator = torch.Generator()
+    return loader
 
 
 def _replace(

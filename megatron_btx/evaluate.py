@@ -10,6 +10,7 @@ that every model, layout and batch size sees the same tokens; sums are kept in f
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -272,7 +273,7 @@ def forward(model: list[Any], batches: list[dict[str, Any]]) -> tuple[float, int
     args = get_args()
     with torch.no_grad():
         losses = get_forward_backward_func()(
-            forward_step_func=forward_step,
+            forward_step_func=functools.partial(forward_step, micro_batch_size=args.micro_batch_size),
             data_iterator=[iter(batches) for _ in model] if len(model) > 1 else iter(batches),
             model=model,
             num_microbatches=len(batches),

@@ -2,7 +2,7 @@
 
 Megatron prints rounded losses and sends exact ones to TensorBoard alone. Here its TensorBoard writer is joined by one
 that collects the scalars of a step and appends them as one line when the step's log is complete. After a resume the
-file goes on; the last line of an iteration counts.
+file goes on; the last line of an iteration counts. A step after which Megatron evaluates has two.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class MetricsWriter:
             self._file.write("\n")
         self._inner = inner
         self._scalars: dict[str, float] = {}
+        self._line: dict[str, float] = {}
 
     def add_scalar(self, tag: str, value: Any, step: int) -> None:
         """Keep one scalar, except Megatron's second copy of each by samples instead of steps."""
@@ -40,9 +41,24 @@ class MetricsWriter:
         """Append the collected scalars, and the losses whatever Megatron's log intervals are."""
         self._scalars |= {name: float(value) for name, value in loss.items()}
         if self._scalars:
-            line = {"iteration": iteration, "time": time.time(), **self._scalars}
-            self._file.write(json.dumps(line) + "\n")
-        self._scalars = {}
+            self._write({"iteration": iteration, "time": time.time(), **self._scalars})
+
+    def write_evaluation(self, iteration: int, of_test_set: bool) -> None:
+        """Append the step's line once more, with what Megatron's own evaluation found after it was written.
+
+        Args:
+            of_test_set: Megatron gives its losses the names of the validation set's; here they have their own.
+        """
+        found = self._scalars
+        if of_test_set:
+            found = {name.replace(" validation", " test", 1): value for name, value in found.items()}
+        if found:
+            before = self._line if self._line.get("iteration") == iteration else {"time": time.time()}
+            self._write({"iteration": iteration, **before, **found})
+
+    def _write(self, line: dict[str, float]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._line, self._scalars = line, {}
 
     def __getattr__(self, name: str) -> Any:
         # Text, histograms and flushes are TensorBoard's alone.
@@ -66,11 +82,14 @@ def install(args: Any) -> None:
         return
     from megatron.training import global_vars, training
 
-    if not hasattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER") or not hasattr(training, "training_log"):
-        raise MegatronVersionError("megatron.training has no TensorBoard writer or training_log where 0.19 has them")
+    if not hasattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER"):
+        raise MegatronVersionError("megatron.training has no TensorBoard writer where 0.19 has it")
+    for name in ("training_log", "evaluate_and_print_results"):
+        if not hasattr(training, name):
+            raise MegatronVersionError(f"megatron.training.training.{name} does not exist: written for 0.19")
     writer = MetricsWriter(args.btx_metrics, global_vars._GLOBAL_TENSORBOARD_WRITER)
     global_vars._GLOBAL_TENSORBOARD_WRITER = writer
-    original = training.training_log
+    original, evaluate = training.training_log, training.evaluate_and_print_results
 
     @functools.wraps(original)
     def training_log(
@@ -80,4 +99,13 @@ def install(args: Any) -> None:
         writer.write_step(iteration, loss_dict)
         return result
 
+    @functools.wraps(evaluate)
+    def evaluate_and_print_results(
+        prefix: str, forward: Any, data: Any, model: Any, iteration: int, *rest: Any, **named: Any
+    ) -> Any:
+        result = evaluate(prefix, forward, data, model, iteration, *rest, **named)
+        writer.write_evaluation(iteration, prefix.endswith("on test set"))
+        return result
+
     training.training_log = training_log
+    training.evaluate_and_print_results = evaluate_and_print_results

@@ -21,7 +21,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.arguments import help_if_asked
-from megatron_btx.budget import budget_of, check_budget, is_finished
+from megatron_btx.budget import budget_of, check_budget, finished
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import CheckpointError, InputError, exits_with_one_line
 from megatron_btx.parsing import parse_arguments, refused
@@ -62,7 +62,9 @@ def main() -> int:
 
     step, stopping = Step(), Stopping()
     configuration = prepare(step)
-    if is_finished(get_args()):
+    if done := finished(get_args()):
+        if get_args().rank == 0:
+            print(done, flush=True)
         return 0
     try:
         pretrain(
@@ -226,13 +228,18 @@ def model_config(args: Any, step: Step | None = None) -> Any:
 
 
 def forward_step(
-    data_iterator: Iterator[Any], model: Any, step: Step | None = None, stopping: Stopping | None = None
+    data_iterator: Iterator[Any],
+    model: Any,
+    step: Step | None = None,
+    stopping: Stopping | None = None,
+    micro_batch_size: int | None = None,
 ) -> tuple[Any, Any]:
     """One micro-batch through this stage: the per-token losses on the last one, and how to reduce them.
 
     Args:
         step: in training, is told which micro-batch this is.
         stopping: tells all ranks when one of them reads what it cannot use.
+        micro_batch_size: sequences of the micro-batch; by default as Megatron's flags for training or evaluation say.
     """
     from megatron.core import mpu
     from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -242,9 +249,8 @@ def forward_step(
     from megatron_btx.data.foreign_ids import ForeignIdError
     from megatron_btx.data.training import get_batch
 
-    chunk = get_attr_wrapped_model(model, "vp_stage")
+    args, chunk = get_args(), get_attr_wrapped_model(model, "vp_stage")
     if step is not None and model.training:
-        args = get_args()
         step.begin_microbatch(
             args.curr_iteration,
             args.consumed_train_samples,
@@ -254,8 +260,9 @@ def forward_step(
             mpu.get_data_parallel_rank(),
             chunk or 0,
         )
+    micro = micro_batch_size or (args.micro_batch_size if model.training else args.eval_micro_batch_size)
     try:
-        batch = get_batch(data_iterator, chunk, model.training)
+        batch = get_batch(data_iterator, chunk, micro, model.training)
     except ForeignIdError as refusal:
         if stopping is not None:
             stopping.stop_all(refusal)

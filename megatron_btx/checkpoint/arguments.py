@@ -176,6 +176,8 @@ def check_against_checkpoint(args: Any) -> None:
     Raises:
         InputError: names every argument that differs, with both values and the flag that mends it.
     """
+    from megatron_btx.budget import finished
+
     loaded = checkpoint_to_load(args)
     _check_non_persistent(args)
     if loaded is not None:
@@ -183,7 +185,7 @@ def check_against_checkpoint(args: Any) -> None:
         table = MODEL_ARGUMENTS + (NUMERICS_ARGUMENTS if resuming else ())
         stored = compare_with_stored(path, vars(args), table)
         if resuming:
-            check_resume(path, stored, vars(args))
+            check_resume(path, stored, vars(args), done=finished(args) is not None)
         # The experts' names travel from checkpoint to checkpoint, for figures and for mixing again.
         args.btx_experts = stored.get("btx_experts")
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.torch_dist import resolve_iteration
+from megatron_btx.checkpoint.torch_dist import RELEASE, resolve_iteration
 from megatron_btx.errors import InputError
 from megatron_btx.model.groups import frozen_groups, lr_multipliers
 
@@ -38,7 +39,7 @@ _SCHEDULE = {
 _OF_STEPS = ("train_iters", "global_batch_size", "lr_warmup_iters", "lr_decay_iters")
 
 
-def check_resume(path: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def check_resume(path: str, stored: Mapping[str, Any], given: Mapping[str, Any], done: bool = False) -> None:
     """Refuse to resume with what the stored optimizer state cannot be brought to.
 
     - The frozen groups and the groups with learning rates of their own decide which state there is; Megatron finds the
@@ -48,18 +49,30 @@ def check_resume(path: str, stored: Mapping[str, Any], given: Mapping[str, Any])
       turn one optimizer into two.
     - The distributed optimizer and the plain one store different things; the distributed one's default format is bound
       to the model's layout (``core/optimizer/distrib_optimizer.py``, dp_reshardable).
+    - There must be state, and data for the steps that are left.
+
+    Args:
+        done: the run has no step left: it needs no state.
 
     Raises:
         InputError: names the flag, both values and the remedy.
     """
-    if given.get("no_load_optim") or given.get("skip_train") or stored.get("no_save_optim"):
-        return
     anew = (
         f"or start a new stage from its weights: --pretrained-checkpoint {path}, another folder for --save and --load"
     )
+    if given.get("skip_train"):
+        return
+    _check_samples(path, stored, given, anew)
+    if given.get("no_load_optim") or is_release(path):
+        return
+    if stored.get("no_save_optim"):
+        if done:
+            return
+        raise InputError(
+            f"{path}: was saved without its optimizer (--no-save-optim); go on with a new one (--no-load-optim), {anew}"
+        )
     _check_trained(path, stored, given, anew)
     _check_schedule(path, stored, given)
-    _check_samples(path, stored, given, anew)
     experts_train = given.get("num_experts") and "experts" not in frozen_groups(given["btx_freeze"], Namespace(**given))
     if experts_train and _is_spread(stored) != _is_spread(given):
         counts = ("one optimizer", "two optimizers")
@@ -177,6 +190,11 @@ def _check_samples(path: str, stored: Mapping[str, Any], given: Mapping[str, Any
             f"{path}: has read {consumed} samples in {step_of(path)} steps; with --global-batch-size {batch} its data "
             f"would end before --train-iters; resume it with {stored.get('global_batch_size')} or more, {anew}"
         )
+
+
+def is_release(path: str) -> bool:
+    """Whether a checkpoint, a root or one iteration, is of no step: Megatron loads no optimizer of it."""
+    return Path(path).is_dir() and resolve_iteration(path).name == RELEASE
 
 
 def step_of(path: str, override: int | None = None) -> int:

@@ -146,11 +146,15 @@ def reads_batches() -> bool:
 
 
 def get_batch(
-    data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None, training: bool = False
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None,
+    vp_stage: int | None,
+    micro_batch_size: int,
+    training: bool = False,
 ) -> dict[str, Any]:
     """The micro-batch of this rank.
 
     Args:
+        micro_batch_size: its sequences, which tensor-parallel ranks that do not read them must know.
         training: whether it is of the training data, which a refusal then names.
 
     Returns:
@@ -183,7 +187,7 @@ def get_batch(
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,

@@ -97,6 +97,25 @@ def test_loss_after_the_first_step_of_a_start(domains, zygote, corpus, tmp_path)
     assert found["overlapped"] == pytest.approx(found["plain"], abs=1e-6)
 
 
+def test_megatrons_own_validation_has_batches_of_its_own_size(domains, zygote, corpus, tmp_path):
+    """Tensor-parallel ranks that do not read them know it too, and the losses per domain keep the size of training.
+
+    Its losses stand at their step, those of the test set under a name of their own.
+    """
+    arguments = pico.train(corpus, 2, tmp_path / "metrics.jsonl") + watched(domains)
+    arguments += ["--valid-data-path", str(domains["one"]), "--test-data-path", str(domains["two"])]
+    arguments += ["--eval-interval", "1", "--eval-iters", "1"]
+    arguments += "--eval-micro-batch-size 2 --eval-global-batch-size 4 --tensor-model-parallel-size 2".split()
+    run = zygote.run(2, arguments, tmp_path / "log")
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    for step, where in ((1, "iteration 1"), (2, "iteration 2"), (2, "iteration 2 on validation set")):
+        printed = f"validation loss at {where} | lm loss value: "
+        assert printed in run.text() and {"lm loss validation", "lm loss validation one"} <= set(found[step])
+    assert f"on validation set | lm loss value: {found[2]['lm loss validation']:.6E}" in run.text()
+    assert f"on test set | lm loss value: {found[2]['lm loss test']:.6E}" in run.text()
+    assert "lm loss test" not in found[1]
+
+
 def test_loads_are_of_the_whole_interval(mixture, zygote, corpus, tmp_path):
     """The load of an interval of three steps is the mean of the loads of its steps; so is the entropy."""
     for interval in (1, 3):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from megatron.core import num_microbatches_calculator as calculator
 
-from megatron_btx.budget import budget_of, check_budget, is_finished
+from megatron_btx.budget import budget_of, check_budget, finished
 from megatron_btx.checkpoint.torch_dist import TRACKER
 from megatron_btx.errors import InputError
 
@@ -40,7 +40,7 @@ SAMPLES = {"train_iters": None, "train_samples": 48}
 
 
 @pytest.mark.parametrize(
-    ("change", "finished"),
+    ("change", "done"),
     [
         ({}, True),
         ({"train_iters": 13}, False),
@@ -56,15 +56,15 @@ SAMPLES = {"train_iters": None, "train_samples": 48}
         ({"load": "/nowhere"}, False),
     ],
 )
-def test_a_finished_run(change, finished, args):
+def test_a_finished_run(change, done, args):
     """Told by the checkpoint that will be loaded, which need not be the last."""
-    assert is_finished(Namespace(**vars(args) | change)) == finished
+    assert bool(finished(Namespace(**vars(args) | change))) == done
 
 
 def test_a_mix_is_no_finished_run(args, tmp_path):
     (tmp_path / "run" / "iter_0000012").rename(tmp_path / "run" / "release")
     (tmp_path / "run" / TRACKER).write_text("release")
-    assert not is_finished(args)
+    assert not finished(args)
 
 
 @pytest.mark.parametrize(

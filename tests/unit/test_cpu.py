@@ -16,7 +16,12 @@ from tests.runner import Zygote
 
 REPLACED = {
     "megatron.core.tensor_parallel.random": ["_set_cuda_rng_state", "_get_cuda_rng_state"],
-    "megatron.training.training": ["initialize_megatron", "set_jit_fusion_options", "report_memory"],
+    "megatron.training.training": [
+        "initialize_megatron",
+        "set_jit_fusion_options",
+        "report_memory",
+        "build_pretraining_data_loader",
+    ],
     "megatron.core.dist_checkpointing.strategies.filesystem_async": ["get_write_results_queue"],
     "megatron.core.transformer.moe.moe_utils": ["maybe_move_tensor_to_cpu"],
     "megatron.core.transformer.moe.token_dispatcher": ["maybe_move_tensor_to_cpu"],

@@ -202,7 +202,8 @@ SPREAD = {**MOE, "expert_model_parallel_size": 2}
         (MOE, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}, None),
         (MOE, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": None}, None),
         ({**MOE, "btx_freeze": ["experts"]}, {"expert_model_parallel_size": 2}, None),
-        ({**MOE, "no_save_optim": True}, {"expert_model_parallel_size": 2}, None),
+        ({**MOE, "no_save_optim": True}, {"expert_model_parallel_size": 2, "no_load_optim": True}, None),
+        ({**MOE, "no_save_optim": True}, {}, ["saved without its optimizer", "--no-load-optim", "--pretrained"]),
     ],
 )
 def test_what_can_be_resumed(stored, change, named):
@@ -230,6 +231,10 @@ def test_a_run_that_would_read_beyond_its_data(batch, refused, tmp_path):
         return
     with pytest.raises(InputError, match="has read 32 samples in 4 steps; .*-size 4 .* resume it with 8 or more"):
         check_resume(str(folder), stored, given)
+
+
+def test_a_finished_run_needs_no_optimizer():
+    check_resume("path", {**LAYOUT, "no_save_optim": True}, LAYOUT, done=True)
 
 
 def test_megatrons_own_checkpoints_are_of_a_run_without_our_flags():
