@@ -143,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
         _refuse_changes(arguments, directory, changed)
     due = [stage for stage in stages if stage.on_gpu and actions[stage.name].verb in ("run", "rerun")]
     if due:
-        check_with_megatron(recipe.file, recipe.flag_sections, due)
+        check_with_megatron(recipe.file, recipe.flag_sections, due, not arguments.cpu)
     if arguments.dry_run:
         print(shell_script([stage for stage in stages if stage.name in chosen], actions, directory))
         return 0

@@ -103,7 +103,8 @@ def _is_planned(entry: Any) -> bool:
     """Whether it is an entry of a plan: a stage, with its steps and tokens where it trains."""
     if not isinstance(entry, dict) or not isinstance(entry.get("stage"), str):
         return False
-    return all(entry.get(key) is None or type(entry[key]) is int for key in ("steps", "tokens"))
+    counts = [entry[key] for key in ("steps", "tokens") if entry.get(key) is not None]
+    return all(type(count) is int and count.bit_length() < 64 for count in counts)
 
 
 def owned_manifest(directory: Path, name: str) -> dict[str, Any] | None:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from megatron_btx.recipe.stage import Stage
 
 
-def check_with_megatron(file: str, sections: Mapping[str, Flags], stages: Iterable[Stage] = ()) -> None:
+def check_with_megatron(
+    file: str, sections: Mapping[str, Flags], stages: Iterable[Stage] = (), use_gpus: bool = True
+) -> None:
     """Refuse what the installed Megatron does not know, and what the programs of ``stages`` would refuse themselves.
 
     Another process does it, because importing Megatron takes some 10 s and 500 MB that would then stay in this one.
@@ -32,13 +34,17 @@ def check_with_megatron(file: str, sections: Mapping[str, Flags], stages: Iterab
     Args:
         sections: place in ``file`` -> flags.
         stages: those that train or evaluate.
+        use_gpus: False where they run on the CPU, whatever the machine has.
     """
     asked = {
         "sections": {where: to_argv(flags) for where, flags in sections.items()},
         "stages": {stage.name: (stage.processes, program_words(stage)) for stage in stages},
     }
     command = [sys.executable, "-W", "ignore", "-m", "megatron_btx.recipe.program_checks"]
-    answer = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
+    environment = os.environ if use_gpus else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    answer = subprocess.run(
+        command, input=json.dumps(asked), capture_output=True, text=True, check=False, env=environment
+    )
     if answer.returncode:
         lines = answer.stderr.strip().splitlines() or [f"Megatron's parser ended with status {answer.returncode}"]
         raise InputError(f"{file}: {lines[-1].removeprefix('error: ')}")

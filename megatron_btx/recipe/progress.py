@@ -18,13 +18,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from megatron_btx.errors import InputError
+from megatron_btx.errors import InputError, printable
 from megatron_btx.manifest import read_manifest
 from megatron_btx.recipe.stage import Stage
 
 LINE_SECONDS = 15.0
 """Between two lines about a running stage where there is no terminal."""
-_TAIL_BYTES = 32768
+_TAIL_BYTES, _TAIL_BYTES_AT_MOST = 2**15, 2**26
 _SPEED_STEPS = 20
 """Steps over which the speed is taken."""
 _WIDE_COLUMNS = 10_000
@@ -86,7 +86,10 @@ def shown_manifest(directory: Path) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """``value`` where it is a number that can be reckoned with."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if isinstance(value, float) or value.bit_length() < 64 else None
 
 
 def _step_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
@@ -102,13 +105,15 @@ def _tail(path: Path) -> list[dict[str, Any]]:
     The window grows until it holds the steps that a speed is taken over: a line of a wide mixture has 20 KB and more.
     """
     window, found = _TAIL_BYTES, list[dict[str, Any]]()
+    if not path.is_file():  # opening a pipe would wait forever
+        return []
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
             while len(found) <= _SPEED_STEPS:
                 stream.seek(max(0, size - window))
                 found = _metrics_in(stream.read().decode("utf-8", "replace"))
-                if window >= size:
+                if window >= size or window > _TAIL_BYTES_AT_MOST:
                     break
                 window *= 8
     except OSError:
@@ -121,22 +126,22 @@ def _metrics_in(text: str) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
             continue
-        if _number(entry.get("time")) is not None:
+        if _number(entry["iteration"]) is not None and _number(entry.get("time")) is not None:
             found.append(entry)
     return found
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
     """The rows as a table for a terminal."""
-    grid = Table(title=Text(title), title_justify="left")
+    grid = Table(title=Text(printable(title)), title_justify="left")
     for header in _HEADERS:
         grid.add_column(header, justify="left" if header in ("stage", "state") else "right", no_wrap=True)
     for row in rows:
-        grid.add_row(*map(Text, row.cells()))  # as text: brackets in a name are no markup
+        grid.add_row(*(Text(printable(cell)) for cell in row.cells()))  # as text: brackets in a name are no markup
     return grid
 
 

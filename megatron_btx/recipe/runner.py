@@ -96,11 +96,11 @@ def locked(run: Path) -> Iterator[None]:
 
 def is_locked(run: Path) -> bool:
     """Whether a runner is at work in ``run``; writes nothing, because a run may be looked at that is not ours."""
+    if not (run / ".lock").is_file():  # opening a pipe would wait forever
+        return False
     try:
         with (run / ".lock").open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
     except BlockingIOError:
         return True
     return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import types
@@ -726,24 +727,32 @@ def test_a_plan_has_the_fingerprints_that_the_manifests_get() -> None:
         assert entry["fingerprint"] == expected and entry["steps"] == planned[entry["stage"]].iterations
 
 
+HUGE = f'[{{"stage": "a", "steps": 1, "tokens": 1{"0" * 400}}}]'
+
+
 def test_status_of_a_broken_plan_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text in ("[", "{}", "[1]", '[{"stage": 1}]', '[{"stage": "a", "steps": "x"}]'):
+    for text in ("[", "{}", "[1]", '[{"stage": 1}]', '[{"stage": "a", "steps": "x"}]', HUGE):
         (tmp_path / cli.PLAN_FILE).write_text(text)
         assert cli.main(["status", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("not the plan of a run") == 5
+    assert capsys.readouterr().err.count("not the plan of a run") == 6
 
 
 def test_status_shows_what_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A broken manifest or line of metrics hides no other stage, and names are no markup."""
     run = tmp_path / "[red]run[/red]"
-    plan = [{"stage": name, "steps": 10, "tokens": 100} for name in ("seed", "mix", "finetune")]
+    names = ("seed", "mix", "finetune", "\x1b[31m", "\ud800")
+    plan = [{"stage": name, "steps": 10, "tokens": 100} for name in names]
     (run / "seed").mkdir(parents=True)
     (run / cli.PLAN_FILE).write_text(json.dumps(plan))
     (run / "seed" / "manifest.json").write_text('{"status": ["odd"], "seconds": "long"}')
     lines = ['{"iteration": 1, "time": 1}', '{"iteration": "x", "time": 1}', '{"iteration": 2, "time": "y"}', "[]"]
+    lines += [f'{{"iteration": 1{"0" * 400}, "time": 1}}', "[" * 100_000]
     (run / "seed" / "metrics.jsonl").write_text("\n".join([*lines, '{"iteration": 3, "time": 5, "lm loss": "low"}']))
     (run / "mix").mkdir()
     (run / "mix" / "manifest.json").write_text("{")
+    (run / "finetune").mkdir()
+    os.mkfifo(run / "finetune" / "metrics.jsonl")
+    os.mkfifo(run / ".lock")
     assert cli.main(["status", str(run)]) == 0
     shown = capsys.readouterr().out
     assert "[red]run[/red]" in shown.replace("\n", "")
