@@ -29,7 +29,18 @@
 #   NNODES=1  NODE_RANK=0  MASTER_ADDR (required with more than one node)  MASTER_PORT=29500
 #   PYTHON                 the interpreter; default: this checkout's .venv, or python3
 # Arguments after the launcher's name go to Megatron last, where the last one wins. With --btx-check the job is checked
-# for NPROC x NNODES processes, and not started.
+# for NPROC x NNODES processes, and not started. --help prints this.
+
+# --help: what stands at the top of the launcher and of this file. $* are the launcher's arguments.
+case " $* " in
+    *" --help "* | *" -h "*)
+        for file in "$0" "${BASH_SOURCE[0]}"; do
+            awk '/^#!|^# shellcheck/ { next } !/^#/ { exit } { sub(/^# ?/, ""); print }' "$file"
+            echo
+        done
+        exit 0
+        ;;
+esac
 
 unset CDPATH # with it, cd would look for this folder elsewhere first, and print what it found
 repository="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -167,6 +167,16 @@ def test_watching_and_freezing(teller):
     assert "--btx-freeze" not in " ".join(told(FINETUNE, teller)[0])
 
 
+@pytest.mark.parametrize("launcher", [EXPERT, FINETUNE], ids=["expert", "finetune"])
+def test_help_is_what_stands_at_the_top(launcher):
+    """Of the launcher and of what both share; nothing needs to be given."""
+    done = subprocess.run(["bash", launcher, "--help"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    for words in ("STEPS=", "bash examples/", "DISTRIBUTED_OPTIMIZER=1", "NODE_RANK=0", "--btx-check"):
+        assert words in done.stdout
+    assert "#" not in done.stdout and "set -euo" not in done.stdout
+
+
 def test_lists_may_stand_on_several_lines(teller):
     """As a person writes a long blend, also in a file of another system; nothing of it is dropped."""
     lists = {"DATA": "0.5 a\n  0.5 b\n", "VALID_DATA": "0.9 c\r\n0.1 d\r\n"}
