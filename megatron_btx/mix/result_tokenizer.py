@@ -291,11 +291,12 @@ def _of_sentencepiece(source: Source, place: Path, kind: str, allow: bool) -> _M
     def encode(texts: Sequence[str], whole: bool) -> Ids:
         return [_around_added(model, text, added, len(pieces)) for text in texts]
 
-    unigram = sentencepiece_tokenizer.read_model(content).trainer_spec.model_type == 1
+    proto = sentencepiece_tokenizer.read_model(content)
+    scored = [(piece.piece, piece.score) for piece in proto.pieces] if proto.trainer_spec.model_type == 1 else []
     name = f"sentencepiece {importlib.metadata.version('sentencepiece')}"
     own = [*converted.named.values(), *added]
     own += [piece for piece in pieces if piece in ("<0x0A>", "\n")] + _user_defined(content)
-    return Oracle(name, encode, unigram), files, f"tokenizer.json made of {place}", own
+    return Oracle(name, encode, scored), files, f"tokenizer.json made of {place}", own
 
 
 def _user_defined(content: bytes) -> list[str]:

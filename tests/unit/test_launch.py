@@ -33,6 +33,10 @@ def test_a_task_of_srun():
     assert uneven is not None and uneven.local_world == 4
     of_job = {name.replace("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"): value for name, value in SRUN.items()}
     assert launch.find_place(of_job) == launch.find_place(SRUN)
+    step = ("SLURM_STEP_ID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST")
+    older = {name: value for name, value in of_job.items() if name not in step}  # a rank above 0 is no batch script's
+    of_older = launch.find_place(older)
+    assert of_older is not None and (of_older.rank, of_older.address) == (13, "gpu007-ib")
     speaks_mpi = launch.find_place(SRUN | {"PMI_RANK": "13", "PMI_SIZE": "16"})
     assert speaks_mpi == launch.find_place(SRUN)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from megatron_btx.mix import tokenizer_files as written
+from megatron_btx.mix.tokenizer_proof import Oracle, compare
 
 ROWS = 400
 TOKENIZER = {
@@ -44,3 +45,18 @@ def test_the_blank_before_a_text_is_said():
         tokenizer = TOKENIZER | {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": prefix}}
         assert written.written_config({}, tokenizer, {}, None)["add_prefix_space"] is prefix
     assert "add_prefix_space" not in written.written_config({}, {"pre_tokenizer": None}, {}, None)
+
+
+def test_ways_that_are_as_probable_are_one():
+    """The text "abcab" is ab c ab or a bc ab: where both have one sum of scores, rounding decides which is found."""
+    pieces = [("a", -1.0), ("b", -9.0), ("c", -2.0), ("ab", -3.0), ("bc", -4.0), ("d", -4.0)]
+    expected, tie = [[3, 2, 3]], [[0, 4, 3]]
+    for scored, found, is_tie in (
+        (pieces, tie, True),
+        (pieces, [[0, 1, 2, 3]], False),
+        (pieces, [[0, 5, 3]], False),
+        ((), tie, False),
+    ):
+        oracle = Oracle("a model", lambda _texts, _whole: expected, scored)
+        difference, ties = compare(oracle, lambda _texts, _whole, ids=found: ids, ["abcab"], len(pieces))
+        assert ((difference is None), ties) == (is_tie, int(is_tie))
