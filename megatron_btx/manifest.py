@@ -61,7 +61,14 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def mark(directory: Path, stage: str) -> None:
-    """Leave a manifest in a folder that a command writes by hand, if there is none: so that a run knows it for ours."""
+    """Make a folder that a command writes by hand, with a manifest if it has none: so that a run knows it for ours.
+
+    Raises:
+        InputError: what lies there is no folder.
+    """
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise InputError(f"{directory}: is no folder, and the report is to be one of this name; move it away")
+    directory.mkdir(exist_ok=True)
     if not os.path.lexists(directory / FILE_NAME):
         write_manifest(directory, {"stage": stage, "status": "made by hand"})
 

@@ -108,11 +108,13 @@ def _seeds(recipe: Path, section: Any, plan: list[dict[str, Any]] | None) -> dic
     for name, settings in variants.items():
         own = settings.get("seeds") if isinstance(settings, dict) else None
         listed = own or section.get("seeds")
-        if not isinstance(listed, list):
+        if not isinstance(listed, list) or not all(type(seed) is int for seed in listed):
             raise InputError(f"{recipe}: ablation.variants.{name}: no list of seeds; expected the recipe btx run wrote")
         due = [seed for seed in listed if planned is None or stage_name(str(name), seed) in planned]
         if due:
             seeds[str(name)] = tuple(due)
+    if not seeds:
+        raise InputError(f"{recipe}: ablation: the run's {PLAN_FILE} has none of its variants; run the recipe again")
     return seeds
 
 

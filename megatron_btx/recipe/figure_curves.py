@@ -17,6 +17,8 @@ from megatron_btx.recipe.report_numbers import mean, usable
 from megatron_btx.recipe.report_stages import Stage
 
 MAX_POINTS_PER_CURVE = 400
+NAMED_CURVES = 16
+"""Of a panel: a legend of more would leave no room for them."""
 LARGE_UNITS = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
 
 
@@ -66,13 +68,13 @@ def draw_curves(curves: Sequence[Curve], palette: Palette) -> Figure:
         members = sorted((curve for curve in curves if curve.group == group), key=lambda one: palette.rank(one.stage))
         largest = max(curve.x[-1] for curve in members)
         scale, prefix = next((unit for unit in LARGE_UNITS if largest >= unit[0]), (1.0, ""))
-        for curve in members:
+        for at, curve in enumerate(members):
             losses, smooth = (_drawable(values) for values in (curve.loss, curve.smooth))
             name = shortened(curve.stage) + (" (unfinished)" if curve.unfinished else "")
             x, colour = [position / scale for position in curve.x], palette.colour(curve.stage)
             panel.plot(x, losses, color=colour, linewidth=0.6, alpha=0.3)
             style: dict[str, Any] = {"color": colour, "linestyle": palette.dash(curve.stage), "linewidth": 1.7}
-            panel.plot(x, smooth, label=name, **style)
+            panel.plot(x, smooth, label=name if at < NAMED_CURVES else None, **style)
         panel.set_title(group, fontsize=9.5, color=INK)
         panel.set_xlabel(" and ".join(sorted({f"{prefix}{curve.unit}" for curve in members})), fontsize=9)
         panel.legend(frameon=False, fontsize=8, loc="best")

@@ -92,6 +92,8 @@ def plan_of(stages: Sequence[Stage]) -> list[dict[str, Any]]:
 
 def read_plan(path: Path) -> list[dict[str, Any]] | None:
     """The plan that a run wrote; None when what lies there is none."""
+    if not path.is_file():  # reading a pipe would wait forever
+        return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

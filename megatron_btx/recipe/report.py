@@ -70,7 +70,6 @@ def _write(run: Path, data: RunData) -> Path:
     images = {name: figures.as_png(figure) for name, figure in _draw(data, curves).items()}
     blocks = blocks_of(data, set(images))
     folder = run / REPORT_FOLDER
-    folder.mkdir(exist_ok=True)
     mark(folder, REPORT_FOLDER)
     for name in FIGURE_FILES:
         if name in images:

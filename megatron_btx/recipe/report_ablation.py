@@ -55,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     files["ablation.json"] = as_json(results_of(outcomes))
     files["ablation.md"] = to_markdown(title, blocks).encode()
     folder = arguments.run / REPORT_FOLDER
-    folder.mkdir(exist_ok=True)
     mark(folder, folder.name)
     for name, content in files.items():
         write_atomically(folder / name, content)

@@ -44,14 +44,14 @@ class Stage:
     @property
     def unfinished(self) -> str:
         """How far an unfinished stage went, in words; empty for a finished one."""
-        status = (self.manifest or {}).get("status")
+        status = str((self.manifest or {}).get("status"))
         if self.manifest is None or status == FINISHED:
             return ""
         short = self.steps is not None and self.reached is not None and self.reached < self.steps
         if status not in _ENDED_EARLY and not short:
             return ""
         where = f" at step {self.reached or 0:,} of {self.steps:,}" if self.steps else ""
-        return _ENDED_EARLY.get(str(status), "not finished,").rstrip("," if not where else "") + where
+        return _ENDED_EARLY.get(status, "not finished,").rstrip("," if not where else "") + where
 
     def cost(self, key: str) -> float | None:
         """Its tokens, FLOPs (up to where an unfinished one went) or seconds (of all its starts); None: not stated."""
@@ -193,10 +193,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _checkpointed(tracker: Path) -> int:
     """The iteration of the last checkpoint; 0 when there is none."""
-    try:
-        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
+    if not tracker.is_file():  # reading a pipe would wait forever
         return 0
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else 0
 
 

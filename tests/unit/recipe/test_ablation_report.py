@@ -147,7 +147,9 @@ def test_variants_that_were_not_planned_are_not_waited_for(finished):
     assert list(outcomes.runs) == list(outcomes.seeds) == ["one"] and outcomes.notes == ()
 
 
-@pytest.mark.parametrize("broken", ["nothing", "recipe", "no ablation", "yaml", "variants", "seeds", "shapes"])
+@pytest.mark.parametrize(
+    "broken", ["nothing", "recipe", "no ablation", "yaml", "variants", "seeds", "texts", "plan", "shapes"]
+)
 def test_what_is_no_ablation_is_refused(broken, finished):
     """In one line, with what was expected."""
     recipe = finished / "recipe.yaml"
@@ -160,6 +162,9 @@ def test_what_is_no_ablation_is_refused(broken, finished):
         write(finished, "two", 2, 1.5, **{"lm loss validation code": 1.0})
     else:
         contents = {"no ablation": "name: other", "yaml": "a: [", "variants": "ablation: [1]"}
+        contents["texts"] = "ablation: {seeds: ['1', 2], variants: {one: {}}}"
+        contents["plan"] = recipe.read_text()
+        (finished / "plan.json").write_text("[]")
         recipe.write_text(contents.get(broken, "ablation: {variants: {one: {}}}"))
     said = {
         "nothing": "no stage of its ablation has come to its end: ablation-one-s1: has not run",
@@ -168,6 +173,8 @@ def test_what_is_no_ablation_is_refused(broken, finished):
         "yaml": "broken YAML",
         "variants": "no mapping 'variants'",
         "seeds": "no list of seeds",
+        "texts": "no list of seeds",
+        "plan": "the run's plan.json has none of its variants",
         "shapes": "differ in their domains",
     }
     with pytest.raises(InputError, match=said[broken]):

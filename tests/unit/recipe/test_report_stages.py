@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from example_run import DOMAINS, EXPERTS, change, evaluation, make_run, results,
 
 from megatron_btx.recipe import report
 from megatron_btx.recipe.figures import as_png
+from megatron_btx.recipe.report_budgets import budgets_of
 from megatron_btx.recipe.report_inputs import read_run
+from megatron_btx.recipe.report_pages import to_markdown
 from megatron_btx.recipe.report_stages import left_out, read_stage
+from megatron_btx.recipe.report_text import blocks_of, title_of
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +55,12 @@ def fingerprinted(run: Path, plan: bool = True, **anew: str) -> Path:
     return run
 
 
+def text_of(run: Path) -> str:
+    """The report as Markdown, without its figures, whose drawing takes seconds."""
+    data = read_run(run)
+    return to_markdown(title_of(data), blocks_of(data, set()))
+
+
 def test_a_run_of_today_is_shown_whole(tmp_path: Path) -> None:
     data = read_run(fingerprinted(make_run(tmp_path)))
     assert data.marked == () and data.notes == () and len(data.stages) == len(PARENTS)
@@ -85,7 +95,7 @@ def test_what_another_seed_made_is_left_out(plan: bool, tmp_path: Path) -> None:
     assert data.models == {} and len(data.corpora) == 3 * len(DOMAINS)
     marked = " ".join(data.marked)
     assert ("made with other settings" if plan else "made from another seed") in marked
-    assert "trained on" not in (report.build_report(run).parent / "report.md").read_text().split("## ")[0]
+    assert "trained on" not in text_of(run).split("## ")[0]
 
 
 def test_what_belongs_to_the_recipe_stays_whatever_lies_beside_it_now(tmp_path: Path) -> None:
@@ -104,7 +114,7 @@ def test_what_belongs_to_the_recipe_stays_whatever_lies_beside_it_now(tmp_path: 
 def test_odd_parents_are_borne(parents: Any, tmp_path: Path) -> None:
     run = make_run(tmp_path)
     change(run / "dense" / "manifest.json", lambda content: content.update(parents=parents))
-    report.build_report(run)
+    assert text_of(run)
 
 
 def stopped(run: Path, at: int, **content: Any) -> None:
@@ -130,7 +140,7 @@ def test_an_unfinished_stage_counts_as_far_as_it_went(
     stopped(run, 250, status=status, seconds=32.0)
     assert report.main([str(run)]) == 0
     assert f"Stage seed is unfinished: {said}." in capsys.readouterr().out
-    found = results(run)
+    found = json.loads((run / "report" / "results.json").read_text())
     assert found["curves"]["seed"]["x"][-1] == 256_000  # of 1,024,000
     text = (run / "report" / "report.md").read_text()
     assert f"| seed ({said}) | data | 256,000 | 32.0 | 8,000 | 7.11e+11 |" in text
@@ -189,15 +199,15 @@ def test_what_the_average_and_the_dense_model_are_is_read_from_the_manifests(tmp
     """Also when the seed is no part of the average, and when the dense model had fewer tokens."""
     run = fingerprinted(make_run(tmp_path))
     change(run / "average" / "manifest.json", lambda content: content.update(settings={"experts": ["math", "code"]}))
-    text = report.build_report(run).with_name("report.md").read_text()
+    text = text_of(run)
     assert "average: plain average of math, code;" in text and "seed included" not in text
     assert "0.030 above the dense model trained on as many tokens of each domain." in text
-    assert results(run)["tokens_after_the_seed"] == {"btx_tokens": 1_996_800, "dense_tokens": 1_996_800}
+    assert budgets_of(read_run(run).stages) == (1_996_800, 1_996_800)
     change(run / "dense-domains" / "manifest.json", lambda content: content.update(tokens=900_000))
-    text = report.build_report(run).with_name("report.md").read_text()
+    text = text_of(run)
     assert "dense model, which had 1,975,200 tokens after the seed, the mixture and its experts 1,996,800." in text
     change(run / "mix" / "manifest.json", lambda content: content.update(settings={"experts": [*EXPERTS, "given"]}))
-    text = report.build_report(run).with_name("report.md").read_text()
+    text = text_of(run)
     assert "0.030 above the dense model." in text and "as many tokens of each domain." not in text.split("## ")[0]
 
 
@@ -270,3 +280,34 @@ def test_steps_of_a_stage_come_from_its_configuration_where_the_manifest_has_non
     (tmp_path / "seed" / "config.yaml").write_text("iterations: 9\nflags: {seq-length: 8, global-batch-size: two}\n")
     stage = read_stage(tmp_path / "seed")
     assert stage is not None and stage.unfinished == "stopped at step 3 of 9" and stage.tokens_per_iteration is None
+
+
+def test_pipes_are_not_read(tmp_path: Path) -> None:
+    """They would be waited for, forever."""
+    run = make_run(tmp_path)
+    (run / "seed" / "checkpoint").mkdir()
+    for pipe in ("plan.json", "recipe.yaml", "seed/config.yaml", "seed/checkpoint/latest_checkpointed_iteration.txt"):
+        os.mkfifo(run / pipe)
+    assert len(read_run(run).stages) == 9
+
+
+def test_a_report_folder_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_evaluation(tmp_path, evaluation())
+    for make in (lambda: (run / "report").write_text("x"), lambda: (run / "report").symlink_to("/nowhere")):
+        make()
+        assert report.main([str(run)]) == 2
+        assert "report: is no folder" in capsys.readouterr().err
+        (run / "report").unlink()
+
+
+def test_odd_manifests_and_many_curves_are_borne(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """A status that is no text; a hundred experts, whose names would fill the panel."""
+    run = make_run(tmp_path)
+    change(
+        run / "seed" / "manifest.json", lambda content: content.update(status={"a": 1}, steps=2_000, parents={"x": [1]})
+    )
+    for number in range(100):
+        write_json(run / f"expert-x{number}" / "manifest.json", {"tokens": 10, "steps": 10, "status": "finished"})
+        (run / f"expert-x{number}" / "metrics.jsonl").write_text('{"iteration": 10, "lm loss": 2}\n')
+    assert len(results(run)["curves"]) == 107
+    assert [str(warning.message) for warning in recwarn] == []
