@@ -8,7 +8,7 @@ from megatron_btx.errors import InputError
 
 
 def check_budget(args: Any) -> None:
-    """Refuse a budget of no step, and one that ends within a batch: Megatron would run out of samples in the last step.
+    """Refuse a budget of no step, and one whose last step cannot be: it would end within a batch, or is skipped.
 
     Raises:
         InputError: names the flag, the budget and one that fits.
@@ -22,6 +22,11 @@ def check_budget(args: Any) -> None:
         raise InputError(
             f"--train-samples {args.train_samples}: fewer than one batch of {args.global_batch_size} "
             "(--global-batch-size); give a budget of at least one step"
+        )
+    if steps in args.iterations_to_skip:
+        raise InputError(
+            f"--iterations-to-skip {steps}: it is the last step, after which Megatron 0.19 saves nothing when it is "
+            "skipped; lower the budget by a step"
         )
     if args.step_batch_size_schedule is not None and samples > args.train_samples:
         raise InputError(

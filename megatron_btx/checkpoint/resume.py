@@ -187,8 +187,8 @@ def _check_samples(path: str, stored: Mapping[str, Any], given: Mapping[str, Any
     consumed, batch = stored.get("consumed_train_samples", 0), given["global_batch_size"]
     if consumed and not in_samples and consumed > step_of(path) * batch:
         raise InputError(
-            f"{path}: has read {consumed} samples in {step_of(path)} steps; with --global-batch-size {batch} its data "
-            f"would end before --train-iters; resume it with {stored.get('global_batch_size')} or more, {anew}"
+            f"{path}: has read {consumed} samples in {step_of(path)} steps; with --global-batch-size {batch} Megatron "
+            f"prepares fewer than are left to read; resume it with {stored.get('global_batch_size')} or more, {anew}"
         )
 
 

@@ -32,6 +32,7 @@ def args(tmp_path: Path) -> Namespace:
         train_samples=None,
         global_batch_size=4,
         step_batch_size_schedule=None,
+        iterations_to_skip=[],
         rank=0,
     )
 
@@ -72,9 +73,10 @@ def test_a_mix_is_no_finished_run(args, tmp_path):
     [
         ({"train_iters": 0}, "--train-iters 0: nothing to train"),
         ({**SAMPLES, "train_samples": 3}, "--train-samples 3: fewer than one batch of 4"),
+        ({**SAMPLES, "iterations_to_skip": [5, 12]}, "--iterations-to-skip 12: it is the last step"),
     ],
 )
-def test_a_budget_of_nothing(change, said, args):
+def test_a_budget_that_cannot_be(change, said, args):
     with pytest.raises(InputError, match=said):
         check_budget(Namespace(**vars(args) | change))
 
