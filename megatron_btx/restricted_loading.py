@@ -44,9 +44,19 @@ def restrict_unpickling() -> None:
 
     os.environ.pop(_NEVER, None)  # PyTorch takes one of the two switches
     os.environ[_ALWAYS] = "1"
-    torch.serialization.add_safe_globals([*allowed_globals(), *_numpy_dtypes(), *_enums()])
+    allowed = [*allowed_globals(), *_numpy_dtypes(), *_enums()]
+    ours = {_name(one) for one in allowed}
+    # Megatron's list has NumPy's own constructors, which take bytes for objects: see safe_numpy.py.
+    others = [one for one in torch.serialization.get_safe_globals() if _name(one) not in ours]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*others, *allowed])
     _expect_refusal()
     _restrict_index()
+
+
+def _name(given: Any) -> str:
+    """The name by which a pickle asks for an entry of PyTorch's list."""
+    return given[1] if isinstance(given, tuple) else f"{given.__module__}.{given.__qualname__}"
 
 
 def _enums() -> list[Any]:

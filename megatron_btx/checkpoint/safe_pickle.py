@@ -15,6 +15,7 @@ import importlib
 import pickle
 from typing import Any, BinaryIO
 
+from megatron_btx.checkpoint.safe_numpy import numpy_stand_ins
 from megatron_btx.errors import CheckpointError
 
 _PLAIN_BUILTINS = {
@@ -30,9 +31,6 @@ _ALLOWED = {
     "pathlib._local": {"PosixPath", "PurePosixPath", "Path"},
     "_codecs": {"encode"},
     "_io": {"BytesIO"},  # extra states of Transformer Engine's first generation
-    "numpy": {"dtype", "ndarray"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy.core.multiarray": {"_reconstruct", "scalar"},
     "torch": {"Size", "device"},
     "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter"},
     "torch.serialization": {"_get_layout"},
@@ -150,6 +148,8 @@ class AllowListUnpickler(pickle.Unpickler):
         """
         if (module, name) == _PROPERTIES:
             return _tensor_properties()
+        if module.partition(".")[0] == "numpy" and (module, name) in numpy_stand_ins():
+            return numpy_stand_ins()[module, name]
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and "." not in name and _is_plain_torch_value(name):
@@ -201,9 +201,9 @@ def unpickled(kind: type[AllowListUnpickler], file: BinaryIO, where: str) -> Any
 def allowed_globals() -> list[tuple[Any, str]]:
     """The list as PyTorch's own restricted unpickler takes it: every object with the full name that pickles give it.
 
-    What this Python or NumPy spells otherwise is left out: nothing it reads can be asked for by that name.
+    What this Python spells otherwise is left out: nothing it reads can be asked for by that name.
     """
-    found = []
+    found = [(maker, f"{module}.{name}") for (module, name), maker in numpy_stand_ins().items()]
     for module, names in _ALLOWED.items():
         try:
             owner = importlib.import_module(module)

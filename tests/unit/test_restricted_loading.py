@@ -109,6 +109,18 @@ def test_pytorch_itself_refuses_what_the_check_has_not_seen(key, folder, tmp_pat
         assert not (tmp_path / "ran").exists()
 
 
+def test_bytes_are_no_addresses_of_objects(folder, restricted):
+    """NumPy's own constructor, which Megatron allows, would make objects out of any bytes, and Python follow them."""
+    for kind in ("O", Call(numpy.dtype, "O")):
+        name = plant(folder, "rng_state", Call(numpy.ndarray, (1,), kind, b"A" * 8))
+        with pytest.raises(CheckpointException) as failure:
+            load(folder, name)
+        line = str(loading_failed("x", failure.value))
+        assert line.startswith("x: holds a pickle that is not of plain values") and "\n" not in line
+        with pytest.raises(CheckpointError, match="rng_state"):
+            TorchDistReader(folder).check_objects()
+
+
 def test_what_pytorch_cannot_rebuild_is_one_line(folder, restricted):
     """Its restricted form knows fewer containers than ours: nothing of Megatron's holds them."""
     name = plant(folder, "optimizer", collections.defaultdict(list, {"lr": [0.1]}))

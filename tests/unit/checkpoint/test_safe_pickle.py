@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from megatron_btx.checkpoint.safe_pickle import load_pickle
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.checkpoint.torch_record import load_torch
 from megatron_btx.errors import CheckpointError
+from tests.hostile import Call
 
 FLIPS = 400
 
@@ -62,6 +64,61 @@ def test_what_the_list_does_not_hold(target):
     for payload in (plain, stacked):
         with pytest.raises(CheckpointError, match="could run code"):
             load_pickle(io.BytesIO(payload), "the file")
+
+
+ADDRESSES = numpy.array([0x4141414141414141]).tobytes()
+OBJECTS = {
+    "made": Call(numpy.ndarray, (1,), "O", ADDRESSES),
+    "made of a dtype": Call(numpy.ndarray, (1,), Call(numpy.dtype, "O"), ADDRESSES),
+    "structured": Call(numpy.ndarray, (1,), Call(numpy.dtype, "i8,O"), ADDRESSES * 2),
+    "numbers": Call(numpy.ndarray, (1,), "i8", ADDRESSES),
+    "a dtype": Call(numpy.dtype, "O"),
+    "a list of dtypes": Call(numpy.dtype, [("x", "O")]),
+    "filled": numpy.array([None, 3], dtype=object),
+    "a number": Call(type(numpy.float64(1)).__reduce__(numpy.float64(1))[0], Call(numpy.dtype, "O"), ADDRESSES),
+}
+
+
+@pytest.mark.parametrize("case", list(OBJECTS))
+def test_bytes_are_no_addresses_of_objects(case):
+    """NumPy would make an array of objects out of any bytes, and Python would follow them."""
+    for protocol in (2, 4):
+        with pytest.raises(CheckpointError, match="the file: "):
+            load_pickle(io.BytesIO(pickle.dumps(OBJECTS[case], protocol)), "the file")
+        with pytest.raises(CheckpointError, match="the file: "):
+            torch.save(OBJECTS[case], file := io.BytesIO(), pickle_protocol=protocol)
+            load_torch(file, "the file")
+
+
+def test_a_dtype_that_a_pickle_changed_is_made_anew():
+    """What a pickle sets in a dtype is its byte order, and nothing that says how memory is read."""
+    structured = numpy.dtype("i8,O").__reduce__()[2]
+    empty = numpy.zeros(0).__reduce__()
+
+    class Changed:
+        def __reduce__(self):
+            return (numpy.dtype, ("i8", False, True), structured)
+
+    class Filled:
+        def __reduce__(self):
+            return (*empty[:2], (1, (1,), Changed(), False, ADDRESSES))
+
+    try:
+        found = load_pickle(io.BytesIO(pickle.dumps(Filled(), 2)), "x")
+    except CheckpointError:
+        return
+    assert found.dtype == numpy.dtype("i8") and found.tobytes() == ADDRESSES
+
+
+@pytest.mark.parametrize("kind", ["?", "b", "<i4", ">i4", ">f8", "F", "S3", "U2", "M8[ns]", "m8[s]"])
+def test_arrays_and_numbers_survive(kind):
+    array = numpy.array([[1, 0, 1], [1, 1, 0]]).astype(kind)
+    for order in (array, array.T):
+        content = pickle.dumps((order, order[0, 0]), 2)
+        (found, number), (expected, _) = load_pickle(io.BytesIO(content), "x"), pickle.loads(content)
+        assert numpy.array_equal(found, order) and found.dtype == expected.dtype and number == order[0, 0]
+        again = pickle.loads(pickle.dumps(found))
+        assert type(again) is numpy.ndarray and numpy.array_equal(again, order)
 
 
 def _unicode(text: str) -> bytes:
