@@ -43,7 +43,7 @@ def _array_class() -> type:
         """An array that gets its content from a pickle."""
 
         def __new__(cls, *_: Any) -> NoReturn:
-            raise pickle.UnpicklingError("an array made of raw addresses, which no checkpoint needs and which could run code")
+            raise pickle.UnpicklingError("an array of raw addresses, which no checkpoint needs and could run code")
 
         def __setstate__(self, state: Any, /) -> None:
             *before, kind, in_columns, content = state

@@ -19,13 +19,21 @@ from megatron_btx.checkpoint.vocabulary import Vocabulary
 _JSON_PARTS = {"normalizer": "normaliser", "pre_tokenizer": "first cut into words"}
 
 
-def first_difference(left: Vocabulary, right: Vocabulary, merges: tuple[object, object] = (None, None)) -> str | None:
-    """The first rule in which two tokenizers with one table differ, in words; None where no difference is known.
+def first_difference(
+    left: Vocabulary,
+    right: Vocabulary,
+    merges: tuple[object, object] = (None, None),
+    among: Mapping[int, str] | None = None,
+) -> str | None:
+    """The first rule in which two tokenizers differ, in words; None where no difference is known.
 
     Args:
         merges: the files of merges that stored arguments name, for tokenizers that are no folders.
+        among: the tokens that both have, where one has more: only rules of these are compared.
     """
     one, other = _rules(left, merges[0]), _rules(right, merges[1])
+    if among is not None:
+        one, other = _rules_among(one, other, among), _rules_among(other, one, among)
     for name in one:
         if name in other and not _alike(one[name], other[name]):
             return _described(name, one[name], other[name])
@@ -89,6 +97,21 @@ def _rules(vocabulary: Vocabulary, merges: object) -> dict[str, Any]:
         file = Path(str(merges)) if merges else base.parent / "merges.txt"
         return {"merges": _read_merges(file)} if file.is_file() else {}
     return _rules_of_sentencepiece(base)
+
+
+def _rules_among(rules: Mapping[str, Any], others: Mapping[str, Any], tokens: Mapping[int, str]) -> dict[str, Any]:
+    """What rules say of some tokens: other tokens have merges, scores and places of their own."""
+    kept = {name: value for name, value in rules.items() if name != "files"}
+    if "merges" in kept:
+        texts = set(tokens.values())
+        kept["merges"] = [pair for pair in kept["merges"] if "".join(pair) in texts]
+    if "scores" in kept:
+        known = {number: score for number, score in enumerate(kept["scores"]) if number in tokens}
+        kept["scores"] = [known.get(number) for number in range(max(tokens, default=-1) + 1)]
+    if "order of pieces" in kept:  # a token can be a piece of one and added to the other
+        pieces = tokens.keys() & set(others.get("order of pieces", ()))
+        kept["order of pieces"] = [number for number in kept["order of pieces"] if number in pieces]
+    return kept
 
 
 def _rules_of_json(file: Path) -> dict[str, Any]:

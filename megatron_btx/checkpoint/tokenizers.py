@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from megatron_btx.checkpoint.segmentation import first_difference
 from megatron_btx.checkpoint.vocabulary import (
     TOKENIZER_FILES,
+    Vocabulary,
     known_vocabulary,
     tokenizer_files,
     tokenizer_place,
@@ -36,9 +38,9 @@ def check_same_tokenizer(sources: Mapping[str, Stored], remedy: str) -> None:
     Raises:
         InputError: names the first tokens that differ, or why two tokenizers cannot be compared.
     """
-    first, *others = sources
-    for other in others:
-        _check_pair({name: sources[name] for name in (first, other)}, remedy)
+    # Every pair: where the first tells no merges, the others are not to be told from it, and may differ all the same.
+    for left, right in itertools.combinations(sources, 2):
+        _check_pair({name: sources[name] for name in (left, right)}, remedy)
 
 
 def _check_pair(pair: Mapping[str, Stored], remedy: str) -> None:
@@ -66,10 +68,19 @@ def _check_pair(pair: Mapping[str, Stored], remedy: str) -> None:
     most = max(rows, default=_ALL)
     below = {name: tables[name].below(stored.get("padded_vocab_size") or most) for name, stored in pair.items()}
     refuse_different_tokens(below, remedy)
-    difference = first_difference(tables[left], tables[right], (one.get("merge_file"), other.get("merge_file")))
+    _refuse_other_rules(pair, tables, None, remedy)
+
+
+def _refuse_other_rules(
+    pair: Mapping[str, Stored], tables: Mapping[str, Vocabulary], among: Mapping[int, str] | None, remedy: str
+) -> None:
+    (left, one), (right, other) = pair.items()
+    merges = one.get("merge_file"), other.get("merge_file")
+    difference = first_difference(tables[left], tables[right], merges, among)
     if difference:
+        have = "have the same tokens" if among is None else f"have {len(among)} tokens in common"
         raise InputError(
-            f"tokenizers differ: {left} and {right} have the same tokens and cut texts in other ways, because of "
+            f"tokenizers differ: {left} and {right} {have} and cut texts in other ways, because of "
             f"{difference}; models can only be mixed or continued with one tokenizer ({remedy} if you know that the "
             "ids are the same)"
         )
@@ -105,20 +116,28 @@ def _count(different: Sequence[int]) -> str:
 def check_vocabulary_union(sources: Mapping[str, Stored], remedy: str) -> None:
     """Refuse vocabularies that contradict each other: a token that two of them know must have one number.
 
+    Texts of the tokens that two of them have must be cut alike, too.
+
     Raises:
-        InputError: names a token with two numbers, a number with two tokens, or a vocabulary that cannot be read.
+        InputError: names a token with two numbers, a number with two tokens, a rule that differs, or a vocabulary
+            that cannot be read.
     """
-    tables = {}
+    whole, tables = {}, {}
     for name, stored in sources.items():
         try:
-            table = known_vocabulary(stored)
+            whole[name] = known_vocabulary(stored)
         except UnknownVocabularyError as error:
             raise InputError(
                 f"{name}: its vocabulary cannot be read ({error}), so it cannot be compared; put the tokenizer's files "
                 f"beside the model, or {remedy}"
             ) from error
-        tables[name] = table.below(stored.get("padded_vocab_size") or _ALL)
+        tables[name] = whole[name].below(stored.get("padded_vocab_size") or _ALL)
     refuse_contradictions(tables, remedy)
+    for left, right in itertools.combinations(sources, 2):
+        pair = {name: sources[name] for name in (left, right)}
+        if _identity(sources[left]) != _identity(sources[right]):
+            common = dict(tables[left].items() & tables[right].items())
+            _refuse_other_rules(pair, whole, common, remedy)
 
 
 def refuse_contradictions(tables: Mapping[str, Mapping[int, str]], remedy: str) -> None:
