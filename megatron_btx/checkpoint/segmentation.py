@@ -17,6 +17,12 @@ from typing import Any
 from megatron_btx.checkpoint.vocabulary import Vocabulary
 
 _JSON_PARTS = {"normalizer": "normaliser", "pre_tokenizer": "first cut into words"}
+_SETTINGS = {
+    **dict.fromkeys(("byte_fallback", "ignore_merges", "fuse_unk", "unk_token", "unk_id", "dropout")),
+    **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix")),
+    "max_input_chars_per_word": 100,
+}
+"""Settings of a model in tokenizer.json that decide ids, with what holds where they are not given (None: nothing)."""
 
 
 def first_difference(
@@ -118,6 +124,9 @@ def _rules_of_json(file: Path) -> dict[str, Any]:
     content = json.loads(file.read_text(encoding="utf-8"))
     model = content["model"]
     rules = {"kind": model["type"]} if model.get("type") else {}
+    settings = {key: model[key] for key in _SETTINGS if model.get(key) not in (None, "", False, _SETTINGS[key])}
+    if settings or model.get("type"):
+        rules["model settings"] = settings
     if isinstance(model.get("merges"), list):
         rules["merges"] = [_pair(merge) for merge in model["merges"]]
     if isinstance(model.get("vocab"), list):

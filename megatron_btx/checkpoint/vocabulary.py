@@ -130,12 +130,12 @@ def _read_folder(folder: Path) -> Vocabulary:
     added = _added_by_files(folder, config)
     if base.name == "tokenizer.json":
         own = _added_in_tokenizer_json(base)
-        tokens = _with_added(tokens, _in_order(own), base)
+        tokens = with_added(tokens, [token for _, token in own], base)  # as they are listed, whatever their numbers
         if "added_tokens_decoder" not in config:
-            added |= own
+            added |= dict(own)
     if "added_tokens_decoder" not in config:
         config = config | read_object(folder / "special_tokens_map.json")
-    tokens = _with_added(tokens, [*_in_order(added), *_named_tokens(config, folder)], base)
+    tokens = with_added(tokens, [*_in_order(added), *_named_tokens(config, folder)], base)
     return Vocabulary(by_number(tokens, base), base)
 
 
@@ -166,11 +166,11 @@ def _added_by_files(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
     return {number_of(value, where): key for key, value in read_object(where).items()}
 
 
-def _added_in_tokenizer_json(file: Path) -> dict[int, str]:
+def _added_in_tokenizer_json(file: Path) -> list[tuple[int, str]]:
     entries = read_object(file).get("added_tokens", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UnknownVocabularyError(f"{file}: added_tokens is no list of objects")
-    return {number_of(entry.get("id"), file): content_of(entry, file) for entry in entries}
+    return [(number_of(entry.get("id"), file), content_of(entry, file)) for entry in entries]
 
 
 def _named_tokens(config: Mapping[str, Any], folder: Path) -> list[str]:
@@ -187,15 +187,18 @@ def _in_order(added: Mapping[int, str]) -> list[str]:
     return [token for _, token in sorted(added.items())]
 
 
-def _with_added(tokens: dict[str, int], added: Iterable[str], where: Path) -> dict[str, int]:
+def with_added(tokens: dict[str, int], added: Iterable[str], where: Path) -> dict[str, int]:
     """Tokens with more of them: one that is known keeps its number, a new one gets the next.
 
     The next is counted as the tokenizers library does: after the base's tokens, and after what was added before.
+
+    Raises:
+        UnknownVocabularyError: the next number is another token's, because the base has holes.
     """
     result = dict(tokens)
     taken = set(result.values())
     size = highest = len(tokens)
-    for token in added:
+    for token in filter(None, added):  # the library passes over an empty one
         if token not in result:
             if highest in taken:
                 other = next(known for known, number in result.items() if number == highest)

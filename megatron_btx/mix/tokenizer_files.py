@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.vocabulary import TOKENIZER_FOLDER_FILES
+from megatron_btx.checkpoint.vocabulary import TOKENIZER_FOLDER_FILES, with_added
+from megatron_btx.checkpoint.vocabulary_files import UnknownVocabularyError
 from megatron_btx.mix.tokenizer_proof import CONFIG_FILE, TOKENIZER_FILE
 
 CLASS = "PreTrainedTokenizerFast"
@@ -39,6 +40,8 @@ def plain(files: Mapping[str, bytes], rows: int) -> bool:
         return False
     config, content = _object(files[CONFIG_FILE]), _object(files[TOKENIZER_FILE])
     added = {str(entry.get("content")): entry.get("id", rows) for entry in content.get("added_tokens") or []}
+    if numbered(content) != content:
+        return False
     if config.get("tokenizer_class") != CLASS or any(number >= rows for number in added.values()):
         return False
     others = {"auto_map", "added_tokens_decoder", "extra_special_tokens"} & config.keys()
@@ -92,9 +95,28 @@ def written_files(
 
 def without_rowless(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """A tokenizer.json without the added tokens that have no row: their text would become an id no model can read."""
+    tokenizer = numbered(tokenizer)
     added = [entry for entry in tokenizer.get("added_tokens") or [] if entry.get("id", 0) < rows]
     changed = {"added_tokens": added, "truncation": None, "padding": None}
     return {key: changed.get(key, value) for key, value in tokenizer.items()}
+
+
+def numbered(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json whose added tokens have the numbers that the tokenizers library gives them.
+
+    It counts them in the order in which they are listed, whatever numbers the file says. Where the model's own numbers
+    have holes that the count falls into, nothing is changed: such a table is refused elsewhere.
+    """
+    added = tokenizer.get("added_tokens") or []
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    if isinstance(vocabulary, list):
+        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+    try:
+        numbers = with_added(vocabulary, [entry["content"] for entry in added], Path(TOKENIZER_FILE))
+    except UnknownVocabularyError:
+        return dict(tokenizer)
+    entries = [entry | {"id": numbers[entry["content"]]} for entry in added if entry["content"]]
+    return {**tokenizer, "added_tokens": entries} if entries != added else dict(tokenizer)
 
 
 def number_of_token(tokenizer: Mapping[str, Any], token: str) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.checkpoint.tokenizers import check_same_tokenizer, check_vocabulary_union
+from megatron_btx.checkpoint.tokenizers import check_same_tokenizer
 from megatron_btx.checkpoint.vocabulary import known_vocabulary, read_vocabulary, unknown_reason
 from megatron_btx.errors import InputError
 from tests.hugging_face import OLDER
@@ -342,58 +342,6 @@ def test_one_table_that_cuts_otherwise(part, tmp_path, byte_pairs):
     other = changed(byte_pairs, part)
     with pytest.raises(InputError, match=f"have the same tokens and cut texts in other ways, because of their {part}"):
         compare(tmp_path, {"tokenizer.json": byte_pairs}, {"tokenizer.json": other})
-
-
-@pytest.mark.parametrize("part", ["merges", "normaliser", "first cut into words"])
-def test_a_larger_table_that_cuts_otherwise(part, tmp_path, byte_pairs):
-    """One token more changes nothing of the others: merges between theirs are left out, and all else must be equal."""
-    model = byte_pairs["model"]
-    (one, other), size = model["merges"][0], len(model["vocab"])
-    larger = byte_pairs | {
-        "model": model
-        | {"vocab": model["vocab"] | {one + other * 2: size}, "merges": [[one + other, other], *model["merges"]]}
-    }
-    sources = {}
-    for name, content in (("a", byte_pairs), ("b", larger), ("c", changed(larger, part))):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
-        sources[name] = {"hf_folder": tmp_path / name}
-    check_vocabulary_union({name: sources[name] for name in "ab"}, "--remedy")
-    for names in ("ac", "ca", "abc"):
-        with pytest.raises(InputError, match=f"tokens in common and cut texts in other ways, because of their {part}"):
-            check_vocabulary_union({name: sources[name] for name in names}, "--remedy")
-
-
-def test_larger_sentencepiece_models(tmp_path):
-    """Scores and order of the pieces that both have."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    for kind, said in (("unigram", "their scores"), ("bpe", "their order of pieces")):
-        content = sentencepiece_bytes(tmp_path, model_type=kind, vocab_size=60)
-        proto = sentencepiece_model_pb2.ModelProto.FromString(content)
-        proto.pieces.add(piece="word7", score=-0.5)
-        sources = {}
-        for name, model in (("small", content), ("large", proto.SerializeToString())):
-            (tmp_path / f"{kind}-{name}.model").write_bytes(model)
-            sources[name] = {"tokenizer_model": str(tmp_path / f"{kind}-{name}.model")}
-        check_vocabulary_union(sources, "--remedy")
-        proto.pieces[20].score, proto.pieces[40].score = proto.pieces[40].score, proto.pieces[20].score
-        (tmp_path / f"{kind}-large.model").write_bytes(proto.SerializeToString())
-        with pytest.raises(InputError, match=f"tokens in common .* {said}"):
-            check_vocabulary_union(sources, "--remedy")
-
-
-def test_two_that_differ_behind_one_that_tells_nothing(tmp_path, byte_pairs):
-    """Without merges.txt the first is like either; the others are not like one another."""
-    sources = {}
-    for name, content in (("a", byte_pairs), ("b", byte_pairs), ("c", changed(byte_pairs, "merges"))):
-        (tmp_path / name).mkdir()
-        write_base(tmp_path / name, "pairs", b"", content)
-        sources[name] = {"hf_folder": tmp_path / name}
-    (tmp_path / "a" / "merges.txt").unlink()
-    check_same_tokenizer({name: sources[name] for name in "ac"}, "--remedy")
-    with pytest.raises(InputError, match="b and c have the same tokens and cut texts in other ways"):
-        check_same_tokenizer(sources, "--remedy")
 
 
 def test_merges_beside_vocabularies(tmp_path, byte_pairs):
