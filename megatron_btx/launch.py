@@ -24,8 +24,12 @@ _MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
+    ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
 )
-"""Rank and size as Open MPI, MPICH and Intel MPI, and MVAPICH give them."""
+"""Rank and size as Open MPI, MPICH and Intel MPI, MVAPICH, jsrun and Flux give them."""
+_SIZES = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
+"""Where Slurm says how many tasks there are, the first that is there; the last is its older name."""
 _OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 _FIRST_PORT, _PORTS = 20_000, 12_000
 """Below the range from which Linux serves outgoing connections, which could take a port before the first rank does."""
@@ -79,7 +83,9 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
     """
     given = {name: value for name, value in environment.items() if value}
     if "RANK" in given or "WORLD_SIZE" in given:
-        return _of_torchrun(given)
+        place = _of_torchrun(given)
+        _refuse_one_rank_for_all(given, place)
+        return place
     step = _step(given)
     _refuse_mpi_alone(given, step)
     if step is None:
@@ -93,7 +99,7 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment for a process of its own: nothing in it says that it is one of several."""
-    foreign = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MV2_")
+    foreign = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MV2_", "JSM_", "FLUX_TASK_", "FLUX_JOB_")
     return {name: value for name, value in environment.items() if name not in _OWN and not name.startswith(foreign)}
 
 
@@ -109,6 +115,23 @@ def _of_torchrun(given: Mapping[str, str]) -> Place:
     return Place(rank, world, local, local_world, _address(given, world), _port(given, world))
 
 
+def _refuse_one_rank_for_all(given: Mapping[str, str], place: Place) -> None:
+    """Refuse a rank that a batch script exported: srun hands it to every task, and each would be that one.
+
+    A launcher that srun starts once for each node, torchrun for one, gives its own processes ranks of their own.
+    """
+    if any(name.startswith("TORCHELASTIC_") for name in given):
+        return
+    step = _step(given)
+    if step is None or place.world not in (1, step[1]) or (place.rank, place.world) == step:
+        return
+    raise InputError(
+        f"RANK={place.rank} and WORLD_SIZE={place.world} in task {step[0]} of {step[1]} that srun started: exported "
+        "before srun, they are the same for every task; leave RANK and WORLD_SIZE out, which srun itself tells, or "
+        "set both within each task; MASTER_ADDR and MASTER_PORT may stay"
+    )
+
+
 def _step(given: Mapping[str, str]) -> tuple[int, int] | None:
     """Rank and world of a Slurm step of several tasks; None outside of one."""
     in_step = bool({"SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS"} & given.keys())
@@ -118,8 +141,8 @@ def _step(given: Mapping[str, str]) -> tuple[int, int] | None:
         in_step = True  # the shell of a batch script has a rank too, and it is 0
     if not in_step:
         return None
-    size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in given else "SLURM_NTASKS"
-    world = _number(given, size, 1)
+    size = next((name for name in _SIZES if name in given), _SIZES[1])
+    world = _number(given, size, max(1, sum(_tasks_per_node(given))))
     if world == 1 and given.get("SLURM_PROCID", "0") == "0":
         return None
     if "SLURM_PROCID" not in given:
@@ -132,11 +155,12 @@ def _step(given: Mapping[str, str]) -> tuple[int, int] | None:
 def _refuse_mpi_alone(given: Mapping[str, str], step: tuple[int, int] | None) -> None:
     """Refuse the tasks of an MPI launcher, unless it is srun itself that speaks to MPI."""
     for rank, size in _MPI:
-        world = _number(given, size, 1)
+        # Without a size a rank above 0 is still one of several.
+        world = _number(given, size, 1 if step else _number(given, rank, 0) + 1)
         if world > 1 and (_number(given, rank, 0), world) != step:
             raise InputError(
-                f"{size}={world}: {world} tasks were started by MPI, which does not say where they meet, and would "
-                f"each work alone; {_REMEDY}"
+                f"{size}={world}: {world} tasks were started by MPI or the like, which does not say where they meet, "
+                f"and would each work alone; {_REMEDY}"
             )
 
 
@@ -152,12 +176,18 @@ def _check_rank(rank: int, world: int, rank_name: str, world_name: str) -> None:
         raise InputError(f"{rank_name}={rank} with {world_name}={world}: expected a rank below that; {_REMEDY}")
 
 
-def _tasks_here(given: Mapping[str, str]) -> int:
-    """How many tasks of the step are on this node: Slurm says ``8``, ``8(x2)`` or ``8(x2),4``."""
+def _tasks_per_node(given: Mapping[str, str]) -> list[int]:
+    """How many tasks of the step are on each node: Slurm says ``8``, ``8(x2)`` or ``8(x2),4``."""
     counts: list[int] = []
     per_node = given.get("SLURM_STEP_TASKS_PER_NODE") or given.get("SLURM_TASKS_PER_NODE") or ""
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
         counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def _tasks_here(given: Mapping[str, str]) -> int:
+    """How many tasks of the step are on this node."""
+    counts = _tasks_per_node(given)
     node = _number(given, "SLURM_NODEID", 0)
     if node < len(counts):
         return counts[node]
@@ -186,7 +216,7 @@ def first_host(nodes: str) -> str:
     Raises:
         InputError: a list of another form.
     """
-    first = re.match(r"(?:[^\[\],]|\[[^\[\]]*\])+", nodes)
+    first = re.match(r"(?:[\w.-]|\[[^\[\]]*\])+", nodes)
     if first is None or (nodes[first.end() :] and not nodes[first.end() :].startswith(",")):
         raise InputError(f"Slurm's list of nodes {nodes} is of an unknown form; export MASTER_ADDR, the first host")
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
@@ -195,7 +225,10 @@ def first_host(nodes: str) -> str:
 def _port(given: Mapping[str, str], world: int) -> int:
     """As given, else one that steps of a job, and neighbouring jobs, do not share."""
     if "MASTER_PORT" in given:
-        return _number(given, "MASTER_PORT")
+        port = _number(given, "MASTER_PORT")
+        if not 0 < port < 1 << 16:
+            raise InputError(f"MASTER_PORT={port}: expected a port from 1 to 65535; {_REMEDY}")
+        return port
     if world == 1:
         return _free_port()
     step = given.get("SLURM_STEP_ID", "0")

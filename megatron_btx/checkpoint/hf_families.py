@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -98,6 +97,10 @@ FIRST_SLIDING = "max_window_layers"
 """The first layer with a window, despite its name."""
 
 
+_BEYOND = 2**63
+"""No number of a model is as large; whole numbers of JSON can be larger than any float."""
+
+
 def wrong(where: str, key: str, value: object, expected: str, remedy: str) -> InputError:
     return InputError(f"{where}: {key} is {value!r}, expected {expected}; {remedy}")
 
@@ -105,7 +108,7 @@ def wrong(where: str, key: str, value: object, expected: str, remedy: str) -> In
 def number(where: str, key: str, value: object, kind: str) -> Any:
     """The value, if it is a number of its kind; never a bool or text."""
     types = (int,) if kind is COUNT else (int, float)
-    if isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, types) and not isinstance(value, bool) and abs(value) < _BEYOND:
         in_range = {COUNT: value >= 1, FRACTION: 0 <= value <= 1, POSITIVE: value > 0}
         if in_range[kind]:
             return value

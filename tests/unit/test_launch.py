@@ -19,6 +19,7 @@ SRUN = {
     "SLURM_STEP_ID": "2",
     "SLURM_STEP_NODELIST": "gpu[007-008]-ib,login",
 }
+UNCOUNTED = {name: value for name, value in SRUN.items() if name != "SLURM_NTASKS"} | {"SLURM_PROCID": "0"}
 MEETING = {"MASTER_ADDR": "first", "MASTER_PORT": "29500"}
 PORT = 20_000 + (30007 * 64 + 2) % 12_000
 
@@ -37,8 +38,8 @@ def test_a_task_of_srun():
     older = {name: value for name, value in of_job.items() if name not in step}  # a rank above 0 is no batch script's
     of_older = launch.find_place(older)
     assert of_older is not None and (of_older.rank, of_older.address) == (13, "gpu007-ib")
-    speaks_mpi = launch.find_place(SRUN | {"PMI_RANK": "13", "PMI_SIZE": "16"})
-    assert speaks_mpi == launch.find_place(SRUN)
+    for mpi in ({"PMI_RANK": "13", "PMI_SIZE": "16"}, {"PMI_RANK": "13"}):
+        assert launch.find_place(SRUN | mpi) == launch.find_place(SRUN)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_the_first_host(nodes, first):
     assert launch.first_host(nodes) == first
 
 
-@pytest.mark.parametrize("nodes", ["", "n[1-3", "n1]", ",n1", "[[1]]"])
+@pytest.mark.parametrize("nodes", ["", "n[1-3", "n1]", ",n1", "[[1]]", "(null)", "None assigned", "n1 n2"])
 def test_nodes_of_an_unknown_form(nodes):
     with pytest.raises(InputError, match="unknown form; export MASTER_ADDR"):
         launch.first_host(nodes)
@@ -95,6 +96,19 @@ def test_torchrun_inside_srun_is_left_alone(monkeypatch):
     assert os.environ == variables
 
 
+def test_ranks_that_a_launcher_within_srun_gives():
+    """One task for each node, and torchrun, deepspeed or a script sets the ranks of what it starts."""
+    elastic = {"TORCHELASTIC_RUN_ID": "x"}
+    for given in (
+        SRUN | MEETING | {"RANK": "13", "WORLD_SIZE": "16"},
+        SRUN | MEETING | {"RANK": "100", "WORLD_SIZE": "128"},
+        SRUN | MEETING | elastic | {"RANK": "0", "WORLD_SIZE": "1"},
+        SRUN | MEETING | elastic | {"RANK": "3", "WORLD_SIZE": "16"},
+    ):
+        place = launch.find_place(given)
+        assert place is not None and (place.rank, place.world) == (int(given["RANK"]), int(given["WORLD_SIZE"]))
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
@@ -108,6 +122,18 @@ def test_torchrun_inside_srun_is_left_alone(monkeypatch):
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "PMI_SIZE=2: 2 tasks were started by MPI"),
         # mpirun within an allocation starts its daemons by srun, whose rank is none of the task's.
         (SRUN | {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "64"}, "64 tasks were started by MPI"),
+        ({"JSM_NAMESPACE_RANK": "0", "JSM_NAMESPACE_SIZE": "2"}, "2 tasks were started by MPI or the like"),
+        ({"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "4"}, "4 tasks were started"),
+        ({"PMI_RANK": "1"}, "2 tasks were started by MPI"),  # the size is missing, but there is another one
+        # How many tasks there are is said in other places, too: rank 0 must not begin alone.
+        (UNCOUNTED | {"SLURM_NPROCS": "16", "SLURM_STEP_NODELIST": ""}, "16 tasks .* where they meet"),
+        (UNCOUNTED | {"SLURM_STEP_NODELIST": ""}, "16 tasks .* where they meet"),
+        # Exported before srun, they are the same for every task.
+        (SRUN | MEETING | {"RANK": "0", "WORLD_SIZE": "16"}, "RANK=0 and WORLD_SIZE=16 in task 13 of 16"),
+        (SRUN | MEETING | {"RANK": "0", "WORLD_SIZE": "1"}, "RANK=0 and WORLD_SIZE=1 in task 13 of 16"),
+        (SRUN | MEETING | {"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "0"}, "in task 0 of 16"),
+        (SRUN | {"MASTER_PORT": "0"}, "MASTER_PORT=0: expected a port"),
+        (SRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536: expected a port"),
         ({"WORLD_SIZE": "2", **MEETING}, "WORLD_SIZE=2 without RANK"),
         ({"RANK": "1", **MEETING}, "RANK=1 without WORLD_SIZE"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "2 tasks were started and nothing says where they meet"),

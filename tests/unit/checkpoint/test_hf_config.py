@@ -211,7 +211,7 @@ COUNTS = (
     "num_experts num_experts_per_tok moe_intermediate_size num_key_value_heads head_dim"
 ).split()
 NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range", "attention_dropout")
-NEVER = ("8", -1, True, [8], float("nan"), float("inf"))
+NEVER = ("8", -1, True, [8], float("nan"), float("inf"), 10**400)
 IMPOSSIBLE = [(key, value) for key in (*COUNTS, *NUMBERS) for value in NEVER]
 IMPOSSIBLE += [(key, value) for key in COUNTS for value in (0, 2.5)] + [(key, 0) for key in NUMBERS[:2]]
 IMPOSSIBLE += [(key, 2.5) for key in NUMBERS[2:]] + [(key, None) for key in COUNTS[:9]]
