@@ -94,8 +94,7 @@ def draw_losses(all_models: Sequence[Model], domains: tuple[str, ...], palette: 
     shown = domains if len(domains) < LOSS_PANELS else domains[: LOSS_PANELS - 1]
     columns = [(domain, [model.losses.get(domain) for model in models]) for domain in shown]
     if len(domains) > 1:
-        over = "all domains" if len(shown) < len(domains) else "domains"
-        columns.append((f"mean over {over}", [model.mean_loss(domains) for model in models]))
+        columns.append((f"mean, {len(domains)} domains", [model.mean_loss(domains) for model in models]))
     per_row = min(len(columns), 5)
     rows = math.ceil(len(columns) / per_row)
     figure = new_page(rows * (0.9 + 0.27 * len(models)) + 0.7)

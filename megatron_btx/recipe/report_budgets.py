@@ -32,14 +32,17 @@ def averaged(stages: Iterable[Stage]) -> tuple[str, ...]:
 
 
 def _tokens_behind(name: str, known: Mapping[str, Stage], first: str) -> float | None:
-    """Tokens of a stage and of all it is made from, up to the seed; None when stage ``first`` is not among them."""
+    """Tokens of a stage and of all it is made from, up to the seed.
+
+    None when stage ``first`` is not among them, or when one is unfinished: what was made from it had an earlier one.
+    """
     line: list[str] = []
     waiting = [name]
     while waiting:
         stage = waiting.pop()
         if stage in (_SEED, "data") or stage in line:
             continue
-        if stage not in known or not _made_here(known[stage]):
+        if stage not in known or known[stage].unfinished or not _made_here(known[stage]):
             return None
         line.append(stage)
         waiting += parents_of(known[stage].manifest)

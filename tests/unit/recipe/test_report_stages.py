@@ -203,6 +203,9 @@ def test_what_the_average_and_the_dense_model_are_is_read_from_the_manifests(tmp
     assert "average: plain average of math, code;" in text and "seed included" not in text
     assert "0.030 above the dense model trained on as many tokens of each domain." in text
     assert budgets_of(read_run(run).stages) == (1_996_800, 1_996_800)
+    change(run / "expert-math" / "manifest.json", lambda content: content.update(status="stopped", steps=9_000))
+    assert budgets_of(read_run(run).stages).btx_tokens is None
+    change(run / "expert-math" / "manifest.json", lambda content: content.update(status="finished"))
     change(run / "dense-domains" / "manifest.json", lambda content: content.update(tokens=900_000))
     text = text_of(run)
     assert "dense model, which had 1,975,200 tokens after the seed, the mixture and its experts 1,996,800." in text
