@@ -19,6 +19,10 @@ class Budgets(NamedTuple):
     """Of finetuning and of every expert in the mix."""
     dense_tokens: float | None
 
+    def are_equal(self) -> bool:
+        """Whether both are known and the same."""
+        return self.btx_tokens is not None and self.btx_tokens == self.dense_tokens
+
 
 def budgets_of(stages: Iterable[Stage]) -> Budgets:
     """The budgets of the finetuned mixture and of the dense baseline."""

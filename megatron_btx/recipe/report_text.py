@@ -53,7 +53,7 @@ def blocks_of(data: RunData, images: set[str]) -> list[Block]:
     blocks += _data_statement(data)
     if data.notes:
         blocks += [Heading("Absent or broken"), Bullets(data.notes)]
-    blocks += _how_to_read()
+    blocks += _how_to_read(budgets_of(data.stages))
     return blocks
 
 
@@ -78,7 +78,7 @@ def _compared(budgets: Budgets) -> str:
     btx, dense = budgets.btx_tokens, budgets.dense_tokens
     if btx is None or dense is None:
         return ""
-    if btx == dense:
+    if budgets.are_equal():
         return " trained on as many tokens of each domain"
     return f", which had {in_count(dense)} tokens after the seed, the mixture and its experts {in_count(btx)}"
 
@@ -87,12 +87,14 @@ def meanings(data: RunData) -> dict[str, str]:
     """What the models of well-known names are."""
     parts = averaged(data.stages)
     dense = "the seed continued on the blends of the mixture's experts, then on that of finetuning"
+    if budgets_of(data.stages).are_equal():
+        dense += ", with as many tokens of each domain"
     return {
         "seed": "the model the experts branched from",
         "average": f"plain average of {', '.join(parts) if parts else 'the experts'}",
         "mix": "the mixture before finetuning",
         "btx": "the mixture after finetuning",
-        "dense": dense + _compared(budgets_of(data.stages)),
+        "dense": dense,
     }
 
 
@@ -245,13 +247,17 @@ def _data_statement(data: RunData) -> list[Block]:
     return blocks
 
 
-def _how_to_read() -> list[Block]:
+def _how_to_read(budgets: Budgets) -> list[Block]:
+    samples = (
+        "Every stage reads each domain from its first sample on. Experts that share a domain read the same samples of "
+        "it, finetuning reads some of them again, and later samples may be read by none."
+    )
+    if budgets.are_equal():
+        samples += " The dense model reads as many tokens of each domain, and fewer samples twice."
     items = (
         "One run with one random seed. At small sizes, losses on small validation sets move by about 0.1 nats between "
         "seeds: read the sign and the size of a difference, and repeat the run before relying on a small one.",
-        "Every stage reads each domain from its first sample on. Experts that share a domain read the same samples of "
-        "it, finetuning reads some of them again, and later samples may be read by none. The dense model reads as many "
-        "tokens of each domain, and fewer samples twice.",
+        samples,
         "Losses per token compare models of one tokenizer only. The mean weighs every domain alike, whatever its "
         "number of tokens.",
         "Facts are checked by sign. One whose inputs are missing is not checked; a model whose loss is not a finite "
