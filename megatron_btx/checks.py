@@ -7,7 +7,6 @@ the first of them runs.
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from typing import Any
 
 from megatron_btx.arguments import SAMPLE_DECAY, SAMPLE_MIN_TEMPERATURE
@@ -82,67 +81,6 @@ def check_checkpoint_format(args: Any) -> None:
             f"--ckpt-format {args.ckpt_format}: these programs read and write torch_dist alone, so that a run can be "
             "resumed, mixed and checked; leave the flag out"
         )
-
-
-def check_flags(args: Any) -> None:
-    """Refuse flags that Megatron 0.19.2 takes and that do nothing here, or end in a traceback after a while.
-
-    Raises:
-        InputError: names the flag, why, and what to do.
-    """
-    in_steps = bool(args.train_iters)
-    own_data = "these programs train on indexed datasets alone (--train-data-path, --data-path); leave it out"
-    # Its loss functions and datasets are in a script of Megatron's repository, not in its wheel.
-    no_part = "belongs to a program of Megatron's repository and does nothing here; leave it out"
-    for flag, on, why in (
-        (
-            "--rampup-batch-size",
-            args.rampup_batch_size is not None,
-            "does nothing in Megatron 0.19; use --train-samples and --step-batch-size-schedule",
-        ),
-        (
-            "--step-batch-size-schedule",
-            args.step_batch_size_schedule is not None and in_steps,
-            "with --train-iters Megatron prepares data for the first batch size alone; give --train-samples",
-        ),
-        (
-            "--phase-transition-iterations",
-            bool(args.phase_transition_iterations) and in_steps,
-            "Megatron counts phases in samples; give --train-samples in place of --train-iters",
-        ),
-        ("--dataloader-type external", args.dataloader_type == "external", own_data),
-        ("--mock-data", args.mock_data, own_data),
-        ("--sft", args.sft, own_data),
-        ("--fim-data", args.fim_data, own_data),
-        ("--dataloader-inter-document-masking", args.dataloader_inter_document_masking, no_part),
-        ("--hybrid-context-parallel", args.hybrid_context_parallel, no_part),
-        ("--check-for-spiky-loss", args.check_for_spiky_loss, no_part),
-        ("--logits-save-dir", args.logits_save_dir is not None, "needs a module that Megatron's wheel lacks"),
-        ("--logits-load-dir", args.logits_load_dir is not None, "needs a module that Megatron's wheel lacks"),
-        ("--perform-rl-step", args.perform_rl_step, no_part),
-        (
-            "--full-validation",
-            args.full_validation and not args.multiple_validation_sets,
-            "fails on one validation set in Megatron 0.19; add --multiple-validation-sets, or use --btx-valid-data",
-        ),
-        (
-            "--multiple-validation-sets",
-            args.multiple_validation_sets and not args.full_validation,
-            "is not written in Megatron 0.19 without --full-validation; add that, or use --btx-valid-data",
-        ),
-        (
-            "--optimizer sgd",
-            args.optimizer == "sgd" and bool(args.save or args.use_distributed_optimizer),
-            "Megatron 0.19 cannot resume it; use adam, or leave out --save and --use-distributed-optimizer",
-        ),
-        (
-            f"--optimizer {args.optimizer}",
-            args.optimizer not in ("adam", "sgd") and find_spec("emerging_optimizers") is None,
-            "needs the package emerging-optimizers, which is not installed; install it, or use adam",
-        ),
-    ):
-        if on:
-            raise InputError(f"{flag}: {why}")
 
 
 def check_finetuning(args: Any) -> None:

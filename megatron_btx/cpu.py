@@ -11,6 +11,7 @@ Every stand-in first checks that what it replaces has the form it was written fo
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import importlib
@@ -199,7 +200,7 @@ def _answer_for_cuda() -> None:
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
         "manual_seed": manual_seed,
-        "memory_stats": lambda device=None: {},
+        "memory_stats": lambda device=None: collections.defaultdict(int),
         "memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,

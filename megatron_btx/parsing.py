@@ -18,9 +18,10 @@ from megatron_btx.checkpoint.beside import root_of, with_tokenizer_beside
 from megatron_btx.checkpoint.kinds import refuse_placeholders
 from megatron_btx.checkpoint.torch_dist import TorchDistReader, is_checkpoint, resolve_iteration
 from megatron_btx.checkpoint.vocabulary import TOKENIZER_FILES
-from megatron_btx.checks import check_checkpoint_format, check_finetuning, check_flags, check_layout
+from megatron_btx.checks import check_checkpoint_format, check_finetuning, check_layout
 from megatron_btx.errors import InputError, MegatronVersionError
 from megatron_btx.restricted_loading import loading_failed, restrict_unpickling
+from megatron_btx.useless_flags import check_flags
 
 
 def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = None, quiet: bool = False) -> Any:

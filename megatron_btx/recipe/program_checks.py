@@ -93,7 +93,7 @@ def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int
     Raises:
         InputError: the stage, and the program's own sentence.
     """
-    from megatron_btx import checks
+    from megatron_btx import checks, useless_flags
 
     for stage, (processes, words) in stages.items():
         try:
@@ -101,7 +101,7 @@ def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int
             for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):  # as Megatron's validation does
                 value = getattr(args, name)
                 setattr(args, name, value[0] if isinstance(value, list) and len(value) == 1 else value)
-            checks.check_flags(args)
+            useless_flags.check_flags(args)
             checks.check_layout(args)
             checks.check_finetuning(args)
             _check_bound(args)

@@ -6,8 +6,9 @@ import argparse
 
 import pytest
 
-from megatron_btx.checks import check_finetuning, check_flags, check_layout
+from megatron_btx.checks import check_finetuning, check_layout
 from megatron_btx.errors import InputError
+from megatron_btx.useless_flags import check_flags
 from tests import pico
 
 SAMPLE = "--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1 "
@@ -80,6 +81,12 @@ def check(parser: argparse.ArgumentParser, flags: str, moe: bool = True) -> None
         ("--hybrid-context-parallel", "--hybrid-context-parallel: belongs to a program"),
         ("--check-for-spiky-loss", "--check-for-spiky-loss: belongs to a program"),
         ("--perform-rl-step", "--perform-rl-step: belongs to a program"),
+        ("--rerun-mode report_stats", "takes the word and does not know it"),
+        (
+            "--transformer-impl local --save-activations-interval 2",
+            "interval: Megatron 0.19 looks for layers of Transf",
+        ),
+        ("--transformer-impl local --save-dgrads-interval 2", "--save-dgrads-interval: Megatron 0.19 looks for"),
         ("--full-validation", "add --multiple-validation-sets, or use --btx-valid-data"),
         ("--multiple-validation-sets", "without --full-validation; add that"),
         ("--optimizer sgd --save there", "--optimizer sgd: Megatron 0.19 cannot resume it"),
