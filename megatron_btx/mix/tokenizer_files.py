@@ -145,14 +145,17 @@ def special_ids(files: Mapping[str, bytes], rows: int) -> dict[str, int]:
 
 
 def completed_ids(config: Mapping[str, Any], ids: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """A configuration whose ids of special tokens have rows: its own where they have, else the tokenizer's."""
+    """A configuration whose ids of special tokens have rows: its own that have, else the tokenizer's."""
     result = dict(config)
     for name in (f"{token}_id" for token in NAMES):
         given = result.get(name)
-        numbers = given if isinstance(given, list) and given else [given]
-        if not all(type(number) is int and 0 <= number < rows for number in numbers):
+        numbers = given if isinstance(given, list) else [given]
+        kept = [number for number in numbers if type(number) is int and 0 <= number < rows]
+        if not kept:
             result.pop(name, None)
             result |= {name: ids[name]} if name in ids else {}
+        elif kept != numbers:
+            result[name] = kept
     return result
 
 

@@ -60,3 +60,12 @@ def test_ways_that_are_as_probable_are_one():
         oracle = Oracle("a model", lambda _texts, _whole: expected, scored)
         difference, ties = compare(oracle, lambda _texts, _whole, ids=found: ids, ["abcab"], len(pieces))
         assert ((difference is None), ties) == (is_tie, int(is_tie))
+
+
+def test_of_several_ids_those_with_a_row_stay():
+    """A model that stops at three tokens does not stop at one alone, because a fourth has no row."""
+    given = {"eos_token_id": [3, 5, 99], "bos_token_id": [True, "2", None], "pad_token_id": 99, "other": 1}
+    made = written.completed_ids(given, {"eos_token_id": 7, "pad_token_id": 7}, 32)
+    assert made == {"eos_token_id": [3, 5], "pad_token_id": 7, "other": 1}
+    assert written.completed_ids({"eos_token_id": []}, {"eos_token_id": 7}, 32) == {"eos_token_id": 7}
+    assert written.completed_ids({"eos_token_id": [3]}, {}, 32) == {"eos_token_id": [3]}
