@@ -158,7 +158,7 @@ def read_description(prefix: str, where: str) -> Description | None:
         numbers = (description.vocabulary_size, description.largest_id, description.bin_bytes, description.idx_bytes)
         if not all(type(number) is int for number in numbers) or not isinstance(description.rules, dict):
             raise TypeError("numbers are missing")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{where} {prefix}: {file} is no description of a dataset ({error}); {remedy}") from error
     found = {suffix: os.path.getsize(prefix + suffix) for suffix in (".bin", ".idx")}
     if found != {".bin": description.bin_bytes, ".idx": description.idx_bytes}:

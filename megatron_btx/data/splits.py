@@ -9,6 +9,7 @@ lengths in the indices (``core/datasets/blended_megatron_dataset_builder.py`` an
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_btx.errors import InputError
 
+_SHARES = re.compile(r"[\d.,:;/\s()\[\]]*", re.ASCII)
+"""Plain numbers, parted in any usual way."""
 Blend = tuple[list[str], list[float] | None]
 """Prefixes of datasets, and their weights where they are given."""
 Range = tuple[float, float]
@@ -93,7 +96,7 @@ def splits_of(args: Any) -> list[Split]:
     """
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
-    except (OSError, ValueError, KeyError, AssertionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, AssertionError) as error:
         file = args.data_args_path or args.per_split_data_args_path or "the data paths"
         raise InputError(
             f"{file}: cannot be read as lists of datasets ({error or type(error).__name__}); expected prefixes, or a "
@@ -110,6 +113,8 @@ def splits_of(args: Any) -> list[Split]:
         raise InputError(f"{flag}: --split is missing; give the shares of training, validation and test, as 98,1,1")
     shares = f"--split {args.split}"
     try:
+        if not _SHARES.fullmatch(args.split):
+            raise ValueError("Megatron would take the digits of it and pass over signs, letters and exponents")
         with np.errstate(invalid="ignore"):  # no share above 0
             vector = parse_and_normalize_split(args.split)
         matrix = convert_split_vector_to_split_matrix(vector)

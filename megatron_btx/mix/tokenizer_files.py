@@ -181,7 +181,7 @@ def _object(content: bytes) -> dict[str, Any]:
     """JSON that was read before, so that it is known to be an object."""
     try:
         read = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}
 

@@ -202,7 +202,7 @@ def read_earlier(files: list[Path], names: list[str], experts: list[str]) -> dic
                     _check_numbers(routed, len(of))
         except FileNotFoundError:
             raise InputError(f"{where}: there is no such file") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{where}: is no routing.json of this tool ({error}); analyse that model again") from error
         if of != experts:
             raise InputError(f"{where}: its experts are {', '.join(of)}, expected {', '.join(experts)}")

@@ -167,6 +167,10 @@ def _newer(file: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
 
 
+def _deep(file: Path) -> None:
+    file.write_text("[" * 100_000)
+
+
 def _other(file: Path) -> None:
     file.write_text(json.dumps({"format": 1, "sequences": 2}))
 
@@ -178,6 +182,7 @@ def _other(file: Path) -> None:
         (_cut, "is no description of a dataset"),
         (_newer, "has the format 2, expected 1"),
         (_other, "is no description of a dataset"),
+        (_deep, "is no description of a dataset"),
     ],
 )
 def test_descriptions_that_do_not_fit_are_refused(damage, said, numbers):

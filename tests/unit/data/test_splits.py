@@ -60,6 +60,10 @@ REFUSED = [
     ({"data_path": "many", "split": "0,0,0"}, "--split 0,0,0: expected"),
     ({"data_path": "many", "split": "9,1,1,1"}, "--split 9,1,1,1: expected up to three shares"),
     ({"data_path": "many", "split": "a"}, "--split a"),
+    # Megatron takes the digits: -1 would be 1, and 1e-3 two shares.
+    ({"data_path": "many", "split": "-1,1"}, "--split -1,1: expected up to three shares"),
+    ({"data_path": "many", "split": "nan,1"}, "--split nan,1: expected up to three shares"),
+    ({"data_path": "many", "split": "0.999,1e-3"}, "--split 0.999,1e-3: expected up to three shares"),
     ({"data_path": "1 many 2 few", "split": "8,2"}, "nothing of the validation part is asked for"),
     ({"data_path": "1 many 2 few", "split": "8,2", "full_validation": True}, "leave the weights out"),
     ({"data_path": "0 many 1 few", "split": "1"}, "weight 0; expected above 0"),
@@ -86,6 +90,7 @@ def test_refused(given, said, data):
 ACCEPTED = [
     {"data_path": "many", "split": "98,1,1", "eval_iters": 5},
     {"data_path": "many", "split": "100,0,0"},
+    {"data_path": "many", "split": "[98; 1; 1]", "eval_iters": 5},
     {"data_path": "many", "split": "969,30,0", "eval_iters": 5},
     {"data_path": "1 many 2 few", "split": "8,2", "eval_iters": 5},
     {"data_path": "blank", "split": "1"},
@@ -155,3 +160,23 @@ def test_files_of_data_arguments(data, tmp_path):
     ):
         with pytest.raises(InputError, match=f"{tmp_path}/.*: cannot be read as lists of datasets"):
             check_splits(args)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1]",
+        "null",
+        '{"train": 5, "valid": null, "test": null}',
+        '{"train": [["a"]], "valid": null, "test": null}',
+        '{"train": ["a"]}',
+        "[" * 100_000,
+        '{"train": [' + "9" * 5000 + "]}",
+    ],
+    ids=lambda content: content[:30],
+)
+def test_lists_of_datasets_that_are_none(content, tmp_path):
+    """One line, never a traceback."""
+    (tmp_path / "splits.json").write_text(content)
+    with pytest.raises(InputError, match="splits.json: cannot be read as lists of datasets"):
+        splits_of(arguments(per_split_data_args_path=str(tmp_path / "splits.json")))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from megatron_btx.mix import tokenizer_files as written
 from megatron_btx.mix.tokenizer_proof import Oracle, compare
 
@@ -69,3 +71,10 @@ def test_of_several_ids_those_with_a_row_stay():
     assert made == {"eos_token_id": [3, 5], "pad_token_id": 7, "other": 1}
     assert written.completed_ids({"eos_token_id": []}, {"eos_token_id": 7}, 32) == {"eos_token_id": 7}
     assert written.completed_ids({"eos_token_id": [3]}, {}, 32) == {"eos_token_id": [3]}
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"[" * 100_000, b"\xff"])
+def test_a_generation_config_that_is_none_is_made_anew(content):
+    assert json.loads(written.generation_file({"generation_config.json": content}, {"eos_token_id": 2}, 9)) == {
+        "eos_token_id": 2
+    }
