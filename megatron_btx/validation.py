@@ -146,17 +146,22 @@ def _worst_experts(where: str, file: Path, names: list[str], eod_mask_loss: bool
         raise InputError(f"{where}: is no result of megatron_btx.evaluate ({error}); {again}") from error
     if not models:
         raise InputError(f"{where}: holds no model; {again}")
-    if masked != eod_mask_loss:
-        words = {True: "with", False: "without"}
-        raise InputError(
-            f"{where}: its losses were measured {words[masked]} --eod-mask-loss and this run's are "
-            f"{words[eod_mask_loss]}, which are of other tokens; give the flag to both, or to neither"
-        )
+    check_masked_alike(where, masked, eod_mask_loss)
     for domain, of in losses.items():
         for model, loss in of.items():
             if not 0 < loss < math.inf:
                 raise InputError(f"{where}: the loss of {model} on {domain} is {loss}, expected above 0; {again}")
     return {domain: max((loss, model) for model, loss in of.items()) for domain, of in losses.items()}
+
+
+def check_masked_alike(where: str, masked: bool, eod_mask_loss: bool) -> None:
+    """Refuse a bound that was measured on other tokens: with ``--eod-mask-loss`` where the run has none, or without."""
+    words = {True: "with", False: "without"}
+    if masked != eod_mask_loss:
+        raise InputError(
+            f"{where}: its losses are measured {words[masked]} --eod-mask-loss and this run's {words[eod_mask_loss]}, "
+            "which are of other tokens; give the flag to both, or to neither"
+        )
 
 
 def _losses(model: list[Any], optimizer: Any, per_domain: dict[str, str], args: Any) -> dict[str, float]:

@@ -93,8 +93,9 @@ def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int
     Raises:
         InputError: the stage, and the program's own sentence.
     """
-    from megatron_btx import checks, useless_flags
+    from megatron_btx import checks, useless_flags, validation
 
+    masked: dict[str, bool] = {}  # of the evaluations that stages ahead will write
     for stage, (processes, words) in stages.items():
         try:
             args = _parsed(parser, processes, words)
@@ -105,6 +106,11 @@ def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int
             checks.check_layout(args)
             checks.check_finetuning(args)
             _check_bound(args)
+            bound = args.btx_first_loss_bound
+            if bound in masked:
+                validation.check_masked_alike(f"--btx-first-loss-bound {bound}", masked[bound], args.eod_mask_loss)
+            if args.btx_eval_output is not None:
+                masked[args.btx_eval_output] = args.eod_mask_loss
             _check_data(args)
         except InputError as error:
             raise InputError(f"stage {stage}: {error}") from None

@@ -61,7 +61,10 @@ def evaluation(file: Path, *losses: float) -> str:
         ((1.0, math.nan), "the loss of expert 1 on one is nan, expected above 0"),
         ((1.0, math.inf), "the loss of expert 1 on one is inf"),
         ((-1.0, 1.0), "the loss of expert 0 on one is -1.0"),
-        ('{"models": {"a": {"losses": {"one": 1.0, "two": 1.0}}}, "eod_mask_loss": true}', "with --eod-mask-loss and"),
+        (
+            '{"models": {"a": {"losses": {"one": 1.0, "two": 1.0}}}, "eod_mask_loss": true}',
+            "measured with --eod-mask-loss and this run",
+        ),
     ],
 )
 def test_what_is_no_bound(bound, said, args, tmp_path):

@@ -104,6 +104,10 @@ TENSOR = "evaluate.layout={processes: 2, tensor-model-parallel-size: 2}"
             "stage finetune: .* freezes everything",
         ),
         (["seed.megatron.btx-freeze=[experts]"], "stage seed: --btx-freeze experts: .*this model has none"),
+        (
+            ["finetune.megatron.eod-mask-loss=true"],
+            "stage finetune: --btx-first-loss-bound evaluate-experts/.* measured without --eod-mask-loss and this run",
+        ),
         (["finetune.megatron.btx-lr-multiplier=expertz=2"], "stage finetune: --btx-lr-multiplier expertz=2"),
         (["finetune.megatron.btx-lr-multiplier=router=nan"], "stage finetune: .*expected GROUP=X with X above zero"),
         (
