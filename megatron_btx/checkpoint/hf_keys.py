@@ -43,6 +43,8 @@ _ROPE_FIELDS: Mapping[str, frozenset[str]] = {
 """The rotary scalings that transformers 4.57 and 5 both know (``modeling_rope_utils.py``), and their fields."""
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 _FACTOR_NEEDED = ("linear", "dynamic", "yarn", "llama3")
+_PER_FREQUENCY = frozenset({"short_factor", "long_factor"})
+_NO_NUMBERS = frozenset({"rope_type", "truncate", "finetuned"})
 _LENGTH_KEY = "original_max_position_embeddings"
 
 
@@ -107,6 +109,13 @@ def check_rope_fields(scaling: Mapping[str, Any], config: Mapping[str, Any], whe
         raise wrong(where, f"rope_scaling.{unknown[0]}", scaling[unknown[0]], expected, remedy)
     if kind in _FACTOR_NEEDED:
         number(where, "rope_scaling.factor", scaling.get("factor"), POSITIVE)
+    for key in sorted(_PER_FREQUENCY & scaling.keys()):
+        given = scaling[key]
+        for factor in given if isinstance(given, list) and given else [given]:
+            number(where, f"rope_scaling.{key}", factor, POSITIVE)
+    for key in sorted(scaling.keys() - _PER_FREQUENCY - _NO_NUMBERS):
+        if scaling[key]:  # 0 and null mean that there is none
+            number(where, f"rope_scaling.{key}", scaling[key], POSITIVE)
     if kind in ("yarn", "longrope", "dynamic") and config.get(_LENGTH_KEY) not in (None, scaling.get(_LENGTH_KEY)):
         raise wrong(
             where,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_btx.checkpoint.safe_pickle import UNREADABLE
 from megatron_btx.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def _rows_of_file(file: Path) -> torch.Tensor:
         if rows.dtype.kind not in "fiu":
             raise TypeError(f"its type is {rows.dtype}")
         return torch.from_numpy(np.array(rows)).float()
-    except (ValueError, TypeError, EOFError, AttributeError, ArithmeticError, MemoryError, RecursionError) as error:
+    except (*UNREADABLE, zipfile.BadZipFile) as error:  # .npz and .pt files are zip archives
         raise InputError(f"--router-init {file}: is not an .npy file of numbers ({error}); see numpy.save") from error
 
 

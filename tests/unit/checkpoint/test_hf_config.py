@@ -132,6 +132,8 @@ def test_absent_keys_have_the_defaults_of_the_classes(family: Family):
     assert arguments.get("moe_router_pre_softmax", False) is (family.dialect == "qwen_moe")
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 4096, "short_factor": [1.0], "long_factor": [2.0]}
 REFUSED_CONFIGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "architecture": ("llama", {"architectures": ["GPT2LMHeadModel"]}, ("GPT2LMHeadModel", "Qwen3MoeForCausalLM")),
     "model_type": (
@@ -159,6 +161,15 @@ REFUSED_CONFIGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
         ("rope_scaling is", "default"),
     ),
+    "a text in a scaling": ("llama", {"rope_scaling": YARN | {"beta_fast": "x"}}, ("rope_scaling.beta_fast is 'x'",)),
+    "endless numbers": ("llama", {"rope_scaling": YARN | {"mscale": float("inf")}}, ("rope_scaling.mscale is inf",)),
+    "a text for factors": (
+        "llama",
+        {"rope_scaling": LONG | {"long_factor": "2"}},
+        ("rope_scaling.long_factor is '2'",),
+    ),
+    "factors of none": ("llama", {"rope_scaling": LONG | {"short_factor": []}}, ("rope_scaling.short_factor is []",)),
+    "a factor of 0": ("llama", {"rope_scaling": LONG | {"long_factor": [1.0, 0]}}, ("rope_scaling.long_factor is 0",)),
     "two kinds": ("llama", {"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, ("'linear'", "'yarn'")),
     "no factor": ("llama", {"rope_scaling": {"type": "linear"}}, ("rope_scaling.factor is missing",)),
     "factor as text": ("llama", {"rope_scaling": LLAMA3 | {"factor": "8"}}, ("rope_scaling.factor is '8'",)),

@@ -445,6 +445,7 @@ ROUTERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "something else": (lambda file: file.write_text("normal"), ["not an .npy file"]),
     "cut": (lambda file: (_saved(np.zeros((2, 16)))(file), os.truncate(file, 200)), ["not an .npy file"]),
     "of a huge shape": (_huge, ["not an .npy file"]),
+    "a cut archive": (lambda file: file.write_bytes(b"PK\x03\x04" + bytes(40)), ["not an .npy file"]),
     "several arrays": (lambda file: np.savez(file.open("wb"), np.zeros((2, 16))), ["not an .npy file"]),
 }
 
