@@ -7,6 +7,8 @@ and ``context/model.yaml``, mostly with the fields alone that somebody set. The 
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 import yaml
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
-from megatron_btx.checkpoint.hf_families import MEGATRON_LLAMA3
+from megatron_btx.checkpoint.hf_families import COUNT, MEGATRON_LLAMA3, POSITIVE, number
+from megatron_btx.checkpoint.safe_pickle import UNREADABLE
 from megatron_btx.checkpoint.vocabulary import tokenizer_files
 from megatron_btx.errors import CheckpointError
 
@@ -34,6 +37,12 @@ _REQUIRED = (
     "add_bias_linear gated_linear_unit activation_func position_embedding_type share_embeddings_and_output_weights "
     "qk_layernorm seq_length"
 ).split()
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length")
+_OPTIONAL_SIZES = ("num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings")
+_SWITCHES = ("bf16", "fp16", "rope_scaling")
+_NESTED_AT_MOST = 8
+_NO_TEXT = re.compile(r"true|false|yes|no|on|off|[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?\.?(nan|inf)", re.IGNORECASE)
+"""Switches and numbers, which are none where they stand in quotes. To YAML 1e-5 is a text, and 1.0e-5 a number."""
 _ACTIVATIONS = {
     (True, "silu"): "swiglu",
     (False, "gelu"): "",
@@ -111,9 +120,10 @@ def described_arguments(file: Path, rows: int) -> dict[str, Any]:
     for name, neutral in _NEUTRAL.items():
         if model.get(name) not in neutral:
             raise CheckpointError(
-                f"{file}: {name} is {model[name]!r}, expected {neutral[0]!r}, which no argument of Megatron's says; "
-                f"{_remedy(file)}"
+                f"{file}: {name} is {reprlib.repr(model[name])}, expected {neutral[0]!r}, which no argument of "
+                f"Megatron's says; {_remedy(file)}"
             )
+    _check_values(model, file)
     arguments = _same_fields(model) | _activation(model, file) | _rope(model, file)
     heads, groups = model["num_attention_heads"], model["num_query_groups"]
     dtype = "bfloat16" if model.get("bf16") else "float16" if model.get("fp16") else _target(model.get("params_dtype"))
@@ -147,7 +157,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: {file.stat().st_size} bytes, expected a description of some kilobytes")
     try:
         content = yaml.load(file.read_bytes(), _TextLoader)  # a subclass of the safe loader
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, *UNREADABLE) as error:
         raise CheckpointError(f"{file}: is not YAML ({' '.join(str(error).split())}); it is damaged") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, expected a mapping; it is damaged")
@@ -163,10 +173,35 @@ def _model_of(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
         )
     found: dict[str, Any] = {}
     section: Any = config.get("model", config)
-    while isinstance(section, Mapping):
+    for _ in range(_NESTED_AT_MOST):  # a section can name itself
+        if not isinstance(section, Mapping):
+            break
         found |= section
         section = next((section[key] for key in ("transformer", "config") if key in section), None)
     return found
+
+
+def _check_values(model: Mapping[str, Any], file: Path) -> None:
+    """Refuse sizes that are none, and numbers and switches that are texts: ``"false"`` would count as true."""
+    for name in _SIZES:
+        number(str(file), name, model[name], COUNT)
+    for name in _OPTIONAL_SIZES:
+        if model.get(name) is not None:
+            number(str(file), name, model[name], COUNT)
+    for name in ("layernorm_epsilon", "rotary_base"):
+        if not isinstance(model.get(name), str | None):
+            number(str(file), name, model[name], POSITIVE)
+    used = {_FIELDS.get(argument.name, argument.name) for argument in MODEL_ARGUMENTS}
+    for name in sorted(used | {*_REQUIRED, *_SWITCHES}):
+        value = model.get(name)
+        if isinstance(value, str) and _NO_TEXT.fullmatch(value):
+            raise CheckpointError(
+                f"{file}: {name} is the text {value!r}, expected a number or true or false: write it without quotes, "
+                "and 1e-5 as 1.0e-5"
+            )
+    window = model.get("window_size")
+    if window is not None and not (isinstance(window, list) and all(type(size) is int for size in window)):
+        raise CheckpointError(f"{file}: window_size is {window!r}, expected two whole numbers or null")
 
 
 def _same_fields(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +236,8 @@ def _rope(model: Mapping[str, Any], file: Path) -> dict[str, Any]:
     for key, value in fixed.items():
         if model.get(key) != value:
             raise CheckpointError(f"{file}: {key} is {model.get(key)!r}, expected {value} as fixed in Megatron")
-    return {"use_rope_scaling": True, "rope_scaling_factor": float(model["scale_factor"])}
+    factor = number(str(file), "scale_factor", model.get("scale_factor"), POSITIVE)
+    return {"use_rope_scaling": True, "rope_scaling_factor": float(factor)}
 
 
 def _tokenizer(config: Mapping[str, Any], file: Path) -> dict[str, Any]:

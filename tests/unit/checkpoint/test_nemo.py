@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
-from megatron_btx.errors import CheckpointError
+from megatron_btx.errors import CheckpointError, InputError
 from megatron_btx.mix import convert_hf
 from megatron_btx.mix.sources import open_source
 from tests.hugging_face import same_tensors
@@ -164,6 +164,24 @@ REFUSED: dict[str, tuple[object, str]] = {
     "no YAML": ("model: [", "is not YAML"),
     "a list": ([1, 2], "holds a list, expected a mapping"),
     "without bottom": ("[" * 5000, "is not YAML"),
+    "a section within itself": (
+        yaml.safe_dump({"model": _without("num_layers")}) + "  config: &a\n    config: *a\n",
+        "does not say num_layers",
+    ),
+    "a switch of words": ({"model": MODEL | {"bf16": "false"}}, "bf16 is the text 'false', expected .*without quotes"),
+    "shared in words": ({"model": MODEL | {"share_embeddings_and_output_weights": "no"}}, "is the text 'no'"),
+    "a number in quotes": ({"model": MODEL | {"layernorm_epsilon": "1e-5"}}, "layernorm_epsilon is the text '1e-5'"),
+    "an epsilon that is none": ({"model": MODEL | {"layernorm_epsilon": float("nan")}}, "layernorm_epsilon is nan"),
+    "a size of words": ({"model": MODEL | {"num_layers": "2"}}, "num_layers is '2', expected an integer"),
+    "a size of a fraction": ({"model": MODEL | {"hidden_size": 16.0}}, "hidden_size is 16.0, expected an integer"),
+    "heads in a list": ({"model": MODEL | {"num_query_groups": [2]}}, "num_query_groups is .2., expected an integer"),
+    "a window of one number": ({"model": MODEL | {"window_size": 5}}, "window_size is 5, expected two whole numbers"),
+    "a scaling without its factor": (
+        {"model": MODEL | {"low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}},
+        "scale_factor is missing",
+    ),
+    "a switch that is none": ("a: !!bool x", "is not YAML"),
+    "a time that is none": ("a: !!timestamp x", "is not YAML"),
 }
 
 
@@ -171,7 +189,7 @@ REFUSED: dict[str, tuple[object, str]] = {
 def test_what_cannot_be_known_is_refused(case, tensors, tmp_path):
     config, message = REFUSED[case]
     folder = bridge(tmp_path / "bridge", tensors, config)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(InputError, match=message):
         open_source("model", folder)
 
 
