@@ -7,9 +7,11 @@ from typing import Any
 
 from megatron_btx.checkpoint import safetensors
 from megatron_btx.checkpoint.hf_config_writing import PASSED_THROUGH
+from megatron_btx.errors import InputError, bare_exceptions_as
 from megatron_btx.mix.compatible import TRAINING_ARGUMENTS, vocabulary_source
 from megatron_btx.mix.plan import Plan
 from megatron_btx.mix.sources import Source
+from megatron_btx.mix.tokenizer_proof import TOKENIZER_FILE
 
 _SAID_AS_ARGUMENT = ("initializer_range", "attention_dropout")
 
@@ -28,7 +30,26 @@ def remarks(plan: Plan) -> list[str]:
         if key not in _SAID_AS_ARGUMENT and _differ(values):
             owner = vocabulary_source(plan.sources).name
             lines.append(f"{_listed(key, values)}; the result has that of {owner}, whose tokenizer it gets")
+    around = {source.name: _around_texts(source) for source in plan.sources}
+    if _differ(around):
+        owner = vocabulary_source(plan.sources).name
+        lines.append(f"{_listed('what a tokenizer puts around a text', around)}; the result has that of {owner}")
     return lines
+
+
+def _around_texts(source: Source) -> str | None:
+    """The tokens that a tokenizer.json makes of no text; None where there is none, or none that can be read."""
+    folder = source.hf_folder
+    if folder is None or not (folder / TOKENIZER_FILE).is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        with bare_exceptions_as(lambda error: InputError(str(error))):
+            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    except InputError:  # said by whoever needs it
+        return None
+    return " ".join(tokenizer.encode("").tokens)
 
 
 def _config_of(source: Source) -> Mapping[str, Any]:

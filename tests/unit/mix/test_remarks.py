@@ -48,3 +48,20 @@ def test_equal_experts_get_no_remark(tmp_path, capsys):
     folders = {name: llama_folder(tmp_path / name, seed) for seed, name in enumerate(("math", "code"))}
     assert main([*expert_words(folders), "--dry-run"]) == 0
     assert "differs:" not in capsys.readouterr().out
+
+
+def test_what_is_put_around_a_text_is_said(tmp_path, capsys):
+    """Ids of a text's own tokens are equal, and one model was trained with a token before each of them."""
+    from tokenizers import Tokenizer, models, processors
+
+    folders = {name: llama_folder(tmp_path / name, seed) for seed, name in enumerate(("math", "code"))}
+    for name, folder in folders.items():
+        made = Tokenizer(models.WordLevel({"<s>": 0, "[UNK]": 1, "word": 2}, unk_token="[UNK]"))
+        made.add_special_tokens(["<s>"])
+        if name == "code":
+            made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+        made.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    assert main([*expert_words(folders), "--dry-run", "--output", str(tmp_path / "mix")]) == 0
+    said = "what a tokenizer puts around a text differs: '' in math, '<s>' in code; the result has that of math"
+    assert said in capsys.readouterr().out
