@@ -69,7 +69,8 @@ def _lead(data: RunData) -> str:
         parts.append(f"the seed had {in_digits(before)}")
     if difference is not None and math.isfinite(difference):
         side = "above" if difference > 0 else "below" if difference < 0 else "from"
-        parts.append(f"it is {in_digits(abs(difference))} {side} the dense model{_compared(budgets_of(data.stages))}")
+        compared = _compared(budgets_of(data.stages))
+        parts.append(f"the mixture is {in_digits(abs(difference))} {side} the dense model{compared}")
     return "; ".join(parts) + "."
 
 
@@ -193,10 +194,10 @@ def _accounting(stages: tuple[Stage, ...]) -> list[Block]:
     sums = {key: [cost for stage in recorded if (cost := stage.cost(key)) is not None] for key in _COSTS}
     together = {key: total(values) if values else None for key, values in sums.items()}
     rows.append(row("sum", "", *_costs(together)))
-    header = ("stage", "made from", "tokens", "seconds", "tokens/s", "FLOPs")
+    header = ("stage", "made from", "tokens", "seconds", "tokens/s, start included", "FLOPs")
     caption = (
         f"From the manifests; of unfinished stages, tokens and FLOPs up to where they went. {ABSENT}: the stage states "
-        "none. Stages may have run side by side."
+        "none. Stages may have run side by side. Seconds are those of whole programs, their start included."
     )
     return [Heading("Accounting"), Table(header, tuple(rows), 2, caption)]
 
