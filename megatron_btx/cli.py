@@ -36,12 +36,13 @@ Finished stages are skipped, stopped ones go on. A stage is the same as long as 
 (model, data and their order, budget, optimizer, seeds, parents, numerics): intervals, paths, threads and layout may
 change. Where something that decides has changed, nothing is run and nothing removed: every such stage is named with
 what changed. Then either --rerun STAGE ..., which keeps the old folder beside the new one as STAGE.YYYYMMDD-HHMMSS, or
-another --output.
+another --output. A --rerun that was stopped or failed goes on with the same command; to begin it once more instead,
+move the stage's folder away.
 """
 _STATUS_DESCRIPTION = """
 Print how far a run is, from what its stages wrote; it may be at work, and nothing is changed. A stage is waiting,
 running, finished, failed, stopped (by a signal to btx run), or interrupted (btx run itself is gone): the same btx run
-goes on from there.
+goes on from there. Or it is outdated: made with other settings, or from other stages, than the recipe of the run has.
 """
 
 
@@ -195,7 +196,7 @@ def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directo
         if action.verb == "rerun":
             command.insert(0, f"mv {folder} {shlex.quote(dated(directory / stage.name).name)}")
         if action.verb != "resume":
-            manifest = json.dumps(manifest_of(stage, known[stage.name], "started by hand"))
+            manifest = json.dumps(manifest_of(stage, known[stage.name], "started by hand", action.rerun))
             command.append(f"printf '%s\\n' {shlex.quote(manifest)} > {folder}/manifest.json")
         command.append(f"OMP_NUM_THREADS={stage.threads} {command_text(stage)}")
         text = "\n".join(command)
@@ -207,6 +208,7 @@ def status(directory: Path) -> int:
     """``btx status``: one table from the manifests and metrics of a run."""
     from megatron_btx.recipe.folder import read_plan
     from megatron_btx.recipe.progress import print_table, read_row, shown_manifest
+    from megatron_btx.recipe.report_stages import left_out
     from megatron_btx.recipe.runner import is_locked
 
     plan = directory / PLAN_FILE
@@ -216,11 +218,14 @@ def status(directory: Path) -> int:
     if entries is None:
         raise InputError(f"{plan}: not the plan of a run; btx run with the same recipe and --output writes it again")
     at_work = is_locked(directory)
+    manifests = {entry["stage"]: shown_manifest(directory / entry["stage"]) for entry in entries}
+    outdated = left_out(directory, manifests)
     rows = []
     for entry in entries:
         stage = directory / entry["stage"]
-        state = str(shown_manifest(stage).get("status", "waiting"))
+        state = str(manifests[entry["stage"]].get("status", "waiting"))
         state = "interrupted" if state == "running" and not at_work else state
+        state = "outdated" if entry["stage"] in outdated else state
         rows.append(read_row(stage, entry["stage"], state, entry.get("steps"), entry.get("tokens")))
     print_table(rows, str(directory))
     return 0

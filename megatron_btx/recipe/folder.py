@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Action:
     """skip, run (in an empty folder), resume (from what is there), rerun (set the old folder aside, then run), or
     keep (what is there is of other settings and is worth something: the run stops)."""
     why: str
+    rerun: Mapping[str, Any] | None = None
+    """The --rerun that began the stage or begins it now, for its manifest; None for none."""
 
 
 def is_set_aside(name: str) -> bool:
@@ -43,22 +45,67 @@ def is_set_aside(name: str) -> bool:
 def decide(stages: Sequence[Stage], run: Path, rerun: Sequence[str] = ()) -> dict[str, Action]:
     """What would happen to each stage now; ``rerun`` are those that are to run again whatever is there.
 
+    When the same stages are named after a stop, that --rerun goes on: what it had begun resumes, what it had finished
+    is skipped, and what it had not reached runs again.
+
     Raises:
         InputError: a folder is in the way that no stage of this name made, or ``rerun`` names no stage.
     """
     _known("--rerun", rerun, stages)
     known = identities(stages)
+    found = {stage.name: owned_manifest(run / stage.name, stage.name) for stage in stages}
+    asked = _rerun_now(rerun, found, known)
     actions: dict[str, Action] = {}
     for stage in stages:
-        directory = run / stage.name
-        manifest = owned_manifest(directory, stage.name)
-        action = _decide(stage, known[stage.name], directory, manifest)
-        if stage.name in rerun and manifest is not None:
-            action = Action("rerun", "as --rerun asks")
+        manifest = found[stage.name]
+        began = (manifest or {}).get("rerun")
+        action = _decide(stage, known[stage.name], run / stage.name, manifest)
+        if stage.name in rerun:
+            ready = all(actions[parent].verb == "skip" for parent in stage.parents)
+            if manifest is not None:
+                action = _decide_rerun(action, goes_on=began == asked and ready)
+            began = asked
         if stage.only_shows and any(actions[parent].verb != "skip" for parent in stage.parents):
             action = Action("run", "shows what runs before it")
-        actions[stage.name] = action
+        actions[stage.name] = replace(action, rerun=began)
     return actions
+
+
+def _rerun_now(
+    rerun: Sequence[str], found: Mapping[str, Mapping[str, Any] | None], known: Mapping[str, Identity]
+) -> dict[str, Any]:
+    """This --rerun as manifests remember it: the last one of the same stages where that is not done, else a new one."""
+    names = sorted(set(rerun))
+    latest = {"stages": names, "number": max((_rerun_number(found[name]) for name in names), default=0)}
+    begun: dict[str, Mapping[str, Any]] = {}
+    for name in names:
+        manifest = found[name]
+        if manifest is not None and manifest.get("rerun") == latest:
+            begun[name] = manifest
+    unchanged = all(manifest.get("fingerprint") == known[name].fingerprint for name, manifest in begun.items())
+    done = len(begun) == len(names) and all(manifest["status"] == "finished" for manifest in begun.values())
+    if begun and unchanged and not done:
+        return latest
+    return latest | {"number": 1 + max((_rerun_number(manifest) for manifest in found.values()), default=0)}
+
+
+def _rerun_number(manifest: Mapping[str, Any] | None) -> int:
+    """Which of the run's reruns began the stage, from 1; 0 when none did."""
+    began = (manifest or {}).get("rerun")
+    number = began.get("number") if isinstance(began, dict) else None
+    return number if type(number) is int else 0
+
+
+def _decide_rerun(action: Action, goes_on: bool) -> Action:
+    """What happens to a stage of --rerun that would see ``action`` without it; ``goes_on``: this rerun began it.
+
+    What is made from a stage that runs now was not begun after that one, and does not go on.
+    """
+    if goes_on and action.verb == "skip":
+        return Action("skip", "finished since this --rerun began")
+    if goes_on and action.verb in ("resume", "run"):
+        return action
+    return Action("rerun", "as --rerun asks")
 
 
 def check_run(run: Path) -> None:

@@ -124,8 +124,11 @@ def differences(manifest: Mapping[str, Any], now: Identity) -> str:
     return "; ".join(shown) or "the order of its parents"
 
 
-def manifest_of(stage: Stage, identity: Identity, status: str) -> dict[str, Any]:
-    """What a stage's manifest says before it starts, beside what depends on the machine."""
+def manifest_of(stage: Stage, identity: Identity, status: str, rerun: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a stage's manifest says before it starts, beside what depends on the machine.
+
+    ``rerun`` is the --rerun that began it, so that the same command goes on after a stop and does not begin again.
+    """
     return {
         "stage": stage.name,
         "fingerprint": identity.fingerprint,
@@ -137,6 +140,7 @@ def manifest_of(stage: Stage, identity: Identity, status: str) -> dict[str, Any]
         "steps": stage.iterations,
         "tokens": stage.tokens,
         "flops": stage.flops,
+        "rerun": rerun,
     }
 
 

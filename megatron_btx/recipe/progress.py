@@ -29,7 +29,7 @@ _SPEED_STEPS = 20
 """Steps over which the speed is taken."""
 _WIDE_COLUMNS = 10_000
 """More than any table of a run has."""
-_HEADERS = ("stage", "state", "step", "loss", "tokens/s", "time left", "seconds")
+_HEADERS = ("stage", "state", "step", "loss", "tokens/s", "time left", "time")
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class Runner:
         directory = self.run / stage.name
         on_gpu = bool(self.machine.gpus) and stage.on_gpu
         earlier = manifests.read_manifest(directory) if action.verb != "rerun" else None
-        manifest = manifest_of(stage, self.identities[stage.name], "running") | {
+        manifest = manifest_of(stage, self.identities[stage.name], "running", action.rerun) | {
             "versions": manifests.versions(),
             "device": "gpu" if on_gpu else "cpu",
             "starts": (earlier or {}).get("starts", 0) + 1,
@@ -270,7 +270,7 @@ def run_stages(
 
     Args:
         records: name -> text of files that are written into ``run`` first.
-        rerun: stages that run again whatever is there; their old folders stay beside them, dated.
+        rerun: stages that run again whatever is there, once; their old folders stay beside them, dated.
 
     Returns:
         0; 1 or 2 when a stage failed (2: on bad input); 128 + n when signal n (SIGINT, SIGTERM, SIGHUP) stopped it.

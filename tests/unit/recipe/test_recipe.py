@@ -715,7 +715,7 @@ def test_status_in_a_pipe_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / cli.PLAN_FILE).write_text(json.dumps([{"stage": name, "steps": 10, "tokens": 100}]))
     assert cli.main(["status", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert name in printed and "waiting" in printed and "seconds" in printed and str(tmp_path) in printed
+    assert name in printed and "waiting" in printed and "time left" in printed and str(tmp_path) in printed
 
 
 def test_a_plan_has_the_fingerprints_that_the_manifests_get() -> None:

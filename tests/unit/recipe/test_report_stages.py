@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from example_run import DOMAINS, EXPERTS, change, evaluation, make_run, results, write_evaluation, write_json
 
+from megatron_btx import cli
 from megatron_btx.recipe import report
 from megatron_btx.recipe.report_budgets import budgets_of
 from megatron_btx.recipe.report_inputs import read_run
 from megatron_btx.recipe.report_pages import to_markdown
-from megatron_btx.recipe.report_stages import left_out, read_stage
+from megatron_btx.recipe.report_stages import Stage, left_out, read_stage
 from megatron_btx.recipe.report_text import blocks_of, title_of
 
 
@@ -106,6 +107,22 @@ def test_what_belongs_to_the_recipe_stays_whatever_lies_beside_it_now(tmp_path: 
     of = {"seed": "of seed", "expert-a": "of a"}
     write_json(tmp_path / "plan.json", [{"stage": stage, "fingerprint": own} for stage, own in of.items()])
     assert set(left_out(tmp_path, manifests)) == {"seed"}
+
+
+def test_status_says_outdated_of_what_the_report_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fingerprinted(make_run(tmp_path), finetune="of other settings")
+    assert cli.main(["status", str(run)]) == 0
+    rows = [line.replace("│", " ").replace("┃", " ").split() for line in capsys.readouterr().out.splitlines()]
+    states = {row[0]: row[1] for row in rows if row and row[0] in PARENTS}
+    outdated = {stage for stage, state in states.items() if state == "outdated"}
+    assert outdated == {"finetune"} == set(left_out(run, {stage.name: stage.manifest for stage in read_all(run)}))
+    assert set(states.values()) == {"outdated", "finished"}
+    assert ["stage", "state", "step", "loss", "tokens/s", "time", "left", "time"] in rows
+
+
+def read_all(run: Path) -> list[Stage]:
+    found = (read_stage(run / name) for name in PARENTS)
+    return [stage for stage in found if stage is not None]
 
 
 @pytest.mark.parametrize("parents", [None, 5, "seed", [1], {"seed": None}, {"self": "x"}])
