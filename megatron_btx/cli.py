@@ -121,6 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     """``btx run``: plan the recipe, check it, and run it or print its commands."""
     import yaml
 
+    from megatron_btx.recipe.flags import MissingFlagError
     from megatron_btx.recipe.folder import check_chosen, check_run, decide, kept, plan_of
     from megatron_btx.recipe.planner import plan_stages
     from megatron_btx.recipe.program_checks import check_with_megatron
@@ -130,7 +131,12 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_btx.recipe.stage import one_line
 
     recipe, tree = load_recipe(arguments.recipe, arguments.changes)
-    stages = plan_stages(recipe)
+    try:
+        stages = plan_stages(recipe)
+    except MissingFlagError:
+        # What is missing may be there with a slip in its name, which says more.
+        check_with_megatron(recipe.file, recipe.flag_sections, use_gpus=not arguments.cpu)
+        raise
     directory = (arguments.output or Path("runs") / recipe.name).resolve()
     check_run(directory)
     actions = decide(stages, directory, arguments.rerun)

@@ -80,11 +80,8 @@ def main() -> int:
     from megatron_btx.data.texts import check_texts
     from megatron_btx.parsing import parse_arguments
 
-    args = parse_arguments(add_evaluation_arguments, quiet=True)
-    models = named_paths(args.btx_eval_model, "--btx-eval-model")
-    data = named_paths(args.btx_eval_data, "--btx-eval-data")
-    if args.btx_eval_output is None:
-        raise InputError("--btx-eval-output is missing; name the file for the results")
+    args = parse_arguments(add_evaluation_arguments, quiet=True, check_own=_inputs)
+    models, data = _inputs(args)
     stored = [compare_with_stored(path, vars(args)) for path in models.values()]
     experts = expert_names(dict(zip(models.values(), stored, strict=True)), args.num_experts)
     check_texts(data, "--btx-eval-data", args.btx_eval_tokens, "--btx-eval-tokens", args)
@@ -100,6 +97,15 @@ def main() -> int:
         result = {"models": results, "experts": experts, "eod_mask_loss": args.eod_mask_loss}
         write_json(Path(args.btx_eval_output), result)
     return 0
+
+
+def _inputs(args: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """The models and the texts, name -> path. Raises InputError for what is missing or has another form."""
+    models = named_paths(args.btx_eval_model, "--btx-eval-model")
+    data = named_paths(args.btx_eval_data, "--btx-eval-data")
+    if args.btx_eval_output is None:
+        raise InputError("--btx-eval-output is missing; name the file for the results")
+    return models, data
 
 
 def named_paths(texts: list[str], flag: str) -> dict[str, str]:

@@ -23,14 +23,22 @@ from megatron_btx.errors import InputError, MegatronVersionError
 from megatron_btx.restricted_loading import loading_failed, restrict_unpickling
 from megatron_btx.useless_flags import check_flags
 
+_MODEL_FLAGS = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
+"""What Megatron's validation asks for of every model."""
 
-def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = None, quiet: bool = False) -> Any:
+
+def parse_arguments(
+    extra: Callable[[ArgumentParser], ArgumentParser] | None = None,
+    quiet: bool = False,
+    check_own: Callable[[Any], object] | None = None,
+) -> Any:
     """Megatron's arguments and ours, parsed and validated by Megatron.
 
     Args:
         extra: adds the arguments of another program than this one.
         quiet: of a tool, whose own lines are few: Megatron logs warnings alone, unless ``--logging-level`` or its
             variable says otherwise, and does not list its arguments.
+        check_own: refuses what is wrong with the arguments of ``extra``, before Megatron looks at its own.
 
     Raises:
         InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on. Or this
@@ -53,8 +61,16 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
         if quiet:
             parser.set_defaults(logging_level=_quiet_megatron())
         parse = parser.parse_args
-        # Before Megatron looks at them: it takes a path that is gone for the name of a model on the hub.
-        parser.parse_args = lambda *words: find_tokenizer(parse(*words))  # type: ignore[method-assign,assignment]
+
+        def parse_and_look(*words: Any) -> Any:
+            args = parse(*words)
+            if check_own:
+                check_own(args)
+            check_model_flags(args)
+            # Before Megatron looks at them: it takes a path that is gone for the name of a model on the hub.
+            return find_tokenizer(args)
+
+        parser.parse_args = parse_and_look  # type: ignore[method-assign,assignment]
         return parser
 
     try:
@@ -82,6 +98,24 @@ def parse_arguments(extra: Callable[[ArgumentParser], ArgumentParser] | None = N
             # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
             setattr(args, name, os.path.abspath(file))
     return args
+
+
+def check_model_flags(args: Any) -> None:
+    """Refuse a command line without the flags that every model needs, which Megatron asserts one by one.
+
+    Raises:
+        InputError: names those of the model that are missing and where they stand, or --micro-batch-size.
+    """
+    if args.yaml_cfg is not None:
+        return
+    names = [] if args.use_checkpoint_args else list(_MODEL_FLAGS)
+    missing = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is None]
+    if missing:
+        raise InputError(
+            f"missing: {', '.join(missing)}; give the model's flags: they stand in megatron_args.txt beside a mixture"
+        )
+    if args.micro_batch_size is None:
+        raise InputError("--micro-batch-size is missing; give the number of sequences of one step on one process")
 
 
 def _quiet_megatron() -> int:

@@ -122,6 +122,18 @@ ROUTING_ARGUMENTS = frozenset(
 )
 """What a mixture that was never trained leaves open: its routers know nothing of how they will be used."""
 
+TENSOR_ARGUMENTS = frozenset(
+    "num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups kv_channels "
+    "normalization position_embedding_type add_position_embedding swiglu quick_geglu add_bias_linear add_qkv_bias "
+    "qk_layernorm softmax_type multi_latent_attention untie_embeddings_and_output_weights num_experts moe_layer_freq "
+    "moe_ffn_hidden_size moe_router_enable_expert_bias moe_shared_expert_intermediate_size".split()
+)
+"""What decides which tensors a model has, and their shapes: weights of another model cannot be loaded.
+
+Not padded_vocab_size: Megatron loads tables of another length. max_position_embeddings has one only where positions
+are learned.
+"""
+
 NUMERICS_ARGUMENTS = (
     ModelArgument("transformer_impl", "--transformer-impl", "transformer_engine"),
     ModelArgument("bf16", "--bf16", False, _ON),
@@ -211,13 +223,30 @@ def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[Mod
     wrong = [d for d in differences(stored, given, table) if d[0].name not in allowed]
     if wrong:
         listed = "; ".join(f"{a.flag}: stored {a_stored!r}, given {a_given!r}" for a, a_stored, a_given in wrong)
-        raise InputError(
-            f"{path} was made with other model arguments than given: {listed}. Give the stored values, "
-            f"or allow the change with --btx-allow-change {' '.join(a.name for a, _, _ in wrong)}"
-        )
+        remedy = _remedy([argument for argument, _, _ in wrong], stored, given)
+        raise InputError(f"{path} was made with other model arguments than given: {listed}. {remedy}")
     if "tokenizer_model" not in allowed:
         check_same_tokenizer({str(path): stored, "the command line": given}, "--btx-allow-change tokenizer_model")
     return stored
+
+
+def _remedy(wrong: list[ModelArgument], stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What to do about arguments that differ; a change is offered only where the weights can be loaded after it."""
+    names = {argument.name for argument in wrong}
+    if "num_experts" in names and stored.get("num_experts") is None:
+        return "It is a dense model: give it a run of its own, without the mixture's flags (--num-experts, --moe-...)"
+    if "num_experts" in names and given.get("num_experts") is None:
+        return "It is a mixture: give it a run of its own, with the mixture's flags (--num-experts, --moe-...)"
+    unfit = TENSOR_ARGUMENTS
+    if given.get("position_embedding_type") == "learned_absolute":
+        unfit = unfit | {"max_position_embeddings"}
+    fixed = [argument.flag for argument in wrong if argument.name in unfit]
+    free = [argument.name for argument in wrong if argument.name not in unfit]
+    allow = f"allow the change with --btx-allow-change {' '.join(free)}"
+    if not fixed:
+        return f"Give the stored values, or {allow}"
+    must = f"Give the stored values: the weights do not fit another {', '.join(fixed)}"
+    return f"{must}; for the rest you can {allow}" if free else must
 
 
 def checkpoint_to_load(args: Any) -> tuple[str, bool] | None:

@@ -214,6 +214,8 @@ def check_manifest(folder: Path, progress: Progress = _nothing) -> int:
     """
     remedy = "make it again"
     manifest = _manifest_with_tensors(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder; give that of a result")
     if manifest is None:
         raise CheckpointError(f"{folder}: has no {FILE_NAME} with hashes of its tensors, so it cannot be checked")
     try:

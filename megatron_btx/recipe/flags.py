@@ -63,6 +63,10 @@ _UNEVEN_PIPELINE = (
 )
 
 
+class MissingFlagError(InputError):
+    """A flag that a stage needs is not given; another may have been meant for it."""
+
+
 def merged(*sections: Flags) -> dict[str, FlagValue]:
     """One mapping in which each flag stands once: a later section wins, and its false or null takes a flag back."""
     everything: dict[str, FlagValue] = {}
@@ -82,11 +86,18 @@ def to_argv(flags: Flags) -> list[str]:
 
 
 def number(flags: Flags, name: str, default: int | None = None) -> int:
-    """The whole number that flag ``name`` has. Raises InputError when it is absent without a default, or is none."""
+    """The whole number that flag ``name`` has.
+
+    Raises:
+        MissingFlagError: it is not given and has no default.
+        InputError: it is no whole number above zero.
+    """
     value = flags.get(name, default)
+    expected = "expected a whole number above zero (model, training, megatron)"
+    if value is None:
+        raise MissingFlagError(f"--{name} is not given; {expected}")
     if isinstance(value, bool) or not str(value).isdecimal() or int(str(value)) < 1:
-        found = "is not given" if value is None else f"is {value!r}"
-        raise InputError(f"--{name} {found}; expected a whole number above zero (model, training, megatron)")
+        raise InputError(f"--{name} is {value!r}; {expected}")
     return int(str(value))
 
 
@@ -147,7 +158,7 @@ def check_measured(stage: str, tokens: int, processes: int, flags: Flags) -> Non
 def check_saving(stage: str, flags: Flags) -> None:
     """Refuse a stage that Megatron would refuse at its start, because it is not told how often to save."""
     if flags.get("save-interval") is None:
-        raise InputError(
+        raise MissingFlagError(
             f"stage {stage}: no save-interval; put it under training, in steps (as save-interval: 200): a stopped "
             "stage goes on from its last checkpoint"
         )

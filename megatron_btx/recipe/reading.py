@@ -257,6 +257,8 @@ def _with_included(file: Path, including: tuple[Path, ...]) -> Any:
         return tree
     name = tree.pop("include")
     base = file.parent / str(name)
+    if isinstance(name, str) and not base.exists():
+        raise InputError(f"{file}: include: {base} does not exist; give the path of a recipe, relative to this one")
     if not isinstance(name, str) or not base.is_file():
         raise InputError(f"{file}: include: found {name!r}, expected a recipe file, relative to this one")
     included = _with_included(base, (*including, file.resolve()))

@@ -188,7 +188,7 @@ def _blend(section: Section, domains: tuple[str, ...]) -> Mapping[str, float]:
             expected = f"a number above zero and at most {LARGEST_SHARE:g} (leave the domain out to have none)"
             blend.refuse(domain, f"found {share!r}, expected {expected}")
     total = sum(blend.node.values())
-    if abs(total - 1) > 1e-9:
+    if min(abs(total - 1), abs(total / 100 - 1)) > 1e-9:  # shares, or percent
         section.reader.notes.append(f"{blend.place} sums to {total:g}; normalised to 1")
     for domain, share in blend.node.items():
         if share / total < _SMALLEST_SHARE:

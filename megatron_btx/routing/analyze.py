@@ -80,17 +80,14 @@ def main() -> int:
     from megatron_btx.checkpoint.arguments import compare_with_stored
     from megatron_btx.cpu import has_gpu
     from megatron_btx.data.texts import check_texts
-    from megatron_btx.evaluate import build_model, expert_names, load_weights, named_paths, write_json
+    from megatron_btx.evaluate import build_model, expert_names, load_weights, write_json
     from megatron_btx.parsing import parse_arguments
     from megatron_btx.routing.analysis import described, overlaps, read_earlier, route_label, route_text, table
 
-    args = parse_arguments(add_analysis_arguments, quiet=True)
-    models = named_paths(args.btx_route_model, "--btx-route-model")
-    data = named_paths(args.btx_route_data, "--btx-route-data")
+    args = parse_arguments(add_analysis_arguments, quiet=True, check_own=_inputs)
+    models, data = _inputs(args)
     if not args.num_experts:
         raise InputError("--btx-route-model: routing is of mixtures; give --num-experts and a mixture's checkpoint")
-    if args.btx_route_output is None:
-        raise InputError("--btx-route-output is missing; name a folder for the results")
     stored = [compare_with_stored(path, vars(args)) for path in models.values()]
     for label, prefix in data.items():
         if label.count("/") > 1 or label.startswith("/") or label.endswith("/"):
@@ -137,6 +134,17 @@ def main() -> int:
             "\nwrote " + ", ".join(str(folder / name) for name in ("routing.json", *figures, "tokens.html")), flush=True
         )
     return 0
+
+
+def _inputs(args: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """The models and the texts, name -> path. Raises InputError for what is missing or has another form."""
+    from megatron_btx.evaluate import named_paths
+
+    models = named_paths(args.btx_route_model, "--btx-route-model")
+    data = named_paths(args.btx_route_data, "--btx-route-data")
+    if args.btx_route_output is None:
+        raise InputError("--btx-route-output is missing; name a folder for the results")
+    return models, data
 
 
 def _read_text(file: str | None) -> str | None:

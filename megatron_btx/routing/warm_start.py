@@ -91,10 +91,10 @@ def main() -> int:
     from megatron_btx.parsing import parse_arguments
     from megatron_btx.routing.warm_start_fit import install_rows, measure, own_rows, refit
 
-    args = parse_arguments(add_init_arguments, quiet=True)
-    stored = compare_with_stored(_required(args.btx_init_model, "--btx-init-model"), vars(args))
+    args = parse_arguments(add_init_arguments, quiet=True, check_own=_check_given)
+    stored = compare_with_stored(args.btx_init_model, vars(args))
     data = _checked_data(args, stored)
-    output = _checked_output(_required(args.btx_init_output, "--btx-init-output"))
+    output = _checked_output(args.btx_init_output)
     repairs.install()
     initialize.initialize_megatron(allow_no_cuda=not has_gpu())
     fit, held_out, sizes = _texts(data, args.btx_init_documents)
@@ -119,10 +119,14 @@ def main() -> int:
     return _write(args.btx_init_model, rows, {"texts": sizes, "reports": reports, "choices": choices}, output)
 
 
-def _required(value: str | None, flag: str) -> str:
-    if not value:
-        raise InputError(f"{flag} is missing; see tools/init_router.py --help")
-    return value
+def _check_given(args: Any) -> None:
+    """Raises InputError for what is missing or has another form."""
+    from megatron_btx.evaluate import named_paths
+
+    for flag, value in (("--btx-init-model", args.btx_init_model), ("--btx-init-output", args.btx_init_output)):
+        if not value:
+            raise InputError(f"{flag} is missing; see tools/init_router.py --help")
+    named_paths(args.btx_init_data, "--btx-init-data")
 
 
 def _checked_output(given: str) -> Path:

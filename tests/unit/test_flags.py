@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.arguments import add_own_arguments
+from megatron_btx.errors import InputError
 from megatron_btx.evaluate import add_evaluation_arguments
 from megatron_btx.pretrain import add_training_arguments
 from megatron_btx.routing.analyze import add_analysis_arguments
@@ -82,3 +83,34 @@ def test_help_of_megatron_answers():
     """Megatron 0.19's own --help ends in an error of argparse."""
     text = help_of("-m megatron_btx.pretrain", "--help-megatron")
     assert {"--btx-freeze", "--moe-router-topk", "--num-layers"} <= set(text.split())
+
+
+def test_missing_flags_are_named_our_own_first(monkeypatch):
+    """Megatron would assert its own first, in code, which says nothing to who has given no flag of ours."""
+    from megatron_btx import parsing
+
+    given = argparse.Namespace(yaml_cfg=None, use_checkpoint_args=False, micro_batch_size=None, hidden_size=32)
+    given.num_layers = given.num_attention_heads = given.max_position_embeddings = None
+    with pytest.raises(InputError, match=r"^missing: --num-layers, --num-att.*megatron_args.txt beside a mixture"):
+        parsing.check_model_flags(given)
+    given.use_checkpoint_args = True
+    with pytest.raises(InputError, match="^--micro-batch-size is missing"):
+        parsing.check_model_flags(given)
+    given.micro_batch_size = 1
+    parsing.check_model_flags(given)
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("-m megatron_btx.pretrain", "missing: --num-layers, --hidden-size"),
+        ("-m megatron_btx.evaluate", "--btx-eval-model is missing"),
+        ("tools/analyze_routing.py", "--btx-route-model is missing"),
+    ],
+)
+def test_a_program_without_flags(program, said):
+    """What is missing first, of the program's own or of the model."""
+    done = subprocess.run(
+        [sys.executable, *program.split()], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and f"error: {said}" in done.stderr

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import re
+from argparse import Namespace
 
 import pytest
 
 from megatron_btx.arguments import add_routing_arguments
+from megatron_btx.checkpoint import arguments
 from megatron_btx.checkpoint.arguments import (
     MODEL_ARGUMENTS,
     NUMERICS_ARGUMENTS,
+    TENSOR_ARGUMENTS,
+    compare_with_stored,
     differences,
     model_flags,
 )
@@ -242,3 +247,39 @@ def test_megatrons_own_checkpoints_are_of_a_run_without_our_flags():
     check_resume("path", stored, LAYOUT)
     with pytest.raises(InputError, match="--btx-freeze .none., given head"):
         check_resume("path", stored, {**LAYOUT, "btx_freeze": ["head"]})
+
+
+def test_a_change_is_offered_only_where_the_weights_fit(monkeypatch):
+    """Sizes decide the tensors: allowing them would end in Megatron's loader. Dense models and mixtures never meet."""
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_experts": None, "position_embedding_type": "rope"}
+    sizes |= {"max_position_embeddings": 64, "btx_allow_change": []}
+
+    def said(stored: dict, given: dict) -> str:
+        stand_in = Namespace(folder="f", check_objects=lambda: None, arguments=lambda: sizes | stored)
+        monkeypatch.setattr(arguments, "TorchDistReader", lambda _: stand_in)
+        monkeypatch.setattr(arguments, "resolve_iteration", lambda path: path)
+        monkeypatch.setattr(arguments, "root_of", lambda path: path)
+        monkeypatch.setattr(arguments, "with_tokenizer_beside", lambda found, _: found)
+        with pytest.raises(InputError) as refusal:
+            compare_with_stored("here", sizes | given)
+        return str(refusal.value)
+
+    assert {argument.name for argument in MODEL_ARGUMENTS} >= TENSOR_ARGUMENTS
+    shapes = said({}, {"hidden_size": 64, "num_layers": 4})
+    assert shapes.endswith("Give the stored values: the weights do not fit another --num-layers, --hidden-size")
+    both = said({}, {"hidden_size": 64, "rotary_base": 500})
+    assert both.endswith(
+        "another --hidden-size; for the rest you can allow the change with --btx-allow-change rotary_base"
+    )
+    assert said({}, {"rotary_base": 500}).endswith("or allow the change with --btx-allow-change rotary_base")
+    longer = {"max_position_embeddings": 128}
+    assert "--btx-allow-change max_position_embeddings" in said({}, longer)
+    learned = {"position_embedding_type": "learned_absolute"}
+    assert "--btx-allow-change" not in said(learned, learned | longer)
+    for stored, given, what in (
+        (None, 4, "a dense model: give it .* without"),
+        (4, None, "a mixture: give it .* with "),
+    ):
+        message = said({"num_experts": stored}, {"num_experts": given})
+        assert re.search(what + r".*the mixture's flags", message) and "--btx-allow-change" not in message
+    assert "do not fit another --num-experts" in said({"num_experts": 4}, {"num_experts": 2})

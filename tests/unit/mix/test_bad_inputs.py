@@ -593,10 +593,10 @@ def test_mixtures_and_strange_pairs(dense, model, tmp_path, capsys):
 
 
 def test_verifying_what_cannot_be(model, tmp_path, capsys):
-    for folder in (model, tmp_path / "nowhere"):
+    for folder, said in ((model, "has no manifest.json"), (tmp_path / "nowhere", "there is no such folder")):
         assert main(["--verify", "--output", str(folder)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert str(folder) in line and "manifest.json" in line
+        assert f"{folder}: {said}" in line
     assert main(["--verify"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "0 expert given" in line or "--output is missing" in line

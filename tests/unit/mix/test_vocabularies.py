@@ -316,15 +316,17 @@ def test_added_rows_are_the_mean_of_the_tokens(format_, tmp_path, capsys):
         assert config_of(tmp_path / "out")["vocab_size"] == 40
 
 
-def test_added_rows_are_never_averaged(tmp_path):
+def test_added_rows_are_never_averaged(tmp_path, capsys):
     """The padded model as an expert: its new rows are padding, beside the tokens of another."""
     experts = pair(tmp_path, (30, {"vocab.json": words(30)}), (32, {"vocab.json": words(32)}))
     padded = tmp_path / "sources" / "padded"
     options = ["--hf-model", str(experts["a"]), "--output", str(padded), "--pad-vocab-to-multiple-of", "16", "--verify"]
     assert convert_hf.main(["import", "--allow-other-ids", *options]) == 0
+    assert "all rows of 30 tokens are the model's own" in capsys.readouterr().out, "one model has no means"
     assert open_source("padded", padded).token_rows("head.weight") == ((0, 30),)
     flags = ["--vocab=union", "--take=dtype=b"]
     found = mixed({"padded": padded, "b": experts["b"]}, tmp_path / "out", "hf", *flags)
+    assert "all rows of 32 tokens are the means over the models that know the token" in capsys.readouterr().out
     for key in KEYS:
         assert torch.equal(found[key][30:], tensors(experts["b"])[key][30:])
 

@@ -204,7 +204,8 @@ def test_included_recipes(tmp_path):
     for name, text in (("list", "- a"), ("empty", "# nothing"), ("b", "include: c.yaml"), ("c", "include: b.yaml")):
         (tmp_path / f"{name}.yaml").write_text(text)
     for name, text, said in (
-        ("lost", "include: nowhere.yaml", "expected a recipe file"),
+        ("lost", "include: nowhere.yaml", "lost.yaml: include: .*/nowhere.yaml does not exist"),
+        ("folder", "include: ..", "found '..', expected a recipe file"),
         ("self", "include: self.yaml", "a circle: .*/self.yaml includes .*/self.yaml; leave"),
         ("a", "include: b.yaml", "a circle: .*/b.yaml includes .*/c.yaml includes .*/b.yaml; leave"),
         ("of-list", "include: list.yaml", "list.yaml: found a list, expected a mapping, because .*/of-list.yaml inclu"),

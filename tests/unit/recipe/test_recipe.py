@@ -238,6 +238,8 @@ def test_blends_are_normalised_and_that_is_said() -> None:
     assert whole.experts["math"].blend == {"math": 0.75, "general": 0.25}
     assert "experts.math.blend sums to 4; normalised to 1" in whole.notes
     assert not any("code" in note for note in whole.notes)
+    percent = recipe("experts.math.blend={math: 70, general: 30}")
+    assert percent.experts["math"].blend == {"math": 0.7, "general": 0.3} and not percent.notes
 
 
 def test_the_quickstart_is_the_graph_of_the_method() -> None:
@@ -526,6 +528,14 @@ def test_the_quickstarts_flags_are_megatrons_and_wrong_ones_are_refused() -> Non
     with pytest.raises(InputError, match=r"r: evaluate\.megatron\.clip-gradd: Megatron has no flag .*mean clip-grad"):
         program_checks.check_with_megatron("r", sections)
     assert list(sections)[-1] == "evaluate.megatron", "the wrong flag must stand last, behind all that have to pass"
+
+
+def test_a_slip_in_a_flags_name_is_named_before_the_flag_that_is_missing(tmp_path: Path, capsys: Any) -> None:
+    """One import of Megatron: the slip's place and what was meant, not what the planner misses."""
+    (tmp_path / "slip.yaml").write_text(f"include: {QUICKSTART}\nmodel: {{hidden-size: null, hiden-size: 64}}\n")
+    code = cli.main(["run", str(tmp_path / "slip.yaml"), "--output", str(tmp_path / "run"), "--dry-run", "--cpu"])
+    said = capsys.readouterr().err
+    assert code == 2 and "slip.yaml: model.hiden-size: Megatron has no flag --hiden-size; did you mean hidden-" in said
 
 
 def test_the_dry_run_is_a_script_that_does_what_the_run_does(tmp_path: Path) -> None:
