@@ -1,4 +1,4 @@
-"""How much a run trains altogether, in steps and samples, and whether it has done so."""
+"""How much a run trains altogether, in steps and samples."""
 
 from __future__ import annotations
 
@@ -53,18 +53,3 @@ def budget_of(args: Any) -> tuple[int, int]:
         steps += 1
     update_num_microbatches(0, consistency_check=False)
     return steps, samples
-
-
-def finished(args: Any) -> str | None:
-    """What to say of a resumed run that has taken all its steps; None of any other.
-
-    Megatron would stop with "no samples left to consume".
-    """
-    from megatron_btx.checkpoint.arguments import checkpoint_to_load
-    from megatron_btx.checkpoint.resume import step_of
-
-    path, resumes = checkpoint_to_load(args) or ("", False)
-    if args.skip_train or not resumes:
-        return None
-    latest, (steps, _) = step_of(path, args.override_ckpt_iteration), budget_of(args)
-    return f"{args.load} has step {latest} of {steps}: nothing left to train" if latest >= steps else None

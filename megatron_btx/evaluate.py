@@ -100,11 +100,21 @@ def main() -> int:
 
 
 def _inputs(args: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """The models and the texts, name -> path. Raises InputError for what is missing or has another form."""
-    models = named_paths(args.btx_eval_model, "--btx-eval-model")
-    data = named_paths(args.btx_eval_data, "--btx-eval-data")
-    if args.btx_eval_output is None:
-        raise InputError("--btx-eval-output is missing; name the file for the results")
+    return inputs_of(args, "eval", "the file")
+
+
+def inputs_of(args: Any, kind: str, output: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The models and the texts, name -> path, of ``--btx-KIND-model`` and ``--btx-KIND-data``.
+
+    Args:
+        output: what ``--btx-KIND-output`` names, for the refusal.
+
+    Raises:
+        InputError: something is missing or has another form.
+    """
+    models, data = (named_paths(getattr(args, f"btx_{kind}_{of}"), f"--btx-{kind}-{of}") for of in ("model", "data"))
+    if getattr(args, f"btx_{kind}_output") is None:
+        raise InputError(f"--btx-{kind}-output is missing; name {output} for the results")
     return models, data
 
 

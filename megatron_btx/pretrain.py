@@ -21,7 +21,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.arguments import help_if_asked
-from megatron_btx.budget import budget_of, check_budget, finished
+from megatron_btx.budget import budget_of, check_budget
 from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.errors import CheckpointError, InputError, exits_with_one_line
 from megatron_btx.parsing import parse_arguments, refused
@@ -57,6 +57,7 @@ def main() -> int:
     from megatron.training import get_args, pretrain
     from torch.distributed.checkpoint.api import CheckpointException
 
+    from megatron_btx.checkpoint.arguments import finished
     from megatron_btx.data.training import datasets_for
     from megatron_btx.model.sampling import Step
 

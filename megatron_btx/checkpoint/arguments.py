@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.budget import budget_of
 from megatron_btx.checkpoint.beside import root_of, with_tokenizer_beside
-from megatron_btx.checkpoint.resume import check_resume
+from megatron_btx.checkpoint.resume import check_resume, step_of
 from megatron_btx.checkpoint.tokenizers import check_same_tokenizer
 from megatron_btx.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader, resolve_iteration
 from megatron_btx.errors import InputError
@@ -179,6 +180,18 @@ def model_flags(stored: Mapping[str, Any]) -> list[list[str]]:
     return [w for w in words if w]
 
 
+def finished(args: Any) -> str | None:
+    """What to say of a resumed run that has taken all its steps; None of any other.
+
+    Megatron would stop with "no samples left to consume".
+    """
+    path, resumes = checkpoint_to_load(args) or ("", False)
+    if args.skip_train or not resumes:
+        return None
+    latest, (steps, _) = step_of(path, args.override_ckpt_iteration), budget_of(args)
+    return f"{args.load} has step {latest} of {steps}: nothing left to train" if latest >= steps else None
+
+
 def check_against_checkpoint(args: Any) -> None:
     """Refuse to load a checkpoint into a model it was not made for.
 
@@ -188,8 +201,6 @@ def check_against_checkpoint(args: Any) -> None:
     Raises:
         InputError: names every argument that differs, with both values and the flag that mends it.
     """
-    from megatron_btx.budget import finished
-
     loaded = checkpoint_to_load(args)
     _check_non_persistent(args)
     if loaded is not None:

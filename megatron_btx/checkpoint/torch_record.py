@@ -81,6 +81,7 @@ class _TensorUnpickler(AllowListUnpickler):
     """Unpickles a tensor's description: storages come back as (dtype, key, count), tensors as their arguments."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name of PyTorch's; for any other what the allow-list says."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *_: ("tensor", storage, offset, tuple(size), tuple(stride))
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -92,6 +93,7 @@ class _TensorUnpickler(AllowListUnpickler):
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
+        """A storage as its dtype, key and count: nothing is read."""
         _, dtype, key, _, count = pid
         return dtype, key, count
 
@@ -174,6 +176,7 @@ class _ObjectUnpickler(AllowListUnpickler):
     """By key: two tensors may share one."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name of PyTorch's; for any other what the allow-list says."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _strided
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -185,6 +188,7 @@ class _ObjectUnpickler(AllowListUnpickler):
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
+        """The numbers of a storage, read once; ValueError where their bytes do not fit their count."""
         import torch
 
         _, dtype, key, _, count = pid

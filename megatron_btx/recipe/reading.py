@@ -157,6 +157,7 @@ class Section:
         return flags
 
     def flag_value(self, name: str, value: Any) -> FlagValue:
+        """A flag's value as the recipe gives it. Raises InputError for one that would be a flag of its own."""
         for item in value if isinstance(value, list) else [value]:
             # The command line would have it as a flag of its own, which may be one that is refused here.
             if str(item).startswith("--"):

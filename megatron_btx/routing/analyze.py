@@ -137,14 +137,9 @@ def main() -> int:
 
 
 def _inputs(args: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """The models and the texts, name -> path. Raises InputError for what is missing or has another form."""
-    from megatron_btx.evaluate import named_paths
+    from megatron_btx.evaluate import inputs_of
 
-    models = named_paths(args.btx_route_model, "--btx-route-model")
-    data = named_paths(args.btx_route_data, "--btx-route-data")
-    if args.btx_route_output is None:
-        raise InputError("--btx-route-output is missing; name a folder for the results")
-    return models, data
+    return inputs_of(args, "route", "a folder")
 
 
 def _read_text(file: str | None) -> str | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from megatron.core import num_microbatches_calculator as calculator
 
-from megatron_btx.budget import budget_of, check_budget, finished
+from megatron_btx.budget import budget_of, check_budget
+from megatron_btx.checkpoint.arguments import finished
 from megatron_btx.checkpoint.torch_dist import TRACKER
 from megatron_btx.errors import InputError
 
