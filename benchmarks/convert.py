@@ -51,7 +51,7 @@ def make_models(folder: Path, layers: int) -> dict[str, Path]:
     """Four Hugging Face models whose weights are slices of one run of random numbers, and a tokenizer for mergekit."""
     import torch
 
-    from megatron_btx.checkpoint.hf_config import arguments_from_config
+    from megatron_btx.checkpoint.huggingface.config import arguments_from_config
     from megatron_btx.checkpoint.names import DIALECTS, Sizes, pieces_of
     from megatron_btx.checkpoint.safetensors import SafetensorsLayout
     from megatron_btx.checkpoint.stored import bytes_of

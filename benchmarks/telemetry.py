@@ -48,8 +48,8 @@ def worker() -> int:
     """Train as the command line says, with telemetry on or off by the block; the first rank writes when steps began."""
     from megatron.training import training
 
-    from megatron_btx import pretrain
-    from megatron_btx.routing import telemetry
+    from megatron_btx.training import program as pretrain
+    from megatron_btx.training import telemetry
 
     plan = json.loads(Path(os.environ[SWITCH_FILE]).read_text())
     on, interval, began = plan["on"], plan["interval"], []

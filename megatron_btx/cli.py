@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_btx import __version__
-from megatron_btx.errors import InputError, exits_with_one_line
+from megatron_btx.ground.errors import InputError, exits_with_one_line
 
 if TYPE_CHECKING:
-    from megatron_btx.recipe.folder import Action
-    from megatron_btx.recipe.stage import Stage
+    from megatron_btx.pipeline.folder import Action
+    from megatron_btx.pipeline.stage import Stage
 
 DISPATCHED = {
-    "report": ("megatron_btx.recipe.report", "write and print the report of a run directory"),
+    "report": ("megatron_btx.report.build", "write and print the report of a run directory"),
     "corpora": ("megatron_btx.data.corpora.build", "make the quickstart's corpora and tokenizer"),
     "preprocess": ("megatron_btx.data.preprocess", "turn JSONL, text or Parquet files into Megatron's datasets"),
-    "convert": ("megatron_btx.mix.cli", "mix experts' checkpoints into one mixture of experts"),
-    "convert-hf": ("megatron_btx.mix.convert_hf", "move one model between Hugging Face and Megatron"),
+    "convert": ("megatron_btx.mixing.cli", "mix experts' checkpoints into one mixture of experts"),
+    "convert-hf": ("megatron_btx.mixing.convert_hf", "move one model between Hugging Face and Megatron"),
 }
 """Commands that other modules implement, with their own --help: name -> module with a main(argv), what it does."""
 PLAN_FILE = "plan.json"
@@ -121,14 +121,14 @@ def run(arguments: argparse.Namespace) -> int:
     """``btx run``: plan the recipe, check it, and run it or print its commands."""
     import yaml
 
-    from megatron_btx.recipe.flags import MissingFlagError
-    from megatron_btx.recipe.folder import check_chosen, check_run, decide, kept, plan_of
-    from megatron_btx.recipe.planner import plan_stages
-    from megatron_btx.recipe.program_checks import check_with_megatron
-    from megatron_btx.recipe.progress import Progress
-    from megatron_btx.recipe.runner import Machine, run_stages
-    from megatron_btx.recipe.schema import load_recipe
-    from megatron_btx.recipe.stage import one_line
+    from megatron_btx.pipeline.folder import check_chosen, check_run, decide, kept, plan_of
+    from megatron_btx.pipeline.planner import plan_stages
+    from megatron_btx.pipeline.program_checks import check_with_megatron
+    from megatron_btx.pipeline.progress import Progress
+    from megatron_btx.pipeline.recipe.flags import MissingFlagError
+    from megatron_btx.pipeline.recipe.schema import load_recipe
+    from megatron_btx.pipeline.runner import Machine, run_stages
+    from megatron_btx.pipeline.stage import one_line
 
     recipe, tree = load_recipe(arguments.recipe, arguments.changes)
     try:
@@ -169,7 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _refuse_changes(arguments: argparse.Namespace, directory: Path, changed: Mapping[str, str]) -> NoReturn:
     """Say what changed in which stage, and the command that would run them again. Always raises InputError."""
-    from megatron_btx.recipe.stage import one_line
+    from megatron_btx.pipeline.stage import one_line
 
     for name, why in changed.items():
         print(f"{name}: {one_line(why)}", file=sys.stderr, flush=True)
@@ -189,9 +189,9 @@ def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directo
 
     A stage's folder gets the manifest that a run would write, so that a run can go on from what the script made.
     """
-    from megatron_btx.recipe.folder import dated
-    from megatron_btx.recipe.identity import identities, manifest_of
-    from megatron_btx.recipe.stage import command_text, one_line
+    from megatron_btx.pipeline.folder import dated
+    from megatron_btx.pipeline.identity import identities, manifest_of
+    from megatron_btx.pipeline.stage import command_text, one_line
 
     known = identities(stages)
     lines = ["set -euo pipefail", f"mkdir -p {shlex.quote(str(directory))}", f"cd {shlex.quote(str(directory))}"]
@@ -212,10 +212,10 @@ def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directo
 
 def status(directory: Path) -> int:
     """``btx status``: one table from the manifests and metrics of a run."""
-    from megatron_btx.recipe.folder import read_plan
-    from megatron_btx.recipe.progress import print_table, read_row, shown_manifest
-    from megatron_btx.recipe.report_stages import left_out
-    from megatron_btx.recipe.runner import is_locked
+    from megatron_btx.pipeline.folder import read_plan
+    from megatron_btx.pipeline.progress import print_table, read_row, shown_manifest
+    from megatron_btx.pipeline.runner import is_locked
+    from megatron_btx.report.stages import left_out
 
     plan = directory / PLAN_FILE
     if not plan.is_file():

@@ -10,7 +10,7 @@ def main() -> int:
     """Force the expert named by FORCED_EXPERT, then evaluate."""
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_btx import evaluate
+    from megatron_btx.evaluation import program as evaluate
 
     expert = int(os.environ["FORCED_EXPERT"])
 

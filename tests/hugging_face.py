@@ -215,7 +215,7 @@ def loss_in_megatron(zygote: Zygote, checkpoint: Path, corpus: Path, folder: Pat
     flags += ["--seq-length", str(EVAL_LENGTH), "--micro-batch-size", "4", "--btx-eval-tokens", str(EVAL_TOKENS)]
     flags += ["--btx-eval-output", str(folder / "loss.json"), "--btx-eval-data", f"text={corpus}"]
     flags += ["--btx-eval-model", f"model={checkpoint}"]
-    zygote.run(1, flags, folder / "log", entry="megatron_btx.evaluate")
+    zygote.run(1, flags, folder / "log", entry="megatron_btx.evaluation.program")
     found = json.loads((folder / "loss.json").read_text())["models"]["model"]
     assert found["tokens"]["text"] == EVAL_TOKENS
     return float(found["losses"]["text"])

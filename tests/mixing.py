@@ -10,10 +10,10 @@ import torch
 
 from megatron_btx.checkpoint.stored import bytes_of
 from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader, resolve_iteration
-from megatron_btx.mix.cli import main
-from megatron_btx.mix.plan import Request, make_plan
-from megatron_btx.mix.proof import check_against_sources
-from megatron_btx.mix.sinks import lay_out_result
+from megatron_btx.mixing.cli import main
+from megatron_btx.mixing.plan import Request, make_plan
+from megatron_btx.mixing.proof import check_against_sources
+from megatron_btx.mixing.sinks import lay_out_result
 
 
 def mix(experts: dict[str, Path], output: Path, *more: str) -> Path:

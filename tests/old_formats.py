@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.default_planner import create_default_global_s
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
-from tests.unit.mix.checkpoints import byte_entry, iteration, tensors
+from tests.unit.mixing.checkpoints import byte_entry, iteration, tensors
 
 LAYER, EXPERTS = "decoder.layers.", "mlp.experts.experts."
 

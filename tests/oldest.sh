@@ -27,8 +27,8 @@ if [ "$(cat .venv-oldest/ready 2>/dev/null || true)" != "$wanted" ]; then
 fi
 export PATH="$PWD/.venv-oldest/bin:$PATH" OMP_NUM_THREADS=1 MPLBACKEND=Agg
 if [ $# -eq 0 ]; then
-    set -- --numprocesses 2 --dist loadfile tests/unit/test_layers.py tests/unit/test_adam.py tests/unit/test_cpu.py \
-        tests/unit/model tests/unit/checkpoint tests/unit/data/test_preprocess.py tests/unit/mix/test_algebra.py \
+    set -- --numprocesses 2 --dist loadfile tests/unit/model/test_layers.py tests/unit/engine/test_adam.py tests/unit/engine/test_cpu.py \
+        tests/unit/model tests/unit/checkpoint tests/unit/data/test_preprocess.py tests/unit/mixing/test_algebra.py \
         tests/distributed/test_identities.py tests/distributed/test_layouts.py tests/distributed/test_resume.py \
         --ignore tests/unit/checkpoint/test_hf_config.py
 fi

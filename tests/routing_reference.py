@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_btx.cpu import install_cpu_stand_ins
+from megatron_btx.engine.cpu import install_cpu_stand_ins
 from megatron_btx.model.sampling import Annealing, Step, gumbel_noise
 
 TOLERANCE = 1e-6

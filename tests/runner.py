@@ -79,7 +79,7 @@ class Zygote:
         world_size: int,
         arguments: list[str],
         log: Path,
-        entry: str = "megatron_btx.pretrain",
+        entry: str = "megatron_btx.training.program",
         environment: dict[str, str] | None = None,
         file_size_limit_bytes: int | None = None,
     ) -> Run:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
+from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 
 prepare_environment()
 
@@ -23,13 +23,14 @@ def main() -> int:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_btx import metrics, repairs
-    from megatron_btx.arguments import add_btx_arguments
     from megatron_btx.data.training import datasets_for
+    from megatron_btx.engine import repairs
+    from megatron_btx.engine.flags import add_btx_arguments
+    from megatron_btx.ground.stopping import Stopping
     from megatron_btx.model.routers import settings_from, with_routers
     from megatron_btx.model.sampling import Step
-    from megatron_btx.pretrain import forward_step
-    from megatron_btx.stopping import Stopping
+    from megatron_btx.training import metrics
+    from megatron_btx.training.program import forward_step
 
     args = parse_and_validate_args(add_btx_arguments)
     repairs.use_the_shipped_dataset_helper()

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch  # before Transformer Engine: it loads the libraries that are linked to
 
-from megatron_btx.cpu import install_cpu_stand_ins, prepare_environment
-from megatron_btx.restricted_loading import restrict_unpickling
+from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
+from megatron_btx.engine.restricted_loading import restrict_unpickling
 
 
 def main(mix: Path, kind: str, parameters: Path) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def wait(ranks: list[int]) -> list[int]:
 
 def main() -> None:
     """Import once, then serve requests until stdin closes."""
-    from megatron_btx.cpu import hide_kernels_for_gpus
+    from megatron_btx.engine.cpu import hide_kernels_for_gpus
 
     if sys.argv[1:] != ["gpu"]:
         hide_kernels_for_gpus()
@@ -144,11 +144,13 @@ def main() -> None:
     import megatron.training.training
     import torch  # noqa: F401
 
-    from megatron_btx import adam, evaluate, metrics, pretrain, repairs, validation  # noqa: F401
-    from megatron_btx.checkpoint import resume, tokenizers  # noqa: F401
+    from megatron_btx.checkpoint.tokenizers import comparison  # noqa: F401
     from megatron_btx.data import texts, training  # noqa: F401
     from megatron_btx.model import layers  # noqa: F401
-    from megatron_btx.routing import telemetry  # noqa: F401
+    from megatron_btx.training import (
+        telemetry,  # noqa: F401
+        validation,  # noqa: F401
+    )
 
     # Megatron's parser finds its help texts in source files, and inspect reads a whole file for every class.
     inspect.getsource = functools.cache(inspect.getsource)

@@ -3,7 +3,7 @@
 
 import sys
 
-from megatron_btx.routing.analyze import main
+from megatron_btx.evaluation.analyze_routing import main
 
 if __name__ == "__main__":
     sys.exit(main())

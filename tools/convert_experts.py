@@ -3,6 +3,6 @@
 
 import sys
 
-from megatron_btx.mix.cli import main
+from megatron_btx.mixing.cli import main
 
 sys.exit(main())

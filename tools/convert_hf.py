@@ -3,6 +3,6 @@
 
 import sys
 
-from megatron_btx.mix.convert_hf import main
+from megatron_btx.mixing.convert_hf import main
 
 sys.exit(main())

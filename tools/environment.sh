@@ -78,7 +78,7 @@ rm -f .venv/ready
 "$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 # Import once with bytecode written: it halves the start of every process, also where PYTHONDONTWRITEBYTECODE is set.
 env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore -c "
-import torch.distributed.run, matplotlib.pyplot, megatron.training.training, megatron_btx.evaluate, megatron_btx.mix.cli
+import torch.distributed.run, matplotlib.pyplot, megatron.training.training, megatron_btx.evaluation.program, megatron_btx.mixing.cli
 " 2>/dev/null || fail "the installed packages cannot be imported; see: .venv/bin/python -c 'import megatron.training.training'"
 echo "$wanted" >.venv/ready
 has_older "$@" || install_older

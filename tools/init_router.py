@@ -3,7 +3,7 @@
 
 import sys
 
-from megatron_btx.routing.warm_start import main
+from megatron_btx.evaluation.init_router import main
 
 if __name__ == "__main__":
     sys.exit(main())

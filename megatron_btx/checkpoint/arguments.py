@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.budget import budget_of
 from megatron_btx.checkpoint.beside import root_of, with_tokenizer_beside
-from megatron_btx.checkpoint.resume import check_resume, step_of
-from megatron_btx.checkpoint.tokenizers import check_same_tokenizer
+from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer
 from megatron_btx.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader, resolve_iteration
-from megatron_btx.errors import InputError
+from megatron_btx.engine.budget import budget_of
+from megatron_btx.engine.checks.resume import check_resume, step_of
+from megatron_btx.ground.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 
-from megatron_btx.errors import InputError
+from megatron_btx.ground.errors import InputError
 
 _LAYERS_BELOW = 10_000
 

@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
-from megatron_btx.checkpoint.hf_families import COUNT, MEGATRON_LLAMA3, POSITIVE, number
+from megatron_btx.checkpoint.huggingface.families import COUNT, MEGATRON_LLAMA3, POSITIVE, number
 from megatron_btx.checkpoint.safe_pickle import UNREADABLE
-from megatron_btx.checkpoint.vocabulary import tokenizer_files
-from megatron_btx.errors import CheckpointError
+from megatron_btx.checkpoint.tokenizers.vocabulary import tokenizer_files
+from megatron_btx.ground.errors import CheckpointError
 
 BRIDGE_FILE = "run_config.yaml"
 _NEMO_FILE = Path("context") / "model.yaml"

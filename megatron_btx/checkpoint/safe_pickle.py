@@ -5,7 +5,7 @@ another. Both are read here by an unpickler that knows the few classes they need
 :class:`ForeignValue`: inert, and good enough to be compared or dropped, without importing Megatron.
 
 The training programs let Megatron unpickle for itself, which needs the real classes. They hold it to this same list:
-see :mod:`megatron_btx.restricted_loading`.
+see :mod:`megatron_btx.engine.restricted_loading`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pickle
 from typing import Any, BinaryIO
 
 from megatron_btx.checkpoint.safe_numpy import numpy_stand_ins
-from megatron_btx.errors import CheckpointError
+from megatron_btx.ground.errors import CheckpointError
 
 _PLAIN_BUILTINS = {
     *("set", "frozenset", "slice", "complex", "bytearray", "range"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.stored import Block, Files, Place, Slot, StoredTensor, read_box, read_slice
-from megatron_btx.errors import CheckpointError
+from megatron_btx.ground.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch

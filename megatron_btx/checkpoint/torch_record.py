@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron_btx.checkpoint.safe_pickle import UNREADABLE, AllowListUnpickler, first_line, unpickled
 from megatron_btx.checkpoint.stored import Files, Place
-from megatron_btx.errors import CheckpointError
+from megatron_btx.ground.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_btx.data import compression
 from megatron_btx.data.description import SUFFIX
-from megatron_btx.errors import InputError
+from megatron_btx.ground.errors import InputError
 
 
 class Form(enum.StrEnum):

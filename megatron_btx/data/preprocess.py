@@ -25,7 +25,7 @@ from megatron_btx.data.records import BadRecord, Tally
 from megatron_btx.data.sink import Sink
 from megatron_btx.data.tokenizers import DocumentEncoder, TokenizerSettings
 from megatron_btx.data.workers import in_order
-from megatron_btx.errors import InputError, exits_with_one_line, printable
+from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
 
 if TYPE_CHECKING:
     import numpy

@@ -22,7 +22,7 @@ from megatron_btx.data.compression import head_of, open_input
 from megatron_btx.data.inputs import ENDINGS, Form, form_of
 from megatron_btx.data.json_values import CutOffError, json_values
 from megatron_btx.data.records import BadRecord, RecordError, decoded, texts_of_json, texts_of_values
-from megatron_btx.errors import InputError
+from megatron_btx.ground.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow

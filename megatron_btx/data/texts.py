@@ -11,7 +11,7 @@ from megatron_btx.data import readers
 from megatron_btx.data.inputs import form_of
 from megatron_btx.data.tokenizers import DocumentEncoder
 from megatron_btx.data.training import check_descriptions, check_indexed_dataset
-from megatron_btx.errors import InputError
+from megatron_btx.ground.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ def tokens_of_a_batch(args: Any) -> int:
 
 
 def check_texts(texts: dict[str, str], flag: str, tokens: int, tokens_flag: str, args: Any) -> None:
-    """Refuse, before any process group exists, what :func:`megatron_btx.evaluate.batches_of` could make no batch of.
+    """Refuse, before any process group exists, what evaluation could make no batch of.
 
     Args:
         texts: name -> path, as ``flag`` gave them.

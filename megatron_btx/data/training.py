@@ -19,8 +19,8 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_btx.data.description import ALLOWANCE, SUFFIX, Tokenizer, check_description
 from megatron_btx.data.foreign_ids import check_batch
 from megatron_btx.data.splits import splits_of
-from megatron_btx.errors import InputError
-from megatron_btx.stopping import Stopping
+from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.stopping import Stopping
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
 

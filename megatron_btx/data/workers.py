@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from megatron_btx.data.readers import Unit
-from megatron_btx.errors import InputError
+from megatron_btx.ground.errors import InputError
 
 _UNITS_IN_FLIGHT_PER_WORKER = 4
 

@@ -1,1 +1,1 @@
-"""The model's parts that Megatron-core leaves open: layers, and (later) routers, balancing losses and freezing."""
+"""What is trained: the model's parts that Megatron-core leaves open, and how it is built and stepped."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.names import mixture_layers
-from megatron_btx.errors import BTXError, InputError, MegatronVersionError
+from megatron_btx.ground.errors import BTXError, InputError, MegatronVersionError
 
 if TYPE_CHECKING:
     import torch

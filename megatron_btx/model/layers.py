@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_btx.errors import InputError
+from megatron_btx.ground.errors import InputError
 from megatron_btx.model.routers import RouterSettings, with_routers
 from megatron_btx.model.sampling import Step
 

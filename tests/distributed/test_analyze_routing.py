@@ -12,7 +12,7 @@ from tests.distributed.test_identities import evaluate
 from tests.mixing import mix
 from tests.runner import Zygote
 
-ENTRY = "megatron_btx.routing.analyze"
+ENTRY = "megatron_btx.evaluation.analyze_routing"
 LAYOUTS = {
     "1": (1, "--micro-batch-size 4"),
     "dp2": (2, "--micro-batch-size 2"),

@@ -19,18 +19,18 @@ import pytest
 from tests.mixing import mix, rewrite
 from tests.runner import REPOSITORY
 from tests.srun import become_task
-from tests.unit.mix.checkpoints import expert_words
-from tests.unit.mix.folders import llama_folder
+from tests.unit.mixing.checkpoints import expert_words
+from tests.unit.mixing.folders import llama_folder
 
-CLI = "megatron_btx.mix.cli"
+CLI = "megatron_btx.mixing.cli"
 WRONG = "tests.distributed.test_convert_ranks"
 LAST = "BTX_TEST_WRONG"
 
 
 def main() -> int:
     """The converter's main, with what the environment asks for: on the last rank alone, or srun's variables on all."""
-    from megatron_btx.mix.cli import main as honest
-    from megatron_btx.mix.workplace import Workplace
+    from megatron_btx.mixing.cli import main as honest
+    from megatron_btx.mixing.workplace import Workplace
 
     wrong, is_last = os.environ.get(LAST), int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     if "SLURM_JOB_ID" in os.environ:

@@ -22,7 +22,7 @@ def evaluate(zygote: Zygote, folder: Path, models: dict[str, Path], corpus: Path
     arguments = [*pico.MODEL, "--micro-batch-size", "2", *flags, "--btx-eval-output", str(output)]
     arguments += ["--btx-eval-tokens", "1024", "--btx-eval-data", f"text={corpus}"]
     arguments += ["--btx-eval-model", *(f"{name}={path}" for name, path in models.items())]
-    entry = named.pop("entry", "megatron_btx.evaluate")
+    entry = named.pop("entry", "megatron_btx.evaluation.program")
     world_size = named.pop("world_size", 1)
     zygote.wait(zygote.start(world_size, arguments, folder / "log" / "evaluate", entry=entry, **named))
     return json.loads(output.read_text())["models"]
@@ -46,8 +46,8 @@ def test_equal_experts_are_the_dense_model(topk, zygote, dense, corpus, tmp_path
 
 def test_parameters_active_for_a_token(four_experts, dense):
     """Of four experts in four layers k are active; under sampled top-1 all of the first layer's, one of the others'."""
-    from megatron_btx.evaluate import count_parameters
-    from megatron_btx.mix.sources import open_source
+    from megatron_btx.evaluation.program import count_parameters
+    from megatron_btx.mixing.sources import open_source
 
     source, expert, routers = open_source("mix", str(four_experts)), 3 * 32 * 48, 4 * 4 * 32
     total, active = count_parameters(source, 2, False)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
-from megatron_btx.errors import InputError
-from megatron_btx.routing.warm_start import _checked_output
+from megatron_btx.evaluation.init_router import _checked_output
+from megatron_btx.ground.errors import InputError
 from tests import pico
 from tests.mixing import mix
 from tests.runner import Zygote
 
-ENTRY = "megatron_btx.routing.warm_start"
+ENTRY = "megatron_btx.evaluation.init_router"
 LAYOUTS = {
     "1": (1, "--micro-batch-size 4"),
     "dp2": (2, "--micro-batch-size 2"),

@@ -242,7 +242,9 @@ def test_an_evaluation_of_less_than_a_batch(dense, zygote, corpus, tmp_path):
     """Before a model is built."""
     words = ["--btx-eval-model", f"m={dense}", "--btx-eval-data", f"text={corpus}", "--btx-eval-tokens", "31"]
     words += ["--btx-eval-output", str(tmp_path / "result.json")]
-    run = zygote.run(1, pico.train(corpus, 1) + words, tmp_path / "log", entry="megatron_btx.evaluate", expect=2)
+    run = zygote.run(
+        1, pico.train(corpus, 1) + words, tmp_path / "log", entry="megatron_btx.evaluation.program", expect=2
+    )
     assert "error: --btx-eval-tokens 31: fewer than one batch, expected at least 32: " in run.text()
     assert "initializing" not in run.text()
 

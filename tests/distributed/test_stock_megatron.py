@@ -85,7 +85,7 @@ def test_our_routers_in_megatrons_own_layers(layout, mixture, zygote, corpus, tm
     flags += "--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1 --btx-load-balancing paper".split()
     flags += ["--moe-aux-loss-coeff", "0.5"]
     losses = {}
-    for entry in ("megatron_btx.pretrain", "tests.stock_program"):
+    for entry in ("megatron_btx.training.program", "tests.stock_program"):
         words = [*running(corpus, tmp_path, tmp_path / f"{entry}.jsonl"), *layout, "--load", str(mixture)]
         zygote.run(2 if layout else 1, [*flags, *words, "--finetune"], tmp_path / f"log-{entry}", entry=entry)
         losses[entry] = read_metrics(tmp_path / f"{entry}.jsonl")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.validation import MARGIN_NATS
+from megatron_btx.training.validation import MARGIN_NATS
 from tests import pico
 from tests.distributed.test_identities import evaluate
 from tests.distributed.test_refusals import refusal
@@ -206,7 +206,7 @@ def test_a_broken_mix_stops_at_its_first_step(world_size, flag, kind, mixture, d
 
 @pytest.mark.parametrize(("bound", "said"), [("{worse}", "worse: 0.2000"), ("0.01", "above 0.0100")])
 def test_bounds(bound, said, mixture, domains, zygote, corpus, tmp_path):
-    """By the worst expert of a domain, by a number; what is no bound: tests/unit/test_validation.py."""
+    """By the worst expert of a domain, by a number; what is no bound: tests/unit/training/test_validation.py."""
     worse = experts_evaluation(tmp_path / "worse.json", 9.0, 0.2)
     arguments = pico.train(corpus, 1, moe=True) + ["--pretrained-checkpoint", str(mixture), *watched(domains)]
     assert said in refusal(zygote, [*arguments, "--btx-first-loss-bound", bound.format(worse=worse)], tmp_path / "log")
@@ -223,7 +223,7 @@ def test_bounds(bound, said, mixture, domains, zygote, corpus, tmp_path):
     ],
 )
 def test_refusals(flags, said, zygote, corpus, tmp_path):
-    """One line with the remedy, before any of two ranks trains; all the others: tests/unit/test_checks.py."""
+    """One line with the remedy, before any of two ranks trains; all the others: tests/unit/engine/test_checks.py."""
     line = refusal(zygote, pico.train(corpus, 1, moe=True) + flags.split(), tmp_path / "log", 2)
     assert said in line, line
 

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from megatron_btx.cpu import has_gpu, install_cpu_stand_ins
+from megatron_btx.engine.cpu import has_gpu, install_cpu_stand_ins
 
 
 def main() -> int:

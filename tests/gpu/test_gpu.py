@@ -184,7 +184,7 @@ def test_evaluation_is_the_cpus(gpu, cpu, mixture, corpus, tmp_path, record_prop
     results = []
     for machine, zygote in zip(MACHINES, (cpu, gpu), strict=True):
         output = tmp_path / f"{machine}.json"
-        zygote.run(1, [*arguments, str(output)], tmp_path / "log" / machine, entry="megatron_btx.evaluate")
+        zygote.run(1, [*arguments, str(output)], tmp_path / "log" / machine, entry="megatron_btx.evaluation.program")
         results.append(json.loads(output.read_text())["models"]["mix"])
     on_cpu, on_gpu = results
     difference = abs(on_cpu["losses"]["text"] - on_gpu["losses"]["text"])

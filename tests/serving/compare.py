@@ -1,4 +1,4 @@
-"""Hold a server's numbers against transformers', and megatron_btx/checkpoint/servers.py against the server.
+"""Hold a server's numbers against transformers', and megatron_btx/checkpoint/huggingface/servers.py against the server.
 
 python -m tests.serving.compare ROOT NAME: exit code 1 where anything is otherwise.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_btx.checkpoint.servers import OTHER, REFUSES, answers_of
+from megatron_btx.checkpoint.huggingface.servers import OTHER, REFUSES, answers_of
 from tests.serving import exchange
 
 NAMES = {"vllm": "vLLM", "llama": "llama.cpp"}

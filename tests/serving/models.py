@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_btx.mix import cli, convert_hf
+from megatron_btx.mixing import cli, convert_hf
 from tests import hugging_face
 from tests.serving import exchange
 

@@ -24,7 +24,7 @@ from typing import Any
 from megatron_btx.data import preprocess, tokenizers
 from megatron_btx.data.corpora import code, general, knowledge, math_problems, sources, vocabulary
 from megatron_btx.data.corpora.split import SPLITS, Group, split
-from megatron_btx.errors import InputError, exits_with_one_line
+from megatron_btx.ground.errors import InputError, exits_with_one_line
 
 RECORD = "corpora.json"
 TOKENIZER = "tokenizer.model"

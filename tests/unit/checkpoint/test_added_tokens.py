@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_btx.checkpoint.vocabulary import known_vocabulary
-from megatron_btx.mix.tokenizer_files import number_of_token, numbered, plain, special_ids, without_rowless
+from megatron_btx.checkpoint.tokenizers.vocabulary import known_vocabulary
+from megatron_btx.mixing.tokenizer.files import number_of_token, numbered, plain, special_ids, without_rowless
 
 FLAGS = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False) | {"special": True}
 MODEL = {"type": "WordLevel", "unk_token": "a", "vocab": {token: number for number, token in enumerate("abcdefgh")}}

@@ -8,7 +8,6 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_btx.arguments import add_routing_arguments
 from megatron_btx.checkpoint import arguments
 from megatron_btx.checkpoint.arguments import (
     MODEL_ARGUMENTS,
@@ -18,9 +17,10 @@ from megatron_btx.checkpoint.arguments import (
     differences,
     model_flags,
 )
-from megatron_btx.checkpoint.resume import check_resume
-from megatron_btx.checkpoint.tokenizers import check_same_tokenizer
-from megatron_btx.errors import InputError
+from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer
+from megatron_btx.engine.checks.resume import check_resume
+from megatron_btx.engine.flags import add_routing_arguments
+from megatron_btx.ground.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_btx.checkpoint.foreign_names import unwrapped
-from megatron_btx.checkpoint.hf_config import arguments_from_config
-from megatron_btx.errors import CheckpointError, InputError
-from megatron_btx.mix.sources import open_source
-from tests.unit.mix.folders import CONFIG, llama_folder, llama_tensors, safetensors_bytes
+from megatron_btx.checkpoint.huggingface.config import arguments_from_config
+from megatron_btx.checkpoint.huggingface.foreign_names import unwrapped
+from megatron_btx.ground.errors import CheckpointError, InputError
+from megatron_btx.mixing.sources import open_source
+from tests.unit.mixing.folders import CONFIG, llama_folder, llama_tensors, safetensors_bytes
 
 WRAPPED = {
     "data parallel": lambda name: "module." + name,

@@ -12,12 +12,12 @@ import torch
 import yaml
 
 from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
-from megatron_btx.errors import CheckpointError, InputError
-from megatron_btx.mix import convert_hf
-from megatron_btx.mix.sources import open_source
+from megatron_btx.ground.errors import CheckpointError, InputError
+from megatron_btx.mixing import convert_hf
+from megatron_btx.mixing.sources import open_source
 from tests.hugging_face import same_tensors
 from tests.mixing import write_checkpoint
-from tests.unit.mix.folders import CONFIG, FFN, HIDDEN, LAYERS, VOCABULARY, llama_folder
+from tests.unit.mixing.folders import CONFIG, FFN, HIDDEN, LAYERS, VOCABULARY, llama_folder
 
 MODEL: dict[str, Any] = {
     "_target_": "megatron.bridge.models.llama.llama_provider.Llama3ModelProvider",

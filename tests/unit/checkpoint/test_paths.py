@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.checkpoint.paths import hub_cache, model_path
-from megatron_btx.errors import CheckpointError
-from megatron_btx.mix.sources import open_source
-from tests.unit.mix.folders import llama_folder
+from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.mixing.sources import open_source
+from tests.unit.mixing.folders import llama_folder
 
 
 @pytest.fixture

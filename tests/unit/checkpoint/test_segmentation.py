@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.checkpoint.tokenizers import check_same_tokenizer, check_vocabulary_union
-from megatron_btx.errors import InputError
+from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer, check_vocabulary_union
+from megatron_btx.ground.errors import InputError
 from tests.unit.checkpoint.test_vocabulary import sentencepiece_bytes
 
 MODEL: dict[str, Any] = {

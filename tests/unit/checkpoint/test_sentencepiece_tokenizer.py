@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.checkpoint.sentencepiece_tokenizer import convert, read_model
-from megatron_btx.errors import InputError
-from megatron_btx.mix.tokenizer_proof import Oracle
-from megatron_btx.mix.tokenizer_texts import texts
+from megatron_btx.checkpoint.tokenizers.sentencepiece import convert, read_model
+from megatron_btx.ground.errors import InputError
+from megatron_btx.mixing.tokenizer.proof import Oracle
+from megatron_btx.mixing.tokenizer.texts import texts
 
 WORDS = [f"word {i} of {i * 7 % 13} letters {chr(97 + i % 26)} Hello World don't the one two" for i in range(200)]
 KINDS = ("bpe", "unigram")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_btx.checkpoint.servers import CONDITIONS, SERVERS, answers_of, conditions_of, server_lines
-from megatron_btx.mix.cli import main
+from megatron_btx.checkpoint.huggingface.servers import CONDITIONS, SERVERS, answers_of, conditions_of, server_lines
+from megatron_btx.mixing.cli import main
 from tests.runner import REPOSITORY
-from tests.unit.mix import folders
+from tests.unit.mixing import folders
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 64,

@@ -19,7 +19,7 @@ from megatron_btx.checkpoint.safe_pickle import load_pickle
 from megatron_btx.checkpoint.stored import Files, Place, bytes_of, read_box
 from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader, resolve_iteration
 from megatron_btx.checkpoint.torch_record import locate_tensor, record_around
-from megatron_btx.errors import CheckpointError
+from megatron_btx.ground.errors import CheckpointError
 from tests.mixing import write_checkpoint
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.checkpoint.tokenizers import check_same_tokenizer
-from megatron_btx.checkpoint.vocabulary import known_vocabulary, read_vocabulary, unknown_reason
-from megatron_btx.errors import InputError
+from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer
+from megatron_btx.checkpoint.tokenizers.vocabulary import known_vocabulary, read_vocabulary, unknown_reason
+from megatron_btx.ground.errors import InputError
 from tests.hugging_face import OLDER
 
 WORDS = [f"word {i} of {i * 7 % 13} letters {chr(97 + i % 26)}" for i in range(400)]

@@ -22,7 +22,7 @@ import pytest
 from megatron_btx.data import tokenizers
 from megatron_btx.data.corpora import build, code, general, knowledge, math_problems, vocabulary, wordings
 from megatron_btx.data.corpora.split import SPLITS
-from megatron_btx.errors import InputError
+from megatron_btx.ground.errors import InputError
 
 SETTINGS = build.Settings(seed=7, vocab_size=700, scale=0.1)
 COMMAND = ["--seed", "7", "--vocab-size", "700", "--scale", "0.1"]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_btx.errors import BTXError, InputError
+from megatron_btx.ground.errors import BTXError, InputError
 from megatron_btx.model.groups import frozen_groups, group_of, groups_of_model, lr_multipliers, refuse_optimizers
 
 NAMES = {

@@ -1,0 +1,245 @@
+"""Megatron arguments as a Hugging Face ``config.json``, and what either form cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
+from megatron_btx.checkpoint.huggingface import shared_expert
+from megatron_btx.checkpoint.huggingface.config import foreign_llama3, scaling_arguments
+from megatron_btx.checkpoint.huggingface.families import (
+    ALWAYS,
+    COUNT,
+    DTYPES,
+    FAMILIES,
+    MEGATRON_LLAMA3,
+    MEGATRON_ROPE_FACTOR,
+    POSITIVE,
+    ROWS,
+    Family,
+    family_of,
+    number,
+    wrong,
+)
+from megatron_btx.ground.errors import InputError
+
+_TRANSLATED = frozenset(row.argument for row in ROWS) | {
+    "group_query_attention", "add_position_embedding", "rotary_base", "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling", "rope_scaling_factor", "add_qkv_bias", "qk_layernorm", "window_size", "moe_layer_freq",
+    "untie_embeddings_and_output_weights", "moe_router_pre_softmax",
+    # Without effect on what a model computes: µP's numbers while it is off, the router's precision, a policy of drops.
+    "mup_base_hidden_size", "mup_base_head_dim", "mup_embedding_mult", "mup_output_mult", "mup_attn_scale_power",
+    "moe_router_dtype", "moe_token_drop_policy",
+}  # fmt: skip
+"""Arguments that may have any value here; every other model argument must have the one value that can be written."""
+PASSED_THROUGH = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "pretraining_tp", "initializer_range",
+    "attention_dropout", "router_aux_loss_coef", "output_router_logits", "router_jitter_noise",
+)  # fmt: skip
+
+
+def refuse_for_megatron(arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse what a configuration carries from Hugging Face to Hugging Face and Megatron 0.19 cannot run.
+
+    Raises:
+        InputError: another rotary scaling, fractions where Megatron's flags take whole numbers, or one expert per
+            token whose weight is normalised to one.
+    """
+    remedy = "convert it to a Hugging Face folder only"
+    scaling = arguments.get("hf_rope_scaling")
+    if scaling and scaling["rope_type"] not in ("llama3", "linear"):
+        raise wrong(where, "rope_scaling.rope_type", scaling["rope_type"], "'llama3' or 'linear' in Megatron", remedy)
+    if scaling and scaling["rope_type"] == "llama3":
+        for key, value in foreign_llama3(scaling).items():
+            raise wrong(where, f"rope_scaling.{key}", value, f"{MEGATRON_LLAMA3[key]} as fixed in Megatron", remedy)
+    for key in ("rotary_base", "rotary_seq_len_interpolation_factor"):
+        if isinstance(arguments.get(key), float):
+            raise wrong(where, key, arguments[key], "an integer in Megatron", remedy)
+    one = arguments.get("num_experts") is not None and arguments.get("moe_router_topk") == 1
+    if one and not arguments.get("moe_router_pre_softmax"):
+        raise wrong(where, "num_experts_per_tok", 1, "2 or more in Megatron where weights are normalised", remedy)
+
+
+def config_from_arguments(
+    arguments: Mapping[str, Any], base: Mapping[str, Any] | None = None, where: str = "the model's arguments"
+) -> dict[str, Any]:
+    """The config.json of a model with these Megatron arguments, which transformers 4.57 and 5 read alike.
+
+    ``vocab_size`` becomes the padded size: the rows that are stored, all of which take part in the softmax.
+
+    Args:
+        base: a configuration to take the tokens' numbers and other fields without effect on the model from, and the
+            architecture, if it can say this model; else the first of :data:`FAMILIES` that can.
+        where: the model, for messages.
+
+    Raises:
+        InputError: a number is missing or impossible, or the model has a part that Hugging Face's forms do not say.
+    """
+    mixture = arguments.get("num_experts") is not None
+    _refuse_unsayable(arguments, mixture, where)
+    values = _completed(arguments, where)
+    family = _fitting(values, mixture, base, where)
+    config = {key: base[key] for key in PASSED_THROUGH if key in base} if base else {}
+    config |= {"architectures": [family.architecture], "model_type": family.model_type, "hidden_act": "silu"}
+    for row in ROWS:
+        if row.argument in values and (mixture or not row.mixture):
+            value = number(where, row.argument, values[row.argument], row.kind)
+            config[row.key_of(family)] = value if row.kind is COUNT else float(value)
+    config |= {
+        "rope_theta": float(number(where, "rotary_base", values.get("rotary_base", 10000), POSITIVE)),
+        "rope_scaling": _written_scaling(values, where),
+        "tie_word_embeddings": not values.get("untie_embeddings_and_output_weights", False),
+        "torch_dtype": _written_dtype(values, where),
+    }
+    config |= _written_window(values, family, where) | (_written_mixture(values, family, where) if mixture else {})
+    usual_heads = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
+    if family.model_type in ("qwen2", "qwen2_moe") and usual_heads:
+        del config["head_dim"]  # these classes do not have it; Qwen2's attention yet takes one that is given
+    return config
+
+
+def _refuse_unsayable(arguments: Mapping[str, Any], mixture: bool, where: str) -> None:
+    """Refuse every model argument that has no key in the configurations and not the one value they stand for."""
+    remedy = "keep this model in Megatron's format, or start from a seed with that value"
+    for argument in MODEL_ARGUMENTS:
+        if argument.name in _TRANSLATED or (argument.moe and not mixture):
+            continue
+        value, expected = argument.value(arguments), ALWAYS.get(argument.name, argument.default)
+        if value != expected:
+            raise wrong(where, argument.name, value, f"{expected!r} for a Hugging Face model", remedy)
+    if arguments.get("btx_sample_top1"):
+        raise wrong(where, "btx_sample_top1", arguments["btx_sample_top1"], "false for a Hugging Face model", remedy)
+    if arguments.get("qk_layernorm") and arguments.get("add_qkv_bias"):
+        raise InputError(
+            f"{where}: add_qkv_bias is True with qk_layernorm True, expected one of them at most: Qwen3 has biases on "
+            f"all attention projections or none; {remedy}"
+        )
+
+
+def _completed(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The arguments with what Megatron makes of the ones that are not given."""
+    values = dict(arguments)
+    hidden, heads = (number(where, key, values.get(key), COUNT) for key in ("hidden_size", "num_attention_heads"))
+    if not values.get("group_query_attention"):
+        values["num_query_groups"] = heads
+    elif heads % number(where, "num_query_groups", values.get("num_query_groups"), COUNT):
+        wanted = f"a divisor of num_attention_heads {heads}"
+        raise wrong(where, "num_query_groups", values["num_query_groups"], wanted, "correct one of the two")
+    if values.get("kv_channels") is None:
+        if hidden % heads:
+            wanted = f"a multiple of num_attention_heads {heads}"
+            raise wrong(where, "hidden_size", hidden, wanted, "correct it, or give kv_channels")
+        values["kv_channels"] = hidden // heads
+    values.setdefault("layernorm_epsilon", values.get("norm_epsilon", 1e-5))
+    values.setdefault("rope_scaling_factor", MEGATRON_ROPE_FACTOR)
+    for name, other in {"padded_vocab_size": "vocab_size", "moe_ffn_hidden_size": "ffn_hidden_size"}.items():
+        values[name] = values.get(other) if values.get(name) is None else values[name]
+    for name in ("num_layers", "ffn_hidden_size", "max_position_embeddings"):
+        values.setdefault(name, None)  # so that a missing one is refused by name
+    return values
+
+
+def _fitting(values: Mapping[str, Any], mixture: bool, base: Mapping[str, Any] | None, where: str) -> Family:
+    """The base's family where it can say the model, else the first that can."""
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    for family in ((family_of(base, f"the base configuration of {where}"),) if base else ()) + FAMILIES:
+        if (
+            family.is_mixture is mixture
+            and family.qk_norm is bool(values.get("qk_layernorm"))
+            and bool(values.get("add_qkv_bias")) in family.qkv_biases
+            and (family.window != "none" or _keys_before(values, where) is None)
+            and (family.model_type != "llama" or hidden % heads == 0)  # transformers 5 demands it of Llama
+        ):
+            if family.model_type == "qwen2_moe" and values["kv_channels"] * heads != hidden:
+                remedy = "the Qwen2-MoE form has no other head size; keep this model in Megatron's format"
+                raise wrong(where, "kv_channels", values["kv_channels"], f"{hidden}/{heads} (hidden/heads)", remedy)
+            return family
+    raise InputError(f"{where}: no Hugging Face architecture has these parts; keep this model in Megatron's format")
+
+
+def _keys_before(values: Mapping[str, Any], where: str) -> int | None:
+    """How many keys before its own a token sees; None for all."""
+    window = values.get("window_size")
+    given = tuple(window) if isinstance(window, (list, tuple)) else (window,)
+    if given in ((None,), (-1, 0), (-1, -1)):
+        return None
+    if len(given) != 2 or type(given[0]) is not int or given[0] < 0 or given[1] != 0:
+        raise wrong(
+            where,
+            "window_size",
+            window,
+            "(keys before, 0) for a Hugging Face model",
+            "train the seed with such a window",
+        )
+    return given[0]
+
+
+def _written_window(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    before = _keys_before(values, where)
+    if family.window == "none":
+        return {}
+    width = None if before is None else before + 1
+    if family.window == "own":
+        return {"sliding_window": width}  # also when None: an absent key is a window of 4096 for Mistral
+    if width is None:
+        return {"use_sliding_window": False}
+    # Both: 4.57 goes by the first sliding layer, and 5 has another default for Qwen2-MoE's list.
+    types = ["sliding_attention"] * values["num_layers"]
+    return {"use_sliding_window": True, "sliding_window": width, "max_window_layers": 0, "layer_types": types}
+
+
+def _written_scaling(values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """transformers 4's ``rope_scaling``; a carried one must say what the arguments say."""
+    carried, interpolation = values.get("hf_rope_scaling"), values.get("rotary_seq_len_interpolation_factor")
+    made: dict[str, Any] | None = dict(carried) if carried else None
+    if not carried and values.get("use_rope_scaling"):
+        factor = number(where, "rope_scaling_factor", values["rope_scaling_factor"], POSITIVE)
+        llama3 = {"rope_type": "llama3", "factor": float(factor)} | MEGATRON_LLAMA3
+        made = llama3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    elif not carried and interpolation is not None:
+        factor = number(where, "rotary_seq_len_interpolation_factor", interpolation, POSITIVE)
+        made = {"rope_type": "linear", "factor": float(factor)}
+    for name, said in scaling_arguments(made).items():
+        matters = name != "rope_scaling_factor" or values.get("use_rope_scaling")
+        if matters and (values.get(name) or None) != (said or None):
+            remedy = "Hugging Face has one rotary scaling; correct one of the two"
+            raise wrong(where, name, values.get(name), f"{said!r} as of the rotary scaling {made}", remedy)
+    return made
+
+
+def _written_dtype(values: Mapping[str, Any], where: str) -> str:
+    name = "bfloat16" if values.get("bf16") else "float16" if values.get("fp16") else values.get("params_dtype")
+    name = str(name or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise wrong(where, "params_dtype", name, f"one of {', '.join(DTYPES)}", "save the model in one of those")
+    return name
+
+
+def _written_mixture(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """The router's keys, and which layers are mixtures."""
+    topk, experts = (number(where, name, values.get(name), COUNT) for name in ("moe_router_topk", "num_experts"))
+    if topk > experts:
+        raise wrong(where, "moe_router_topk", topk, f"at most num_experts {experts}", "correct one of the two")
+    frequency, layers = values.get("moe_layer_freq", 1), values["num_layers"]
+    if isinstance(frequency, int) and frequency > 0:
+        pattern = [int(at % frequency == 0) for at in range(layers)]
+    else:
+        pattern = list(frequency) if isinstance(frequency, (list, tuple)) else []
+    if len(pattern) != layers or set(pattern) not in ({1}, {0, 1}):
+        wanted = f"a whole number or a list of {layers} zeros and ones"
+        raise wrong(where, "moe_layer_freq", frequency, wanted, "correct it there")
+    dense = [at for at, mixture in enumerate(pattern) if not mixture]
+    pre_softmax = bool(values.get("moe_router_pre_softmax"))
+    if family.dialect == "mixtral":
+        if dense:
+            remedy = "the Mixtral form has no dense layers; keep this model in Megatron's format"
+            raise wrong(where, "moe_layer_freq", frequency, "1 for a Mixtral model", remedy)
+        if pre_softmax and topk < experts:
+            remedy = "the Mixtral form normalises the weights of the chosen; keep this model in Megatron's format"
+            raise wrong(where, "moe_router_pre_softmax", True, "False for a Mixtral model", remedy)
+        return {}
+    keys = {"decoder_sparse_step": 1, "mlp_only_layers": dense, "norm_topk_prob": not pre_softmax}
+    if family.model_type == "qwen2_moe":
+        keys |= {shared_expert.WIDTH_KEY: shared_expert.WRITTEN_WIDTH, "qkv_bias": bool(values.get("add_qkv_bias"))}
+    return keys

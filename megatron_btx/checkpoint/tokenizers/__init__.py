@@ -1,0 +1,1 @@
+"""The tokenizers beside checkpoints: read, compared, and how they cut a text."""

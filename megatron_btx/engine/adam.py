@@ -1,0 +1,84 @@
+"""AdamW in the form Megatron expects: torch's fused kernel, the step kept per parameter group.
+
+Megatron's optimizers are written for apex's and Transformer Engine's FusedAdam, which keep one ``step`` per parameter
+group. Without those packages Megatron falls back to ``torch.optim.AdamW``, which keeps one step tensor per parameter;
+with the distributed optimizer such a run saves but cannot resume (``core/optimizer/distrib_optimizer.py``: an assertion
+on empty state, one step tensor shared by all parameters, a dummy step restored). Instead of mending that fallback, this
+optimizer has the form of the path that every large run uses: checkpoints written with it load under apex or Transformer
+Engine, and the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+
+from megatron_btx.ground.errors import InputError
+
+
+class GroupStepAdam(torch.optim.Optimizer):
+    """Adam or AdamW over parameter groups that each carry their own integer ``step``."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+        **unsupported: Any,
+    ) -> None:
+        """Take the arguments that ``megatron.core.optimizer`` gives to FusedAdam.
+
+        Raises:
+            InputError: CUDA graphs of the optimizer, or its low-precision states: only the fused packages have them.
+        """
+        if capturable or unsupported:
+            named = ", ".join(unsupported) or "--optimizer-cuda-graph"
+            raise InputError(f"the optimizer settings {named} need Transformer Engine, which is not installed")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._functional = adamw if adam_w_mode else adam
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("closures are not supported")
+        for group in self.param_groups:
+            if group["params"]:
+                group["step"] = int(group.get("step", 0)) + 1
+                self._update(group)
+
+    def _update(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+        # The functional form counts each parameter's step up by one, in tensors that must not be shared.
+        previous_step = torch.full((len(parameters),), float(group["step"] - 1), device=parameters[0].device)
+        beta1, beta2 = group["betas"]
+        self._functional(
+            parameters,
+            [p.grad for p in parameters],
+            [self.state[p]["exp_avg"] for p in parameters],
+            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [],
+            list(previous_step.unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )

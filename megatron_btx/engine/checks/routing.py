@@ -1,0 +1,232 @@
+"""What the command line may not say: refused in one line before any rank trains, where Megatron fails late or never.
+
+The checks read the parsed arguments alone, no checkpoint and no data, so that a recipe's stages can be checked before
+the first of them runs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_btx.checkpoint.names import mixture_layers
+from megatron_btx.engine.flags import SAMPLE_DECAY, SAMPLE_MIN_TEMPERATURE
+from megatron_btx.ground.errors import InputError
+from megatron_btx.model.groups import frozen_groups, lr_multipliers
+
+CHOOSING_TYPES = {"sinkhorn", "quantile_balancing"}
+"""Values of --moe-router-load-balancing-type that are no loss: they choose the experts themselves."""
+
+
+def check_layout(args: Any) -> None:
+    """Refuse layouts and layers that Megatron's own validation lets through and that fail later, or are not honoured.
+
+    Raises:
+        InputError: names both numbers and what would fit.
+    """
+    tensor, expert, pipeline = (
+        args.tensor_model_parallel_size,
+        args.expert_model_parallel_size,
+        args.pipeline_model_parallel_size,
+    )
+    refused = "Megatron refuses these arguments: "
+    if args.num_attention_heads % tensor:
+        raise InputError(
+            f"{refused}number of attention heads ({args.num_attention_heads}) is not a multiple of "
+            f"--tensor-model-parallel-size ({tensor}); choose one that divides it"
+        )
+    rows = args.padded_vocab_size
+    if rows and rows % tensor:
+        raise InputError(
+            f"the vocabulary's {rows} rows (--padded-vocab-size) are not a multiple of --tensor-model-parallel-size "
+            f"({tensor}), whose ranks hold equal parts of them; convert the models with --pad-vocab-to-multiple-of "
+            f"128, which adds rows, or choose a size that divides {rows}"
+        )
+    if args.transformer_impl == "local" and args.reset_attention_mask:
+        raise InputError(
+            "--reset-attention-mask: the attention of the torch-native layers is causal over the whole sequence, its "
+            "documents together; use --transformer-impl transformer_engine, or leave it out"
+        )
+    if args.mtp_num_layers and pipeline > 1:
+        raise InputError(
+            f"--mtp-num-layers {args.mtp_num_layers} with --pipeline-model-parallel-size {pipeline}: batches reach the "
+            "first and last stage alone; use 1, or leave multi-token prediction out"
+        )
+    if not args.num_experts:
+        return
+    if tensor > 1 and not args.sequence_parallel:
+        raise InputError(
+            f"{refused}experts with --tensor-model-parallel-size ({tensor}) need sequence parallelism; "
+            "add --sequence-parallel"
+        )
+    expert_ranks = (args.expert_tensor_parallel_size or tensor) * expert * pipeline
+    if args.world_size % expert_ranks:
+        raise InputError(
+            f"{refused}world size ({args.world_size}) is not a multiple of expert tensor x expert x pipeline parallel "
+            f"sizes ({expert_ranks}); start that many processes, or lower --expert-model-parallel-size ({expert})"
+        )
+
+
+def check_checkpoint_format(args: Any) -> None:
+    """Refuse to write or read checkpoints that these programs could not read again.
+
+    Megatron's other formats are pickled whole, or belong to wrappers of the model that are not used here.
+
+    Raises:
+        InputError: names the format.
+    """
+    touches = args.save or args.load or args.pretrained_checkpoint
+    if touches and args.ckpt_format != "torch_dist":
+        raise InputError(
+            f"--ckpt-format {args.ckpt_format}: these programs read and write torch_dist alone, so that a run can be "
+            "resumed, mixed and checked; leave the flag out"
+        )
+
+
+def check_finetuning(args: Any) -> None:
+    """Refuse routing, freezing and learning rates that make no sense, before any rank starts to train.
+
+    Raises:
+        InputError: one line that names the flag, what was found and the remedy.
+    """
+    frozen_groups(args.btx_freeze, args)
+    lr_multipliers(args.btx_lr_multiplier, args)
+    _check_sampling(args)
+    if args.num_experts:
+        _check_routing(args)
+        return
+    for flag, given in (("--btx-sample-top1", args.btx_sample_top1), ("--btx-load-balancing paper", _is_paper(args))):
+        if given:
+            raise InputError(f"{flag}: this model has no experts to route to; give --num-experts, or leave it out")
+
+
+def _check_sampling(args: Any) -> None:
+    if not 0 < args.btx_sample_min_temperature <= 1:
+        raise InputError(
+            f"--btx-sample-min-temperature {args.btx_sample_min_temperature:g}: expected above 0 and at most 1, where "
+            "annealing starts; the paper's is 0.5"
+        )
+    if not 0 <= args.btx_sample_decay < math.inf:
+        raise InputError(
+            f"--btx-sample-decay {args.btx_sample_decay:g}: expected 0 or more per iteration; the paper's is 1e-4"
+        )
+    if args.btx_sample_top1:
+        return
+    for flag, value, default in (
+        ("--btx-sample-decay", args.btx_sample_decay, SAMPLE_DECAY),
+        ("--btx-sample-min-temperature", args.btx_sample_min_temperature, SAMPLE_MIN_TEMPERATURE),
+    ):
+        if value != default:
+            raise InputError(f"{flag} {value:g} without --btx-sample-top1, which it belongs to; give both, or neither")
+
+
+def _is_paper(args: Any) -> bool:
+    return bool(args.btx_load_balancing == "paper")
+
+
+def _check_routing(args: Any) -> None:
+    is_mixture = mixture_layers(args.moe_layer_freq, args.num_layers)
+    if len(is_mixture) != args.num_layers or not any(is_mixture):
+        raise InputError(
+            f"--moe-layer-freq {args.moe_layer_freq}: expected a mixture in one layer or more of {args.num_layers} "
+            "(--num-layers), and an entry for each where it is a list"
+        )
+    _check_choice(args)
+    _check_balancing(args)
+    if args.btx_sample_top1 or _is_paper(args):
+        _check_our_routers(args, "--btx-sample-top1" if args.btx_sample_top1 else "--btx-load-balancing paper")
+
+
+def _balancing_types(args: Any) -> list[str]:
+    kinds = args.moe_router_load_balancing_type
+    return [kinds] if isinstance(kinds, str) else list(kinds)
+
+
+def _check_choice(args: Any) -> None:
+    """How many experts a token takes, and how many tokens an expert."""
+    experts, topk, capacity = args.num_experts, args.moe_router_topk, args.moe_expert_capacity_factor
+    if not 1 <= topk <= experts:
+        raise InputError(f"--moe-router-topk {topk}: a token can take 1 to {experts} experts (--num-experts {experts})")
+    if args.btx_sample_top1 and not (topk == 1 and args.moe_router_pre_softmax):
+        raise InputError(
+            f"--btx-sample-top1 with --moe-router-topk {topk}: it takes one expert, whose gate is a probability; give "
+            "--moe-router-topk 1 --moe-router-pre-softmax"
+        )
+    softmax = args.moe_router_score_function == "softmax" and not {*_balancing_types(args)} & CHOOSING_TYPES
+    if topk == 1 and softmax and not args.moe_router_pre_softmax:
+        raise InputError(
+            "--moe-router-topk 1 with the softmax after the choice: every gate is 1 and the router learns nothing from "
+            "the loss; add --moe-router-pre-softmax (switch routing), or take two experts"
+        )
+    if capacity is None or capacity < 0:  # Megatron's other word for none
+        return
+    if not 0 < capacity < math.inf:
+        raise InputError(
+            f"--moe-expert-capacity-factor {capacity:g}: expected above 0 (the paper's is 1.5), or none at all, which "
+            "drops no token"
+        )
+    if not (topk == 1 and args.moe_router_pre_softmax and not args.btx_sample_top1):
+        method = "sampled top-1" if args.btx_sample_top1 else "soft" if topk == experts else f"top-{topk}"
+        raise InputError(
+            f"--moe-expert-capacity-factor {capacity:g} with {method} routing, which drops no token; leave it out, or "
+            "take switch routing (--moe-router-topk 1 --moe-router-pre-softmax)"
+        )
+
+
+def _check_balancing(args: Any) -> None:
+    """The kinds of balancing, and their coefficients."""
+    kinds, coefficients = _balancing_types(args), args.moe_aux_loss_coeff
+    given = f"--moe-router-load-balancing-type {' '.join(kinds)}"
+    coefficients = coefficients if isinstance(coefficients, list) else [coefficients]
+    for coefficient in coefficients:
+        if not 0 <= coefficient < math.inf:
+            raise InputError(f"--moe-aux-loss-coeff {coefficient:g}: expected 0 or more; the paper's is 0.01")
+    if "quantile_balancing" in kinds and args.moe_router_topk == args.num_experts:
+        raise InputError(
+            f"{given} with --moe-router-topk {args.moe_router_topk}: soft routing takes all {args.num_experts} experts "
+            "and has nothing to balance; take none"
+        )
+    if args.btx_sample_top1 and {*kinds} & CHOOSING_TYPES:
+        raise InputError(
+            f"--btx-sample-top1 with {given}: it chooses experts itself; take none, as the paper does, or a loss"
+        )
+    if _is_paper(args) and (not {*kinds} <= {"aux_loss", "global_aux_loss"} or min(coefficients) == 0):
+        raise InputError(
+            f"--btx-load-balancing paper with {given} and coefficient {' '.join(map(str, coefficients))}: it gives "
+            "aux_loss (micro-batch) or global_aux_loss (global batch) the paper's form, with a --moe-aux-loss-coeff "
+            "above 0 (the paper's is 0.01)"
+        )
+
+
+def _check_our_routers(args: Any, flag: str) -> None:
+    """What Megatron's own routers have and ours do not."""
+    for other, on, why in (
+        ("--moe-router-fusion", args.moe_router_fusion, "the fused kernel knows Megatron's routing alone"),
+        ("--moe-router-score-function", args.moe_router_score_function != "softmax", "it is defined on the softmax"),
+        ("--moe-router-enable-expert-bias", args.moe_router_enable_expert_bias, "its choice is not the logits' own"),
+        ("--moe-router-num-groups", args.moe_router_num_groups is not None, "it knows no groups of experts"),
+        ("--moe-router-topk-scaling-factor", bool(args.moe_router_topk_scaling_factor), "its gates are not scaled"),
+        ("--mtp-num-layers", bool(args.mtp_num_layers), "it routes the decoder's layers alone"),
+        ("--mlp-chunks-for-training", args.mlp_chunks_for_training > 1, "a router must see its whole micro-batch"),
+        (
+            "--cuda-graph-impl",
+            getattr(args, "cuda_graph_impl", "none") != "none",
+            "a graph would freeze what it counts",
+        ),
+        ("--moe-enable-routing-replay", getattr(args, "moe_enable_routing_replay", False), "it draws its own route"),
+    ):
+        if on:
+            raise InputError(f"{other} together with {flag}: {why}; leave one of them out")
+    if not args.btx_sample_top1:
+        return
+    for other, on in (
+        ("--overlap-moe-expert-parallel-comm", getattr(args, "overlap_moe_expert_parallel_comm", False)),
+        ("--moe-input-jitter-eps", args.moe_input_jitter_eps is not None),
+        ("--hybrid-context-parallel", getattr(args, "hybrid_context_parallel", False)),
+        ("--dataloader-type cyclic", args.dataloader_type == "cyclic"),
+    ):
+        if on:
+            raise InputError(
+                f"{other} together with --btx-sample-top1: the noise of a token follows from its place in a plain "
+                "sequence of batches; leave one of them out"
+            )

@@ -1,0 +1,99 @@
+"""Flags that Megatron 0.19.2 takes and that do nothing here, or end in a traceback after a while: refused in one line.
+
+The checks read the parsed arguments alone, so that a recipe's stages can be checked before the first of them runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from megatron_btx.ground.errors import InputError
+
+_OWN_DATA = "these programs train on indexed datasets alone (--train-data-path, --data-path); leave it out"
+# Its loss functions and datasets are in a script of Megatron's repository, not in its wheel.
+_ELSEWHERE = "belongs to a program of Megatron's repository and does nothing here; leave it out"
+_NOT_IN_WHEEL = "needs a module that Megatron's wheel lacks; leave it out"
+_NEEDS_ENGINE = "Megatron 0.19 looks for layers of Transformer Engine, which is not installed; leave it out"
+
+Refusal = tuple[str, bool, str]
+"""A flag, whether it is given where it is of no use, and why, with what to do."""
+
+
+def check_flags(args: Any) -> None:
+    """Refuse what is of no use, before a run costs anything.
+
+    Raises:
+        InputError: names the flag, why, and what to do.
+    """
+    for refusals in (_of_other_programs(args), _of_the_budget(args), _that_fail_late(args)):
+        for flag, given, why in refusals:
+            if given:
+                raise InputError(f"{flag}: {why}")
+
+
+def _of_other_programs(args: Any) -> Iterator[Refusal]:
+    """What other datasets and loss functions than ours would read."""
+    yield "--dataloader-type external", args.dataloader_type == "external", _OWN_DATA
+    yield "--mock-data", args.mock_data, _OWN_DATA
+    yield "--sft", args.sft, _OWN_DATA
+    yield "--fim-data", args.fim_data, _OWN_DATA
+    yield "--dataloader-inter-document-masking", args.dataloader_inter_document_masking, _ELSEWHERE
+    yield "--hybrid-context-parallel", args.hybrid_context_parallel, _ELSEWHERE
+    yield "--check-for-spiky-loss", args.check_for_spiky_loss, _ELSEWHERE
+    yield "--perform-rl-step", args.perform_rl_step, _ELSEWHERE
+
+
+def _of_the_budget(args: Any) -> Iterator[Refusal]:
+    """What Megatron counts in samples alone, or counts no more."""
+    in_steps = bool(args.train_iters)
+    yield (
+        "--rampup-batch-size",
+        args.rampup_batch_size is not None,
+        "does nothing in Megatron 0.19; use --train-samples and --step-batch-size-schedule",
+    )
+    yield (
+        "--step-batch-size-schedule",
+        args.step_batch_size_schedule is not None and in_steps,
+        "with --train-iters Megatron prepares data for the first batch size alone; give --train-samples",
+    )
+    yield (
+        "--phase-transition-iterations",
+        bool(args.phase_transition_iterations) and in_steps,
+        "Megatron counts phases in samples; give --train-samples in place of --train-iters",
+    )
+
+
+def _that_fail_late(args: Any) -> Iterator[Refusal]:
+    """What ends in a traceback: at the first evaluation, the first save, or the next start."""
+    without_engine = args.transformer_impl == "local" and find_spec("transformer_engine") is None
+    yield "--logits-save-dir", args.logits_save_dir is not None, _NOT_IN_WHEEL
+    yield "--logits-load-dir", args.logits_load_dir is not None, _NOT_IN_WHEEL
+    yield "--save-activations-interval", args.save_activations_interval is not None and without_engine, _NEEDS_ENGINE
+    yield "--save-dgrads-interval", args.save_dgrads_interval is not None and without_engine, _NEEDS_ENGINE
+    yield (
+        "--rerun-mode report_stats",
+        args.rerun_mode == "report_stats",
+        "Megatron 0.19 takes the word and does not know it; leave it out",
+    )
+    yield (
+        "--full-validation",
+        args.full_validation and not args.multiple_validation_sets,
+        "fails on one validation set in Megatron 0.19; add --multiple-validation-sets, or use --btx-valid-data",
+    )
+    yield (
+        "--multiple-validation-sets",
+        args.multiple_validation_sets and not args.full_validation,
+        "is not written in Megatron 0.19 without --full-validation; add that, or use --btx-valid-data",
+    )
+    yield (
+        "--optimizer sgd",
+        args.optimizer == "sgd" and bool(args.save or args.use_distributed_optimizer),
+        "Megatron 0.19 cannot resume it; use adam, or leave out --save and --use-distributed-optimizer",
+    )
+    yield (
+        f"--optimizer {args.optimizer}",
+        args.optimizer not in ("adam", "sgd") and find_spec("emerging_optimizers") is None,
+        "needs the package emerging-optimizers, which is not installed; install it, or use adam",
+    )

@@ -1,0 +1,347 @@
+"""Megatron without a GPU: every stand-in, and the reason for each.
+
+Megatron-core's layers are plain torch and run anywhere; its training program takes a CUDA device for granted.
+On a machine without one, :func:`install_cpu_stand_ins` redirects "cuda" to the CPU and turns streams, events and
+device statistics into no-ops, so that the *same* program trains over gloo: at real tensor, pipeline, expert and data
+parallelism, slowly and exactly. On a machine with a GPU nothing here runs.
+
+Every stand-in first checks that what it replaces has the form it was written for; otherwise
+:class:`~megatron_btx.ground.errors.MegatronVersionError` names the versions, because a silent mismatch would be worse.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron_btx.ground.errors import MegatronVersionError
+
+WRITTEN_FOR = "megatron-core 0.19"
+
+CPU_DEFAULTS: dict[str, Any] = {
+    "distributed_backend": "gloo",
+    "use_cpu_initialization": True,
+}
+"""Defaults of Megatron's flags that only a machine without a GPU needs (names as in Megatron's namespace)."""
+
+# torch functions that take a `device`: Megatron passes them "cuda" or torch.cuda.current_device() literally.
+_FACTORIES = (
+    "arange empty empty_like full full_like linspace ones ones_like rand randint randn randperm tensor as_tensor "
+    "zeros zeros_like eye"
+).split()
+_RANGES = ("range_push", "range_pop")
+_METHODS = "new_empty new_full new_ones new_tensor new_zeros".split()
+
+KERNELS_FOR_GPUS = ("transformer_engine", "apex", "amp_C")
+"""Megatron calls these wherever they can be imported, whatever the layers are, for router logits and gradient norms: on
+a machine that has them and no GPU, a container's login node say, that ends in CUDA's errors."""
+
+
+@functools.cache
+def has_gpu() -> bool:
+    """Whether torch sees a CUDA device: answered once, before any stand-in could answer for it."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def prepare_environment() -> None:
+    """Set what must be set before torch is imported; call first thing in a program.
+
+    Megatron decorates small functions with torch.compile. On the CPU that would start a C++ compiler in every
+    process for nothing.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it for TP before Blackwell
+    if not _nvidia_device_present():
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+
+def _nvidia_device_present() -> bool:
+    return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dxg")
+
+
+def install_cpu_stand_ins() -> bool:
+    """Make Megatron's training program run on the CPU when there is no GPU; otherwise do nothing.
+
+    Returns:
+        True when stand-ins were installed.
+
+    Raises:
+        MegatronVersionError: something to be replaced is missing or has another signature.
+    """
+    if has_gpu():
+        return False
+    hide_kernels_for_gpus()
+    _redirect_devices()
+    _answer_for_cuda()
+    _replace_in_megatron()
+    return True
+
+
+def hide_kernels_for_gpus() -> None:
+    """Make importing :data:`KERNELS_FOR_GPUS` an ImportError; call before Megatron is imported."""
+    for name in KERNELS_FOR_GPUS:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+# --- torch: "cuda" means the CPU ------------------------------------------------------------------------------
+
+
+def _is_cuda(device: Any) -> bool:
+    """Whether a device argument means a GPU: "cuda", "cuda:0", torch.device("cuda"), or a bare index."""
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    if isinstance(device, int) and not isinstance(device, bool):
+        return True
+    return getattr(device, "type", None) == "cuda"
+
+
+def _redirect_devices() -> None:
+    """Send tensor factories, ``.to`` and ``.cuda`` to the CPU.
+
+    Patching the factories costs nothing elsewhere; a TorchFunctionMode would tax every operation and does not reach
+    autograd's threads.
+    """
+    import torch
+
+    def redirected(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def on_cpu(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("device") is not None and _is_cuda(kwargs["device"]):
+                kwargs["device"] = "cpu"
+            return factory(*args, **kwargs)
+
+        return on_cpu
+
+    for name in _FACTORIES:
+        setattr(torch, name, redirected(_expect(torch, name)))
+    for name in _METHODS:
+        setattr(torch.Tensor, name, redirected(_expect(torch.Tensor, name)))
+
+    original_to, original_type = _expect(torch.Tensor, "to"), _expect(torch.Tensor, "type")
+    _expect(torch.Tensor, "cuda")
+    _expect(torch.nn.Module, "cuda")
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]) and not isinstance(args[0], torch.dtype):
+            args = ("cpu", *args[1:])
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = "cpu"
+        return original_to(self, *args, **kwargs)
+
+    def cuda(self: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return self
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The optimizers and the gradient norm tell precisions apart by the *name* of the CUDA tensor type.
+        answer = original_type(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.to = to  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment, misc]
+
+
+class _Nothing:
+    """A stream, an event or a context that does nothing: on the CPU every operation is already in order."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *_args: object) -> None: ...
+
+    def __getattr__(self, _name: str) -> Callable[..., _Nothing]:
+        return lambda *_args, **_kwargs: self  # record_event() must give something to wait for
+
+
+def _answer_for_cuda() -> None:
+    """Answer torch.cuda's questions: device counts, streams, generators, statistics."""
+    import torch
+
+    def get_rng_state(device: Any = "cuda") -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state: torch.Tensor, device: Any = "cuda") -> None:
+        torch.set_rng_state(new_state)
+
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    def no_device_properties(device: Any = None) -> Any:
+        return _CpuProperties()
+
+    nothing = _Nothing()
+    answers: dict[str, Any] = {
+        # Some of torch's own ways to find out count devices, which the next line answers for Megatron's sake.
+        "is_available": lambda: False,
+        # Megatron skips model-parallel set-up where there are zero devices.
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "Stream": _Nothing,
+        "Event": _Nothing,
+        "current_stream": lambda device=None: nothing,
+        "default_stream": lambda device=None: nothing,
+        "set_stream": lambda stream: None,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: False,
+        "get_rng_state": get_rng_state,
+        "set_rng_state": set_rng_state,
+        "manual_seed": manual_seed,
+        "memory_stats": lambda device=None: collections.defaultdict(int),
+        "memory_allocated": lambda device=None: 0,
+        "memory_reserved": lambda device=None: 0,
+        "max_memory_allocated": lambda device=None: 0,
+        "max_memory_reserved": lambda device=None: 0,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "get_device_properties": no_device_properties,
+        "get_device_name": lambda device=None: "cpu",
+        "get_device_capability": lambda device=None: (0, 0),
+        "mem_get_info": lambda device=None: (0, 0),
+    }
+    for name, answer in answers.items():
+        _expect(torch.cuda, name)
+        setattr(torch.cuda, name, answer)
+    for owner, names in ((torch.cuda.random, ("get_rng_state", "set_rng_state")), (torch.cuda.nvtx, _RANGES)):
+        for name in names:
+            _expect(owner, name)
+    torch.cuda.random.get_rng_state = get_rng_state
+    torch.cuda.random.set_rng_state = set_rng_state
+    torch.cuda.nvtx.range_push = lambda message: 0
+    torch.cuda.nvtx.range_pop = lambda: 0
+
+
+class _CpuProperties:
+    """What Megatron reads of a device's properties, for a machine that has none."""
+
+    name = "cpu"
+    major = 0
+    minor = 0
+    total_memory = 0
+    multi_processor_count = 1
+
+
+# --- Megatron: the places that insist -------------------------------------------------------------------------
+
+
+def _replace_in_megatron() -> None:
+    """Replace the Megatron functions that cannot be satisfied by redirecting devices."""
+    import torch
+
+    def set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    def get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    # The original calls into torch._C for CUDA generators.
+    random = "megatron.core.tensor_parallel.random"
+    _replace(random, "_set_cuda_rng_state", ["new_state", "device", "graph_safe"], lambda _: set_rng_state)
+    _replace(random, "_get_cuda_rng_state", ["device", "clone", "graph_safe"], lambda _: get_rng_state)
+
+    # "Megatron requires CUDA": it has a switch for that, which pretrain() does not pass on.
+    _replace(
+        "megatron.training.training",
+        "initialize_megatron",
+        ["allow_no_cuda"],
+        lambda original: functools.partial(original, allow_no_cuda=True),
+        only_first=1,
+    )
+    # Warms up torch.compile'd functions that are not compiled here.
+    _replace("megatron.training.training", "set_jit_fusion_options", ["tp_size"], lambda _: lambda tp_size=None: None)
+    # torch's record of CUDA memory; asked for after the first step.
+    _replace(
+        "megatron.training.training",
+        "report_memory",
+        ["name", "process_group"],
+        lambda _: lambda name, process_group=None: None,
+    )
+
+    # Loaders draw a number from the CPU's generator when they are asked for batches, which on a GPU no model uses. Here
+    # it would move dropout and routers' noise: on resume after their state was loaded, in a new run before.
+    _replace(
+        "megatron.training.training",
+        "build_pretraining_data_loader",
+        ["dataset", "consumed_samples"],
+        lambda original: lambda dataset, consumed_samples: _with_own_generator(original(dataset, consumed_samples)),
+    )
+
+    # The queue of the checkpoint writer lives in a process of its own. Megatron spawns it, because a CUDA context does
+    # not survive a fork, which costs an import of torch per run; without CUDA a fork does.
+    _replace(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "get_write_results_queue",
+        ["mp_mode"],
+        lambda original: lambda mp_mode="fork": original("fork"),
+    )
+
+    def as_on_a_gpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # The dispatcher wants split sizes as numpy arrays; the original converts only tensors found on a GPU.
+        return tensor.detach().cpu().numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+    name = "maybe_move_tensor_to_cpu"
+    parameters = ["tensor", "as_numpy", "record_stream"]
+    _replace("megatron.core.transformer.moe.moe_utils", name, parameters, lambda _: as_on_a_gpu)
+    _replace("megatron.core.transformer.moe.token_dispatcher", name, parameters, lambda _: as_on_a_gpu)
+
+
+def _with_own_generator(loader: Any) -> Any:
+    import torch
+
+    if loader is not None:
+        loader.generator = torch.Generator()
+    return loader
+
+
+def _replace(
+    module_name: str,
+    attribute: str,
+    parameters: list[str],
+    make: Callable[[Callable[..., Any]], Callable[..., Any]],
+    only_first: int | None = None,
+) -> None:
+    """Replace ``module.attribute`` by ``make(original)`` after checking the original's parameter names."""
+    module = importlib.import_module(module_name)
+    original = _expect(module, attribute)
+    found = list(inspect.signature(original).parameters)
+    if found[:only_first] != parameters:
+        raise MegatronVersionError(
+            f"{module_name}.{attribute} takes {found}, expected {parameters}: this stand-in was written for "
+            f"{WRITTEN_FOR}, found {_megatron_version()}; install the pinned version"
+        )
+    setattr(module, attribute, make(original))
+
+
+def _expect(owner: Any, attribute: str) -> Any:
+    found = getattr(owner, attribute, None)
+    if found is None:
+        where = getattr(owner, "__name__", repr(owner))
+        raise MegatronVersionError(
+            f"{where}.{attribute} does not exist: this stand-in was written for {WRITTEN_FOR}, "
+            f"found {_megatron_version()} with torch {_torch_version()}; install the pinned versions"
+        )
+    return found
+
+
+def _megatron_version() -> str:
+    from importlib.metadata import version
+
+    return f"megatron-core {version('megatron-core')}"
+
+
+def _torch_version() -> str:
+    import torch
+
+    return str(torch.__version__)

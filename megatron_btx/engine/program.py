@@ -1,0 +1,174 @@
+"""The command line of every program that is Megatron inside: parsed, checked, and refused in one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_btx.checkpoint.beside import root_of, with_tokenizer_beside
+from megatron_btx.checkpoint.tokenizers.kinds import refuse_placeholders
+from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES
+from megatron_btx.checkpoint.torch_dist import TorchDistReader, is_checkpoint, resolve_iteration
+from megatron_btx.engine.checks.routing import check_checkpoint_format, check_finetuning, check_layout
+from megatron_btx.engine.checks.useless_flags import check_flags
+from megatron_btx.engine.flags import add_btx_arguments
+from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
+from megatron_btx.ground import launch
+from megatron_btx.ground.errors import InputError, MegatronVersionError
+
+_MODEL_FLAGS = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
+"""What Megatron's validation asks for of every model."""
+
+
+def parse_arguments(
+    extra: Callable[[ArgumentParser], ArgumentParser] | None = None,
+    quiet: bool = False,
+    check_own: Callable[[Any], object] | None = None,
+) -> Any:
+    """Megatron's arguments and ours, parsed and validated by Megatron.
+
+    Args:
+        extra: adds the arguments of another program than this one.
+        quiet: of a tool, whose own lines are few: Megatron logs warnings alone, unless ``--logging-level`` or its
+            variable says otherwise, and does not list its arguments.
+        check_own: refuses what is wrong with the arguments of ``extra``, before Megatron looks at its own.
+
+    Raises:
+        InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on. Or this
+            process is one of several and cannot know its place; see :mod:`megatron_btx.ground.launch`.
+    """
+    from megatron.training.arguments import parse_and_validate_args
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    launch.join(checking="--btx-check" in sys.argv[1:])
+    # Before Megatron parses: --use-checkpoint-args makes it load a checkpoint's arguments while it does.
+    restrict_unpickling()
+
+    def refuse(message: str) -> NoReturn:
+        raise InputError(f"{message}; --help and --help-megatron list all flags")
+
+    def add(parser: ArgumentParser) -> ArgumentParser:
+        parser.error = refuse  # type: ignore[method-assign]  # argparse itself prints Megatron's 900 lines of usage
+        parser = add_btx_arguments(parser)
+        parser = extra(parser) if extra else parser
+        if quiet:
+            parser.set_defaults(logging_level=_quiet_megatron())
+        parse = parser.parse_args
+
+        def parse_and_look(*words: Any) -> Any:
+            args = parse(*words)
+            if check_own:
+                check_own(args)
+            check_model_flags(args)
+            # Before Megatron looks at them: it takes a path that is gone for the name of a model on the hub.
+            return find_tokenizer(args)
+
+        parser.parse_args = parse_and_look  # type: ignore[method-assign,assignment]
+        return parser
+
+    try:
+        args = parse_and_validate_args(add)
+    except AssertionError as refusal:
+        raise refused(refusal) from refusal
+    except (CheckpointException, pickle.UnpicklingError) as failure:
+        raise loading_failed("the checkpoint of --use-checkpoint-args", failure) from failure
+    except (RuntimeError, ValueError, OSError) as failure:
+        # Validation ends with building the tokenizer, whose libraries raise what they like for a bad file.
+        if any("tokenizers" in frame.filename for frame in traceback.extract_tb(failure.__traceback__)):
+            raise InputError(
+                f"the tokenizer cannot be read: {failure}; check --tokenizer-model and its type"
+            ) from failure
+        if isinstance(failure, ValueError):
+            raise refused(failure) from failure
+        raise
+    check_flags(args)
+    check_checkpoint_format(args)
+    check_layout(args)
+    check_finetuning(args)
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        file = getattr(args, name)
+        if file and os.path.exists(file):
+            # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
+            setattr(args, name, os.path.abspath(file))
+    return args
+
+
+def check_model_flags(args: Any) -> None:
+    """Refuse a command line without the flags that every model needs, which Megatron asserts one by one.
+
+    Raises:
+        InputError: names those of the model that are missing and where they stand, or --micro-batch-size.
+    """
+    if args.yaml_cfg is not None:
+        return
+    names = [] if args.use_checkpoint_args else list(_MODEL_FLAGS)
+    missing = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is None]
+    if missing:
+        raise InputError(
+            f"missing: {', '.join(missing)}; give the model's flags: they stand in megatron_args.txt beside a mixture"
+        )
+    if args.micro_batch_size is None:
+        raise InputError("--micro-batch-size is missing; give the number of sequences of one step on one process")
+
+
+def _quiet_megatron() -> int:
+    """Raise the level of Megatron's messages to warnings, from here on, and stop its list of all arguments.
+
+    Returns:
+        The level, which Megatron sets again when it is initialised.
+    """
+    from megatron.training import arguments
+
+    if not hasattr(arguments, "_print_args"):
+        raise MegatronVersionError("megatron.training.arguments._print_args is not where 0.19 has it")
+    arguments._print_args = lambda *_: None
+    level = int(os.environ.get("MEGATRON_LOGGING_LEVEL", logging.WARNING))
+    logging.getLogger().setLevel(level)
+    return level
+
+
+def find_tokenizer(args: Any) -> Any:
+    """Arguments with the tokenizer that lies beside the checkpoint, where the path that is given or stored is gone.
+
+    So the flags in megatron_args.txt hold after its folder was moved.
+
+    Raises:
+        CheckpointError: a file of the tokenizer is a pointer of Git LFS, or ``--use-checkpoint-args`` finds nothing.
+    """
+    names = ("tokenizer_type", *TOKENIZER_FILES)
+    for root in (args.pretrained_checkpoint, args.load):
+        if not root or not is_checkpoint(Path(root)):
+            continue
+        given = {name: getattr(args, name) for name in names}
+        if args.use_checkpoint_args and args.use_tokenizer_model_from_checkpoint_args:
+            stored = TorchDistReader(resolve_iteration(root)).arguments()
+            given = {name: stored.get(name) for name in names}
+        # What is no whole path is a name on the hub, or a slip of the person at the keyboard.
+        if not all(os.path.isabs(given[name] or "/") for name in TOKENIZER_FILES):
+            continue
+        found = with_tokenizer_beside(given, root_of(Path(root)))
+        if found != given:
+            gone = next(name for name in names if given[name] != found[name])
+            if os.environ.get("RANK", "0") == "0":
+                print(f"tokenizer: {given[gone]} is not there, {found[gone]} is used", flush=True)
+            vars(args).update(found)
+            args.use_tokenizer_model_from_checkpoint_args = False
+            break
+    for name in TOKENIZER_FILES:
+        if getattr(args, name):
+            refuse_placeholders(Path(getattr(args, name)))
+    return args
+
+
+def refused(refusal: Exception) -> InputError:
+    """What Megatron's own checks say, by assertions and ValueErrors; the asserted line where they say nothing."""
+    frame = traceback.extract_tb(refusal.__traceback__)[-1]
+    line = f"{frame.line} does not hold ({frame.filename.rpartition('site-packages/')[2]}:{frame.lineno})"
+    return InputError(f"Megatron refuses these arguments: {str(refusal) or line}")

@@ -1,0 +1,134 @@
+"""What the megatron-core 0.19 wheel needs on every machine, with a GPU or without: repairs, each with its reason."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from importlib.util import find_spec
+from typing import Any
+
+from megatron_btx.ground.errors import MegatronVersionError
+
+
+def install() -> None:
+    """Apply every repair; each first checks that what it repairs is there.
+
+    Raises:
+        MegatronVersionError: the installed Megatron has another form.
+    """
+    use_the_shipped_dataset_helper()
+    use_an_optimizer_that_resumes()
+    recompute_norms_without_fp8()
+    route_without_noise_in_evaluation()
+
+
+def use_the_shipped_dataset_helper() -> None:
+    """Keep Megatron from compiling its dataset helper when the compiled one is installed.
+
+    Its initialisation runs ``make`` inside the installed package, which in the wheel has no Makefile; make's failure
+    ends the process without a word (``core/datasets/utils.py``).
+    """
+    from megatron.core.datasets import utils
+
+    _expect(utils, "compile_helpers")
+    if find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        utils.compile_helpers = lambda: None
+
+
+def use_an_optimizer_that_resumes() -> None:
+    """Without Transformer Engine and apex, give Megatron an Adam of the form it is written for.
+
+    See :mod:`megatron_btx.engine.adam` for why. One more repair belongs to it: the distributed optimizer loads fp32
+    parameters by copying into leaves that require gradients, which autograd refuses outside ``no_grad``.
+    """
+    import torch
+    from megatron.core import optimizer as optimizers
+    from megatron.core.optimizer import distrib_optimizer
+
+    for owner, name in (
+        (optimizers, "USING_PYTORCH_OPTIMIZER"),
+        (distrib_optimizer, "HAVE_APEX_OR_TE"),
+        (distrib_optimizer, "USING_APEX_OPTIMIZER"),
+        (distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states"),
+    ):
+        _expect(owner, name)
+    if not optimizers.USING_PYTORCH_OPTIMIZER:
+        return
+    from megatron_btx.engine.adam import GroupStepAdam
+
+    optimizers.Adam = distrib_optimizer.Adam = GroupStepAdam
+    optimizers.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+    original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(original)
+    def without_gradients(self: Any, *positional: Any, **named: Any) -> Any:
+        with torch.no_grad():
+            return original(self, *positional, **named)
+
+    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = without_gradients
+
+
+def recompute_norms_without_fp8() -> None:
+    """Without Transformer Engine, let ``--recompute-modules layernorm`` run.
+
+    ``CheckpointWithoutOutput(fp8=False)`` takes any ``fp8`` but None for True, the norms' False among them, and asks
+    Transformer Engine for its fp8 state (``core/tensor_parallel/random.py``).
+    """
+    from megatron.core.tensor_parallel import random
+
+    _expect(random, "HAVE_TE")
+    _expect(random, "CheckpointWithoutOutput")
+    if random.HAVE_TE:
+        return
+    original = random.CheckpointWithoutOutput.__init__
+
+    @functools.wraps(original)
+    def without_fp8(self: Any, fp8: Any = None) -> None:
+        original(self, fp8)
+        self.fp8 = False
+
+    random.CheckpointWithoutOutput.__init__ = without_fp8
+
+
+ROUTING_NOISE = {
+    "moe_input_jitter_eps": None,
+    "moe_router_force_load_balancing": False,
+    "moe_router_force_biased": None,
+}
+"""Settings of a router that make it draw random numbers, each with the value that makes it draw none."""
+
+
+def route_without_noise_in_evaluation() -> None:
+    """Keep the noise of ``--moe-input-jitter-eps`` and ``--moe-router-force-...`` for training.
+
+    ``TopKRouter.forward`` (``core/transformer/moe/router.py``) draws it in evaluation too: a loss would depend on the
+    seed, and a validation would move the random state of the training that goes on after it.
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    _expect(TopKRouter, "apply_input_jitter")
+    original = TopKRouter.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *positional: Any, **named: Any) -> Any:
+        given = self.config
+        if self.training or all(getattr(given, name) == value for name, value in ROUTING_NOISE.items()):
+            return original(self, *positional, **named)
+        self.config = copy.copy(given)
+        vars(self.config).update(ROUTING_NOISE)
+        try:
+            return original(self, *positional, **named)
+        finally:
+            self.config = given
+
+    TopKRouter.forward = forward
+
+
+def _expect(owner: Any, name: str) -> None:
+    if not hasattr(owner, name):
+        raise MegatronVersionError(
+            f"{getattr(owner, '__name__', owner)}.{name} does not exist: written for megatron-core 0.19; "
+            "install the pinned version"
+        )

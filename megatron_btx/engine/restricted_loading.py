@@ -1,0 +1,151 @@
+"""No code out of a checkpoint: what Megatron and PyTorch unpickle in a training program passes the allow-list too.
+
+Our own reader has the list (:mod:`megatron_btx.checkpoint.safe_pickle`) and looks at a checkpoint before a run starts.
+Then Megatron loads it for itself. PyTorch's distributed checkpoint unpickles its index and every entry that is not a
+tensor (extra states, random states, the optimizer's groups, arguments) without any restriction. Here that unpickling
+itself is restricted, so that nothing depends on which file was looked at before, or when.
+
+- ``torch.load``: PyTorch's own switch for a whole process makes every call a restricted one, whatever the caller says.
+  What it may make beside tensors and plain values is our list, Megatron's list and Megatron's enums.
+- ``.metadata``: PyTorch's reader gets our unpickler in place of ``pickle.load``.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import io
+import os
+import pickle
+import re
+from types import ModuleType
+from typing import Any, BinaryIO
+
+from megatron_btx.checkpoint.safe_pickle import allowed_globals, load_pickle
+from megatron_btx.ground.errors import CheckpointError, MegatronVersionError
+
+_ALWAYS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_NEVER = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_ENUM_MODULES = (
+    "megatron.core.enums",
+    "megatron.core.transformer.enums",
+    "megatron.core.rerun_state_machine",
+    "signal",
+)
+
+
+def restrict_unpickling() -> None:
+    """Hold every ``torch.load`` and every checkpoint index of this process, and of those it starts, to the list.
+
+    Raises:
+        MegatronVersionError: this PyTorch does not obey, or reads an index in another way.
+    """
+    import torch
+
+    os.environ.pop(_NEVER, None)  # PyTorch takes one of the two switches
+    os.environ[_ALWAYS] = "1"
+    allowed = [*allowed_globals(), *_numpy_dtypes(), *_enums()]
+    ours = {_name(one) for one in allowed}
+    # Megatron's list has NumPy's own constructors, which take bytes for objects: see safe_numpy.py.
+    others = [one for one in torch.serialization.get_safe_globals() if _name(one) not in ours]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*others, *allowed])
+    _expect_refusal()
+    _restrict_index()
+
+
+def _name(given: Any) -> str:
+    """The name by which a pickle asks for an entry of PyTorch's list."""
+    return given[1] if isinstance(given, tuple) else f"{given.__module__}.{given.__qualname__}"
+
+
+def _enums() -> list[Any]:
+    """Megatron's enums, which its arguments hold: its own list has those of its newest version."""
+    found = []
+    for name in _ENUM_MODULES:
+        values = vars(importlib.import_module(name)).values()
+        found += [value for value in values if isinstance(value, type) and issubclass(value, enum.Enum)]
+    return found
+
+
+def _numpy_dtypes() -> list[Any]:
+    """The classes of NumPy's plain dtypes, which PyTorch wants listed one by one; objects are none of them."""
+    import numpy
+
+    kinds = [type(numpy.dtype(code)) for code in "?bBhHiIlLqQefdgFDGSUMm"]
+    return list(dict.fromkeys(kinds))
+
+
+def _expect_refusal() -> None:
+    """See for ourselves that ``torch.load`` now refuses what is not on the list."""
+    import torch
+
+    record = io.BytesIO()
+    torch.save(_expect_refusal, record)
+    record.seek(0)
+    try:
+        torch.load(record, weights_only=False)
+    except pickle.UnpicklingError:
+        return
+    raise MegatronVersionError(
+        f"torch {torch.__version__} loads pickles without restriction in spite of {_ALWAYS}: a checkpoint could run "
+        "code; install the pinned version"
+    )
+
+
+class _IndexPickle(ModuleType):
+    """The pickle module as PyTorch's checkpoint reader sees it: loading has the allow-list."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(pickle, name)
+
+    @staticmethod
+    def load(file: BinaryIO) -> Any:
+        """Unpickle an index."""
+        return load_pickle(file, str(getattr(file, "name", "the checkpoint's index")))
+
+
+def _restrict_index() -> None:
+    """Give the reader of ``.metadata`` our unpickler."""
+    import torch
+    from torch.distributed.checkpoint import filesystem
+
+    reads = filesystem.FileSystemReader.read_metadata.__code__.co_names
+    if not {"pickle", "load"} <= set(reads) or not hasattr(filesystem, "pickle"):
+        raise MegatronVersionError(
+            f"torch {torch.__version__} does not read a checkpoint's index with pickle.load as expected; "
+            "install the pinned version"
+        )
+    filesystem.pickle = _IndexPickle("pickle")  # type: ignore[attr-defined]
+
+
+def loading_failed(path: str, failure: BaseException) -> CheckpointError:
+    """What kept Megatron from loading a checkpoint, in one line.
+
+    Args:
+        path: the checkpoint.
+        failure: of ``megatron.training.checkpointing.load_checkpoint``: PyTorch's CheckpointException, which holds
+            those of its parts, or an UnpicklingError.
+    """
+    parts = getattr(failure, "failures", None)
+    cause = next(iter(parts.values()))[0] if parts else failure
+    if isinstance(cause, CheckpointError):
+        return cause
+    if isinstance(cause, pickle.UnpicklingError):
+        return CheckpointError(
+            f"{path}: holds a pickle {_offence(str(cause))}; do not use it, or have its owner save it again with stock "
+            "Megatron"
+        )
+    return CheckpointError(
+        f"{path}: the checkpoint could not be read: {type(cause).__name__}: {cause}. It holds other state than this "
+        "command needs, or is damaged: give the flags it was written with, or an older one with --ckpt-step"
+    )
+
+
+def _offence(said: str) -> str:
+    """What PyTorch's restricted unpickler met, out of the page of advice that it raises."""
+    named = re.search(r"GLOBAL ([\w.]+)", said)
+    if named:
+        return f"that wants to load {named[1]}, which no checkpoint needs and which could run code"
+    _, _, rest = said.partition("WeightsUnpickler error:")
+    return f"that is not of plain values ({((rest or said).strip().splitlines() or [said])[0]})"

@@ -1,1 +1,0 @@
-"""Mixing: experts in, one mixture of experts out."""

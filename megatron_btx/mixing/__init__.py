@@ -1,0 +1,1 @@
+"""Mixing: experts in, one mixture of experts out; pure and offline."""

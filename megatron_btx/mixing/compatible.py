@@ -1,0 +1,228 @@
+"""Whether sources can be mixed: copies of one seed, or different in ways the user has decided about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS, differences
+from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer, check_vocabulary_union, contradictions
+from megatron_btx.ground.errors import InputError
+from megatron_btx.mixing.sources import EMBEDDING
+
+if TYPE_CHECKING:
+    from megatron_btx.mixing.plan import Request
+    from megatron_btx.mixing.sources import Source
+
+_ROPE_SCALING = ("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor", "hf_rope_scaling")
+
+TRAINING_ARGUMENTS = ("attention_dropout", "hidden_dropout", "init_method_std")
+"""What changes no number of the model and counts when it is trained on."""
+
+TAKEABLE: dict[str, tuple[str, ...]] = {
+    "rotary_base": ("rotary_base",),
+    "layernorm_epsilon": ("layernorm_epsilon",),
+    "max_position_embeddings": ("max_position_embeddings", "seq_length"),
+    "rope_scaling": _ROPE_SCALING,
+    "window_size": ("window_size", "window_attn_skip_freq"),
+    "dtype": ("bf16", "fp16", "params_dtype"),
+    **{name: (name,) for name in TRAINING_ARGUMENTS},
+}
+"""What may be taken from one expert, because it shapes no tensor: field, and the arguments it stands for."""
+
+_SYNONYMS = {
+    "rope_theta": "rotary_base",
+    "rms_norm_eps": "layernorm_epsilon",
+    "norm_epsilon": "layernorm_epsilon",
+    "sliding_window": "window_size",
+    "torch_dtype": "dtype",
+    "initializer_range": "init_method_std",
+    "max_positions": "max_position_embeddings",
+} | dict.fromkeys(_ROPE_SCALING, "rope_scaling")
+
+_REMEDY = "--allow-other-tokenizer"
+_VOCABULARY = {"padded_vocab_size", "vocab_size"}
+
+
+def field_of(name: str) -> str:
+    """The field that a name on the command line (Megatron's, its flag's, or Hugging Face's) stands for.
+
+    Raises:
+        InputError: the name stands for none, lists those there are.
+    """
+    plain = name.removeprefix("--").replace("-", "_")
+    field = _SYNONYMS.get(plain, plain)
+    if field not in TAKEABLE:
+        raise InputError(
+            f"--take {name}: shapes tensors or is not known; fields that can be taken: {', '.join(TAKEABLE)}"
+        )
+    return field
+
+
+def checked_sources(sources: Sequence[Source], request: Request) -> dict[str, Any]:
+    """Refuse sources that are not copies of one seed; returns the arguments of their mix.
+
+    Raises:
+        InputError: names the difference, both values, and the flag with which it can be accepted.
+    """
+    first = sources[0]
+    taken = {argument: request.take[field] for field in request.take for argument in TAKEABLE[field]}
+    for other in sources[1:]:
+        _check_arguments(first, other, set(taken), request)
+        _check_pieces(first, other, "dtype" in request.take)
+    arguments = dict(first.arguments)
+    by_name = {source.name: source.arguments for source in sources}
+    table = {argument.name: argument for argument in MODEL_ARGUMENTS}
+    for argument, name in taken.items():
+        stored = by_name[name]
+        arguments[argument] = table[argument].value(stored) if argument in table else stored.get(argument)
+    arguments |= _check_vocabularies(sources, request)
+    return arguments
+
+
+def _check_arguments(first: Source, other: Source, taken: set[str], request: Request) -> None:
+    left, right = _comparable(first.arguments), _comparable(other.arguments)
+    wrong = [(a.name, a.flag, x, y) for a, x, y in differences(left, right)]
+    wrong += [
+        ("hf_rope_scaling", "rope_scaling", left.get("hf_rope_scaling"), right.get("hf_rope_scaling"))
+        for _ in range(left.get("hf_rope_scaling") != right.get("hf_rope_scaling"))
+    ]
+    wrong = [w for w in wrong if w[0] not in taken and w[0] not in _VOCABULARY]
+    if not wrong:
+        return
+    listed = "; ".join(f"{name} ({flag}): {x!r} in {first.name}, {y!r} in {other.name}" for name, flag, x, y in wrong)
+    fields = [next((f for f, arguments in TAKEABLE.items() if name in arguments), None) for name, *_ in wrong]
+    if None in fields:
+        remedy = "all must come from one seed"
+    else:
+        choices = " ".join(dict.fromkeys(f"--take {field}={first.name}" for field in fields))
+        remedy = f"all must come from one seed, or choose a value: {choices} (or ={other.name})"
+    raise InputError(f"experts differ in their configuration: {listed}; {remedy}")
+
+
+def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with what means the same made equal: Megatron fills some in where Hugging Face leaves them out."""
+    result = dict(arguments)
+    if result.get("kv_channels") is None:
+        result["kv_channels"] = result["hidden_size"] // result["num_attention_heads"]
+    if not result.get("use_rope_scaling"):
+        result.pop("rope_scaling_factor", None)
+    if result.get("position_embedding_type") == "rope":
+        result.pop("add_position_embedding", None)
+    if result.get("use_rope_scaling") or result.get("rotary_seq_len_interpolation_factor"):
+        result.pop("hf_rope_scaling", None)  # Megatron's own arguments say it all
+    window = result.get("window_size")
+    result["window_size"] = tuple(window) if isinstance(window, list | tuple) else window
+    return result
+
+
+def _check_pieces(first: Source, other: Source, other_dtype: bool) -> None:
+    for name, held in first.pieces.items():
+        key = held.location.key
+        there = other.pieces.get(name)
+        if there is None:
+            raise InputError(f"{key}: in {first.name} ({first.folder}), missing in {other.name} ({other.folder})")
+        vocabulary = name.startswith(("embedding.", "head."))
+        same_shape = held.shape[vocabulary:] == there.shape[vocabulary:]
+        if not same_shape or (held.dtype != there.dtype and not other_dtype):
+            remedy = "" if not same_shape else f", or choose one: --take dtype={first.name} (or ={other.name})"
+            raise InputError(
+                f"{key}: {list(held.shape)} {held.dtype} in {first.name}, "
+                f"{list(there.shape)} {there.dtype} in {other.name}; all must come from one seed{remedy}"
+            )
+    extra = next((name for name in other.pieces if name not in first.pieces), None)
+    if extra is not None:
+        key = other.pieces[extra].location.key
+        raise InputError(f"{key}: in {other.name} ({other.folder}), missing in {first.name} ({first.folder})")
+
+
+def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str, Any]:
+    """Equal vocabularies, or with ``--vocab union`` ones that extend each other; returns the result's sizes.
+
+    Rows of padding may differ: they belong to no token, and no average counts them.
+    """
+    if len(sources) > 1:
+        _check_sizes(sources, request)
+        if not request.allow_other_tokenizer:
+            _check_tokenizers(sources, request.vocabulary_union)
+    chosen = vocabulary_source(sources)
+    names = ("vocab_size", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
+    rows = max(source.pieces[EMBEDDING].shape[0] for source in sources)
+    return {name: chosen.arguments.get(name) for name in names} | {"padded_vocab_size": rows}
+
+
+def _check_sizes(sources: Sequence[Source], request: Request) -> None:
+    """Refuse vocabularies of which one has tokens that another has not, unless a union is asked for.
+
+    Tokenizers that are missing, or not to be compared, say nothing: then the configurations' sizes count.
+    """
+    tables = {source.name: source.tokens for source in sources}
+    known = {name: table for name, table in tables.items() if table is not None}
+    told = len(known) == len(tables) and not request.allow_other_tokenizer
+    if request.vocabulary_union or (told and contradictions(known)):
+        return  # what is wrong is said where tokenizers are compared
+    if not told:
+        sizes = {source.name: _configured_size(source) for source in sources}
+        missing = ""
+    else:
+        sizes = {name: len(table) for name, table in known.items()}
+        missing = _first_missing(known)
+    if len(set(sizes.values())) > 1 or missing:
+        smallest, largest = (choose(sizes, key=sizes.__getitem__) for choose in (min, max))
+        raise InputError(
+            f"vocabularies differ: {smallest} has {sizes[smallest]} tokens, {largest} has {sizes[largest]}{missing}; "
+            "where one extends the other, --vocab union averages each row over its owners"
+        )
+
+
+def _configured_size(source: Source) -> int:
+    """Tokens by the configuration alone, which may count padding."""
+    rows = source.pieces[EMBEDDING].shape[0]
+    return min(rows, source.arguments.get("vocab_size") or rows)
+
+
+def _first_missing(tables: Mapping[str, Mapping[int, str]]) -> str:
+    """In words, the first token that one model has and another has not; "" where there is none."""
+    every = _every_token(tables)
+    for number in sorted(every):
+        lacking = next((name for name, table in tables.items() if number not in table), None)
+        if lacking is not None:
+            token, owner = every[number]
+            return f" (token {number} is {token!r} in {owner} and nobody's in {lacking})"
+    return ""
+
+
+def _every_token(tables: Mapping[str, Mapping[int, str]]) -> dict[int, tuple[str, str]]:
+    """The tokens of all, each with the first that has it."""
+    every: dict[int, tuple[str, str]] = {}
+    for name, table in tables.items():
+        for number, token in table.items():
+            every.setdefault(number, (token, name))
+    return every
+
+
+def _check_tokenizers(sources: Sequence[Source], union: bool) -> None:
+    stored = {source.name: source.tokenizer_arguments for source in sources}
+    if not union:
+        check_same_tokenizer(stored, _REMEDY)
+        return
+    check_vocabulary_union(stored, _REMEDY)
+    tables = {source.name: source.tokens or {} for source in sources}
+    chosen = vocabulary_source(sources)
+    every = _every_token(tables)
+    lacking = [number for number in sorted(every) if number not in tables[chosen.name]]
+    if lacking:
+        token, owner = every[lacking[0]]
+        raise InputError(
+            f"--vocab union: no expert's tokenizer has every token: that of {chosen.name} has the most and lacks "
+            f"{len(lacking)}, the first {token!r} (token {lacking[0]} of {owner}); give one expert a tokenizer that "
+            f"has all of them, or {_REMEDY}, which takes that of {chosen.name}"
+        )
+
+
+def vocabulary_source(sources: Sequence[Source]) -> Source:
+    """The source whose tokenizer is the result's: that with the most tokens, of equals the most rows, then the first.
+
+    A tokenizer can have tokens beyond its model's rows; beside the rows of a larger model they would seem to have one.
+    """
+    return max(sources, key=lambda source: (source.token_count, source.pieces[EMBEDDING].shape[0]))

@@ -1,0 +1,203 @@
+"""A plan for people: the sources, the rules, the result's configuration; and where a tensor comes from."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+from megatron_btx.checkpoint.arguments import model_flags
+from megatron_btx.checkpoint.huggingface.servers import server_lines
+from megatron_btx.checkpoint.safetensors import CONFIG
+from megatron_btx.checkpoint.tokenizers.vocabulary import unknown_reason
+from megatron_btx.ground.errors import InputError
+from megatron_btx.mixing.compatible import vocabulary_source
+from megatron_btx.mixing.compute import STEP_BYTES, owned_rows
+from megatron_btx.mixing.layout import Fill, LaidOutTensor
+from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
+from megatron_btx.mixing.remarks import remarks
+from megatron_btx.mixing.routers import router_rows, starting_route
+from megatron_btx.mixing.sinks import Output
+from megatron_btx.mixing.sources import EMBEDDING, Source
+
+_NEW_ROWS = "new rows, each the mean of all tokens' rows"
+_TENSOR_PARALLEL_SIZES = (2, 4, 8)
+_IMPORTS_BYTES = 250 << 20
+"""What Python and torch take before any work."""
+
+
+def plan_text(plan: Plan, output: Output, workers: int) -> str:
+    """The plan as a table: the sources, and for each kind of tensor the rule that makes it, count and bytes."""
+    request = plan.request
+    lines = [f"{request.method}: {plan.method.summary}"]
+    for number, (source, weight) in enumerate(zip(plan.sources, plan.weights, strict=True)):
+        share = f"  weight {weight:.4g}" if request.weights else ""
+        form = "Hugging Face" if source.is_hugging_face else f"Megatron, {source.dialect.name} layers"
+        lines.append(f"  {number}  {source.name:<12} {source.folder}  ({form}){share}")
+    lines.append(f"  {'tensor of the result':<62} {'number':>6} {'shape':<18} {'MiB':>10}  made by")
+    for pattern, tensors in _by_pattern(output.tensors).items():
+        shape = "x".join(map(str, tensors[0].shape))
+        size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors) / 2**20
+        fills = [fill.planned for block in tensors[0].blocks for fill in block.fills]
+        rules = "; ".join(dict.fromkeys(_rule(plan, planned) for planned in fills))
+        lines.append(f"  {pattern:<62} {len(tensors):>6} {shape:<18} {size:>10.2f}  {rules}")
+    memory = _IMPORTS_BYTES + workers * STEP_BYTES * (4 + 2 * len(plan.sources))
+    lines.append(
+        f"  {len(output.tensors)} tensors as {output.format}, {plan.input_bytes / 2**20:.1f} MiB to read, "
+        f"{output.size_bytes / 2**20:.1f} MiB to write, about {memory / 2**20:.0f} MiB of memory with {workers} workers"
+    )
+    lines += _vocabulary_lines(plan)
+    lines += [f"  note: {remark}" for remark in remarks(plan)]
+    lines.append(f"  tokenizer of the result: {output.tokenizer['said']}")
+    lines.append(f"  result: {_configuration(plan, output)}")
+    if output.format == "hf":
+        lines += server_lines(json.loads(output.small_files[CONFIG]))
+    return "\n".join(lines)
+
+
+def _vocabulary_lines(plan: Plan) -> list[str]:
+    """What is known of each source's vocabulary, and what the result's is."""
+    lines = [f"  vocabulary of {source.name}: {_vocabulary_of(source)}" for source in plan.sources]
+    embedding = next(planned for planned in plan.pieces if planned.name == EMBEDDING)
+    rows, new = embedding.shape[0], embedding.new_rows
+    chosen = vocabulary_source(plan.sources)
+    made = f", {new} of them {_NEW_ROWS}" if new else ""
+    lines.append(
+        f"  vocabulary of the result: that of {chosen.name} with {chosen.token_count} tokens, {rows} rows{made}"
+    )
+    refused = [str(size) for size in _TENSOR_PARALLEL_SIZES if rows % size]
+    if refused:
+        lines.append(
+            f"  note: Megatron cannot train {rows} rows with a tensor parallel size of {' or '.join(refused)}, which "
+            "does not divide them; --pad-vocab-to-multiple-of 128 adds rows until it does"
+        )
+    return lines
+
+
+def _vocabulary_of(source: Source) -> str:
+    rows = source.pieces[EMBEDDING].shape[0]
+    if source.vocabulary is None:
+        why = unknown_reason(source.tokenizer_arguments)
+        return f"not known ({why}); its configuration counts {source.token_count} tokens in {rows} rows"
+    beyond = sum(number >= rows for number in source.vocabulary.tokens)
+    without = f", {beyond} more tokens have no row" if beyond else ""
+    return f"{source.token_count} tokens in {rows} rows, by {source.vocabulary.base}{without}"
+
+
+def _configuration(plan: Plan, output: Output) -> str:
+    """The result's configuration as its own format says it."""
+    if output.format == "hf":
+        return " ".join(json.dumps(json.loads(output.small_files[CONFIG]), sort_keys=True).split())
+    return " ".join(" ".join(flag) for flag in model_flags(plan.arguments))
+
+
+def router_text(plan: Plan) -> list[str]:
+    """What routing a mix starts with, and a warning where that is no good start; nothing for dense results."""
+    layers = sum(plan.sizes.mixture_layers)
+    if not plan.method.experts:
+        return []
+    init = plan.request.router
+    rows = router_rows(init, layers, plan.sizes.experts, plan.sizes.hidden)
+    route = starting_route(rows, plan.request.topk)
+    made = f"normal, std {init.std:g}, seed {init.seed}" if init.kind == "normal" else init.kind
+    lines = [
+        f"  routers ({made}): for inputs of unit RMS the routing probabilities have {route.entropy:.0%} of the largest "
+        f"entropy, the first gate is {route.first_gate:.2f}, experts get {route.least_load:.2f} to "
+        f"{route.largest_load:.2f} of an even load"
+    ]
+    if route.nearly_one_hot:
+        lines.append(
+            "  warning: routing starts nearly one-hot, so gradients hardly reach the other experts; "
+            "a smaller --router-std (the default is 0.02) starts softer"
+        )
+    elif route.least_load == 0:
+        lines.append("  warning: some experts get no token at first; with equal logits the first k experts get all")
+    return lines
+
+
+def _by_pattern(tensors: Sequence[LaidOutTensor]) -> dict[str, list[LaidOutTensor]]:
+    """Tensors whose names differ in the number of a layer or expert alone, together."""
+    found: dict[str, list[LaidOutTensor]] = {}
+    for tensor in tensors:
+        found.setdefault(re.sub(r"\.\d+\.", ".*.", tensor.name), []).append(tensor)
+    return found
+
+
+def _rule(plan: Plan, planned: PlannedPiece) -> str:
+    if planned.operation == "average":
+        return "mean of all" if not plan.request.weights else "weighted mean"
+    if planned.operation == "router":
+        init = plan.request.router
+        return f"normal, std {init.std:g}, seed {init.seed}" if init.kind == "normal" else f"rows: {init.kind}"
+    if planned.operation == "zeros":
+        return "zeros"
+    if planned.operation == "ramp":
+        return "1 to 2, so that no token's gate is zero"
+    axis = ("rows", "columns")[planned.axis]
+    first = planned.parts[0]
+    cut = first.stop - first.start < plan.sources[first.source].pieces[first.piece].shape[planned.axis]
+    if len(planned.parts) > 1:
+        return f"{axis} of {len(planned.parts)} sources, one after the other"
+    return f"{axis} of one source, moved bit for bit" if cut else "moved bit for bit"
+
+
+def explain(plan: Plan, output: Output, name: str) -> str:
+    """Where a tensor of the result comes from: for each of its slices the rule, the sources and their rows.
+
+    Raises:
+        InputError: the result has no such tensor.
+    """
+    tensor = next((t for t in output.tensors if t.name == name), None)
+    if tensor is None:
+        close = [t.name for t in output.tensors if name in t.name or t.name.split(".")[-2:] == name.split(".")[-2:]]
+        hint = f"; there is {', '.join(close[:3])}" if close else ""
+        raise InputError(f"--explain {name}: the result has no such tensor{hint}; --dry-run shows all kinds of them")
+    lines = [f"{name}  {list(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}"]
+    described: dict[str, list[str]] = {}
+    for block in tensor.blocks:
+        axis = len(block.sizes) - len(block.fills[0].planned.shape)
+        lead = ", ".join(map(str, block.offsets[:axis]))
+        row = block.offsets[axis]
+        for text, rows in _joined(plan, block.fills):
+            described.setdefault(f"rows {row}:{row + rows}  {text}", []).append(lead)
+            row += rows
+    for text, leads in described.items():
+        place = f"[{leads[0]}] " if leads[0] else ""
+        lines.append(f"  {place}{text}")
+    return "\n".join(lines)
+
+
+def _joined(plan: Plan, fills: Sequence[Fill]) -> list[tuple[str, int]]:
+    """Each fill in words, and its rows."""
+    said = []
+    for low, high, planned, parts in _made_alike(plan, fills):
+        sources = []
+        for part in parts:
+            source = plan.sources[part.source]
+            held = source.pieces[part.piece]
+            numbers = "".join(f"[{n}]" for n in held.location.lead)
+            whole = part.stop - part.start == held.shape[planned.axis]
+            cut = "" if whole else f" {('rows', 'columns')[planned.axis]} {part.start}:{part.stop}"
+            sources.append(f"{source.name}: {held.location.key}{numbers} ({part.piece}{cut})")
+        origin = f" from {', '.join(sources)}" if sources else ""
+        is_new = bool(planned.parts) and not parts
+        rule = _NEW_ROWS if is_new else _rule(plan, planned)
+        said.append((f"{planned.name} rows {low}:{high}: {rule}{origin}", high - low))
+    return said
+
+
+def _made_alike(plan: Plan, fills: Sequence[Fill]) -> Iterator[tuple[int, int, PlannedPiece, tuple[Part, ...]]]:
+    """Stretches of rows of one piece that are made of the same parts; of none where the rows are new padding."""
+    for fill in fills:
+        planned = fill.planned
+        had = planned.shape[0] - planned.new_rows
+        if fill.start < had:
+            start, stop = fill.start, min(fill.stop, had)
+            if planned.operation == "average" and planned.has_token_rows:
+                for low, high, owners in owned_rows(plan, planned, start, stop):
+                    yield low, high, planned, owners
+            else:
+                yield start, stop, planned, planned.parts
+        if fill.stop > had:
+            yield max(fill.start, had), fill.stop, planned, ()

@@ -1,0 +1,283 @@
+"""The plan of a mix: every piece of the result, where it comes from and how, before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_btx.checkpoint.names import Piece, Sizes, pieces_of
+from megatron_btx.ground.errors import InputError
+from megatron_btx.mixing.compatible import checked_sources
+from megatron_btx.mixing.result import dense_arguments, mixture_arguments
+from megatron_btx.mixing.routers import RouterInit
+from megatron_btx.mixing.rules import METHODS, Chunk, Method
+from megatron_btx.mixing.sources import Source, open_source
+
+if TYPE_CHECKING:
+    import torch
+
+
+_EXPERTS_AT_MOST = 4096
+_MULTIPLE_AT_MOST = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asks for; see the command line's --help for the meaning of each."""
+
+    experts: tuple[tuple[str, str], ...]
+    """(name, path) of each source, in the order given."""
+    method: str = "btx"
+    topk: int = 2
+    number: int | None = None
+    """Chunks of split, copies of upcycle."""
+    layer_frequency: int | tuple[int, ...] = 1
+    """Which layers become mixtures, as Megatron's --moe-layer-freq."""
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Weight of each source in the average; 1 where not given."""
+    take: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Configuration fields that may differ, and whose value the result gets."""
+    vocabulary_union: bool = False
+    allow_other_tokenizer: bool = False
+    router: RouterInit = RouterInit()
+    pad_vocabulary: int = 1
+    """The result's rows become a multiple of this."""
+    allow_other_ids: bool = False
+    """Write a tokenizer that gives texts other ids than the source's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A stretch of a source's piece along the axis of :attr:`PlannedPiece.axis`."""
+
+    source: int
+    piece: str
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedPiece:
+    """One piece of the result."""
+
+    piece: Piece
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    operation: str
+    """move: the parts, one after the other; average: their weighted mean; router: new rows; zeros and ramp: new."""
+    parts: tuple[Part, ...] = ()
+    axis: int = 0
+    new_rows: int = 0
+    """The last rows of the piece, which no source has: padding, each the mean of the result's tokens."""
+
+    @property
+    def has_token_rows(self) -> bool:
+        """Whether each row belongs to a token or is padding."""
+        return self.name.startswith(("embedding.", "head."))
+
+    @property
+    def name(self) -> str:
+        """The piece's name."""
+        return self.piece.name
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the piece in the result."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a mix will write."""
+
+    request: Request
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...]
+    """Of the sources in averages; they sum to one."""
+    pieces: tuple[PlannedPiece, ...]
+    arguments: Mapping[str, Any]
+    """The arguments of the result."""
+    sizes: Sizes
+
+    @functools.cached_property
+    def mean_rows(self) -> dict[str, torch.Tensor]:
+        """By piece, the row that is new in it; filled when the first of its rows is asked for."""
+        return {}
+
+    @property
+    def method(self) -> Method:
+        """The method's row of the table."""
+        return METHODS[self.request.method]
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes read from the sources."""
+        total = 0
+        for planned in self.pieces:
+            for part in planned.parts:
+                held = self.sources[part.source].pieces[part.piece]
+                share = (part.stop - part.start) / max(1, held.shape[planned.axis])
+                total += round(math.prod(held.shape) * share) * held.dtype.itemsize
+        return total
+
+
+def make_plan(request: Request) -> Plan:
+    """Open the sources, check that they fit together, and plan the result.
+
+    Raises:
+        InputError: too few sources, sources that differ, a number that does not divide, tensors without a rule.
+    """
+    method = METHODS[request.method]
+    names = [name for name, _ in request.experts]
+    _check_request(request, method, names)
+    sources = tuple(open_source(name, path) for name, path in request.experts)
+    if method.experts:
+        for source in sources:
+            if source.sizes.experts:
+                raise InputError(
+                    f"{source.name} ({source.folder}): is a mixture of {source.sizes.experts} experts, "
+                    "expected a dense model"
+                )
+    if method.new_routers and not sources[0].sizes.experts:
+        raise InputError(f"{sources[0].name} ({sources[0].folder}): has no routers, expected a mixture of experts")
+    first = checked_sources(sources, request)
+    first["padded_vocab_size"] = _padded(first["padded_vocab_size"], request.pad_vocabulary)
+    arguments = dense_arguments(first)
+    if method.experts:
+        number = request.number or 1
+        result_names = method.names(names, number)
+        ffn = _expert_ffn(method.experts(len(sources), number), first["ffn_hidden_size"], request)
+        if not 1 <= request.topk <= len(result_names):
+            raise InputError(
+                f"--moe-router-topk {request.topk}: expected 1 to {len(result_names)}, the number of experts"
+            )
+        frequency = _checked_frequency(request.layer_frequency, first["num_layers"])
+        arguments = mixture_arguments(first, result_names, request.topk, ffn, frequency)
+    weights = [request.weights.get(name, 1.0) for name in names]
+    total = sum(weights)
+    sizes = Sizes.of(arguments)
+    pieces = tuple(_planned_pieces(request, method, sources, sizes))
+    return Plan(request, sources, tuple(weight / total for weight in weights), pieces, arguments, sizes)
+
+
+def _check_request(request: Request, method: Method, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--expert {name}= is given twice; every expert needs a name of its own")
+    if len(names) < method.at_least:
+        raise InputError(
+            f"{len(names)} expert given, at least {method.at_least} needed for {request.method}; "
+            "repeat --expert NAME=PATH"
+        )
+    if method.at_most is not None and len(names) > method.at_most:
+        raise InputError(f"{len(names)} experts given, {request.method} takes {method.at_most}; leave the others out")
+    if bool(method.number_flag) != (request.number is not None):
+        flag = method.number_flag or next(m.number_flag for m in METHODS.values() if m.number_flag)
+        raise InputError(
+            f"--method {request.method}: {flag} {'is missing' if method.number_flag else 'does not apply'}"
+        )
+    if not 1 <= request.pad_vocabulary <= _MULTIPLE_AT_MOST:
+        raise InputError(
+            f"--pad-vocab-to-multiple-of {request.pad_vocabulary}: expected 1 to {_MULTIPLE_AT_MOST}; 128 suits every "
+            "tensor parallel size up to 128"
+        )
+    if request.number is not None and not 2 <= request.number <= _EXPERTS_AT_MOST:
+        raise InputError(f"{method.number_flag} {request.number}: expected 2 to {_EXPERTS_AT_MOST}")
+    for flag, given in (("--weight", request.weights), ("--take", request.take)):
+        for key in given:
+            name = key if flag == "--weight" else request.take[key]
+            if name not in names:
+                raise InputError(f"{flag} names the expert {name!r}; there are {', '.join(names)}")
+    if request.weights and method.shared != "average":
+        raise InputError(f"--weight does not apply to --method {request.method}, which averages nothing")
+    for name, weight in request.weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InputError(f"--weight {name}={weight}: expected a number of at least 0")
+    if not 0 < sum(request.weights.get(name, 1.0) for name in names) < math.inf:
+        raise InputError("--weight: all weights are 0, or their sum is infinite; at least one must be more than 0")
+
+
+def _checked_frequency(frequency: int | tuple[int, ...], layers: int) -> int | list[int]:
+    if isinstance(frequency, int):
+        if not 1 <= frequency <= layers:
+            raise InputError(f"--moe-layer-freq {frequency}: expected 1 to {layers}, or a list of 0 and 1 per layer")
+        return frequency
+    pattern = list(frequency)
+    if len(pattern) != layers or set(pattern) - {0, 1} or 1 not in pattern:
+        raise InputError(
+            f"--moe-layer-freq {str(pattern).replace(' ', '')}: expected {layers} numbers 0 or 1, one per layer, "
+            "and at least one 1"
+        )
+    return 1 if 0 not in pattern else pattern
+
+
+def _expert_ffn(experts: list[tuple[Chunk, ...]], ffn: int, request: Request) -> int:
+    """Feed-forward size of the result's experts."""
+    for chunk in experts[0]:
+        if ffn % chunk.count:
+            raise InputError(
+                f"--method {request.method}: the feed-forward size {ffn} cannot be cut in {chunk.count} equal parts; "
+                f"choose a divisor of {ffn}"
+            )
+    return sum(ffn // chunk.count for chunk in experts[0])
+
+
+def _planned_pieces(
+    request: Request, method: Method, sources: Sequence[Source], sizes: Sizes
+) -> Iterator[PlannedPiece]:
+    """Every piece of the result; which of the optional ones there are, the sources show."""
+    first = next((s for s in sources if s.name == request.take.get("dtype")), sources[0])
+    experts = method.experts(len(sources), request.number or 1) if method.experts else []
+    for piece in pieces_of(sizes):
+        if experts and "expert" in piece.numbers:
+            origin = piece.name.replace(f"experts.{piece.numbers['expert']}.", "ffn.")
+            if origin in first.pieces:
+                yield _expert_piece(piece, origin, experts[piece.numbers["expert"]], sources, first)
+        elif experts and ".router." in piece.name:
+            ffn = f"layers.{piece.numbers['layer']}.ffn."
+            is_weight = piece.name.endswith("weight")
+            # Megatron's router has a bias where the linear layers have (core/transformer/moe/router.py).
+            if is_weight or f"{ffn}up.bias" in first.pieces:
+                dtype = first.pieces[f"{ffn}down.weight"].dtype
+                yield PlannedPiece(piece, piece.shape, dtype, "router" if is_weight else "zeros")
+        elif method.new_routers and piece.name.endswith(".router.weight"):
+            yield PlannedPiece(piece, piece.shape, first.pieces[piece.name].dtype, "router")
+        elif piece.name in first.pieces:
+            held = [source.pieces[piece.name] for source in sources]
+            parts = tuple(Part(i, piece.name, 0, h.shape[0]) for i, h in enumerate(held))
+            rows = max(h.shape[0] for h in held)
+            dtype = first.pieces[piece.name].dtype
+            planned = PlannedPiece(piece, (rows, *held[0].shape[1:]), dtype, method.shared, parts)
+            yield _with_new_rows(planned, request) if planned.has_token_rows else planned
+
+
+def _padded(rows: int, multiple: int) -> int:
+    return -(-rows // multiple) * multiple
+
+
+def _with_new_rows(planned: PlannedPiece, request: Request) -> PlannedPiece:
+    """An embedding or head with as many rows as the user asks for."""
+    rows, *rest = planned.shape
+    padded = _padded(rows, request.pad_vocabulary)
+    return dataclasses.replace(planned, shape=(padded, *rest), new_rows=padded - rows)
+
+
+def _expert_piece(
+    piece: Piece, origin: str, chunks: tuple[Chunk, ...], sources: Sequence[Source], first: Source
+) -> PlannedPiece:
+    """A piece of an expert: its chunks one after the other along F, the rows of gate and up and the columns of down."""
+    axis = int(".down.weight" in origin)
+    parts = []
+    for chunk in chunks:
+        extent = sources[chunk.source].pieces[origin].shape[axis]
+        if origin.endswith("down.bias") and chunk.count > 1:
+            raise InputError(
+                f"{piece.name}: a feed-forward block with biases cannot be cut, its second bias belongs to the whole; "
+                "use --method btx or upcycle"
+            )
+        low, high = (extent * index // chunk.count for index in (chunk.index, chunk.index + 1))
+        parts.append(Part(chunk.source, origin, low, high))
+    return PlannedPiece(piece, piece.shape, first.pieces[origin].dtype, "move", tuple(parts), axis)

@@ -1,0 +1,85 @@
+"""Several processes that share one conversion: under torchrun or srun, each writes its share of the result."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from megatron_btx.ground.errors import BTXError, InputError, KeptError
+from megatron_btx.ground.launch import find_place
+
+T = TypeVar("T")
+
+_PATIENCE = datetime.timedelta(days=2)
+"""How long a rank waits for the slowest; one that died is noticed at once, by its closed connection."""
+_MEETING = datetime.timedelta(minutes=10)
+"""How long it waits for all to have started."""
+
+
+class RankLostError(KeptError):
+    """Another process of the run is gone: what all have written stays, for the same command to go on from."""
+
+
+class Ranks:
+    """This process among those of one run; alone where nothing launched several."""
+
+    def __init__(self) -> None:
+        place = find_place(os.environ)
+        self.rank, self.world = (place.rank, place.world) if place else (0, 1)
+        if place and self.world > 1:
+            import torch.distributed
+
+            os.environ |= place.variables()
+            try:
+                torch.distributed.init_process_group("gloo", rank=self.rank, world_size=self.world, timeout=_MEETING)
+                self._group = torch.distributed.new_group(timeout=_PATIENCE)
+            except RuntimeError as error:
+                raise RankLostError(
+                    f"the {self.world} processes did not meet at {place.address}:{place.port} (MASTER_ADDR, "
+                    f"MASTER_PORT): {str(error).splitlines()[0]}; start them all again"
+                ) from error
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank; also a barrier.
+
+        Raises:
+            RankLostError: another rank is gone.
+        """
+        if self.world == 1:
+            return [value]
+        import torch.distributed
+
+        values: list[Any] = [None] * self.world
+        try:
+            torch.distributed.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise RankLostError(
+                f"another of the {self.world} processes ended early; start the same command again"
+            ) from error
+        return values
+
+    def together(self, step: Callable[[], T]) -> list[T]:
+        """Do a step on all ranks and wait for all; the first failure is everybody's, as one line."""
+        failure: BTXError | None = None
+        value = None
+        try:
+            value = step()
+        except BTXError as error:
+            failure = error
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            failure = InputError(f"{where}{error.strerror or error}")
+        answers = self.gather((value, failure))
+        for _, problem in answers:
+            if problem is not None:
+                raise problem
+        return [value for value, _ in answers]
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.world > 1:
+            import torch.distributed
+
+            torch.distributed.destroy_process_group()

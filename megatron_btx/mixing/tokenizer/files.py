@@ -1,0 +1,194 @@
+"""The files of a written tokenizer: those that transformers 4.57 and 5, vLLM and llama.cpp's converter read alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.checkpoint.tokenizers.files import UnknownVocabularyError
+from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FOLDER_FILES, with_added
+from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE, TOKENIZER_FILE
+
+CLASS = "PreTrainedTokenizerFast"
+"""Known to transformers 4.57 and 5, and adds nothing to tokenizer.json; others build a tokenizer of their own."""
+NAMES = ("bos_token", "eos_token", "pad_token")
+GENERATION = "generation_config.json"
+_ALL_NAMES = (*NAMES, "unk_token", "sep_token", "cls_token", "mask_token")
+_SMALL_BYTES = 256 << 20
+_OTHER_READINGS = ("added_tokens.json", "special_tokens_map.json", "tekken.json")
+"""Files that a reader takes beside or in place of tokenizer.json; what they say stands in it."""
+_OF_ANOTHER_CLASS = (
+    "tokenizer_class", "auto_map", "add_bos_token", "add_eos_token", "added_tokens_decoder", "tokenizer_file",
+    "name_or_path", "backend", "is_local", "local_files_only", "legacy", "sp_model_kwargs", "use_default_system_prompt",
+    "extra_special_tokens", "add_prefix_space",
+)  # fmt: skip
+
+
+def travelling_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that make tokens and text, as they are."""
+    patterns = (*TOKENIZER_FOLDER_FILES, GENERATION, "chat_template*")
+    found = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    small = [file for file in found if file.stat().st_size < _SMALL_BYTES and file.suffix != ".safetensors"]
+    return {file.name: file.read_bytes() for file in small}
+
+
+def plain(files: Mapping[str, bytes], rows: int) -> bool:
+    """Whether files are what would be written: the class adds nothing, and every token has a row."""
+    if CONFIG_FILE not in files or TOKENIZER_FILE not in files or "tekken.json" in files:
+        return False
+    config, content = _object(files[CONFIG_FILE]), _object(files[TOKENIZER_FILE])
+    added = {str(entry.get("content")): entry.get("id", rows) for entry in content.get("added_tokens") or []}
+    if numbered(content) != content:
+        return False
+    if config.get("tokenizer_class") != CLASS or any(number >= rows for number in added.values()):
+        return False
+    others = {"auto_map", "added_tokens_decoder", "extra_special_tokens"} & config.keys()
+    if "added_tokens.json" in files or _object(files.get("special_tokens_map.json", b"{}")):
+        return False
+    said = [text_of(config[name]) for name in _ALL_NAMES if config.get(name) is not None]
+    said += [text_of(token) for token in config.get("additional_special_tokens") or []]
+    prefix = _prefix_space(content)
+    same_prefix = prefix is None or bool(config.get("add_prefix_space", False)) == prefix
+    return not others and same_prefix and all(token in added for token in said)
+
+
+def written_config(
+    source: Mapping[str, Any], tokenizer: Mapping[str, Any], tokens: Mapping[str, str], adds: tuple[bool, bool] | None
+) -> dict[str, Any]:
+    """A tokenizer_config.json.
+
+    Args:
+        source: the source's, whose other settings (chat template, longest text) are kept.
+        tokenizer: the content of the written tokenizer.json.
+        tokens: bos_token and so on, those that have a row.
+        adds: whether bos stands before and eos after every text, where that is all that is added; else None.
+    """
+    config = {key: value for key, value in source.items() if key not in _OF_ANOTHER_CLASS and key not in _ALL_NAMES}
+    listed = source.get("additional_special_tokens") or source.get("extra_special_tokens") or []
+    known = {str(entry["content"]) for entry in tokenizer.get("added_tokens") or []}
+    if isinstance(listed, list):
+        config["additional_special_tokens"] = [text_of(token) for token in listed if text_of(token) in known]
+    if not config.get("additional_special_tokens"):
+        config.pop("additional_special_tokens", None)
+    config |= {"tokenizer_class": CLASS, **tokens}
+    config.setdefault("clean_up_tokenization_spaces", False)
+    if adds is not None:
+        config |= {"add_bos_token": adds[0], "add_eos_token": adds[1]}
+    prefix = _prefix_space(tokenizer)
+    if prefix is not None:
+        config["add_prefix_space"] = prefix  # transformers 4.57 turns it off in the tokenizer where it is not given
+    return config
+
+
+def written_files(
+    source: Mapping[str, bytes], tokenizer: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """All files of a tokenizer: the source's with these two, without those that could be read in their place."""
+    files = {name: content for name, content in source.items() if name not in _OTHER_READINGS}
+    if tokenizer != _object(files.get(TOKENIZER_FILE, b"{}")):
+        files[TOKENIZER_FILE] = json.dumps(tokenizer, ensure_ascii=False, indent=1).encode()
+    files[CONFIG_FILE] = as_json(config)
+    return files
+
+
+def without_rowless(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A tokenizer.json without the added tokens that have no row: their text would become an id no model can read."""
+    tokenizer = numbered(tokenizer)
+    added = [entry for entry in tokenizer.get("added_tokens") or [] if entry.get("id", 0) < rows]
+    changed = {"added_tokens": added, "truncation": None, "padding": None}
+    return {key: changed.get(key, value) for key, value in tokenizer.items()}
+
+
+def numbered(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json whose added tokens have the numbers that the tokenizers library gives them.
+
+    It counts them in the order in which they are listed, whatever numbers the file says. Where the model's own numbers
+    have holes that the count falls into, nothing is changed: such a table is refused elsewhere.
+    """
+    added = tokenizer.get("added_tokens") or []
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    if isinstance(vocabulary, list):
+        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+    try:
+        numbers = with_added(vocabulary, [entry["content"] for entry in added], Path(TOKENIZER_FILE))
+    except UnknownVocabularyError:
+        return dict(tokenizer)
+    entries = [entry | {"id": numbers[entry["content"]]} for entry in added if entry["content"]]
+    return {**tokenizer, "added_tokens": entries} if entries != added else dict(tokenizer)
+
+
+def number_of_token(tokenizer: Mapping[str, Any], token: str) -> int | None:
+    """The id of a token in a tokenizer.json; None where it has none."""
+    for entry in tokenizer.get("added_tokens") or []:
+        if entry.get("content") == token:
+            return int(entry["id"])
+    vocabulary = (tokenizer.get("model") or {}).get("vocab")
+    if isinstance(vocabulary, dict):
+        return vocabulary.get(token)
+    texts = [entry[0] for entry in vocabulary or []]
+    return texts.index(token) if token in texts else None
+
+
+def special_ids(files: Mapping[str, bytes], rows: int) -> dict[str, int]:
+    """bos_token_id, eos_token_id and pad_token_id as the files of a tokenizer say them, those with a row."""
+    if CONFIG_FILE not in files or TOKENIZER_FILE not in files:
+        return {}
+    config, tokenizer = _object(files[CONFIG_FILE]), _object(files[TOKENIZER_FILE])
+    found = {}
+    for name in NAMES:
+        number = number_of_token(tokenizer, text_of(config[name])) if config.get(name) else None
+        if number is not None and number < rows:
+            found[f"{name}_id"] = number
+    return found
+
+
+def completed_ids(config: Mapping[str, Any], ids: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A configuration whose ids of special tokens have rows: its own that have, else the tokenizer's."""
+    result = dict(config)
+    for name in (f"{token}_id" for token in NAMES):
+        given = result.get(name)
+        numbers = given if isinstance(given, list) else [given]
+        kept = [number for number in numbers if type(number) is int and 0 <= number < rows]
+        if not kept:
+            result.pop(name, None)
+            result |= {name: ids[name]} if name in ids else {}
+        elif kept != numbers:
+            result[name] = kept
+    return result
+
+
+def generation_file(files: Mapping[str, bytes], ids: Mapping[str, Any], rows: int) -> bytes | None:
+    """generation_config.json with the ids of special tokens; None where there is nothing to say."""
+    if GENERATION not in files:
+        return as_json(ids) if ids else None
+    given = _object(files[GENERATION])
+    made = completed_ids(given, ids, rows)
+    return files[GENERATION] if made == given else as_json(made)
+
+
+def text_of(token: Any) -> str:
+    """A token's text, given as such or as an object."""
+    return str(token.get("content")) if isinstance(token, dict) else str(token)
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    """JSON that was read before, so that it is known to be an object."""
+    try:
+        read = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _prefix_space(tokenizer: Mapping[str, Any]) -> bool | None:
+    """Whether a byte-level tokenizer puts a blank before a text; None for other kinds."""
+    first_cut = tokenizer.get("pre_tokenizer")
+    if not isinstance(first_cut, dict):
+        return None
+    return bool(first_cut.get("add_prefix_space", True)) if first_cut.get("type") == "ByteLevel" else None

@@ -1,0 +1,173 @@
+"""Proof of a written tokenizer: the same ids as the source's own tokenizer, text by text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.ground.errors import InputError, bare_exceptions_as
+
+Ids = list[list[int]]
+Encode = Callable[[Sequence[str], bool], Ids]
+"""From texts to ids; the second argument asks for what a tokenizer puts before and after a text."""
+CONFIG_FILE, TOKENIZER_FILE = "tokenizer_config.json", "tokenizer.json"
+_SHOWN_IDS = 12
+_ROUNDING = 1e-6
+"""SentencePiece adds scores up in fp32."""
+_TRANSFORMERS_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, IndexError, RuntimeError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """The tokenizer that a model was trained with."""
+
+    name: str
+    """What reads it, with its version."""
+    encode: Encode
+    pieces: Sequence[tuple[str, float]] = ()
+    """For Unigram models: text and score of every piece. Where two ways to cut a text have one sum of scores, rounding
+    chooses."""
+
+    def ties(self, one: Sequence[int], other: Sequence[int]) -> bool:
+        """Whether both ways to cut a text are as probable, and spell the same."""
+        known = len(self.pieces)
+        if max(*one, *other, 0) >= known:
+            return False
+        (text, score), (other_text, other_score) = (self._spelled(ids) for ids in (one, other))
+        return text == other_text and math.isclose(score, other_score, rel_tol=_ROUNDING)
+
+    def _spelled(self, ids: Sequence[int]) -> tuple[str, float]:
+        texts, scores = [self.pieces[i][0] for i in ids], [self.pieces[i][1] for i in ids]
+        return "".join(texts), math.fsum(scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The first text with other ids."""
+
+    text: str
+    expected: Sequence[int]
+    found: Sequence[int]
+    count: int
+    """Texts that have other ids."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.count} texts get other ids, the first is {self.text[:60]!r}: {_shown(self.expected)} in the "
+            f"source's own, {_shown(self.found)} in the written one"
+        )
+
+
+def _shown(ids: Sequence[int]) -> str:
+    more = ", ..." if len(ids) > _SHOWN_IDS else ""
+    return f"[{', '.join(map(str, ids[:_SHOWN_IDS]))}{more}]"
+
+
+def compare(oracle: Oracle, encode: Encode, texts: Sequence[str], rows: int) -> tuple[Difference | None, int]:
+    """The first difference of two tokenizers, and how many texts differ by a tie alone.
+
+    A text that holds a token without a row is left out: the model cannot read it.
+    """
+    wrong: list[tuple[str, list[int], list[int]]] = []
+    ties = 0
+    for whole in (False, True):
+        for text, expected, found in zip(texts, oracle.encode(texts, whole), encode(texts, whole), strict=True):
+            if expected == found or max(expected, default=0) >= rows:
+                continue
+            if oracle.ties(expected, found):
+                ties += not whole
+                continue
+            wrong.append((text, expected, found))
+    count = len({text for text, _, _ in wrong})
+    return (Difference(*wrong[0], count) if wrong else None), ties
+
+
+def read_tokenizer(content: str, split_special_tokens: bool) -> Encode:
+    """What the ``tokenizers`` library, and so every class of transformers that adds nothing, makes of a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    unreadable = "tokenizer.json cannot be read by the tokenizers library"
+    with bare_exceptions_as(lambda error: InputError(f"{unreadable} ({error})")):
+        tokenizer = Tokenizer.from_str(content)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = split_special_tokens
+
+    def encode(texts: Sequence[str], whole: bool) -> Ids:
+        with bare_exceptions_as(lambda error: InputError(f"tokenizer.json cannot encode every text ({error})")):
+            return [found.ids for found in tokenizer.encode_batch(list(texts), add_special_tokens=whole)]
+
+    return encode
+
+
+def load_with_transformers(folder: Path) -> Any:
+    """The tokenizer that the installed transformers makes of a folder; none of the folder's code runs.
+
+    Raises:
+        InputError: it makes none.
+    """
+    transformers = _quiet_transformers()
+    try:
+        with warnings.catch_warnings(), bare_exceptions_as(lambda error: ValueError(str(error))):
+            warnings.simplefilter("ignore")
+            return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except _TRANSFORMERS_ERRORS as error:
+        raise InputError(_why(transformers, folder, error)) from error
+
+
+def _why(transformers: Any, folder: Path, error: Exception) -> str:
+    said = re.sub(r"\s+", " ", str(error))[:160]
+    return (
+        f"transformers {transformers.__version__} makes no tokenizer of {folder} ({type(error).__name__}: {said}); put "
+        "a tokenizer.json that it reads into the folder, or --allow-other-ids carries the files as they are"
+    )
+
+
+@functools.cache
+def _quiet_transformers() -> Any:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def encode_with_transformers(tokenizer: Any) -> Encode:
+    """How a loaded tokenizer of transformers encodes."""
+
+    def encode(texts: Sequence[str], whole: bool) -> Ids:
+        return [list(tokenizer(text, add_special_tokens=whole)["input_ids"]) for text in texts]
+
+    return encode
+
+
+def read_written(files: Mapping[str, bytes], model_config: Mapping[str, Any] | None) -> list[Encode]:
+    """How written files encode: by the tokenizers library, and by the installed transformers where a class may step in.
+
+    Args:
+        model_config: the model's configuration, where transformers is to be asked.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    config = json.loads(files[CONFIG_FILE])
+    readers = [read_tokenizer(files[TOKENIZER_FILE].decode(), bool(config.get("split_special_tokens")))]
+    if model_config is None:
+        return readers
+    with tempfile.TemporaryDirectory() as place:
+        for name, content in files.items():
+            (Path(place) / name).write_bytes(content)
+        (Path(place) / "config.json").write_text(json.dumps(model_config))
+        loaded = load_with_transformers(Path(place))
+    return [*readers, encode_with_transformers(loaded)]

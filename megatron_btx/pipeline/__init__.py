@@ -1,0 +1,1 @@
+"""Recipes: what to train, mix and evaluate, as a graph of stages, run on this machine."""

@@ -1,0 +1,226 @@
+"""What makes a stage the same stage: the settings that decide its result, and whether they are those of an earlier run.
+
+A setting decides unless it is listed here. So a flag that nobody has thought of keeps a finished stage from being
+taken for another, and never the other way round.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.pipeline.recipe.flags import LAYOUT_FLAGS, Flags
+from megatron_btx.pipeline.stage import Stage
+
+# What is written while a stage runs, how often and where; when it stops; what it says.
+_REPORTING = """
+    log-interval log-memory-interval log-device-memory-used log-energy log-max-attention-logit log-memory-to-tensorboard
+    log-num-zeros-in-grad log-params-norm log-progress log-straggler log-throughput log-timers-to-tensorboard
+    log-validation-ppl-to-tensorboard log-world-size-to-tensorboard disable-log-loss-scale-to-tensorboard
+    no-log-loss-scale-to-tensorboard logging-level timing-log-level timing-log-option no-barrier-with-level-1-timing
+    moe-per-layer-logging tensorboard-dir tensorboard-log-interval tensorboard-queue-size
+    wandb-entity wandb-exp-name wandb-project wandb-save-dir no-one-logger one-logger-async one-logger-project
+    one-logger-run-name app-tag-run-name app-tag-run-version
+    save-interval save-retain-interval persistent-save-interval non-persistent-save-interval
+    exit-duration-in-mins exit-interval exit-signal exit-signal-handler exit-signal-handler-for-dataloader
+    exit-signal-handler-for-training
+    profile profile-ranks profile-step-start profile-step-end use-pytorch-profiler nvtx-ranges record-memory-history
+    memory-snapshot-path
+    eval-interval eval-iters eval-global-batch-size eval-micro-batch-size full-validation multiple-validation-sets
+    valid-data-path test-data-path btx-valid-data btx-valid-tokens btx-first-loss-bound
+"""
+# Where files lie and how they are read and written.
+_STORING = """
+    save load data-cache-path btx-metrics object-storage-cache-path config-logger-dir
+    non-persistent-ckpt-type non-persistent-global-ckpt-dir non-persistent-local-ckpt-dir non-persistent-local-ckpt-algo
+    async-save async-strategy async-ckpt-cpu-priority async-ckpt-io-priority use-persistent-ckpt-worker
+    ckpt-fully-parallel-save ckpt-fully-parallel-load no-ckpt-fully-parallel-save ckpt-assume-constant-structure
+    ckpt-fully-parallel-load-exchange-algo ckpt-fully-parallel-load-process-group ckpt-fully-parallel-save-process-group
+    dist-ckpt-workers dist-ckpt-strictness dist-ckpt-optim-fully-reshardable
+    distrib-optim-fully-reshardable-mem-efficient
+    num-workers num-dataset-builder-threads no-mmap-bin-files dataloader-fast-cache-load
+    dataloader-defer-npy-index-mmap
+"""
+# How the work is spread over processes, what is computed twice to save memory, and what happens at the same time.
+_SPREADING = """
+    recompute-activations recompute-granularity recompute-method recompute-modules recompute-num-layers
+    checkpoint-activations moe-layer-recompute distribute-saved-activations
+    overlap-grad-reduce overlap-param-gather overlap-param-gather-with-optimizer-step no-overlap-p2p-communication
+    overlap-p2p-communication-warmup-flush overlap-moe-expert-parallel-comm moe-shared-expert-overlap
+    delay-wgrad-compute tp-comm-overlap no-align-grad-reduce no-align-param-gather ddp-bucket-size ddp-num-buckets
+    manual-gc manual-gc-interval no-manual-gc-eval
+    distributed-backend distributed-timeout-minutes distributed-timeout-seconds-after-init
+    disable-gloo-process-groups use-tp-pp-dp-mapping nccl-communicator-config-path
+    pipeline-model-parallel-layout decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers
+    account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
+    microbatch-group-size-per-virtual-pipeline-stage pipeline-model-parallel-comm-backend
+"""
+NOT_DECIDING = frozenset((*LAYOUT_FLAGS, *_REPORTING.split(), *_STORING.split(), *_SPREADING.split()))
+"""Flags without a say in what a stage computes."""
+_DENSE_NOT_DECIDING = frozenset(("micro-batch-size",))
+"""Likewise where there are no experts: a mixture's balancing losses are taken over each micro-batch."""
+_UNORDERED = frozenset(("btx-freeze", "btx-lr-multiplier"))
+"""Flags whose several values have no order."""
+_BLOCKS, _BLOCK_BYTES = 64, 4096
+_SHOWN_AT_MOST, _SETTINGS_SHOWN = 60, 4
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What decides a stage's result, in the form in which its manifest holds it."""
+
+    settings: Mapping[str, Any]
+    parents: Mapping[str, str]
+    """Fingerprints of the stages that the result is made from."""
+    fingerprint: str
+    """Hash of both."""
+
+
+def deciding(flags: Flags) -> dict[str, Any]:
+    """Those of ``flags`` that decide what is computed."""
+    left_out = NOT_DECIDING if flags.get("num-experts") else NOT_DECIDING | _DENSE_NOT_DECIDING
+    return {
+        name: sorted(map(str, value)) if name in _UNORDERED and isinstance(value, tuple) else value
+        for name, value in flags.items()
+        if name not in left_out
+    }
+
+
+def identities(stages: Iterable[Stage]) -> dict[str, Identity]:
+    """The identity of each stage; ``stages`` in an order in which parents come first."""
+    known: dict[str, Identity] = {}
+    for stage in stages:
+        settings = {name: _plain(value) for name, value in sorted(stage.deciding_settings().items())}
+        parents = {parent: known[parent].fingerprint for parent in stage.parents}
+        content = json.dumps({"settings": settings, "parents": parents}, sort_keys=True)
+        known[stage.name] = Identity(settings, parents, hashlib.sha256(content.encode()).hexdigest())
+    return known
+
+
+def differences(manifest: Mapping[str, Any], now: Identity) -> str:
+    """What differs between the stage that ``manifest`` describes and the one planned now; empty for nothing."""
+    if manifest.get("fingerprint") == now.fingerprint:
+        return ""
+    earlier = manifest.get("settings")
+    if not isinstance(earlier, dict):
+        return "its manifest states no settings (an earlier version made it), so that they cannot be compared"
+    names = [
+        name for name in {**earlier, **now.settings} if earlier.get(name, _Absent) != now.settings.get(name, _Absent)
+    ]
+    shown = [_change(name, earlier, now.settings) for name in names[:_SETTINGS_SHOWN]]
+    if len(names) > _SETTINGS_SHOWN:
+        shown.append(f"and {len(names) - _SETTINGS_SHOWN} more settings")
+    parents = manifest.get("parents") or {}
+    changed = [name for name, fingerprint in now.parents.items() if parents.get(name) != fingerprint]
+    changed += [name for name in parents if name not in now.parents]
+    if changed:
+        shown.append(f"made from another {', '.join(changed)}")
+    return "; ".join(shown) or "the order of its parents"
+
+
+def manifest_of(stage: Stage, identity: Identity, status: str, rerun: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a stage's manifest says before it starts, beside what depends on the machine.
+
+    ``rerun`` is the --rerun that began it, so that the same command goes on after a stop and does not begin again.
+    """
+    return {
+        "stage": stage.name,
+        "fingerprint": identity.fingerprint,
+        "status": status,
+        "parents": dict(identity.parents),
+        "after": list(stage.after),
+        "inputs": [str(path) for path in stage.inputs],
+        "settings": dict(identity.settings),
+        "steps": stage.iterations,
+        "tokens": stage.tokens,
+        "flops": stage.flops,
+        "rerun": rerun,
+    }
+
+
+class _Absent:
+    """Stands for a setting that is not given."""
+
+
+def _change(name: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    old, new = earlier.get(name, _Absent), now.get(name, _Absent)
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        number = next(number for number, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
+        return f"{name}: value {number + 1} of {len(new)}: {_shown(old[number])} -> {_shown(new[number])}"
+    return f"{name}: {_shown(old)} -> {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    if value is _Absent:
+        return "not given"
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= _SHOWN_AT_MOST else f"{text[:_SHOWN_AT_MOST]} ..."
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON keeps it, with one spelling for equal numbers: 3e-3, 0.003 and "0.003" are one."""
+    if isinstance(value, Path):
+        return content_of(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    return _number(value)
+
+
+def _number(value: int | float | str) -> int | float | str:
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return value
+    if not math.isfinite(number):
+        return str(number)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number if abs(number) < 2**53 else str(value)
+
+
+def content_of(path: Path) -> str:
+    """What lies at ``path``: a file, a folder, or a prefix of .bin/.idx files. Neither its place, its name nor its
+    times count, so that what was moved, copied or touched is the same.
+
+    Of each file 64 blocks of 4 KiB, evenly spread, are read: corpora and checkpoints have terabytes, and a changed one
+    nearly always has another size or another beginning. Of a checkpoint's root the iteration it points to counts.
+    """
+    files = _files_at(path)
+    digest, total = hashlib.sha256(), 0
+    for name, file in files:
+        status = file.stat()
+        total += status.st_size
+        digest.update(f"{name}\0{status.st_size}\0{_sampled(file, status.st_size, status.st_mtime_ns)}\0".encode())
+    return f"content of {len(files)} files, {total} bytes, {digest.hexdigest()[:32]}"
+
+
+def _files_at(path: Path) -> list[tuple[str, Path]]:
+    """(name that does not depend on where they lie, file) of the files that ``path`` stands for."""
+    if not path.is_dir():
+        named = [(suffix, Path(f"{path}{suffix}")) for suffix in ("", ".bin", ".idx")]
+        return [(suffix, file) for suffix, file in named if file.is_file()]
+    found = sorted(file for file in path.rglob("*") if file.is_file())
+    tracker = path / "latest_checkpointed_iteration.txt"
+    if tracker.is_file():
+        latest = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        folder = path / (f"iter_{int(latest):07d}" if latest.isdecimal() else latest)
+        found = [file for file in found if folder in file.parents]
+    return [(str(file.relative_to(path)), file) for file in found]
+
+
+@functools.lru_cache(maxsize=100_000)
+def _sampled(file: Path, size: int, _changed: int) -> str:
+    """Digest of blocks spread over ``file``; its time of change only says how long a digest may be remembered."""
+    digest = hashlib.sha256()
+    last = max(0, size - _BLOCK_BYTES)
+    with file.open("rb") as stream:
+        for number in range(_BLOCKS):
+            stream.seek(last * number // (_BLOCKS - 1))
+            digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The recipe: read from YAML, checked, with every unknown key refused."""

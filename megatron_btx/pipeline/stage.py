@@ -1,0 +1,101 @@
+"""A stage of a run: one command, its parents, what decides its result, and the scripts that run it by hand."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PYTHON = "python"
+"""Stands for the interpreter in a stage's command; command.sh takes this one unless $BTX_PYTHON names another."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the graph. Paths in ``command`` are absolute, or relative to the run directory."""
+
+    name: str
+    command: tuple[str, ...]
+    parents: tuple[str, ...] = ()
+    """Stages that its result is made from."""
+    after: tuple[str, ...] = ()
+    """Stages that must be finished before it starts, and have no say in its result."""
+    inputs: tuple[Path, ...] = ()
+    """What the stage reads from outside the run: files, folders, or prefixes of .bin/.idx files."""
+    settings: Mapping[str, Any] | None = None
+    """What decides its result beside its parents; a Path stands for what lies there. None: its command and inputs."""
+    product: str = ""
+    """File or folder in the stage's directory that must exist when the stage is finished; empty for none."""
+    processes: int = 1
+    threads: int = 1
+    on_gpu: bool = False
+    """Whether each process takes a GPU where there are GPUs."""
+    resumable: bool = False
+    """Whether the command continues from what an earlier, stopped start left; else that is set aside first."""
+    only_shows: bool = False
+    """Whether it only shows what other stages made: it is made again, in place, whenever they change."""
+    iterations: int | None = None
+    """Steps of a stage that trains."""
+    tokens: int | None = None
+    flops: float | None = None
+    """Estimate for the whole stage; see :func:`megatron_btx.pipeline.budgets.training_flops`."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Resolved settings, for config.yaml."""
+
+    def deciding_settings(self) -> Mapping[str, Any]:
+        """What decides its result beside its parents."""
+        if self.settings is not None:
+            return self.settings
+        return {"command": list(self.command), "inputs": list(self.inputs)}
+
+    def waits_for(self) -> tuple[str, ...]:
+        """All stages that must be finished before it starts."""
+        return (*self.parents, *(name for name in self.after if name not in self.parents))
+
+
+def command_text(stage: Stage) -> str:
+    """The stage's command for a shell in the run directory, a flag per line."""
+    words = [shlex.quote(word) for word in stage.command]
+    if stage.command[0] == PYTHON:
+        # Many an environment has a PYTHON that means another interpreter, one without torch.
+        # Without quotes around the whole: within them bash would take those of the path for a part of it.
+        words[0] = f"${{BTX_PYTHON:-{shlex.quote(sys.executable)}}}"
+    lines: list[str] = []
+    for word in words:
+        if not lines or word.startswith("--"):
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}"
+    return " \\\n    ".join(lines)
+
+
+def one_line(text: str) -> str:
+    """``text`` for a comment in a script, which a line break would end."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def command_script(stage: Stage) -> str:
+    """The stage's command.sh: exactly what the runner executes, and what a person can call from anywhere."""
+    return (
+        "#!/usr/bin/env bash\n"
+        f"# Stage {one_line(stage.name)}. Relative paths count from the run directory, the parent of this script's.\n"
+        "set -euo pipefail\n"
+        "unset CDPATH\n"  # with it, cd would look for the folder elsewhere first
+        'cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."\n'
+        f"export OMP_NUM_THREADS={stage.threads}\n"
+        f"exec {command_text(stage)}\n"
+    )
+
+
+def in_order(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages with parents before their children, otherwise as given. A parent that is no stage is a defect."""
+    waiting = list(stages)
+    ordered: dict[str, Stage] = {}
+    while waiting:
+        ready = next(stage for stage in waiting if all(parent in ordered for parent in stage.waits_for()))
+        ordered[ready.name] = ready
+        waiting.remove(ready)
+    return list(ordered.values())

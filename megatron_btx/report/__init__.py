@@ -1,0 +1,1 @@
+"""Reports: what a run's files say, as claims, tables, figures and pages."""

@@ -1,0 +1,69 @@
+"""On how many tokens the models that a report compares were trained, by the manifests of their stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from megatron_btx.report.inputs import EXPERT_PREFIX
+from megatron_btx.report.numbers import total
+from megatron_btx.report.stages import Stage, parents_of
+
+_SEED = "seed"
+
+
+class Budgets(NamedTuple):
+    """Tokens that were consumed after the seed; None where a stage is not of the run, or states none."""
+
+    btx_tokens: float | None
+    """Of finetuning and of every expert in the mix."""
+    dense_tokens: float | None
+
+    def are_equal(self) -> bool:
+        """Whether both are known and the same."""
+        return self.btx_tokens is not None and self.btx_tokens == self.dense_tokens
+
+
+def budgets_of(stages: Iterable[Stage]) -> Budgets:
+    """The budgets of the finetuned mixture and of the dense baseline."""
+    known = {stage.name: stage for stage in stages}
+    return Budgets(_tokens_behind("finetune", known, "mix"), _tokens_behind("dense", known, "dense-domains"))
+
+
+def averaged(stages: Iterable[Stage]) -> tuple[str, ...]:
+    """The models that the stage of the plain average took; empty where its manifest does not say."""
+    return next((_experts_of(stage) for stage in stages if stage.name == "average"), ())
+
+
+def _tokens_behind(name: str, known: Mapping[str, Stage], first: str) -> float | None:
+    """Tokens of a stage and of all it is made from, up to the seed.
+
+    None when stage ``first`` is not among them, or when one is unfinished: what was made from it had an earlier one.
+    """
+    line: list[str] = []
+    waiting = [name]
+    while waiting:
+        stage = waiting.pop()
+        if stage in (_SEED, "data") or stage in line:
+            continue
+        if stage not in known or known[stage].unfinished or not _made_here(known[stage]):
+            return None
+        line.append(stage)
+        waiting += parents_of(known[stage].manifest)
+    spent = [known[stage].cost("tokens") for stage in line if known[stage].steps or known[stage].curve]
+    if first not in line or not spent or None in spent:
+        return None
+    return total(cost for cost in spent if cost is not None)
+
+
+def _made_here(stage: Stage) -> bool:
+    """Whether all experts of a mix were trained in the run; the budgets of given ones are not known."""
+    parents = parents_of(stage.manifest)
+    return all(name == _SEED or f"{EXPERT_PREFIX}{name}" in parents for name in _experts_of(stage))
+
+
+def _experts_of(stage: Stage) -> tuple[str, ...]:
+    """The models that a mix or an average took, as its manifest's settings name them."""
+    settings = (stage.manifest or {}).get("settings")
+    names = settings.get("experts") if isinstance(settings, dict) else None
+    return tuple(map(str, names)) if isinstance(names, list) else ()

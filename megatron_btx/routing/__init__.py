@@ -1,1 +1,0 @@
-"""Who is routed where: telemetry of a run, analysis of a checkpoint, warm-started routers."""

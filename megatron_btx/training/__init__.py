@@ -1,0 +1,1 @@
+"""The training program, and what follows each of its steps."""

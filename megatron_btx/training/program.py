@@ -1,0 +1,297 @@
+"""The training program: seed, expert, dense baseline and mixture alike.
+
+    torchrun --nproc-per-node 8 -m megatron_btx.pretrain [Megatron's flags] [--btx-... flags]
+
+It is Megatron's own ``megatron.training.pretrain`` with our layers and data, after checking what Megatron does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import os
+import pickle
+import shutil
+import sys
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from megatron_btx.engine.budget import budget_of, check_budget
+from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
+from megatron_btx.engine.flags import help_if_asked
+from megatron_btx.engine.program import parse_arguments, refused
+from megatron_btx.ground.errors import CheckpointError, InputError, exits_with_one_line
+from megatron_btx.ground.stopping import Stopping
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_btx.model.sampling import Step
+
+prepare_environment()
+
+
+def add_training_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the flag of this program to Megatron's parser."""
+    parser.add_argument_group("megatron_btx training", "used by python -m megatron_btx.pretrain").add_argument(
+        "--btx-check",
+        action="store_true",
+        help="check the command line, the checkpoint and the data in one process, say what would be trained and train "
+        "nothing; WORLD_SIZE says for how many processes (default: off)",
+    )
+    return parser
+
+
+@exits_with_one_line
+def main() -> int:
+    """Train what the command line describes; see --help."""
+    help_if_asked(__doc__, add_training_arguments)
+    if "--btx-check" in sys.argv[1:]:
+        return check()
+    install_cpu_stand_ins()
+    from megatron.core.enums import ModelType
+    from megatron.training import get_args, pretrain
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_btx.checkpoint.arguments import finished
+    from megatron_btx.data.training import datasets_for
+    from megatron_btx.model.sampling import Step
+
+    step, stopping = Step(), Stopping()
+    configuration = prepare(step)
+    if done := finished(get_args()):
+        if get_args().rank == 0:
+            print(done, flush=True)
+        return 0
+    try:
+        pretrain(
+            configuration,
+            datasets_for(stopping),
+            ModelType.encoder_or_decoder,
+            functools.partial(forward_step, step=step, stopping=stopping),
+        )
+    except (CheckpointException, pickle.UnpicklingError) as failure:
+        raise _checkpointing_failed(get_args(), failure) from failure
+    finally:
+        stopping.end()
+    return 0
+
+
+def check() -> int:
+    """Check everything that needs no process group, and say in one line what would be trained."""
+    # The last value of a flag wins: a check writes nowhere.
+    sys.argv += ["--tensorboard-dir=", "--wandb-project=", "--no-one-logger"]
+    # Megatron has no switch for its list of all arguments and what it says of them and of missing libraries. Errors of
+    # ours and tracebacks are printed after this block.
+    logging.disable()
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        install_cpu_stand_ins()
+        args = checked_arguments()
+        model_config(args)
+    if args.rank == 0:
+        layout = " x ".join(
+            f"{name} {size}"
+            for name, size in (
+                ("TP", args.tensor_model_parallel_size),
+                ("PP", args.pipeline_model_parallel_size),
+                ("EP", args.expert_model_parallel_size),
+                ("DP", args.data_parallel_size),
+            )
+        )
+        steps, samples = budget_of(args)
+        tokens = samples * args.seq_length // max(steps, 1)
+        print(f"checked: {args.world_size} processes, {layout}, {steps} steps of {tokens} tokens", flush=True)
+    return 0
+
+
+def _checkpointing_failed(args: Any, failure: CheckpointException | pickle.UnpicklingError) -> CheckpointError:
+    """A failed checkpoint in one line, with what helps: most often the disk is full, and the last one stands."""
+    from megatron_btx.checkpoint.arguments import checkpoint_to_load
+    from megatron_btx.engine.restricted_loading import loading_failed
+
+    if any(frame.name == "load_checkpoint" for frame in traceback.extract_tb(failure.__traceback__)):
+        loaded = checkpoint_to_load(args)
+        return loading_failed(str(loaded[0] if loaded else args.load), failure)
+    if isinstance(failure, pickle.UnpicklingError):
+        raise failure  # of no checkpoint
+    cause = next(iter(failure.failures.values()))[0]
+    said = f"{type(cause).__name__}: {cause}"
+    free_mib = shutil.disk_usage(args.save if os.path.isdir(args.save) else ".").free >> 20
+    # Megatron passes on of an exception in a writing process its class alone, as text.
+    room = "Make room and start" if isinstance(cause, OSError) or "OSError" in said else "Start"
+    return CheckpointError(
+        f"{args.save}: a checkpoint could not be written ({free_mib} MiB free there): {said}. {room} the same command "
+        "again; it goes on from the last complete checkpoint"
+    )
+
+
+def prepare(step: Step) -> Any:
+    """Check the command line, install what it asks for, and describe the run to Megatron.
+
+    Args:
+        step: where training stands, for the routers that are built here and the forward step that tells them.
+
+    Returns:
+        Megatron's configuration container for ``pretrain``.
+
+    Raises:
+        InputError: see :func:`checked_arguments`.
+    """
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_btx.engine import repairs
+    from megatron_btx.model.groups import (
+        check_optimizers,
+        freeze,
+        frozen_groups,
+        install_lr_multipliers,
+        install_schedule_logging,
+        lr_multipliers,
+    )
+    from megatron_btx.training import metrics, telemetry, validation
+
+    args = checked_arguments()
+    repairs.install()
+    metrics.install(args)
+    validation.install(args)
+    install_schedule_logging()
+    install_lr_multipliers(lr_multipliers(args.btx_lr_multiplier, args), args)
+    model = model_config(args, step)
+    if frozen := frozen_groups(args.btx_freeze, args):
+        model.pre_wrap_hooks.append(freeze(frozen, args))
+    model.pre_wrap_hooks.append(check_optimizers(args))
+    if args.num_experts:
+        model.pre_wrap_hooks.append(telemetry.install(args))
+    return pretrain_cfg_container_from_args(args, model)
+
+
+def checked_arguments() -> Any:
+    """The arguments, checked against the checkpoint that the run starts from and the files that it reads.
+
+    Raises:
+        InputError: see :mod:`megatron_btx.checkpoint.arguments` and :mod:`megatron_btx.data.training`.
+    """
+    from megatron_btx.checkpoint.arguments import check_against_checkpoint
+    from megatron_btx.data.splits import check_splits
+    from megatron_btx.data.training import check_data_files
+    from megatron_btx.training import validation
+
+    args = parse_arguments(add_training_arguments)
+    check_budget(args)
+    if args.eval_interval < 1:
+        raise InputError(
+            f"--eval-interval {args.eval_interval}: expected 1 or more; to evaluate nothing: --eval-iters 0"
+        )
+    if args.seed <= 0:
+        raise InputError(f"--seed {args.seed}: Megatron takes positive seeds only; give another")
+    if args.num_experts and args.add_bias_linear and args.transformer_impl == "local":
+        raise InputError(
+            "experts with biases: Megatron 0.19's local layers cannot train them (core/transformer/mlp.py adds in "
+            "place to a view); use --transformer-impl transformer_engine, or --disable-bias-linear without biases"
+        )
+    check_against_checkpoint(args)
+    check_data_files(args)
+    check_splits(args)
+    validation.check(args)
+    return args
+
+
+def model_config(args: Any, step: Step | None = None) -> Any:
+    """The model as Megatron's GPTModelConfig, with our layers and routers where they were asked for.
+
+    Raises:
+        InputError: Megatron's configuration refuses it, or two flags want different layers.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_btx.model.layers import layer_specs, torch_native_layer_spec
+    from megatron_btx.model.routers import settings_from
+    from megatron_btx.model.sampling import Step
+
+    try:
+        model = gpt_config_from_args(args)
+    except (AssertionError, ValueError) as refusal:
+        raise refused(refusal) from refusal
+    # Megatron 0.19 parses this flag and does not pass it on.
+    model.rope_scaling_factor = args.rope_scaling_factor
+    if args.transformer_impl == "local" and args.spec is None:
+        model.transformer_layer_spec = torch_native_layer_spec
+    settings = settings_from(args)
+    if settings is not None:
+        if args.spec is not None:
+            raise InputError("--spec together with routers of --btx-...: they are built into Megatron's own layers")
+        model.transformer_layer_spec = layer_specs(settings, step or Step())
+    return model
+
+
+def forward_step(
+    data_iterator: Iterator[Any],
+    model: Any,
+    step: Step | None = None,
+    stopping: Stopping | None = None,
+    micro_batch_size: int | None = None,
+) -> tuple[Any, Any]:
+    """One micro-batch through this stage: the per-token losses on the last one, and how to reduce them.
+
+    Args:
+        step: in training, is told which micro-batch this is.
+        stopping: tells all ranks when one of them reads what it cannot use.
+        micro_batch_size: sequences of the micro-batch; by default as Megatron's flags for training or evaluation say.
+    """
+    from megatron.core import mpu
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_args
+
+    from megatron_btx.data.foreign_ids import ForeignIdError
+    from megatron_btx.data.training import get_batch
+
+    args, chunk = get_args(), get_attr_wrapped_model(model, "vp_stage")
+    if step is not None and model.training:
+        step.begin_microbatch(
+            args.curr_iteration,
+            args.consumed_train_samples,
+            get_num_microbatches(),
+            args.micro_batch_size,
+            mpu.get_data_parallel_world_size(),
+            mpu.get_data_parallel_rank(),
+            chunk or 0,
+        )
+    micro = micro_batch_size or (args.micro_batch_size if model.training else args.eval_micro_batch_size)
+    try:
+        batch = get_batch(data_iterator, chunk, micro, model.training)
+    except ForeignIdError as refusal:
+        if stopping is not None:
+            stopping.stop_all(refusal)
+        raise
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, functools.partial(language_model_loss, batch["loss_mask"])
+
+
+def language_model_loss(loss_mask_BS: Any, losses_BS: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Sum of the per-token cross-entropies in nats, the number of tokens, and both for reporting.
+
+    Args:
+        loss_mask_BS: [B, S], 1 where a token counts.
+        losses_BS: [B, S], cross-entropy per token.
+    """
+    import torch
+
+    mask = loss_mask_BS.reshape(-1).float()
+    total = torch.sum(losses_BS.reshape(-1).float() * mask)
+    tokens = mask.sum().to(torch.int)
+    return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

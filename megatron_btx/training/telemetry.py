@@ -1,0 +1,169 @@
+"""Routing you can watch while a mixture trains: load, entropy, dropped tokens and dead experts, per layer.
+
+Megatron logs its balancing losses through one tracker (``core/transformer/moe/moe_logging.py``). Here that tracker is
+extended: routers add to sums on the device at every micro-batch, and at each logged step one all-reduce makes them the
+shares of the whole interval, which go where Megatron's scalars go (TensorBoard, W&B, ``--btx-metrics``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_btx.ground.errors import MegatronVersionError
+
+DEAD_SHARE = 0.01
+"""An expert is dead in a layer when its load over a whole interval is under this share of an even one."""
+
+
+def install(args: Any) -> Callable[[list[Any]], list[Any]]:
+    """Extend Megatron's tracker of mixtures, and return the hook that makes a model's routers report to it.
+
+    Returns:
+        a hook for ``GPTModelConfig.pre_wrap_hooks``.
+
+    Raises:
+        MegatronVersionError: the installed Megatron has no such tracker.
+    """
+    from megatron.core.transformer.moe import moe_logging
+
+    if not hasattr(moe_logging, "set_moe_metrics_tracker") or not hasattr(moe_logging.MoEMetricsTracker, "report"):
+        raise MegatronVersionError("megatron.core.transformer.moe.moe_logging has no tracker where 0.19 has it")
+    sums = RoutingSums(args.num_layers, args.num_experts)
+    moe_logging.set_moe_metrics_tracker(_extend(moe_logging.MoEMetricsTracker, sums, args.log_interval)())
+
+    def hook(model: list[Any]) -> list[Any]:
+        for chunk in model:
+            observe(chunk, sums)
+        return model
+
+    return hook
+
+
+class RoutingSums:
+    """Sums over tokens of what the routers did since the last report: one row per layer, on the device.
+
+    A row holds the choices per expert, the entropy in nats, the tokens, and the choices before any were dropped.
+    """
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.layers, self.experts = layers, experts
+        self._rows: Any | None = None
+        self._tokens, self._wanted = [0] * layers, [0] * layers
+
+    def add(self, layer: int, logits_TE: Any, map_TE: Any, topk: int) -> None:
+        """Add one router's micro-batch.
+
+        Args:
+            layer: from 0.
+            map_TE: boolean, after the capacity has dropped what it drops.
+            topk: choices per token before dropping.
+        """
+        import torch
+
+        # Few operations, because a small model's step is short; what is no tensor is counted apart.
+        with torch.no_grad():
+            if self._rows is None:
+                self._rows = torch.zeros(self.layers, self.experts + 3, dtype=torch.float64, device=logits_TE.device)
+            row = self._rows[layer]
+            row[: self.experts] += map_TE.sum(dim=0)
+            row[self.experts] += torch.special.entr(torch.softmax(logits_TE.float(), dim=-1)).sum()
+        tokens = logits_TE.shape[0]
+        self._tokens[layer] += tokens
+        self._wanted[layer] += topk * tokens
+
+    def take(self) -> Any:
+        """The sums over all ranks, [L, E + 3] on the CPU; starts anew.
+
+        Every token is held by exactly one rank of those that hold its layer: data, context and sequence parallelism
+        split tokens, pipelines split layers.
+        """
+        import torch
+
+        rows, self._rows = self._rows, None
+        if rows is None:
+            rows = torch.zeros(self.layers, self.experts + 3, dtype=torch.float64, device="cuda")
+        rows[:, -2:] = torch.tensor([self._tokens, self._wanted], dtype=torch.float64).T
+        self._tokens, self._wanted = [0] * self.layers, [0] * self.layers
+        torch.distributed.all_reduce(rows)
+        return rows.cpu()
+
+
+def observe(chunk: Any, sums: RoutingSums) -> None:
+    """Make every router of a model chunk add to ``sums`` in training, once per token even where it is recomputed."""
+    import torch
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_btx.model.watch import taken_experts
+
+    def observed(router: Any, routing: Any, logits: Any, *rest: Any, **named: Any) -> Any:
+        gates_TE, map_TE = routing(logits, *rest, **named)
+        if router.training and torch.is_grad_enabled():
+            taken_TE = taken_experts(router, gates_TE, map_TE)
+            sums.add(router.layer_number - 1, logits.detach().reshape(-1, sums.experts), taken_TE, router.topk)
+        return gates_TE, map_TE
+
+    for module in chunk.modules():
+        if isinstance(module, TopKRouter) and not module.is_mtp_layer:
+            # Wrapped on the module itself, because a forward hook does not see the logits.
+            object.__setattr__(module, "routing", functools.partial(observed, module, module.routing))
+
+
+def scalars(rows: Any, experts: int) -> dict[str, float]:
+    """What is logged of the sums: names and values. Loads are shares of a layer's choices and sum to one.
+
+    Args:
+        rows: [L, E + 3], see :class:`RoutingSums`; a layer without tokens is a dense one and is left out.
+    """
+    result: dict[str, float] = {}
+    dead = 0
+    for layer, row in enumerate(rows.tolist()):
+        counts_E, (entropy, tokens, wanted) = row[:experts], row[experts:]
+        if not tokens:
+            continue
+        taken = sum(counts_E)
+        for expert, count in enumerate(counts_E):
+            load = count / taken if taken else 0.0
+            dead += load < DEAD_SHARE / experts
+            result[f"moe/load_layer_{layer}_expert_{expert}"] = load
+        result[f"moe/router_entropy_layer_{layer}"] = entropy / tokens
+        result[f"moe/dropped_layer_{layer}"] = 1.0 - taken / wanted
+    if result:
+        result["moe/dead_experts"] = float(dead)
+    return result
+
+
+def summary(logged: Mapping[str, float], experts: int) -> str:
+    """The same for the console: one part of Megatron's progress line."""
+    of_kind: dict[str, list[float]] = {"load": [], "router_entropy": [], "dropped": []}
+    for name, value in logged.items():
+        kind = name.removeprefix("moe/").partition("_layer_")[0]
+        if kind in of_kind:
+            of_kind[kind].append(value)
+    loads, entropies, dropped = of_kind.values()
+    if not loads:
+        return ""
+    text = f" load: {min(loads):.1%} to {max(loads):.1%}, dead experts: {logged['moe/dead_experts']:.0f} |"
+    text += f" router entropy: {sum(entropies) / len(entropies) / math.log(max(experts, 2)):.2f} of even |"
+    return text + (f" dropped: {sum(dropped) / len(dropped):.1%} |" if max(dropped) > 0 else "")
+
+
+def _extend(tracker: type, sums: RoutingSums, log_interval: int) -> type:
+    """Megatron's tracker, which reports routing too."""
+
+    class RoutingTracker(tracker):  # type: ignore[misc]
+        def report(self, *rest: Any, iteration: int, writer: Any = None, wandb_writer: Any = None, **named: Any) -> str:
+            line: str = super().report(*rest, iteration=iteration, writer=writer, wandb_writer=wandb_writer, **named)
+            if iteration % log_interval:
+                return line
+            logged = scalars(sums.take(), sums.experts)
+            if writer is not None:
+                for name, value in logged.items():
+                    writer.add_scalar(name, value, iteration)
+            if wandb_writer is not None:
+                wandb_writer.log(logged, iteration)
+            return line + summary(logged, sums.experts)
+
+    return RoutingTracker

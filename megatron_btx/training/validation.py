@@ -1,0 +1,249 @@
+"""Watching a run by domain: its loss on each domain's validation text, and whether a mixture starts sound.
+
+Megatron's own validation knows one number, or several sets under conditions that pipelines break; this is its forward
+pass over the same fixed text of every domain each time, with the function that ``megatron_btx.evaluate`` uses.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.ground.errors import InputError, MegatronVersionError
+
+TAG = "lm loss validation"
+MARGIN_NATS = 0.1
+"""By how much a mixture may start above the worst expert: averaged shared weights cost something before training."""
+
+
+def check(args: Any) -> None:
+    """Refuse what cannot be measured, before any process group exists.
+
+    Raises:
+        InputError: a text that is not there or fills no batch, or a bound that is neither a number nor an evaluation;
+            either of them where no step is taken that could be watched.
+    """
+    from megatron_btx.data.texts import check_texts
+
+    if texts := domains(args):
+        check_texts(texts, "--btx-valid-data", args.btx_valid_tokens, "--btx-valid-tokens", args)
+    if "mean" in texts:
+        raise InputError(f"--btx-valid-data mean={texts['mean']}: the mean of all domains is logged as that; rename it")
+    if texts and args.skip_train:
+        raise InputError("--btx-valid-data: --skip-train takes no step to follow; use python -m megatron_btx.evaluate")
+    if args.btx_first_loss_bound is not None and not starts_from_a_mix(args):
+        why = (
+            "the model has no experts"
+            if not args.num_experts
+            else "--skip-train takes no step"
+            if args.skip_train
+            else "no checkpoint is loaded that could be broken"
+        )
+        raise InputError(f"--btx-first-loss-bound {args.btx_first_loss_bound}: {why}; leave it out")
+    bounds(args)
+
+
+def domains(args: Any) -> dict[str, str]:
+    """Domain -> prefix, as ``--btx-valid-data`` gives them."""
+    from megatron_btx.evaluation.program import named_paths
+
+    return named_paths(args.btx_valid_data, "--btx-valid-data") if args.btx_valid_data else {}
+
+
+def install(args: Any) -> None:
+    """Make Megatron's training step followed by what is to be watched.
+
+    Raises:
+        MegatronVersionError: the installed Megatron's training step is of another form.
+    """
+    from megatron.training import training
+
+    starts = starts_from_a_mix(args)
+    if not args.btx_valid_data and not starts:
+        return
+    for name in (
+        "train_step",
+        "should_disable_forward_pre_hook",
+        "disable_forward_pre_hook",
+        "enable_forward_pre_hook",
+        "force_param_sync",
+    ):
+        if not hasattr(training, name):
+            raise MegatronVersionError(f"megatron.training.training.{name} does not exist: written for 0.19")
+    original = training.train_step
+    per_domain, number = domains(args), bounds(args)
+
+    @functools.wraps(original)
+    def train_step(forward: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
+        iteration = named["iteration"]
+        if starts and iteration == 0 and isinstance(number, dict):
+            _check_domains(_losses(model, optimizer, per_domain, args), number)
+        result = original(forward, data, model, optimizer, *rest, **named)
+        if starts and iteration == 0:
+            # The training text may hold other domains than those that are watched, and one batch is noise.
+            _check_first_step(result[0], number if isinstance(number, float) else _guessing(args))
+        done = iteration + 1
+        if per_domain and is_due(done, args):
+            _log(_losses(model, optimizer, per_domain, args), done)
+        return result
+
+    training.train_step = train_step
+
+
+def is_due(done: int, args: Any) -> bool:
+    """Whether the losses per domain are taken after ``done`` steps: Megatron's own flags decide, as for its loss."""
+    is_last = done == args.train_iters or (args.exit_interval and done % args.exit_interval == 0)
+    return bool(done >= (args.start_eval_at_iter or 0) and (is_last or done % args.eval_interval == 0))
+
+
+def starts_from_a_mix(args: Any) -> bool:
+    """Whether this run may take the first step of a mixture that it did not train: it does if its iteration is 0.
+
+    A fresh mix is a release, which ``--load`` takes without ``--finetune`` and starts at iteration 0.
+    """
+    from megatron_btx.checkpoint.arguments import checkpoint_to_load
+
+    return bool(args.num_experts and not args.skip_train and checkpoint_to_load(args))
+
+
+def bounds(args: Any) -> float | dict[str, tuple[float, str]]:
+    """The largest sound loss in nats: of the first step, or of every domain with the expert that sets it."""
+    given = args.btx_first_loss_bound
+    if given is None:
+        return _guessing(args)
+    where = f"--btx-first-loss-bound {given}"
+    try:
+        number = float(given)
+    except ValueError:
+        return _worst_experts(where, Path(given), list(domains(args)), args.eod_mask_loss)
+    if not 0 < number < math.inf:
+        raise InputError(f"{where}: expected a loss above 0 in nats per token, or a file of megatron_btx.evaluate")
+    return number
+
+
+def _guessing(args: Any) -> float:
+    """The loss of a model that holds every token equally likely."""
+    return math.log(args.padded_vocab_size)
+
+
+def _worst_experts(where: str, file: Path, names: list[str], eod_mask_loss: bool) -> dict[str, tuple[float, str]]:
+    again = f"evaluate the experts with megatron_btx.evaluate on every domain of --btx-valid-data ({', '.join(names)})"
+    if not names:
+        raise InputError(f"{where}: bounds the loss on every domain; name them with --btx-valid-data DOMAIN=TEXT")
+    try:
+        result = json.loads(file.read_text())
+        models, masked = result["models"], bool(result.get("eod_mask_loss"))
+        losses = {domain: {m: float(r["losses"][domain]) for m, r in models.items()} for domain in names}
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read ({error.strerror}); give a number of nats, or {again}") from error
+    except KeyError as missing:
+        raise InputError(f"{where}: has no {missing}; {again}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{where}: is no result of megatron_btx.evaluate ({error}); {again}") from error
+    if not models:
+        raise InputError(f"{where}: holds no model; {again}")
+    check_masked_alike(where, masked, eod_mask_loss)
+    for domain, of in losses.items():
+        for model, loss in of.items():
+            if not 0 < loss < math.inf:
+                raise InputError(f"{where}: the loss of {model} on {domain} is {loss}, expected above 0; {again}")
+    return {domain: max((loss, model) for model, loss in of.items()) for domain, of in losses.items()}
+
+
+def check_masked_alike(where: str, masked: bool, eod_mask_loss: bool) -> None:
+    """Refuse a bound that was measured on other tokens: with ``--eod-mask-loss`` where the run has none, or without."""
+    words = {True: "with", False: "without"}
+    if masked != eod_mask_loss:
+        raise InputError(
+            f"{where}: its losses are measured {words[masked]} --eod-mask-loss and this run's {words[eod_mask_loss]}, "
+            "which are of other tokens; give the flag to both, or to neither"
+        )
+
+
+def _losses(model: list[Any], optimizer: Any, per_domain: dict[str, str], args: Any) -> dict[str, float]:
+    """The mean loss on every domain, in nats per token, equal on all ranks."""
+    from megatron.core.utils import get_model_config
+    from megatron.training import get_timers, training
+
+    from megatron_btx.evaluation.program import evaluate_domain
+
+    timer = get_timers()("interval-time")
+    timer.stop()
+    # The timers of forward passes (--timing-log-level 2) are of training.
+    config = get_model_config(model[0])
+    timers, config.timers = config.timers, None
+    # With overlapped parameter gathering the optimizer updates each rank's own shards, and the others' are fetched when
+    # a forward pass in training asks for them. Here all must be there before.
+    overlaps = training.should_disable_forward_pre_hook(args)
+    hooked = overlaps and bool(model[0].remove_forward_pre_hook_handles)
+    if hooked:
+        training.disable_forward_pre_hook(model, optimizer=optimizer)
+    elif overlaps:  # Megatron turns its hooks on only after the first step of a start has come back
+        training.force_param_sync(model, optimizer=optimizer)
+    for chunk in model:
+        chunk.eval()
+    losses = {name: evaluate_domain(model, name, at, args.btx_valid_tokens)[0] for name, at in per_domain.items()}
+    for chunk in model:
+        chunk.train()
+    if hooked:
+        training.enable_forward_pre_hook(model)
+    config.timers = timers
+    timer.start()
+    return losses
+
+
+def _log(losses: dict[str, float], iteration: int) -> None:
+    """Send the losses where Megatron's scalars go; the rank that logs says them too."""
+    import torch
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    logged = {f"{TAG} {domain}": loss for domain, loss in losses.items()}
+    logged[f"{TAG} mean"] = sum(losses.values()) / len(losses)
+    if (writer := get_tensorboard_writer()) is not None:
+        for name, value in logged.items():
+            writer.add_scalar(name, value, iteration)
+    if (wandb := get_wandb_writer()) is not None:
+        wandb.log(logged, iteration)
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        print(f" validation after step {iteration} | " + _listed(losses), flush=True)
+
+
+def _listed(losses: dict[str, float]) -> str:
+    return ", ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
+
+
+def _check_domains(losses: dict[str, float], worst: dict[str, tuple[float, str]]) -> None:
+    """Refuse to train a mixture that starts worse than its worst expert."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(" the mix before its first step | " + _listed(losses), flush=True)
+    for domain, (loss, expert) in worst.items():
+        if not losses[domain] <= loss + MARGIN_NATS:
+            raise InputError(
+                f"the mix starts with a loss of {losses[domain]:.4f} on {domain}, above that of its worst expert there "
+                f"({expert}: {loss:.4f}) by more than {MARGIN_NATS}: it is broken; check it with "
+                "tools/convert_experts.py --verify, its flags and its tokenizer"
+            )
+
+
+def _check_first_step(loss_dict: dict[str, Any], bound: float) -> None:
+    """Stop after a first step whose loss no sound mix has."""
+    import torch
+
+    found = torch.tensor([-math.inf, 0.0], device="cuda")  # the loss, and whether it is no number
+    if "lm loss" in loss_dict:  # on the last pipeline stage alone
+        loss = loss_dict["lm loss"].detach().float().reshape(()).to(found.device)
+        found = torch.stack([loss.nan_to_num(nan=math.inf), loss.isnan().float()])
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    first = math.nan if found[1].item() else found[0].item()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f" first step | loss {first:.4f}, sound up to {bound:.4f}", flush=True)
+    if not first <= bound:
+        raise InputError(
+            f"the first step's loss is {first:.4f} nats per token, above {bound:.4f} (--btx-first-loss-bound): "
+            "the mix is broken, or its data are of another vocabulary; nothing was saved. Check it with "
+            "tools/convert_experts.py --verify"
+        )

@@ -1,0 +1,116 @@
+"""Every flag of ours stands in --help with its default, and in the README's table."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.engine.flags import add_own_arguments
+from megatron_btx.evaluation.analyze_routing import add_analysis_arguments
+from megatron_btx.evaluation.init_router import add_init_arguments
+from megatron_btx.evaluation.program import add_evaluation_arguments
+from megatron_btx.ground.errors import InputError
+from megatron_btx.training.program import add_training_arguments
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+README = (REPOSITORY / "README.md").read_text()
+
+
+def flags() -> dict[str, argparse.Action]:
+    parser = argparse.ArgumentParser(add_help=False)
+    for add in (
+        add_own_arguments,
+        add_training_arguments,
+        add_evaluation_arguments,
+        add_init_arguments,
+        add_analysis_arguments,
+    ):
+        add(parser)
+    return {action.option_strings[0]: action for action in parser._actions}
+
+
+def test_there_are_flags():
+    assert len(flags()) > 25
+
+
+@pytest.mark.parametrize("flag", sorted(flags()))
+def test_flag_is_documented(flag):
+    """One row of the table, with the default where it is a number or a word; the help says its default."""
+    action = flags()[flag]
+    rows = [line for line in README.splitlines() if line.startswith(f"| `{flag}") and line[3 + len(flag)] in " `"]
+    assert len(rows) == 1, flag
+    assert "(default: " in action.help or "(required)" in action.help
+    if isinstance(action.default, int | float | str) and not isinstance(action.default, bool):
+        default = rows[0].rstrip("| ").rpartition("|")[2].strip()
+        if isinstance(action.default, str):
+            assert default == action.default
+        else:
+            assert float(default) == action.default
+
+
+PROGRAMS = {
+    "-m megatron_btx.pretrain": "--btx-check",
+    "-m megatron_btx.evaluate": "--btx-eval-model",
+    "tools/init_router.py": "--btx-init-model",
+    "tools/analyze_routing.py": "--btx-route-model",
+}
+
+
+def help_of(program: str, word: str) -> str:
+    command = [sys.executable, "-X", "importtime", *program.split(), word]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    # It answers at once: nothing large is imported for it.
+    assert word != "--help" or not {"torch", "megatron"} & {
+        line.rpartition("|")[2].strip() for line in done.stderr.splitlines()
+    }
+    return done.stdout
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_answers(program):
+    """Every program's --help shows its own flags and ours, and says where Megatron's are."""
+    text = help_of(program, "--help")
+    assert {PROGRAMS[program], "--btx-freeze", "--help-megatron"} <= set(text.replace("]", " ").split())
+    others = {PROGRAMS[other] for other in PROGRAMS if other != program}
+    assert not others & set(text.split())
+
+
+def test_help_of_megatron_answers():
+    """Megatron 0.19's own --help ends in an error of argparse."""
+    text = help_of("-m megatron_btx.pretrain", "--help-megatron")
+    assert {"--btx-freeze", "--moe-router-topk", "--num-layers"} <= set(text.split())
+
+
+def test_missing_flags_are_named_our_own_first(monkeypatch):
+    """Megatron would assert its own first, in code, which says nothing to who has given no flag of ours."""
+    from megatron_btx.engine import program as parsing
+
+    given = argparse.Namespace(yaml_cfg=None, use_checkpoint_args=False, micro_batch_size=None, hidden_size=32)
+    given.num_layers = given.num_attention_heads = given.max_position_embeddings = None
+    with pytest.raises(InputError, match=r"^missing: --num-layers, --num-att.*megatron_args.txt beside a mixture"):
+        parsing.check_model_flags(given)
+    given.use_checkpoint_args = True
+    with pytest.raises(InputError, match="^--micro-batch-size is missing"):
+        parsing.check_model_flags(given)
+    given.micro_batch_size = 1
+    parsing.check_model_flags(given)
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("-m megatron_btx.pretrain", "missing: --num-layers, --hidden-size"),
+        ("-m megatron_btx.evaluate", "--btx-eval-model is missing"),
+        ("tools/analyze_routing.py", "--btx-route-model is missing"),
+    ],
+)
+def test_a_program_without_flags(program, said):
+    """What is missing first, of the program's own or of the model."""
+    done = subprocess.run(
+        [sys.executable, *program.split()], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and f"error: {said}" in done.stderr

@@ -1,0 +1,135 @@
+"""A finished run as its stages would leave it, with the numbers of a study at this size, for the report's tests."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.report import build as report
+
+DOMAINS = ("general", "math", "code", "knowledge")
+LOSSES = {
+    "seed": (4.093, 1.654, 3.988, 2.800),
+    "expert-math": (4.53, 0.886, 5.45, 5.69),
+    "expert-code": (4.50, 3.52, 3.256, 5.07),
+    "expert-knowledge": (4.63, 4.53, 5.50, 1.461),
+    "average": (4.226, 1.756, 4.048, 2.691),
+    "mix": (4.249, 1.826, 4.084, 2.760),
+    "btx": (3.964, 0.879, 3.310, 1.430),
+    "dense": (3.995, 0.819, 3.269, 1.378),
+}
+EXPERTS = ("math", "code", "knowledge", "seed")
+MIXED = ("expert-math", "expert-code", "expert-knowledge", "seed")
+TOKENS = dict(zip(DOMAINS, (61_440, 40_960, 61_440, 20_480), strict=True))
+TRAINING = {  # stage: (iterations, tokens, first loss, last loss, made from)
+    "seed": (1000, 1_024_000, 7.6, 3.6, ["data"]),
+    "expert-math": (300, 307_200, 1.9, 0.9, ["data", "seed"]),
+    "expert-code": (300, 307_200, 4.1, 3.3, ["data", "seed"]),
+    "expert-knowledge": (300, 307_200, 2.9, 1.5, ["data", "seed"]),
+    "finetune": (1050, 1_075_200, 3.3, 2.5, ["data", "mix"]),
+    "dense-domains": (900, 921_600, 3.0, 1.9, ["data", "seed"]),
+    "dense": (1050, 1_075_200, 3.1, 2.45, ["data", "dense-domains"]),
+}
+
+
+def routing_of(strength: float, layers: int = 4, experts: tuple[str, ...] = EXPERTS) -> dict[str, list[list[float]]]:
+    """Shares in which the expert at home (the last one where there is none) has a weight above the others."""
+    draw = random.Random(int(strength * 100))
+    table = {}
+    for domain in DOMAINS:
+        home = experts.index(domain) if domain in experts else len(experts) - 1
+        rows = [[draw.uniform(0.8, 1.2) + strength * (at == home) for at in range(len(experts))] for _ in range(layers)]
+        table[domain] = [[weight / sum(row) for weight in row] for row in rows]
+    return table
+
+
+def evaluation(names: tuple[str, ...] = tuple(LOSSES)) -> dict[str, Any]:
+    models: dict[str, Any] = {}
+    for name in names:
+        mixture = name in ("mix", "btx")
+        models[name] = {
+            "checkpoint": f"runs/quickstart/{name}/checkpoint",
+            "parameters": 870_464 if mixture else 463_040,
+            "active_parameters": 598_848 if mixture else 463_040,
+            "losses": dict(zip(DOMAINS, LOSSES[name], strict=True)),
+            "tokens": dict(TOKENS),
+            "routing": routing_of({"mix": 0.1, "btx": 1.6}[name]) if mixture else None,
+        }
+    return {"models": models, "experts": list(EXPERTS)}
+
+
+def corpora() -> dict[str, Any]:
+    splits = {"train": (9_000, 2_100_000), "valid": (120, 61_440), "test": (118, 60_100)}
+    statement = {
+        domain: {
+            split: {"documents": documents, "tokens": tokens, "bytes": tokens * 4, "sha256": "0" * 64}
+            for split, (documents, tokens) in splits.items()
+        }
+        for domain in DOMAINS
+    }
+    return {"domains": statement, "sources": {"code": "standard library", "general": ["docstrings", "documentation"]}}
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def make_run(root: Path, seed: int = 7) -> Path:
+    """A finished quickstart, as its stages would leave it, in ``root``."""
+    run, draw = root / "quickstart", random.Random(seed)
+    for stage, (iterations, tokens, first, last, parents) in TRAINING.items():
+        manifest = {"tokens": tokens, "seconds": tokens / 9_000, "flops": 6 * 463_040 * tokens, "parents": parents}
+        write_json(run / stage / "manifest.json", manifest)
+        with open(run / stage / "metrics.jsonl", "w", encoding="utf-8") as lines:
+            for iteration in range(1, iterations + 1):
+                loss = last + (first - last) * math.exp(-6 * iteration / iterations) + draw.gauss(0, 0.12)
+                lines.write(json.dumps({"iteration": iteration, "time": 1.7e9 + iteration, "lm loss": loss}) + "\n")
+    write_json(run / "mix" / "manifest.json", {"seconds": 3.1, "parents": dict.fromkeys(MIXED, "sha")})
+    write_json(run / "data" / "manifest.json", {"seconds": 41.0, "parents": []})
+    write_json(run / "data" / "corpora.json", corpora())
+    baselines = ("average", "dense")
+    experts = tuple(name for name in LOSSES if name not in ("mix", "btx", *baselines))
+    write_json(run / "evaluate-experts" / "evaluation.json", evaluation(experts))
+    write_json(run / "evaluate-dense" / "evaluation.json", evaluation(baselines))
+    write_json(run / "evaluate-moe" / "evaluation.json", evaluation(("mix", "btx", "seed")))
+    return run
+
+
+def change(path: Path, edit: Any) -> None:
+    """Apply ``edit`` to the JSON in ``path``."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    edit(content)
+    write_json(path, content)
+
+
+def results(run: Path) -> dict[str, Any]:
+    """Build the report, and read its results.json, which must be JSON as the standard has it."""
+    report.build_report(run)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (run / "report" / "results.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text, parse_constant=refuse)
+    return found
+
+
+def facts_of(found: dict[str, Any]) -> dict[str, bool | None]:
+    return {fact["name"]: fact["holds"] for fact in found["facts"]}
+
+
+def write_evaluation(run: Path, content: dict[str, Any]) -> Path:
+    write_json(run / "evaluate" / "evaluation.json", content)
+    return run
+
+
+def set_loss(name: str, domain: str, loss: float) -> Any:
+    def edit(content: dict[str, Any]) -> None:
+        if name in content["models"]:
+            content["models"][name]["losses"][domain] = loss
+
+    return edit

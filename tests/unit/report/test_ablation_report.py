@@ -1,0 +1,198 @@
+"""The report of an ablation: what it writes, what it names the best, what it says of stages that are not at an end."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+
+from megatron_btx.ground.errors import InputError
+from megatron_btx.report import build as report
+from megatron_btx.report.ablation import best_of, main, spread
+from megatron_btx.report.ablation_outcomes import read_outcomes
+
+
+def write(folder, name, seed, loss, dead=0, **more):
+    """The metrics of one finished finetuning of two layers and two experts."""
+    stage = folder / f"ablation-{name}-s{seed}"
+    stage.mkdir(exist_ok=True)
+    load = {f"moe/load_layer_{layer}_expert_{e}": (0.7, 0.3)[e] for layer in range(2) for e in range(2)}
+    lines = [
+        {"iteration": 4, **load, "moe/dead_experts": 9, "moe/dropped_layer_0": 0.5},
+        {"iteration": 8, **load, "moe/dead_experts": dead, "moe/dropped_layer_0": 0.1, "moe/dropped_layer_1": 0.3},
+        {"iteration": 9, "lm loss validation math": loss, "lm loss validation mean": loss + 1, **more},
+    ]
+    (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The files of a finished ablation of two variants and two seeds."""
+    (tmp_path / "recipe.yaml").write_text(
+        json.dumps({"ablation": {"seeds": [1, 2], "variants": {"one": None, "two": {"seeds": [2]}}}})
+    )
+    for name, seed, loss, dead in (("one", 1, 2.0, 0), ("one", 2, 2.5, 2), ("two", 2, 1.5, 1)):
+        write(tmp_path, name, seed, loss, dead)
+    return tmp_path
+
+
+def test_report(finished, capsys):
+    """The last values of every run; mean and deviation over seeds; a table, pages, figures and numbers."""
+    outcomes = read_outcomes(finished).runs
+    assert outcomes["one"][2].losses == {"math": 2.5, "mean": 3.5}
+    assert (outcomes["one"][2].dead, outcomes["one"][2].dropped) == (2, pytest.approx(0.2))
+    assert outcomes["two"][2].loads == [[0.7, 0.3], [0.7, 0.3]]
+    assert list(outcomes["two"]) == [2]
+    assert main([str(finished)]) == 0
+    printed = capsys.readouterr().out
+    assert "2.250 ± 0.354" in printed and "0, 2" in printed and "30.0% to 70.0%" in printed
+    text = (finished / "report" / "ablation.md").read_text()
+    assert "Lowest mean loss: two, 2.500" in text and "3.250 ± 0.354" in text
+    assert len(list((finished / "report").glob("*.png"))) == 2
+    assert json.loads((finished / "report" / "ablation.json").read_text())["one"]["1"]["dead"] == 0
+
+
+def test_spread():
+    """The sample's deviation, none of one value."""
+    assert spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
+    assert math.isnan(spread([1.0])[1])
+
+
+def test_deviations_of_broken_losses_are_none():
+    """What is not finite has no deviation; the statistics module ends in a traceback there."""
+    for values in ([math.nan, 1.0], [math.inf, 1.0], [1e308, -1e308, 1e308]):
+        assert not math.isfinite(spread(values)[1])
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_variant_of_broken_losses_is_shown_and_is_never_the_best(broken, finished, capsys):
+    """Whether it stands first or last; all files are written, and their JSON is one."""
+    for variant, seeds in (("one", (1, 2)), ("two", (2,))):
+        losses = {name: 2.0 for name in ("one", "two")} | {variant: broken}
+        for name, of in (("one", (1, 2)), ("two", (2,))):
+            for seed in of:
+                write(finished, name, seed, losses[name] if seed == seeds[0] or name != variant else 2.0)
+        assert main([str(finished)]) == 0
+        other = {"one": "two", "two": "one"}[variant]
+        assert best_of(read_outcomes(finished)) == [other]
+        assert f"Lowest mean loss: {other}, 3.000" in (finished / "report" / "ablation.md").read_text()
+        assert ("NaN" if math.isnan(broken) else "inf") in capsys.readouterr().out
+        json.loads((finished / "report" / "ablation.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_without_a_finite_loss_there_is_no_best(finished):
+    """It says so."""
+    for name, seed in (("one", 1), ("one", 2), ("two", 2)):
+        write(finished, name, seed, math.nan, dead=math.nan)
+    assert main([str(finished)]) == 0
+    text = (finished / "report" / "ablation.md").read_text()
+    assert "No variant came to its end on all of its seeds with losses that are finite numbers." in text
+
+
+def test_a_tie_names_both(finished):
+    """Equal means have no order."""
+    for name, seed in (("one", 1), ("one", 2), ("two", 2)):
+        write(finished, name, seed, 2.0)
+    assert best_of(read_outcomes(finished)) == ["one", "two"]
+
+
+def manifest(folder, name, **content):
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / "manifest.json").write_text(json.dumps({"stage": name, **content}))
+
+
+@pytest.mark.parametrize("broken", ["metrics", "validation", "stopped", "another mix"])
+def test_stages_that_are_not_at_their_end_are_named_and_their_variant_is_not_the_best(broken, finished, capsys):
+    """The rest is shown. Here the best of the finished ones is another."""
+    stage = "ablation-two-s2"
+    file = finished / stage / "metrics.jsonl"
+    if broken == "metrics":
+        file.unlink()
+    elif broken == "validation":
+        file.write_text(file.read_text().replace("validation mean", "validation"))
+    elif broken == "stopped":
+        manifest(finished, stage, status="stopped", steps=20)
+    else:
+        manifest(finished, "mix-s2", status="finished", fingerprint="new")
+        manifest(finished, stage, status="finished", fingerprint="a", parents={"mix-s2": "old"})
+    said = {
+        "metrics": "has not run",
+        "validation": "not come to its end",
+        "stopped": "is unfinished, stopped at step 9 of 20",
+        "another mix": "made from another mix-s2",
+    }
+    assert main([str(finished)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{stage}: " in printed and said[broken] in printed
+    assert "two (0 of 1 seeds)" in printed and "one  " in printed
+    text = (finished / "report" / "ablation.md").read_text()
+    assert said[broken] in text and "Lowest mean loss: one, 3.250" in text
+
+
+def test_a_variant_that_lacks_a_seed_is_not_compared(finished):
+    """Its mean is over other seeds than it was to be; the best of whole ones is named."""
+    write(finished, "one", 1, 0.1)
+    shutil.rmtree(finished / "ablation-one-s2")
+    assert best_of(read_outcomes(finished)) == ["two"]
+
+
+def test_variants_that_were_not_planned_are_not_waited_for(finished):
+    """A variant without settings may have been taken back: what was planned counts."""
+    recipe = {"ablation": {"seeds": [1, 2], "variants": {"one": {}, "two": None, "three": {"seeds": [2]}}}}
+    (finished / "recipe.yaml").write_text(json.dumps(recipe))
+    (finished / "plan.json").write_text(json.dumps([{"stage": f"ablation-one-s{seed}"} for seed in (1, 2)]))
+    outcomes = read_outcomes(finished)
+    assert list(outcomes.runs) == list(outcomes.seeds) == ["one"] and outcomes.notes == ()
+
+
+@pytest.mark.parametrize(
+    "broken", ["nothing", "recipe", "no ablation", "yaml", "variants", "seeds", "texts", "plan", "shapes"]
+)
+def test_what_is_no_ablation_is_refused(broken, finished):
+    """In one line, with what was expected."""
+    recipe = finished / "recipe.yaml"
+    if broken == "nothing":
+        for folder in finished.glob("ablation-*"):
+            shutil.rmtree(folder)
+    elif broken == "recipe":
+        recipe.unlink()
+    elif broken == "shapes":
+        write(finished, "two", 2, 1.5, **{"lm loss validation code": 1.0})
+    else:
+        contents = {"no ablation": "name: other", "yaml": "a: [", "variants": "ablation: [1]"}
+        contents["texts"] = "ablation: {seeds: ['1', 2], variants: {one: {}}}"
+        contents["plan"] = recipe.read_text()
+        (finished / "plan.json").write_text("[]")
+        recipe.write_text(contents.get(broken, "ablation: {variants: {one: {}}}"))
+    said = {
+        "nothing": "no stage of its ablation has come to its end: ablation-one-s1: has not run",
+        "recipe": "does not exist",
+        "no ablation": "btx report",
+        "yaml": "broken YAML",
+        "variants": "no mapping 'variants'",
+        "seeds": "no list of seeds",
+        "texts": "no list of seeds",
+        "plan": "the run's plan.json has none of its variants",
+        "shapes": "differ in their domains",
+    }
+    with pytest.raises(InputError, match=said[broken]):
+        read_outcomes(finished)
+
+
+def test_one_command_reports_on_both_kinds_of_run(finished, capsys):
+    """btx report sees that the run is an ablation's; facts are of the other kind."""
+    assert report.main([str(finished)]) == 0
+    assert f"report: {finished / 'report' / 'ablation.html'}" in capsys.readouterr().out
+    assert report.main([str(finished), "--require-facts"]) == 2
+
+
+def test_wide_mixtures_are_drawn(finished):
+    """32 layers of 16 experts, a name that is no name, and shares that are none."""
+    load = {f"moe/load_layer_{layer}_expert_{e}": 1 / 16 for layer in range(32) for e in range(16)}
+    load["moe/load_layer_3_expert_4"] = math.nan
+    recipe = {"ablation": {"seeds": [1], "variants": {"v$x$" + "y" * 50: {}}}}
+    (finished / "recipe.yaml").write_text(json.dumps(recipe))
+    write(finished, "v$x$" + "y" * 50, 1, 2.0, **load)
+    assert main([str(finished)]) == 0

@@ -1,0 +1,293 @@
+"""The report of a run: what it writes, what it says is absent, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_btx.ground.errors import InputError
+from megatron_btx.pipeline.folder import owned_manifest
+from megatron_btx.report import build as report
+from megatron_btx.report.stages import read_metrics
+from tests.unit.report.example_run import (
+    DOMAINS,
+    LOSSES,
+    TRAINING,
+    change,
+    evaluation,
+    facts_of,
+    make_run,
+    results,
+    set_loss,
+    write_evaluation,
+    write_json,
+)
+
+
+@pytest.fixture(autouse=True)
+def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests are not about pixels."""
+    monkeypatch.setattr("megatron_btx.report.figures.DOTS_PER_INCH", 30)
+
+
+class PageReader(HTMLParser):
+    """Collects what a browser would fetch, and which elements are opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.elements: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def read_page(path: Path) -> PageReader:
+    reader = PageReader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    return reader
+
+
+def test_whole_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    assert report.main([str(run), "--require-facts"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("report.md", "index.html", "results.json", "losses.png", "curves.png", "routing.png"):
+        assert (run / "report" / name).stat().st_size > 1000, name
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[2:10]}
+    assert list(rows) == list(LOSSES)
+    assert rows["seed"] == ["4.093", "1.654", "3.988", "2.800", "3.134"]
+    assert rows["btx"] == ["3.964*", "0.879", "3.310", "1.430", "2.396"]
+    assert rows["dense"] == ["3.995", "0.819*", "3.269", "1.378*", "2.365*"]
+    assert "general -0.031, math +0.060, code +0.041, knowledge +0.052, mean +0.030" in printed
+    assert len(re.findall(r"^  true ", printed, re.MULTILINE)) == 5
+
+    found = results(run)
+    assert list(facts_of(found).values()) == [True] * 5
+    assert found["btx_minus_dense"]["mean"] == pytest.approx(0.0305)
+    assert found["models"]["btx"]["parameters"] == 870_464
+    assert found["notes"] == []
+    assert [found["stages"]["seed"]["tokens"], found["curves"]["seed"]["x"][-1]] == [1_024_000, 1_024_000]
+    assert found["corpora"][1] == {
+        "domain": "general", "split": "valid", "documents": 120, "tokens": 61_440, "size_bytes": 245_760
+    }  # fmt: skip
+    assert found["sources"] == {"sources.code": "standard library", "sources.general": "docstrings, documentation"}
+    page = " ".join(read_page(run / "report" / "index.html").text)
+    for number in ("2.396", "+0.030", "870,464", "598,848", "921,600", "61,440", "8,400,000", "0.309"):
+        assert number in page, number
+
+
+def test_false_facts_change_the_exit_status_only_when_asked(tmp_path: Path) -> None:
+    content = evaluation()
+    set_loss("btx", "general", 4.1)(content)
+    run = write_evaluation(tmp_path, content)
+    assert report.main([str(run)]) == 0
+    assert report.main([str(run), "--require-facts"]) == 1
+
+
+def test_a_run_without_a_dense_baseline_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_evaluation(tmp_path, evaluation(tuple(name for name in LOSSES if name not in ("dense", "average"))))
+    assert report.main([str(run), "--require-facts"]) == 0
+    printed = capsys.readouterr().out
+    assert "BTX - dense: not computed" in printed
+    assert re.search(r"^  not checked +On the mean over domains", printed, re.MULTILINE)
+    page = " ".join(read_page(run / "report" / "index.html").text)
+    assert "No evaluation of a model named dense." in page and "btx - dense was not computed" in page
+    assert "dense" not in results(run)["models"]
+
+
+def test_stages_are_listed_after_what_they_were_made_from(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    report.build_report(run)
+    text = (run / "report" / "report.md").read_text(encoding="utf-8")
+    accounting = text.split("## Accounting")[1].split("## Data")[0]
+    order = re.findall(r"^\| ([a-z-]+) \|", accounting, re.MULTILINE)
+    order = [name for name in order if name in TRAINING or name in ("data", "mix")]
+    assert len(order) == len(TRAINING) + 2
+    assert order.index("data") < order.index("seed") < order.index("expert-math") < order.index("mix")
+    assert order.index("mix") < order.index("finetune")
+    assert "| seed | data | 1,024,000 | 113.8 | 9,000 | 2.84e+12 |" in accounting
+
+
+def test_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
+    page = report.build_report(make_run(tmp_path))
+    reader = read_page(page)
+    assert len(reader.addresses) == 3
+    assert all(address.startswith("data:image/png;base64,iVBORw0KGgo") for address in reader.addresses)
+    assert not {"script", "link", "iframe"} & set(reader.elements)
+    source = page.read_text(encoding="utf-8")
+    assert "url(" not in source and "@import" not in source and "@media print" in source
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    folder = report.build_report(run).parent
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report.build_report(run)
+    assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_run_that_only_trained_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    for folder in ("evaluate-experts", "evaluate-dense", "evaluate-moe"):
+        (run / folder / "evaluation.json").unlink()
+    (run / "dense" / "manifest.json").unlink()
+    (run / "data" / "corpora.json").unlink()
+    assert report.main([str(run)]) == 0
+    assert "no model was evaluated" in capsys.readouterr().out
+    assert sorted(path.name for path in (run / "report").glob("*.png")) == ["curves.png"]
+    found = results(run)
+    assert set(facts_of(found).values()) == {None}
+    assert found["models"] == {} and found["corpora"] == []
+    notes = " ".join(found["notes"])
+    assert "Stage dense has a loss curve and no manifest" in notes and "corpora.json" in notes
+    assert found["curves"]["dense"]["unit"] == "iterations"  # nothing says how many tokens they had
+
+
+def test_old_figures_go_and_other_files_stay(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    report.build_report(run)
+    (run / "report" / "log.txt").write_text("of the runner")
+    write_json(run / "report" / "manifest.json", {"seconds": 1.0})
+    for name in TRAINING:
+        (run / name / "metrics.jsonl").unlink()
+    report.build_report(run)
+    names = {path.name for path in (run / "report").iterdir()}
+    assert names == {"index.html", "report.md", "results.json", "losses.png", "routing.png", "log.txt", "manifest.json"}
+    assert "report" not in results(run)["stages"]
+
+
+def test_a_report_by_hand_marks_its_folder_for_the_run_to_go_on_and_leaves_earlier_folders_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    shutil.copytree(run / "seed", run / "seed.20261124-235959")
+    folder = report.build_report(run).parent
+    assert owned_manifest(folder, "report") == {"stage": "report", "status": "made by hand"}
+    assert "seed.2026" not in (folder / "report.md").read_text()
+    (folder / "manifest.json").write_text('{"stage": "report", "status": "finished"}')
+    report.build_report(run)
+    assert owned_manifest(folder, "report") == {"stage": "report", "status": "finished"}
+
+
+def test_hostile_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = '<script>alert("1")</script> | $x_1$ \x1b[31m *& more than a page is wide'
+    run = tmp_path / "run"
+    text = json.dumps(evaluation())
+    for plain, hostile in (("math", name), ("expert-math", f"expert-{name}"), ("code", "$\\frac$")):
+        text = text.replace(f'"{plain}"', json.dumps(hostile))
+    write_evaluation(run, json.loads(text))
+    assert report.main([str(run)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    reader = read_page(run / "report" / "index.html")
+    assert "script" not in reader.elements
+    assert any('<script>alert("1")</script>' in text for text in reader.text)
+    markdown = (run / "report" / "report.md").read_text(encoding="utf-8")
+    assert "<script>" not in markdown and "\x1b" not in markdown
+    table = [line for line in markdown.split("## Validation loss")[1].splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table[:9]} == {len(DOMAINS) + 3}
+    assert name in results(run)["domains"]
+
+
+def test_a_diverged_model_is_said_plainly_and_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    change(run / "evaluate-moe" / "evaluation.json", set_loss("btx", "math", math.nan))
+    with open(run / "finetune" / "metrics.jsonl", "a", encoding="utf-8") as lines:
+        lines.write('{"iteration": 1050, "lm loss": NaN}\n')
+    assert report.main([str(run)]) == 0
+    assert re.search(r"^btx +3\.964\* +NaN +3\.310 +1\.430 +NaN$", capsys.readouterr().out, re.MULTILINE)
+    found = results(run)
+    assert found["models"]["btx"]["losses"]["math"] == "NaN"
+    assert facts_of(found)["btx_beats_seed_everywhere"] is False
+    assert facts_of(found)["btx_beats_average_and_experts"] is False
+    assert "The loss of btx on math is not a finite number: nan." in found["notes"]
+    assert any("finetune" in note and "not a finite number at 1 iterations" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("evaluate-moe/evaluation.json", '{"models": {'),
+        ("evaluate-moe/evaluation.json", '{"losses": {}}'),
+        ("evaluate-moe/evaluation.json", '{"models": {"btx": {"losses": {"math": "low"}}}}'),
+        (
+            "evaluate-moe/evaluation.json",
+            '{"experts": ["a"], "models": {"m": {"losses": {}, "routing": {"d": [[1, 2]]}}}}',
+        ),
+        ("seed/manifest.json", "[1]"),
+        ("seed/metrics.jsonl", "not json\n"),
+        ("data/corpora.json", ""),
+    ],
+)
+def test_broken_files_are_refused_in_one_line_and_the_old_report_stands(
+    file: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path)
+    before = report.build_report(run).read_bytes()
+    (run / file).write_text(content, encoding="utf-8")
+    assert report.main([str(run)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert str(run / file) in captured.err
+    assert (run / "report" / "index.html").read_bytes() == before
+
+
+def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such directory"):
+        report.build_report(tmp_path / "nowhere")
+    (tmp_path / "src").mkdir()
+    with pytest.raises(InputError, match="not a run directory"):
+        report.build_report(tmp_path)
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_last_line_of_an_iteration_counts_and_torn_lines_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"iteration": 1, "lm loss": 3.0}\n{"iteration": 2, "lm loss": 2.9}\n{"iteration": 3, "lm l'
+        '{"iteration": 2, "lm loss": 2.5}\n{"iteration": 2, "lm loss": 2.6}\n{"iteration": 3, "lm loss": 2.2}\n'
+        '{"iteration": 4, "grad-norm": 1.0}\n'
+    )
+    assert read_metrics(path) == (((1, 3.0), (2, 2.6), (3, 2.2)), 4)
+
+
+def test_tokens_per_iteration_come_from_the_configuration_of_an_unfinished_stage(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "seed" / "manifest.json").unlink()
+    (run / "seed" / "config.yaml").write_text("megatron:\n  seq-length: 256\n  global-batch-size: 4\n")
+    curve = results(run)["curves"]["seed"]
+    assert (curve["unit"], curve["x"][-1]) == ("tokens", 1_024_000)
+
+
+def test_many_experts_and_domains_stay_apart(tmp_path: Path) -> None:
+    from megatron_btx.report.figures import Palette
+
+    names = [f"expert-d{number}" for number in range(25)]
+    palette = Palette(names)
+    assert len({(palette.colour(name), palette.hatch(name)) for name in names}) == 25
+    assert len({(palette.colour(name), palette.dash(name)) for name in names}) == 25
+    assert palette.colour("expert-d3") == palette.colour("d3")
+    domains = [f"d{number}" for number in range(11)]
+    losses = {name: dict.fromkeys(domains, 2.0) for name in ("seed", *names)}
+    routing = {domain: [[1.0] * 25] * 3 for domain in domains}
+    models: dict[str, Any] = {name: {"losses": of_model} for name, of_model in losses.items()}
+    models["btx"] = {"losses": dict.fromkeys(domains, 1.0), "routing": routing}
+    run = write_evaluation(tmp_path, {"models": models, "experts": names})
+    assert facts_of(results(run))["btx_beats_seed_everywhere"] is True
+    assert (tmp_path / "report" / "routing.png").stat().st_size > 1000
+
+
+def test_help_needs_no_drawing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--help"])
+    assert stop.value.code == 0 and "--require-facts" in capsys.readouterr().out
