@@ -276,7 +276,7 @@ def record_around(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, by
 
     out = _Skeleton()
     with skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), out)
+        torch.save(torch.empty(shape, dtype=dtype), out)  # type: ignore[arg-type]  # it needs what is there alone
     size = torch.empty(0, dtype=dtype).itemsize
     for extent in shape:
         size *= extent

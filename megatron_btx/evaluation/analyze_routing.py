@@ -81,8 +81,9 @@ def main() -> int:
     from megatron_btx.engine import repairs
     from megatron_btx.engine.cpu import has_gpu
     from megatron_btx.engine.program import parse_arguments
-    from megatron_btx.evaluation.program import build_model, expert_names, load_weights, write_json
+    from megatron_btx.evaluation.program import build_model, expert_names, load_weights
     from megatron_btx.evaluation.routing import described, overlaps, read_earlier, route_label, route_text, table
+    from megatron_btx.ground.files import write_json
 
     args = parse_arguments(add_analysis_arguments, quiet=True, check_own=_inputs)
     models, data = _inputs(args)

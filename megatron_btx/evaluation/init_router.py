@@ -247,8 +247,7 @@ def _write(model: str, rows_LEH: Any, report: dict[str, Any], output: Path) -> i
     """The checkpoint with the new rows, written and proved by the mixing engine in a process without ranks."""
     import numpy as np
 
-    from megatron_btx.evaluation.program import write_json
-    from megatron_btx.ground.manifest import write_atomically
+    from megatron_btx.ground.files import write_atomically, write_json
 
     rows_file = output.with_name(output.name + ROWS_SUFFIX)
     output.parent.mkdir(parents=True, exist_ok=True)

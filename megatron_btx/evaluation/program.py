@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import os
 import pickle
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
 from megatron_btx.ground.errors import InputError, exits_with_one_line
-from megatron_btx.ground.manifest import write_atomically
+from megatron_btx.ground.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -158,12 +157,6 @@ def expert_names(stored: Mapping[str, Mapping[str, Any]], count: int | None) -> 
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write a value as JSON; a killed process, or a full disk, leaves the old file or the new one, and no other."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(value, indent=1))
 
 
 def build_model(args: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.files import write_atomically
 
 FILE_NAME = "manifest.json"
 _PACKAGES = ("megatron-btx", "megatron-core", "torch")
@@ -31,23 +32,6 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise InputError(f"{path}: found {type(content).__name__}, expected an object; move its folder away")
     return content
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader, or whoever comes after a kill, sees the old file or the new one.
-
-    Raises:
-        OSError: it cannot be written, for a full disk say; names ``path``, and leaves nothing beside it.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(beside, path)
-    except OSError as error:
-        error.filename = str(path)  # a failed write names no file, a failed open the temporary one
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def is_unwritten(path: Path) -> bool:

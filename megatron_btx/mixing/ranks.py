@@ -53,7 +53,7 @@ class Ranks:
 
         values: list[Any] = [None] * self.world
         try:
-            torch.distributed.all_gather_object(values, value, group=self._group)
+            torch.distributed.all_gather_object(values, value, group=self._group)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise RankLostError(
                 f"another of the {self.world} processes ended early; start the same command again"

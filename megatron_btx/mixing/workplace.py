@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.ground.errors import InputError, KeptError
-from megatron_btx.ground.manifest import write_atomically
+from megatron_btx.ground.files import write_atomically
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 

@@ -15,6 +15,7 @@ import yaml
 
 from megatron_btx.ground import manifest as manifests
 from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.files import write_atomically
 from megatron_btx.pipeline.identity import Identity, differences, identities
 from megatron_btx.pipeline.stage import Stage, command_script
 
@@ -249,8 +250,8 @@ def prepare(stage: Stage, directory: Path, action: Action, manifest: Mapping[str
     settings = {"stage": stage.name, "parents": list(stage.parents), "processes": stage.processes}
     settings |= {"threads": stage.threads, "iterations": stage.iterations, "tokens": stage.tokens, **stage.config}
     settings["command"] = list(stage.command)
-    manifests.write_atomically(directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    manifests.write_atomically(directory / "command.sh", command_script(stage))
+    write_atomically(directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    write_atomically(directory / "command.sh", command_script(stage))
 
 
 def dated(directory: Path) -> Path:

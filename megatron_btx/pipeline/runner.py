@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from megatron_btx.ground import manifest as manifests
 from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.files import write_atomically
 from megatron_btx.pipeline import processes
 from megatron_btx.pipeline.failure import failure_message, killed_by
 from megatron_btx.pipeline.folder import Action, check_chosen, check_run, decide, kept, prepare
@@ -291,7 +292,7 @@ def run_stages(
             raise InputError(f"{run}: made otherwise: {changed}; run these stages again by name, or in another folder")
         machine.check([stage for stage in stages if stage.name in chosen and actions[stage.name].verb != "skip"])
         for name, text in (records or {}).items():
-            manifests.write_atomically(run / name, text)
+            write_atomically(run / name, text)
         runner = Runner(stages, run, machine, reporter)
         guard = subprocess.Popen(
             [sys.executable, "-P", processes.__file__, f"{runner.session}:"],

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.ground.errors import exits_with_one_line, printable
-from megatron_btx.ground.manifest import mark, write_atomically
+from megatron_btx.ground.files import write_atomically
+from megatron_btx.ground.manifest import mark
 from megatron_btx.report.ablation_outcomes import MEAN, Outcome, Outcomes, read_outcomes
 from megatron_btx.report.inputs import REPORT_FOLDER
 from megatron_btx.report.numbers import in_digits, mean, total, usable

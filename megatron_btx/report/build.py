@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.ground.errors import InputError, exits_with_one_line
-from megatron_btx.ground.manifest import mark, write_atomically
+from megatron_btx.ground.files import write_atomically
+from megatron_btx.ground.manifest import mark
 from megatron_btx.report.ablation_outcomes import is_ablation
 from megatron_btx.report.budgets import budgets_of
 from megatron_btx.report.facts import Fact, best_per_column, check_facts, difference_to_dense, loss_in, mean_column

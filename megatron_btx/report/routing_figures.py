@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.textpath import TextPath
 
 from megatron_btx.evaluation.routing import overlap
-from megatron_btx.ground.manifest import write_atomically
+from megatron_btx.ground.files import write_atomically
 from megatron_btx.report.figures import CYCLE, DASHES, FAINT, PAGE_WIDTH_INCHES, Palette, as_png, shortened
 from megatron_btx.training.telemetry import DEAD_SHARE
 

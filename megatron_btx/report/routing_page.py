@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.ground.manifest import write_atomically
+from megatron_btx.ground.files import write_atomically
 from megatron_btx.report.figures import HATCHES, Palette
 
 

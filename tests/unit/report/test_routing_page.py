@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.evaluation.program import write_json
-from megatron_btx.ground.manifest import write_atomically
+from megatron_btx.ground.files import write_atomically, write_json
 from megatron_btx.report.routing_page import write_page
 from tests.unit.report.test_routing_figures import full_disk
 
