@@ -83,8 +83,8 @@ def main() -> int:
     import torch
     from megatron.training import initialize
 
-    from megatron_btx.checkpoint.arguments import compare_with_stored
     from megatron_btx.engine import repairs
+    from megatron_btx.engine.checks.start import compare_with_stored
     from megatron_btx.engine.cpu import has_gpu
     from megatron_btx.engine.program import parse_arguments
     from megatron_btx.evaluation.program import build_model, load_weights

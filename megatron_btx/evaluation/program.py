@@ -73,9 +73,9 @@ def main() -> int:
     install_cpu_stand_ins()
     from megatron.training import initialize
 
-    from megatron_btx.checkpoint.arguments import compare_with_stored
     from megatron_btx.data.texts import check_texts
     from megatron_btx.engine import repairs
+    from megatron_btx.engine.checks.start import compare_with_stored
     from megatron_btx.engine.cpu import has_gpu
     from megatron_btx.engine.program import parse_arguments
 

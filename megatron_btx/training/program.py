@@ -57,8 +57,8 @@ def main() -> int:
     from megatron.training import get_args, pretrain
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from megatron_btx.checkpoint.arguments import finished
     from megatron_btx.data.training import datasets_for
+    from megatron_btx.engine.checks.start import finished
     from megatron_btx.model.sampling import Step
 
     step, stopping = Step(), Stopping()
@@ -110,7 +110,7 @@ def check() -> int:
 
 def _checkpointing_failed(args: Any, failure: CheckpointException | pickle.UnpicklingError) -> CheckpointError:
     """A failed checkpoint in one line, with what helps: most often the disk is full, and the last one stands."""
-    from megatron_btx.checkpoint.arguments import checkpoint_to_load
+    from megatron_btx.engine.checks.start import checkpoint_to_load
     from megatron_btx.engine.restricted_loading import loading_failed
 
     if any(frame.name == "load_checkpoint" for frame in traceback.extract_tb(failure.__traceback__)):
@@ -173,11 +173,11 @@ def checked_arguments() -> Any:
     """The arguments, checked against the checkpoint that the run starts from and the files that it reads.
 
     Raises:
-        InputError: see :mod:`megatron_btx.checkpoint.arguments` and :mod:`megatron_btx.data.training`.
+        InputError: see :mod:`megatron_btx.engine.checks.start` and :mod:`megatron_btx.data.training`.
     """
-    from megatron_btx.checkpoint.arguments import check_against_checkpoint
     from megatron_btx.data.splits import check_splits
     from megatron_btx.data.training import check_data_files
+    from megatron_btx.engine.checks.start import check_against_checkpoint
     from megatron_btx.training import validation
 
     args = parse_arguments(add_training_arguments)

@@ -105,7 +105,7 @@ def starts_from_a_mix(args: Any) -> bool:
 
     A fresh mix is a release, which ``--load`` takes without ``--finetune`` and starts at iteration 0.
     """
-    from megatron_btx.checkpoint.arguments import checkpoint_to_load
+    from megatron_btx.engine.checks.start import checkpoint_to_load
 
     return bool(args.num_experts and not args.skip_train and checkpoint_to_load(args))
 
