@@ -126,11 +126,11 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_btx.pipeline.program_checks import check_with_megatron
     from megatron_btx.pipeline.progress import Progress
     from megatron_btx.pipeline.recipe.flags import MissingFlagError
-    from megatron_btx.pipeline.recipe.schema import load_recipe
+    from megatron_btx.pipeline.recipe.reading import load_recipe
     from megatron_btx.pipeline.runner import Machine, run_stages
     from megatron_btx.pipeline.stage import one_line
 
-    recipe, tree = load_recipe(arguments.recipe, arguments.changes)
+    recipe = load_recipe(arguments.recipe, arguments.changes)
     try:
         stages = plan_stages(recipe)
     except MissingFlagError:
@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     records = {
         PLAN_FILE: json.dumps(plan_of(stages), indent=1) + "\n",
-        "recipe.yaml": yaml.safe_dump(tree, sort_keys=False),
+        "recipe.yaml": yaml.safe_dump(recipe.tree, sort_keys=False),
     }
     with Progress(directory, stages) as progress:
         code = run_stages(

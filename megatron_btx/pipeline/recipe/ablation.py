@@ -9,12 +9,14 @@ shuffles the data; the experts are trained once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_btx.pipeline.recipe.flags import Flags, FlagValue
-from megatron_btx.pipeline.recipe.reading import LARGEST_SEED, Section
+from megatron_btx.pipeline.recipe.refusals import refuse
 from megatron_btx.pipeline.recipe.routing import Routing, check_balancing, read_routing
 
-_VARIANT_KEYS = ("routing", "top-k", "load-balancing", "freeze", "tokens", "megatron", "seeds")
+if TYPE_CHECKING:
+    from megatron_btx.pipeline.recipe.written import AblationSection, VariantSection
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def stage_name(variant: str, seed: int) -> str:
     return f"ablation-{variant}-s{seed}"
 
 
-def read_ablation(top: Section, given: Flags, base: Routing, experts: int) -> Ablation | None:
+def read_ablation(section: AblationSection, given: Flags, base: Routing, experts: int) -> Ablation:
     """The recipe's section ``ablation``.
 
     Args:
@@ -58,52 +60,50 @@ def read_ablation(top: Section, given: Flags, base: Routing, experts: int) -> Ab
     Raises:
         InputError: the place, what was found, what was expected.
     """
-    if "ablation" not in top.node:
-        return None
-    section = top.section("ablation", ("seeds", "split", "tokens", "variants"))
-    seeds = _seeds(section, ())
-    split = section.text("split", "valid")
-    if split not in ("valid", "test"):
-        section.refuse("split", f"found {split!r}, expected valid or test")
-    listed = section.named("variants")
-    if not listed.node:
-        section.refuse(
-            "variants", "missing, expected names with what differs from mix and finetune, as soft: {routing: soft}"
+    seeds = _read_seeds("ablation.seeds", section.seeds)
+    if not section.variants:
+        refuse(
+            "ablation.variants",
+            "missing, expected names with what differs from mix and finetune, as soft: {routing: soft}",
         )
-    listed.check_names()
     variants = []
-    for name in listed.node:
-        if not name.replace("-", "").isalnum():
-            listed.refuse(name, "expected a name of letters, digits and dashes")
-        variants.append(_variant(listed.section(name, _VARIANT_KEYS), name, seeds, given, base, experts))
-    return Ablation(tuple(variants), split, section.integer("tokens", 65_536))
+    for name, variant in section.variants.items():
+        place = f"ablation.variants.{name}"
+        flags = _read_flags(place, variant, given, base, experts)
+        own_seeds = seeds
+        if variant.seeds is not None:
+            own_seeds = _read_seeds(f"{place}.seeds", variant.seeds)
+        variants.append(Variant(name, own_seeds, variant.tokens, flags))
+    return Ablation(tuple(variants), section.split, section.tokens)
 
 
-def _seeds(section: Section, inherited: tuple[int, ...]) -> tuple[int, ...]:
-    seeds = section.node.get("seeds", list(inherited))
-    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and 0 < s <= LARGEST_SEED for s in seeds):
-        expected = "a list of whole numbers above zero and less than 2**32, as [1, 2, 3]"
-        section.refuse("seeds", f"found {seeds!r}, expected {expected}")
+def freeze_flags(variant: VariantSection) -> dict[str, FlagValue]:
+    """What ``freeze: [...]`` says; an empty list takes back what finetune says."""
+    if variant.freeze is None:
+        return {}
+    return {"btx-freeze": tuple(variant.freeze) or False}
+
+
+def _read_seeds(place: str, seeds: list[int] | None) -> tuple[int, ...]:
+    if seeds is None:
+        refuse(place, "missing, expected a list of whole numbers above zero, as [1, 2, 3]")
     if len(set(seeds)) < len(seeds):
-        section.refuse("seeds", f"found {seeds!r}, expected every seed once")
+        refuse(place, f"found {seeds!r}, expected every seed once")
     return tuple(seeds)
 
 
-def _variant(section: Section, name: str, seeds: tuple[int, ...], given: Flags, base: Routing, experts: int) -> Variant:
-    routing = read_routing(section, experts, base)
-    own: dict[str, FlagValue] = dict(section.flags("megatron"))
-    check_balancing(section, routing, {f"{section.place}.megatron": own})
+def _read_flags(place: str, variant: VariantSection, given: Flags, base: Routing, experts: int) -> Flags:
+    routing = read_routing(place, variant, experts, base)
+    check_balancing(variant, routing, {f"{place}.megatron": variant.megatron})
+    if variant.freeze is not None and "btx-freeze" in variant.megatron:
+        refuse(f"{place}.freeze", "megatron.btx-freeze says it a second time; leave one of them out")
+    inherited = dict(given)
     if base.method == "switch" != routing.method:  # the mix's capacity is that of its own method
-        given = {**given, "moe-expert-capacity-factor": None}
-    freeze = section.node.get("freeze", [])
-    if not isinstance(freeze, list) or not all(isinstance(word, str) for word in freeze):
-        section.refuse("freeze", f"found {freeze!r}, expected a list of groups, as [experts] or ['all-but:router']")
-    if "freeze" in section.node and "btx-freeze" in own:
-        section.refuse("freeze", "megatron.btx-freeze says it a second time; leave one of them out")
-    if "freeze" in section.node:
-        own["btx-freeze"] = tuple(freeze) or False  # an empty list takes finetune's back
-    if freeze:
-        section.reader.flag_sections[f"{section.place}.freeze"] = {"btx-freeze": tuple(freeze)}
-    flags = {**given, **routing.flags(given), "num-experts": experts, **own}
-    tokens = section.integer("tokens") if "tokens" in section.node else None
-    return Variant(name, _seeds(section, seeds), tokens, flags)
+        inherited["moe-expert-capacity-factor"] = None
+    return {
+        **inherited,
+        **routing.flags(inherited),
+        "num-experts": experts,
+        **variant.megatron,
+        **freeze_flags(variant),
+    }

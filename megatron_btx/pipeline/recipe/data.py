@@ -1,23 +1,20 @@
-"""The section ``data`` of a recipe: corpora that the run makes, or datasets that are given, and the domains' names."""
+"""The data of a recipe: corpora that the run makes, or datasets that are given, and the domains' names."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_btx.pipeline.recipe.flags import Flags, FlagValue
-from megatron_btx.pipeline.recipe.reading import Section
+from megatron_btx.pipeline.recipe.refusals import refuse
+
+if TYPE_CHECKING:
+    from megatron_btx.pipeline.recipe.written import DataSection, DomainSection
 
 QUICKSTART_DOMAINS = ("general", "math", "code", "knowledge")
-SPLITS = ("train", "valid", "test")
-GENERALIST = "seed"
-RESERVED_NAMES = {GENERALIST: "the seed, which can be an expert of the mix", "mean": "a column of the reports"}
-"""Names that no domain may have."""
-LARGEST_SHARE = 1e15
-"""Of a blend: all shares together stay a number."""
-_CORPORA_KEYS = ("corpora", "vocab-size", "workers", "seed", "scale")
+Splits = Mapping[str, tuple[tuple[float, str], ...]]
+"""Split -> (weight, absolute prefix) of each dataset."""
 
 
 @dataclass(frozen=True)
@@ -27,80 +24,79 @@ class Data:
     corpora: Flags
     """Flags of ``btx corpora``; empty when the data are given."""
     workers: int
-    domains: Mapping[str, Mapping[str, tuple[tuple[float, str], ...]]]
-    """Domain -> split -> (weight, absolute prefix); empty when the run makes its corpora."""
+    domains: Mapping[str, Splits]
+    """Empty when the run makes its corpora."""
     tokenizer: Flags
 
-
-def read_data(top: Section) -> tuple[Data, tuple[str, ...]]:
-    """The section ``data``, and the domains that the recipe uses, in its order.
-
-    Raises:
-        InputError: the place, what was found, what was expected.
-    """
-    section = top.section("data", (*_CORPORA_KEYS, "tokenizer", "domains"))
-    listed = top.node.get("domains")
-    if ("corpora" in section.node) == ("domains" in section.node):
-        top.refuse("data", "expected either corpora: quickstart (made by the run) or domains: (.bin/.idx files)")
-    if "corpora" in section.node:
-        if section.text("corpora") != "quickstart" or "tokenizer" in section.node:
-            section.refuse("corpora", "expected quickstart, and no tokenizer beside it (one is trained on the corpora)")
-        tokenizer = {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": "data/tokenizer.model"}
-        workers = section.processes("workers", 2)
-        corpora: dict[str, FlagValue] = {"vocab-size": section.integer("vocab-size"), "workers": workers}
-        if "seed" in section.node:
-            corpora["seed"] = section.integer("seed", minimum=0)
-        if "scale" in section.node:
-            scale = section.node["scale"]
-            if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1:
-                section.refuse("scale", f"found {scale!r}, expected the share of the full size, above 0 and at most 1")
-            corpora["scale"] = scale
-        data = Data(corpora, workers, {}, tokenizer)
-        names = QUICKSTART_DOMAINS
-    else:
-        for key in _CORPORA_KEYS[1:]:
-            if key in section.node:
-                section.refuse(key, "only for corpora that the run makes; a given tokenizer goes under tokenizer")
-        named = section.named("domains")
-        named.check_names(RESERVED_NAMES)
-        given = {domain: _splits(named, domain) for domain in named.node}
-        names = tuple(given)
-        tokenizer_flags = dict(section.flags("tokenizer", allowed=("tokenizer-type", "tokenizer-model")))
-        if "tokenizer-type" not in tokenizer_flags:
-            section.refuse("tokenizer", "missing tokenizer-type; expected Megatron's tokenizer flags for these data")
-        model = tokenizer_flags.get("tokenizer-model")
-        if isinstance(model, str) and section.path("tokenizer", model).exists():
-            tokenizer_flags["tokenizer-model"] = str(section.path("tokenizer", model))
-        elif model is not None and tokenizer_flags["tokenizer-type"] != "HuggingFaceTokenizer":
-            section.refuse("tokenizer", f"tokenizer-model {model} does not exist")
-        data = Data({}, 0, given, tokenizer_flags)
-    if listed is not None and (not isinstance(listed, list) or not listed or not set(map(str, listed)) <= set(names)):
-        top.refuse("domains", f"found {listed!r}, expected a list of some of: {', '.join(names)}")
-    if listed is not None and len(set(map(str, listed))) < len(listed):
-        top.refuse("domains", f"found {listed!r}, expected every domain once")
-    return data, tuple(map(str, listed)) if listed else names
+    def names(self) -> tuple[str, ...]:
+        """Every domain that there is text of."""
+        if self.corpora:
+            return QUICKSTART_DOMAINS
+        return tuple(self.domains)
 
 
-def _splits(domains: Section, domain: str) -> Mapping[str, tuple[tuple[float, str], ...]]:
-    section = domains.section(domain, SPLITS)
-    splits: dict[str, tuple[tuple[float, str], ...]] = {}
-    for split, entries in section.node.items():
-        if not isinstance(entries, list) or not entries:
-            section.refuse(split, f'found {entries!r}, expected a list of "PREFIX" or "WEIGHT PREFIX"')
-        splits[split] = tuple(_prefix(section, split, str(entry)) for entry in entries)
-    if "train" not in splits:
-        section.refuse("train", "missing, expected a list of prefixes of .bin/.idx files")
+def read_data(section: DataSection) -> Data:
+    """The section ``data``. Raises InputError with the place, what was found, what was expected."""
+    if section.says("corpora") == section.says("domains"):
+        refuse("data", "expected either corpora: quickstart (made by the run) or domains: (.bin/.idx files)")
+    if section.says("corpora"):
+        return _read_corpora(section)
+    for field, key in (("vocab_size", "vocab-size"), ("workers", "workers"), ("seed", "seed"), ("scale", "scale")):
+        if section.says(field):
+            refuse(f"data.{key}", "only for corpora that the run makes; a given tokenizer goes under tokenizer")
+    domains = {name: _read_splits(domain) for name, domain in section.domains.items()}
+    return Data({}, 0, domains, _read_tokenizer(section))
+
+
+def choose_domains(listed: list[str] | None, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The domains that a recipe uses, in its order; all of ``names`` where it lists none."""
+    if listed is None:
+        return names
+    if not listed or not set(listed) <= set(names):
+        refuse("domains", f"found {listed!r}, expected a list of some of: {', '.join(names)}")
+    if len(set(listed)) < len(listed):
+        refuse("domains", f"found {listed!r}, expected every domain once")
+    return tuple(listed)
+
+
+def _read_corpora(section: DataSection) -> Data:
+    """Corpora that the run makes, and the tokenizer that it trains on them."""
+    if section.says("tokenizer"):
+        refuse("data.tokenizer", "found beside corpora, on which a tokenizer is trained; leave it out")
+    if section.vocab_size is None:
+        refuse("data.vocab-size", "missing, expected the number of the tokenizer's tokens, as 2048")
+    corpora: dict[str, FlagValue] = {"vocab-size": section.vocab_size, "workers": section.workers}
+    if section.seed is not None:
+        corpora["seed"] = section.seed
+    if section.scale is not None:
+        corpora["scale"] = section.scale
+    tokenizer = {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": "data/tokenizer.model"}
+    return Data(corpora, section.workers, {}, tokenizer)
+
+
+def _read_splits(domain: DomainSection) -> Splits:
+    splits = {"train": tuple(domain.train)}
+    if domain.valid is not None:
+        splits["valid"] = tuple(domain.valid)
+    if domain.test is not None:
+        splits["test"] = tuple(domain.test)
     return splits
 
 
-def _prefix(section: Section, split: str, entry: str) -> tuple[float, str]:
-    match = re.fullmatch(r"(?:(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s+)?(\S.*)", entry.strip())
-    weight = float(match[1] or 1.0) if match else 0.0
-    if match is None or not 0 < weight <= LARGEST_SHARE:
-        expected = f'"PREFIX" or "WEIGHT PREFIX" with a weight above zero and at most {LARGEST_SHARE:g}'
-        section.refuse(split, f"found {entry!r}, expected {expected}")
-    prefix = section.path(split, match[2])
-    for suffix in (".bin", ".idx"):
-        if not Path(f"{prefix}{suffix}").is_file():
-            section.refuse(split, f"{prefix}{suffix} does not exist; make it with btx preprocess")
-    return weight, str(prefix)
+def _read_tokenizer(section: DataSection) -> Flags:
+    """Megatron's tokenizer flags; a tokenizer that lies here by its absolute path."""
+    from megatron_btx.pipeline.recipe.written import absolute_path
+
+    tokenizer = dict(section.tokenizer)
+    kind = tokenizer.get("tokenizer-type")
+    if kind is None:
+        refuse("data.tokenizer", "missing tokenizer-type; expected Megatron's tokenizer flags for these data")
+    model = tokenizer.get("tokenizer-model")
+    if model is None:
+        return tokenizer
+    path = absolute_path(model)
+    if path.exists():
+        tokenizer["tokenizer-model"] = str(path)
+    elif kind != "HuggingFaceTokenizer":  # whose model may be a name that transformers knows
+        refuse("data.tokenizer", f"tokenizer-model {model} does not exist")
+    return tokenizer

@@ -107,8 +107,8 @@ def check_layout(stage: str, processes: int, flags: Flags) -> None:
     expert_tensor = number(flags, "expert-tensor-parallel-size", tensor)
     num_experts = number(flags, "num-experts", 0) if "num-experts" in flags else 0
 
-    def refuse(found: str, expected: str) -> NoReturn:
-        raise InputError(f"stage {stage}: the layout does not fit: {found}; expected {expected}; change its layout")
+    def refuse(found: str, expected: str, remedy: str = "change its layout") -> NoReturn:
+        raise InputError(f"stage {stage}: the layout does not fit: {found}; expected {expected}; {remedy}")
 
     if processes % (tensor * pipeline * context):
         refuse(f"{processes} processes for TP {tensor} x PP {pipeline} x CP {context}", "a multiple of their product")
@@ -123,7 +123,7 @@ def check_layout(stage: str, processes: int, flags: Flags) -> None:
         refuse(f"{num_experts} experts over EP {expert}", "a number of experts that EP divides")
     layers = number(flags, "num-layers")
     if layers > _LAYERS_AT_MOST:
-        refuse(f"{layers} layers", f"at most {_LAYERS_AT_MOST}")
+        refuse(f"{layers} layers", f"at most {_LAYERS_AT_MOST}", "lower num-layers")
     if layers % pipeline and not any(name in flags for name in _UNEVEN_PIPELINE):
         refuse(f"{layers} layers over PP {pipeline}", "a number of layers that PP divides")
     heads = number(flags, "num-attention-heads")
@@ -135,6 +135,7 @@ def check_layout(stage: str, processes: int, flags: Flags) -> None:
         refuse(
             f"global-batch-size {batch} with micro-batch-size {micro} on DP {data_parallel}",
             f"a multiple of {micro * data_parallel}",
+            "lower micro-batch-size or its processes, or raise global-batch-size",
         )
 
 

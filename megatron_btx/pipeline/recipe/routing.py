@@ -1,12 +1,15 @@
-"""The routing methods by name: what ``mix.routing`` and ``mix.load-balancing`` say in Megatron's flags and ours."""
+"""The routing of a mixture: what ``routing``, ``top-k`` and ``load-balancing`` say in Megatron's flags and ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_btx.pipeline.recipe.flags import Flags, FlagValue
-from megatron_btx.pipeline.recipe.reading import Section
+from megatron_btx.pipeline.recipe.refusals import refuse
+
+if TYPE_CHECKING:
+    from megatron_btx.pipeline.recipe.written import RoutingSection
 
 METHODS = ("top-k", "top-k-pre-softmax", "switch", "soft", "sample-top1")
 BALANCING = ("megatron", "paper", "none")
@@ -14,6 +17,7 @@ SWITCH_CAPACITY = 1.5
 """The paper's capacity factor of switch routing."""
 _DEFAULT_TOP_K = 2
 _PAPER_COEFFICIENT = 0.01
+_KIND, _COEFFICIENT = "moe-router-load-balancing-type", "moe-aux-loss-coeff"
 
 
 class Routing(NamedTuple):
@@ -34,61 +38,69 @@ class Routing(NamedTuple):
         if self.method == "sample-top1":
             flags["btx-sample-top1"] = True
         if self.balancing == "none":
-            flags |= {
-                "moe-router-load-balancing-type": "none",
-                "moe-aux-loss-coeff": False,
-                "btx-load-balancing": False,
-            }
+            flags |= {_KIND: "none", _COEFFICIENT: False, "btx-load-balancing": False}
         elif self.balancing is not None:
-            kind = given.get("moe-router-load-balancing-type")
-            flags["moe-router-load-balancing-type"] = kind if kind not in (None, False, "none") else "aux_loss"
-            flags["moe-aux-loss-coeff"] = given.get("moe-aux-loss-coeff") or _PAPER_COEFFICIENT
-            flags["btx-load-balancing"] = self.balancing
+            kind = given.get(_KIND)
+            if kind in (None, False, "none"):
+                kind = "aux_loss"
+            coefficient = given.get(_COEFFICIENT) or _PAPER_COEFFICIENT
+            flags |= {_KIND: kind, _COEFFICIENT: coefficient, "btx-load-balancing": self.balancing}
         return flags
 
 
-def read_routing(section: Section, experts: int, base: Routing | None = None) -> Routing:
-    """The routing that a section names under routing, top-k and load-balancing; what it leaves out is ``base``'s.
+def read_routing(place: str, section: RoutingSection, experts: int, base: Routing | None = None) -> Routing:
+    """The routing that the section at ``place`` names; what it leaves out is ``base``'s.
 
     Raises:
         InputError: an unknown method, or a k that the method does not have.
     """
-    method = section.text("routing", base.method if base else METHODS[0])
+    method = section.routing or (base.method if base else METHODS[0])
     if method not in METHODS:
-        section.refuse("routing", f"found {method!r}, expected one of {', '.join(METHODS)}")
-    has_k = method in ("top-k", "top-k-pre-softmax")
-    if "top-k" in section.node and not has_k:
-        section.refuse("top-k", f"{method} routing has its own k; leave it out")
-    inherited = base.top_k if base and base.method in ("top-k", "top-k-pre-softmax") else min(_DEFAULT_TOP_K, experts)
-    top_k = section.integer("top-k", inherited) if has_k else experts if method == "soft" else 1
+        refuse(f"{place}.routing", f"found {method!r}, expected one of {', '.join(METHODS)}")
+    return Routing(method, _read_top_k(place, section, method, experts, base), _read_balancing(place, section, base))
+
+
+def _read_top_k(place: str, section: RoutingSection, method: str, experts: int, base: Routing | None) -> int:
+    has_k = ("top-k", "top-k-pre-softmax")
+    if method not in has_k:
+        if section.top_k is not None:
+            refuse(f"{place}.top-k", f"{method} routing has its own k; leave it out")
+        return experts if method == "soft" else 1
+    top_k = min(_DEFAULT_TOP_K, experts)
+    if base and base.method in has_k:
+        top_k = base.top_k
+    if section.top_k is not None:
+        top_k = section.top_k
     if top_k > experts:
-        section.refuse("top-k", f"found {top_k}, expected at most the {experts} experts of the mix")
+        refuse(f"{place}.top-k", f"found {top_k}, expected at most the {experts} experts of the mix")
     if method == "top-k" and top_k == 1 and experts > 1:
-        section.refuse("top-k", "found 1: after the softmax of one logit every gate is 1; take routing: switch")
-    balancing = section.text("load-balancing", (base.balancing if base else None) or "as given")
-    if balancing not in (*BALANCING, "as given"):
-        section.refuse("load-balancing", f"found {balancing!r}, expected one of {', '.join(BALANCING)}")
-    return Routing(method, top_k, None if balancing == "as given" else balancing)
+        refuse(f"{place}.top-k", "found 1: after the softmax of one logit every gate is 1; take routing: switch")
+    return top_k
 
 
-def check_balancing(section: Section, routing: Routing, given: Mapping[str, Flags]) -> None:
+def _read_balancing(place: str, section: RoutingSection, base: Routing | None) -> str | None:
+    balancing = section.load_balancing
+    if balancing is None:
+        return base.balancing if base else None
+    if balancing not in BALANCING:
+        refuse(f"{place}.load-balancing", f"found {balancing!r}, expected one of {', '.join(BALANCING)}")
+    return balancing
+
+
+def check_balancing(section: RoutingSection, routing: Routing, given: Mapping[str, Flags]) -> None:
     """Refuse flags that contradict the load-balancing of a section, which would take their place in silence.
 
     Args:
         given: place in the recipe -> flags that are written there.
     """
-    if "load-balancing" not in section.node:
+    if section.load_balancing is None:
         return
     none = routing.balancing == "none"
     for place, flags in given.items():
-        kind, coefficient = flags.get("moe-router-load-balancing-type"), flags.get("moe-aux-loss-coeff")
-        for name, value, contradicts in (
-            ("moe-router-load-balancing-type", kind, (kind == "none") != none),
-            ("moe-aux-loss-coeff", coefficient, (coefficient == 0) != none),
-        ):
-            if value is not None and value is not False and contradicts:
-                remedy = "leave one of them out (null takes back what an included recipe says)"
-                said = f"load-balancing: {routing.balancing}"
-                section.reader.refuse(
-                    f"{place}.{name}", f"found {value!r} beside {said}, which contradicts it; {remedy}"
-                )
+        kind, coefficient = flags.get(_KIND), flags.get(_COEFFICIENT)
+        for name, value, says_none in ((_KIND, kind, kind == "none"), (_COEFFICIENT, coefficient, coefficient == 0)):
+            if value is None or value is False or says_none == none:
+                continue
+            remedy = "leave one of them out (null takes back what an included recipe says)"
+            beside = f"beside load-balancing: {routing.balancing}, which contradicts it"
+            refuse(f"{place}.{name}", f"found {value!r} {beside}; {remedy}")

@@ -14,7 +14,7 @@ from megatron_btx import cli
 from megatron_btx.pipeline import program_checks, runner
 from megatron_btx.pipeline.folder import decide
 from megatron_btx.pipeline.planner import plan_stages
-from megatron_btx.pipeline.recipe.schema import load_recipe
+from megatron_btx.pipeline.recipe.reading import load_recipe
 from megatron_btx.pipeline.stage import Stage
 
 RECIPE = Path(__file__).parents[3] / "examples" / "recipes" / "quickstart.yaml"
@@ -46,7 +46,7 @@ def standing_in(stage: Stage) -> Stage:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory in which every stage of the pico recipe is finished, made by the runner."""
     run = tmp_path_factory.mktemp("changes") / "run"
-    stages = [standing_in(stage) for stage in plan_stages(load_recipe(RECIPE, PICO)[0])]
+    stages = [standing_in(stage) for stage in plan_stages(load_recipe(RECIPE, PICO))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "POLL_SECONDS", 0.01)
         patch.setattr(runner.manifests, "versions", dict)
@@ -106,7 +106,7 @@ def test_a_change_of_a_finished_run_removes_nothing(
 ) -> None:
     before = files_in(finished)
     changes = [*PICO, change]
-    actions = decide(plan_stages(load_recipe(RECIPE, changes)[0]), finished)
+    actions = decide(plan_stages(load_recipe(RECIPE, changes)), finished)
     assert {name for name, action in actions.items() if action.verb == "keep"} == kept
     assert {name for name, action in actions.items() if action.verb != "skip"} == kept | ({"report"} if kept else set())
     for more in (["--dry-run"], []):
@@ -164,7 +164,7 @@ def given(tmp_path: Path) -> Callable[..., list[Stage]]:
             f"seed={{from: {place}/seed}}",
             "experts={math: {blend: {math: 9, code: 1}, tokens: 8_192, megatron: {lr: 1.0e-3}}}",
         ]
-        return plan_stages(load_recipe(RECIPE, changes)[0])
+        return plan_stages(load_recipe(RECIPE, changes))
 
     place = tmp_path / "here"
     (place / "seed" / "iter_0000005").mkdir(parents=True)

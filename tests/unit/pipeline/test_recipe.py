@@ -21,8 +21,9 @@ from megatron_btx.pipeline.budgets import padded_vocabulary, token_weighted, tra
 from megatron_btx.pipeline.folder import Action, plan_of
 from megatron_btx.pipeline.identity import identities
 from megatron_btx.pipeline.planner import plan_stages
-from megatron_btx.pipeline.recipe.reading import load_tree
-from megatron_btx.pipeline.recipe.schema import Layout, Recipe, Training, load_recipe, parse_recipe
+from megatron_btx.pipeline.recipe.reading import load_recipe, parse_recipe
+from megatron_btx.pipeline.recipe.schema import Layout, Recipe, Training
+from megatron_btx.pipeline.recipe.yaml_tree import load_tree
 from megatron_btx.pipeline.stage import Stage, command_script
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "recipes" / "quickstart.yaml"
@@ -30,7 +31,7 @@ BATCH_TOKENS = 4 * 256
 
 
 def recipe(*changes: str) -> Recipe:
-    return load_recipe(QUICKSTART, list(changes))[0]
+    return load_recipe(QUICKSTART, list(changes))
 
 
 def stages(*changes: str) -> dict[str, Stage]:
@@ -87,7 +88,7 @@ def all_values(stage: Stage, flag: str) -> list[str]:
         ("model=[1]", "model: found"),
         ("data.domains={}", "data: expected either corpora"),
         ("data.scale=0", "data.scale: found 0"),
-        ("data.corpora=pile", "data.corpora: expected quickstart"),
+        ("data.corpora=pile", "data.corpora: found 'pile', expected 'quickstart'"),
         ("seed.layout.processes=0", "seed.layout.processes: found 0"),
         ("seed.layout.processes=1000000", "seed.layout.processes: found 1000000, expected at most 1024"),
         ("data.workers=9999", "data.workers: found 9999, expected at most"),
@@ -103,6 +104,11 @@ def all_values(stage: Stage, flag: str) -> list[str]:
         ("seed.from=~no-such-user/here", "seed.from: found '~no-such-user/here', and there is no such home"),
         ("seed.blend={math: 1.0e-300, code: 1}", "seed.blend.math: found 1e-300 of 1, less than"),
         (f"name={'a' * 81}", "name: found .*at most 80 letters"),
+        ("seed.blend={math:1}", "YAML reads 'math:1' as a name without a value; write a blank .* as math: 1"),
+        ("sead=null", "sead: unknown key; did you mean seed"),
+        ("experts.math.token=5", "experts.math.token: unknown key; did you mean tokens"),
+        ("evaluate={split: valid}", "evaluate.tokens: missing"),
+        ("finetune=3", "finetune: found 3, expected a mapping with .*blend, tokens"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: str) -> None:
@@ -120,7 +126,7 @@ def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: s
         ("seed.layout={processes: 3, pipeline-model-parallel-size: 3}", "4 layers over PP 3"),
         ("finetune.layout={processes: 3, expert-model-parallel-size: 3}", "4 experts over EP 3"),
         ("seed.layout={processes: 2, expert-model-parallel-size: 2}", "2 for a dense model"),
-        ("seed.megatron.micro-batch-size=4", "global-batch-size 4 with micro-batch-size 4 on DP 2"),
+        ("seed.megatron.micro-batch-size=4", "size 4 with micro-batch-size 4 on DP 2; .*; lower micro-batch-size or"),
         ("model.num-attention-heads=3", "stage seed"),
         ("training.global-batch-size=null", "--global-batch-size is not given"),
         ("training.save-interval=null", "stage seed: no save-interval; put it under training"),
@@ -210,9 +216,9 @@ def test_a_blend_is_replaced_as_a_whole_by_an_include_and_by_a_change(tmp_path: 
     """Its shares belong together; a dotted key changes a single one. A domain may be named blend all the same."""
     file = tmp_path / "mine.yaml"
     file.write_text(f"include: {QUICKSTART}\nseed: {{blend: {{math: 3, code: 1}}}}\n")
-    assert load_recipe(file, [])[0].seed.blend == {"math": 0.75, "code": 0.25}
+    assert load_recipe(file, []).seed.blend == {"math": 0.75, "code": 0.25}
     assert recipe("seed.blend={math: 3, code: 1}").seed.blend == {"math": 0.75, "code": 0.25}
-    assert set(load_recipe(file, ["seed.blend.general=4"])[0].seed.blend) == {"math", "code", "general"}
+    assert set(load_recipe(file, ["seed.blend.general=4"]).seed.blend) == {"math", "code", "general"}
     (tmp_path / "base.yaml").write_text("experts: {blend: {tokens: 1, blend: {blend: 1}}}\n")
     file.write_text("include: base.yaml\nexperts: {blend: {blend: {math: 1}}}\n")
     assert load_tree(file, [])["experts"] == {"blend": {"tokens": 1, "blend": {"math": 1}}}
@@ -459,7 +465,8 @@ def test_given_datasets_keep_their_weights_within_their_domain(tmp_path: Path) -
     [
         ("domains", {"general": {"train": ["/nowhere"]}}, "/nowhere.bin does not exist"),
         ("domains", {"general": {"train": []}}, "data.domains.general.train: found"),
-        ("domains", {"general": {"valid": []}}, "data.domains.general.valid: found"),
+        ("domains", {"general": {"train": ["x"], "valid": 3}}, "data.domains.general.train.0.: .*x.bin does not exist"),
+        ("domains", {"general": {"train": [3]}}, "data.domains.general.train.0.: .*3.bin does not exist"),
         ("domains", {"general": {}}, "data.domains.general.train: missing"),
         ("domains", {"general": {"trian": ["x"]}}, "trian: unknown key; did you mean train"),
         ("tokenizer", {}, "missing tokenizer-type"),
@@ -571,7 +578,7 @@ def test_help_and_status_import_neither_torch_nor_megatron(tmp_path: Path) -> No
     program = (
         "import sys; from megatron_btx import cli\n"
         f"code = cli.main(['status', {str(tmp_path)!r}])\n"
-        "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules), 'a heavy import'\n"
+        "assert not {'torch', 'megatron', 'transformers', 'pydantic'} & set(sys.modules), 'a heavy import'\n"
         "sys.exit(code)"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -669,8 +676,8 @@ def test_a_recipe_that_includes_another_is_another_run(tmp_path: Path) -> None:
     """The name of the included one would let it go on in that one's folder."""
     (tmp_path / "mine.yaml").write_text(f"include: {QUICKSTART}\n")
     (tmp_path / "again.yaml").write_text("include: mine.yaml\nname: given\n")
-    assert load_recipe(tmp_path / "mine.yaml", [])[0].name == "mine"
-    assert load_recipe(tmp_path / "again.yaml", [])[0].name == "given"
+    assert load_recipe(tmp_path / "mine.yaml", []).name == "mine"
+    assert load_recipe(tmp_path / "again.yaml", []).name == "given"
 
 
 def test_scripts_run_the_stages_and_nothing_else(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from megatron_btx.evaluation.program import add_evaluation_arguments
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline import identity, program_checks
 from megatron_btx.pipeline.planner import plan_stages
-from megatron_btx.pipeline.recipe.schema import load_recipe
+from megatron_btx.pipeline.recipe.reading import load_recipe
 from tests import pico
 
 RECIPES = Path(__file__).resolve().parents[3] / "examples" / "recipes"
@@ -29,7 +29,7 @@ def parser() -> ArgumentParser:
 
 
 def check(parser: ArgumentParser, recipe: str, *changes: str) -> None:
-    stages = plan_stages(load_recipe(RECIPES / f"{recipe}.yaml", list(changes))[0])
+    stages = plan_stages(load_recipe(RECIPES / f"{recipe}.yaml", list(changes)))
     asked = {stage.name: (stage.processes, program_checks.program_words(stage)) for stage in stages if stage.on_gpu}
     program_checks.check_stages(parser, asked)
 
