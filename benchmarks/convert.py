@@ -52,8 +52,10 @@ def make_models(folder: Path, layers: int) -> dict[str, Path]:
     import torch
 
     from megatron_btx.checkpoint.huggingface.config import arguments_from_config
-    from megatron_btx.checkpoint.names import DIALECTS, Sizes, pieces_of
+    from megatron_btx.checkpoint.names import DIALECTS
+    from megatron_btx.checkpoint.pieces import pieces_of
     from megatron_btx.checkpoint.safetensors import SafetensorsLayout
+    from megatron_btx.checkpoint.sizes import Sizes
     from megatron_btx.checkpoint.stored import bytes_of
 
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers, **SIZES}

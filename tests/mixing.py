@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.stored import bytes_of
-from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.plan import Request, make_plan
 from megatron_btx.mixing.proof import check_against_sources

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES, tokenizer_files
-from megatron_btx.checkpoint.torch_dist import TRACKER
 
 HF_FOLDER = "huggingface"
 """Beside a Megatron checkpoint made from Hugging Face models: their configuration, tokenizer and generation files."""

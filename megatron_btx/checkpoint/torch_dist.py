@@ -1,107 +1,26 @@
-"""Megatron's ``torch_dist`` checkpoints: found, read and written without a model, a GPU or a process group.
+"""Megatron's ``torch_dist`` checkpoints: read without a model, a GPU or a process group.
 
 The format is PyTorch's distributed checkpoint (``torch.distributed.checkpoint``): data files of concatenated
 ``torch.save`` records, and a pickled index, ``.metadata``, that says which record of which file holds which block of
-which tensor. The numbers of a record are read and written where they lie, a slice at a time.
+which tensor. The numbers of a record are read where they lie, a slice at a time.
 """
 
 from __future__ import annotations
 
 import argparse
-import copyreg
 import hashlib
 import io
-import json
-import math
 import os
-import pickle
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.safe_pickle import load_pickle, old_state
-from megatron_btx.checkpoint.stored import Block, Files, Place, Slot, StoredTensor, read_box, read_slice
-from megatron_btx.checkpoint.torch_record import RecordedTensor, load_torch, locate_tensor, record_around
+from megatron_btx.checkpoint.safe_pickle import load_pickle
+from megatron_btx.checkpoint.stored import Block, Files, Place, StoredTensor, read_box, read_slice
+from megatron_btx.checkpoint.torch_record import RecordedTensor, load_torch, locate_tensor
 from megatron_btx.ground.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
-BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-DATA_FILE_BYTES = 4 << 30
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is (or claims to be) a Megatron checkpoint: a root, or one iteration."""
-    return any((path / mark).exists() for mark in (TRACKER, "metadata.json", ".metadata"))
-
-
-def resolve_iteration(path: str | Path) -> Path:
-    """The folder of one iteration, from a checkpoint root (its latest) or from the folder itself.
-
-    Raises:
-        CheckpointError: nothing there, no tracker, a dangling tracker, or a format that is not torch_dist.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give a checkpoint's root or one of its iter_ folders")
-    folder = path if (path / "metadata.json").is_file() or (path / ".metadata").is_file() else _latest(path)
-    _refuse_other_formats(folder)
-    backend_file = folder / "metadata.json"
-    if not backend_file.is_file():
-        raise CheckpointError(
-            f"{folder}: has no metadata.json, so it is not a torch_dist checkpoint; "
-            "save it again with --ckpt-format torch_dist"
-        )
-    try:
-        backend = json.loads(backend_file.read_bytes()).get("sharded_backend")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{backend_file}: is not JSON as expected ({error}); the checkpoint is damaged"
-        ) from error
-    if backend != BACKEND["sharded_backend"]:
-        raise CheckpointError(
-            f"{backend_file}: format {backend!r}, expected 'torch_dist'; save it again with --ckpt-format torch_dist"
-        )
-    return folder
-
-
-def _refuse_other_formats(folder: Path) -> None:
-    """Name the other formats that Megatron writes, and how they become torch_dist."""
-    legacy = next(iter(sorted(folder.glob("mp_rank_*"))), None)
-    if legacy is not None:
-        raise CheckpointError(
-            f"{folder}: holds {legacy.name}, so it is of Megatron's old format 'torch', which is pickled and not read; "
-            "convert it with Megatron's tools/checkpoint, or have Megatron load it and save it again as one: "
-            "--ckpt-format torch --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
-        )
-    backend = folder / "metadata.json"
-    fsdp = backend.is_file() and b"fsdp_dtensor" in backend.read_bytes()[:1000]
-    if fsdp or (not backend.is_file() and (folder / ".metadata").is_file()):
-        found = "its metadata.json says so" if fsdp else "it has an index, but no metadata.json"
-        raise CheckpointError(
-            f"{folder}: is of the format 'fsdp_dtensor' or 'torch_dcp' ({found}), not a torch_dist checkpoint; load it "
-            "with the Megatron that wrote it and save it again with --ckpt-format torch_dist (or, where accelerate or "
-            f"transformers saved it: accelerate merge-weights {folder} MODEL, with config.json and tokenizer beside)"
-        )
-
-
-def _latest(root: Path) -> Path:
-    _refuse_other_formats(root)
-    tracker = root / TRACKER
-    if not tracker.is_file():
-        raise CheckpointError(
-            f"{root}: has neither {TRACKER} nor metadata.json; give a checkpoint's root or one of its iter_ folders"
-        )
-    latest = tracker.read_bytes()[:40].decode(errors="replace").strip()
-    if latest != RELEASE and not re.fullmatch(r"[0-9]{1,18}", latest):
-        raise CheckpointError(f"{tracker}: holds {latest!r}, expected an iteration number or 'release'")
-    folder = root / (RELEASE if latest == RELEASE else f"iter_{int(latest):07d}")
-    if not folder.is_dir():
-        raise CheckpointError(f"{tracker}: names {folder.name}, which does not exist beside it; give an iter_ folder")
-    return folder
 
 
 class TorchDistReader:
@@ -285,89 +204,3 @@ class TorchDistReader:
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.folder}: {name}: is a {type(state).__name__}, expected a dict; it is damaged")
         return state
-
-
-class TorchDistLayout:
-    """Lays out the data files of an iteration folder and makes its index; the numbers are written by others."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, int] = {}
-        """Size of each data file in bytes."""
-        self.objects: list[tuple[str, int, bytes]] = []
-        """Records that are complete: file, position, content."""
-        self._storage: dict[Any, Any] = {}
-        self._entries: dict[str, Any] = {}
-
-    def add_block(
-        self, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype
-    ) -> Slot:
-        """Reserve the place of one block of the tensor ``name``, whose global shape is ``shape``."""
-        import torch
-        from torch.distributed.checkpoint.metadata import (
-            ChunkStorageMetadata,
-            MetadataIndex,
-            TensorProperties,
-            TensorStorageMetadata,
-        )
-
-        entry = self._entries.setdefault(
-            name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
-        )
-        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        before, after = record_around(tuple(sizes), dtype)
-        length = math.prod(sizes) * dtype.itemsize
-        file, start = self._reserve(
-            MetadataIndex(name, chunk.offsets, len(entry.chunks)), len(before) + length + len(after)
-        )
-        entry.chunks.append(chunk)
-        return Slot(file, start + len(before), length, before, after)
-
-    def add_object(self, name: str, value: Any) -> None:
-        """Add an entry that is not a tensor."""
-        import torch
-        from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
-
-        record = io.BytesIO()
-        torch.save(value, record)
-        self._entries[name] = BytesStorageMetadata()
-        file, start = self._reserve(MetadataIndex(name), len(record.getvalue()))
-        self.objects.append((file, start, record.getvalue()))
-
-    def _reserve(self, key: Any, length: int) -> tuple[str, int]:
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-        name = f"__0_{max(0, len(self.files) - 1)}.distcp"
-        if self.files.get(name, 0) > DATA_FILE_BYTES:
-            name = f"__0_{len(self.files)}.distcp"
-        # Numbers lie at multiples of 64 bytes in their record, and so in the file.
-        start = -(-self.files.get(name, 0) // 64) * 64
-        self.files[name] = start + length
-        self._storage[key] = _StorageInfo(name, start, length)
-        return name, start
-
-    def small_files(self) -> dict[str, bytes]:
-        """The format file and the index; without them nothing loads."""
-        from torch.distributed.checkpoint.metadata import Metadata
-
-        index = io.BytesIO()
-        _IndexPickler(index).dump(Metadata(self._entries, storage_data=self._storage))
-        return {"metadata.json": json.dumps(BACKEND).encode(), ".metadata": index.getvalue()}
-
-
-class _IndexPickler(pickle.Pickler):
-    """Pickles an index in the form that PyTorch before 2.15 reads, too."""
-
-    def reducer_override(self, value: Any) -> Any:
-        from torch.distributed.checkpoint.metadata import TensorProperties
-
-        if isinstance(value, TensorProperties):
-            return copyreg.__newobj__, (TensorProperties,), old_state(value)  # type: ignore[attr-defined]
-        return NotImplemented
-
-
-def write_flushed(file: Path, content: bytes) -> None:
-    """Write a small file and wait until it is on disk."""
-    with file.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_btx.checkpoint.beside import root_of, with_tokenizer_beside
+from megatron_btx.checkpoint.iterations import is_checkpoint, resolve_iteration
 from megatron_btx.checkpoint.tokenizers.kinds import refuse_placeholders
 from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, is_checkpoint, resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.engine.checks.routing import check_checkpoint_format, check_finetuning, check_layout
 from megatron_btx.engine.checks.useless_flags import check_flags
 from megatron_btx.engine.flags import add_btx_arguments

@@ -182,7 +182,7 @@ def load_weights(model: list[Any], path: str) -> None:
     from megatron.training.checkpointing import load_checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from megatron_btx.checkpoint.torch_dist import resolve_iteration
+    from megatron_btx.checkpoint.iterations import resolve_iteration
     from megatron_btx.engine.restricted_loading import loading_failed
 
     folder = resolve_iteration(path)

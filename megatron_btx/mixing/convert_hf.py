@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.output is None and not options.dry_run:
         raise InputError("--output is missing; name the folder for the result, or look at the plan with --dry-run")
+    from megatron_btx.checkpoint.iterations import is_checkpoint
     from megatron_btx.checkpoint.paths import model_path
     from megatron_btx.checkpoint.safetensors import is_model_folder
-    from megatron_btx.checkpoint.torch_dist import is_checkpoint
     from megatron_btx.mixing.convert import convert
     from megatron_btx.mixing.plan import Request
 

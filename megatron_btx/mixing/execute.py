@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint.stored import Slot, bytes_of
-from megatron_btx.checkpoint.torch_dist import write_flushed
 from megatron_btx.ground.errors import BTXError, CheckpointError, InputError, KeptError
+from megatron_btx.ground.files import write_flushed
 from megatron_btx.ground.manifest import FILE_NAME, versions
 from megatron_btx.mixing import proof
 from megatron_btx.mixing.compute import rows_of

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_btx.checkpoint.names import Dialect, Location
+from megatron_btx.checkpoint.names import Dialect
+from megatron_btx.checkpoint.pieces import Location
 from megatron_btx.checkpoint.stored import Slot
 from megatron_btx.mixing.plan import Plan, PlannedPiece
 

@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.names import Piece, Sizes, pieces_of
+from megatron_btx.checkpoint.pieces import Piece, pieces_of
+from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.compatible import checked_sources
 from megatron_btx.mixing.result import dense_arguments, mixture_arguments

@@ -15,9 +15,12 @@ from megatron_btx.checkpoint.beside import HF_FOLDER
 from megatron_btx.checkpoint.huggingface import config_writing as hf_config_writing
 from megatron_btx.checkpoint.huggingface import families as hf_families
 from megatron_btx.checkpoint.huggingface import shared_expert
-from megatron_btx.checkpoint.names import DIALECTS, Sizes
+from megatron_btx.checkpoint.iterations import RELEASE, TRACKER
+from megatron_btx.checkpoint.names import DIALECTS
+from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader, Slot
-from megatron_btx.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistLayout, TorchDistReader
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.compatible import vocabulary_source
 from megatron_btx.mixing.layout import LaidOutBlock, LaidOutTensor, Task, lay_out

@@ -15,21 +15,15 @@ from megatron_btx.checkpoint.huggingface import config as hf_config
 from megatron_btx.checkpoint.huggingface import families as hf_families
 from megatron_btx.checkpoint.huggingface import shared_expert
 from megatron_btx.checkpoint.huggingface.foreign_names import unwrapped
-from megatron_btx.checkpoint.names import (
-    DIALECTS,
-    IGNORED_HF,
-    IGNORED_MEGATRON,
-    Dialect,
-    Location,
-    Piece,
-    Sizes,
-    pieces_of,
-)
+from megatron_btx.checkpoint.iterations import is_checkpoint, resolve_iteration
+from megatron_btx.checkpoint.names import DIALECTS, IGNORED_HF, IGNORED_MEGATRON, Dialect
 from megatron_btx.checkpoint.paths import model_path
+from megatron_btx.checkpoint.pieces import Location, Piece, pieces_of
+from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.checkpoint.tokenizers import kinds
 from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES, Vocabulary, read_vocabulary
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, is_checkpoint, resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.ground.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.names import mixture_layers
+from megatron_btx.checkpoint.sizes import mixture_layers
 from megatron_btx.ground.errors import BTXError, InputError, MegatronVersionError
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_btx.checkpoint.names import mixture_layers
+from megatron_btx.checkpoint.sizes import mixture_layers
 from megatron_btx.ground.errors import MegatronVersionError
 from megatron_btx.model.sampling import Annealing, Step, gumbel_noise
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_btx.checkpoint.names import mixture_layers
+from megatron_btx.checkpoint.sizes import mixture_layers
 
 
 def routers_of(model: list[Any]) -> dict[int, TopKRouter]:

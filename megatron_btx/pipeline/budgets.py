@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from megatron_btx.checkpoint.frequency import layer_frequency
-from megatron_btx.checkpoint.names import mixture_layers
+from megatron_btx.checkpoint.sizes import mixture_layers
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.recipe.flags import Flags, number
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.iterations import resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.evaluation.init_router import _checked_output
 from megatron_btx.ground.errors import InputError
 from tests import pico

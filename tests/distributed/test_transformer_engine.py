@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.iterations import resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from tests.runner import REPOSITORY
 
 

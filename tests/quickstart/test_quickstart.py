@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.iterations import resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from tests.asked_tokenizers import Asked
 from tests.hugging_face import OLDER
 from tests.runner import REPOSITORY, read_losses

@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.huggingface.families import family_of, wrong
-from megatron_btx.checkpoint.names import Piece, Row, Sizes
+from megatron_btx.checkpoint.names import Row
+from megatron_btx.checkpoint.pieces import Piece
+from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.ground.errors import CheckpointError
 

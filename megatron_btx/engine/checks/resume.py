@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.torch_dist import RELEASE, resolve_iteration
+from megatron_btx.checkpoint.iterations import RELEASE, resolve_iteration
 from megatron_btx.ground.errors import InputError
 from megatron_btx.model.groups import frozen_groups, lr_multipliers
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_btx.checkpoint.names import mixture_layers
+from megatron_btx.checkpoint.sizes import mixture_layers
 from megatron_btx.engine.flags import SAMPLE_DECAY, SAMPLE_MIN_TEMPERATURE
 from megatron_btx.ground.errors import InputError
 from megatron_btx.model.groups import frozen_groups, lr_multipliers

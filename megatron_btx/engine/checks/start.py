@@ -15,8 +15,9 @@ from megatron_btx.checkpoint.arguments import (
     differences,
 )
 from megatron_btx.checkpoint.beside import root_of, with_tokenizer_beside
+from megatron_btx.checkpoint.iterations import RELEASE, TRACKER, resolve_iteration
 from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer
-from megatron_btx.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.engine.budget import budget_of
 from megatron_btx.engine.checks.resume import check_resume, step_of
 from megatron_btx.ground.errors import InputError

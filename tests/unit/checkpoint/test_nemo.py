@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.iterations import resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.ground.errors import CheckpointError, InputError
 from megatron_btx.mixing import convert_hf
 from megatron_btx.mixing.sources import open_source

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.iterations import resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.ground.errors import CheckpointError
 from megatron_btx.mixing import workplace
 from megatron_btx.mixing.cli import main

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.iterations import resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.routers import RouterInit, router_rows, starting_route
 from tests import pico

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.tokenizers.vocabulary import known_vocabulary
-from megatron_btx.checkpoint.torch_dist import TorchDistReader, resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.mixing import compute, convert_hf, rows_proof
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.sources import Source, open_source

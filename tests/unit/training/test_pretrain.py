@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_btx.checkpoint.torch_dist import TRACKER
+from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.training.program import _checkpointing_failed
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.checkpoint.torch_dist import TRACKER
+from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.ground.errors import InputError
 from megatron_btx.training import validation
 from tests import pico

@@ -1,0 +1,57 @@
+"""The sizes of a model, and which of its layers are mixtures: read from Megatron's arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes that say how a model's tensors are shaped and fused."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    expert_ffn: int
+    heads: int
+    groups: int
+    """Query groups, which are the key-value heads."""
+    head_size: int
+    gated: bool
+    experts: int
+    """0 for a dense model."""
+    mixture_layers: tuple[bool, ...]
+    """For each layer whether it is a mixture of experts."""
+    vocabulary: int | None = None
+    positions: int | None = None
+
+    @staticmethod
+    def of(arguments: Mapping[str, Any]) -> Sizes:
+        """The sizes of a model described by Megatron's arguments."""
+        layers, heads = arguments["num_layers"], arguments["num_attention_heads"]
+        experts = arguments.get("num_experts") or 0
+        groups = arguments.get("num_query_groups") if arguments.get("group_query_attention") else heads
+        ffn = arguments["ffn_hidden_size"]
+        return Sizes(
+            layers,
+            arguments["hidden_size"],
+            ffn,
+            arguments.get("moe_ffn_hidden_size") or ffn,
+            heads,
+            groups or heads,
+            arguments.get("kv_channels") or arguments["hidden_size"] // heads,
+            bool(arguments.get("swiglu") or arguments.get("quick_geglu")),
+            experts,
+            mixture_layers(arguments.get("moe_layer_freq", 1), layers) if experts else (False,) * layers,
+            arguments.get("padded_vocab_size"),
+            arguments.get("max_position_embeddings"),
+        )
+
+
+def mixture_layers(frequency: int | list[int] | None, layers: int) -> tuple[bool, ...]:
+    """For each layer whether it is a mixture, as Megatron reads ``moe_layer_freq`` (core/models/gpt)."""
+    if isinstance(frequency, list | tuple):
+        return tuple(bool(n) for n in frequency)
+    return tuple(layer % (frequency or 1) == 0 for layer in range(layers))
