@@ -27,19 +27,31 @@ class ModelArgument:
     """The name in older versions, where it differs."""
     moe: bool = False
     """Only meaningful for mixtures: not compared between dense models."""
+    shapes: bool = False
+    """Decides which tensors the model has, or their shapes: weights of another model cannot be loaded.
+
+    Not so the padded vocabulary: Megatron loads tables of another length. The longest position decides a shape only
+    where positions are learned.
+    """
+    usage: bool = False
+    """Says how routers are used. A mixture that was never trained leaves it open: its routers know nothing of it."""
 
     def value(self, stored: Mapping[str, Any]) -> Any:
         """The stored value, under its present or older name; Megatron's default where neither is there."""
         if self.name in stored:
             return stored[self.name]
-        return stored.get(self.older, self.default) if self.older else self.default
+        if self.older:
+            return stored.get(self.older, self.default)
+        return self.default
 
     def as_flags(self, value: Any) -> list[str]:
         """The words of the command line that set ``value``; none for the default."""
         if value == self.default or value is None:
             return []
         if self.switch is not None:
-            return [self.flag] if value is self.switch else []
+            if value is self.switch:
+                return [self.flag]
+            return []
         # Megatron parses lists and tuples from one word: (128,0), [0,1,1,1].
         return [self.flag, str(value).replace(" ", "")]
 
@@ -47,19 +59,19 @@ class ModelArgument:
 _VALUE, _ON, _OFF = None, True, False
 
 MODEL_ARGUMENTS = (
-    ModelArgument("num_layers", "--num-layers", None),
-    ModelArgument("hidden_size", "--hidden-size", None),
-    ModelArgument("ffn_hidden_size", "--ffn-hidden-size", None),
-    ModelArgument("num_attention_heads", "--num-attention-heads", None),
-    ModelArgument("group_query_attention", "--group-query-attention", False, _ON),
-    ModelArgument("num_query_groups", "--num-query-groups", None),
-    ModelArgument("kv_channels", "--kv-channels", None),
-    ModelArgument("normalization", "--normalization", "LayerNorm"),
+    ModelArgument("num_layers", "--num-layers", None, shapes=True),
+    ModelArgument("hidden_size", "--hidden-size", None, shapes=True),
+    ModelArgument("ffn_hidden_size", "--ffn-hidden-size", None, shapes=True),
+    ModelArgument("num_attention_heads", "--num-attention-heads", None, shapes=True),
+    ModelArgument("group_query_attention", "--group-query-attention", False, _ON, shapes=True),
+    ModelArgument("num_query_groups", "--num-query-groups", None, shapes=True),
+    ModelArgument("kv_channels", "--kv-channels", None, shapes=True),
+    ModelArgument("normalization", "--normalization", "LayerNorm", shapes=True),
     ModelArgument("layernorm_epsilon", "--norm-epsilon", 1e-05, older="norm_epsilon"),
     ModelArgument("layernorm_zero_centered_gamma", "--apply-layernorm-1p", False, _ON, older="apply_layernorm_1p"),
     ModelArgument("apply_residual_connection_post_layernorm", "--apply-residual-connection-post-layernorm", False, _ON),
-    ModelArgument("position_embedding_type", "--position-embedding-type", "learned_absolute"),
-    ModelArgument("add_position_embedding", "--no-position-embedding", True, _OFF),
+    ModelArgument("position_embedding_type", "--position-embedding-type", "learned_absolute", shapes=True),
+    ModelArgument("add_position_embedding", "--no-position-embedding", True, _OFF, shapes=True),
     ModelArgument("max_position_embeddings", "--max-position-embeddings", None),
     ModelArgument("rotary_base", "--rotary-base", 10000),
     ModelArgument("rotary_percent", "--rotary-percent", 1.0),
@@ -68,22 +80,24 @@ MODEL_ARGUMENTS = (
     ModelArgument("use_rope_scaling", "--use-rope-scaling", False, _ON),
     ModelArgument("rope_scaling_factor", "--rope-scaling-factor", 8.0),
     ModelArgument("no_rope_freq", "--no-rope-freq", None),
-    ModelArgument("swiglu", "--swiglu", False, _ON),
+    ModelArgument("swiglu", "--swiglu", False, _ON, shapes=True),
     ModelArgument("squared_relu", "--squared-relu", False, _ON),
     ModelArgument("openai_gelu", "--openai-gelu", False, _ON),
-    ModelArgument("quick_geglu", "--quick-geglu", False, _ON),
+    ModelArgument("quick_geglu", "--quick-geglu", False, _ON, shapes=True),
     ModelArgument("glu_linear_offset", "--glu-linear-offset", 0.0),
     ModelArgument("activation_func_clamp_value", "--activation-func-clamp-value", None),
-    ModelArgument("add_bias_linear", "--disable-bias-linear", True, _OFF),
-    ModelArgument("add_qkv_bias", "--add-qkv-bias", False, _ON),
-    ModelArgument("qk_layernorm", "--qk-layernorm", False, _ON),
+    ModelArgument("add_bias_linear", "--disable-bias-linear", True, _OFF, shapes=True),
+    ModelArgument("add_qkv_bias", "--add-qkv-bias", False, _ON, shapes=True),
+    ModelArgument("qk_layernorm", "--qk-layernorm", False, _ON, shapes=True),
     ModelArgument("qk_l2_norm", "--qk-l2-norm", False, _ON),
     ModelArgument("apply_query_key_layer_scaling", "--apply-query-key-layer-scaling", False, _ON),
     ModelArgument("window_size", "--window-size", None),
     ModelArgument("window_attn_skip_freq", "--window-attn-skip-freq", None),
-    ModelArgument("softmax_type", "--softmax-type", "vanilla"),
-    ModelArgument("multi_latent_attention", "--multi-latent-attention", False, _ON),
-    ModelArgument("untie_embeddings_and_output_weights", "--untie-embeddings-and-output-weights", False, _ON),
+    ModelArgument("softmax_type", "--softmax-type", "vanilla", shapes=True),
+    ModelArgument("multi_latent_attention", "--multi-latent-attention", False, _ON, shapes=True),
+    ModelArgument(
+        "untie_embeddings_and_output_weights", "--untie-embeddings-and-output-weights", False, _ON, shapes=True
+    ),
     ModelArgument("use_mup", "--use-mup", False, _ON),
     ModelArgument("mup_base_hidden_size", "--mup-base-hidden-size", None),
     ModelArgument("mup_base_head_dim", "--mup-base-head-dim", None),
@@ -91,41 +105,28 @@ MODEL_ARGUMENTS = (
     ModelArgument("mup_output_mult", "--mup-output-mult", 1.0),
     ModelArgument("mup_attn_scale_power", "--mup-attn-scale-power", 1.0),
     ModelArgument("padded_vocab_size", "--padded-vocab-size", None),
-    ModelArgument("num_experts", "--num-experts", None),
-    ModelArgument("moe_layer_freq", "--moe-layer-freq", 1, moe=True),
-    ModelArgument("moe_ffn_hidden_size", "--moe-ffn-hidden-size", None, moe=True),
-    ModelArgument("moe_router_topk", "--moe-router-topk", 2, moe=True),
-    ModelArgument("moe_router_pre_softmax", "--moe-router-pre-softmax", False, _ON, moe=True),
+    ModelArgument("num_experts", "--num-experts", None, shapes=True),
+    ModelArgument("moe_layer_freq", "--moe-layer-freq", 1, moe=True, shapes=True),
+    ModelArgument("moe_ffn_hidden_size", "--moe-ffn-hidden-size", None, moe=True, shapes=True),
+    ModelArgument("moe_router_topk", "--moe-router-topk", 2, moe=True, usage=True),
+    ModelArgument("moe_router_pre_softmax", "--moe-router-pre-softmax", False, _ON, moe=True, usage=True),
     ModelArgument("moe_router_score_function", "--moe-router-score-function", "softmax", moe=True),
     ModelArgument("moe_router_topk_scaling_factor", "--moe-router-topk-scaling-factor", None, moe=True),
     ModelArgument("moe_router_num_groups", "--moe-router-num-groups", None, moe=True),
     ModelArgument("moe_router_group_topk", "--moe-router-group-topk", None, moe=True),
-    ModelArgument("moe_router_enable_expert_bias", "--moe-router-enable-expert-bias", False, _ON, moe=True),
+    ModelArgument(
+        "moe_router_enable_expert_bias", "--moe-router-enable-expert-bias", False, _ON, moe=True, shapes=True
+    ),
     ModelArgument("moe_router_dtype", "--moe-router-dtype", None, moe=True),
-    ModelArgument("moe_shared_expert_intermediate_size", "--moe-shared-expert-intermediate-size", None, moe=True),
-    ModelArgument("moe_expert_capacity_factor", "--moe-expert-capacity-factor", None, moe=True),
-    ModelArgument("moe_token_drop_policy", "--moe-token-drop-policy", "probs", moe=True),
-    ModelArgument("btx_sample_top1", "--btx-sample-top1", False, _ON, moe=True),
+    ModelArgument(
+        "moe_shared_expert_intermediate_size", "--moe-shared-expert-intermediate-size", None, moe=True, shapes=True
+    ),
+    ModelArgument("moe_expert_capacity_factor", "--moe-expert-capacity-factor", None, moe=True, usage=True),
+    ModelArgument("moe_token_drop_policy", "--moe-token-drop-policy", "probs", moe=True, usage=True),
+    ModelArgument("btx_sample_top1", "--btx-sample-top1", False, _ON, moe=True, usage=True),
     ModelArgument("moe_apply_probs_on_input", "--moe-apply-probs-on-input", False, _ON, moe=True),
 )
 """What must be equal for the weights to mean the same function."""
-
-ROUTING_ARGUMENTS = frozenset(
-    "moe_router_topk moe_router_pre_softmax moe_expert_capacity_factor moe_token_drop_policy btx_sample_top1".split()
-)
-"""What a mixture that was never trained leaves open: its routers know nothing of how they will be used."""
-
-TENSOR_ARGUMENTS = frozenset(
-    "num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups kv_channels "
-    "normalization position_embedding_type add_position_embedding swiglu quick_geglu add_bias_linear add_qkv_bias "
-    "qk_layernorm softmax_type multi_latent_attention untie_embeddings_and_output_weights num_experts moe_layer_freq "
-    "moe_ffn_hidden_size moe_router_enable_expert_bias moe_shared_expert_intermediate_size".split()
-)
-"""What decides which tensors a model has, and their shapes: weights of another model cannot be loaded.
-
-Not padded_vocab_size: Megatron loads tables of another length. max_position_embeddings has one only where positions
-are learned.
-"""
 
 NUMERICS_ARGUMENTS = (
     ModelArgument("transformer_impl", "--transformer-impl", "transformer_engine"),
@@ -153,14 +154,15 @@ def differences(
 
 
 def _query_groups(stored: Mapping[str, Any]) -> Any:
-    name = "num_query_groups" if stored.get("group_query_attention") else "num_attention_heads"
-    return stored.get(name)
+    if stored.get("group_query_attention"):
+        return stored.get("num_query_groups")
+    return stored.get("num_attention_heads")
 
 
 def model_flags(stored: Mapping[str, Any]) -> list[list[str]]:
     """The command line that builds the stored model with stock Megatron: one list of words per flag."""
     dense = stored.get("num_experts") is None
-    words = []
+    flags = []
     for argument in MODEL_ARGUMENTS:
         if argument.moe and dense:
             continue
@@ -168,5 +170,7 @@ def model_flags(stored: Mapping[str, Any]) -> list[list[str]]:
             continue
         if argument.name == "add_position_embedding" and stored.get("position_embedding_type") != "learned_absolute":
             continue
-        words.append(argument.as_flags(argument.value(stored)))
-    return [w for w in words if w]
+        words = argument.as_flags(argument.value(stored))
+        if words:
+            flags.append(words)
+    return flags

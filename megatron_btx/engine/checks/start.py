@@ -9,8 +9,6 @@ from typing import Any
 from megatron_btx.checkpoint.arguments import (
     MODEL_ARGUMENTS,
     NUMERICS_ARGUMENTS,
-    ROUTING_ARGUMENTS,
-    TENSOR_ARGUMENTS,
     ModelArgument,
     differences,
 )
@@ -73,7 +71,7 @@ def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[Mod
     stored = with_tokenizer_beside(checkpoint.arguments(), root_of(checkpoint.folder))
     allowed = set(given["btx_allow_change"])
     if stored.get("btx_untrained_routers"):
-        allowed |= ROUTING_ARGUMENTS
+        allowed.update(argument.name for argument in MODEL_ARGUMENTS if argument.usage)
     wrong = [d for d in differences(stored, given, table) if d[0].name not in allowed]
     if wrong:
         listed = "; ".join(f"{a.flag}: stored {a_stored!r}, given {a_given!r}" for a, a_stored, a_given in wrong)
@@ -91,9 +89,9 @@ def _remedy(wrong: list[ModelArgument], stored: Mapping[str, Any], given: Mappin
         return "It is a dense model: give it a run of its own, without the mixture's flags (--num-experts, --moe-...)"
     if "num_experts" in names and given.get("num_experts") is None:
         return "It is a mixture: give it a run of its own, with the mixture's flags (--num-experts, --moe-...)"
-    unfit = TENSOR_ARGUMENTS
+    unfit = {argument.name for argument in MODEL_ARGUMENTS if argument.shapes}
     if given.get("position_embedding_type") == "learned_absolute":
-        unfit = unfit | {"max_position_embeddings"}
+        unfit.add("max_position_embeddings")
     fixed = [argument.flag for argument in wrong if argument.name in unfit]
     free = [argument.name for argument in wrong if argument.name not in unfit]
     allow = f"allow the change with --btx-allow-change {' '.join(free)}"
