@@ -13,8 +13,9 @@ from megatron_btx.checkpoint.stored import bytes_of
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout
 from megatron_btx.mixing.cli import main
-from megatron_btx.mixing.plan import Request, make_plan
+from megatron_btx.mixing.plan import make_plan
 from megatron_btx.mixing.proof import check_against_sources
+from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.sinks import lay_out_result
 
 

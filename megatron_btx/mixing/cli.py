@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_btx.checkpoint.frequency import layer_frequency
 from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.mixing.methods import METHODS
+from megatron_btx.mixing.output_options import add_output_options, carry_out
+from megatron_btx.mixing.request import Request, RouterInit
 
-if TYPE_CHECKING:
-    from megatron_btx.mixing.plan import Request
-
-METHODS = ("btx", "split", "blend", "upcycle", "average", "reroute")
-"""Those of :mod:`megatron_btx.mixing.rules` that this command offers; named here so that --help needs no import."""
+_METHODS = [name for name in METHODS if name != "copy"]
+"""``copy`` has a command of its own, ``btx convert-hf``."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add_output_options(p)
     p.add_argument(
         "--method",
-        choices=METHODS,
+        choices=_METHODS,
         default="btx",
         help="btx: every expert's feed-forward blocks become one expert; split: each is cut in --chunks experts; "
         "blend: expert n is chunk n of all; upcycle: --copies of one model; average: the plain average of all; "
@@ -46,7 +44,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--chunks", metavar="C", type=int, help="split: experts made of each source (no default)")
     p.add_argument("--copies", metavar="N", type=int, help="upcycle: experts made of the one source (no default)")
     p.add_argument(
-        "--moe-router-topk", metavar="K", type=int, default=2, help="experts per token in the mixture (default: 2)"
+        "--moe-router-topk",
+        metavar="K",
+        type=int,
+        default=Request.topk,
+        help="experts per token in the mixture (default: %(default)s)",
     )
     p.add_argument(
         "--moe-layer-freq",
@@ -55,6 +57,14 @@ def parser() -> argparse.ArgumentParser:
         help="layers that become mixtures, as Megatron's flag: every FREQ-th from the first, or a list of 0 and 1 as "
         "[0,1,1,0] or ([0]+[1]*3)*2; the others are averaged (default: 1, all)",
     )
+    _add_differences(p)
+    _add_routers(p)
+    p.add_argument("--explain", metavar="TENSOR", help="print where a tensor of the result comes from; write nothing")
+    return p
+
+
+def _add_differences(p: argparse.ArgumentParser) -> None:
+    """What the sources count for, and what of them may differ."""
     p.add_argument(
         "--weight",
         metavar="NAME=W",
@@ -62,17 +72,6 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="weight of an expert in the averages, normalised over all; repeat (default: 1 each)",
     )
-    p.add_argument(
-        "--router-init",
-        metavar="HOW",
-        default="normal",
-        help="normal, zeros, or an .npy file with rows [layers, experts, hidden] or [experts, hidden] (default: "
-        "normal)",
-    )
-    p.add_argument(
-        "--router-std", metavar="STD", type=float, default=0.02, help="standard deviation of normal (default: 0.02)"
-    )
-    p.add_argument("--router-seed", metavar="N", type=int, default=1234, help="seed of normal (default: 1234)")
     p.add_argument(
         "--take",
         metavar="FIELD=NAME",
@@ -91,55 +90,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--allow-other-tokenizer", action="store_true", help="do not compare the experts' tokenizers by content"
     )
-    p.add_argument("--explain", metavar="TENSOR", help="print where a tensor of the result comes from; write nothing")
-    return p
 
 
-def add_output_options(p: argparse.ArgumentParser, output_format: str = "") -> None:
-    """What all conversions have in common; see :func:`megatron_btx.mixing.convert.convert`.
-
-    Args:
-        output_format: the only format that the command writes; "" to let the user choose.
-    """
-    p.add_argument("--output", metavar="PATH", help="folder for the result: a checkpoint root, or a model folder")
-    if output_format:
-        p.set_defaults(output_format=output_format)
-    else:
-        p.add_argument(
-            "--output-format",
-            choices=("megatron", "hf"),
-            default="megatron",
-            help="megatron: torch_dist, one release; hf: safetensors that transformers 4.57 and 5 read "
-            "(default: megatron)",
-        )
+def _add_routers(p: argparse.ArgumentParser) -> None:
+    """How new routers start."""
     p.add_argument(
-        "--workers",
-        metavar="W",
-        type=int,
-        help="threads that read, compute and write, in each process (default: the cores it may use, at most 4)",
+        "--router-init",
+        metavar="HOW",
+        default="normal",
+        help="normal, zeros, or an .npy file with rows [layers, experts, hidden] or [experts, hidden] (default: "
+        "normal)",
     )
     p.add_argument(
-        "--pad-vocab-to-multiple-of",
-        metavar="N",
-        type=int,
-        default=1,
-        help="add rows to the embedding and the head until N divides them, as tensor parallelism needs it; a new row "
-        "is the mean of all tokens' rows, so its probability is below the tokens' average, and belongs to no token "
-        "(default: 1, add none)",
+        "--router-std",
+        metavar="STD",
+        type=float,
+        default=RouterInit.std,
+        help="standard deviation of normal (default: %(default)s)",
     )
     p.add_argument(
-        "--allow-other-ids",
-        action="store_true",
-        help="write the tokenizer even where it gives texts other ids than the source's own, or cannot be compared "
-        "with it (by default that is refused)",
+        "--router-seed", metavar="N", type=int, default=RouterInit.seed, help="seed of normal (default: %(default)s)"
     )
-    p.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    p.add_argument(
-        "--verify",
-        action="store_true",
-        help="read the result back and compare it with its sources, before it gets its name",
-    )
-    p.add_argument("--overwrite", action="store_true", help="replace an existing output, after success only")
 
 
 @exits_with_one_line
@@ -147,15 +118,16 @@ def main(argv: list[str] | None = None) -> int:
     """Plan, print, write and verify; see --help."""
     options = parser().parse_args(argv)
     if options.verify and options.output and not options.expert:
-        from megatron_btx.mixing.convert import check_old_output
+        return _check_old_output(Path(options.output))
+    return carry_out(request_of(options), options, options.explain)
 
-        return check_old_output(Path(options.output))
-    request = request_of(options)
-    if options.output is None and not options.dry_run and options.explain is None:
-        raise InputError("--output is missing; name the folder for the result, or look at the plan with --dry-run")
-    from megatron_btx.mixing.convert import convert
 
-    return convert(request, options, options.explain)
+def _check_old_output(folder: Path) -> int:
+    from megatron_btx.mixing.conversion import check_result
+
+    count = check_result(folder, show_progress=True)
+    print(f"verified: all {count} tensors and all files of {folder} are as they were written")
+    return 0
 
 
 def request_of(options: argparse.Namespace) -> Request:
@@ -164,38 +136,26 @@ def request_of(options: argparse.Namespace) -> Request:
     Raises:
         InputError: a flag's value is not of its form.
     """
-    experts = tuple(
-        _pair("--expert", text, "NAME=PATH, as --expert math=runs/math/checkpoint") for text in options.expert
-    )
-    weights = _each_once("--weight", [_pair("--weight", t, "NAME=W, as --weight math=2") for t in options.weight])
-    taken = [_pair("--take", text, "FIELD=NAME, as --take rotary_base=code") for text in options.take]
-    numbers = [n for n in (options.chunks, options.copies) if n is not None]
-    if len(numbers) > 1:
-        raise InputError("--chunks belongs to --method split, --copies to --method upcycle; give one of them")
-    frequency = layer_frequency(options.moe_layer_freq)
-    if not (options.router_std > 0 and math.isfinite(options.router_std)):
-        raise InputError(
-            f"--router-std {options.router_std}: expected a number above 0; --router-init zeros gives zeros"
-        )
-    if not 0 <= options.router_seed < 2**63:
-        raise InputError(f"--router-seed {options.router_seed}: expected 0 to {2**63 - 1}")
-    from megatron_btx.mixing.compatible import field_of
-    from megatron_btx.mixing.plan import Request
-    from megatron_btx.mixing.routers import RouterInit
-
+    experts = [_pair("--expert", text, "NAME=PATH, as --expert math=runs/math/checkpoint") for text in options.expert]
+    given_weights = [_pair("--weight", text, "NAME=W, as --weight math=2") for text in options.weight]
+    given_fields = [_pair("--take", text, "FIELD=NAME, as --take rotary_base=code") for text in options.take]
+    weights = {}
+    for name, text in _each_once("--weight", given_weights).items():
+        weights[name] = _number("--weight", name, text)
     return Request(
-        experts,
-        options.method,
-        options.moe_router_topk,
-        numbers[0] if numbers else None,
-        frequency,
-        {name: _number("--weight", name, text) for name, text in weights.items()},
-        _each_once("--take", [(field_of(field), name) for field, name in taken]),
-        options.vocab == "union",
-        options.allow_other_tokenizer,
-        RouterInit(options.router_init, options.router_seed, options.router_std),
-        options.pad_vocab_to_multiple_of,
-        options.allow_other_ids,
+        experts=tuple(experts),
+        method=options.method,
+        topk=options.moe_router_topk,
+        chunks=options.chunks,
+        copies=options.copies,
+        layer_frequency=layer_frequency(options.moe_layer_freq),
+        weights=weights,
+        take=_each_once("--take", given_fields),
+        vocabulary=options.vocab,
+        allow_other_tokenizer=options.allow_other_tokenizer,
+        router=RouterInit.parse(options.router_init, options.router_seed, options.router_std),
+        pad_vocabulary=options.pad_vocab_to_multiple_of,
+        allow_other_ids=options.allow_other_ids,
     )
 
 
@@ -203,10 +163,6 @@ def _pair(flag: str, text: str, expected: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator or not name or not value:
         raise InputError(f"{flag} {text}: expected {expected}")
-    if flag == "--expert" and (not name.isprintable() or any(c in name for c in "/\\ \t,:")):
-        raise InputError(
-            f"--expert {name!r}: expected a name without slashes, commas, colons, blanks or control characters"
-        )
     return name, value
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from megatron_btx.ground.errors import InputError, exits_with_one_line
-from megatron_btx.mixing.cli import add_output_options
+from megatron_btx.mixing.output_options import add_output_options, carry_out
+
+_DIRECTIONS = "import takes a Hugging Face model folder, export a Megatron checkpoint"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,26 +34,36 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Plan, print, write and verify; see --help."""
     options = parser().parse_args(argv)
-    if options.output is None and not options.dry_run:
-        raise InputError("--output is missing; name the folder for the result, or look at the plan with --dry-run")
+    from megatron_btx.mixing.door import copy_request
+
+    if options.command == "import":
+        model = _checked_folder(options.hf_model)
+    else:
+        model = _checked_checkpoint(options.checkpoint)
+    request = copy_request(model, options.pad_vocab_to_multiple_of, options.allow_other_ids)
+    return carry_out(request, options)
+
+
+def _checked_folder(given: str) -> Path:
+    """The folder to import. Raises InputError for a checkpoint of Megatron's; what else it may be is seen later."""
     from megatron_btx.checkpoint.iterations import is_checkpoint
     from megatron_btx.checkpoint.paths import model_path
-    from megatron_btx.checkpoint.safetensors import is_model_folder
-    from megatron_btx.mixing.convert import convert
-    from megatron_btx.mixing.plan import Request
 
-    path = model_path(options.hf_model if options.command == "import" else options.checkpoint)
-    into = options.command == "import"
-    if path.is_dir() and (is_checkpoint(path) if into else is_model_folder(path)):
-        other = "is a Megatron checkpoint" if into else "is a Hugging Face model folder"
-        raise InputError(f"{path}: {other}; import takes a Hugging Face model folder, export a Megatron checkpoint")
-    request = Request(
-        (("model", str(path)),),
-        method="copy",
-        pad_vocabulary=options.pad_vocab_to_multiple_of,
-        allow_other_ids=options.allow_other_ids,
-    )
-    return convert(request, options)
+    path = model_path(given)
+    if path.is_dir() and is_checkpoint(path):
+        raise InputError(f"{path}: is a Megatron checkpoint; {_DIRECTIONS}")
+    return path
+
+
+def _checked_checkpoint(given: str) -> Path:
+    """The checkpoint to export. Raises InputError for a folder of Hugging Face's."""
+    from megatron_btx.checkpoint.paths import model_path
+    from megatron_btx.checkpoint.safetensors import is_model_folder
+
+    path = model_path(given)
+    if path.is_dir() and is_model_folder(path):
+        raise InputError(f"{path}: is a Hugging Face model folder; {_DIRECTIONS}")
+    return path
 
 
 if __name__ == "__main__":

@@ -100,7 +100,9 @@ def router_text(plan: Plan) -> list[str]:
     init = plan.request.router
     rows = router_rows(init, layers, plan.sizes.experts, plan.sizes.hidden)
     route = starting_route(rows, plan.request.topk)
-    made = f"normal, std {init.std:g}, seed {init.seed}" if init.kind == "normal" else init.kind
+    made = str(init)
+    if init.kind == "normal":
+        made = f"normal, std {init.std:g}, seed {init.seed}"
     lines = [
         f"  routers ({made}): for inputs of unit RMS the routing probabilities have {route.entropy:.0%} of the largest "
         f"entropy, the first gate is {route.first_gate:.2f}, experts get {route.least_load:.2f} to "
@@ -129,7 +131,9 @@ def _rule(plan: Plan, planned: PlannedPiece) -> str:
         return "mean of all" if not plan.request.weights else "weighted mean"
     if planned.operation == "router":
         init = plan.request.router
-        return f"normal, std {init.std:g}, seed {init.seed}" if init.kind == "normal" else f"rows: {init.kind}"
+        if init.kind == "normal":
+            return f"normal, std {init.std:g}, seed {init.seed}"
+        return f"rows: {init}"
     if planned.operation == "zeros":
         return "zeros"
     if planned.operation == "ramp":

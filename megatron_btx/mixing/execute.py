@@ -13,13 +13,14 @@ from typing import Any
 
 from megatron_btx.checkpoint.stored import Slot, bytes_of
 from megatron_btx.ground.errors import BTXError, CheckpointError, InputError, KeptError
-from megatron_btx.ground.files import write_flushed
+from megatron_btx.ground.files import hash_file, write_flushed
 from megatron_btx.ground.manifest import FILE_NAME, versions
 from megatron_btx.mixing import proof
 from megatron_btx.mixing.compute import rows_of
 from megatron_btx.mixing.layout import Task
 from megatron_btx.mixing.plan import Plan
 from megatron_btx.mixing.ranks import Ranks
+from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.rows_proof import check_token_rows
 from megatron_btx.mixing.sinks import Output
 from megatron_btx.mixing.workplace import Workplace
@@ -121,7 +122,7 @@ class Execution:
         return {
             "form": proof.FORM,
             "request": repr(self.plan.request),
-            "router_sha256": _hash_of_file(self.plan.request.router.kind),
+            "router_sha256": _router_file_hash(self.plan.request),
             "versions": versions(),
             "sources": [proof.source_identity(source) for source in self.plan.sources],
             "layout_sha256": layout.hexdigest(),
@@ -250,9 +251,11 @@ def _allow_many_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _hash_of_file(path: str) -> str | None:
-    """SHA-256 of a file; None where there is none."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
+def _router_file_hash(request: Request) -> str | None:
+    """SHA-256 of the file that holds the routers' rows; None where they come from none."""
+    if request.router.file is None or not request.router.file.is_file():
+        return None
+    return hash_file(request.router.file)
 
 
 def default_workers() -> int:

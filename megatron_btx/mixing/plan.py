@@ -12,42 +12,14 @@ from megatron_btx.checkpoint.pieces import Piece, pieces_of
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.compatible import checked_sources
+from megatron_btx.mixing.methods import METHODS, Chunk, Method
+from megatron_btx.mixing.request import Request
+from megatron_btx.mixing.request_checks import check_request, number_of
 from megatron_btx.mixing.result import dense_arguments, mixture_arguments
-from megatron_btx.mixing.routers import RouterInit
-from megatron_btx.mixing.rules import METHODS, Chunk, Method
 from megatron_btx.mixing.sources import Source, open_source
 
 if TYPE_CHECKING:
     import torch
-
-
-_EXPERTS_AT_MOST = 4096
-_MULTIPLE_AT_MOST = 1 << 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What the user asks for; see the command line's --help for the meaning of each."""
-
-    experts: tuple[tuple[str, str], ...]
-    """(name, path) of each source, in the order given."""
-    method: str = "btx"
-    topk: int = 2
-    number: int | None = None
-    """Chunks of split, copies of upcycle."""
-    layer_frequency: int | tuple[int, ...] = 1
-    """Which layers become mixtures, as Megatron's --moe-layer-freq."""
-    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Weight of each source in the average; 1 where not given."""
-    take: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Configuration fields that may differ, and whose value the result gets."""
-    vocabulary_union: bool = False
-    allow_other_tokenizer: bool = False
-    router: RouterInit = RouterInit()
-    pad_vocabulary: int = 1
-    """The result's rows become a multiple of this."""
-    allow_other_ids: bool = False
-    """Write a tokenizer that gives texts other ids than the source's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +103,10 @@ def make_plan(request: Request) -> Plan:
     Raises:
         InputError: too few sources, sources that differ, a number that does not divide, tensors without a rule.
     """
+    request = check_request(request)
     method = METHODS[request.method]
+    number = number_of(request)
     names = [name for name, _ in request.experts]
-    _check_request(request, method, names)
     sources = tuple(open_source(name, path) for name, path in request.experts)
     if method.experts:
         for source in sources:
@@ -148,8 +121,9 @@ def make_plan(request: Request) -> Plan:
     first["padded_vocab_size"] = _padded(first["padded_vocab_size"], request.pad_vocabulary)
     arguments = dense_arguments(first)
     if method.experts:
-        number = request.number or 1
-        result_names = method.names(names, number)
+        result_names = names
+        if method.names:
+            result_names = method.names(names, number)
         ffn = _expert_ffn(method.experts(len(sources), number), first["ffn_hidden_size"], request)
         if not 1 <= request.topk <= len(result_names):
             raise InputError(
@@ -162,43 +136,6 @@ def make_plan(request: Request) -> Plan:
     sizes = Sizes.of(arguments)
     pieces = tuple(_planned_pieces(request, method, sources, sizes))
     return Plan(request, sources, tuple(weight / total for weight in weights), pieces, arguments, sizes)
-
-
-def _check_request(request: Request, method: Method, names: Sequence[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"--expert {name}= is given twice; every expert needs a name of its own")
-    if len(names) < method.at_least:
-        raise InputError(
-            f"{len(names)} expert given, at least {method.at_least} needed for {request.method}; "
-            "repeat --expert NAME=PATH"
-        )
-    if method.at_most is not None and len(names) > method.at_most:
-        raise InputError(f"{len(names)} experts given, {request.method} takes {method.at_most}; leave the others out")
-    if bool(method.number_flag) != (request.number is not None):
-        flag = method.number_flag or next(m.number_flag for m in METHODS.values() if m.number_flag)
-        raise InputError(
-            f"--method {request.method}: {flag} {'is missing' if method.number_flag else 'does not apply'}"
-        )
-    if not 1 <= request.pad_vocabulary <= _MULTIPLE_AT_MOST:
-        raise InputError(
-            f"--pad-vocab-to-multiple-of {request.pad_vocabulary}: expected 1 to {_MULTIPLE_AT_MOST}; 128 suits every "
-            "tensor parallel size up to 128"
-        )
-    if request.number is not None and not 2 <= request.number <= _EXPERTS_AT_MOST:
-        raise InputError(f"{method.number_flag} {request.number}: expected 2 to {_EXPERTS_AT_MOST}")
-    for flag, given in (("--weight", request.weights), ("--take", request.take)):
-        for key in given:
-            name = key if flag == "--weight" else request.take[key]
-            if name not in names:
-                raise InputError(f"{flag} names the expert {name!r}; there are {', '.join(names)}")
-    if request.weights and method.shared != "average":
-        raise InputError(f"--weight does not apply to --method {request.method}, which averages nothing")
-    for name, weight in request.weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            raise InputError(f"--weight {name}={weight}: expected a number of at least 0")
-    if not 0 < sum(request.weights.get(name, 1.0) for name in names) < math.inf:
-        raise InputError("--weight: all weights are 0, or their sum is infinite; at least one must be more than 0")
 
 
 def _checked_frequency(frequency: int | tuple[int, ...], layers: int) -> int | list[int]:
@@ -231,7 +168,7 @@ def _planned_pieces(
 ) -> Iterator[PlannedPiece]:
     """Every piece of the result; which of the optional ones there are, the sources show."""
     first = next((s for s in sources if s.name == request.take.get("dtype")), sources[0])
-    experts = method.experts(len(sources), request.number or 1) if method.experts else []
+    experts = method.experts(len(sources), number_of(request)) if method.experts else []
     for piece in pieces_of(sizes):
         if experts and "expert" in piece.numbers:
             origin = piece.name.replace(f"experts.{piece.numbers['expert']}.", "ffn.")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from megatron_btx.ground.errors import BTXError, InputError, KeptError
-from megatron_btx.ground.launch import find_place
+from megatron_btx.ground.launch import Place, find_place
 
 T = TypeVar("T")
 
@@ -23,12 +23,22 @@ class RankLostError(KeptError):
 
 
 class Ranks:
-    """This process among those of one run; alone where nothing launched several."""
+    """This process among those of one run.
 
-    def __init__(self) -> None:
-        place = find_place(os.environ)
-        self.rank, self.world = (place.rank, place.world) if place else (0, 1)
-        if place and self.world > 1:
+    Args:
+        place: as a launcher gave it; None for a process that works alone.
+
+    Raises:
+        RankLostError: from the constructor: the others did not come.
+    """
+
+    def __init__(self, place: Place | None = None) -> None:
+        self.rank = 0
+        self.world = 1
+        if place is not None:
+            self.rank = place.rank
+            self.world = place.world
+        if place is not None and self.world > 1:
             import torch.distributed
 
             os.environ |= place.variables()
@@ -40,6 +50,11 @@ class Ranks:
                     f"the {self.world} processes did not meet at {place.address}:{place.port} (MASTER_ADDR, "
                     f"MASTER_PORT): {str(error).splitlines()[0]}; start them all again"
                 ) from error
+
+    @classmethod
+    def of_launcher(cls) -> Ranks:
+        """The place that torchrun or srun gave this process; alone where nothing launched several."""
+        return cls(find_place(os.environ))
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks, on every rank; also a barrier.

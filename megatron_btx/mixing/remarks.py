@@ -8,9 +8,10 @@ from typing import Any
 from megatron_btx.checkpoint import safetensors
 from megatron_btx.checkpoint.huggingface.config_writing import PASSED_THROUGH
 from megatron_btx.ground.errors import InputError, bare_exceptions_as
-from megatron_btx.mixing.compatible import TRAINING_ARGUMENTS, vocabulary_source
+from megatron_btx.mixing.compatible import vocabulary_source
 from megatron_btx.mixing.plan import Plan
 from megatron_btx.mixing.sources import Source
+from megatron_btx.mixing.takeable import TRAINING_ARGUMENTS
 from megatron_btx.mixing.tokenizer.proof import TOKENIZER_FILE
 
 _SAID_AS_ARGUMENT = ("initializer_range", "attention_dropout")

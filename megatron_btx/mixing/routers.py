@@ -11,23 +11,12 @@ from typing import TYPE_CHECKING
 
 from megatron_btx.checkpoint.safe_pickle import UNREADABLE
 from megatron_btx.ground.errors import InputError
+from megatron_btx.mixing.request import RouterInit
 
 if TYPE_CHECKING:
     import torch
 
-ROUTER_STD = 0.02
 _SAMPLES = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class RouterInit:
-    """How the routers of a mix start."""
-
-    kind: str = "normal"
-    """normal, zeros, or the path of a file that holds the rows."""
-    seed: int = 1234
-    std: float = ROUTER_STD
-    """Standard deviation of the normal; the paper is silent, this is how Megatron draws the other weights."""
 
 
 def router_rows(init: RouterInit, layers: int, experts: int, hidden: int) -> torch.Tensor:
@@ -36,8 +25,9 @@ def router_rows(init: RouterInit, layers: int, experts: int, hidden: int) -> tor
     Raises:
         InputError: a file of rows cannot be read, is of another shape, or holds numbers that are not finite.
     """
-    file = Path(init.kind)
-    written = file.stat().st_mtime_ns if file.is_file() else 0
+    written = 0
+    if init.file is not None and init.file.is_file():
+        written = init.file.stat().st_mtime_ns
     return _router_rows(init, written, layers, experts, hidden)
 
 
@@ -50,18 +40,18 @@ def _router_rows(init: RouterInit, written: int, layers: int, experts: int, hidd
         generator = torch.Generator().manual_seed(init.seed)
         drawn = [torch.empty(experts, hidden).normal_(0.0, init.std, generator=generator) for _ in range(layers)]
         return torch.stack(drawn)
-    if init.kind == "zeros":
+    if init.file is None:
         return torch.zeros(layers, experts, hidden)
-    rows = _rows_of_file(Path(init.kind))
+    rows = _rows_of_file(init.file)
     if rows.dim() == 2:
         rows = rows.expand(layers, *rows.shape)
     if tuple(rows.shape) != (layers, experts, hidden):
         raise InputError(
-            f"--router-init {init.kind}: holds {list(rows.shape)}, expected [{layers}, {experts}, {hidden}] "
+            f"--router-init {init}: holds {list(rows.shape)}, expected [{layers}, {experts}, {hidden}] "
             f"(mixture layers, experts, hidden) or [{experts}, {hidden}] for all layers"
         )
     if not bool(torch.isfinite(rows).all()):
-        raise InputError(f"--router-init {init.kind}: holds NaN or infinite numbers; make it again")
+        raise InputError(f"--router-init {init}: holds NaN or infinite numbers; make it again")
     return rows
 
 

@@ -16,7 +16,7 @@ import torch
 from megatron_btx.ground.errors import CheckpointError
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.proof import check_manifest
-from megatron_btx.mixing.routers import RouterInit
+from megatron_btx.mixing.request import RouterInit
 from megatron_btx.mixing.workplace import Workplace
 from tests import pico
 from tests.mixing import mix, planned, rewrite, verify
