@@ -13,7 +13,8 @@ from megatron_btx.ground.manifest import read_manifest
 from megatron_btx.mixing import proof
 from megatron_btx.mixing.describe import explain, plan_text, router_text
 from megatron_btx.mixing.execute import Execution, default_workers, refuse_output
-from megatron_btx.mixing.plan import Plan, make_plan
+from megatron_btx.mixing.plan import Plan
+from megatron_btx.mixing.planning import make_plan
 from megatron_btx.mixing.ranks import Ranks
 from megatron_btx.mixing.request import Options, Request
 from megatron_btx.mixing.sinks import FORMATS, Output, lay_out_result

@@ -13,11 +13,12 @@ from megatron_btx.checkpoint.safetensors import CONFIG
 from megatron_btx.checkpoint.tokenizers.vocabulary import unknown_reason
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.compatible import vocabulary_source
-from megatron_btx.mixing.compute import STEP_BYTES, owned_rows
+from megatron_btx.mixing.compute import STEP_BYTES
 from megatron_btx.mixing.layout import Fill, LaidOutTensor
-from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
+from megatron_btx.mixing.methods import METHODS
+from megatron_btx.mixing.plan import Plan, PlannedPiece, SourceRows
 from megatron_btx.mixing.remarks import remarks
-from megatron_btx.mixing.routers import router_rows, starting_route
+from megatron_btx.mixing.routers import describe_routers, router_rows, starting_route
 from megatron_btx.mixing.sinks import Output
 from megatron_btx.mixing.sources import EMBEDDING, Source
 
@@ -30,7 +31,7 @@ _IMPORTS_BYTES = 250 << 20
 def plan_text(plan: Plan, output: Output, workers: int) -> str:
     """The plan as a table: the sources, and for each kind of tensor the rule that makes it, count and bytes."""
     request = plan.request
-    lines = [f"{request.method}: {plan.method.summary}"]
+    lines = [f"{request.method}: {METHODS[request.method].summary}"]
     for number, (source, weight) in enumerate(zip(plan.sources, plan.weights, strict=True)):
         share = f"  weight {weight:.4g}" if request.weights else ""
         form = "Hugging Face" if source.is_hugging_face else f"Megatron, {source.dialect.name} layers"
@@ -40,7 +41,7 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
         shape = "x".join(map(str, tensors[0].shape))
         size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors) / 2**20
         fills = [fill.planned for block in tensors[0].blocks for fill in block.fills]
-        rules = "; ".join(dict.fromkeys(_rule(plan, planned) for planned in fills))
+        rules = "; ".join(dict.fromkeys(planned.operation.describe(plan, planned) for planned in fills))
         lines.append(f"  {pattern:<62} {len(tensors):>6} {shape:<18} {size:>10.2f}  {rules}")
     memory = _IMPORTS_BYTES + workers * STEP_BYTES * (4 + 2 * len(plan.sources))
     lines.append(
@@ -95,18 +96,15 @@ def _configuration(plan: Plan, output: Output) -> str:
 def router_text(plan: Plan) -> list[str]:
     """What routing a mix starts with, and a warning where that is no good start; nothing for dense results."""
     layers = sum(plan.sizes.mixture_layers)
-    if not plan.method.experts:
+    if not METHODS[plan.request.method].experts:
         return []
     init = plan.request.router
     rows = router_rows(init, layers, plan.sizes.experts, plan.sizes.hidden)
     route = starting_route(rows, plan.request.topk)
-    made = str(init)
-    if init.kind == "normal":
-        made = f"normal, std {init.std:g}, seed {init.seed}"
     lines = [
-        f"  routers ({made}): for inputs of unit RMS the routing probabilities have {route.entropy:.0%} of the largest "
-        f"entropy, the first gate is {route.first_gate:.2f}, experts get {route.least_load:.2f} to "
-        f"{route.largest_load:.2f} of an even load"
+        f"  routers ({describe_routers(init)}): for inputs of unit RMS the routing probabilities have "
+        f"{route.entropy:.0%} of the largest entropy, the first gate is {route.first_gate:.2f}, experts get "
+        f"{route.least_load:.2f} to {route.largest_load:.2f} of an even load"
     ]
     if route.nearly_one_hot:
         lines.append(
@@ -124,26 +122,6 @@ def _by_pattern(tensors: Sequence[LaidOutTensor]) -> dict[str, list[LaidOutTenso
     for tensor in tensors:
         found.setdefault(re.sub(r"\.\d+\.", ".*.", tensor.name), []).append(tensor)
     return found
-
-
-def _rule(plan: Plan, planned: PlannedPiece) -> str:
-    if planned.operation == "average":
-        return "mean of all" if not plan.request.weights else "weighted mean"
-    if planned.operation == "router":
-        init = plan.request.router
-        if init.kind == "normal":
-            return f"normal, std {init.std:g}, seed {init.seed}"
-        return f"rows: {init}"
-    if planned.operation == "zeros":
-        return "zeros"
-    if planned.operation == "ramp":
-        return "1 to 2, so that no token's gate is zero"
-    axis = ("rows", "columns")[planned.axis]
-    first = planned.parts[0]
-    cut = first.stop - first.start < plan.sources[first.source].pieces[first.piece].shape[planned.axis]
-    if len(planned.parts) > 1:
-        return f"{axis} of {len(planned.parts)} sources, one after the other"
-    return f"{axis} of one source, moved bit for bit" if cut else "moved bit for bit"
 
 
 def explain(plan: Plan, output: Output, name: str) -> str:
@@ -186,22 +164,19 @@ def _joined(plan: Plan, fills: Sequence[Fill]) -> list[tuple[str, int]]:
             sources.append(f"{source.name}: {held.location.key}{numbers} ({part.piece}{cut})")
         origin = f" from {', '.join(sources)}" if sources else ""
         is_new = bool(planned.parts) and not parts
-        rule = _NEW_ROWS if is_new else _rule(plan, planned)
+        rule = _NEW_ROWS if is_new else planned.operation.describe(plan, planned)
         said.append((f"{planned.name} rows {low}:{high}: {rule}{origin}", high - low))
     return said
 
 
-def _made_alike(plan: Plan, fills: Sequence[Fill]) -> Iterator[tuple[int, int, PlannedPiece, tuple[Part, ...]]]:
+def _made_alike(plan: Plan, fills: Sequence[Fill]) -> Iterator[tuple[int, int, PlannedPiece, tuple[SourceRows, ...]]]:
     """Stretches of rows of one piece that are made of the same parts; of none where the rows are new padding."""
     for fill in fills:
         planned = fill.planned
         had = planned.shape[0] - planned.new_rows
         if fill.start < had:
             start, stop = fill.start, min(fill.stop, had)
-            if planned.operation == "average" and planned.has_token_rows:
-                for low, high, owners in owned_rows(plan, planned, start, stop):
-                    yield low, high, planned, owners
-            else:
-                yield start, stop, planned, planned.parts
+            for low, high, parts in planned.operation.stretches(plan, planned, start, stop):
+                yield low, high, planned, parts
         if fill.stop > had:
             yield max(fill.start, had), fill.stop, planned, ()

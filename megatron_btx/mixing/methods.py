@@ -13,6 +13,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
+from megatron_btx.mixing.merge import AVERAGE, MOVE
+from megatron_btx.mixing.plan import Operation
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -32,7 +35,7 @@ class Method:
     """One way to make a model from others."""
 
     summary: str
-    shared: Literal["average", "move"]
+    shared: Operation
     """What happens to all that does not become an expert."""
     experts: Callable[[int, int], list[Expert]] | None = None
     """From the number of sources and the number that the user gives: the result's experts. None: the result has the
@@ -51,7 +54,7 @@ class Method:
     @property
     def averages(self) -> bool:
         """Whether anything is averaged."""
-        return self.shared == "average"
+        return self.shared is AVERAGE
 
 
 def _whole_blocks(sources: int, _: int) -> list[Expert]:
@@ -97,38 +100,38 @@ def _copied_names(names: list[str], copies: int) -> list[str]:
 METHODS: dict[str, Method] = {
     "btx": Method(
         "every source's feed-forward blocks become an expert, bit for bit; the rest is averaged",
-        shared="average",
+        shared=AVERAGE,
         experts=_whole_blocks,
     ),
     "split": Method(
         "every source's feed-forward blocks are cut in C chunks along F, each an expert; the rest is averaged",
-        shared="average",
+        shared=AVERAGE,
         experts=_split_blocks,
         names=_split_names,
         number="chunks",
     ),
     "blend": Method(
         "expert n is chunk n of every source, one after the other; the rest is averaged",
-        shared="average",
+        shared=AVERAGE,
         experts=_blended_blocks,
         names=_blended_names,
     ),
     "upcycle": Method(
         "one source, whose feed-forward blocks are copied into N equal experts",
-        shared="move",
+        shared=MOVE,
         experts=_copied_block,
         names=_copied_names,
         at_least=1,
         at_most=1,
         number="copies",
     ),
-    "average": Method("the plain average of the sources, a dense model", shared="average"),
+    "average": Method("the plain average of the sources, a dense model", shared=AVERAGE),
     "reroute": Method(
         "one mixture as it is, with new routers",
-        shared="move",
+        shared=MOVE,
         at_least=1,
         at_most=1,
         new_routers=True,
     ),
-    "copy": Method("one source as it is, in another format", shared="move", at_least=1, at_most=1),
+    "copy": Method("one source as it is, in another format", shared=MOVE, at_least=1, at_most=1),
 }

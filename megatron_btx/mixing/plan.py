@@ -1,32 +1,29 @@
-"""The plan of a mix: every piece of the result, where it comes from and how, before anything is written."""
+"""What a plan is: every piece of the result, where it comes from and how, before anything is written."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.pieces import Piece, pieces_of
+from megatron_btx.checkpoint.pieces import Piece
 from megatron_btx.checkpoint.sizes import Sizes
-from megatron_btx.ground.errors import InputError
-from megatron_btx.mixing.compatible import checked_sources
-from megatron_btx.mixing.methods import METHODS, Chunk, Method
 from megatron_btx.mixing.request import Request
-from megatron_btx.mixing.request_checks import check_request, number_of
-from megatron_btx.mixing.result import dense_arguments, mixture_arguments
-from megatron_btx.mixing.sources import Source, open_source
+from megatron_btx.mixing.sources import Source
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A stretch of a source's piece along the axis of :attr:`PlannedPiece.axis`."""
+class SourceRows:
+    """Rows of a source's piece, or columns where :attr:`PlannedPiece.axis` is 1."""
 
     source: int
+    """Its place among :attr:`Plan.sources`."""
     piece: str
     start: int
     stop: int
@@ -39,10 +36,12 @@ class PlannedPiece:
     piece: Piece
     shape: tuple[int, ...]
     dtype: torch.dtype
-    operation: str
-    """move: the parts, one after the other; average: their weighted mean; router: new rows; zeros and ramp: new."""
-    parts: tuple[Part, ...] = ()
+    operation: Operation
+    """What makes the piece."""
+    parts: tuple[SourceRows, ...] = ()
+    """What it is made of."""
     axis: int = 0
+    """0 where the parts are rows, 1 where they are columns."""
     new_rows: int = 0
     """The last rows of the piece, which no source has: padding, each the mean of the result's tokens."""
 
@@ -57,9 +56,9 @@ class PlannedPiece:
         return self.piece.name
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of the piece in the result."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def source_rows(self) -> int:
+        """Rows that are made from the sources: all but the new ones."""
+        return self.shape[0] - self.new_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +80,6 @@ class Plan:
         return {}
 
     @property
-    def method(self) -> Method:
-        """The method's row of the table."""
-        return METHODS[self.request.method]
-
-    @property
     def input_bytes(self) -> int:
         """Bytes read from the sources."""
         total = 0
@@ -97,125 +91,22 @@ class Plan:
         return total
 
 
-def make_plan(request: Request) -> Plan:
-    """Open the sources, check that they fit together, and plan the result.
+class Operation(abc.ABC):
+    """One way to make a piece; :mod:`megatron_btx.mixing.merge` has them all."""
 
-    Raises:
-        InputError: too few sources, sources that differ, a number that does not divide, tensors without a rule.
-    """
-    request = check_request(request)
-    method = METHODS[request.method]
-    number = number_of(request)
-    names = [name for name, _ in request.experts]
-    sources = tuple(open_source(name, path) for name, path in request.experts)
-    if method.experts:
-        for source in sources:
-            if source.sizes.experts:
-                raise InputError(
-                    f"{source.name} ({source.folder}): is a mixture of {source.sizes.experts} experts, "
-                    "expected a dense model"
-                )
-    if method.new_routers and not sources[0].sizes.experts:
-        raise InputError(f"{sources[0].name} ({sources[0].folder}): has no routers, expected a mixture of experts")
-    first = checked_sources(sources, request)
-    first["padded_vocab_size"] = _padded(first["padded_vocab_size"], request.pad_vocabulary)
-    arguments = dense_arguments(first)
-    if method.experts:
-        result_names = names
-        if method.names:
-            result_names = method.names(names, number)
-        ffn = _expert_ffn(method.experts(len(sources), number), first["ffn_hidden_size"], request)
-        if not 1 <= request.topk <= len(result_names):
-            raise InputError(
-                f"--moe-router-topk {request.topk}: expected 1 to {len(result_names)}, the number of experts"
-            )
-        frequency = _checked_frequency(request.layer_frequency, first["num_layers"])
-        arguments = mixture_arguments(first, result_names, request.topk, ffn, frequency)
-    weights = [request.weights.get(name, 1.0) for name in names]
-    total = sum(weights)
-    sizes = Sizes.of(arguments)
-    pieces = tuple(_planned_pieces(request, method, sources, sizes))
-    return Plan(request, sources, tuple(weight / total for weight in weights), pieces, arguments, sizes)
+    name: str
+    """As the manifest says it."""
 
+    @abc.abstractmethod
+    def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of a piece, in its dtype; new rows of the vocabulary are not asked for."""
 
-def _checked_frequency(frequency: int | tuple[int, ...], layers: int) -> int | list[int]:
-    if isinstance(frequency, int):
-        if not 1 <= frequency <= layers:
-            raise InputError(f"--moe-layer-freq {frequency}: expected 1 to {layers}, or a list of 0 and 1 per layer")
-        return frequency
-    pattern = list(frequency)
-    if len(pattern) != layers or set(pattern) - {0, 1} or 1 not in pattern:
-        raise InputError(
-            f"--moe-layer-freq {str(pattern).replace(' ', '')}: expected {layers} numbers 0 or 1, one per layer, "
-            "and at least one 1"
-        )
-    return 1 if 0 not in pattern else pattern
+    @abc.abstractmethod
+    def describe(self, plan: Plan, planned: PlannedPiece) -> str:
+        """What is done, in words, for the column "made by" of a plan."""
 
-
-def _expert_ffn(experts: list[tuple[Chunk, ...]], ffn: int, request: Request) -> int:
-    """Feed-forward size of the result's experts."""
-    for chunk in experts[0]:
-        if ffn % chunk.count:
-            raise InputError(
-                f"--method {request.method}: the feed-forward size {ffn} cannot be cut in {chunk.count} equal parts; "
-                f"choose a divisor of {ffn}"
-            )
-    return sum(ffn // chunk.count for chunk in experts[0])
-
-
-def _planned_pieces(
-    request: Request, method: Method, sources: Sequence[Source], sizes: Sizes
-) -> Iterator[PlannedPiece]:
-    """Every piece of the result; which of the optional ones there are, the sources show."""
-    first = next((s for s in sources if s.name == request.take.get("dtype")), sources[0])
-    experts = method.experts(len(sources), number_of(request)) if method.experts else []
-    for piece in pieces_of(sizes):
-        if experts and "expert" in piece.numbers:
-            origin = piece.name.replace(f"experts.{piece.numbers['expert']}.", "ffn.")
-            if origin in first.pieces:
-                yield _expert_piece(piece, origin, experts[piece.numbers["expert"]], sources, first)
-        elif experts and ".router." in piece.name:
-            ffn = f"layers.{piece.numbers['layer']}.ffn."
-            is_weight = piece.name.endswith("weight")
-            # Megatron's router has a bias where the linear layers have (core/transformer/moe/router.py).
-            if is_weight or f"{ffn}up.bias" in first.pieces:
-                dtype = first.pieces[f"{ffn}down.weight"].dtype
-                yield PlannedPiece(piece, piece.shape, dtype, "router" if is_weight else "zeros")
-        elif method.new_routers and piece.name.endswith(".router.weight"):
-            yield PlannedPiece(piece, piece.shape, first.pieces[piece.name].dtype, "router")
-        elif piece.name in first.pieces:
-            held = [source.pieces[piece.name] for source in sources]
-            parts = tuple(Part(i, piece.name, 0, h.shape[0]) for i, h in enumerate(held))
-            rows = max(h.shape[0] for h in held)
-            dtype = first.pieces[piece.name].dtype
-            planned = PlannedPiece(piece, (rows, *held[0].shape[1:]), dtype, method.shared, parts)
-            yield _with_new_rows(planned, request) if planned.has_token_rows else planned
-
-
-def _padded(rows: int, multiple: int) -> int:
-    return -(-rows // multiple) * multiple
-
-
-def _with_new_rows(planned: PlannedPiece, request: Request) -> PlannedPiece:
-    """An embedding or head with as many rows as the user asks for."""
-    rows, *rest = planned.shape
-    padded = _padded(rows, request.pad_vocabulary)
-    return dataclasses.replace(planned, shape=(padded, *rest), new_rows=padded - rows)
-
-
-def _expert_piece(
-    piece: Piece, origin: str, chunks: tuple[Chunk, ...], sources: Sequence[Source], first: Source
-) -> PlannedPiece:
-    """A piece of an expert: its chunks one after the other along F, the rows of gate and up and the columns of down."""
-    axis = int(".down.weight" in origin)
-    parts = []
-    for chunk in chunks:
-        extent = sources[chunk.source].pieces[origin].shape[axis]
-        if origin.endswith("down.bias") and chunk.count > 1:
-            raise InputError(
-                f"{piece.name}: a feed-forward block with biases cannot be cut, its second bias belongs to the whole; "
-                "use --method btx or upcycle"
-            )
-        low, high = (extent * index // chunk.count for index in (chunk.index, chunk.index + 1))
-        parts.append(Part(chunk.source, origin, low, high))
-    return PlannedPiece(piece, piece.shape, first.pieces[origin].dtype, "move", tuple(parts), axis)
+    def stretches(
+        self, plan: Plan, planned: PlannedPiece, start: int, stop: int
+    ) -> Iterator[tuple[int, int, tuple[SourceRows, ...]]]:
+        """Rows in stretches, each with the parts that its rows are made of."""
+        yield start, stop, planned.parts

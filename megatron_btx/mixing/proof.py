@@ -100,7 +100,7 @@ def _vocabulary(plan: Plan) -> dict[str, Any]:
 
 def operations_of(blocks: Sequence[Any]) -> list[str]:
     """The operations that make a tensor, each once."""
-    return list(dict.fromkeys(fill.planned.operation for block in blocks for fill in block.fills))
+    return list(dict.fromkeys(fill.planned.operation.name for block in blocks for fill in block.fills))
 
 
 def sources_of(plan: Plan, blocks: Sequence[Any]) -> dict[str, list[str]]:

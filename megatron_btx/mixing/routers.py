@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 _SAMPLES = 4096
 
 
+def describe_routers(init: RouterInit, before: str = "") -> str:
+    """How routers start, in words.
+
+    Args:
+        before: what stands before the word or the file's name where they are not drawn.
+    """
+    if init.kind == "normal":
+        return f"normal, std {init.std:g}, seed {init.seed}"
+    return f"{before}{init}"
+
+
 def router_rows(init: RouterInit, layers: int, experts: int, hidden: int) -> torch.Tensor:
     """The routers of all mixture layers, in order: fp32 [L, E, H]; one generator draws them all, layer after layer.
 

@@ -24,12 +24,15 @@ from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.compatible import vocabulary_source
 from megatron_btx.mixing.layout import LaidOutBlock, LaidOutTensor, Task, lay_out
+from megatron_btx.mixing.merge import RAMP, ZEROS
 from megatron_btx.mixing.plan import Plan, PlannedPiece
 from megatron_btx.mixing.result import megatron_args_text
 from megatron_btx.mixing.tokenizer import files as tokenizer_files
 from megatron_btx.mixing.tokenizer.result import result_tokenizer
 
 FORMATS = ("megatron", "hf")
+_WRITTEN = {"zeros": ZEROS, "ramp": RAMP}
+"""What :mod:`megatron_btx.checkpoint.huggingface.shared_expert` wants in its tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,4 +218,4 @@ def _zero_shared_experts(plan: Plan) -> Iterator[PlannedPiece]:
     """The parts that Qwen2-MoE has in every mixture layer and the model has not: they add nothing."""
     dtype = plan.pieces[0].dtype
     for piece, content in shared_expert.pieces(plan.sizes, shared_expert.WRITTEN_WIDTH):
-        yield PlannedPiece(piece, piece.shape, dtype, content)
+        yield PlannedPiece(piece, piece.shape, dtype, _WRITTEN[content])

@@ -15,7 +15,7 @@ import torch
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.tokenizers.vocabulary import known_vocabulary
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
-from megatron_btx.mixing import compute, convert_hf, rows_proof
+from megatron_btx.mixing import compute, convert_hf, merge, rows_proof
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.sources import Source, open_source
 from tests.hugging_face import config_of, loaded, tensors
@@ -242,7 +242,7 @@ def test_verify_sees_a_wrong_average(tmp_path, capsys, monkeypatch):
     def of_all(plan, planned, start, stop):
         yield start, stop, planned.parts
 
-    monkeypatch.setattr(compute, "owned_rows", of_all)
+    monkeypatch.setattr(merge, "owned_rows", of_all)
     experts = pair(tmp_path, (32, {"vocab.json": words(30)}), (32, {"vocab.json": words(31)}))
     message = refused(
         [*expert_words(experts), "--vocab=union", "--verify", "--allow-other-ids"], tmp_path / "out", capsys

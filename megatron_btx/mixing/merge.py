@@ -1,0 +1,193 @@
+"""How tensors become one: the operations that methods choose from, what each does, and how a plan says it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_btx.mixing.plan import Operation, Plan, PlannedPiece, SourceRows
+from megatron_btx.mixing.routers import describe_routers, router_rows
+
+if TYPE_CHECKING:
+    import torch
+
+_SUM_NUMBERS = 1 << 16
+"""Means are taken over this many numbers at a time: half a MiB of fp64 stays in the cache of one core."""
+
+
+class Move(Operation):
+    """The parts one after the other, bit for bit."""
+
+    name = "move"
+
+    def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
+        """Rows out of the parts that hold them; whole rows of each part where the parts are columns."""
+        found = []
+        if planned.axis == 1:
+            for part in planned.parts:
+                rows = plan.sources[part.source].read(part.piece, start, stop)
+                found.append(rows[:, part.start : part.stop])
+            return _join(found, dim=1).to(planned.dtype)
+        before = 0
+        for part in planned.parts:
+            low = max(start, before)
+            high = min(stop, before + part.stop - part.start)
+            if low < high:
+                shift = part.start - before
+                found.append(plan.sources[part.source].read(part.piece, shift + low, shift + high))
+            before += part.stop - part.start
+        return _join(found, dim=0).to(planned.dtype)
+
+    def describe(self, plan: Plan, planned: PlannedPiece) -> str:
+        """Whether rows or columns are moved, and whether all of a source's or some."""
+        axis = ("rows", "columns")[planned.axis]
+        if len(planned.parts) > 1:
+            return f"{axis} of {len(planned.parts)} sources, one after the other"
+        part = planned.parts[0]
+        extent = plan.sources[part.source].pieces[part.piece].shape[planned.axis]
+        if part.stop - part.start < extent:
+            return f"{axis} of one source, moved bit for bit"
+        return "moved bit for bit"
+
+
+class Average(Operation):
+    """The weighted mean over the sources, rounded once to the stored dtype.
+
+    Summed in fp64: in fp32 three equal experts would not average to themselves, and the experts' order would show.
+    """
+
+    name = "average"
+
+    def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
+        """The mean; of an embedding's or head's row over the sources whose token it is."""
+        means = []
+        for low, high, parts in self.stretches(plan, planned, start, stop):
+            means.append(_mean(plan, planned, parts, low, high))
+        return _join(means, dim=0)
+
+    def describe(self, plan: Plan, planned: PlannedPiece) -> str:
+        """Whether the mean is weighted."""
+        if plan.request.weights:
+            return "weighted mean"
+        return "mean of all"
+
+    def stretches(
+        self, plan: Plan, planned: PlannedPiece, start: int, stop: int
+    ) -> Iterator[tuple[int, int, tuple[SourceRows, ...]]]:
+        """All rows over all sources, but those of an embedding or head over their owners."""
+        if planned.has_token_rows:
+            yield from owned_rows(plan, planned, start, stop)
+        else:
+            yield start, stop, planned.parts
+
+
+class NewRouters(Operation):
+    """Rows of new routers; see :func:`megatron_btx.mixing.routers.router_rows`."""
+
+    name = "router"
+
+    def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
+        """Rows of the layer's router."""
+        layer = planned.piece.numbers["layer"]
+        mixtures = plan.sizes.mixture_layers
+        rows_LEH = router_rows(plan.request.router, sum(mixtures), plan.sizes.experts, plan.sizes.hidden)
+        index = sum(mixtures[:layer])
+        return rows_LEH[index, start:stop].to(planned.dtype)
+
+    def describe(self, plan: Plan, planned: PlannedPiece) -> str:
+        """How they start."""
+        return describe_routers(plan.request.router, "rows: ")
+
+
+class Zeros(Operation):
+    """Zeros: biases of new routers, and experts that add nothing."""
+
+    name = "zeros"
+
+    def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
+        """Zeros."""
+        import torch
+
+        return torch.zeros(stop - start, *planned.shape[1:], dtype=planned.dtype)
+
+    def describe(self, plan: Plan, planned: PlannedPiece) -> str:
+        """What they are."""
+        return "zeros"
+
+
+class Ramp(Operation):
+    """Rows that run from 1 to just below 2: the gates of experts that add nothing."""
+
+    name = "ramp"
+
+    def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
+        """The same row each time."""
+        import torch
+
+        columns = planned.shape[1]
+        row = 1 + torch.arange(columns, dtype=torch.float64) / columns
+        return row.to(planned.dtype).repeat(stop - start, 1)
+
+    def describe(self, plan: Plan, planned: PlannedPiece) -> str:
+        """What they are for."""
+        return "1 to 2, so that no token's gate is zero"
+
+
+MOVE, AVERAGE, NEW_ROUTERS, ZEROS, RAMP = Move(), Average(), NewRouters(), Zeros(), Ramp()
+
+
+def owned_rows(
+    plan: Plan, planned: PlannedPiece, start: int, stop: int
+) -> Iterator[tuple[int, int, tuple[SourceRows, ...]]]:
+    """Rows of an embedding or head in stretches, each with the parts it is averaged over.
+
+    They are the sources whose token the row is: padding enters no average. A row that is nobody's token is averaged
+    over those that have it at all.
+    """
+    tokens = {part: plan.sources[part.source].token_rows(part.piece) for part in planned.parts}
+    bounds = {start, stop}
+    for part, stretches in tokens.items():
+        for bound in (part.stop, *itertools.chain(*stretches)):
+            if start < bound < stop:
+                bounds.add(bound)
+    for low, high in itertools.pairwise(sorted(bounds)):
+        owners = [part for part in planned.parts if _contains(tokens[part], low)]
+        if not owners:
+            owners = [part for part in planned.parts if low < part.stop]
+        yield low, high, tuple(owners)
+
+
+def _contains(stretches: Sequence[tuple[int, int]], row: int) -> bool:
+    return any(begin <= row < end for begin, end in stretches)
+
+
+def _mean(plan: Plan, planned: PlannedPiece, parts: Sequence[SourceRows], start: int, stop: int) -> torch.Tensor:
+    """The weighted mean of the parts' rows, in the piece's dtype."""
+    import torch
+
+    weights = [plan.weights[part.source] for part in parts]
+    divisor = sum(weights)
+    if len(set(weights)) == 1:  # whole numbers sum and divide without rounding
+        weights = [1.0] * len(parts)
+        divisor = len(parts)
+    sources = [plan.sources[part.source].read(part.piece, start, stop).reshape(-1) for part in parts]
+    result = torch.empty(stop - start, *planned.shape[1:], dtype=planned.dtype)
+    flat = result.view(-1)
+    total = torch.empty(min(_SUM_NUMBERS, flat.numel()), dtype=torch.float64)
+    for low in range(0, flat.numel(), _SUM_NUMBERS):
+        stretch = slice(low, min(low + _SUM_NUMBERS, flat.numel()))
+        sum_ = total[: stretch.stop - low].zero_()
+        for source, weight in zip(sources, weights, strict=True):
+            sum_.add_(source[stretch], alpha=weight)
+        flat[stretch] = sum_.div_(divisor)
+    return result
+
+
+def _join(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Tensors one after the other along an axis; a single one without a copy where it is contiguous."""
+    import torch
+
+    if len(tensors) == 1:
+        return tensors[0].contiguous()
+    return torch.cat(list(tensors), dim=dim)

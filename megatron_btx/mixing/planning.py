@@ -1,0 +1,146 @@
+"""Making the plan of a mix: the sources opened and compared, then a rule for every piece of the result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_btx.checkpoint.pieces import Piece, pieces_of
+from megatron_btx.checkpoint.sizes import Sizes
+from megatron_btx.ground.errors import InputError
+from megatron_btx.mixing.compatible import checked_sources
+from megatron_btx.mixing.merge import MOVE, NEW_ROUTERS, ZEROS
+from megatron_btx.mixing.methods import METHODS, Chunk, Method
+from megatron_btx.mixing.plan import Plan, PlannedPiece, SourceRows
+from megatron_btx.mixing.request import Request
+from megatron_btx.mixing.request_checks import check_request, number_of
+from megatron_btx.mixing.result import dense_arguments, mixture_arguments
+from megatron_btx.mixing.sources import Source, open_source
+
+if TYPE_CHECKING:
+    pass
+
+
+def make_plan(request: Request) -> Plan:
+    """Open the sources, check that they fit together, and plan the result.
+
+    Raises:
+        InputError: too few sources, sources that differ, a number that does not divide, tensors without a rule.
+    """
+    request = check_request(request)
+    method = METHODS[request.method]
+    number = number_of(request)
+    names = [name for name, _ in request.experts]
+    sources = tuple(open_source(name, path) for name, path in request.experts)
+    if method.experts:
+        for source in sources:
+            if source.sizes.experts:
+                raise InputError(
+                    f"{source.name} ({source.folder}): is a mixture of {source.sizes.experts} experts, "
+                    "expected a dense model"
+                )
+    if method.new_routers and not sources[0].sizes.experts:
+        raise InputError(f"{sources[0].name} ({sources[0].folder}): has no routers, expected a mixture of experts")
+    first = checked_sources(sources, request)
+    first["padded_vocab_size"] = _padded(first["padded_vocab_size"], request.pad_vocabulary)
+    arguments = dense_arguments(first)
+    if method.experts:
+        result_names = names
+        if method.names:
+            result_names = method.names(names, number)
+        ffn = _expert_ffn(method.experts(len(sources), number), first["ffn_hidden_size"], request)
+        if not 1 <= request.topk <= len(result_names):
+            raise InputError(
+                f"--moe-router-topk {request.topk}: expected 1 to {len(result_names)}, the number of experts"
+            )
+        frequency = _checked_frequency(request.layer_frequency, first["num_layers"])
+        arguments = mixture_arguments(first, result_names, request.topk, ffn, frequency)
+    weights = [request.weights.get(name, 1.0) for name in names]
+    total = sum(weights)
+    sizes = Sizes.of(arguments)
+    pieces = tuple(_planned_pieces(request, method, sources, sizes))
+    return Plan(request, sources, tuple(weight / total for weight in weights), pieces, arguments, sizes)
+
+
+def _checked_frequency(frequency: int | tuple[int, ...], layers: int) -> int | list[int]:
+    if isinstance(frequency, int):
+        if not 1 <= frequency <= layers:
+            raise InputError(f"--moe-layer-freq {frequency}: expected 1 to {layers}, or a list of 0 and 1 per layer")
+        return frequency
+    pattern = list(frequency)
+    if len(pattern) != layers or set(pattern) - {0, 1} or 1 not in pattern:
+        raise InputError(
+            f"--moe-layer-freq {str(pattern).replace(' ', '')}: expected {layers} numbers 0 or 1, one per layer, "
+            "and at least one 1"
+        )
+    return 1 if 0 not in pattern else pattern
+
+
+def _expert_ffn(experts: list[tuple[Chunk, ...]], ffn: int, request: Request) -> int:
+    """Feed-forward size of the result's experts."""
+    for chunk in experts[0]:
+        if ffn % chunk.count:
+            raise InputError(
+                f"--method {request.method}: the feed-forward size {ffn} cannot be cut in {chunk.count} equal parts; "
+                f"choose a divisor of {ffn}"
+            )
+    return sum(ffn // chunk.count for chunk in experts[0])
+
+
+def _planned_pieces(
+    request: Request, method: Method, sources: Sequence[Source], sizes: Sizes
+) -> Iterator[PlannedPiece]:
+    """Every piece of the result; which of the optional ones there are, the sources show."""
+    first = next((s for s in sources if s.name == request.take.get("dtype")), sources[0])
+    experts = method.experts(len(sources), number_of(request)) if method.experts else []
+    for piece in pieces_of(sizes):
+        if experts and "expert" in piece.numbers:
+            origin = piece.name.replace(f"experts.{piece.numbers['expert']}.", "ffn.")
+            if origin in first.pieces:
+                yield _expert_piece(piece, origin, experts[piece.numbers["expert"]], sources, first)
+        elif experts and ".router." in piece.name:
+            ffn = f"layers.{piece.numbers['layer']}.ffn."
+            is_weight = piece.name.endswith("weight")
+            # Megatron's router has a bias where the linear layers have (core/transformer/moe/router.py).
+            if is_weight or f"{ffn}up.bias" in first.pieces:
+                dtype = first.pieces[f"{ffn}down.weight"].dtype
+                yield PlannedPiece(piece, piece.shape, dtype, NEW_ROUTERS if is_weight else ZEROS)
+        elif method.new_routers and piece.name.endswith(".router.weight"):
+            yield PlannedPiece(piece, piece.shape, first.pieces[piece.name].dtype, NEW_ROUTERS)
+        elif piece.name in first.pieces:
+            held = [source.pieces[piece.name] for source in sources]
+            parts = tuple(SourceRows(i, piece.name, 0, h.shape[0]) for i, h in enumerate(held))
+            rows = max(h.shape[0] for h in held)
+            dtype = first.pieces[piece.name].dtype
+            planned = PlannedPiece(piece, (rows, *held[0].shape[1:]), dtype, method.shared, parts)
+            yield _with_new_rows(planned, request) if planned.has_token_rows else planned
+
+
+def _padded(rows: int, multiple: int) -> int:
+    return -(-rows // multiple) * multiple
+
+
+def _with_new_rows(planned: PlannedPiece, request: Request) -> PlannedPiece:
+    """An embedding or head with as many rows as the user asks for."""
+    rows, *rest = planned.shape
+    padded = _padded(rows, request.pad_vocabulary)
+    return dataclasses.replace(planned, shape=(padded, *rest), new_rows=padded - rows)
+
+
+def _expert_piece(
+    piece: Piece, origin: str, chunks: tuple[Chunk, ...], sources: Sequence[Source], first: Source
+) -> PlannedPiece:
+    """A piece of an expert: its chunks one after the other along F, the rows of gate and up and the columns of down."""
+    axis = int(".down.weight" in origin)
+    parts = []
+    for chunk in chunks:
+        extent = sources[chunk.source].pieces[origin].shape[axis]
+        if origin.endswith("down.bias") and chunk.count > 1:
+            raise InputError(
+                f"{piece.name}: a feed-forward block with biases cannot be cut, its second bias belongs to the whole; "
+                "use --method btx or upcycle"
+            )
+        low, high = (extent * index // chunk.count for index in (chunk.index, chunk.index + 1))
+        parts.append(SourceRows(chunk.source, origin, low, high))
+    return PlannedPiece(piece, piece.shape, first.pieces[origin].dtype, MOVE, tuple(parts), axis)
