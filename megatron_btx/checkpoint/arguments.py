@@ -56,7 +56,7 @@ class ModelArgument:
         return [self.flag, str(value).replace(" ", "")]
 
 
-_VALUE, _ON, _OFF = None, True, False
+_ON, _OFF = True, False
 
 MODEL_ARGUMENTS = (
     ModelArgument("num_layers", "--num-layers", None, shapes=True),

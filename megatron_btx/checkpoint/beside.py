@@ -22,7 +22,9 @@ _SPECIAL = re.compile(r"[\s*?\[\\]")
 
 def root_of(folder: Path) -> Path:
     """The root of a checkpoint, of which ``folder`` is the root itself or one iteration."""
-    return folder.parent if (folder.parent / TRACKER).is_file() else folder
+    if (folder.parent / TRACKER).is_file():
+        return folder.parent
+    return folder
 
 
 def with_tokenizer_beside(arguments: Mapping[str, Any], root: Path) -> dict[str, Any]:
@@ -36,9 +38,7 @@ def with_tokenizer_beside(arguments: Mapping[str, Any], root: Path) -> dict[str,
         named = arguments.get(argument)
         if not isinstance(named, str | Path) or not str(named) or Path(named).exists():
             continue
-        path = Path(named)
-        same = [path.parent, root, root / HF_FOLDER] if "?" in path.name else [root, root / HF_FOLDER]
-        place = next((match for folder in same for match in _matching(folder, path.name)), None)
+        place = _find_beside(Path(named), root)
         if place is not None:
             found[argument] = str(place)
     named, folder = found.get("tokenizer_model"), root / HF_FOLDER
@@ -48,13 +48,26 @@ def with_tokenizer_beside(arguments: Mapping[str, Any], root: Path) -> dict[str,
     return found
 
 
+def _find_beside(path: Path, root: Path) -> Path | None:
+    """The file of the same name beside the weights; None where there is none."""
+    folders = [root, root / HF_FOLDER]
+    if "?" in path.name:
+        folders.insert(0, path.parent)
+    for folder in folders:
+        matches = _matching(folder, path.name)
+        if matches:
+            return matches[0]
+    return None
+
+
 def _matching(folder: Path, name: str) -> list[Path]:
     """The file of a name in a folder, in which ``?`` may stand for any character."""
     if (folder / name).is_file():
         return [folder / name]
-    pattern = re.compile("".join("." if character == "?" else re.escape(character) for character in name))
-    files = sorted(folder.iterdir()) if "?" in name and folder.is_dir() else []
-    return [file for file in files if pattern.fullmatch(file.name) and file.is_file()]
+    if "?" not in name or not folder.is_dir():
+        return []
+    pattern = re.compile(re.escape(name).replace(re.escape("?"), "."))
+    return [file for file in sorted(folder.iterdir()) if pattern.fullmatch(file.name) and file.is_file()]
 
 
 def as_shell_word(path: str) -> str:

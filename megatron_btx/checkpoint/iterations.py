@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.ground.files import read_json_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -27,7 +27,9 @@ def resolve_iteration(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a checkpoint's root or one of its iter_ folders")
-    folder = path if (path / "metadata.json").is_file() or (path / ".metadata").is_file() else _latest(path)
+    folder = path
+    if not (path / "metadata.json").is_file() and not (path / ".metadata").is_file():
+        folder = _find_latest(path)
     _refuse_other_formats(folder)
     backend_file = folder / "metadata.json"
     if not backend_file.is_file():
@@ -35,12 +37,7 @@ def resolve_iteration(path: str | Path) -> Path:
             f"{folder}: has no metadata.json, so it is not a torch_dist checkpoint; "
             "save it again with --ckpt-format torch_dist"
         )
-    try:
-        backend = json.loads(backend_file.read_bytes()).get("sharded_backend")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{backend_file}: is not JSON as expected ({error}); the checkpoint is damaged"
-        ) from error
+    backend = read_json_object(backend_file, "the checkpoint is damaged", CheckpointError).get("sharded_backend")
     if backend != BACKEND["sharded_backend"]:
         raise CheckpointError(
             f"{backend_file}: format {backend!r}, expected 'torch_dist'; save it again with --ckpt-format torch_dist"
@@ -50,17 +47,20 @@ def resolve_iteration(path: str | Path) -> Path:
 
 def _refuse_other_formats(folder: Path) -> None:
     """Name the other formats that Megatron writes, and how they become torch_dist."""
-    legacy = next(iter(sorted(folder.glob("mp_rank_*"))), None)
-    if legacy is not None:
+    legacy = sorted(folder.glob("mp_rank_*"))
+    if legacy:
         raise CheckpointError(
-            f"{folder}: holds {legacy.name}, so it is of Megatron's old format 'torch', which is pickled and not read; "
-            "convert it with Megatron's tools/checkpoint, or have Megatron load it and save it again as one: "
+            f"{folder}: holds {legacy[0].name}, so it is of Megatron's old format 'torch', which is pickled and "
+            "not read; convert it with Megatron's tools/checkpoint, or have Megatron load it and save it again as one: "
             "--ckpt-format torch --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
         )
     backend = folder / "metadata.json"
-    fsdp = backend.is_file() and b"fsdp_dtensor" in backend.read_bytes()[:1000]
-    if fsdp or (not backend.is_file() and (folder / ".metadata").is_file()):
-        found = "its metadata.json says so" if fsdp else "it has an index, but no metadata.json"
+    found = ""
+    if not backend.is_file() and (folder / ".metadata").is_file():
+        found = "it has an index, but no metadata.json"
+    elif backend.is_file() and b"fsdp_dtensor" in backend.read_bytes()[:1000]:
+        found = "its metadata.json says so"
+    if found:
         raise CheckpointError(
             f"{folder}: is of the format 'fsdp_dtensor' or 'torch_dcp' ({found}), not a torch_dist checkpoint; load it "
             "with the Megatron that wrote it and save it again with --ckpt-format torch_dist (or, where accelerate or "
@@ -68,7 +68,7 @@ def _refuse_other_formats(folder: Path) -> None:
         )
 
 
-def _latest(root: Path) -> Path:
+def _find_latest(root: Path) -> Path:
     _refuse_other_formats(root)
     tracker = root / TRACKER
     if not tracker.is_file():
@@ -78,7 +78,10 @@ def _latest(root: Path) -> Path:
     latest = tracker.read_bytes()[:40].decode(errors="replace").strip()
     if latest != RELEASE and not re.fullmatch(r"[0-9]{1,18}", latest):
         raise CheckpointError(f"{tracker}: holds {latest!r}, expected an iteration number or 'release'")
-    folder = root / (RELEASE if latest == RELEASE else f"iter_{int(latest):07d}")
+    name = RELEASE
+    if latest != RELEASE:
+        name = f"iter_{int(latest):07d}"
+    folder = root / name
     if not folder.is_dir():
         raise CheckpointError(f"{tracker}: names {folder.name}, which does not exist beside it; give an iter_ folder")
     return folder

@@ -87,18 +87,21 @@ _TextLoader.add_multi_constructor("", _untagged)
 def weights_folder(path: Path) -> Path:
     """The folder of the tensors, where ``path`` is a NeMo 2 folder; else the path itself."""
     weights = path / _WEIGHTS
-    return weights if (weights / "metadata.json").is_file() and (path / "context").is_dir() else path
+    if (weights / "metadata.json").is_file() and (path / "context").is_dir():
+        return weights
+    return path
 
 
 def description_of(folder: Path) -> Path | None:
     """The YAML file that describes the model of an iteration's folder; None where Megatron-LM wrote it."""
     if (folder / BRIDGE_FILE).is_file():
         return folder / BRIDGE_FILE
-    is_nemo = folder.name == _WEIGHTS and (folder.parent / "context").is_dir()
-    return folder.parent / _NEMO_FILE if is_nemo else None
+    if folder.name == _WEIGHTS and (folder.parent / "context").is_dir():
+        return folder.parent / _NEMO_FILE
+    return None
 
 
-def described_arguments(file: Path, rows: int) -> dict[str, Any]:
+def read_arguments(file: Path, rows: int) -> dict[str, Any]:
     """Megatron's arguments of a model that such a file describes.
 
     Args:
@@ -126,26 +129,30 @@ def described_arguments(file: Path, rows: int) -> dict[str, Any]:
     _check_values(model, file)
     arguments = _same_fields(model) | _activation(model, file) | _rope(model, file)
     heads, groups = model["num_attention_heads"], model["num_query_groups"]
-    dtype = "bfloat16" if model.get("bf16") else "float16" if model.get("fp16") else _target(model.get("params_dtype"))
-    return (
-        arguments
-        | {
-            "group_query_attention": groups not in (None, heads),
-            "untie_embeddings_and_output_weights": not model["share_embeddings_and_output_weights"],
-            "padded_vocab_size": rows,
-            "vocab_size": model.get("vocab_size") or rows,
-            "seq_length": model["seq_length"],
-            "max_position_embeddings": model.get("max_position_embeddings") or model["seq_length"],
-            "params_dtype": dtype or "float32",
-            "bf16": dtype == "bfloat16",
-            "fp16": dtype == "float16",
-        }
-        | {name: model[name] for name in _TRAINING if name in model}
-        | _tokenizer(config, file)
-    )
+    dtype = _dtype_name(model)
+    arguments |= {
+        "group_query_attention": groups not in (None, heads),
+        "untie_embeddings_and_output_weights": not model["share_embeddings_and_output_weights"],
+        "padded_vocab_size": rows,
+        "vocab_size": model.get("vocab_size") or rows,
+        "seq_length": model["seq_length"],
+        "max_position_embeddings": model.get("max_position_embeddings") or model["seq_length"],
+        "params_dtype": dtype,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+    }
+    for name in ("attention_dropout", "hidden_dropout", "init_method_std"):
+        if name in model:
+            arguments[name] = model[name]
+    return arguments | _tokenizer(config, file)
 
 
-_TRAINING = ("attention_dropout", "hidden_dropout", "init_method_std")
+def _dtype_name(model: Mapping[str, Any]) -> str:
+    if model.get("bf16"):
+        return "bfloat16"
+    if model.get("fp16"):
+        return "float16"
+    return _target(model.get("params_dtype")) or "float32"
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -177,7 +184,7 @@ def _model_of(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
         if not isinstance(section, Mapping):
             break
         found |= section
-        section = next((section[key] for key in ("transformer", "config") if key in section), None)
+        section = section.get("transformer", section.get("config"))
     return found
 
 
@@ -210,8 +217,9 @@ def _same_fields(model: Mapping[str, Any]) -> dict[str, Any]:
     for argument in MODEL_ARGUMENTS:
         field = _FIELDS.get(argument.name, argument.name)
         if field in model:
-            value = model[field]
-            found[argument.name] = tuple(value) if argument.name == "window_size" and value else value
+            found[argument.name] = model[field]
+    if found.get("window_size"):
+        found["window_size"] = tuple(found["window_size"])
     return found
 
 
@@ -219,20 +227,27 @@ def _activation(model: Mapping[str, Any], file: Path) -> dict[str, Any]:
     function = _target(model["activation_func"])
     gated = bool(model["gated_linear_unit"])
     if (gated, function) not in _ACTIVATIONS:
+        found = repr(function)
+        if gated:
+            found += " and gated"
         raise CheckpointError(
-            f"{file}: activation_func is {function!r}{' and gated' if gated else ''}, which no argument of Megatron's "
-            f"says; {_remedy(file)}"
+            f"{file}: activation_func is {found}, which no argument of Megatron's says; {_remedy(file)}"
         )
     argument = _ACTIVATIONS[gated, function]
-    return {argument: True} if argument else {}
+    if not argument:
+        return {}
+    return {argument: True}
 
 
 def _rope(model: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Llama 3's scaling, which older classes say by its four numbers."""
     if "low_freq_factor" not in model:
         return {"use_rope_scaling": bool(model.get("rope_scaling"))}
-    fixed = {"old_context_len": MEGATRON_LLAMA3["original_max_position_embeddings"]}
-    fixed |= {key: MEGATRON_LLAMA3[key] for key in ("low_freq_factor", "high_freq_factor")}
+    fixed = {
+        "old_context_len": MEGATRON_LLAMA3["original_max_position_embeddings"],
+        "low_freq_factor": MEGATRON_LLAMA3["low_freq_factor"],
+        "high_freq_factor": MEGATRON_LLAMA3["high_freq_factor"],
+    }
     for key, value in fixed.items():
         if model.get(key) != value:
             raise CheckpointError(f"{file}: {key} is {model.get(key)!r}, expected {value} as fixed in Megatron")
@@ -255,8 +270,9 @@ def _tokenizer(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
 
 def _target(value: object) -> str:
     """The last word of a Python name, as text or under ``_target_``: ``torch.nn.functional.silu`` is ``silu``."""
-    name = value.get("_target_") if isinstance(value, Mapping) else value
-    return str(name or "").rpartition(".")[2]
+    if isinstance(value, Mapping):
+        value = value.get("_target_")
+    return str(value or "").rpartition(".")[2]
 
 
 def _remedy(file: Path) -> str:

@@ -29,15 +29,18 @@ def model_path(text: str | Path) -> Path:
     if path.is_file():
         raise CheckpointError(f"{path}: is a file and no such folder; {_remedy_for_file(path)}")
     if path.is_dir():
-        is_cached = (path / _SNAPSHOTS).is_dir() and path.name.startswith(_CACHED)
-        return _snapshot(path) if is_cached else path
+        if (path / _SNAPSHOTS).is_dir() and path.name.startswith(_CACHED):
+            return _find_snapshot(path)
+        return path
     address = re.fullmatch(r"(?:https?://(?:www\.)?huggingface\.co/|hf://(?:models/)?)([^/]+/[^/?#]+).*", str(text))
-    name = address[1] if address else str(text)
+    name = str(text)
+    if address:
+        name = address[1]
     if not _HUB_NAME.fullmatch(name):
         return path
     cached = hub_cache() / (_CACHED + name.replace("/", "--"))
     if cached.is_dir():
-        return _snapshot(cached)
+        return _find_snapshot(cached)
     raise CheckpointError(
         f"{text}: no such folder, and no model of this name in the hub's cache ({hub_cache()}); correct the path, or "
         f"download it first: hf download {name} --local-dir {name.replace('/', '--')}, and give that folder"
@@ -54,15 +57,15 @@ def hub_cache() -> Path:
     return Path(os.path.expanduser(home)) / "hub"
 
 
-def _snapshot(cached: Path) -> Path:
+def _find_snapshot(cached: Path) -> Path:
     """The snapshot that ``refs/main`` names; without it the only one there is."""
     snapshots = sorted(place for place in (cached / _SNAPSHOTS).glob("*") if place.is_dir())
     reference = cached / "refs" / "main"
     if reference.is_file():
         revision = reference.read_bytes()[:100].decode(errors="replace").strip()
-        named = next((place for place in snapshots if place.name == revision), None)
-        if named is not None:
-            return named
+        for place in snapshots:
+            if place.name == revision:
+                return place
     if len(snapshots) == 1:
         return snapshots[0]
     name = cached.name.removeprefix(_CACHED).replace("--", "/", 1)

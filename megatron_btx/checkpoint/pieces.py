@@ -34,7 +34,9 @@ class Location:
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Where rows ``start`` to ``stop`` are stored: (row there, row of the piece, rows) of each run."""
         length = (self.last - self.first) * self.unit
-        for group in range(start // length, -(-stop // length)) if length else ():
+        if length == 0:
+            return
+        for group in range(start // length, -(-stop // length)):
             low, high = max(start, group * length), min(stop, (group + 1) * length)
             there = (group * self.per_group + self.first) * self.unit + low - group * length
             yield there, low, high - low
@@ -74,8 +76,10 @@ class Piece:
         template: str = getattr(self.row, dialect.column)
         if not template and dialect.column != "megatron":
             template = self.row.llama
-        others = self.row.also if dialect.column == "megatron" else ()
-        for text in (template, *others):
+        templates = [template]
+        if dialect.column == "megatron":
+            templates += self.row.also
+        for text in templates:
             if text and ("{kind}" in text or self.numbers.get("kind", "weight") == "weight"):
                 yield self._located(text, dialect, sizes)
 
@@ -89,8 +93,9 @@ class Piece:
         fused = dialect.fused and (dialect.column == "megatron" or key.endswith(".gate_up_proj"))
         if dialect.name == "singleton" and part in ("gate", "up") and sizes.gated:
             key, fused = key + {"gate": "_w", "up": "_v"}[part], False
-        extent = _extent(part if fused else "whole", sizes, self.shape[0])
-        return Location(key, lead, *extent)
+        if not fused:
+            part = "whole"
+        return Location(key, lead, *_extent(part, sizes, self.shape[0]))
 
 
 def pieces_of(sizes: Sizes) -> Iterator[Piece]:
@@ -98,20 +103,25 @@ def pieces_of(sizes: Sizes) -> Iterator[Piece]:
 
     A model may lack biases, norms' biases and what a row calls optional; the checkpoint shows which.
     """
-    per_layer = [row for row in ROWS if "{layer}" in row.piece]
+    layers_done = False
     for row in ROWS:
-        if row in per_layer[1:]:
-            continue
-        if row is not per_layer[0]:
+        if "{layer}" not in row.piece:
             yield from _pieces(row, sizes, {})
+        elif not layers_done:  # the first of the layers' rows stands for all of them, layer by layer
+            layers_done = True
+            for layer in range(sizes.layers):
+                yield from _layer_pieces(layer, sizes)
+
+
+def _layer_pieces(layer: int, sizes: Sizes) -> Iterator[Piece]:
+    for row in ROWS:
+        if "{layer}" not in row.piece or not _in_layer(row, sizes, sizes.mixture_layers[layer]):
             continue
-        for layer in range(sizes.layers):
-            for layer_row in per_layer:
-                if _in_layer(layer_row, sizes, sizes.mixture_layers[layer]):
-                    experts = range(sizes.experts) if "{expert}" in layer_row.piece else (None,)
-                    for expert in experts:
-                        numbers = {"layer": layer} | ({} if expert is None else {"expert": expert})
-                        yield from _pieces(layer_row, sizes, numbers)
+        if "{expert}" not in row.piece:
+            yield from _pieces(row, sizes, {"layer": layer})
+            continue
+        for expert in range(sizes.experts):
+            yield from _pieces(row, sizes, {"layer": layer, "expert": expert})
 
 
 def _in_layer(row: Row, sizes: Sizes, mixture: bool) -> bool:
@@ -123,17 +133,20 @@ def _in_layer(row: Row, sizes: Sizes, mixture: bool) -> bool:
 
 
 def _pieces(row: Row, sizes: Sizes, numbers: dict[str, Any]) -> Iterator[Piece]:
-    for kind in ("weight", "bias") if "{kind}" in row.piece else ("weight",):
-        named = numbers | {"kind": kind}
-        shape = _shape(row, sizes)
-        required = not row.optional and kind == "weight"
-        yield Piece(row.piece.format(**named), shape[:1] if kind == "bias" else shape, row, named, required)
+    shape = _shape(row, sizes)
+    weight = numbers | {"kind": "weight"}
+    yield Piece(row.piece.format(**weight), shape, row, weight, not row.optional)
+    if "{kind}" in row.piece:
+        bias = numbers | {"kind": "bias"}
+        yield Piece(row.piece.format(**bias), shape[:1], row, bias, False)
 
 
 def _shape(row: Row, sizes: Sizes) -> tuple[int, ...]:
     """The shape of a piece's weight; a size that the configuration does not say is -1."""
     name = row.piece.replace("layers.{layer}.", "").replace(".{kind}", "").replace(".weight", "")
-    ffn = sizes.expert_ffn if name.startswith("experts.") else sizes.ffn
+    ffn = sizes.ffn
+    if name.startswith("experts."):
+        ffn = sizes.expert_ffn
     queries, keys = sizes.heads * sizes.head_size, sizes.groups * sizes.head_size
     shapes: dict[str, tuple[int, ...]] = {
         "embedding": (sizes.vocabulary or -1, sizes.hidden),

@@ -6,14 +6,17 @@ and runs no code; knowing the positions lets slices be read and written in any o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.stored import Block, Files, Place, Slot, StoredTensor, read_box, read_slice
 from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.ground.files import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +28,8 @@ SHARD_BYTES = 5 * 10**9
 _HEADER_AT_MOST_BYTES = 100 << 20
 _STEP_BYTES = 16 << 20
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+type _Described = tuple[str, tuple[int, ...], torch.dtype]
+"""The name, shape and type of a tensor that is to be written."""
 
 
 def is_model_folder(path: Path) -> bool:
@@ -34,26 +39,21 @@ def is_model_folder(path: Path) -> bool:
 
 def refuse_without_config(path: Path) -> None:
     """Refuse a folder that holds models' weights and nothing that describes them."""
-    weights = [file for pattern in ("*.safetensors", "*.safetensors.index.json") for file in path.glob(pattern)]
+    weights = [*path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")]
     if weights:
         raise CheckpointError(f"{path}: has {min(weights).name}, but no {CONFIG}; the model folder is incomplete")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError when it is missing or something else."""
-    if not file.is_file():  # reading a pipe would wait forever
-        found = "is no file, or a link to none" if os.path.lexists(file) else "does not exist"
-        raise CheckpointError(f"{file}: {found}; the model folder is incomplete")
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: is not JSON ({error}); the model folder is damaged") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds a {type(content).__name__}, expected an object; it is damaged")
-    return content
+    """The JSON object in a file of a model folder.
+
+    Raises:
+        CheckpointError: it is missing, or something else.
+    """
+    return read_json_object(file, "the model folder is incomplete or damaged", CheckpointError)
 
 
-def _whole(numbers: list[int]) -> tuple[int, ...]:
+def _check_whole(numbers: list[int]) -> tuple[int, ...]:
     if not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError(f"{numbers} where whole numbers are expected")
     return tuple(numbers)
@@ -75,11 +75,14 @@ def _file_that_counts(folder: Path) -> str:
     """
     single, index = (folder / SINGLE).is_file(), os.path.lexists(folder / INDEX)
     if not single and not index:
-        found = f"{SINGLE} is no file, or a link to none" if os.path.lexists(folder / SINGLE) else ""
-        found = found or f"has neither {SINGLE} nor {INDEX}"
+        found = f"has neither {SINGLE} nor {INDEX}"
+        if os.path.lexists(folder / SINGLE):
+            found = f"{SINGLE} is no file, or a link to none"
         raise CheckpointError(f"{folder}: {found}; the model folder is incomplete")
-    if not (single and index):
-        return SINGLE if single else INDEX
+    if not index:
+        return SINGLE
+    if not single:
+        return INDEX
     shards = set(_weight_map(folder).values())
     if shards == {SINGLE}:
         return INDEX
@@ -98,8 +101,34 @@ def _hold_the_same(folder: Path) -> bool:
         other = SafetensorsReader(folder, INDEX)
     except CheckpointError:
         return False
-    described = [{name: (t.shape, t.dtype) for name, t in reader.tensors.items()} for reader in (one, other)]
-    return described[0] == described[1] and all(one.holds_as(other, name) for name in one.tensors)
+    if one.tensors.keys() != other.tensors.keys():
+        return False
+    for name, mine in one.tensors.items():
+        theirs = other.tensors[name]
+        if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype) or not one.has_same_bytes(other, name):
+            return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """What a header says of one tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    extent: tuple[int, ...]
+    """Where its bytes begin and end, counted from the end of the header."""
+
+
+def _entries_of(header: Mapping[str, Any]) -> list[_Entry]:
+    """The entries of a header, in the order of their bytes."""
+    entries = []
+    for name, entry in header.items():
+        if name != "__metadata__":
+            shape, extent = _check_whole(entry["shape"]), _check_whole(entry["data_offsets"])
+            entries.append(_Entry(name, str(entry["dtype"]), shape, extent))
+    return sorted(entries, key=lambda entry: entry.extent)
 
 
 class SafetensorsReader:
@@ -123,6 +152,23 @@ class SafetensorsReader:
         index = self.folder / INDEX
         weight_map = _weight_map(self.folder)
         names = sorted(set(weight_map.values()))
+        self._open_shards(names)
+        for tensor, file in weight_map.items():
+            if tensor not in self.tensors:
+                raise CheckpointError(f"{index}: {tensor} is said to be in {file}, which does not hold it; damaged")
+            if self.file_of(tensor) != file:
+                found = self.file_of(tensor)
+                raise CheckpointError(f"{index}: {tensor} is said to be in {file}, it is in {found}; damaged")
+        for tensor in self.tensors:
+            if tensor not in weight_map:
+                raise CheckpointError(f"{index}: does not name {tensor}, which {self.file_of(tensor)} holds")
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds a tensor."""
+        return self.tensors[name].blocks[0].file
+
+    def _open_shards(self, names: Sequence[str]) -> None:
+        index = self.folder / INDEX
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{index}: names {name!r}, expected a .safetensors file beside it; refused")
@@ -134,15 +180,6 @@ class SafetensorsReader:
             )
         for name in names:
             self._open_file(name)
-        for tensor, file in weight_map.items():
-            if tensor not in self.tensors:
-                raise CheckpointError(f"{index}: {tensor} is said to be in {file}, which does not hold it; damaged")
-            if self.tensors[tensor].blocks[0].file != file:
-                found = self.tensors[tensor].blocks[0].file
-                raise CheckpointError(f"{index}: {tensor} is said to be in {file}, it is in {found}; damaged")
-        extra = next((name for name in self.tensors if name not in weight_map), None)
-        if extra is not None:
-            raise CheckpointError(f"{index}: does not name {extra}, which {self.tensors[extra].blocks[0].file} holds")
 
     def _open_file(self, name: str) -> None:
         file = self.folder / name
@@ -155,37 +192,35 @@ class SafetensorsReader:
                 f"{file}: {size} bytes, but its header says it is {length} long; truncated or damaged"
             )
         try:
-            header = json.loads(self._files.bytes_at(Place(file, 8), length))
-            entries = {k: v for k, v in header.items() if k != "__metadata__"}
-            described = [
-                (k, str(v["dtype"]), _whole(v["shape"]), _whole(v["data_offsets"])) for k, v in entries.items()
-            ]
+            entries = _entries_of(json.loads(self._files.bytes_at(Place(file, 8), length)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{file}: its header cannot be read ({error!r}); it is damaged") from error
         end = 0
-        for tensor, dtype, shape, extent in sorted(described, key=lambda entry: entry[3]):
-            if tensor in self.tensors:
-                raise CheckpointError(f"{file}: {tensor} is in {self.tensors[tensor].blocks[0].file} as well; damaged")
-            end = self._add(file, tensor, dtype, shape, extent, 8 + length, end)
+        for entry in entries:
+            if entry.name in self.tensors:
+                raise CheckpointError(f"{file}: {entry.name} is in {self.file_of(entry.name)} as well; damaged")
+            self._add(file, entry, 8 + length, end)
+            end = entry.extent[1]
         if 8 + length + end != size:
             raise CheckpointError(f"{file}: {size} bytes, but its header names {8 + length + end}; it is truncated")
 
-    def _add(
-        self, file: Path, name: str, dtype: str, shape: tuple[int, ...], extent: tuple[int, ...], data_at: int, end: int
-    ) -> int:
+    def _add(self, file: Path, entry: _Entry, data_at: int, end: int) -> None:
+        """Add a tensor of a file whose numbers begin at ``data_at``; the tensor before ends at ``end``."""
         import torch
 
-        if dtype not in _DTYPES:
+        if entry.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{file}: {name}: is stored as {dtype}, expected one of {', '.join(_DTYPES)}; "
+                f"{file}: {entry.name}: is stored as {entry.dtype}, expected one of {', '.join(_DTYPES)}; "
                 "save the model unquantised in bf16, fp16 or fp32"
             )
-        kind: torch.dtype = getattr(torch, _DTYPES[dtype])
+        kind: torch.dtype = getattr(torch, _DTYPES[entry.dtype])
+        shape, extent = entry.shape, entry.extent
         if len(extent) != 2 or extent[0] != end or extent[1] - extent[0] != math.prod(shape) * kind.itemsize:
-            raise CheckpointError(f"{file}: {name}: shape {list(shape)} does not fit its bytes {list(extent)}; damaged")
+            raise CheckpointError(
+                f"{file}: {entry.name}: shape {list(shape)} does not fit its bytes {list(extent)}; damaged"
+            )
         block = Block((0,) * len(shape), shape, file.name, data_at + extent[0], extent[1] - extent[0])
-        self.tensors[name] = StoredTensor(shape, kind, (block,))
-        return extent[1]
+        self.tensors[entry.name] = StoredTensor(shape, kind, (block,))
 
     def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """The slice of a tensor at ``offsets`` of ``sizes``."""
@@ -202,37 +237,38 @@ class SafetensorsReader:
         size_bytes: dict[str, int] = {}
         for stored in self.tensors.values():
             name = str(stored.dtype).removeprefix("torch.")
-            size_bytes[name] = size_bytes.get(name, 0) + sum(block.length_bytes for block in stored.blocks)
+            size_bytes[name] = size_bytes.get(name, 0) + stored.blocks[0].length_bytes
         return sorted(size_bytes, key=lambda name: -size_bytes[name])
 
-    def holds_as(self, other: SafetensorsReader, name: str) -> bool:
+    def has_same_bytes(self, other: SafetensorsReader, name: str) -> bool:
         """Whether a tensor has the same bytes in another reader, whose tensor is of the same shape and dtype."""
-        (mine,), (theirs,) = (reader.tensors[name].blocks for reader in (self, other))
-        for start in range(0, mine.length_bytes, _STEP_BYTES):
-            count = min(_STEP_BYTES, mine.length_bytes - start)
-            parts = [
-                reader._files.bytes_at(Place(reader.folder / block.file, block.position_bytes + start), count)
-                for reader, block in ((self, mine), (other, theirs))
-            ]
-            if parts[0] != parts[1]:
+        length = self.tensors[name].blocks[0].length_bytes
+        for start in range(0, length, _STEP_BYTES):
+            count = min(_STEP_BYTES, length - start)
+            if self._bytes_of(name, start, count) != other._bytes_of(name, start, count):
                 return False
         return True
 
+    def _bytes_of(self, name: str, start: int, count: int) -> bytes:
+        """``count`` bytes of a tensor from its byte ``start`` on."""
+        block = self.tensors[name].blocks[0]
+        return self._files.bytes_at(Place(self.folder / block.file, block.position_bytes + start), count)
+
     def files(self) -> list[Path]:
         """The configuration, the index where there is one, and all files that hold tensors."""
-        names = sorted({block.file for stored in self.tensors.values() for block in stored.blocks})
-        small = [self.folder / name for name in (CONFIG, INDEX) if (self.folder / name).is_file()]
-        # An index that is left over beside the single file says nothing of it.
-        small = [file for file in small if file.name != INDEX or names != [SINGLE]]
-        return small + [self.folder / name for name in names]
+        names = sorted(set(map(self.file_of, self.tensors)))
+        if (self.folder / INDEX).is_file() and names != [SINGLE]:  # beside the single file an index is left over
+            names.insert(0, INDEX)
+        if (self.folder / CONFIG).is_file():
+            names.insert(0, CONFIG)
+        return [self.folder / name for name in names]
 
 
 class SafetensorsLayout:
     """Lays out the files of a model folder: tensors in the order given, in shards of at most :data:`SHARD_BYTES`."""
 
-    def __init__(self, tensors: list[tuple[str, tuple[int, ...], torch.dtype]]) -> None:
-        names = {getattr(_torch(), name): code for code, name in _DTYPES.items()}
-        shards: list[list[tuple[str, tuple[int, ...], torch.dtype]]] = [[]]
+    def __init__(self, tensors: Sequence[_Described]) -> None:
+        shards: list[list[_Described]] = [[]]
         filled = 0
         for name, shape, dtype in tensors:
             size = math.prod(shape) * dtype.itemsize
@@ -246,17 +282,19 @@ class SafetensorsLayout:
         self.objects: list[tuple[str, int, bytes]] = []
         """The headers: file, position, content."""
         self._slots: dict[str, Slot] = {}
-        for number, shard in enumerate(shards):
-            file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            self._lay_out(file, shard, names)
         self._shards = len(shards)
+        for number, shard in enumerate(shards, start=1):
+            file = SINGLE
+            if len(shards) > 1:
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._lay_out(file, shard)
 
-    def _lay_out(self, file: str, shard: list[tuple[str, tuple[int, ...], torch.dtype]], names: dict[Any, str]) -> None:
+    def _lay_out(self, file: str, shard: Sequence[_Described]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, shape, dtype in shard:
             size = math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+            header[name] = {"dtype": _code_of(dtype), "shape": list(shape), "data_offsets": [end, end + size]}
             end += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % 64)
@@ -281,7 +319,9 @@ class SafetensorsLayout:
         return {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
 
 
-def _torch() -> Any:
-    import torch
-
-    return torch
+def _code_of(dtype: torch.dtype) -> str:
+    """The name of a dtype in a header."""
+    for code, name in _DTYPES.items():
+        if str(dtype) == f"torch.{name}":
+            return code
+    raise KeyError(dtype)

@@ -31,27 +31,31 @@ class Sizes:
     def of(arguments: Mapping[str, Any]) -> Sizes:
         """The sizes of a model described by Megatron's arguments."""
         layers, heads = arguments["num_layers"], arguments["num_attention_heads"]
+        groups = heads
+        if arguments.get("group_query_attention"):
+            groups = arguments.get("num_query_groups") or heads
         experts = arguments.get("num_experts") or 0
-        groups = arguments.get("num_query_groups") if arguments.get("group_query_attention") else heads
-        ffn = arguments["ffn_hidden_size"]
+        mixtures = (False,) * layers
+        if experts:
+            mixtures = mixture_layers(arguments.get("moe_layer_freq", 1), layers)
         return Sizes(
-            layers,
-            arguments["hidden_size"],
-            ffn,
-            arguments.get("moe_ffn_hidden_size") or ffn,
-            heads,
-            groups or heads,
-            arguments.get("kv_channels") or arguments["hidden_size"] // heads,
-            bool(arguments.get("swiglu") or arguments.get("quick_geglu")),
-            experts,
-            mixture_layers(arguments.get("moe_layer_freq", 1), layers) if experts else (False,) * layers,
-            arguments.get("padded_vocab_size"),
-            arguments.get("max_position_embeddings"),
+            layers=layers,
+            hidden=arguments["hidden_size"],
+            ffn=arguments["ffn_hidden_size"],
+            expert_ffn=arguments.get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"],
+            heads=heads,
+            groups=groups,
+            head_size=arguments.get("kv_channels") or arguments["hidden_size"] // heads,
+            gated=bool(arguments.get("swiglu") or arguments.get("quick_geglu")),
+            experts=experts,
+            mixture_layers=mixtures,
+            vocabulary=arguments.get("padded_vocab_size"),
+            positions=arguments.get("max_position_embeddings"),
         )
 
 
-def mixture_layers(frequency: int | list[int] | None, layers: int) -> tuple[bool, ...]:
+def mixture_layers(frequency: int | list[int] | tuple[int, ...] | None, layers: int) -> tuple[bool, ...]:
     """For each layer whether it is a mixture, as Megatron reads ``moe_layer_freq`` (core/models/gpt)."""
     if isinstance(frequency, list | tuple):
-        return tuple(bool(n) for n in frequency)
+        return tuple(map(bool, frequency))
     return tuple(layer % (frequency or 1) == 0 for layer in range(layers))

@@ -12,7 +12,7 @@ import math
 import operator
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -52,10 +52,11 @@ class StoredTensor:
     @functools.cached_property
     def _single(self) -> int:
         """How many leading axes every block has one index of: layers and experts, as a rule."""
-        for axis in range(len(self.shape)):
-            if any(block.sizes[axis] != 1 for block in self.blocks):
-                return axis
-        return len(self.shape)
+        single = len(self.shape)
+        for block in self.blocks:
+            while block.sizes[:single] != (1,) * single:
+                single -= 1
+        return single
 
     @functools.cached_property
     def _by_lead(self) -> dict[tuple[int, ...], list[Block]]:
@@ -66,7 +67,7 @@ class StoredTensor:
 
     def near(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Sequence[Block]:
         """The blocks that may overlap a slice: few, where the leading axes are cut to one."""
-        if all(size == 1 for size in sizes[: self._single]):
+        if tuple(sizes[: self._single]) == (1,) * self._single:
             return self._by_lead.get(tuple(offsets[: self._single]), [])
         return self.blocks
 
@@ -168,21 +169,50 @@ def read_box(
     axis = 0
     while axis < len(sizes) - 1 and sizes[axis] == 1:
         axis += 1
-    trailing = math.prod(block_sizes[axis + 1 :])
-    strides = [math.prod(block_sizes[i + 1 :]) for i in range(len(block_sizes))]
-    start = sum(low[i] * strides[i] for i in range(min(axis + 1, len(low))))
-    rows = sizes[axis] if sizes else 1
-    read = torch.empty(rows * trailing, dtype=dtype)
+    start = 0  # counted in numbers, not bytes
+    for skipped, index in enumerate(low[: axis + 1]):
+        start += index * math.prod(block_sizes[skipped + 1 :])
+    shape = (*sizes[: axis + 1], *block_sizes[axis + 1 :])
+    read = torch.empty(shape, dtype=dtype)
     files.read_into(Place(place.file, place.position_bytes + start * dtype.itemsize), bytes_of(read))
-    read = read.view(*(1,) * axis, rows, *block_sizes[axis + 1 :]) if sizes else read.view(())
-    if tuple(read.shape) == tuple(sizes):
+    if shape == tuple(sizes):
         return read
-    cut = tuple(slice(lo, lo + size) for lo, size in zip(low[axis + 1 :], sizes[axis + 1 :], strict=True))
-    return read[(slice(None),) * (axis + 1) + cut].contiguous()
+    for cut in range(axis + 1, len(sizes)):
+        read = read.narrow(cut, low[cut], sizes[cut])
+    return read.contiguous()
+
+
+type Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""A part of a tensor: along each axis the first index, and the one after the last."""
+
+
+def _common_box(block: Block, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box | None:
+    """The part of a slice that lies in a block, as indices of the whole tensor; None where there is none."""
+    low, high = [], []
+    for wanted, size, stored, stored_size in zip(offsets, sizes, block.offsets, block.sizes, strict=True):
+        low.append(max(wanted, stored))
+        high.append(min(wanted + size, stored + stored_size))
+        if low[-1] >= high[-1]:
+            return None
+    return tuple(low), tuple(high)
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    (low, high), (other_low, other_high) = one, other
+    return all(map(operator.lt, low, other_high)) and all(map(operator.lt, other_low, high))
+
+
+def _minus(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(map(operator.sub, left, right))
 
 
 def read_slice(
-    name: str, stored: StoredTensor, offsets: tuple[int, ...], sizes: tuple[int, ...], read_block: object, where: Path
+    name: str,
+    stored: StoredTensor,
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+    read_block: Callable[[Block, tuple[int, ...], tuple[int, ...]], torch.Tensor],
+    where: Path,
 ) -> torch.Tensor:
     """The slice of a tensor at ``offsets`` of ``sizes``, put together from the blocks that overlap it.
 
@@ -196,24 +226,26 @@ def read_slice(
 
     result: torch.Tensor | None = None
     filled = 0
-    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    boxes: list[Box] = []
     for block in stored.near(offsets, sizes):
-        low = tuple(max(o, b) for o, b in zip(offsets, block.offsets, strict=True))
-        high = tuple(min(o + s, b + c) for o, s, b, c in zip(offsets, sizes, block.offsets, block.sizes, strict=True))
-        if any(lo >= hi for lo, hi in zip(low, high, strict=True)):
+        box = _common_box(block, offsets, sizes)
+        if box is None:
             continue
-        extent = tuple(hi - lo for lo, hi in zip(low, high, strict=True))
-        part = read_block(block, tuple(lo - b for lo, b in zip(low, block.offsets, strict=True)), extent)  # type: ignore[operator]
+        low, high = box
+        extent = _minus(high, low)
+        part = read_block(block, _minus(low, block.offsets), extent)
         filled += part.numel()
-        if any(all(map(operator.lt, low, top)) and all(map(operator.lt, bottom, high)) for bottom, top in boxes):
+        if any(_overlap(box, other) for other in boxes):
             raise CheckpointError(f"{where}: {name}: two stored blocks overlap at {list(low)}; it is damaged")
-        boxes.append((low, high))
+        boxes.append(box)
         if extent == tuple(sizes):
             result = part
             continue
         if result is None:
             result = torch.empty(sizes, dtype=stored.dtype)
-        result[tuple(slice(lo - o, hi - o) for lo, hi, o in zip(low, high, offsets, strict=True))] = part
+        result[tuple(map(slice, _minus(low, offsets), _minus(high, offsets)))] = part
     if filled != math.prod(sizes):
         raise CheckpointError(f"{where}: {name}: {filled} of {math.prod(sizes)} elements are stored")
-    return torch.empty(sizes, dtype=stored.dtype) if result is None else result
+    if result is None:
+        return torch.empty(sizes, dtype=stored.dtype)
+    return result

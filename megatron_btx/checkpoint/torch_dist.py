@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from megatron_btx.ground.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 
 class TorchDistReader:
@@ -32,13 +35,14 @@ class TorchDistReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._file_sizes_bytes: dict[str, int] = {}
         index_file = folder / ".metadata"
         if not index_file.is_file():
             raise CheckpointError(f"{index_file}: does not exist; the checkpoint is incomplete")
         with index_file.open("rb") as file:
             index = load_pickle(file, str(index_file))
         self.tensors: dict[str, StoredTensor] = {}
-        self._objects: dict[str, list[Any]] = {}
+        self._objects: dict[str, list[_StorageInfo]] = {}
         """Name -> the places of its records: one, unless the index says otherwise."""
         self._files = Files()
         self._located: dict[tuple[str, int], RecordedTensor] = {}
@@ -47,10 +51,10 @@ class TorchDistReader:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{index_file}: not the index of a distributed checkpoint ({error!r})") from error
 
-    def _fill(self, index: Any) -> None:
+    def _fill(self, index: Metadata) -> None:
         from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-        stored: dict[str, list[tuple[Any, Any]]] = {}
+        stored: dict[str, list[tuple[MetadataIndex, _StorageInfo]]] = {}
         for key, info in index.storage_data.items():
             self._check_record(info.relative_path, info.offset, info.length)
             stored.setdefault(key.fqn, []).append((key, info))
@@ -62,28 +66,23 @@ class TorchDistReader:
             if isinstance(description, BytesStorageMetadata):
                 self._objects[name] = [info for _, info in records]
                 continue
-            sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in description.chunks}
-            blocks = [
-                Block(tuple(key.offset), sizes[tuple(key.offset)], info.relative_path, info.offset, info.length)
-                for key, info in records
-            ]
-            if len({block.offsets for block in blocks}) != len(sizes):
-                raise CheckpointError(f"{self.folder}: {name}: {len(blocks)} of {len(sizes)} blocks are stored")
-            self.tensors[name] = StoredTensor(tuple(description.size), description.properties.dtype, tuple(blocks))
-            self._check_tensor(name)
+            blocks = self._blocks_of(name, description, records)
+            stored_tensor = StoredTensor(tuple(description.size), description.properties.dtype, blocks)
+            _check_tensor(name, stored_tensor)
+            self.tensors[name] = stored_tensor
 
-    def _check_tensor(self, name: str) -> None:
-        """A tensor is what the rest of the package takes for granted: numbers are whole, blocks lie inside it."""
-        import torch
-
-        stored = self.tensors[name]
-        numbers = [stored.shape, *(block.offsets for block in stored.blocks), *(block.sizes for block in stored.blocks)]
-        whole = all(len(n) == len(stored.shape) and all(type(i) is int and i >= 0 for i in n) for n in numbers)
-        if not whole or not isinstance(stored.dtype, torch.dtype) or not isinstance(name, str):
-            raise TypeError(f"{name}: {stored.dtype} {stored.shape}")
-        for block in stored.blocks:
-            if any(o + s > n for o, s, n in zip(block.offsets, block.sizes, stored.shape, strict=True)):
-                raise TypeError(f"{name}: a block of {block.sizes} at {block.offsets} in {stored.shape}")
+    def _blocks_of(
+        self, name: str, description: TensorStorageMetadata, records: Sequence[tuple[MetadataIndex, _StorageInfo]]
+    ) -> tuple[Block, ...]:
+        """The blocks of a tensor: their sizes are in its description, their places in the records."""
+        sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in description.chunks}
+        blocks = []
+        for key, info in records:
+            offsets = tuple(key.offset)  # type: ignore[arg-type]  # None raises TypeError, which is caught
+            blocks.append(Block(offsets, sizes[offsets], info.relative_path, info.offset, info.length))
+        if len({block.offsets for block in blocks}) != len(sizes):
+            raise CheckpointError(f"{self.folder}: {name}: {len(blocks)} of {len(sizes)} blocks are stored")
+        return tuple(blocks)
 
     def _check_record(self, relative: str, position: int, length: int) -> None:
         """No record may lie outside the folder or past the end of its file."""
@@ -93,17 +92,14 @@ class TorchDistReader:
             raise CheckpointError(f"{self.folder / '.metadata'}: names {relative!r}, outside the checkpoint; refused")
         if position < 0 or length < 0:
             raise CheckpointError(f"{self.folder / '.metadata'}: names {length} bytes at {position}; it is damaged")
-        sizes: dict[str, int] = self.__dict__.setdefault("_file_sizes", {})
-        if relative not in sizes:
-            file = self.folder / relative
+        file = self.folder / relative
+        if relative not in self._file_sizes_bytes:
             if not file.is_file():
                 raise CheckpointError(f"{file}: does not exist; the checkpoint is incomplete")
-            sizes[relative] = file.stat().st_size
-        if position + length > sizes[relative]:
-            raise CheckpointError(
-                f"{self.folder / relative}: {sizes[relative]} bytes, but the index names {position + length}; "
-                "it is truncated"
-            )
+            self._file_sizes_bytes[relative] = file.stat().st_size
+        size = self._file_sizes_bytes[relative]
+        if position + length > size:
+            raise CheckpointError(f"{file}: {size} bytes, but the index names {position + length}; it is truncated")
 
     def objects(self) -> list[str]:
         """The names of the entries that are not tensors."""
@@ -111,9 +107,9 @@ class TorchDistReader:
 
     def read_object(self, name: str) -> Any:
         """One entry that is not a tensor, unpickled with the allow-list."""
-        return self._unpickled_record(name, self._objects[name][0])
+        return self._unpickle_record(name, self._objects[name][0])
 
-    def _unpickled_record(self, name: str, info: Any) -> Any:
+    def _unpickle_record(self, name: str, info: _StorageInfo) -> Any:
         return load_torch(io.BytesIO(self._record_of(info)), f"{self.folder / info.relative_path}: {name}")
 
     def check_objects(self) -> None:
@@ -130,7 +126,7 @@ class TorchDistReader:
             for info in records:
                 digest = hashlib.sha256(self._record_of(info)).digest()
                 if digest not in seen:
-                    self._unpickled_record(name, info)
+                    self._unpickle_record(name, info)
                     seen.add(digest)
         if self._older_common_state().is_file():
             self.common_state()
@@ -158,13 +154,15 @@ class TorchDistReader:
             )
         return recorded
 
-    def _record_of(self, info: Any) -> bytes:
+    def _record_of(self, info: _StorageInfo) -> bytes:
         return self._files.bytes_at(Place(self.folder / info.relative_path, info.offset), info.length)
 
     def files(self) -> list[Path]:
         """The index and all files that hold tensors."""
-        names = {block.file for stored in self.tensors.values() for block in stored.blocks}
-        return [self.folder / ".metadata", *(self.folder / name for name in sorted(names))]
+        names: set[str] = set()
+        for stored in self.tensors.values():
+            names.update(block.file for block in stored.blocks)
+        return [self.folder / name for name in (".metadata", *sorted(names))]
 
     def arguments(self) -> dict[str, Any]:
         """Megatron's stored arguments, from ``common_state`` or from the older ``common.pt``.
@@ -179,8 +177,7 @@ class TorchDistReader:
 
     def has_arguments(self) -> bool:
         """Whether there are stored arguments: programs other than Megatron's own leave them out."""
-        names = [name for name in self._objects if name.split("/")[0] == "common_state"]
-        if not names and not self._older_common_state().is_file():
+        if self._common_state_name() is None and not self._older_common_state().is_file():
             return False
         return isinstance(self.common_state().get("args"), argparse.Namespace)
 
@@ -190,17 +187,50 @@ class TorchDistReader:
         if older.is_file():
             with older.open("rb") as file:
                 return self._checked_state(load_torch(file, str(older)), older.name)
+        name = self._common_state_name()
+        if name is None:
+            raise CheckpointError(f"{self.folder}: has neither common_state nor common.pt, so no model configuration")
+        state = self.read_object(name)
+        if isinstance(state, list) and state:
+            state = state[0]
+        return self._checked_state(state, name)
+
+    def _common_state_name(self) -> str | None:
+        """The entry that Megatron 0.19 keeps the common state in."""
         for name in self._objects:
             if name.split("/")[0] == "common_state":
-                state = self.read_object(name)
-                return self._checked_state(state[0] if isinstance(state, list) and state else state, name)
-        raise CheckpointError(f"{self.folder}: has neither common_state nor common.pt, so no model configuration")
+                return name
+        return None
 
     def _older_common_state(self) -> Path:
         """Where Megatron before 0.19 keeps the common state."""
         return self.folder / "common.pt"
 
-    def _checked_state(self, state: Any, name: str) -> dict[str, Any]:
+    def _checked_state(self, state: object, name: str) -> dict[str, Any]:
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.folder}: {name}: is a {type(state).__name__}, expected a dict; it is damaged")
         return state
+
+
+def _check_tensor(name: str, stored: StoredTensor) -> None:
+    """Check what the rest of the package takes for granted: sizes are whole numbers, blocks lie inside the tensor.
+
+    Raises:
+        TypeError: they are not, or do not.
+    """
+    import torch
+
+    if not isinstance(stored.dtype, torch.dtype) or not isinstance(name, str):
+        raise TypeError(f"{name}: {stored.dtype}")
+    _check_whole(name, stored.shape)
+    for block in stored.blocks:
+        _check_whole(name, block.offsets)
+        _check_whole(name, block.sizes)
+        for offset, size, extent in zip(block.offsets, block.sizes, stored.shape, strict=True):
+            if offset + size > extent:
+                raise TypeError(f"{name}: a block of {block.sizes} at {block.offsets} in {stored.shape}")
+
+
+def _check_whole(name: str, numbers: tuple[int, ...]) -> None:
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise TypeError(f"{name}: {numbers} where whole numbers are expected")

@@ -16,6 +16,8 @@ from megatron_btx.checkpoint.torch_record import record_around
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 DATA_FILE_BYTES = 4 << 30
 
@@ -28,8 +30,8 @@ class TorchDistLayout:
         """Size of each data file in bytes."""
         self.objects: list[tuple[str, int, bytes]] = []
         """Records that are complete: file, position, content."""
-        self._storage: dict[Any, Any] = {}
-        self._entries: dict[str, Any] = {}
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
+        self._entries: dict[str, BytesStorageMetadata | TensorStorageMetadata] = {}
 
     def add_block(
         self, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype
@@ -43,9 +45,10 @@ class TorchDistLayout:
             TensorStorageMetadata,
         )
 
-        entry = self._entries.setdefault(
-            name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
-        )
+        entry = self._entries.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
+            entry = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+            self._entries[name] = entry
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         before, after = record_around(tuple(sizes), dtype)
         length = math.prod(sizes) * dtype.itemsize
@@ -55,7 +58,7 @@ class TorchDistLayout:
         entry.chunks.append(chunk)
         return Slot(file, start + len(before), length, before, after)
 
-    def add_object(self, name: str, value: Any) -> None:
+    def add_object(self, name: str, value: object) -> None:
         """Add an entry that is not a tensor."""
         import torch
         from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
@@ -66,7 +69,7 @@ class TorchDistLayout:
         file, start = self._reserve(MetadataIndex(name), len(record.getvalue()))
         self.objects.append((file, start, record.getvalue()))
 
-    def _reserve(self, key: Any, length: int) -> tuple[str, int]:
+    def _reserve(self, key: MetadataIndex, length: int) -> tuple[str, int]:
         from torch.distributed.checkpoint.filesystem import _StorageInfo
 
         name = f"__0_{max(0, len(self.files) - 1)}.distcp"
@@ -90,7 +93,7 @@ class TorchDistLayout:
 class _IndexPickler(pickle.Pickler):
     """Pickles an index in the form that PyTorch before 2.15 reads, too."""
 
-    def reducer_override(self, value: Any) -> Any:
+    def reducer_override(self, value: object) -> Any:
         from torch.distributed.checkpoint.metadata import TensorProperties
 
         if isinstance(value, TensorProperties):

@@ -302,7 +302,7 @@ def _arguments_of(reader: TorchDistReader, where: str) -> dict[str, Any]:
     if description is None or reader.has_arguments():
         return reader.arguments()
     embedding = reader.tensors.get("embedding.word_embeddings.weight")
-    return nemo.described_arguments(description, embedding.shape[0] if embedding and embedding.shape else 0)
+    return nemo.read_arguments(description, embedding.shape[0] if embedding and embedding.shape else 0)
 
 
 def _hf_dialect(dialect: str, keys: Iterable[str]) -> Dialect:
