@@ -29,29 +29,46 @@ _OF_ANOTHER_CLASS = (
 def travelling_files(folder: Path) -> dict[str, bytes]:
     """The files of a folder that make tokens and text, as they are."""
     patterns = (*TOKENIZER_FOLDER_FILES, GENERATION, "chat_template*")
-    found = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    small = [file for file in found if file.stat().st_size < _SMALL_BYTES and file.suffix != ".safetensors"]
-    return {file.name: file.read_bytes() for file in small}
+    found: set[Path] = set()
+    for pattern in patterns:
+        found.update(folder.glob(pattern))
+    contents = {}
+    for file in sorted(found):
+        if file.is_file() and file.suffix != ".safetensors" and file.stat().st_size < _SMALL_BYTES:
+            contents[file.name] = file.read_bytes()
+    return contents
 
 
 def plain(files: Mapping[str, bytes], rows: int) -> bool:
     """Whether files are what would be written: the class adds nothing, and every token has a row."""
-    if CONFIG_FILE not in files or TOKENIZER_FILE not in files or "tekken.json" in files:
+    if CONFIG_FILE not in files or TOKENIZER_FILE not in files:
         return False
-    config, content = _object(files[CONFIG_FILE]), _object(files[TOKENIZER_FILE])
-    added = {str(entry.get("content")): entry.get("id", rows) for entry in content.get("added_tokens") or []}
-    if numbered(content) != content:
+    if "tekken.json" in files or "added_tokens.json" in files or _object(files.get("special_tokens_map.json", b"{}")):
         return False
-    if config.get("tokenizer_class") != CLASS or any(number >= rows for number in added.values()):
+    config = _object(files[CONFIG_FILE])
+    content = _object(files[TOKENIZER_FILE])
+    if config.get("tokenizer_class") != CLASS or numbered(content) != content:
         return False
-    others = {"auto_map", "added_tokens_decoder", "extra_special_tokens"} & config.keys()
-    if "added_tokens.json" in files or _object(files.get("special_tokens_map.json", b"{}")):
+    if {"auto_map", "added_tokens_decoder", "extra_special_tokens"} & config.keys():
         return False
-    said = [text_of(config[name]) for name in _ALL_NAMES if config.get(name) is not None]
-    said += [text_of(token) for token in config.get("additional_special_tokens") or []]
     prefix = _prefix_space(content)
-    same_prefix = prefix is None or bool(config.get("add_prefix_space", False)) == prefix
-    return not others and same_prefix and all(token in added for token in said)
+    if prefix is not None and bool(config.get("add_prefix_space", False)) != prefix:
+        return False
+    added = set()
+    for entry in content.get("added_tokens") or []:
+        if entry.get("id", rows) >= rows:
+            return False
+        added.add(str(entry.get("content")))
+    return set(_special_tokens(config)) <= added
+
+
+def _special_tokens(config: Mapping[str, Any]) -> list[str]:
+    """The tokens that a tokenizer_config.json calls special."""
+    tokens = list(config.get("additional_special_tokens") or [])
+    for name in _ALL_NAMES:
+        if config.get(name) is not None:
+            tokens.append(config[name])
+    return [text_of(token) for token in tokens]
 
 
 def written_config(
@@ -65,11 +82,14 @@ def written_config(
         tokens: bos_token and so on, those that have a row.
         adds: whether bos stands before and eos after every text, where that is all that is added; else None.
     """
-    config = {key: value for key, value in source.items() if key not in _OF_ANOTHER_CLASS and key not in _ALL_NAMES}
+    config = dict(source)
+    for name in (*_OF_ANOTHER_CLASS, *_ALL_NAMES):
+        config.pop(name, None)
     listed = source.get("additional_special_tokens") or source.get("extra_special_tokens") or []
     known = {str(entry["content"]) for entry in tokenizer.get("added_tokens") or []}
     if isinstance(listed, list):
-        config["additional_special_tokens"] = [text_of(token) for token in listed if text_of(token) in known]
+        texts = [text_of(token) for token in listed]
+        config["additional_special_tokens"] = [text for text in texts if text in known]
     if not config.get("additional_special_tokens"):
         config.pop("additional_special_tokens", None)
     config |= {"tokenizer_class": CLASS, **tokens}
@@ -95,10 +115,12 @@ def written_files(
 
 def without_rowless(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """A tokenizer.json without the added tokens that have no row: their text would become an id no model can read."""
-    tokenizer = numbered(tokenizer)
-    added = [entry for entry in tokenizer.get("added_tokens") or [] if entry.get("id", 0) < rows]
-    changed = {"added_tokens": added, "truncation": None, "padding": None}
-    return {key: changed.get(key, value) for key, value in tokenizer.items()}
+    result = numbered(tokenizer)
+    added = [entry for entry in result.get("added_tokens") or [] if entry.get("id", 0) < rows]
+    for key, value in (("added_tokens", added), ("truncation", None), ("padding", None)):
+        if key in result:
+            result[key] = value
+    return result
 
 
 def numbered(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +138,9 @@ def numbered(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     except UnknownVocabularyError:
         return dict(tokenizer)
     entries = [entry | {"id": numbers[entry["content"]]} for entry in added if entry["content"]]
-    return {**tokenizer, "added_tokens": entries} if entries != added else dict(tokenizer)
+    if entries == added:
+        return dict(tokenizer)
+    return {**tokenizer, "added_tokens": entries}
 
 
 def number_of_token(tokenizer: Mapping[str, Any], token: str) -> int | None:
@@ -127,8 +151,10 @@ def number_of_token(tokenizer: Mapping[str, Any], token: str) -> int | None:
     vocabulary = (tokenizer.get("model") or {}).get("vocab")
     if isinstance(vocabulary, dict):
         return vocabulary.get(token)
-    texts = [entry[0] for entry in vocabulary or []]
-    return texts.index(token) if token in texts else None
+    for number, entry in enumerate(vocabulary or []):
+        if entry[0] == token:
+            return number
+    return None
 
 
 def special_ids(files: Mapping[str, bytes], rows: int) -> dict[str, int]:
@@ -138,7 +164,9 @@ def special_ids(files: Mapping[str, bytes], rows: int) -> dict[str, int]:
     config, tokenizer = _object(files[CONFIG_FILE]), _object(files[TOKENIZER_FILE])
     found = {}
     for name in NAMES:
-        number = number_of_token(tokenizer, text_of(config[name])) if config.get(name) else None
+        if not config.get(name):
+            continue
+        number = number_of_token(tokenizer, text_of(config[name]))
         if number is not None and number < rows:
             found[f"{name}_id"] = number
     return found
@@ -147,30 +175,39 @@ def special_ids(files: Mapping[str, bytes], rows: int) -> dict[str, int]:
 def completed_ids(config: Mapping[str, Any], ids: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """A configuration whose ids of special tokens have rows: its own that have, else the tokenizer's."""
     result = dict(config)
-    for name in (f"{token}_id" for token in NAMES):
-        given = result.get(name)
-        numbers = given if isinstance(given, list) else [given]
+    for token in NAMES:
+        name = f"{token}_id"
+        numbers = result.get(name)
+        if not isinstance(numbers, list):
+            numbers = [numbers]
         kept = [number for number in numbers if type(number) is int and 0 <= number < rows]
-        if not kept:
-            result.pop(name, None)
-            result |= {name: ids[name]} if name in ids else {}
-        elif kept != numbers:
+        if kept and kept != numbers:
             result[name] = kept
+        elif not kept:
+            result.pop(name, None)
+            if name in ids:
+                result[name] = ids[name]
     return result
 
 
 def generation_file(files: Mapping[str, bytes], ids: Mapping[str, Any], rows: int) -> bytes | None:
     """generation_config.json with the ids of special tokens; None where there is nothing to say."""
-    if GENERATION not in files:
-        return as_json(ids) if ids else None
-    given = _object(files[GENERATION])
-    made = completed_ids(given, ids, rows)
-    return files[GENERATION] if made == given else as_json(made)
+    if GENERATION in files:
+        given = _object(files[GENERATION])
+        made = completed_ids(given, ids, rows)
+        if made == given:
+            return files[GENERATION]
+        return as_json(made)
+    if ids:
+        return as_json(ids)
+    return None
 
 
-def text_of(token: Any) -> str:
+def text_of(token: object) -> str:
     """A token's text, given as such or as an object."""
-    return str(token.get("content")) if isinstance(token, dict) else str(token)
+    if isinstance(token, dict):
+        return str(token.get("content"))
+    return str(token)
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
@@ -183,12 +220,14 @@ def _object(content: bytes) -> dict[str, Any]:
         read = json.loads(content)
     except (ValueError, RecursionError):
         return {}
-    return read if isinstance(read, dict) else {}
+    if not isinstance(read, dict):
+        return {}
+    return read
 
 
 def _prefix_space(tokenizer: Mapping[str, Any]) -> bool | None:
     """Whether a byte-level tokenizer puts a blank before a text; None for other kinds."""
     first_cut = tokenizer.get("pre_tokenizer")
-    if not isinstance(first_cut, dict):
+    if not isinstance(first_cut, dict) or first_cut.get("type") != "ByteLevel":
         return None
-    return bool(first_cut.get("add_prefix_space", True)) if first_cut.get("type") == "ByteLevel" else None
+    return bool(first_cut.get("add_prefix_space", True))

@@ -11,7 +11,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol, cast
 
 from megatron_btx.ground.errors import InputError, bare_exceptions_as
 
@@ -23,6 +24,26 @@ _SHOWN_IDS = 12
 _ROUNDING = 1e-6
 """SentencePiece adds scores up in fp32."""
 _TRANSFORMERS_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, IndexError, RuntimeError)
+
+
+class LoadedTokenizer(Protocol):
+    """A tokenizer of transformers: what is used of it."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    all_special_tokens: Sequence[str]
+
+    def __call__(self, text: str, add_special_tokens: bool) -> Mapping[str, Sequence[int]]:
+        """``input_ids`` and more of a text."""
+        ...
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """The number of every token."""
+        ...
+
+    def get_added_vocab(self) -> Mapping[str, int]:
+        """The numbers of those tokens that are not the model's."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +62,14 @@ class Oracle:
         known = len(self.pieces)
         if max(*one, *other, 0) >= known:
             return False
-        (text, score), (other_text, other_score) = (self._spelled(ids) for ids in (one, other))
+        text, score = self._spelled(one)
+        other_text, other_score = self._spelled(other)
         return text == other_text and math.isclose(score, other_score, rel_tol=_ROUNDING)
 
     def _spelled(self, ids: Sequence[int]) -> tuple[str, float]:
-        texts, scores = [self.pieces[i][0] for i in ids], [self.pieces[i][1] for i in ids]
-        return "".join(texts), math.fsum(scores)
+        pieces = [self.pieces[i] for i in ids]
+        text = "".join(text for text, _ in pieces)
+        return text, math.fsum(score for _, score in pieces)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +90,10 @@ class Difference:
 
 
 def _shown(ids: Sequence[int]) -> str:
-    more = ", ..." if len(ids) > _SHOWN_IDS else ""
-    return f"[{', '.join(map(str, ids[:_SHOWN_IDS]))}{more}]"
+    shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
+    if len(ids) > _SHOWN_IDS:
+        shown += ", ..."
+    return f"[{shown}]"
 
 
 def compare(oracle: Oracle, encode: Encode, texts: Sequence[str], rows: int) -> tuple[Difference | None, int]:
@@ -86,8 +111,10 @@ def compare(oracle: Oracle, encode: Encode, texts: Sequence[str], rows: int) -> 
                 ties += not whole
                 continue
             wrong.append((text, expected, found))
+    if not wrong:
+        return None, ties
     count = len({text for text, _, _ in wrong})
-    return (Difference(*wrong[0], count) if wrong else None), ties
+    return Difference(*wrong[0], count), ties
 
 
 def read_tokenizer(content: str, split_special_tokens: bool) -> Encode:
@@ -112,7 +139,7 @@ def read_tokenizer(content: str, split_special_tokens: bool) -> Encode:
     return encode
 
 
-def load_with_transformers(folder: Path) -> Any:
+def load_with_transformers(folder: Path) -> LoadedTokenizer:
     """The tokenizer that the installed transformers makes of a folder; none of the folder's code runs.
 
     Raises:
@@ -122,12 +149,13 @@ def load_with_transformers(folder: Path) -> Any:
     try:
         with warnings.catch_warnings(), bare_exceptions_as(lambda error: ValueError(str(error))):
             warnings.simplefilter("ignore")
-            return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            loaded = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            return cast(LoadedTokenizer, loaded)
     except _TRANSFORMERS_ERRORS as error:
         raise InputError(_why(transformers, folder, error)) from error
 
 
-def _why(transformers: Any, folder: Path, error: Exception) -> str:
+def _why(transformers: ModuleType, folder: Path, error: Exception) -> str:
     said = re.sub(r"\s+", " ", str(error))[:160]
     return (
         f"transformers {transformers.__version__} makes no tokenizer of {folder} ({type(error).__name__}: {said}); put "
@@ -136,14 +164,14 @@ def _why(transformers: Any, folder: Path, error: Exception) -> str:
 
 
 @functools.cache
-def _quiet_transformers() -> Any:
+def _quiet_transformers() -> ModuleType:
     import transformers
 
     transformers.logging.set_verbosity_error()
     return transformers
 
 
-def encode_with_transformers(tokenizer: Any) -> Encode:
+def encode_with_transformers(tokenizer: LoadedTokenizer) -> Encode:
     """How a loaded tokenizer of transformers encodes."""
 
     def encode(texts: Sequence[str], whole: bool) -> Ids:
