@@ -11,9 +11,6 @@ from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.output_options import add_output_options, carry_out
 from megatron_btx.mixing.request import Request, RouterInit
 
-_METHODS = [name for name in METHODS if name != "copy"]
-"""``copy`` has a command of its own, ``btx convert-hf``."""
-
 
 def parser() -> argparse.ArgumentParser:
     """The command line; importing and printing it needs neither torch nor Megatron."""
@@ -35,11 +32,12 @@ def parser() -> argparse.ArgumentParser:
     add_output_options(p)
     p.add_argument(
         "--method",
-        choices=_METHODS,
+        choices=tuple(METHODS),
         default="btx",
         help="btx: every expert's feed-forward blocks become one expert; split: each is cut in --chunks experts; "
         "blend: expert n is chunk n of all; upcycle: --copies of one model; average: the plain average of all; "
-        "reroute: one mixture with other routers (--router-init), all else bit for bit (default: btx)",
+        "reroute: one mixture with other routers (--router-init), all else bit for bit; copy: one model as it is, in "
+        "the other format or as one iteration's own checkpoint (default: btx)",
     )
     p.add_argument("--chunks", metavar="C", type=int, help="split: experts made of each source (no default)")
     p.add_argument("--copies", metavar="N", type=int, help="upcycle: experts made of the one source (no default)")
