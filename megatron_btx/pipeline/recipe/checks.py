@@ -19,6 +19,8 @@ def check_whole(recipe: Recipe, written: RecipeSection) -> None:
         refuse("mix", "there are no experts to mix; add experts, or mix: {from: PATH}")
     if written.ablation is not None:
         _check_ablation(recipe, written)
+    if recipe.export and not recipe.finetune:
+        refuse("export", "it is of the finetuned mixture; add finetune")
     if recipe.average:
         _check_average(recipe, recipe.mix)
     if recipe.dense:
@@ -33,6 +35,7 @@ def _check_ablation(recipe: Recipe, written: RecipeSection) -> None:
     for key, why in (
         ("evaluate", "every variant is measured on ablation.split and ablation.tokens"),
         ("baselines", "its report compares the variants alone"),
+        ("export", "it has many finetuned mixtures; btx convert-hf export writes any of them"),
     ):
         if written.says(key):
             refuse(key, f"an ablation makes none: {why}; leave it out (of an included recipe by {key}: null)")

@@ -3,30 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.pipeline.recipe.flags import Flags, FlagValue
 from megatron_btx.pipeline.recipe.refusals import refuse
 
 if TYPE_CHECKING:
-    from megatron_btx.pipeline.recipe.written import DataSection, DomainSection
+    from megatron_btx.pipeline.recipe.written import DataSection, DomainSection, SharesSection, TextSection
 
 QUICKSTART_DOMAINS = ("general", "math", "code", "knowledge")
+SPLITS = ("train", "valid", "test")
 Splits = Mapping[str, tuple[tuple[float, str], ...]]
 """Split -> (weight, absolute prefix) of each dataset."""
 
 
+FOLDER = "data"
+"""The stage that makes data, and its folder in the run."""
+_SEED = 1234
+"""Draws which documents go to which split, where the recipe does not say it."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text of one domain that the run makes datasets of."""
+
+    files: Mapping[str, tuple[str, ...]]
+    """Split -> absolute paths; under "text" those that are split by ``shares``."""
+    shares: Mapping[str, float]
+    """Split -> share of the documents; empty where every split has its own files."""
+
+
 @dataclass(frozen=True)
 class Data:
-    """Either corpora that the run makes, or prefixes of existing .bin/.idx files per domain."""
+    """Corpora that the run makes, or domains whose datasets or texts are given."""
 
     corpora: Flags
     """Flags of ``btx corpora``; empty when the data are given."""
     workers: int
     domains: Mapping[str, Splits]
-    """Empty when the run makes its corpora."""
+    """Empty when the run makes its corpora. Prefixes of datasets that the run makes are relative to its folder."""
     tokenizer: Flags
+    texts: Mapping[str, Text] = field(default_factory=dict)
+    """Of those domains whose datasets the run makes."""
+    seed: int = _SEED
+    """Draws which documents go to which split."""
 
     def names(self) -> tuple[str, ...]:
         """Every domain that there is text of."""
@@ -34,18 +55,50 @@ class Data:
             return QUICKSTART_DOMAINS
         return tuple(self.domains)
 
+    def are_made(self) -> bool:
+        """Whether a stage of the run makes data."""
+        return bool(self.corpora or self.texts)
 
-def read_data(section: DataSection) -> Data:
-    """The section ``data``. Raises InputError with the place, what was found, what was expected."""
+
+def read_data(section: DataSection, own_tokenizer: Flags) -> Data:
+    """The section ``data``.
+
+    Args:
+        own_tokenizer: the given seed's, for data that state none.
+
+    Raises:
+        InputError: the place, what was found, what was expected.
+    """
     if section.says("corpora") == section.says("domains"):
-        refuse("data", "expected either corpora: quickstart (made by the run) or domains: (.bin/.idx files)")
+        refuse("data", "expected either corpora: quickstart (made by the run) or domains: (text, or .bin/.idx files)")
     if section.says("corpora"):
         return _read_corpora(section)
-    for field, key in (("vocab_size", "vocab-size"), ("workers", "workers"), ("seed", "seed"), ("scale", "scale")):
-        if section.says(field):
+    texts = {}
+    for name, domain in section.domains.items():
+        if domain.text is not None:
+            texts[name] = _read_text(f"data.domains.{name}", domain, domain.text, section.split)
+    _check_corpora_keys(section, bool(texts))
+    domains = {}
+    for name, domain in section.domains.items():
+        if name in texts:
+            domains[name] = _made_splits(name, texts[name])
+        else:
+            domains[name] = _read_splits(f"data.domains.{name}", domain)
+    tokenizer = _read_tokenizer(section, own_tokenizer)
+    seed = _SEED if section.seed is None else section.seed
+    return Data({}, section.workers if texts else 0, domains, tokenizer, texts, seed)
+
+
+def _check_corpora_keys(section: DataSection, has_texts: bool) -> None:
+    """Refuse what only those data have that a run makes."""
+    keys = [("vocab_size", "vocab-size"), ("scale", "scale")]
+    if not has_texts:
+        keys += [("workers", "workers"), ("seed", "seed")]
+        if section.split is not None:
+            refuse("data.split", "found beside .bin/.idx files, which are split already; leave it out")
+    for name, key in keys:
+        if section.says(name):
             refuse(f"data.{key}", "only for corpora that the run makes; a given tokenizer goes under tokenizer")
-    domains = {name: _read_splits(domain) for name, domain in section.domains.items()}
-    return Data({}, 0, domains, _read_tokenizer(section))
 
 
 def choose_domains(listed: list[str] | None, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -74,7 +127,49 @@ def _read_corpora(section: DataSection) -> Data:
     return Data(corpora, section.workers, {}, tokenizer)
 
 
-def _read_splits(domain: DomainSection) -> Splits:
+def _read_text(place: str, domain: DomainSection, text: TextSection, everywhere: SharesSection | None) -> Text:
+    """Text that is split by shares, or has files for each split."""
+    if domain.train or domain.valid or domain.test:
+        refuse(f"{place}.text", "found beside .bin/.idx files of the same domain; leave one of them out")
+    own = _given_splits(text)
+    if text.files is None:
+        if "train" not in own:
+            refuse(f"{place}.text", "found no files; expected text: [files or folders], or text: {train: [...], ...}")
+        if domain.split is not None:
+            refuse(f"{place}.split", "found beside files for every split; leave it out")
+        return Text({split: tuple(files) for split, files in own.items()}, {})
+    if own:
+        refuse(f"{place}.text", f"found files and {next(iter(own))}; expected one list, or a list for every split")
+    written = domain.split or everywhere
+    if written is None:
+        refuse(f"{place}.split", "missing, expected shares of the documents, as {train: 0.98, valid: 0.01, test: 0.01}")
+    shares = _given_splits(written)
+    if abs(sum(shares.values()) - 1) > 1e-9:
+        where = f"{place}.split" if domain.split else "data.split"
+        refuse(where, f"found shares that sum to {sum(shares.values()):g}, expected 1")
+    return Text({"text": tuple(text.files)}, shares)
+
+
+def _given_splits(section: TextSection | SharesSection) -> dict[str, Any]:
+    """What a section gives for each split: files, or a share."""
+    given = {}
+    for split in SPLITS:
+        value = getattr(section, split)
+        if value is not None:
+            given[split] = value
+    return given
+
+
+def _made_splits(domain: str, text: Text) -> Splits:
+    """The datasets that the run will make of a domain's text."""
+    return {split: ((1.0, f"{FOLDER}/{domain}.{split}"),) for split in (text.shares or text.files)}
+
+
+def _read_splits(place: str, domain: DomainSection) -> Splits:
+    if domain.split is not None:
+        refuse(f"{place}.split", "only for text, of which the run makes datasets; leave it out")
+    if domain.train is None:
+        refuse(f"{place}.train", "missing, expected a list of prefixes of .bin/.idx files; or text: [files or folders]")
     splits = {"train": tuple(domain.train)}
     if domain.valid is not None:
         splits["valid"] = tuple(domain.valid)
@@ -83,10 +178,12 @@ def _read_splits(domain: DomainSection) -> Splits:
     return splits
 
 
-def _read_tokenizer(section: DataSection) -> Flags:
+def _read_tokenizer(section: DataSection, own: Flags) -> Flags:
     """Megatron's tokenizer flags; a tokenizer that lies here by its absolute path."""
     from megatron_btx.pipeline.recipe.written import absolute_path
 
+    if not section.tokenizer and own:
+        return own
     tokenizer = dict(section.tokenizer)
     kind = tokenizer.get("tokenizer-type")
     if kind is None:

@@ -17,6 +17,7 @@ from megatron_btx.pipeline.recipe.ablation import freeze_flags, read_ablation
 from megatron_btx.pipeline.recipe.checks import check_whole
 from megatron_btx.pipeline.recipe.data import choose_domains, read_data
 from megatron_btx.pipeline.recipe.flags import Flags
+from megatron_btx.pipeline.recipe.given import GivenModel, is_loadable, read_models
 from megatron_btx.pipeline.recipe.refusals import describe, refuse, unknown_key
 from megatron_btx.pipeline.recipe.routing import check_balancing, read_routing
 from megatron_btx.pipeline.recipe.schema import GENERALIST, Evaluate, Layout, Mix, Recipe, Settings, Training
@@ -58,7 +59,8 @@ class _Builder:
 
     def __init__(self, written: RecipeSection, file: str, tree: Mapping[str, Any]) -> None:
         self.written, self.file, self.tree = written, file, tree
-        self.data = read_data(written.data)
+        self.given = self._read_given()
+        self.data = read_data(written.data, self._own_tokenizer())
         self.domains = choose_domains(written.domains, self.data.names())
         self.notes: list[str] = []
 
@@ -83,7 +85,7 @@ class _Builder:
             name=written.name or self._name_of_file(),
             random_seed=written.random_seed,
             data=self.data,
-            model=written.model,
+            model=self._model(),
             training=written.training,
             domains=self.domains,
             seed=self._training("seed", written.seed),
@@ -94,12 +96,47 @@ class _Builder:
             dense=self._dense(),
             evaluate=_read_evaluate(written.evaluate),
             ablation=ablation,
+            export=written.export.format if written.export else None,
             flag_sections=list_flag_sections(written),
             notes=tuple(self.notes),
             tree=self.tree,
         )
         check_whole(recipe, written)
         return recipe
+
+    def _read_given(self) -> Mapping[str, GivenModel]:
+        """What the given models say of themselves, the seed first; empty where nobody needs to know.
+
+        That is where the recipe states the model and the tokenizer itself, and Megatron can start from all of them.
+        """
+        written = self.written
+        stages: dict[str, TrainingSection | MixSection | None] = {"seed": written.seed}
+        stages |= {f"experts.{name}": expert for name, expert in written.experts.items()}
+        stages |= {"mix": written.mix, "finetune": written.finetune}
+        paths = {}
+        for place, section in stages.items():
+            if section is not None and section.from_ is not None:
+                paths[place] = section.from_
+        data = written.data
+        needs_tokenizer = data.says("domains") and "tokenizer-type" not in data.tokenizer and "seed" in paths
+        needs_model = "num-layers" not in written.model
+        loadable = all(is_loadable(path) for path in paths.values())
+        if not paths or (loadable and not needs_model and not needs_tokenizer):
+            return {}
+        return read_models(paths)
+
+    def _model(self) -> Flags:
+        """The dense model's flags: what the seed says, else the first expert, and what the recipe says."""
+        for place, given in self.given.items():
+            if place == "seed" or place.startswith("experts."):
+                return {**given.model, **self.written.model}
+        return self.written.model
+
+    def _own_tokenizer(self) -> Flags:
+        """The given seed's own tokenizer; empty where there is none."""
+        if "seed" not in self.given:
+            return {}
+        return self.given["seed"].tokenizer
 
     def _name_of_file(self) -> str:
         """The run's name where the recipe gives none; checked as a given one is."""
@@ -157,13 +194,21 @@ class _Builder:
             flags["finetune.megatron"] = written.finetune.megatron
         check_balancing(section, routing, flags)
         router_seed = written.random_seed if section.router_seed is None else section.router_seed
-        return Mix(section.from_, tuple(names), router_seed, routing, section.megatron)
+        return Mix(section.from_, tuple(names), router_seed, routing, _mixture_flags(section))
 
     def _dense(self) -> tuple[Settings, Settings] | None:
         dense = self.written.baselines.dense
         if dense is None:
             return None
         return _read_settings(dense.domains), _read_settings(dense.mixture)
+
+
+def _mixture_flags(section: MixSection) -> Flags:
+    """The mixture's flags; its routers are mixed for fp32, which training has to be told."""
+    flags = dict(section.megatron)
+    if section.from_ is None:
+        flags.setdefault("moe-router-dtype", "fp32")
+    return flags
 
 
 def _read_settings(section: SettingsSection) -> Settings:

@@ -31,9 +31,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Training:
-    """One stage that trains, or that is given by a checkpoint (``source``)."""
+    """One stage that trains, or that is given by a model (``source``)."""
 
     source: Path | None
+    """The model's folder, in any form that the converter reads."""
     blend: Mapping[str, float]
     """Domain -> share; sums to one. May be empty only for a given checkpoint."""
     tokens: int
@@ -43,7 +44,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Mix:
-    """The mixing stage, or a given mixed checkpoint."""
+    """The mixing stage, or a given mixture."""
 
     source: Path | None
     experts: tuple[str, ...]
@@ -92,6 +93,8 @@ class Recipe:
     evaluate: Evaluate | None
     ablation: Ablation | None
     """Variants of finetuning; they take the place of the one finetuning stage."""
+    export: str | None
+    """The form in which the finetuned mixture is written once more: hf, a Hugging Face model folder."""
     flag_sections: Mapping[str, Flags]
     """Place in the recipe -> the flags that were written there."""
     notes: tuple[str, ...]

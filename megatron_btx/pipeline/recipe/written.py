@@ -6,6 +6,7 @@ several sections together is checked where the typed recipe is made of them, in 
 
 from __future__ import annotations
 
+import glob
 import re
 import unicodedata
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from megatron_btx.pipeline.folder import is_set_aside
 from megatron_btx.pipeline.recipe.flags import DERIVED_FLAGS, LAYOUT_FLAGS, FlagValue
+from megatron_btx.pipeline.recipe.given import find_model
 from megatron_btx.pipeline.recipe.refusals import RefusedKeyError
 from megatron_btx.pipeline.recipe.schema import GENERALIST
 
@@ -27,7 +29,6 @@ RESERVED_NAMES = {GENERALIST: "the seed, which can be an expert of the mix", "me
 _NAME_BYTES_AT_MOST = 80
 """A folder's name may have 255, and ours have words before and a date behind."""
 _RUN_NAME_LETTERS_AT_MOST = 80
-_TRACKER = "latest_checkpointed_iteration.txt"
 _TOKENIZER_FLAGS = ("tokenizer-type", "tokenizer-model")
 
 
@@ -124,14 +125,37 @@ def absolute_path(text: object) -> Path:
         raise ValueError(f"found {text!r}, and there is no such home; give the path without ~") from None
 
 
-def _read_checkpoint(text: object) -> Path:
-    """The root folder of a given checkpoint."""
+def _read_model(text: object) -> Path:
+    """The folder of a given model."""
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"found {text!r}, expected a text")
+    if text.startswith("~"):
+        absolute_path(text)  # refuses a home that is not there
+    return find_model(text)
+
+
+def _read_text_path(text: object) -> str:
+    """The absolute path of a text file, a folder, or a pattern of files."""
     path = absolute_path(text)
-    if not path.is_dir():
-        raise ValueError(f"{path} does not exist; expected the root folder of a Megatron checkpoint")
-    if not (path / _TRACKER).is_file():
-        raise ValueError(f"{path} has no {_TRACKER}; expected the root folder of a Megatron checkpoint")
-    return path
+    if not glob.has_magic(str(path)) and not path.exists():
+        raise ValueError(f"{path} does not exist; expected a text file, or a folder of them")
+    return str(path)
+
+
+def _as_text_section(text: object) -> object:
+    """``text: PATH`` and ``text: [PATH, ...]`` are files that are split by shares."""
+    if isinstance(text, str):
+        return {"files": [text]}
+    if isinstance(text, list):
+        return {"files": text}
+    return text
+
+
+def _as_export_section(export: object) -> object:
+    """``export: true`` takes every default."""
+    if export is True:
+        return {}
+    return None if export is False else export
 
 
 def _read_dataset(text: object) -> tuple[float, str]:
@@ -159,9 +183,12 @@ Blend = dict[str, Share]
 Name = Annotated[str, AfterValidator(_check_name)]
 DomainName = Annotated[Name, AfterValidator(_check_domain_name)]
 VariantName = Annotated[Name, AfterValidator(_check_variant_name)]
-GivenCheckpoint = Annotated[Path, PlainValidator(_read_checkpoint)]
+Model = Annotated[Path, PlainValidator(_read_model)]
+"""A Megatron checkpoint, a Hugging Face model folder, or a model in the hub's cache; see given.py."""
 Datasets = Annotated[list[Annotated[tuple[float, str], PlainValidator(_read_dataset)]], Field(min_length=1)]
 """Texts "PREFIX" or "WEIGHT PREFIX" of .bin/.idx files."""
+Texts = Annotated[list[Annotated[str, PlainValidator(_read_text_path)]], Field(min_length=1)]
+"""JSONL, Parquet or plain text, plain or compressed: files, folders of them, or patterns."""
 WrittenValue = Annotated[FlagValue, PlainValidator(_read_flag_value)]
 WrittenFlags = dict[Annotated[str, AfterValidator(_check_flag)], WrittenValue]
 """Megatron's flags without the leading dashes; see flags.py. Null takes one back that an outer section gave."""
@@ -226,7 +253,7 @@ class SettingsSection(Section):
 class TrainingSection(SettingsSection):
     """A stage that trains, or a checkpoint that takes its place."""
 
-    from_: GivenCheckpoint | None = None
+    from_: Model | None = None
     blend: Blend = {}
     tokens: Tokens | None = None
     """The stage's budget, rounded to whole batches."""
@@ -243,7 +270,7 @@ class RoutingSection(Section):
 class MixSection(RoutingSection):
     """The mixing stage, or a mixed checkpoint that takes its place."""
 
-    from_: GivenCheckpoint | None = None
+    from_: Model | None = None
     experts: list[str] | None = None
     """Names in the order of the mixture, ``seed`` among them (default: every expert, then the seed)."""
     router_seed: Annotated[int, Field(ge=0)] | None = None
@@ -300,30 +327,59 @@ class AblationSection(Section):
     ] = {}
 
 
-class DomainSection(Section):
-    """The datasets of one domain."""
+class SharesSection(Section):
+    """How the documents of a text are split: shares that sum to 1."""
 
-    train: Datasets
+    train: Annotated[float, Field(gt=0, le=1)]
+    valid: Annotated[float, Field(gt=0, le=1)] | None = None
+    test: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class TextSection(Section):
+    """Text of one domain: files that are split by shares, or files for each split."""
+
+    files: Texts | None = None
+    train: Texts | None = None
+    valid: Texts | None = None
+    test: Texts | None = None
+
+
+class DomainSection(Section):
+    """One domain: datasets that are given, or text that the run makes datasets of."""
+
+    train: Datasets | None = None
     valid: Datasets | None = None
     test: Datasets | None = None
+    text: Annotated[TextSection | None, BeforeValidator(_as_text_section)] = None
+    split: SharesSection | None = None
+    """Of text (default: data.split)."""
 
 
 class DataSection(Section):
-    """Corpora that the run makes, or datasets that are given."""
+    """Corpora that the run makes, or domains whose datasets or texts are given."""
 
     corpora: Literal["quickstart"] | None = None
     vocab_size: Annotated[int, Field(ge=1)] | None = None
     """Of the tokenizer that is trained on the corpora."""
     workers: Processes = 2
     seed: Annotated[int, Field(ge=0)] | None = None
-    """Draws the corpora."""
+    """Draws the corpora, or which documents of a text go to which split (default: 1234)."""
     scale: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the corpora's full size."""
     tokenizer: TokenizerFlags = {}
-    """Megatron's tokenizer flags, of given datasets."""
+    """Megatron's tokenizer flags, of given data (default: the given seed's own tokenizer)."""
+    split: SharesSection | None = None
+    """Of all texts that state none of their own."""
     domains: Annotated[
         dict[DomainName, DomainSection], BeforeValidator(_fill_empty), AfterValidator(_check_names_differ)
     ] = {}
+
+
+class ExportSection(Section):
+    """The finetuned mixture in another form, read back and compared."""
+
+    format: Literal["hf"] = "hf"
+    """A Hugging Face model folder with its tokenizer."""
 
 
 class RecipeSection(Section):
@@ -335,7 +391,7 @@ class RecipeSection(Section):
     """Of every training stage, and of the mix's routers unless mix.router-seed is given."""
     data: DataSection = DataSection()
     model: WrittenFlags = {}
-    """Flags of the dense model, for every stage."""
+    """Flags of the dense model, for every stage (default: those of the given seed, else of the first given expert)."""
     training: WrittenFlags = {}
     """Flags of every stage that trains or evaluates."""
     domains: list[str] | None = None
@@ -347,5 +403,7 @@ class RecipeSection(Section):
     finetune: TrainingSection | None = None
     baselines: BaselinesSection = BaselinesSection()
     evaluate: EvaluateSection | None = None
+    export: Annotated[ExportSection | None, BeforeValidator(_as_export_section)] = None
+    """Of the finetuned mixture; true for every default."""
     ablation: AblationSection | None = None
     """Variants of finetuning; they take the place of the one finetuning stage."""

@@ -1,0 +1,76 @@
+"""The models that a recipe is given under ``from``: what lies there, and which flags build them.
+
+All that the converter reads is taken: a Megatron checkpoint (its root, or one iteration), a Hugging Face model folder,
+a model in the hub's cache.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_btx.checkpoint.iterations import TRACKER, is_checkpoint
+from megatron_btx.checkpoint.nemo import weights_folder
+from megatron_btx.checkpoint.paths import model_path
+from megatron_btx.checkpoint.safetensors import is_model_folder
+from megatron_btx.ground.errors import InputError
+from megatron_btx.pipeline.recipe.flags import Flags
+
+
+@dataclass(frozen=True)
+class GivenModel:
+    """What a model says of itself."""
+
+    model: Flags
+    """Megatron's flags that build it."""
+    tokenizer: Flags
+    """Those of its tokenizer; empty where none lies with it."""
+
+
+def find_model(text: str) -> Path:
+    """The absolute folder of a model that the converter can read.
+
+    Raises:
+        ValueError: there is none; says what is expected.
+    """
+    expected = "expected a Megatron checkpoint (its root, or one iter_ folder) or a Hugging Face model folder"
+    try:
+        path = weights_folder(model_path(text)).absolute()
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist; {expected}")
+    if not is_checkpoint(path) and not is_model_folder(path):
+        raise ValueError(f"{path} is no model; {expected}")
+    return path
+
+
+def is_loadable(path: Path) -> bool:
+    """Whether Megatron can start from what lies here: a checkpoint's root. All else must be imported first."""
+    return (path / TRACKER).is_file()
+
+
+def read_models(paths: Mapping[str, Path]) -> dict[str, GivenModel]:
+    """What the models at ``paths`` say of themselves: name -> flags.
+
+    Another process reads them, because that takes torch, which would then stay in this one.
+
+    Raises:
+        InputError: a model that the converter would refuse, in its words.
+    """
+    answer = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "megatron_btx.mixing.model_flags"],
+        input=json.dumps({name: str(path) for name, path in paths.items()}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if answer.returncode:
+        lines = answer.stderr.strip().splitlines() or [f"reading the models ended with status {answer.returncode}"]
+        raise InputError(f"from: {lines[-1].removeprefix('error: ')}")
+    found = json.loads(answer.stdout)
+    return {name: GivenModel(said["model"], said["tokenizer"]) for name, said in found.items()}
