@@ -16,16 +16,14 @@ from megatron_btx.checkpoint.huggingface.families import (
     COUNT,
     DTYPES,
     FIRST_SLIDING,
-    MEGATRON_LLAMA3,
-    MEGATRON_ROPE_FACTOR,
-    POSITIVE,
     ROWS,
     Family,
     family_of,
     number,
     wrong,
 )
-from megatron_btx.checkpoint.huggingface.keys import check_rope_fields, refuse_unknown_keys
+from megatron_btx.checkpoint.huggingface.keys import refuse_unknown_keys
+from megatron_btx.checkpoint.huggingface.rope import as_int, read_rope, scaling_arguments
 from megatron_btx.ground.errors import InputError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -53,17 +51,16 @@ def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, An
     for row in ROWS:
         if family.is_mixture or not row.mixture:
             arguments[row.argument] = number(where, row.key_of(family), filled.get(row.key_of(family)), row.kind)
-    heads, groups, layers = (arguments[k] for k in ("num_attention_heads", "num_query_groups", "num_layers"))
+    heads, groups, layers = arguments["num_attention_heads"], arguments["num_query_groups"], arguments["num_layers"]
     if heads % groups:
-        raise wrong(
-            where, "num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}", "correct one of the two"
-        )
-    theta, scaling = _rope(config, family, where)
+        expected = f"a divisor of num_attention_heads {heads}"
+        raise wrong(where, "num_key_value_heads", groups, expected, "correct one of the two")
+    theta, scaling = read_rope(config, family, where)
     dtype = _dtype(config, where)
     arguments |= scaling_arguments(scaling)
     arguments |= {
         "group_query_attention": groups != heads,
-        "rotary_base": _whole(theta),
+        "rotary_base": as_int(theta),
         "add_qkv_bias": _qkv_bias(config, family, where),
         "qk_layernorm": family.qk_norm,
         "window_size": _window(filled, family, layers, where),
@@ -76,7 +73,9 @@ def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, An
     }
     if family.is_mixture:
         arguments |= _mixture_arguments(config, family, arguments, where)
-    return arguments | ({"hf_rope_scaling": scaling} if scaling else {})
+    if scaling:
+        arguments["hf_rope_scaling"] = scaling
+    return arguments
 
 
 def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None:
@@ -86,7 +85,9 @@ def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None
         raise wrong(where, "hidden_act", config["hidden_act"], "'silu'", "only gated SiLU models can be converted")
     quantised = config.get("quantization_config") or config.get("compression_config")
     if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+        method = None
+        if isinstance(quantised, Mapping):
+            method = quantised.get("quant_method")
         raise InputError(
             f"{where}: quantization_config is given ({method or 'of an unnamed method'}), expected plain weights; take "
             "the unquantized model, or load it with transformers, call dequantize() on it and save it with "
@@ -105,24 +106,22 @@ def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None
 def _with_defaults(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """The configuration with what its class makes of absent and null keys."""
     filled = {**family.defaults, **config}
-    hidden, heads = (number(where, key, filled.get(key), COUNT) for key in ("hidden_size", "num_attention_heads"))
+    hidden = number(where, "hidden_size", filled.get("hidden_size"), COUNT)
+    heads = number(where, "num_attention_heads", filled.get("num_attention_heads"), COUNT)
     if filled.get("num_key_value_heads") is None:
         filled["num_key_value_heads"] = heads
     if filled.get("head_dim") is None:
         if hidden % heads:
-            raise wrong(
-                where,
-                "hidden_size",
-                hidden,
-                f"a multiple of num_attention_heads {heads}",
-                "correct it, or give head_dim",
-            )
+            expected = f"a multiple of num_attention_heads {heads}"
+            raise wrong(where, "hidden_size", hidden, expected, "correct it, or give head_dim")
         filled["head_dim"] = hidden // heads
     if family.is_mixture:  # transformers 5 writes num_local_experts for Qwen3-MoE, 4 num_experts
-        counts = [config[key] for key in ("num_experts", "num_local_experts") if config.get(key) is not None]
-        if len(counts) > 1 and counts[0] != counts[1]:
-            raise wrong(where, "num_local_experts", counts[-1], f"num_experts {counts[0]}", "correct one of the two")
-        filled["num_experts"] = filled["num_local_experts"] = counts[0] if counts else None
+        experts, local_experts = config.get("num_experts"), config.get("num_local_experts")
+        if experts is None:
+            experts = local_experts
+        if local_experts not in (None, experts):
+            raise wrong(where, "num_local_experts", local_experts, f"num_experts {experts}", "correct one of the two")
+        filled["num_experts"] = filled["num_local_experts"] = experts
     return filled
 
 
@@ -134,11 +133,19 @@ def _qkv_bias(config: Mapping[str, Any], family: Family, where: str) -> bool:
 
 def _dtype(config: Mapping[str, Any], where: str) -> str:
     """Name of the weights' type: ``dtype`` of transformers 5, ``torch_dtype`` of 4; float32 where there is neither."""
-    key = next((key for key in _DTYPE_KEYS if config.get(key) is not None), _DTYPE_KEYS[0])
-    name = config.get(key) or "float32"
+    key, name = _stated_dtype(config)
+    name = name or "float32"
     if name not in DTYPES:
         raise wrong(where, key, name, f"one of {', '.join(DTYPES)}", "save the model in one of those types")
-    return str(name)
+    return name
+
+
+def _stated_dtype(config: Mapping[str, Any]) -> tuple[str, str]:
+    """The key that says the weights' type, and what it says; "" where nothing does."""
+    for key in _DTYPE_KEYS:
+        if config.get(key) is not None:
+            return key, str(config[key])
+    return _DTYPE_KEYS[0], ""
 
 
 def dtype_arguments(config: Mapping[str, Any], dtypes: Sequence[str], where: str) -> dict[str, Any]:
@@ -150,96 +157,44 @@ def dtype_arguments(config: Mapping[str, Any], dtypes: Sequence[str], where: str
     Raises:
         InputError: no tensor has the type that is stated; nobody can know which of the two is meant.
     """
-    stated = next((str(config[key]) for key in _DTYPE_KEYS if config.get(key) is not None), None)
+    key, stated = _stated_dtype(config)
     dtype = stated or next((name for name in dtypes if name in DTYPES), "float32")
     if dtypes and stated and stated not in dtypes:
-        key = next(key for key in _DTYPE_KEYS if config.get(key) is not None)
         remedy = f'set it to "{dtypes[0]}" if the weights are as they are meant, else save the model in {stated}'
         raise wrong(where, key, stated, f"{' or '.join(dtypes)}, as its tensors are", remedy)
     return {"params_dtype": dtype, "bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
-
-
-def _rope(config: Mapping[str, Any], family: Family, where: str) -> tuple[float, dict[str, Any] | None]:
-    """The rotary base and scaling; transformers 4 has two keys for them, 5 one that holds both.
-
-    Returns: the base, and the scaling with its kind under ``rope_type``, or None for plain rotary embeddings.
-    """
-    thetas: dict[str, Any] = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
-    scalings: list[dict[str, Any]] = []
-    for key in ("rope_parameters", "rope_scaling"):
-        form = config.get(key)
-        if not form:
-            continue
-        if not isinstance(form, Mapping) or any(isinstance(value, Mapping) for value in form.values()):
-            raise wrong(where, key, form, "one set of numbers for all layers", "take a model with one")
-        kinds = {form[name] for name in ("rope_type", "type") if isinstance(form.get(name), str)} or {"default"}
-        if len(kinds) > 1:
-            raise wrong(
-                where, f"{key}.type", form["type"], f"rope_type {form['rope_type']!r}", "correct one of the two"
-            )
-        if form.get("partial_rotary_factor", 1.0) != 1.0:
-            remedy = "only rotary embeddings over the whole head can be converted"
-            raise wrong(where, f"{key}.partial_rotary_factor", form["partial_rotary_factor"], "1.0", remedy)
-        if form.get("rope_theta") is not None:
-            thetas[f"{key}.rope_theta"] = form["rope_theta"]
-        kept = {k: v for k, v in form.items() if k not in ("type", "rope_theta", "partial_rotary_factor")}
-        scalings.append({k: v for k, v in kept.items() if v is not None} | {"rope_type": kinds.pop()})
-    theta = thetas.get("rope_theta", next(iter(thetas.values()), family.defaults["rope_theta"]))
-    for key, value in {"rope_theta": theta, **thetas}.items():
-        if number(where, key, value, POSITIVE) != theta:
-            raise wrong(where, key, value, f"rope_theta {theta!r}", "correct one of the two")
-    if scalings and scalings[0] != scalings[-1]:
-        raise wrong(where, "rope_scaling", scalings[-1], f"rope_parameters {scalings[0]!r}", "correct one of the two")
-    if scalings:
-        check_rope_fields(scalings[0], config, where)
-    scaling = scalings[0] if scalings and scalings[0]["rope_type"] != "default" else None
-    for key in MEGATRON_LLAMA3 if scaling and scaling["rope_type"] == "llama3" else ():
-        number(where, f"rope_scaling.{key}", scaling.get(key) if scaling else None, POSITIVE)
-    return theta, scaling
-
-
-def scaling_arguments(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The Megatron arguments of a rotary scaling: those of no scaling where Megatron does not have it."""
-    scaling = scaling or {"rope_type": "default"}
-    llama3 = scaling["rope_type"] == "llama3" and not foreign_llama3(scaling)
-    return {
-        "use_rope_scaling": llama3,
-        "rope_scaling_factor": float(scaling["factor"]) if llama3 else MEGATRON_ROPE_FACTOR,
-        "rotary_seq_len_interpolation_factor": _whole(scaling["factor"]) if scaling["rope_type"] == "linear" else None,
-    }
-
-
-def _whole(value: float) -> float:
-    """As an int where it is one: Megatron's flags for rotary base and interpolation take nothing else."""
-    return int(value) if value == int(value) else value
-
-
-def foreign_llama3(scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a Llama 3 scaling that differ from those fixed in Megatron."""
-    return {key: scaling.get(key) for key, fixed in MEGATRON_LLAMA3.items() if scaling.get(key) != fixed}
 
 
 def _window(filled: Mapping[str, Any], family: Family, layers: int, where: str) -> tuple[int, int] | None:
     """Megatron's (keys before, keys after) of a sliding window that all layers have; None for full attention."""
     if family.window == "none" or (family.window == "own" and filled.get("sliding_window") is None):
         return None
-    if family.window == "switched":
-        slides = _sliding_layers(filled, family, layers, where)
-        if not _switch(where, filled, "use_sliding_window"):
-            if filled.get("layer_types") is not None and any(slides):
-                raise wrong(where, "use_sliding_window", False, "true as layer_types slides", "correct one of the two")
-            return None
-        # transformers 4 and 5 agree about Qwen2-MoE only where both ways of saying it are there.
-        doubtful = family.model_type == "qwen2_moe" and (
-            filled.get("layer_types") is None or filled[FIRST_SLIDING] != 0
-        )
-        if not any(slides) and not doubtful:
-            return None
-        if not all(slides) or doubtful:
-            found = {key: filled.get(key) for key in (FIRST_SLIDING, "layer_types")}
-            remedy = "a window in some layers has no counterpart; take a model with use_sliding_window false"
-            raise InputError(f"{where}: use_sliding_window is true with {found}, expected it for all layers; {remedy}")
+    if family.window == "switched" and not _every_layer_slides(filled, family, layers, where):
+        return None
     return int(number(where, "sliding_window", filled.get("sliding_window"), COUNT)) - 1, 0
+
+
+def _every_layer_slides(filled: Mapping[str, Any], family: Family, layers: int, where: str) -> bool:
+    """Whether a window that can be switched is on: in all layers, or in none.
+
+    Raises:
+        InputError: it is on in some layers, or two ways of saying it contradict each other.
+    """
+    slides = _sliding_layers(filled, family, layers, where)
+    if not _switch(where, filled, "use_sliding_window"):
+        if filled.get("layer_types") is not None and any(slides):
+            raise wrong(where, "use_sliding_window", False, "true as layer_types slides", "correct one of the two")
+        return False
+    # transformers 4 and 5 agree about Qwen2-MoE only where both ways of saying it are there.
+    both_said = filled.get("layer_types") is not None and filled[FIRST_SLIDING] == 0
+    doubtful = family.model_type == "qwen2_moe" and not both_said
+    if not any(slides) and not doubtful:
+        return False
+    if not all(slides) or doubtful:
+        found = {FIRST_SLIDING: filled.get(FIRST_SLIDING), "layer_types": filled.get("layer_types")}
+        remedy = "a window in some layers has no counterpart; take a model with use_sliding_window false"
+        raise InputError(f"{where}: use_sliding_window is true with {found}, expected it for all layers; {remedy}")
+    return True
 
 
 def _sliding_layers(filled: Mapping[str, Any], family: Family, layers: int, where: str) -> list[bool]:
@@ -260,25 +215,36 @@ def _mixture_arguments(
     config: Mapping[str, Any], family: Family, arguments: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     """The router's arguments and which layers are mixtures."""
-    topk, experts, layers = (arguments[k] for k in ("moe_router_topk", "num_experts", "num_layers"))
+    topk, experts = arguments["moe_router_topk"], arguments["num_experts"]
     if topk > experts:
         raise wrong(where, "num_experts_per_tok", topk, f"at most num_experts {experts}", "correct one of the two")
-    pattern = [1] * layers
+    frequency: int | list[int] = 1
+    normalised = True
     if family.dialect == "qwen_moe":
-        step = number(where, "decoder_sparse_step", config.get("decoder_sparse_step", 1), COUNT)
-        dense = config.get("mlp_only_layers") or []
-        if not isinstance(dense, list) or not all(type(at) is int and 0 <= at < layers for at in dense):
-            raise wrong(where, "mlp_only_layers", dense, f"layer numbers from 0 to {layers - 1}", "correct it there")
-        pattern = [int(at not in dense and (at + 1) % step == 0) for at in range(layers)]
-        if not any(pattern):
-            found = f"decoder_sparse_step is {step} and mlp_only_layers {dense!r}"
-            raise InputError(f"{where}: {found}, expected a mixture in some layer; take the dense model")
-    normalised = family.dialect == "mixtral" or _switch(where, config, "norm_topk_prob")
+        frequency = _layer_frequency(config, arguments["num_layers"], where)
+        normalised = _switch(where, config, "norm_topk_prob")
     return {
-        "moe_layer_freq": 1 if all(pattern) else pattern,
+        "moe_layer_freq": frequency,
         "moe_router_pre_softmax": not normalised,
         "moe_router_score_function": "softmax",
     }
+
+
+def _layer_frequency(config: Mapping[str, Any], layers: int, where: str) -> int | list[int]:
+    """Megatron's pattern of mixture layers, from Qwen's two ways of saying it; 1 where every layer is one."""
+    step = number(where, "decoder_sparse_step", config.get("decoder_sparse_step", 1), COUNT)
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < layers for layer in dense):
+        raise wrong(where, "mlp_only_layers", dense, f"layer numbers from 0 to {layers - 1}", "correct it there")
+    pattern = []
+    for layer in range(layers):
+        pattern.append(int(layer not in dense and (layer + 1) % step == 0))
+    if not any(pattern):
+        found = f"decoder_sparse_step is {step} and mlp_only_layers {dense!r}"
+        raise InputError(f"{where}: {found}, expected a mixture in some layer; take the dense model")
+    if all(pattern):
+        return 1
+    return pattern
 
 
 def _switch(where: str, config: Mapping[str, Any], key: str, default: bool = False) -> bool:

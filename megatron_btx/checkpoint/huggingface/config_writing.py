@@ -7,7 +7,6 @@ from typing import Any
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
 from megatron_btx.checkpoint.huggingface import shared_expert
-from megatron_btx.checkpoint.huggingface.config import foreign_llama3, scaling_arguments
 from megatron_btx.checkpoint.huggingface.families import (
     ALWAYS,
     COUNT,
@@ -22,6 +21,8 @@ from megatron_btx.checkpoint.huggingface.families import (
     number,
     wrong,
 )
+from megatron_btx.checkpoint.huggingface.rope import foreign_llama3, scaling_arguments
+from megatron_btx.checkpoint.sizes import mixture_layers
 from megatron_btx.ground.errors import InputError
 
 _TRANSLATED = frozenset(row.argument for row in ROWS) | {
@@ -80,19 +81,26 @@ def config_from_arguments(
     _refuse_unsayable(arguments, mixture, where)
     values = _completed(arguments, where)
     family = _fitting(values, mixture, base, where)
-    config = {key: base[key] for key in PASSED_THROUGH if key in base} if base else {}
+    config: dict[str, Any] = {}
+    for key in PASSED_THROUGH:
+        if base and key in base:
+            config[key] = base[key]
     config |= {"architectures": [family.architecture], "model_type": family.model_type, "hidden_act": "silu"}
     for row in ROWS:
         if row.argument in values and (mixture or not row.mixture):
             value = number(where, row.argument, values[row.argument], row.kind)
-            config[row.key_of(family)] = value if row.kind is COUNT else float(value)
+            if row.kind is not COUNT:
+                value = float(value)
+            config[row.key_of(family)] = value
     config |= {
         "rope_theta": float(number(where, "rotary_base", values.get("rotary_base", 10000), POSITIVE)),
         "rope_scaling": _written_scaling(values, where),
         "tie_word_embeddings": not values.get("untie_embeddings_and_output_weights", False),
         "torch_dtype": _written_dtype(values, where),
     }
-    config |= _written_window(values, family, where) | (_written_mixture(values, family, where) if mixture else {})
+    config |= _written_window(values, family, where)
+    if mixture:
+        config |= _written_mixture(values, family, where)
     usual_heads = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
     if family.model_type in ("qwen2", "qwen2_moe") and usual_heads:
         del config["head_dim"]  # these classes do not have it; Qwen2's attention yet takes one that is given
@@ -120,7 +128,8 @@ def _refuse_unsayable(arguments: Mapping[str, Any], mixture: bool, where: str) -
 def _completed(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The arguments with what Megatron makes of the ones that are not given."""
     values = dict(arguments)
-    hidden, heads = (number(where, key, values.get(key), COUNT) for key in ("hidden_size", "num_attention_heads"))
+    hidden = number(where, "hidden_size", values.get("hidden_size"), COUNT)
+    heads = number(where, "num_attention_heads", values.get("num_attention_heads"), COUNT)
     if not values.get("group_query_attention"):
         values["num_query_groups"] = heads
     elif heads % number(where, "num_query_groups", values.get("num_query_groups"), COUNT):
@@ -134,7 +143,8 @@ def _completed(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
     values.setdefault("layernorm_epsilon", values.get("norm_epsilon", 1e-5))
     values.setdefault("rope_scaling_factor", MEGATRON_ROPE_FACTOR)
     for name, other in {"padded_vocab_size": "vocab_size", "moe_ffn_hidden_size": "ffn_hidden_size"}.items():
-        values[name] = values.get(other) if values.get(name) is None else values[name]
+        if values.get(name) is None:
+            values[name] = values.get(other)
     for name in ("num_layers", "ffn_hidden_size", "max_position_embeddings"):
         values.setdefault(name, None)  # so that a missing one is refused by name
     return values
@@ -143,43 +153,53 @@ def _completed(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _fitting(values: Mapping[str, Any], mixture: bool, base: Mapping[str, Any] | None, where: str) -> Family:
     """The base's family where it can say the model, else the first that can."""
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    for family in ((family_of(base, f"the base configuration of {where}"),) if base else ()) + FAMILIES:
-        if (
-            family.is_mixture is mixture
-            and family.qk_norm is bool(values.get("qk_layernorm"))
-            and bool(values.get("add_qkv_bias")) in family.qkv_biases
-            and (family.window != "none" or _keys_before(values, where) is None)
-            and (family.model_type != "llama" or hidden % heads == 0)  # transformers 5 demands it of Llama
-        ):
-            if family.model_type == "qwen2_moe" and values["kv_channels"] * heads != hidden:
-                remedy = "the Qwen2-MoE form has no other head size; keep this model in Megatron's format"
-                raise wrong(where, "kv_channels", values["kv_channels"], f"{hidden}/{heads} (hidden/heads)", remedy)
-            return family
+    families = list(FAMILIES)
+    if base:
+        families.insert(0, family_of(base, f"the base configuration of {where}"))
+    for family in families:
+        if family.is_mixture is not mixture or not _has_parts(family, values, where):
+            continue
+        if family.model_type == "qwen2_moe" and values["kv_channels"] * heads != hidden:
+            remedy = "the Qwen2-MoE form has no other head size; keep this model in Megatron's format"
+            raise wrong(where, "kv_channels", values["kv_channels"], f"{hidden}/{heads} (hidden/heads)", remedy)
+        return family
     raise InputError(f"{where}: no Hugging Face architecture has these parts; keep this model in Megatron's format")
+
+
+def _has_parts(family: Family, values: Mapping[str, Any], where: str) -> bool:
+    """Whether a family's layers can have the model's parts."""
+    if family.qk_norm is not bool(values.get("qk_layernorm")):
+        return False
+    if bool(values.get("add_qkv_bias")) not in family.qkv_biases:
+        return False
+    if family.window == "none" and _keys_before(values, where) is not None:
+        return False
+    # transformers 5 demands it of Llama.
+    return family.model_type != "llama" or values["hidden_size"] % values["num_attention_heads"] == 0
 
 
 def _keys_before(values: Mapping[str, Any], where: str) -> int | None:
     """How many keys before its own a token sees; None for all."""
     window = values.get("window_size")
-    given = tuple(window) if isinstance(window, (list, tuple)) else (window,)
-    if given in ((None,), (-1, 0), (-1, -1)):
+    if window is None or window in ([None], (None,)):
         return None
-    if len(given) != 2 or type(given[0]) is not int or given[0] < 0 or given[1] != 0:
-        raise wrong(
-            where,
-            "window_size",
-            window,
-            "(keys before, 0) for a Hugging Face model",
-            "train the seed with such a window",
-        )
-    return given[0]
+    if isinstance(window, list | tuple) and len(window) == 2:
+        before, after = window
+        if before == -1 and after in (-1, 0):
+            return None
+        if type(before) is int and before >= 0 and after == 0:
+            return before
+    expected = "(keys before, 0) for a Hugging Face model"
+    raise wrong(where, "window_size", window, expected, "train the seed with such a window")
 
 
 def _written_window(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     before = _keys_before(values, where)
     if family.window == "none":
         return {}
-    width = None if before is None else before + 1
+    width = None
+    if before is not None:
+        width = before + 1
     if family.window == "own":
         return {"sliding_window": width}  # also when None: an absent key is a window of 4096 for Mistral
     if width is None:
@@ -192,12 +212,14 @@ def _written_window(values: Mapping[str, Any], family: Family, where: str) -> di
 def _written_scaling(values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     """transformers 4's ``rope_scaling``; a carried one must say what the arguments say."""
     carried, interpolation = values.get("hf_rope_scaling"), values.get("rotary_seq_len_interpolation_factor")
-    made: dict[str, Any] | None = dict(carried) if carried else None
-    if not carried and values.get("use_rope_scaling"):
+    made: dict[str, Any] | None = None
+    if carried:
+        made = dict(carried)
+    elif values.get("use_rope_scaling"):
         factor = number(where, "rope_scaling_factor", values["rope_scaling_factor"], POSITIVE)
         llama3 = {"rope_type": "llama3", "factor": float(factor)} | MEGATRON_LLAMA3
         made = llama3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    elif not carried and interpolation is not None:
+    elif interpolation is not None:
         factor = number(where, "rotary_seq_len_interpolation_factor", interpolation, POSITIVE)
         made = {"rope_type": "linear", "factor": float(factor)}
     for name, said in scaling_arguments(made).items():
@@ -209,8 +231,11 @@ def _written_scaling(values: Mapping[str, Any], where: str) -> dict[str, Any] | 
 
 
 def _written_dtype(values: Mapping[str, Any], where: str) -> str:
-    name = "bfloat16" if values.get("bf16") else "float16" if values.get("fp16") else values.get("params_dtype")
-    name = str(name or "float32").removeprefix("torch.")
+    if values.get("bf16"):
+        return "bfloat16"
+    if values.get("fp16"):
+        return "float16"
+    name = str(values.get("params_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
         raise wrong(where, "params_dtype", name, f"one of {', '.join(DTYPES)}", "save the model in one of those")
     return name
@@ -218,18 +243,12 @@ def _written_dtype(values: Mapping[str, Any], where: str) -> str:
 
 def _written_mixture(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """The router's keys, and which layers are mixtures."""
-    topk, experts = (number(where, name, values.get(name), COUNT) for name in ("moe_router_topk", "num_experts"))
+    topk = number(where, "moe_router_topk", values.get("moe_router_topk"), COUNT)
+    experts = number(where, "num_experts", values.get("num_experts"), COUNT)
     if topk > experts:
         raise wrong(where, "moe_router_topk", topk, f"at most num_experts {experts}", "correct one of the two")
-    frequency, layers = values.get("moe_layer_freq", 1), values["num_layers"]
-    if isinstance(frequency, int) and frequency > 0:
-        pattern = [int(at % frequency == 0) for at in range(layers)]
-    else:
-        pattern = list(frequency) if isinstance(frequency, (list, tuple)) else []
-    if len(pattern) != layers or set(pattern) not in ({1}, {0, 1}):
-        wanted = f"a whole number or a list of {layers} zeros and ones"
-        raise wrong(where, "moe_layer_freq", frequency, wanted, "correct it there")
-    dense = [at for at, mixture in enumerate(pattern) if not mixture]
+    frequency = values.get("moe_layer_freq", 1)
+    dense = _dense_layers(frequency, values["num_layers"], where)
     pre_softmax = bool(values.get("moe_router_pre_softmax"))
     if family.dialect == "mixtral":
         if dense:
@@ -243,3 +262,14 @@ def _written_mixture(values: Mapping[str, Any], family: Family, where: str) -> d
     if family.model_type == "qwen2_moe":
         keys |= {shared_expert.WIDTH_KEY: shared_expert.WRITTEN_WIDTH, "qkv_bias": bool(values.get("add_qkv_bias"))}
     return keys
+
+
+def _dense_layers(frequency: object, layers: int, where: str) -> list[int]:
+    """The numbers of the layers that are no mixtures."""
+    is_step = isinstance(frequency, int) and frequency > 0
+    is_pattern = isinstance(frequency, list | tuple) and len(frequency) == layers
+    if is_step or (is_pattern and set(frequency) in ({1}, {0, 1})):  # type: ignore[call-overload]
+        pattern = mixture_layers(frequency, layers)  # type: ignore[arg-type]
+        return [layer for layer, mixture in enumerate(pattern) if not mixture]
+    wanted = f"a whole number or a list of {layers} zeros and ones"
+    raise wrong(where, "moe_layer_freq", frequency, wanted, "correct it there")

@@ -64,7 +64,9 @@ class Row:
 
     def key_of(self, family: Family) -> str:
         """The key in a family's configuration."""
-        return self.mixtral_key if self.mixtral_key and family.dialect == "mixtral" else self.key
+        if self.mixtral_key and family.dialect == "mixtral":
+            return self.mixtral_key
+        return self.key
 
 
 ROWS = (
@@ -102,17 +104,23 @@ _BEYOND = 2**63
 
 
 def wrong(where: str, key: str, value: object, expected: str, remedy: str) -> InputError:
+    """The refusal of a key's value, to be raised."""
     return InputError(f"{where}: {key} is {value!r}, expected {expected}; {remedy}")
 
 
 def number(where: str, key: str, value: object, kind: str) -> Any:
-    """The value, if it is a number of its kind; never a bool or text."""
-    types = (int,) if kind is COUNT else (int, float)
-    if isinstance(value, types) and not isinstance(value, bool) and abs(value) < _BEYOND:
-        in_range = {COUNT: value >= 1, FRACTION: 0 <= value <= 1, POSITIVE: value > 0}
+    """The value, if it is a number of its kind; never a bool or text.
+
+    Raises:
+        InputError: it is not.
+    """
+    if type(value) in (int, float) and abs(value) < _BEYOND:  # type: ignore[arg-type]
+        in_range = {COUNT: type(value) is int and value >= 1, FRACTION: 0 <= value <= 1, POSITIVE: value > 0}  # type: ignore[operator]
         if in_range[kind]:
             return value
-    found = "is missing" if value is None else f"is {value!r}"
+    found = f"is {value!r}"
+    if value is None:
+        found = "is missing"
     raise InputError(f"{where}: {key} {found}, expected {kind}; correct it there")
 
 
@@ -123,14 +131,18 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         InputError: it is none of :data:`FAMILIES`, or the two fields contradict each other.
     """
     named, model_type = config.get("architectures") or [], config.get("model_type")
-    named = named if isinstance(named, list) else [named]
-    for family in FAMILIES:
-        if family.architecture in named if named else family.model_type == model_type:
-            if model_type not in (None, family.model_type):
-                raise wrong(
-                    where, "model_type", model_type, f"{family.model_type!r} as of {named}", "correct one of the two"
-                )
-            return family
-    key, found = ("architectures", named) if named else ("model_type", model_type)
+    if not isinstance(named, list):
+        named = [named]
     supported = ", ".join(family.architecture for family in FAMILIES)
-    raise wrong(where, key, found, f"one of {supported}", "convert one of those")
+    if not named:
+        for family in FAMILIES:
+            if family.model_type == model_type:
+                return family
+        raise wrong(where, "model_type", model_type, f"one of {supported}", "convert one of those")
+    for family in FAMILIES:
+        if family.architecture in named:
+            if model_type not in (None, family.model_type):
+                expected = f"{family.model_type!r} as of {named}"
+                raise wrong(where, "model_type", model_type, expected, "correct one of the two")
+            return family
+    raise wrong(where, "architectures", named, f"one of {supported}", "convert one of those")

@@ -7,7 +7,7 @@ the names, or within them. transformers finds no tensor under such names and fil
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from megatron_btx.ground.errors import CheckpointError
 
@@ -25,14 +25,13 @@ def unwrapped[T](tensors: Mapping[str, T], where: str) -> dict[str, T]:
     Raises:
         CheckpointError: some have a wrapper's word and others have not, two get one name, or adapters lie among them.
     """
-    adapter = next((name for name in tensors if _ADAPTER.search(name)), None)
-    if adapter is not None:
-        raise CheckpointError(
-            f"{where}: {adapter} is a part of a LoRA or another adapter, not merged into the model; merge it first, "
-            "with merge_and_unload() of peft, and save the result"
-        )
     found: dict[str, T] = {}
     for name, tensor in tensors.items():
+        if _ADAPTER.search(name):
+            raise CheckpointError(
+                f"{where}: {name} is a part of a LoRA or another adapter, not merged into the model; merge it first, "
+                "with merge_and_unload() of peft, and save the result"
+            )
         plain = _INNER.sub("", name)
         if plain in found:
             raise CheckpointError(f"{where}: {name} and {plain} are one tensor under two names; save the plain model")
@@ -46,17 +45,20 @@ def unwrapped[T](tensors: Mapping[str, T], where: str) -> dict[str, T]:
     return found
 
 
-def _outer_word(names: Iterable[str], where: str) -> str:
+def _outer_word(names: Collection[str], where: str) -> str:
     """The word that stands before every name; "" where none does."""
-    names = list(names)
     for word in _OUTER:
-        without = [name for name in names if not name.startswith(word)]
-        if not without and names:
+        having, without = [], []
+        for name in names:
+            if name.startswith(word):
+                having.append(name)
+            else:
+                without.append(name)
+        if having and not without:
             return word
-        if len(without) < len(names):
-            having = next(name for name in names if name.startswith(word))
+        if having:
             raise CheckpointError(
-                f"{where}: {having} has {word!r} before its name and {without[0]} has not, so what is the model is not "
-                "certain; save the wrapped model alone, by its own state_dict()"
+                f"{where}: {having[0]} has {word!r} before its name and {without[0]} has not, so what is the model is "
+                "not certain; save the wrapped model alone, by its own state_dict()"
             )
     return ""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_btx.checkpoint.huggingface.families import POSITIVE, Family, number, wrong
+from megatron_btx.checkpoint.huggingface.families import Family, wrong
 from megatron_btx.ground.errors import InputError
 
 _READ = frozenset(
@@ -28,24 +28,7 @@ _OTHERS = re.compile(
 _NEUTRAL_SCALES: tuple[Any, ...] = (None, 1, False)
 _NEUTRAL_OTHERS: tuple[Any, ...] = (None, 0, False, "", [], {})
 
-_ROPE_FIELDS: Mapping[str, frozenset[str]] = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "dynamic": frozenset({"factor", "original_max_position_embeddings"}),
-    # "finetuned" tells how the model was made; no class of transformers reads it.
-    "yarn": frozenset(
-        "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate "
-        "finetuned".split()
-    ),
-    "longrope": frozenset("factor short_factor long_factor attention_factor original_max_position_embeddings".split()),
-    "llama3": frozenset("factor low_freq_factor high_freq_factor original_max_position_embeddings".split()),
-}
-"""The rotary scalings that transformers 4.57 and 5 both know (``modeling_rope_utils.py``), and their fields."""
-_LAYER_KINDS = ("full_attention", "sliding_attention")
-_FACTOR_NEEDED = ("linear", "dynamic", "yarn", "llama3")
-_PER_FREQUENCY = frozenset({"short_factor", "long_factor"})
-_NO_NUMBERS = frozenset({"rope_type", "truncate", "finetuned"})
-_LENGTH_KEY = "original_max_position_embeddings"
+_LAYER_KINDS: tuple[str, ...] = ("full_attention", "sliding_attention")
 
 
 def refuse_unknown_keys(config: Mapping[str, Any], family: Family, where: str) -> None:
@@ -56,11 +39,9 @@ def refuse_unknown_keys(config: Mapping[str, Any], family: Family, where: str) -
     """
     remedy = "convert a model without it, or take the key away if the model was trained without it"
     for key, value in config.items():
-        if key in _READ:
-            continue
-        neutral = _NEUTRAL_SCALES if _SCALES.search(key) else _NEUTRAL_OTHERS if _OTHERS.search(key) else (value,)
-        if value not in neutral:
-            expected = " or ".join(str(n) for n in neutral[:2])
+        neutral = _neutral_values(key)
+        if neutral and value not in neutral:
+            expected = " or ".join(map(str, neutral[:2]))
             raise wrong(where, key, value, f"{expected}, because this architecture has no such part", remedy)
     code = config.get("auto_map")
     if isinstance(code, Mapping) and any(str(name).startswith("AutoModel") for name in code):
@@ -71,56 +52,32 @@ def refuse_unknown_keys(config: Mapping[str, Any], family: Family, where: str) -
     _refuse_other_windows(config, family, where)
 
 
+def _neutral_values(key: str) -> tuple[Any, ...]:
+    """The values with which a key of this name changes nothing; none for keys that never change anything."""
+    if key in _READ:
+        return ()
+    if _SCALES.search(key):
+        return _NEUTRAL_SCALES
+    if _OTHERS.search(key):
+        return _NEUTRAL_OTHERS
+    return ()
+
+
 def _refuse_other_windows(config: Mapping[str, Any], family: Family, where: str) -> None:
     """Windows that the family's class passes over, and layers that see in another way."""
     kinds = config.get("layer_types")
-    kinds = kinds if isinstance(kinds, list) else []
-    allowed = ("full_attention",) if family.window == "none" else _LAYER_KINDS
-    other = next((kind for kind in kinds if kind not in allowed), None)
-    if other is not None:
-        remedy = "such layers cannot be converted"
-        raise wrong(where, "layer_types", other, f"{' or '.join(allowed)} in this architecture", remedy)
+    if not isinstance(kinds, list):
+        kinds = []
+    allowed = _LAYER_KINDS
+    if family.window == "none":
+        allowed = ("full_attention",)
+    for kind in kinds:
+        if kind not in allowed:
+            remedy = "such layers cannot be converted"
+            raise wrong(where, "layer_types", kind, f"{' or '.join(allowed)} in this architecture", remedy)
     if family.window == "own" and len(set(kinds)) > 1:
         remedy = "a window in some layers has no counterpart; take a model with one kind of layers"
         raise wrong(where, "layer_types", kinds, "the same for all layers", remedy)
     if family.window == "none" and config.get("sliding_window") and config.get("use_sliding_window", True):
         remedy = "say MistralForCausalLM if it was trained with one, else take the key away"
         raise wrong(where, "sliding_window", config["sliding_window"], "none in this architecture", remedy)
-
-
-def check_rope_fields(scaling: Mapping[str, Any], config: Mapping[str, Any], where: str) -> None:
-    """Refuse a rotary scaling of a kind that nobody knows, or with fields of unknown meaning.
-
-    Args:
-        scaling: its kind under ``rope_type``, without what holds for all kinds (base, part of the head).
-
-    Raises:
-        InputError: names the kind or the field.
-    """
-    kind = scaling["rope_type"]
-    if kind not in _ROPE_FIELDS:
-        known = ", ".join(_ROPE_FIELDS)
-        remedy = "transformers 4.57 and 5 do not both have it; convert a model without it"
-        raise wrong(where, "rope_scaling.rope_type", kind, f"one of {known}", remedy)
-    unknown = sorted(scaling.keys() - _ROPE_FIELDS[kind] - {"rope_type"})
-    if unknown:
-        expected = f"none of that name in a rotary scaling of type {kind!r}"
-        remedy = "correct the type, or take the field away if the model was trained without it"
-        raise wrong(where, f"rope_scaling.{unknown[0]}", scaling[unknown[0]], expected, remedy)
-    if kind in _FACTOR_NEEDED:
-        number(where, "rope_scaling.factor", scaling.get("factor"), POSITIVE)
-    for key in sorted(_PER_FREQUENCY & scaling.keys()):
-        given = scaling[key]
-        for factor in given if isinstance(given, list) and given else [given]:
-            number(where, f"rope_scaling.{key}", factor, POSITIVE)
-    for key in sorted(scaling.keys() - _PER_FREQUENCY - _NO_NUMBERS):
-        if scaling[key]:  # 0 and null mean that there is none
-            number(where, f"rope_scaling.{key}", scaling[key], POSITIVE)
-    if kind in ("yarn", "longrope", "dynamic") and config.get(_LENGTH_KEY) not in (None, scaling.get(_LENGTH_KEY)):
-        raise wrong(
-            where,
-            _LENGTH_KEY,
-            config[_LENGTH_KEY],
-            f"rope_scaling.{_LENGTH_KEY} {scaling.get(_LENGTH_KEY)!r}",
-            "say it in rope_scaling alone",
-        )

@@ -64,8 +64,9 @@ def _has_tied_embeddings(config: Config) -> bool:
 
 def _has_window(config: Config) -> bool:
     """Whether a sliding window hides tokens of a text that fits into the model."""
-    on = config["model_type"] == MIXTRAL or config.get("use_sliding_window")
-    width = config.get("sliding_window") if on else None
+    if config["model_type"] != MIXTRAL and not config.get("use_sliding_window"):
+        return False
+    width = config.get("sliding_window")
     return width is not None and width < config["max_position_embeddings"]
 
 
@@ -172,8 +173,10 @@ def conditions_of(config: Config) -> tuple[Condition, ...]:
 
 def answers_of(config: Config) -> tuple[Answer, ...]:
     """What servers do not follow in a configuration, refusals first."""
-    found = [answer for condition in conditions_of(config) for answer in condition.answers]
-    return tuple(sorted(found, key=lambda answer: (answer.outcome != REFUSES, SERVERS.index(answer.server))))
+    answers: list[Answer] = []
+    for condition in conditions_of(config):
+        answers += condition.answers
+    return tuple(sorted(answers, key=lambda answer: (answer.outcome != REFUSES, SERVERS.index(answer.server))))
 
 
 def server_lines(config: Config) -> list[str]:
@@ -181,11 +184,13 @@ def server_lines(config: Config) -> list[str]:
     if config["model_type"] not in FAMILIES:
         return []
     answers = answers_of(config)
-    follow = [server for server in SERVERS if server not in {answer.server for answer in answers}]
-    lines = [f"  servers: computed as by transformers in {', '.join(follow) or 'none of ' + ', '.join(SERVERS)}"]
+    faithful, warnings = [], []
     for server in SERVERS:
         own = [answer for answer in answers if answer.server == server]
         if own:
             reasons = "; ".join(answer.why for answer in own)
-            lines.append(f"  warning: {server} {own[0].outcome}: {reasons} (docs/serving.md)")
-    return lines
+            warnings.append(f"  warning: {server} {own[0].outcome}: {reasons} (docs/serving.md)")
+        else:
+            faithful.append(server)
+    named = ", ".join(faithful) or "none of " + ", ".join(SERVERS)
+    return [f"  servers: computed as by transformers in {named}", *warnings]

@@ -45,12 +45,13 @@ _READ_BYTES = 1 << 20
 
 def pieces(sizes: Sizes, width: int) -> Iterator[tuple[Piece, str]]:
     """The tensors of all shared experts of a model, and what is written in each: zeros, or ramp."""
-    for layer in range(sizes.layers):
-        if sizes.mixture_layers[layer]:
-            for content, rows in _ROWS.items():
-                for row in rows:
-                    name = row.piece.format(layer=layer)
-                    yield Piece(name, _shape(row, sizes.hidden, width), row, {"layer": layer}, False), content
+    for layer, is_mixture in enumerate(sizes.mixture_layers):
+        if not is_mixture:
+            continue
+        for content, rows in _ROWS.items():
+            for row in rows:
+                name = row.piece.format(layer=layer)
+                yield Piece(name, _shape(row, sizes.hidden, width), row, {"layer": layer}, False), content
 
 
 def _shape(row: Row, hidden: int, width: int) -> tuple[int, int]:
@@ -124,6 +125,8 @@ def _rows(reader: Reader, key: str) -> Iterator[torch.Tensor]:
     """All rows of a matrix, about a MiB at a time."""
     stored = reader.tensors[key]
     count, columns = stored.shape
-    step = max(1, _READ_BYTES // max(1, columns * stored.dtype.itemsize))
-    for low in range(0, count if columns else 0, step):
+    if columns == 0:
+        return
+    step = max(1, _READ_BYTES // (columns * stored.dtype.itemsize))
+    for low in range(0, count, step):
         yield reader.read(key, (low, 0), (min(step, count - low), columns))
