@@ -12,11 +12,12 @@ from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.compatible import checked_sources
 from megatron_btx.mixing.merge import MOVE, NEW_ROUTERS, ZEROS
 from megatron_btx.mixing.methods import METHODS, Chunk, Method
+from megatron_btx.mixing.opening import open_source
 from megatron_btx.mixing.plan import Plan, PlannedPiece, SourceRows
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.request_checks import check_request, number_of
 from megatron_btx.mixing.result import dense_arguments, mixture_arguments
-from megatron_btx.mixing.sources import Source, open_source
+from megatron_btx.mixing.sources import Source
 
 if TYPE_CHECKING:
     pass

@@ -9,27 +9,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint import nemo, safetensors
-from megatron_btx.checkpoint.beside import HF_FOLDER, root_of, with_tokenizer_beside
-from megatron_btx.checkpoint.huggingface import config as hf_config
-from megatron_btx.checkpoint.huggingface import families as hf_families
+from megatron_btx.checkpoint import safetensors
+from megatron_btx.checkpoint.beside import HF_FOLDER
 from megatron_btx.checkpoint.huggingface import shared_expert
-from megatron_btx.checkpoint.huggingface.foreign_names import unwrapped
-from megatron_btx.checkpoint.iterations import is_checkpoint, resolve_iteration
-from megatron_btx.checkpoint.names import DIALECTS, IGNORED_HF, IGNORED_MEGATRON, Dialect
-from megatron_btx.checkpoint.paths import model_path
+from megatron_btx.checkpoint.names import IGNORED_HF, IGNORED_MEGATRON, Dialect
 from megatron_btx.checkpoint.pieces import Location, Piece, pieces_of
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
-from megatron_btx.checkpoint.tokenizers import kinds
-from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES, Vocabulary, read_vocabulary
-from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.checkpoint.tokenizers.vocabulary import Vocabulary, read_vocabulary
 from megatron_btx.ground.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDING = "embedding.weight"
+_HEAD_ROWS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +54,7 @@ class Source:
         reader: Reader,
         arguments: Mapping[str, Any],
         dialect: Dialect,
+        sizes: Sizes,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
@@ -67,7 +62,7 @@ class Source:
         self.reader = reader
         self.arguments = arguments
         self.dialect = dialect
-        self.sizes = _sizes(name, reader.folder, arguments)
+        self.sizes = sizes
         self.pieces: dict[str, Held] = {}
         unused = set(reader.tensors)
         if config is not None:
@@ -222,97 +217,3 @@ def _stretches(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         stop = number + 1
     if start < stop:
         yield start, stop
-
-
-_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-_OTHER_SIZES = (
-    "num_query_groups", "kv_channels", "padded_vocab_size", "vocab_size", "max_position_embeddings", "num_experts",
-    "moe_ffn_hidden_size",
-)  # fmt: skip
-_LAYERS_AT_MOST = 10_000
-_HEAD_ROWS = 1024
-
-
-def _sizes(name: str, folder: Path, arguments: Mapping[str, Any]) -> Sizes:
-    where = f"{name} ({folder})"
-    for argument in (*_SIZES, *_OTHER_SIZES):
-        value = arguments.get(argument)
-        if (value is not None or argument in _SIZES) and not (type(value) is int and value > 0):
-            raise CheckpointError(
-                f"{where}: its stored arguments say {argument} = {value!r}, expected a positive number"
-            )
-    _check_layers(arguments["num_layers"], where)
-    for argument in TOKENIZER_FILES:
-        if not isinstance(arguments.get(argument), str | Path | None):
-            raise CheckpointError(f"{where}: its stored arguments say {argument} = {arguments[argument]!r}, no path")
-    frequency = arguments.get("moe_layer_freq", 1)
-    if type(frequency) is not int and not (isinstance(frequency, list | tuple) and {*map(type, frequency)} == {int}):
-        raise CheckpointError(f"{where}: its stored arguments say moe_layer_freq = {frequency!r}, expected numbers")
-    sizes = Sizes.of(arguments)
-    if sizes.heads % sizes.groups or len(sizes.mixture_layers) != sizes.layers:
-        raise CheckpointError(
-            f"{where}: its stored arguments say {sizes.heads} heads in {sizes.groups} query groups, and moe_layer_freq "
-            f"= {arguments.get('moe_layer_freq')!r} for {sizes.layers} layers, which is impossible"
-        )
-    return sizes
-
-
-def _check_layers(layers: object, where: str) -> None:
-    """Much is counted per layer: a number that is absurd is refused before."""
-    if isinstance(layers, int) and layers > _LAYERS_AT_MOST:
-        raise CheckpointError(f"{where}: its configuration says {layers} layers, expected {_LAYERS_AT_MOST} at most")
-
-
-def open_source(name: str, path: str | Path) -> Source:
-    """Open a Megatron checkpoint (its root, or one iteration) or a Hugging Face model folder.
-
-    Raises:
-        CheckpointError: it cannot be read, or is of a form that is not supported; says what to do.
-    """
-    path = nemo.weights_folder(model_path(path))
-    if path.is_dir() and (safetensors.is_model_folder(path) or not is_checkpoint(path)):
-        kinds.check_kind(path)
-    if path.is_dir() and safetensors.is_model_folder(path):
-        config = safetensors.read_json(path / safetensors.CONFIG)
-        _check_layers(config.get("num_hidden_layers"), f"{name} ({path / safetensors.CONFIG})")
-        arguments = hf_config.arguments_from_config(config, f"{name} ({path / safetensors.CONFIG})")
-        hf_reader = safetensors.SafetensorsReader(path)
-        hf_reader.tensors = unwrapped(hf_reader.tensors, f"{name} ({path})")
-        family = hf_families.family_of(config, f"{name} ({path / safetensors.CONFIG})")
-        arguments |= hf_config.dtype_arguments(config, hf_reader.dtypes(), f"{name} ({path / safetensors.CONFIG})")
-        dialect = _hf_dialect(family.dialect, hf_reader.tensors)
-        return Source(name, path, hf_reader, arguments, dialect, config)
-    if not is_checkpoint(path):
-        safetensors.refuse_without_config(path)
-    folder = resolve_iteration(path)
-    reader = TorchDistReader(folder)
-    root = root_of(folder)
-    kinds.refuse_placeholders(root / HF_FOLDER)
-    arguments = with_tokenizer_beside(_arguments_of(reader, f"{name} ({folder})"), root)
-    return Source(name, root, reader, arguments, _megatron_dialect(reader.tensors))
-
-
-def _arguments_of(reader: TorchDistReader, where: str) -> dict[str, Any]:
-    """The stored arguments, else those that Megatron-Bridge or NeMo 2 describe; names lose NeMo's ``module.``."""
-    model = [key for key in reader.tensors if not any(re.fullmatch(pattern, key) for pattern in IGNORED_MEGATRON)]
-    plain = unwrapped({key: key for key in model}, where)
-    renamed = {old: new for new, old in plain.items()}
-    reader.tensors = {renamed.get(key, key): stored for key, stored in reader.tensors.items()}
-    description = nemo.description_of(reader.folder)
-    if description is None or reader.has_arguments():
-        return reader.arguments()
-    embedding = reader.tensors.get("embedding.word_embeddings.weight")
-    return nemo.read_arguments(description, embedding.shape[0] if embedding and embedding.shape else 0)
-
-
-def _hf_dialect(dialect: str, keys: Iterable[str]) -> Dialect:
-    return DIALECTS["fused_moe" if any(key.endswith(".mlp.experts.gate_up_proj") for key in keys) else dialect]
-
-
-def _megatron_dialect(keys: Iterable[str]) -> Dialect:
-    """Recognised from the keys, never guessed from a version."""
-    keys = list(keys)
-    if any(re.fullmatch(r"decoder\.layers\.\d+\..*(\.weight_w|\.experts\.experts\.\d+\..*)", key) for key in keys):
-        return DIALECTS["singleton"]
-    numbered = any(re.match(r"decoder\.layers\.\d+\.", key) for key in keys)
-    return DIALECTS["numbered" if numbered else "stacked"]

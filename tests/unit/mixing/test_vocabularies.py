@@ -17,7 +17,8 @@ from megatron_btx.checkpoint.tokenizers.vocabulary import known_vocabulary
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.mixing import compute, convert_hf, merge, rows_proof
 from megatron_btx.mixing.cli import main
-from megatron_btx.mixing.sources import Source, open_source
+from megatron_btx.mixing.opening import open_source
+from megatron_btx.mixing.sources import Source
 from tests.hugging_face import config_of, loaded, tensors
 from tests.mixing import mix, rewrite
 from tests.unit.mixing.checkpoints import expert_words, refused
