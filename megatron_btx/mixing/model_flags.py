@@ -49,7 +49,7 @@ def tokenizer_flags_of(source: Source) -> Flags:
 @exits_with_one_line
 def main() -> int:
     """Read names and paths from standard input; print what the models there are."""
-    from megatron_btx.mixing.sources import open_source
+    from megatron_btx.mixing.opening import open_source
 
     found: dict[str, dict[str, Flags]] = {}
     for name, path in json.load(sys.stdin).items():

@@ -31,10 +31,17 @@ _LAYERS_AT_MOST = 10_000
 
 
 def _sizes(name: str, folder: Path, arguments: Mapping[str, Any]) -> Sizes:
+    """The sizes that stored arguments say.
+
+    Raises:
+        CheckpointError: one is missing, of another type, or impossible beside the others.
+    """
     where = f"{name} ({folder})"
     for argument in (*_SIZES, *_OTHER_SIZES):
         value = arguments.get(argument)
-        if (value is not None or argument in _SIZES) and not (type(value) is int and value > 0):
+        if value is None and argument in _OTHER_SIZES:
+            continue
+        if type(value) is not int or value <= 0:
             raise CheckpointError(
                 f"{where}: its stored arguments say {argument} = {value!r}, expected a positive number"
             )
@@ -43,7 +50,7 @@ def _sizes(name: str, folder: Path, arguments: Mapping[str, Any]) -> Sizes:
         if not isinstance(arguments.get(argument), str | Path | None):
             raise CheckpointError(f"{where}: its stored arguments say {argument} = {arguments[argument]!r}, no path")
     frequency = arguments.get("moe_layer_freq", 1)
-    if type(frequency) is not int and not (isinstance(frequency, list | tuple) and {*map(type, frequency)} == {int}):
+    if not _is_frequency(frequency):
         raise CheckpointError(f"{where}: its stored arguments say moe_layer_freq = {frequency!r}, expected numbers")
     sizes = Sizes.of(arguments)
     if sizes.heads % sizes.groups or len(sizes.mixture_layers) != sizes.layers:
@@ -54,8 +61,15 @@ def _sizes(name: str, folder: Path, arguments: Mapping[str, Any]) -> Sizes:
     return sizes
 
 
+def _is_frequency(value: object) -> bool:
+    """Whether a value is a whole number, or a list of such."""
+    if isinstance(value, list | tuple):
+        return len(value) > 0 and all(type(number) is int for number in value)
+    return type(value) is int
+
+
 def _check_layers(layers: object, where: str) -> None:
-    """Much is counted per layer: a number that is absurd is refused before."""
+    """Much is counted per layer: a slip of the keyboard would take all memory before anything else could refuse it."""
     if isinstance(layers, int) and layers > _LAYERS_AT_MOST:
         raise CheckpointError(f"{where}: its configuration says {layers} layers, expected {_LAYERS_AT_MOST} at most")
 
@@ -70,18 +84,30 @@ def open_source(name: str, path: str | Path) -> Source:
     if path.is_dir() and (safetensors.is_model_folder(path) or not is_checkpoint(path)):
         kinds.check_kind(path)
     if path.is_dir() and safetensors.is_model_folder(path):
-        config = safetensors.read_json(path / safetensors.CONFIG)
-        _check_layers(config.get("num_hidden_layers"), f"{name} ({path / safetensors.CONFIG})")
-        arguments = hf_config.arguments_from_config(config, f"{name} ({path / safetensors.CONFIG})")
-        hf_reader = safetensors.SafetensorsReader(path)
-        hf_reader.tensors = unwrapped(hf_reader.tensors, f"{name} ({path})")
-        family = hf_families.family_of(config, f"{name} ({path / safetensors.CONFIG})")
-        arguments |= hf_config.dtype_arguments(config, hf_reader.dtypes(), f"{name} ({path / safetensors.CONFIG})")
-        dialect = _hf_dialect(family.dialect, hf_reader.tensors)
-        return Source(name, path, hf_reader, arguments, dialect, _sizes(name, path, arguments), config)
+        return _open_folder(name, path)
     if not is_checkpoint(path):
         safetensors.refuse_without_config(path)
-    folder = resolve_iteration(path)
+    return _open_checkpoint(name, resolve_iteration(path))
+
+
+def _open_folder(name: str, folder: Path) -> Source:
+    """A Hugging Face model folder."""
+    where = f"{name} ({folder / safetensors.CONFIG})"
+    config = safetensors.read_json(folder / safetensors.CONFIG)
+    _check_layers(config.get("num_hidden_layers"), where)
+    arguments = hf_config.arguments_from_config(config, where)
+    reader = safetensors.SafetensorsReader(folder)
+    reader.tensors = unwrapped(reader.tensors, f"{name} ({folder})")
+    family = hf_families.family_of(config, where)
+    arguments |= hf_config.dtype_arguments(config, reader.dtypes(), where)
+    dialect = DIALECTS[family.dialect]
+    if any(key.endswith(".mlp.experts.gate_up_proj") for key in reader.tensors):
+        dialect = DIALECTS["fused_moe"]
+    return Source(name, folder, reader, arguments, dialect, _sizes(name, folder, arguments), config)
+
+
+def _open_checkpoint(name: str, folder: Path) -> Source:
+    """One iteration of a Megatron checkpoint."""
     reader = TorchDistReader(folder)
     root = root_of(folder)
     kinds.refuse_placeholders(root / HF_FOLDER)
@@ -92,25 +118,28 @@ def open_source(name: str, path: str | Path) -> Source:
 
 def _arguments_of(reader: TorchDistReader, where: str) -> dict[str, Any]:
     """The stored arguments, else those that Megatron-Bridge or NeMo 2 describe; names lose NeMo's ``module.``."""
-    model = [key for key in reader.tensors if not any(re.fullmatch(pattern, key) for pattern in IGNORED_MEGATRON)]
-    plain = unwrapped({key: key for key in model}, where)
-    renamed = {old: new for new, old in plain.items()}
+    model = {}
+    for key in reader.tensors:
+        if not any(re.fullmatch(pattern, key) for pattern in IGNORED_MEGATRON):
+            model[key] = key
+    renamed = {old: new for new, old in unwrapped(model, where).items()}
     reader.tensors = {renamed.get(key, key): stored for key, stored in reader.tensors.items()}
     description = nemo.description_of(reader.folder)
     if description is None or reader.has_arguments():
         return reader.arguments()
     embedding = reader.tensors.get("embedding.word_embeddings.weight")
-    return nemo.read_arguments(description, embedding.shape[0] if embedding and embedding.shape else 0)
-
-
-def _hf_dialect(dialect: str, keys: Iterable[str]) -> Dialect:
-    return DIALECTS["fused_moe" if any(key.endswith(".mlp.experts.gate_up_proj") for key in keys) else dialect]
+    rows = 0
+    if embedding is not None and embedding.shape:
+        rows = embedding.shape[0]
+    return nemo.read_arguments(description, rows)
 
 
 def _megatron_dialect(keys: Iterable[str]) -> Dialect:
     """Recognised from the keys, never guessed from a version."""
-    keys = list(keys)
-    if any(re.fullmatch(r"decoder\.layers\.\d+\..*(\.weight_w|\.experts\.experts\.\d+\..*)", key) for key in keys):
-        return DIALECTS["singleton"]
-    numbered = any(re.match(r"decoder\.layers\.\d+\.", key) for key in keys)
-    return DIALECTS["numbered" if numbered else "stacked"]
+    dialect = DIALECTS["stacked"]
+    for key in keys:
+        if re.fullmatch(r"decoder\.layers\.\d+\..*(\.weight_w|\.experts\.experts\.\d+\..*)", key):
+            return DIALECTS["singleton"]
+        if re.match(r"decoder\.layers\.\d+\.", key):
+            dialect = DIALECTS["numbered"]
+    return dialect

@@ -86,58 +86,85 @@ class Source:
         if self.is_hugging_face:
             return self.folder
         # Training that started from a result goes on in another folder, with the tokenizer where it was.
+        places = [self.root / HF_FOLDER]
         tokenizer = self.arguments.get("tokenizer_model")
-        places = [self.root / HF_FOLDER, *([Path(tokenizer)] if tokenizer else [])]
-        return next((place for place in places if (place / safetensors.CONFIG).is_file()), None)
+        if tokenizer:
+            places.append(Path(tokenizer))
+        for place in places:
+            if (place / safetensors.CONFIG).is_file():
+                return place
+        return None
 
     def _hold(self, unused: set[str]) -> None:
         where = f"{self.name} ({self.folder})"
         tied = not self.arguments.get("untie_embeddings_and_output_weights")
         for piece in pieces_of(self.sizes):
-            found = [loc for loc in piece.locations(self.dialect, self.sizes) if loc.key in self.reader.tensors]
-            unused.difference_update(location.key for location in found)
-            if piece.name.startswith("head.") and tied:
-                if found:
-                    self._check_tied_head(piece, found[0], where)
-                continue
-            if found:
+            found = []
+            for location in piece.locations(self.dialect, self.sizes):
+                if location.key in self.reader.tensors:
+                    found.append(location)
+                    unused.discard(location.key)
+            is_tied_head = tied and piece.name.startswith("head.")
+            if found and is_tied_head:
+                self._check_tied_head(piece, found[0], where)
+            elif found:
                 self.pieces[piece.name] = self._held(piece, found[0], where)
             elif piece.required or (piece.name == "head.weight" and not tied):
-                location = piece.location(self.dialect, self.sizes)
-                key = location.key if location else piece.name
-                raise CheckpointError(f"{where}: {key} is missing; its configuration asks for it, so it is incomplete")
-        ignored = IGNORED_HF if self.is_hugging_face else IGNORED_MEGATRON
-        extra = sorted(key for key in unused if not any(re.fullmatch(pattern, key) for pattern in ignored))
-        if extra:
-            raise CheckpointError(
-                f"{where}: {extra[0]} is no tensor of the model that its configuration describes; "
-                "this architecture is not supported"
-            )
+                self._refuse_missing(piece, where)
+        self._refuse_unknown(unused, where)
+
+    def _refuse_missing(self, piece: Piece, where: str) -> None:
+        key = piece.name
+        location = piece.location(self.dialect, self.sizes)
+        if location is not None:
+            key = location.key
+        raise CheckpointError(f"{where}: {key} is missing; its configuration asks for it, so it is incomplete")
+
+    def _refuse_unknown(self, unused: set[str], where: str) -> None:
+        """Refuse tensors that no row of the table takes."""
+        ignored: tuple[str, ...] = IGNORED_MEGATRON
+        if self.is_hugging_face:
+            ignored = IGNORED_HF
+        for key in sorted(unused):
+            if not any(re.fullmatch(pattern, key) for pattern in ignored):
+                raise CheckpointError(
+                    f"{where}: {key} is no tensor of the model that its configuration describes; "
+                    "this architecture is not supported"
+                )
 
     def _check_tied_head(self, piece: Piece, location: Location, where: str) -> None:
         """Some save the head of tied models too: it must be the embedding, which is what is used."""
-        import torch
-
         embedding = self.pieces[EMBEDDING]
         head = self._held(piece, location, where)
-        same = head.shape == embedding.shape and head.dtype == embedding.dtype
-        for start in range(0, head.shape[0] if same else 0, _HEAD_ROWS):
-            stop = min(start + _HEAD_ROWS, head.shape[0])
-            same = same and torch.equal(self._rows(head, start, stop), self._rows(embedding, start, stop))
-        if not same:
+        if not self._are_equal(head, embedding):
             raise CheckpointError(
                 f"{where}: {location.key} is stored and is not the embedding, though the configuration ties the two; "
                 "say which is meant: untie them in the configuration, or leave the head out"
             )
 
+    def _are_equal(self, left: Held, right: Held) -> bool:
+        """Whether two pieces hold the same numbers in the same dtype."""
+        import torch
+
+        if left.shape != right.shape or left.dtype != right.dtype:
+            return False
+        rows = left.shape[0]
+        for start in range(0, rows, _HEAD_ROWS):
+            stop = min(start + _HEAD_ROWS, rows)
+            if not torch.equal(self._rows(left, start, stop), self._rows(right, start, stop)):
+                return False
+        return True
+
     def _held(self, piece: Piece, location: Location, where: str) -> Held:
         stored = self.reader.tensors[location.key]
-        rows = stored.shape[len(location.lead)] if len(stored.shape) > len(location.lead) else -1
-        shape = tuple(rows if n == -1 else n for n in piece.shape)
-        if piece.shape[0] == -1:
+        shape = piece.shape
+        if piece.shape[0] == -1:  # as many rows as there are: embedding and head
+            rows = -1
+            if len(stored.shape) > len(location.lead):
+                rows = stored.shape[len(location.lead)]
+            shape = (rows, *piece.shape[1:])
             location = dataclasses.replace(location, unit=rows)
-        axes = tuple(getattr(self.sizes, {"layer": "layers", "expert": "experts"}[a]) for a in self._axes(piece))
-        expected = (*axes, location.stored_rows, *shape[1:])
+        expected = (*self._leading(piece), location.stored_rows, *shape[1:])
         if tuple(stored.shape) != expected:
             raise CheckpointError(
                 f"{where}: {location.key}: {list(stored.shape)} is stored, its configuration says {list(expected)} "
@@ -152,8 +179,10 @@ class Source:
             )
         return Held(piece, location, shape, stored.dtype)
 
-    def _axes(self, piece: Piece) -> list[str]:
-        return [axis for axis in self.dialect.axes if axis in piece.numbers]
+    def _leading(self, piece: Piece) -> list[int]:
+        """Extents of the axes on which a piece has one index: layers and experts, as the dialect stacks them."""
+        extents = {"layer": self.sizes.layers, "expert": self.sizes.experts}
+        return [extents[axis] for axis in self.dialect.axes if axis in piece.numbers]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of a piece, in the dtype stored."""
@@ -163,20 +192,23 @@ class Source:
         import torch
 
         location, rest = held.location, held.shape[1:]
-        one = (1,) * len(location.lead)
-        parts = [
-            self.reader.read(location.key, (*location.lead, there, *(0,) * len(rest)), (*one, rows, *rest)).view(
-                rows, *rest
-            )
-            for there, _, rows in location.runs(start, stop)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, *rest, dtype=held.dtype)
+        one, zero = (1,) * len(location.lead), (0,) * len(rest)
+        parts = []
+        for stored_row, _, rows in location.runs(start, stop):
+            part = self.reader.read(location.key, (*location.lead, stored_row, *zero), (*one, rows, *rest))
+            parts.append(part.view(rows, *rest))
+        if not parts:
+            return torch.empty(0, *rest, dtype=held.dtype)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)
 
     @functools.cached_property
     def tokenizer_arguments(self) -> dict[str, Any]:
         """The stored arguments with what tells the tokenizer: the folder that came along, and the rows there are."""
-        beside = self.root / HF_FOLDER
-        folder = self.hf_folder or (beside if beside.is_dir() else None)
+        folder = self.hf_folder
+        if folder is None and (self.root / HF_FOLDER).is_dir():
+            folder = self.root / HF_FOLDER
         rows = self.pieces[EMBEDDING].shape[0]
         return {**self.arguments, "hf_folder": folder, "padded_vocab_size": rows}
 
@@ -188,7 +220,9 @@ class Source:
     @functools.cached_property
     def tokens(self) -> dict[int, str] | None:
         """The token of each row that has one; None where the tokenizer's files cannot be read."""
-        return None if self.vocabulary is None else self.vocabulary.below(self.pieces[EMBEDDING].shape[0])
+        if self.vocabulary is None:
+            return None
+        return self.vocabulary.below(self.pieces[EMBEDDING].shape[0])
 
     def token_rows(self, name: str) -> tuple[tuple[int, int], ...]:
         """The rows of an embedding or head that are tokens, in stretches from ``start`` to before ``stop``.
