@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_btx.pipeline.recipe.data import FOLDER, Data, Text
 from megatron_btx.pipeline.recipe.flags import Flags, to_argv
-from megatron_btx.pipeline.stage import PYTHON, Stage
+from megatron_btx.pipeline.stage import Program, Stage
 
 EXPORTED = "model"
 """The exported model's folder, in that of its stage."""
@@ -19,9 +19,14 @@ EXPORTED = "model"
 
 def import_stage(name: str, source: Path) -> Stage:
     """The stage that makes a Megatron checkpoint of a given model that Megatron cannot start from as it is."""
-    command = [PYTHON, "-m", "megatron_btx.mixing.cli", "--method", "copy", "--expert", f"model={source}"]
-    command += ["--output", f"{name}/checkpoint", "--verify"]
-    return Stage(name, tuple(command), inputs=(source,), product="checkpoint", settings={"model": source})
+    words = ("--method", "copy", "--expert", f"model={source}", "--output", f"{name}/checkpoint", "--verify")
+    return Stage(
+        name,
+        Program("megatron_btx.mixing.cli", words),
+        inputs=(source,),
+        product="checkpoint",
+        settings={"model": source},
+    )
 
 
 def export_stage(name: str, checkpoint: str, parents: tuple[str, ...], settings: dict[str, Any]) -> Stage:
@@ -30,24 +35,23 @@ def export_stage(name: str, checkpoint: str, parents: tuple[str, ...], settings:
     Args:
         settings: which checkpoint it is, for a stage's identity.
     """
-    command = [PYTHON, "-m", "megatron_btx.mixing.convert_hf", "export", "--checkpoint", checkpoint]
-    command += ["--output", f"{name}/{EXPORTED}", "--verify"]
-    return Stage(name, tuple(command), parents, product=EXPORTED, settings=settings)
+    words = ("export", "--checkpoint", checkpoint, "--output", f"{name}/{EXPORTED}", "--verify")
+    return Stage(name, Program("megatron_btx.mixing.convert_hf", words), parents, product=EXPORTED, settings=settings)
 
 
 def data_stage(data: Data) -> Stage:
     """The stage that makes the run's data: the quickstart's corpora, or datasets of given texts."""
     if data.corpora:
-        command = (PYTHON, "-m", "megatron_btx.data.corpora.build", "--output", FOLDER, *to_argv(data.corpora))
+        program = Program("megatron_btx.data.corpora.build", ("--output", FOLDER, *to_argv(data.corpora)))
         settings: dict[str, Any] = {name: value for name, value in data.corpora.items() if name != "workers"}
-        return Stage(FOLDER, command, product="corpora.json", processes=data.workers, settings=settings)
+        return Stage(FOLDER, program, product="corpora.json", processes=data.workers, settings=settings)
     description = {
         "tokenizer": _plain(data.tokenizer),
         "domains": {name: _describe(text) for name, text in data.texts.items()},
         "seed": data.seed,
     }
-    command = (PYTHON, "-m", "megatron_btx.data.datasets", "--output", FOLDER, "--workers", str(data.workers))
-    command = (*command, "--description", json.dumps(description))
+    words = ("--output", FOLDER, "--workers", str(data.workers), "--description", json.dumps(description))
+    program = Program("megatron_btx.data.datasets", words)
     inputs = [Path(path) for text in data.texts.values() for files in text.files.values() for path in files]
     settings = {"seed": data.seed, **_tokenizer_settings(data.tokenizer)}
     for name, text in data.texts.items():
@@ -55,7 +59,7 @@ def data_stage(data: Data) -> Stage:
         for split, files in text.files.items():
             settings[f"domain {name} {split}"] = [Path(path) for path in files]
     return Stage(
-        FOLDER, command, inputs=tuple(inputs), product="datasets.json", processes=data.workers, settings=settings
+        FOLDER, program, inputs=tuple(inputs), product="datasets.json", processes=data.workers, settings=settings
     )
 
 

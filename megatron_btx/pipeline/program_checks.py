@@ -15,13 +15,11 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from megatron_btx.ground.errors import InputError, exits_with_one_line
 from megatron_btx.pipeline.recipe.flags import Flags, to_argv
-
-if TYPE_CHECKING:
-    from megatron_btx.pipeline.stage import Stage
+from megatron_btx.pipeline.stage import Program, Stage
 
 
 def check_with_megatron(
@@ -51,8 +49,9 @@ def check_with_megatron(
 
 
 def program_words(stage: Stage) -> list[str]:
-    """The command line of the program that torchrun starts in ``stage``: what follows the second -m MODULE."""
-    return list(stage.command[stage.command.index("-m", stage.command.index("-m") + 1) + 2 :])
+    """The words of the program of ours that ``stage`` starts."""
+    assert isinstance(stage.program, Program)
+    return list(stage.program.words)
 
 
 class _RefusingParser(argparse.ArgumentParser):

@@ -1,10 +1,10 @@
-"""A stage of a run: one command, its parents, what decides its result, and the scripts that run it by hand."""
+"""A stage of a run: a program with its words, what it takes, its parents, and the scripts that run it by hand."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,30 @@ PYTHON = "python"
 
 
 @dataclass(frozen=True)
+class Program:
+    """A program of ours: a module with its words. Paths are absolute, or relative to the run directory."""
+
+    module: str
+    words: tuple[str, ...] = ()
+    is_distributed: bool = False
+    """Whether it runs as one process per rank. torchrun starts them."""
+
+    def command(self, processes: int) -> tuple[str, ...]:
+        """The command that starts it on this machine."""
+        if not self.is_distributed:
+            return (PYTHON, "-m", self.module, *self.words)
+        # With a rendezvous of its own (--standalone), because stages run side by side.
+        torchrun = (PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+        return (*torchrun, "-m", self.module, *self.words)
+
+
+@dataclass(frozen=True)
 class Stage:
-    """One node of the graph. Paths in ``command`` are absolute, or relative to the run directory."""
+    """One node of the graph."""
 
     name: str
-    command: tuple[str, ...]
+    program: Program | tuple[str, ...]
+    """One of ours, or any command."""
     parents: tuple[str, ...] = ()
     """Stages that its result is made from."""
     after: tuple[str, ...] = ()
@@ -31,6 +50,7 @@ class Stage:
     """File or folder in the stage's directory that must exist when the stage is finished; empty for none."""
     processes: int = 1
     threads: int = 1
+    """Of each process: OMP_NUM_THREADS."""
     on_gpu: bool = False
     """Whether each process takes a GPU where there are GPUs."""
     resumable: bool = False
@@ -45,6 +65,13 @@ class Stage:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Resolved settings, for config.yaml."""
 
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command that runs it on this machine."""
+        if isinstance(self.program, Program):
+            return self.program.command(self.processes)
+        return self.program
+
     def deciding_settings(self) -> Mapping[str, Any]:
         """What decides its result beside its parents."""
         if self.settings is not None:
@@ -53,7 +80,7 @@ class Stage:
 
     def waits_for(self) -> tuple[str, ...]:
         """All stages that must be finished before it starts."""
-        return (*self.parents, *(name for name in self.after if name not in self.parents))
+        return tuple(dict.fromkeys((*self.parents, *self.after)))
 
 
 def command_text(stage: Stage) -> str:
@@ -74,7 +101,10 @@ def command_text(stage: Stage) -> str:
 
 def one_line(text: str) -> str:
     """``text`` for a comment in a script, which a line break would end."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    letters = []
+    for letter in text:
+        letters.append(letter if letter.isprintable() else "?")
+    return "".join(letters)
 
 
 def command_script(stage: Stage) -> str:
@@ -90,12 +120,21 @@ def command_script(stage: Stage) -> str:
     )
 
 
-def in_order(stages: Iterable[Stage]) -> list[Stage]:
+def sort_stages(stages: Iterable[Stage]) -> list[Stage]:
     """The stages with parents before their children, otherwise as given. A parent that is no stage is a defect."""
     waiting = list(stages)
-    ordered: dict[str, Stage] = {}
+    sorted_stages: list[Stage] = []
+    done: set[str] = set()
     while waiting:
-        ready = next(stage for stage in waiting if all(parent in ordered for parent in stage.waits_for()))
-        ordered[ready.name] = ready
+        ready = _first_ready(waiting, done)
+        sorted_stages.append(ready)
+        done.add(ready.name)
         waiting.remove(ready)
-    return list(ordered.values())
+    return sorted_stages
+
+
+def _first_ready(waiting: Sequence[Stage], done: set[str]) -> Stage:
+    for stage in waiting:
+        if done.issuperset(stage.waits_for()):
+            return stage
+    raise ValueError(f"stages wait for what is no stage, or for each other: {[stage.name for stage in waiting]}")

@@ -39,7 +39,7 @@ def standing_in(stage: Stage) -> Stage:
     """The stage with a cheap command that leaves the same product."""
     product = f"{stage.name}/{stage.product}"
     script = f"mkdir -p $(dirname {product}); echo {stage.iterations} > {product}"
-    return replace(stage, command=("bash", "-c", script), processes=1)
+    return replace(stage, program=("bash", "-c", script), processes=1)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,57 @@
+"""The checkpoints that stages read, and where a stage comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_btx.pipeline.directory import CHECKPOINT_FOLDER
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint as the stages see it that read it."""
+
+    path: str
+    """Absolute where it is given, relative to the run directory where the run makes it."""
+    stage: str | None
+    """The stage that makes it; None when it is given."""
+
+    @classmethod
+    def made_by(cls, stage: str) -> Model:
+        """The model that a stage of the run makes."""
+        return cls(f"{stage}/{CHECKPOINT_FOLDER}", stage)
+
+    @classmethod
+    def given_or_made(cls, source: Path | None, stage: str) -> Model:
+        """The model given at ``source``, or else the one that ``stage`` makes."""
+        if source is None:
+            return cls.made_by(stage)
+        return cls(str(source), None)
+
+    def identity(self) -> str | Path:
+        """What decides which model it is, beside the stages that it comes from."""
+        if self.stage is not None:
+            return self.stage
+        return Path(self.path)
+
+
+class Origins(NamedTuple):
+    """What a stage is made from."""
+
+    parents: tuple[str, ...] = ()
+    inputs: tuple[Path, ...] = ()
+
+
+def origins_of(models: Iterable[Model]) -> Origins:
+    """The stages that make ``models``, and the places of those that are given."""
+    parents: list[str] = []
+    inputs: list[Path] = []
+    for model in models:
+        if model.stage is not None:
+            parents.append(model.stage)
+        else:
+            inputs.append(Path(model.path))
+    return Origins(tuple(parents), tuple(inputs))
