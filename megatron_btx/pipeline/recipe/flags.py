@@ -7,9 +7,10 @@ are "not given" (which takes back what an outer section gave), a list is one fla
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NoReturn
 
+from megatron_btx.ground import layout
 from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.layout import ParallelSizes
 
 FlagValue = bool | int | float | str | tuple[int | float | str, ...] | None
 Flags = Mapping[str, FlagValue]
@@ -101,48 +102,52 @@ def number(flags: Flags, name: str, default: int | None = None) -> int:
     return int(str(value))
 
 
+def parallel_sizes(flags: Flags) -> ParallelSizes:
+    """Over how many processes the flags spread each dimension of a model."""
+    tensor = number(flags, "tensor-model-parallel-size", 1)
+    return ParallelSizes(
+        tensor=tensor,
+        pipeline=number(flags, "pipeline-model-parallel-size", 1),
+        context=number(flags, "context-parallel-size", 1),
+        expert=number(flags, "expert-model-parallel-size", 1),
+        expert_tensor=number(flags, "expert-tensor-parallel-size", tensor),
+    )
+
+
 def check_layout(stage: str, processes: int, flags: Flags) -> None:
     """Refuse a layout that cannot be: the arithmetic between processes, parallel sizes, layers, experts and batch."""
-    tensor, pipeline, context, expert = (number(flags, name, 1) for name in LAYOUT_FLAGS[:4])
-    expert_tensor = number(flags, "expert-tensor-parallel-size", tensor)
-    num_experts = number(flags, "num-experts", 0) if "num-experts" in flags else 0
-
-    def refuse(found: str, expected: str, remedy: str = "change its layout") -> NoReturn:
-        raise InputError(f"stage {stage}: the layout does not fit: {found}; expected {expected}; {remedy}")
-
-    if processes % (tensor * pipeline * context):
-        refuse(f"{processes} processes for TP {tensor} x PP {pipeline} x CP {context}", "a multiple of their product")
-    if expert > 1 and not num_experts:
-        refuse(f"expert-model-parallel-size {expert} for a dense model", "1")
-    if num_experts and processes % (expert_tensor * expert * pipeline):
-        refuse(
-            f"{processes} processes for EP {expert} x expert TP {expert_tensor} x PP {pipeline}",
-            "a multiple of their product",
+    misfit = _find_misfit(processes, flags)
+    if misfit is not None:
+        raise InputError(
+            f"stage {stage}: the layout does not fit: {misfit.found}; expected {misfit.expected}; {misfit.remedy}"
         )
-    if num_experts % expert:
-        refuse(f"{num_experts} experts over EP {expert}", "a number of experts that EP divides")
+
+
+def _find_misfit(processes: int, flags: Flags) -> layout.Misfit | None:
+    """The first rule of a layout that the flags of a stage break."""
+    sizes = parallel_sizes(flags)
+    experts = number(flags, "num-experts") if "num-experts" in flags else 0
+    misfit = layout.check_processes(sizes, processes) or layout.check_experts(sizes, processes, experts)
+    if misfit is not None:
+        return misfit
     layers = number(flags, "num-layers")
     if layers > _LAYERS_AT_MOST:
-        refuse(f"{layers} layers", f"at most {_LAYERS_AT_MOST}", "lower num-layers")
-    if layers % pipeline and not any(name in flags for name in _UNEVEN_PIPELINE):
-        refuse(f"{layers} layers over PP {pipeline}", "a number of layers that PP divides")
-    heads = number(flags, "num-attention-heads")
-    if heads % tensor:
-        refuse(f"{heads} attention heads over TP {tensor}", "a number of heads that TP divides")
-    data_parallel = processes // (tensor * pipeline * context)
-    micro, batch = number(flags, "micro-batch-size"), number(flags, "global-batch-size")
-    if batch % (micro * data_parallel):
-        refuse(
-            f"global-batch-size {batch} with micro-batch-size {micro} on DP {data_parallel}",
-            f"a multiple of {micro * data_parallel}",
-            "lower micro-batch-size or its processes, or raise global-batch-size",
-        )
+        return layout.Misfit(f"{layers} layers", f"at most {_LAYERS_AT_MOST}", "lower num-layers")
+    if not any(name in flags for name in _UNEVEN_PIPELINE):
+        misfit = layout.check_layers(sizes, layers)
+    if misfit is None:
+        misfit = layout.check_heads(sizes, number(flags, "num-attention-heads"))
+    if misfit is not None:
+        return misfit
+    micro_batch, global_batch = number(flags, "micro-batch-size"), number(flags, "global-batch-size")
+    return layout.check_batch(sizes, processes, micro_batch, global_batch)
 
 
 def measured_batch(processes: int, flags: Flags) -> int:
     """Tokens of one batch to measure on; measurements are rounded down to whole ones."""
-    tensor, context = number(flags, LAYOUT_FLAGS[0], 1), number(flags, LAYOUT_FLAGS[2], 1)
-    return number(flags, "micro-batch-size") * (processes // (tensor * context)) * number(flags, "seq-length")
+    sizes = parallel_sizes(flags)
+    ranks = processes // (sizes.tensor * sizes.context)
+    return number(flags, "micro-batch-size") * ranks * number(flags, "seq-length")
 
 
 def check_measured(stage: str, tokens: int, processes: int, flags: Flags) -> None:
