@@ -1,7 +1,7 @@
-"""Hugging Face model folders: safetensors files, one or many with an index, read and laid out at positions.
+"""Hugging Face model folders: safetensors files, one or many with an index, read at positions.
 
 The format is a JSON header of names, dtypes, shapes and offsets, followed by the numbers. Reading it needs no library
-and runs no code; knowing the positions lets slices be read and written in any order.
+and runs no code; knowing the positions lets slices be read in any order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.stored import Block, Files, Place, Slot, StoredTensor, read_box, read_slice
+from megatron_btx.checkpoint.stored import Block, Files, Place, StoredTensor, read_box, read_slice
 from megatron_btx.ground.errors import CheckpointError
 from megatron_btx.ground.files import read_json_object
 
@@ -24,12 +24,9 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHARD_BYTES = 5 * 10**9
 _HEADER_AT_MOST_BYTES = 100 << 20
 _STEP_BYTES = 16 << 20
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-type _Described = tuple[str, tuple[int, ...], torch.dtype]
-"""The name, shape and type of a tensor that is to be written."""
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def is_model_folder(path: Path) -> bool:
@@ -208,12 +205,12 @@ class SafetensorsReader:
         """Add a tensor of a file whose numbers begin at ``data_at``; the tensor before ends at ``end``."""
         import torch
 
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise CheckpointError(
-                f"{file}: {entry.name}: is stored as {entry.dtype}, expected one of {', '.join(_DTYPES)}; "
+                f"{file}: {entry.name}: is stored as {entry.dtype}, expected one of {', '.join(DTYPES)}; "
                 "save the model unquantised in bf16, fp16 or fp32"
             )
-        kind: torch.dtype = getattr(torch, _DTYPES[entry.dtype])
+        kind: torch.dtype = getattr(torch, DTYPES[entry.dtype])
         shape, extent = entry.shape, entry.extent
         if len(extent) != 2 or extent[0] != end or extent[1] - extent[0] != math.prod(shape) * kind.itemsize:
             raise CheckpointError(
@@ -262,66 +259,3 @@ class SafetensorsReader:
         if (self.folder / CONFIG).is_file():
             names.insert(0, CONFIG)
         return [self.folder / name for name in names]
-
-
-class SafetensorsLayout:
-    """Lays out the files of a model folder: tensors in the order given, in shards of at most :data:`SHARD_BYTES`."""
-
-    def __init__(self, tensors: Sequence[_Described]) -> None:
-        shards: list[list[_Described]] = [[]]
-        filled = 0
-        for name, shape, dtype in tensors:
-            size = math.prod(shape) * dtype.itemsize
-            if shards[-1] and filled + size > SHARD_BYTES:
-                shards.append([])
-                filled = 0
-            shards[-1].append((name, shape, dtype))
-            filled += size
-        self.files: dict[str, int] = {}
-        """Size of each data file in bytes."""
-        self.objects: list[tuple[str, int, bytes]] = []
-        """The headers: file, position, content."""
-        self._slots: dict[str, Slot] = {}
-        self._shards = len(shards)
-        for number, shard in enumerate(shards, start=1):
-            file = SINGLE
-            if len(shards) > 1:
-                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._lay_out(file, shard)
-
-    def _lay_out(self, file: str, shard: Sequence[_Described]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, shape, dtype in shard:
-            size = math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _code_of(dtype), "shape": list(shape), "data_offsets": [end, end + size]}
-            end += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % 64)
-        data_at = 8 + len(text)
-        self.objects.append((file, 0, len(text).to_bytes(8, "little") + text))
-        for name, _, _ in shard:
-            low, high = header[name]["data_offsets"]
-            self._slots[name] = Slot(file, data_at + low, high - low)
-        self.files[file] = data_at + end
-
-    def slot(self, name: str) -> Slot:
-        """The place of a tensor."""
-        return self._slots[name]
-
-    def small_files(self) -> dict[str, bytes]:
-        """The index, where there is more than one file."""
-        if self._shards == 1:
-            return {}
-        total = sum(slot.length_bytes for slot in self._slots.values())
-        weight_map = {name: slot.file for name, slot in sorted(self._slots.items())}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        return {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
-
-
-def _code_of(dtype: torch.dtype) -> str:
-    """The name of a dtype in a header."""
-    for code, name in _DTYPES.items():
-        if str(dtype) == f"torch.{name}":
-            return code
-    raise KeyError(dtype)

@@ -17,6 +17,7 @@ from megatron_btx.checkpoint.huggingface import families as hf_families
 from megatron_btx.checkpoint.huggingface import shared_expert
 from megatron_btx.checkpoint.iterations import RELEASE, TRACKER
 from megatron_btx.checkpoint.names import DIALECTS
+from megatron_btx.checkpoint.safetensors_layout import SafetensorsLayout
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader, Slot
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
@@ -177,7 +178,7 @@ def _hugging_face(plan: Plan, target: Path) -> Output:
     if family.model_type == shared_expert.MODEL_TYPE:
         plan = dataclasses.replace(plan, pieces=plan.pieces + tuple(_zero_shared_experts(plan)))
     tensors = tuple(lay_out(plan, dialect, with_other_names=False))
-    layout = safetensors.SafetensorsLayout([(t.name, t.shape, t.dtype) for t in tensors])
+    layout = SafetensorsLayout([(t.name, t.shape, t.dtype) for t in tensors])
     tasks = tuple(
         task for t in tensors for block in t.blocks for task in _tasks(block, layout.slot(t.name), t.dtype.itemsize)
     )

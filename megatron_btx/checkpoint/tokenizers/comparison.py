@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def check_same_tokenizer(sources: Mapping[str, Stored], remedy: str) -> None:
     """
     # Every pair: where the first tells no merges, the others are not to be told from it, and may differ all the same.
     for left, right in itertools.combinations(sources, 2):
-        _check_pair({name: sources[name] for name in (left, right)}, remedy)
+        _check_pair({left: sources[left], right: sources[right]}, remedy)
 
 
 def _check_pair(pair: Mapping[str, Stored], remedy: str) -> None:
@@ -51,22 +51,22 @@ def _check_pair(pair: Mapping[str, Stored], remedy: str) -> None:
     if same_files and one.get("padded_vocab_size") == other.get("padded_vocab_size"):
         return
     if not same_files and tokenizer_place(one) is None and tokenizer_place(other) is None:
-        kinds = " and ".join(
-            f"{s.get('tokenizer_type')} of {s.get('vocab_size')} in {name}" for name, s in pair.items()
-        )
+        kinds = [f"{s.get('tokenizer_type')} of {s.get('vocab_size')} in {name}" for name, s in pair.items()]
         raise InputError(
-            f"tokenizers differ: {kinds}; models can only be mixed or continued with one tokenizer ({remedy} if you "
-            "know better)"
+            f"tokenizers differ: {' and '.join(kinds)}; models can only be mixed or continued with one "
+            f"tokenizer ({remedy} if you know better)"
         )
     try:
-        tables = {name: known_vocabulary(stored) for name, stored in pair.items()}
+        tables = {left: known_vocabulary(one), right: known_vocabulary(other)}
     except UnknownVocabularyError:
         if same_files:
             return
         raise InputError(_why_unknown(pair, remedy)) from None
-    rows = [stored["padded_vocab_size"] for stored in pair.values() if stored.get("padded_vocab_size")]
-    most = max(rows, default=_ALL)
-    below = {name: tables[name].below(stored.get("padded_vocab_size") or most) for name, stored in pair.items()}
+    one_rows, other_rows = one.get("padded_vocab_size"), other.get("padded_vocab_size")
+    below = {
+        left: tables[left].below(one_rows or other_rows or _ALL),
+        right: tables[right].below(other_rows or one_rows or _ALL),
+    }
     refuse_different_tokens(below, remedy)
     _refuse_other_rules(pair, tables, None, remedy)
 
@@ -78,7 +78,9 @@ def _refuse_other_rules(
     merges = one.get("merge_file"), other.get("merge_file")
     difference = first_difference(tables[left], tables[right], merges, among)
     if difference:
-        have = "have the same tokens" if among is None else f"have {len(among)} tokens in common"
+        have = "have the same tokens"
+        if among is not None:
+            have = f"have {len(among)} tokens in common"
         raise InputError(
             f"tokenizers differ: {left} and {right} {have} and cut texts in other ways, because of "
             f"{difference}; models can only be mixed or continued with one tokenizer ({remedy} if you know that the "
@@ -95,22 +97,25 @@ def refuse_different_tokens(tables: Mapping[str, Mapping[int, str]], remedy: str
     (left, one), (right, other) = tables.items()
     different = [number for number in sorted({*one, *other}) if one.get(number) != other.get(number)]
     if different:
-        shown = ", ".join(
-            f"token {number} is {_shown(one, number)} in {left} and {_shown(other, number)} in {right}"
-            for number in different[:_SHOWN]
-        )
+        shown = []
+        for number in different[:_SHOWN]:
+            shown.append(f"token {number} is {_show(one, number)} in {left} and {_show(other, number)} in {right}")
         raise InputError(
-            f"tokenizers differ: {shown}; {_count(different)}; models can only be mixed or continued with one "
-            f"tokenizer ({remedy} if you know better)"
+            f"tokenizers differ: {', '.join(shown)}; {_count(different)}; models can only be mixed or continued with "
+            f"one tokenizer ({remedy} if you know better)"
         )
 
 
-def _shown(table: Mapping[int, str], number: int) -> str:
-    return repr(table[number]) if number in table else "nobody's"
+def _show(table: Mapping[int, str], number: int) -> str:
+    if number in table:
+        return repr(table[number])
+    return "nobody's"
 
 
-def _count(different: Sequence[int]) -> str:
-    return f"{len(different)} numbers differ" if len(different) > 1 else "1 number differs"
+def _count(different: Sized) -> str:
+    if len(different) == 1:
+        return "1 number differs"
+    return f"{len(different)} numbers differ"
 
 
 def check_vocabulary_union(sources: Mapping[str, Stored], remedy: str) -> None:
@@ -134,7 +139,7 @@ def check_vocabulary_union(sources: Mapping[str, Stored], remedy: str) -> None:
         tables[name] = whole[name].below(stored.get("padded_vocab_size") or _ALL)
     refuse_contradictions(tables, remedy)
     for left, right in itertools.combinations(sources, 2):
-        pair = {name: sources[name] for name in (left, right)}
+        pair = {left: sources[left], right: sources[right]}
         if _identity(sources[left]) != _identity(sources[right]):
             common = dict(tables[left].items() & tables[right].items())
             _refuse_other_rules(pair, whole, common, remedy)
@@ -150,7 +155,7 @@ def refuse_contradictions(tables: Mapping[str, Mapping[int, str]], remedy: str) 
     if wrong:
         shown = ", ".join(wrong[number] for number in sorted(wrong)[:_SHOWN])
         raise InputError(
-            f"vocabularies do not extend each other: {shown}; {_count(sorted(wrong))}; such models cannot be mixed "
+            f"vocabularies do not extend each other: {shown}; {_count(wrong)}; such models cannot be mixed "
             f"({remedy} if you know better)"
         )
 
@@ -182,7 +187,9 @@ def _identity(stored: Stored) -> tuple[object, ...]:
     files = _files(stored)
     if not files:
         return kind, object()  # equal to nothing: what is gone is unknown
-    return "HuggingFaceTokenizer" if place.is_dir() else kind, _hash(files)
+    if place.is_dir():
+        kind = "HuggingFaceTokenizer"
+    return kind, _hash(files)
 
 
 def _files(stored: Stored) -> list[Path]:
@@ -193,7 +200,9 @@ def _files(stored: Stored) -> list[Path]:
     if place.is_dir():
         return tokenizer_files(place)
     named = [Path(stored[argument]) for argument in TOKENIZER_FILES if stored.get(argument) is not None]
-    return named if all(file.is_file() for file in named) else []
+    if all(map(Path.is_file, named)):
+        return named
+    return []
 
 
 def _hash(files: Sequence[Path]) -> str:
@@ -205,14 +214,17 @@ def _hash(files: Sequence[Path]) -> str:
 
 
 def _why_unknown(pair: Mapping[str, Stored], remedy: str) -> str:
-    reasons = {name: unknown_reason(stored) for name, stored in pair.items()}
-    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-    found = (
-        "differ in kind or files, and their tokens" if all(map(_files, pair.values())) else "of " + " and ".join(pair)
-    )
+    reasons = []
+    for name, stored in pair.items():
+        reason = unknown_reason(stored)
+        if reason:
+            reasons.append(f"{name}: {reason}")
+    found = "of " + " and ".join(pair)
+    if all(map(_files, pair.values())):
+        found = "differ in kind or files, and their tokens"
     return (
-        f"tokenizers {found} cannot be compared: {listed}; put the tokenizer's files back or beside the model, or "
-        f"{remedy} if you know that they are the same"
+        f"tokenizers {found} cannot be compared: {'; '.join(reasons)}; put the tokenizer's files back or beside the "
+        f"model, or {remedy} if you know that they are the same"
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.files import read_json
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec"
 _OLD_MEGATRONS_TOKENS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>")
@@ -25,14 +27,21 @@ def read_base(file: Path) -> dict[str, int]:
     if file.suffix == ".json":
         return _read_vocabulary_json(file)
     if file.suffix == ".txt":
-        lines = _read_text(file).split("\n")
-        return {line.rstrip("\r"): number for number, line in enumerate(lines) if line or number + 1 < len(lines)}
+        return _read_lines(file)
     if file.suffix == ".tiktoken":
         return _read_tiktoken(file)
     try:
         return _read_sentencepiece(file)
     except UnknownVocabularyError:
         return _read_unnamed(file)
+
+
+def _read_lines(file: Path) -> dict[str, int]:
+    """One token a line, numbered from 0; nothing follows the last line's end."""
+    lines = _read_text(file).split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return {line.rstrip("\r"): number for number, line in enumerate(lines)}
 
 
 def _read_unnamed(file: Path) -> dict[str, int]:
@@ -54,7 +63,9 @@ def _read_vocabulary_json(file: Path) -> dict[str, int]:
         tokens: Any = content
     else:
         model = content["model"]
-        tokens = model.get("vocab") if isinstance(model, dict) else None
+        tokens = None
+        if isinstance(model, dict):
+            tokens = model.get("vocab")
         if isinstance(tokens, list):  # Unigram: [token, score] in the order of their numbers
             tokens = {_first(entry, file): number for number, entry in enumerate(tokens)}
     if not isinstance(tokens, dict):
@@ -86,7 +97,7 @@ def _read_tiktoken(file: Path) -> dict[str, int]:
         words = line.split()
         if words:
             token = _as_byte_level(words[0], file)
-            tokens[token] = number_of(words[1] if len(words) == 2 else None, file)
+            tokens[token] = number_of(" ".join(words[1:]), file)
     if not tokens:
         raise UnknownVocabularyError(f"{file} is empty")
     return tokens
@@ -118,7 +129,9 @@ def read_megatron_tiktoken(file: Path, arguments: Mapping[str, Any]) -> dict[str
         raise UnknownVocabularyError(f"{file}: is no list of tokens")
     count = arguments.get("tiktoken_num_special_tokens", 1000)
     given = arguments.get("tiktoken_special_tokens") or arguments.get("special_tokens") or _TIKTOKEN_SPECIALS
-    names = [*map(str, given), *(f"<SPECIAL_{number}>" for number in range(len(given), count))]
+    names = list(map(str, given))
+    while len(names) < count:
+        names.append(f"<SPECIAL_{len(names)}>")
     tokens = {name: number for number, name in enumerate(names[:count])}
     size = arguments.get("vocab_size") or 2**17
     for rank, entry in enumerate(entries[: max(0, size - count)]):
@@ -137,9 +150,10 @@ def with_old_megatrons_tokens(tokens: dict[str, int], kind: str, arguments: Mapp
         return tokens
     added: list[str] = []
     if kind == "SentencePieceTokenizer":
-        added += [*_OLD_MEGATRONS_TOKENS]
-        missing = {"<pad>": "<PAD>", "<s>": "<BOS>", "</s>": "<EOS>"}
-        added += [name for piece, name in missing.items() if piece not in tokens]
+        added += _OLD_MEGATRONS_TOKENS
+        for piece, name in {"<pad>": "<PAD>", "<s>": "<BOS>", "</s>": "<EOS>"}.items():
+            if piece not in tokens:
+                added.append(name)
     if kind in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"):
         added += [f"<extra_id_{number}>" for number in range(arguments.get("vocab_extra_ids") or 0)]
     result = dict(tokens)
@@ -176,12 +190,11 @@ def _read_text(file: Path) -> str:
 
 
 def _read_json(file: Path) -> Any:
+    refuse_pointer(file)
     try:
-        return json.loads(_read_text(file))
-    except UnknownVocabularyError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UnknownVocabularyError(f"{file} is no JSON") from error
+        return read_json(file, "it is damaged")
+    except InputError as error:
+        raise UnknownVocabularyError(str(error)) from error
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -195,6 +208,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def number_of(value: object, file: Path) -> int:
+    """The number of a token, written as a number or as digits."""
     if isinstance(value, str) and value.isdecimal():
         return int(value)
     if type(value) is int and value >= 0:
@@ -204,7 +218,9 @@ def number_of(value: object, file: Path) -> int:
 
 def content_of(value: object, file: Path) -> str:
     """A token as a plain text or as an object."""
-    text = value.get("content") if isinstance(value, dict) else value
+    text = value
+    if isinstance(value, dict):
+        text = value.get("content")
     if isinstance(text, str):
         return text
     raise UnknownVocabularyError(f"{file}: {value!r} is no token")
@@ -228,14 +244,21 @@ def _as_byte_level(text: object, file: Path) -> str:
 def _byte_characters() -> list[str]:
     """The character of each byte: printable ones stand for themselves, the rest follow from 256 on (Radford 2019)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+    characters, others = [], 0
+    for byte in range(256):
+        if byte in printable:
+            characters.append(chr(byte))
+        else:
+            characters.append(chr(256 + others))
+            others += 1
+    return characters
 
 
 _BYTE_CHARACTERS = _byte_characters()
 
 
 def by_number(tokens: Mapping[str, int], file: Path) -> dict[int, str]:
+    """The token of each number. Raises UnknownVocabularyError where two tokens have one number."""
     found: dict[int, str] = {}
     for token, number in tokens.items():
         if found.setdefault(number, token) != token:

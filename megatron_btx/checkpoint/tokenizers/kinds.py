@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_btx.checkpoint.tokenizers.files import is_pointer
 from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FOLDER_FILES
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.ground.errors import CheckpointError, InputError
+from megatron_btx.ground.files import read_json_object
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _READ_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -109,9 +108,11 @@ def refuse_placeholders(place: Path) -> None:
     Raises:
         CheckpointError: names the first such file, how many there are, and the command.
     """
-    pointers = [file for file in _read_files(place) if is_pointer(file)]
+    pointers = [file for file in _list_files(place) if is_pointer(file)]
     if pointers:
-        more = f" ({len(pointers)} files are)" if len(pointers) > 1 else ""
+        more = ""
+        if len(pointers) > 1:
+            more = f" ({len(pointers)} files are)"
         folder = pointers[0].parent
         raise CheckpointError(
             f"{pointers[0]}: is a pointer of Git LFS in place of the file{more}; fetch what it points to: "
@@ -119,19 +120,20 @@ def refuse_placeholders(place: Path) -> None:
         )
 
 
-def _read_files(place: Path) -> Iterator[Path]:
-    if not place.is_dir():
-        yield from [place] if place.is_file() else []
-        return
-    found = {file for pattern in (*_READ_FILES, *TOKENIZER_FOLDER_FILES) for file in place.glob(pattern)}
-    yield from sorted(file for file in found if file.is_file())
+def _list_files(place: Path) -> list[Path]:
+    """The files of a folder that are read, or the file itself."""
+    found = {place}
+    if place.is_dir():
+        for pattern in (*_READ_FILES, *TOKENIZER_FOLDER_FILES):
+            found.update(place.glob(pattern))
+    return sorted(filter(Path.is_file, found))
 
 
 def _refuse_adapter(folder: Path) -> None:
     """A LoRA is a difference to a model: mixed without it, or with the model alone, it would be lost."""
-    files = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")]
-    found = next((file for file in files if os.path.lexists(file)), None)
-    if found is None:
+    names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    found = [name for name in names if os.path.lexists(folder / name)]
+    if not found:
         return
     base = _base_of(folder / "adapter_config.json")
     if any(os.path.lexists(folder / name) for name in _WEIGHTS):
@@ -140,18 +142,19 @@ def _refuse_adapter(folder: Path) -> None:
     else:
         where, other = f"alone, a difference to the model {base or 'it was trained on'}", ""
     raise CheckpointError(
-        f"{folder}: holds {found.name}, a LoRA or another adapter {where}; merge it first{other}: python -c "
+        f"{folder}: holds {found[0]}, a LoRA or another adapter {where}; merge it first{other}: python -c "
         f'"import peft; peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload()'
         f'.save_pretrained({str(folder) + "-merged"!r})", and copy the tokenizer'
     )
 
 
 def _base_of(file: Path) -> str:
+    """The model that an adapter was trained on; "" where its file does not say."""
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = read_json_object(file, "")
+    except InputError:
         return ""
-    return str(content.get("base_model_name_or_path") or "") if isinstance(content, dict) else ""
+    return str(content.get("base_model_name_or_path") or "")
 
 
 def _refuse_unfinished(folder: Path) -> None:

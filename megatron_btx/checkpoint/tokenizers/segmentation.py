@@ -10,11 +10,14 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.checkpoint.tokenizers.files import read_object
+from megatron_btx.checkpoint.tokenizers.sentencepiece_model import NORMAL, ModelPiece, read_model
 from megatron_btx.checkpoint.tokenizers.vocabulary import Vocabulary
+from megatron_btx.ground.errors import InputError
 
 _JSON_PARTS = {"normalizer": "normaliser", "pre_tokenizer": "first cut into words"}
 _SETTINGS = {
@@ -42,7 +45,7 @@ def first_difference(
         one, other = _rules_among(one, other, among), _rules_among(other, one, among)
     for name in one:
         if name in other and not _alike(one[name], other[name]):
-            return _described(name, one[name], other[name])
+            return _describe(name, one[name], other[name])
     return None
 
 
@@ -60,27 +63,27 @@ def rule_fingerprints(vocabulary: Vocabulary, merges: object = None) -> dict[str
     return {name: _fingerprint(value) for name, value in rules.items()}
 
 
-def _fingerprint(value: Any) -> str:
+def _fingerprint(value: object) -> str:
     if isinstance(value, list) and any(isinstance(entry, float) for entry in value):
         # Scores: to the precision of the files, and without those of special pieces, which are 0 or none.
         value = [(number, struct.pack("<f", score).hex()) for number, score in enumerate(value) if score]
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _alike(one: object, other: object) -> bool:
     """Equal; scores to the precision of the files, and those of special pieces (None) with any."""
     if not isinstance(one, list) or not isinstance(other, list) or len(one) != len(other):
         return bool(one == other)
     return all(map(_alike_entries, one, other))
 
 
-def _alike_entries(one: Any, other: Any) -> bool:
+def _alike_entries(one: object, other: object) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-6)
     return one is None or other is None or bool(one == other)
 
 
-def _described(name: str, one: Any, other: Any) -> str:
+def _describe(name: str, one: object, other: object) -> str:
     if not isinstance(one, list) or not isinstance(other, list):
         return f"their {name} ({_short(one)} and {_short(other)})"
     for number, (left, right) in enumerate(zip(one, other, strict=False)):
@@ -89,9 +92,13 @@ def _described(name: str, one: Any, other: Any) -> str:
     return f"their {name} (there are {len(one)} and {len(other)})"
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value) if not isinstance(value, str) else value
-    return text if len(text) <= 120 else f"{text[:120]}..."
+def _short(value: object) -> str:
+    text = value
+    if not isinstance(text, str):
+        text = json.dumps(value)
+    if len(text) > 120:
+        return f"{text[:120]}..."
+    return text
 
 
 def _rules(vocabulary: Vocabulary, merges: object) -> dict[str, Any]:
@@ -100,8 +107,12 @@ def _rules(vocabulary: Vocabulary, merges: object) -> dict[str, Any]:
     if base.name == "tokenizer.json":
         return _rules_of_json(base)
     if base.suffix in (".json", ".txt"):
-        file = Path(str(merges)) if merges else base.parent / "merges.txt"
-        return {"merges": _read_merges(file)} if file.is_file() else {}
+        file = base.parent / "merges.txt"
+        if merges:
+            file = Path(str(merges))
+        if file.is_file():
+            return {"merges": _read_merges(file)}
+        return {}
     return _rules_of_sentencepiece(base)
 
 
@@ -112,8 +123,11 @@ def _rules_among(rules: Mapping[str, Any], others: Mapping[str, Any], tokens: Ma
         texts = set(tokens.values())
         kept["merges"] = [pair for pair in kept["merges"] if "".join(pair) in texts]
     if "scores" in kept:
-        known = {number: score for number, score in enumerate(kept["scores"]) if number in tokens}
-        kept["scores"] = [known.get(number) for number in range(max(tokens, default=-1) + 1)]
+        scores = [None] * (max(tokens, default=-1) + 1)
+        for number, score in enumerate(kept["scores"]):
+            if number in tokens:
+                scores[number] = score
+        kept["scores"] = scores
     if "order of pieces" in kept:  # a token can be a piece of one and added to the other
         pieces = tokens.keys() & set(others.get("order of pieces", ()))
         kept["order of pieces"] = [number for number in kept["order of pieces"] if number in pieces]
@@ -121,32 +135,49 @@ def _rules_among(rules: Mapping[str, Any], others: Mapping[str, Any], tokens: Ma
 
 
 def _rules_of_json(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_object(file)
     model = content["model"]
-    rules = {"kind": model["type"]} if model.get("type") else {}
-    settings = {key: model[key] for key in _SETTINGS if model.get(key) not in (None, "", False, _SETTINGS[key])}
+    rules: dict[str, Any] = {}
+    if model.get("type"):
+        rules["kind"] = model["type"]
+    settings = {}
+    for key, usual in _SETTINGS.items():
+        if model.get(key) not in (None, "", False, usual):
+            settings[key] = model[key]
     if settings or model.get("type"):
         rules["model settings"] = settings
     if isinstance(model.get("merges"), list):
-        rules["merges"] = [_pair(merge) for merge in model["merges"]]
+        rules["merges"] = list(map(_pair, model["merges"]))
     if isinstance(model.get("vocab"), list):
-        rules["scores"] = [entry[1] if len(entry) > 1 else None for entry in model["vocab"]]
-    return rules | {name: _canonical(content.get(part)) for part, name in _JSON_PARTS.items()}
+        rules["scores"] = list(map(_score, model["vocab"]))
+    for part, name in _JSON_PARTS.items():
+        rules[name] = _canonical(content.get(part))
+    return rules
 
 
-def _canonical(part: Any) -> Any:
+def _score(entry: Sequence[Any]) -> Any:
+    """The score of a Unigram model's [token, score]; None where there is none."""
+    if len(entry) < 2:
+        return None
+    return entry[1]
+
+
+def _canonical(part: object) -> object:
     """A part of tokenizer.json with what its writers leave out or spell in an older way."""
     if not isinstance(part, dict):
         return part
-    filled = {key: value for key, value in part.items() if key != "str_rep"}
+    filled = dict(part)
+    filled.pop("str_rep", None)
     for key in ("normalizers", "pretokenizers"):
         if isinstance(filled.get(key), list):
-            filled[key] = [_canonical(step) for step in filled[key]]
+            filled[key] = list(map(_canonical, filled[key]))
     if filled.get("type") == "ByteLevel":
         filled = {"add_prefix_space": True, "trim_offsets": True, "use_regex": True} | filled
     if filled.get("type") == "Metaspace":
-        prefix = filled.pop("add_prefix_space", True)
-        filled = {"prepend_scheme": "always" if prefix else "never", "split": True} | filled
+        scheme = "never"
+        if filled.pop("add_prefix_space", True):
+            scheme = "always"
+        filled = {"prepend_scheme": scheme, "split": True} | filled
     return filled
 
 
@@ -155,40 +186,43 @@ def _read_merges(file: Path) -> list[tuple[str, str]]:
     return [_pair(line) for line in lines if line.strip() and not line.startswith("#version")]
 
 
-def _pair(merge: Any) -> tuple[str, str]:
+def _pair(merge: object) -> tuple[str, str]:
     """A merge, written as one text or as two."""
-    words = merge if isinstance(merge, list) else str(merge).split(" ")
-    return str(words[0]) if words else "", " ".join(map(str, words[1:]))
+    words = merge
+    if not isinstance(words, list):
+        words = str(merge).split(" ")
+    if not words:
+        return "", ""
+    return str(words[0]), " ".join(map(str, words[1:]))
 
 
 def _rules_of_sentencepiece(file: Path) -> dict[str, Any]:
     """From the model's protocol buffer; nothing for a tiktoken file, whose table says it all."""
     content = file.read_bytes()
     try:
-        from google.protobuf.message import DecodeError
-        from sentencepiece import sentencepiece_model_pb2
+        model = read_model(content)
     except ModuleNotFoundError:  # without protobuf only equal files are known to be equal
         return {"files": hashlib.sha256(content).hexdigest()[:16]}
-    model: Any = vars(sentencepiece_model_pb2)["ModelProto"]()  # made when the module is imported
-    try:
-        model.ParseFromString(content)
-    except DecodeError:
+    except InputError:
         return {}
     kind = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}[model.trainer_spec.model_type]
     rules: dict[str, Any] = {"kind": kind}
     if kind == "Unigram":
-        ordinary = type(model.pieces[0]).NORMAL if model.pieces else None
-        rules["scores"] = [piece.score if piece.type == ordinary else None for piece in model.pieces]
+        rules["scores"] = list(map(_score_of_piece, model.pieces))
     else:  # a score says which merge comes first, its number means nothing
         scores = [piece.score for piece in model.pieces]
         rules["order of pieces"] = sorted(range(len(scores)), key=lambda number: -scores[number])
-    return rules | {f"SentencePiece {name}": value for name, value in _normaliser(model.normalizer_spec).items()}
-
-
-def _normaliser(spec: Any) -> Mapping[str, Any]:
-    return {
-        "normaliser": hashlib.sha256(spec.precompiled_charsmap).hexdigest()[:16],
-        "dummy prefix": bool(spec.add_dummy_prefix),
-        "removal of blanks": bool(spec.remove_extra_whitespaces),
-        "escaping of blanks": bool(spec.escape_whitespaces),
+    spec = model.normalizer_spec
+    return rules | {
+        "SentencePiece normaliser": hashlib.sha256(spec.precompiled_charsmap).hexdigest()[:16],
+        "SentencePiece dummy prefix": bool(spec.add_dummy_prefix),
+        "SentencePiece removal of blanks": bool(spec.remove_extra_whitespaces),
+        "SentencePiece escaping of blanks": bool(spec.escape_whitespaces),
     }
+
+
+def _score_of_piece(piece: ModelPiece) -> float | None:
+    """The score of an ordinary piece; those of special pieces mean nothing."""
+    if piece.type == NORMAL:
+        return piece.score
+    return None

@@ -14,14 +14,25 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.checkpoint.tokenizers.sentencepiece_model import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNIGRAM,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Model,
+    pieces_of_type,
+    read_model,
+)
 from megatron_btx.ground.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BLANK = "▁"
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_UNIGRAM, _BPE = 1, 2
 _NEVER = 100
 """Longer than any special token's text: so many of the worst pieces are better than one such token."""
 _SEPARATOR, *_STAND_INS = map(chr, range(0xFDD0, 0xFDF0))
@@ -51,46 +62,31 @@ def convert(content: bytes, added: Sequence[str] = ()) -> Converted:
         InputError: these bytes are no SentencePiece model, or one without BPE and Unigram.
     """
     model = read_model(content)
-    if model.trainer_spec.model_type not in (_UNIGRAM, _BPE):
+    if model.trainer_spec.model_type not in (UNIGRAM, BPE):
         raise InputError("SentencePiece models of words or characters have no form in tokenizer.json")
     reasons: list[str] = []
-    build = _unigram if model.trainer_spec.model_type == _UNIGRAM else _byte_pairs
-    tokenizer = build(model, reasons)
+    if model.trainer_spec.model_type == UNIGRAM:
+        tokenizer = _build_unigram(model, reasons)
+    else:
+        tokenizer = _build_byte_pairs(model, reasons)
     normaliser = _normaliser(model, content, reasons)
     if normaliser is not None:
         tokenizer.normalizer = normaliser
     tokenizer.decoder = _decoder(model)
     _add_tokens(tokenizer, model, added)
-    if any(piece.type == _UNUSED for piece in model.pieces):
+    if pieces_of_type(model, UNUSED):
         reasons.append("it has unused pieces")
     if model.trainer_spec.treat_whitespace_as_suffix:
         reasons.append("it writes blanks after words")
     return Converted(tokenizer, _named(model), bool(model.normalizer_spec.add_dummy_prefix), tuple(reasons))
 
 
-def read_model(content: bytes) -> Any:
-    """The model's protocol buffer.
-
-    Raises:
-        InputError: these bytes are none.
-    """
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
-    model: Any = vars(sentencepiece_model_pb2)["ModelProto"]()  # made when the module is imported
-    try:
-        model.ParseFromString(content)
-    except DecodeError as error:
-        raise InputError("it is no SentencePiece model") from error
-    return model
-
-
-def _named(model: Any) -> dict[str, str]:
+def _named(model: Model) -> dict[str, str]:
     """Special tokens by their numbers: a number of -1 says that there is none."""
     spec, found = model.trainer_spec, {}
     for name in ("unk", "bos", "eos", "pad"):
         number = getattr(spec, f"{name}_id")
-        if 0 <= number < len(model.pieces) and model.pieces[number].type in (_CONTROL, _UNKNOWN):
+        if 0 <= number < len(model.pieces) and model.pieces[number].type in (CONTROL, UNKNOWN):
             found[f"{name}_token"] = model.pieces[number].piece
     return found
 
@@ -98,24 +94,19 @@ def _named(model: Any) -> dict[str, str]:
 # --- the model ------------------------------------------------------------------------------------------------
 
 
-def _byte_pairs(model: Any, reasons: list[str]) -> Tokenizer:
+def _build_byte_pairs(model: Model, reasons: list[str]) -> Tokenizer:
     """Byte pairs: two neighbours are merged where their text is a piece, the highest score first."""
     from tokenizers import Tokenizer, models
 
     numbers = {piece.piece: number for number, piece in enumerate(model.pieces)}
-    mergeable = {piece.piece: -piece.score for piece in model.pieces if piece.type in (_NORMAL, _UNUSED)}
+    mergeable = {piece.piece: -piece.score for piece in model.pieces if piece.type in (NORMAL, UNUSED)}
     _refuse_lone_letters(mergeable.keys(), reasons)
     if len({*mergeable.values()}) < sum(len(piece) > 1 for piece in mergeable):
         reasons.append("several pieces have one score")
-    merges = []
-    for piece, rank in mergeable.items():
-        for cut in range(1, len(piece)):
-            if piece[:cut] in mergeable and piece[cut:] in mergeable:
-                merges.append((rank, cut, piece[:cut], piece[cut:]))
-    pairs = [(left, right) for _, _, left, right in sorted(merges)]
-    unknown, fallback = _unknown(model), bool(model.trainer_spec.byte_fallback)
+    pairs = _merges_of(mergeable)
+    unknown, fallback = _unknown_piece(model), bool(model.trainer_spec.byte_fallback)
     made = Tokenizer(models.BPE(numbers, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=fallback))
-    whole = [p.piece for p in model.pieces if p.type == _USER_DEFINED and len(p.piece) > 1]
+    whole = [piece for piece in pieces_of_type(model, USER_DEFINED) if len(piece) > 1]
     if not whole or not model.normalizer_spec.add_dummy_prefix:
         return made  # one letter is one symbol anyway; longer pieces are added tokens, see _add_tokens
     unreachable = _first_unreachable(made, mergeable, numbers)
@@ -124,8 +115,19 @@ def _byte_pairs(model: Any, reasons: list[str]) -> Tokenizer:
     made.model = models.BPE(
         numbers, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=fallback, ignore_merges=True
     )
-    made.pre_tokenizer = _cut_out(whole, [p.piece for p in model.pieces if p.type in (_CONTROL, _UNKNOWN, _BYTE)])
+    made.pre_tokenizer = _cut_out(whole, pieces_of_type(model, CONTROL, UNKNOWN, BYTE))
     return made
+
+
+def _merges_of(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
+    """All ways to make a piece of two others, in the order in which they are tried: by rank, then by cut."""
+    merges = []
+    for piece, rank in ranks.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in ranks and right in ranks:
+                merges.append((rank, cut, left, right))
+    return [(left, right) for _, _, left, right in sorted(merges)]
 
 
 def _first_unreachable(tokenizer: Tokenizer, pieces: Mapping[str, float], numbers: Mapping[str, int]) -> str | None:
@@ -136,7 +138,7 @@ def _first_unreachable(tokenizer: Tokenizer, pieces: Mapping[str, float], number
     return None
 
 
-def _unigram(model: Any, reasons: list[str]) -> Tokenizer:
+def _build_unigram(model: Model, reasons: list[str]) -> Tokenizer:
     """The most probable pieces. A piece of the user's own wins over all: SentencePiece scores it by its length.
 
     Special tokens and bytes are never found in a text by SentencePiece. Here they are in the same table as the rest, so
@@ -144,13 +146,15 @@ def _unigram(model: Any, reasons: list[str]) -> Tokenizer:
     """
     from tokenizers import Tokenizer, models
 
-    _refuse_lone_letters({piece.piece for piece in model.pieces if piece.type == _NORMAL}, reasons)
-    normal = [piece.score for piece in model.pieces if piece.type == _NORMAL]
+    _refuse_lone_letters(set(pieces_of_type(model, NORMAL)), reasons)
+    normal = [piece.score for piece in model.pieces if piece.type == NORMAL]
     best, never = max(normal, default=0.0), min([*normal, -1.0]) * _NEVER
     scores = []
     for piece in model.pieces:
-        score = piece.score if piece.type in (_NORMAL, _UNUSED) else never
-        if piece.type == _USER_DEFINED:
+        score = never
+        if piece.type in (NORMAL, UNUSED):
+            score = piece.score
+        elif piece.type == USER_DEFINED:
             score = len(piece.piece.encode()) * best - 0.1
         scores.append((piece.piece, score))
     fallback = bool(model.trainer_spec.byte_fallback)
@@ -159,17 +163,17 @@ def _unigram(model: Any, reasons: list[str]) -> Tokenizer:
 
 def _refuse_lone_letters(pieces: Collection[str], reasons: list[str]) -> None:
     """SentencePiece builds pieces from any letters, tokenizers from those that are pieces themselves."""
-    letters = {letter for piece in pieces for letter in piece}
+    letters = set("".join(pieces))
     alone = sorted(letters.difference(pieces))
     if alone:
         reasons.append(f"the letter {alone[0]!r} is part of pieces and no piece itself")
 
 
-def _unknown(model: Any) -> str | None:
-    return next((piece.piece for piece in model.pieces if piece.type == _UNKNOWN), None)
+def _unknown_piece(model: Model) -> str | None:
+    return next(iter(pieces_of_type(model, UNKNOWN)), None)
 
 
-def _blanks_are_free(model: Any) -> bool:
+def _blanks_are_free(model: Model) -> bool:
     """Whether a text can be cut anywhere before it is normalised: no blank is added or taken away at its ends."""
     spec = model.normalizer_spec
     return not spec.add_dummy_prefix and not spec.remove_extra_whitespaces
@@ -180,19 +184,21 @@ def _cut_out(pieces: Sequence[str], hidden: Sequence[str]) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     alone = "|".join(re.escape(piece) for piece in sorted(pieces, key=len, reverse=True))
+    cuts = [pre_tokenizers.Split(Regex(alone), behavior="isolated")]
     halves = "|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])}\\z)" for text in hidden if len(text) > 1)
-    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in (alone, f"\\A(?:{halves})")]
-    return pre_tokenizers.Sequence(cuts if halves else cuts[:1])
+    if halves:
+        cuts.append(pre_tokenizers.Split(Regex(f"\\A(?:{halves})"), behavior="isolated"))
+    return pre_tokenizers.Sequence(cuts)
 
 
-def _add_tokens(tokenizer: Tokenizer, model: Any, added: Sequence[str]) -> None:
+def _add_tokens(tokenizer: Tokenizer, model: Model, added: Sequence[str]) -> None:
     """Special tokens, never made from a text; then the user's own pieces and added tokens, found before all else."""
     from tokenizers import AddedToken
 
     for piece in model.pieces:
-        if piece.type in (_CONTROL, _UNKNOWN):
+        if piece.type in (CONTROL, UNKNOWN):
             tokenizer.add_special_tokens([AddedToken(piece.piece, special=True, normalized=False)])
-        elif piece.type == _USER_DEFINED and not model.normalizer_spec.add_dummy_prefix:
+        elif piece.type == USER_DEFINED and not model.normalizer_spec.add_dummy_prefix:
             # A text can be cut at them before its blanks are seen to, or has to be cut after that.
             tokenizer.add_tokens([AddedToken(piece.piece, special=False, normalized=not _blanks_are_free(model))])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
@@ -202,27 +208,32 @@ def _add_tokens(tokenizer: Tokenizer, model: Any, added: Sequence[str]) -> None:
 # --- what is done to a text before -----------------------------------------------------------------------------
 
 
-def _normaliser(model: Any, content: bytes, reasons: list[str]) -> Any:
+def _normaliser(model: Model, content: bytes, reasons: list[str]) -> Any:
     """The normaliser, the blanks and the dummy prefix, in SentencePiece's order; None for nothing at all."""
     from tokenizers import Regex, normalizers
 
     spec = model.normalizer_spec
     characters = _characters(model, content, reasons)
-    prefix = [normalizers.Prepend(" ")] if spec.add_dummy_prefix else []
+    prefix = []
+    if spec.add_dummy_prefix:
+        prefix = [normalizers.Prepend(" ")]
     if spec.remove_extra_whitespaces:
         strip = [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
         steps: list[Any] = [*characters, *strip, *prefix]
     else:
         steps = [*prefix, *characters]  # a text of which no letter is kept has its prefix all the same
-    blank = BLANK if spec.escape_whitespaces else " "
+    blank = " "
     if spec.escape_whitespaces:
+        blank = BLANK
         steps.append(normalizers.Replace(" ", BLANK))
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Replace(Regex(f"{blank}+\\z"), ""))
-    return normalizers.Sequence(steps) if steps else None
+    if not steps:
+        return None
+    return normalizers.Sequence(steps)
 
 
-def _characters(model: Any, content: bytes, reasons: list[str]) -> list[Any]:
+def _characters(model: Model, content: bytes, reasons: list[str]) -> list[Any]:
     """The map of characters, without what ``tokenizers`` makes of it besides.
 
     ``tokenizers`` looks up what a reader takes for one character (a letter and its marks, "\\r\\n") as a whole, goes by
@@ -234,22 +245,25 @@ def _characters(model: Any, content: bytes, reasons: list[str]) -> list[Any]:
     charsmap = model.normalizer_spec.precompiled_charsmap
     if not charsmap:
         return []
-    alone = _alone(content)
-    composes = alone("A\u030a") in ("\u00c5", "\u00e5")
-    kept = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED and alone(piece.piece) != piece.piece]
+    apply_map = _map_of_characters(content)
+    composing = []
+    if apply_map("A\u030a") in ("\u00c5", "\u00e5"):
+        composing = [normalizers.NFC()]
+    kept = [piece for piece in pieces_of_type(model, USER_DEFINED) if apply_map(piece) != piece]
     if len(kept) > len(_STAND_INS):
         reasons.append(f"{len(kept)} pieces of the user's own are kept from its map of characters")
     hidden = dict(zip(sorted(kept, key=len, reverse=True), _STAND_INS, strict=False))
-    steps: list[Any] = [normalizers.Replace(piece, stand_in) for piece, stand_in in hidden.items()]
-    steps += [normalizers.NFC()] if composes else []
-    steps.append(normalizers.Replace(Regex("(?m)(?<=.)(?=.)"), _SEPARATOR))
-    steps.append(normalizers.Precompiled(charsmap))
-    steps.append(normalizers.Replace(_SEPARATOR, ""))
-    steps += [normalizers.NFC()] if composes else []
-    return steps + [normalizers.Replace(stand_in, piece) for piece, stand_in in hidden.items()]
+    hide = [normalizers.Replace(piece, stand_in) for piece, stand_in in hidden.items()]
+    show = [normalizers.Replace(stand_in, piece) for piece, stand_in in hidden.items()]
+    separated = [
+        normalizers.Replace(Regex("(?m)(?<=.)(?=.)"), _SEPARATOR),
+        normalizers.Precompiled(charsmap),
+        normalizers.Replace(_SEPARATOR, ""),
+    ]
+    return [*hide, *composing, *separated, *composing, *show]
 
 
-def _alone(content: bytes) -> Callable[[str], str]:
+def _map_of_characters(content: bytes) -> Callable[[str], str]:
     """What the map alone makes of a text."""
     import sentencepiece
 
@@ -258,15 +272,15 @@ def _alone(content: bytes) -> Callable[[str], str]:
     model.normalizer_spec.remove_extra_whitespaces = False
     model.normalizer_spec.escape_whitespaces = False
     for piece in model.pieces:
-        if piece.type == _USER_DEFINED:
-            piece.type = _NORMAL
+        if piece.type == USER_DEFINED:
+            piece.type = NORMAL
     normalise: Callable[[str], str] = sentencepiece.SentencePieceProcessor(
         model_proto=model.SerializeToString()
     ).normalize
     return normalise
 
 
-def _decoder(model: Any) -> Any:
+def _decoder(model: Model) -> Any:
     """From tokens to text: blanks back, bytes together, the dummy prefix away."""
     from tokenizers import decoders
 

@@ -101,8 +101,10 @@ def tokenizer_place(arguments: Mapping[str, Any]) -> Path | None:
         return Path(folder)
     if folder is not None and (Path(folder) / "config.json").is_file() and _is_same(folder, arguments):
         return None
-    named = next((arguments[argument] for argument in TOKENIZER_FILES if arguments.get(argument)), None)
-    return Path(named) if named else None
+    for argument in TOKENIZER_FILES:
+        if arguments.get(argument):
+            return Path(arguments[argument])
+    return None
 
 
 def _is_same(folder: object, arguments: Mapping[str, Any]) -> bool:
@@ -135,7 +137,7 @@ def _read_folder(folder: Path) -> Vocabulary:
             added |= dict(own)
     if "added_tokens_decoder" not in config:
         config = config | read_object(folder / "special_tokens_map.json")
-    tokens = with_added(tokens, [*_in_order(added), *_named_tokens(config, folder)], base)
+    tokens = with_added(tokens, [*(added[number] for number in sorted(added)), *_named_tokens(config, folder)], base)
     return Vocabulary(by_number(tokens, base), base)
 
 
@@ -144,7 +146,7 @@ def _base_file(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"):
         if (folder / name).is_file():
             return folder / name
-    others = [file for pattern in ("*.model", "*.tiktoken") for file in sorted(folder.glob(pattern))]
+    others = sorted(folder.glob("*.model")) + sorted(folder.glob("*.tiktoken"))
     if len(others) == 1:
         return others[0]
     if others:
@@ -177,14 +179,12 @@ def _named_tokens(config: Mapping[str, Any], folder: Path) -> list[str]:
     """Tokens that have a name (bos, pad, ...) or are listed as special; most are in the vocabulary already."""
     values = [config.get(name) for name in _NAMED_TOKENS]
     for name in _LISTED_TOKENS:
-        listed = config.get(name)
-        values += list(listed.values()) if isinstance(listed, dict) else list(listed or [])
+        listed = config.get(name) or []
+        if isinstance(listed, dict):
+            listed = listed.values()
+        values += listed
     where = folder / "tokenizer_config.json"
     return [content_of(value, where) for value in values if value is not None]
-
-
-def _in_order(added: Mapping[int, str]) -> list[str]:
-    return [token for _, token in sorted(added.items())]
 
 
 def with_added(tokens: dict[str, int], added: Iterable[str], where: Path) -> dict[str, int]:

@@ -241,8 +241,9 @@ def test_gpt2_files_of_megatron(tmp_path, byte_pairs):
 
 UNKNOWN = {
     "a pointer": ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}, "git lfs pull"),
-    "no JSON": ({"tokenizer.json": "{"}, "is no JSON"),
-    "no UTF-8": ({"vocab.json": b'{"\xff": 0}'}, "no text in UTF-8"),
+    "no JSON": ({"tokenizer.json": "{"}, "is not JSON"),
+    "no JSON in UTF-8": ({"vocab.json": b'{"\xff": 0}'}, "is not JSON"),
+    "no text in UTF-8": ({"vocab.txt": b"\xff"}, "no text in UTF-8"),
     "two tokens, one number": ({"vocab.json": '{"a": 0, "b": 0}'}, "token 0 is both 'a' and 'b'"),
     "a hole that is filled": (
         {"vocab.json": '{"a": 0, "c": 2}', "added_tokens.json": '{"<x>": 3}'},
