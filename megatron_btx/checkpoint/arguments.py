@@ -121,6 +121,7 @@ MODEL_ARGUMENTS = (
     ModelArgument(
         "moe_shared_expert_intermediate_size", "--moe-shared-expert-intermediate-size", None, moe=True, shapes=True
     ),
+    ModelArgument("moe_shared_expert_gate", "--moe-shared-expert-gate", False, _ON, moe=True, shapes=True),
     ModelArgument("moe_expert_capacity_factor", "--moe-expert-capacity-factor", None, moe=True, usage=True),
     ModelArgument("moe_token_drop_policy", "--moe-token-drop-policy", "probs", moe=True, usage=True),
     ModelArgument("btx_sample_top1", "--btx-sample-top1", False, _ON, moe=True, usage=True),

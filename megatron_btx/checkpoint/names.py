@@ -130,6 +130,12 @@ IGNORED_MEGATRON = (
 )
 """Entries that are no part of the model: a mix starts with a fresh optimizer, and empty extra states."""
 
+REFUSED_MEGATRON = {
+    r".*\.mlp\.shared_experts\..*": "a shared expert is neither mixed nor converted; take a model without "
+    "--moe-shared-expert-intermediate-size",
+}
+"""Parts of a model that Megatron trains and that have no row here, each with what is said of it."""
+
 IGNORED_HF = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 """Tensors that mean nothing: rotary frequencies follow from the configuration."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_btx.checkpoint import safetensors
 from megatron_btx.checkpoint.beside import HF_FOLDER
 from megatron_btx.checkpoint.huggingface import shared_expert
-from megatron_btx.checkpoint.names import IGNORED_HF, IGNORED_MEGATRON, Dialect
+from megatron_btx.checkpoint.names import IGNORED_HF, IGNORED_MEGATRON, REFUSED_MEGATRON, Dialect
 from megatron_btx.checkpoint.pieces import Location, Piece, pieces_of
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
@@ -126,6 +126,9 @@ class Source:
         if self.is_hugging_face:
             ignored = IGNORED_HF
         for key in sorted(unused):
+            for pattern, reason in REFUSED_MEGATRON.items():
+                if re.fullmatch(pattern, key):
+                    raise CheckpointError(f"{where}: {key}: {reason}")
             if not any(re.fullmatch(pattern, key) for pattern in ignored):
                 raise CheckpointError(
                     f"{where}: {key} is no tensor of the model that its configuration describes; "

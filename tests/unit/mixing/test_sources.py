@@ -13,7 +13,7 @@ import torch
 from tests import pico
 from tests.mixing import mix, rewrite
 from tests.runner import Zygote, read_losses
-from tests.unit.mixing.checkpoints import byte_entry, same_bits, tensors
+from tests.unit.mixing.checkpoints import byte_entry, expert_words, refused, same_bits, tensors
 
 LAYOUTS = {
     "tp2": "--tensor-model-parallel-size 2",
@@ -166,3 +166,14 @@ def test_the_average_of_equal_experts_is_the_dense_model(architecture):
     source = architecture.dense
     average = mix({"a": source, "b": source, "c": source}, architecture.folder / "average", "--method", "average")
     assert architecture.loss("average", average) == architecture.dense_loss
+
+
+def test_a_shared_expert_is_refused_by_name(zygote, corpus, tmp_path, capsys):
+    """Megatron trains mixtures with one; no method says what becomes of it."""
+    arguments = [*pico.train(corpus, 1, moe=True), "--moe-shared-expert-intermediate-size", "16"]
+    arguments += ["--moe-shared-expert-gate", "--save", str(tmp_path / "sources" / "shared"), "--save-interval", "1"]
+    zygote.run(1, arguments, tmp_path / "sources" / "log")
+    shared = tmp_path / "sources" / "shared"
+    words = [*expert_words({"a": shared, "b": shared}), "--method", "average"]
+    message = refused(words, tmp_path / "out", capsys)
+    assert "mlp.shared_experts." in message and "without --moe-shared-expert-intermediate-size" in message
