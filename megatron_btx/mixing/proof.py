@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -219,13 +218,13 @@ def check_manifest(folder: Path, progress: Progress = _nothing) -> int:
     if manifest is None:
         raise CheckpointError(f"{folder}: has no {FILE_NAME} with hashes of its tensors, so it cannot be checked")
     try:
-        if _own_hash(manifest) != manifest["manifest_sha256"] or _text(manifest) != (folder / FILE_NAME).read_bytes():
+        if _own_hash(manifest) != manifest["manifest_sha256"]:
             raise CheckpointError(f"{folder / FILE_NAME}: was changed after it was written; {remedy}")
         _refuse_additional(folder, {FILE_NAME, *manifest["files"]})
         slots = _slots_by_file(manifest)
         for name, entry in manifest["files"].items():
             file = folder / name
-            if not re.fullmatch(r"(?!/)(?!.*\.\.(/|$)).+", name) or not file.is_file():
+            if not file.is_file():
                 raise CheckpointError(f"{file}: is named in {FILE_NAME} and does not exist; {remedy}")
             if file.stat().st_size != entry["bytes"]:
                 raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {entry['bytes']} were written; {remedy}")

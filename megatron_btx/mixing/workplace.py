@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
 import hashlib
 import json
@@ -22,7 +20,8 @@ from typing import Any
 from megatron_btx.ground.errors import InputError, KeptError
 from megatron_btx.ground.files import write_atomically
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_BLOCK_BYTES = 512
+"""The unit of ``st_blocks``."""
 
 
 class Workplace:
@@ -33,6 +32,7 @@ class Workplace:
         self.overwrite = overwrite
         self.folder = target.parent / f".{target.name}.incomplete"
         self.result = self.folder / "result"
+        self._plan = self.folder / "plan.json"
         self._journals = self.folder / "journal"
         self._old = target.parent / f".{target.name}.old"
         self._lock = threading.Lock()
@@ -50,25 +50,38 @@ class Workplace:
         self._hold()
         text = json.dumps(plan, sort_keys=True)
         if not self.target.exists() and self._old.exists():
-            os.rename(self._old, self.target)  # killed between the two renames of a system that cannot exchange
-        same = (self.folder / "plan.json").is_file() and (self.folder / "plan.json").read_text() == text
-        if not same:
+            os.rename(self._old, self.target)  # killed between the two renames of publish
+        is_same_plan = self._plan.is_file() and self._plan.read_text() == text
+        if not is_same_plan:
             self._empty()
         self.result.mkdir(parents=True, exist_ok=True)
         self._journals.mkdir(exist_ok=True)
-        there = {name: self.result / name for name in files}
-        held = sum(file.stat().st_blocks * 512 for file in there.values() if file.exists())
-        needed = sum(files.values()) - held
-        free = shutil.disk_usage(self.result).free
-        if needed > free:
-            raise (KeptError if same else InputError)(
-                f"--output {self.target}: No space left on device: {needed / 2**20:.1f} MiB are needed there, "
-                f"{free / 2**20:.1f} MiB are free; choose another folder or make room"
-            )
+        self._check_room(files, is_same_plan)
         for name, size in files.items():
-            there[name].parent.mkdir(parents=True, exist_ok=True)
-            _reserve(there[name], size)
-        write_atomically(self.folder / "plan.json", text)
+            file = self.result / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("ab") as opened:
+                opened.truncate(size)
+        write_atomically(self._plan, text)
+
+    def _check_room(self, files: Mapping[str, int], is_same_plan: bool) -> None:
+        """Refuse a disk that has not room for the files, beside what is written of them."""
+        needed = 0
+        for name, size in files.items():
+            needed += size
+            file = self.result / name
+            if file.exists():
+                needed -= file.stat().st_blocks * _BLOCK_BYTES
+        free = shutil.disk_usage(self.result).free
+        if needed <= free:
+            return
+        message = (
+            f"--output {self.target}: No space left on device: {needed / 2**20:.1f} MiB are needed there, "
+            f"{free / 2**20:.1f} MiB are free; choose another folder or make room"
+        )
+        if is_same_plan:
+            raise KeptError(message)
+        raise InputError(message)
 
     def _hold(self) -> None:
         """Take the folder for this process: two commands with one output would write into each other's files."""
@@ -92,9 +105,12 @@ class Workplace:
 
     def _empty(self) -> None:
         """Remove what is in the folder, plan first: without it nothing is built upon what is left."""
-        (self.folder / "plan.json").unlink(missing_ok=True)
+        self._plan.unlink(missing_ok=True)
         for entry in self.folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
     # --- data ---
 
@@ -159,7 +175,7 @@ class Workplace:
     # --- the end ---
 
     def publish(self) -> None:
-        """Give the result its name; an old output of that name is exchanged for it and removed last.
+        """Give the result its name; an old output of that name is moved aside before, and removed last.
 
         Raises:
             KeptError: an output of that name has appeared meanwhile.
@@ -169,11 +185,13 @@ class Workplace:
                 f"--output {self.target}: has appeared while the result was made, which is kept in {self.folder}; move "
                 "the other away and start again"
             )
-        for folder in {self.result, *(p for p in self.result.rglob("*") if p.is_dir())}:
-            _sync_folder(folder)
+        _sync_folder(self.result)
+        for entry in self.result.rglob("*"):
+            if entry.is_dir():
+                _sync_folder(entry)
         if not self.target.exists():
             os.rename(self.result, self.target)
-        elif not self._exchanged():
+        else:
             shutil.rmtree(self._old, ignore_errors=True)
             os.rename(self.target, self._old)
             try:
@@ -183,11 +201,6 @@ class Workplace:
                 raise
         _sync_folder(self.target.parent)
         self.discard()
-
-    def _exchanged(self) -> bool:
-        """Exchange the result and the old output, which is then in the folder and must not be taken for a beginning."""
-        (self.folder / "plan.json").unlink()
-        return _exchange(self.result, self.target)
 
     def discard(self) -> None:
         """Remove the hidden folder, where it is this process's, and what is left of an old output."""
@@ -204,32 +217,6 @@ class Workplace:
         if self._held is not None:
             os.close(self._held)
             self._held = None
-
-
-def _exchange(left: Path, right: Path) -> bool:
-    """Exchange two names at once, as Linux can on most file systems: there is no moment without an output."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        return False
-    if libc.renameat2(_AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(right))
-
-
-def _reserve(file: Path, size: int) -> None:
-    """Make a file of a size, its room on the disk reserved where the file system can do that without writing."""
-    with file.open("ab") as opened:
-        libc = ctypes.CDLL(None, use_errno=True)
-        wanted = (ctypes.c_int(opened.fileno()), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(size))
-        # The system call itself: the C library's posix_fallocate would write every block where there is no support.
-        if not size or not hasattr(libc, "fallocate") or libc.fallocate(*wanted) != 0:
-            code = ctypes.get_errno()
-            if size and code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                raise OSError(code, os.strerror(code), str(file))
-            opened.truncate(size)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -19,7 +19,6 @@ import pytest
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.ground.errors import CheckpointError
-from megatron_btx.mixing import workplace
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.request import RouterInit
 from megatron_btx.mixing.workplace import Workplace
@@ -90,15 +89,6 @@ def test_overwrite_replaces_after_success_only(experts, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
-def test_a_system_that_cannot_exchange_names(experts, tmp_path, monkeypatch):
-    """Then two renames: the old output is moved aside, and removed last."""
-    out = mix(experts, tmp_path / "out", "--router-seed", "1")
-    monkeypatch.setattr(workplace, "_exchange", lambda left, right: False)
-    mix(experts, out, "--router-seed", "2", "--overwrite")
-    verify(experts, out, router=RouterInit(seed=2))
-    assert sorted(os.listdir(tmp_path)) == ["out"]
-
-
 @pytest.mark.parametrize("number_of_renames", [0, 1])
 def test_a_rename_that_fails(number_of_renames, experts, tmp_path, capsys, monkeypatch):
     """Even when the very last step fails, the old output is where it was."""
@@ -112,7 +102,6 @@ def test_a_rename_that_fails(number_of_renames, experts, tmp_path, capsys, monke
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         rename(source, target)
 
-    monkeypatch.setattr(workplace, "_exchange", lambda left, right: False)
     monkeypatch.setattr(os, "rename", failing)
     assert "Permission denied" in refused([*expert_words(experts), "--overwrite"], out, capsys)
     assert all(same_bits(tensor, old[key]) for key, tensor in tensors(out).items())
