@@ -10,7 +10,7 @@ from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer, 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.sources import EMBEDDING
-from megatron_btx.mixing.takeable import TAKEABLE
+from megatron_btx.mixing.takeable import TAKEABLE, field_with
 
 if TYPE_CHECKING:
     from megatron_btx.mixing.sources import Source
@@ -26,7 +26,10 @@ def checked_sources(sources: Sequence[Source], request: Request) -> dict[str, An
         InputError: names the difference, both values, and the flag with which it can be accepted.
     """
     first = sources[0]
-    taken = {argument: request.take[field] for field in request.take for argument in TAKEABLE[field]}
+    taken = {}
+    for field, name in request.take.items():
+        for argument in TAKEABLE[field]:
+            taken[argument] = name
     for other in sources[1:]:
         _check_arguments(first, other, set(taken), request)
         _check_pieces(first, other, "dtype" in request.take)
@@ -35,29 +38,38 @@ def checked_sources(sources: Sequence[Source], request: Request) -> dict[str, An
     table = {argument.name: argument for argument in MODEL_ARGUMENTS}
     for argument, name in taken.items():
         stored = by_name[name]
-        arguments[argument] = table[argument].value(stored) if argument in table else stored.get(argument)
+        if argument in table:
+            arguments[argument] = table[argument].value(stored)
+        else:
+            arguments[argument] = stored.get(argument)
     arguments |= _check_vocabularies(sources, request)
     return arguments
 
 
 def _check_arguments(first: Source, other: Source, taken: set[str], request: Request) -> None:
     left, right = _comparable(first.arguments), _comparable(other.arguments)
-    wrong = [(a.name, a.flag, x, y) for a, x, y in differences(left, right)]
-    wrong += [
-        ("hf_rope_scaling", "rope_scaling", left.get("hf_rope_scaling"), right.get("hf_rope_scaling"))
-        for _ in range(left.get("hf_rope_scaling") != right.get("hf_rope_scaling"))
-    ]
-    wrong = [w for w in wrong if w[0] not in taken and w[0] not in _VOCABULARY]
-    if not wrong:
+    found = [(argument.name, argument.flag, x, y) for argument, x, y in differences(left, right)]
+    scaling, other_scaling = left.get("hf_rope_scaling"), right.get("hf_rope_scaling")
+    if scaling != other_scaling:
+        found.append(("hf_rope_scaling", "rope_scaling", scaling, other_scaling))
+    listed = []
+    choices = []
+    all_can_be_taken = True
+    for name, flag, x, y in found:
+        if name in taken or name in _VOCABULARY:
+            continue
+        listed.append(f"{name} ({flag}): {x!r} in {first.name}, {y!r} in {other.name}")
+        field = field_with(name)
+        all_can_be_taken = all_can_be_taken and field is not None
+        choice = f"--take {field}={first.name}"
+        if choice not in choices:
+            choices.append(choice)
+    if not listed:
         return
-    listed = "; ".join(f"{name} ({flag}): {x!r} in {first.name}, {y!r} in {other.name}" for name, flag, x, y in wrong)
-    fields = [next((f for f, arguments in TAKEABLE.items() if name in arguments), None) for name, *_ in wrong]
-    if None in fields:
-        remedy = "all must come from one seed"
-    else:
-        choices = " ".join(dict.fromkeys(f"--take {field}={first.name}" for field in fields))
-        remedy = f"all must come from one seed, or choose a value: {choices} (or ={other.name})"
-    raise InputError(f"experts differ in their configuration: {listed}; {remedy}")
+    remedy = "all must come from one seed"
+    if all_can_be_taken:
+        remedy += f", or choose a value: {' '.join(choices)} (or ={other.name})"
+    raise InputError(f"experts differ in their configuration: {'; '.join(listed)}; {remedy}")
 
 
 def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,29 +83,34 @@ def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
         result.pop("add_position_embedding", None)
     if result.get("use_rope_scaling") or result.get("rotary_seq_len_interpolation_factor"):
         result.pop("hf_rope_scaling", None)  # Megatron's own arguments say it all
-    window = result.get("window_size")
-    result["window_size"] = tuple(window) if isinstance(window, list | tuple) else window
+    result["window_size"] = result.get("window_size")
+    if isinstance(result["window_size"], list):
+        result["window_size"] = tuple(result["window_size"])
     return result
 
 
 def _check_pieces(first: Source, other: Source, other_dtype: bool) -> None:
     for name, held in first.pieces.items():
         key = held.location.key
-        there = other.pieces.get(name)
-        if there is None:
+        others = other.pieces.get(name)
+        if others is None:
             raise InputError(f"{key}: in {first.name} ({first.folder}), missing in {other.name} ({other.folder})")
-        vocabulary = name.startswith(("embedding.", "head."))
-        same_shape = held.shape[vocabulary:] == there.shape[vocabulary:]
-        if not same_shape or (held.dtype != there.dtype and not other_dtype):
-            remedy = "" if not same_shape else f", or choose one: --take dtype={first.name} (or ={other.name})"
-            raise InputError(
-                f"{key}: {list(held.shape)} {held.dtype} in {first.name}, "
-                f"{list(there.shape)} {there.dtype} in {other.name}; all must come from one seed{remedy}"
-            )
-    extra = next((name for name in other.pieces if name not in first.pieces), None)
-    if extra is not None:
-        key = other.pieces[extra].location.key
-        raise InputError(f"{key}: in {other.name} ({other.folder}), missing in {first.name} ({first.folder})")
+        compared_axes = slice(0, None)
+        if name.startswith(("embedding.", "head.")):
+            compared_axes = slice(1, None)
+        remedy = ""
+        if held.shape[compared_axes] == others.shape[compared_axes]:
+            if other_dtype or held.dtype == others.dtype:
+                continue
+            remedy = f", or choose one: --take dtype={first.name} (or ={other.name})"
+        raise InputError(
+            f"{key}: {list(held.shape)} {held.dtype} in {first.name}, "
+            f"{list(others.shape)} {others.dtype} in {other.name}; all must come from one seed{remedy}"
+        )
+    for name, held in other.pieces.items():
+        if name not in first.pieces:
+            key = held.location.key
+            raise InputError(f"{key}: in {other.name} ({other.folder}), missing in {first.name} ({first.folder})")
 
 
 def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str, Any]:
@@ -106,9 +123,11 @@ def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str
         if not request.allow_other_tokenizer:
             _check_tokenizers(sources, request.vocabulary_union)
     chosen = vocabulary_source(sources)
-    names = ("vocab_size", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
-    rows = max(source.pieces[EMBEDDING].shape[0] for source in sources)
-    return {name: chosen.arguments.get(name) for name in names} | {"padded_vocab_size": rows}
+    arguments: dict[str, Any] = {}
+    for name in ("vocab_size", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file"):
+        arguments[name] = chosen.arguments.get(name)
+    arguments["padded_vocab_size"] = max(source.pieces[EMBEDDING].shape[0] for source in sources)
+    return arguments
 
 
 def _check_sizes(sources: Sequence[Source], request: Request) -> None:
@@ -118,17 +137,18 @@ def _check_sizes(sources: Sequence[Source], request: Request) -> None:
     """
     tables = {source.name: source.tokens for source in sources}
     known = {name: table for name, table in tables.items() if table is not None}
-    told = len(known) == len(tables) and not request.allow_other_tokenizer
-    if request.vocabulary_union or (told and contradictions(known)):
+    compares = len(known) == len(tables) and not request.allow_other_tokenizer
+    if request.vocabulary_union or (compares and contradictions(known)):
         return  # what is wrong is said where tokenizers are compared
-    if not told:
-        sizes = {source.name: _configured_size(source) for source in sources}
-        missing = ""
-    else:
+    if compares:
         sizes = {name: len(table) for name, table in known.items()}
         missing = _first_missing(known)
+    else:
+        sizes = {source.name: _configured_size(source) for source in sources}
+        missing = ""
     if len(set(sizes.values())) > 1 or missing:
-        smallest, largest = (choose(sizes, key=sizes.__getitem__) for choose in (min, max))
+        smallest = min(sizes, key=sizes.__getitem__)
+        largest = max(sizes, key=sizes.__getitem__)
         raise InputError(
             f"vocabularies differ: {smallest} has {sizes[smallest]} tokens, {largest} has {sizes[largest]}{missing}; "
             "where one extends the other, --vocab union averages each row over its owners"
@@ -145,10 +165,10 @@ def _first_missing(tables: Mapping[str, Mapping[int, str]]) -> str:
     """In words, the first token that one model has and another has not; "" where there is none."""
     every = _every_token(tables)
     for number in sorted(every):
-        lacking = next((name for name, table in tables.items() if number not in table), None)
-        if lacking is not None:
-            token, owner = every[number]
-            return f" (token {number} is {token!r} in {owner} and nobody's in {lacking})"
+        for name, table in tables.items():
+            if number not in table:
+                token, owner = every[number]
+                return f" (token {number} is {token!r} in {owner} and nobody's in {name})"
     return ""
 
 

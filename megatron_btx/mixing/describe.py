@@ -32,17 +32,10 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
     """The plan as a table: the sources, and for each kind of tensor the rule that makes it, count and bytes."""
     request = plan.request
     lines = [f"{request.method}: {METHODS[request.method].summary}"]
-    for number, (source, weight) in enumerate(zip(plan.sources, plan.weights, strict=True)):
-        share = f"  weight {weight:.4g}" if request.weights else ""
-        form = "Hugging Face" if source.is_hugging_face else f"Megatron, {source.dialect.name} layers"
-        lines.append(f"  {number}  {source.name:<12} {source.folder}  ({form}){share}")
+    lines += _source_lines(plan)
     lines.append(f"  {'tensor of the result':<62} {'number':>6} {'shape':<18} {'MiB':>10}  made by")
     for pattern, tensors in _by_pattern(output.tensors).items():
-        shape = "x".join(map(str, tensors[0].shape))
-        size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors) / 2**20
-        fills = [fill.planned for block in tensors[0].blocks for fill in block.fills]
-        rules = "; ".join(dict.fromkeys(planned.operation.describe(plan, planned) for planned in fills))
-        lines.append(f"  {pattern:<62} {len(tensors):>6} {shape:<18} {size:>10.2f}  {rules}")
+        lines.append(_tensor_line(plan, pattern, tensors))
     memory = _IMPORTS_BYTES + workers * STEP_BYTES * (4 + 2 * len(plan.sources))
     lines.append(
         f"  {len(output.tensors)} tensors as {output.format}, {plan.input_bytes / 2**20:.1f} MiB to read, "
@@ -57,13 +50,40 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
     return "\n".join(lines)
 
 
+def _source_lines(plan: Plan) -> list[str]:
+    """Each source: its number, name, place and format, and its weight where weights were given."""
+    lines = []
+    for number, source in enumerate(plan.sources):
+        form = f"Megatron, {source.dialect.name} layers"
+        if source.is_hugging_face:
+            form = "Hugging Face"
+        share = ""
+        if plan.request.weights:
+            share = f"  weight {plan.weights[number]:.4g}"
+        lines.append(f"  {number}  {source.name:<12} {source.folder}  ({form}){share}")
+    return lines
+
+
+def _tensor_line(plan: Plan, pattern: str, tensors: Sequence[LaidOutTensor]) -> str:
+    """Tensors of one kind: how many, how large, and what makes them."""
+    shape = "x".join(str(extent) for extent in tensors[0].shape)
+    size_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+    rules: dict[str, None] = {}
+    for block in tensors[0].blocks:
+        for fill in block.fills:
+            rules[fill.planned.operation.describe(plan, fill.planned)] = None
+    return f"  {pattern:<62} {len(tensors):>6} {shape:<18} {size_bytes / 2**20:>10.2f}  {'; '.join(rules)}"
+
+
 def _vocabulary_lines(plan: Plan) -> list[str]:
     """What is known of each source's vocabulary, and what the result's is."""
     lines = [f"  vocabulary of {source.name}: {_vocabulary_of(source)}" for source in plan.sources]
     embedding = next(planned for planned in plan.pieces if planned.name == EMBEDDING)
     rows, new = embedding.shape[0], embedding.new_rows
     chosen = vocabulary_source(plan.sources)
-    made = f", {new} of them {_NEW_ROWS}" if new else ""
+    made = ""
+    if new:
+        made = f", {new} of them {_NEW_ROWS}"
     lines.append(
         f"  vocabulary of the result: that of {chosen.name} with {chosen.token_count} tokens, {rows} rows{made}"
     )
@@ -82,7 +102,9 @@ def _vocabulary_of(source: Source) -> str:
         why = unknown_reason(source.tokenizer_arguments)
         return f"not known ({why}); its configuration counts {source.token_count} tokens in {rows} rows"
     beyond = sum(number >= rows for number in source.vocabulary.tokens)
-    without = f", {beyond} more tokens have no row" if beyond else ""
+    without = ""
+    if beyond:
+        without = f", {beyond} more tokens have no row"
     return f"{source.token_count} tokens in {rows} rows, by {source.vocabulary.base}{without}"
 
 
@@ -130,43 +152,61 @@ def explain(plan: Plan, output: Output, name: str) -> str:
     Raises:
         InputError: the result has no such tensor.
     """
-    tensor = next((t for t in output.tensors if t.name == name), None)
-    if tensor is None:
-        close = [t.name for t in output.tensors if name in t.name or t.name.split(".")[-2:] == name.split(".")[-2:]]
-        hint = f"; there is {', '.join(close[:3])}" if close else ""
-        raise InputError(f"--explain {name}: the result has no such tensor{hint}; --dry-run shows all kinds of them")
+    tensor = _find_tensor(output, name)
     lines = [f"{name}  {list(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}"]
-    described: dict[str, list[str]] = {}
+    places: dict[str, list[str]] = {}
     for block in tensor.blocks:
         axis = len(block.sizes) - len(block.fills[0].planned.shape)
         lead = ", ".join(map(str, block.offsets[:axis]))
         row = block.offsets[axis]
-        for text, rows in _joined(plan, block.fills):
-            described.setdefault(f"rows {row}:{row + rows}  {text}", []).append(lead)
+        for text, rows in _explain_fills(plan, block.fills):
+            places.setdefault(f"rows {row}:{row + rows}  {text}", []).append(lead)
             row += rows
-    for text, leads in described.items():
-        place = f"[{leads[0]}] " if leads[0] else ""
+    for text, leads in places.items():
+        place = ""
+        if leads[0]:
+            place = f"[{leads[0]}] "
         lines.append(f"  {place}{text}")
     return "\n".join(lines)
 
 
-def _joined(plan: Plan, fills: Sequence[Fill]) -> list[tuple[str, int]]:
-    """Each fill in words, and its rows."""
-    said = []
+def _find_tensor(output: Output, name: str) -> LaidOutTensor:
+    close = []
+    ending = name.split(".")[-2:]
+    for tensor in output.tensors:
+        if tensor.name == name:
+            return tensor
+        if name in tensor.name or tensor.name.split(".")[-2:] == ending:
+            close.append(tensor.name)
+    hint = ""
+    if close:
+        hint = f"; there is {', '.join(close[:3])}"
+    raise InputError(f"--explain {name}: the result has no such tensor{hint}; --dry-run shows all kinds of them")
+
+
+def _explain_fills(plan: Plan, fills: Sequence[Fill]) -> list[tuple[str, int]]:
+    """What fills a block, in words, and how many rows each line stands for."""
+    lines = []
     for low, high, planned, parts in _made_alike(plan, fills):
-        sources = []
-        for part in parts:
-            source = plan.sources[part.source]
-            held = source.pieces[part.piece]
-            numbers = "".join(f"[{n}]" for n in held.location.lead)
-            whole = part.stop - part.start == held.shape[planned.axis]
-            cut = "" if whole else f" {('rows', 'columns')[planned.axis]} {part.start}:{part.stop}"
-            sources.append(f"{source.name}: {held.location.key}{numbers} ({part.piece}{cut})")
-        origin = f" from {', '.join(sources)}" if sources else ""
-        is_new = bool(planned.parts) and not parts
-        rule = _NEW_ROWS if is_new else planned.operation.describe(plan, planned)
-        said.append((f"{planned.name} rows {low}:{high}: {rule}{origin}", high - low))
-    return said
+        rule = planned.operation.describe(plan, planned)
+        if planned.parts and not parts:
+            rule = _NEW_ROWS
+        origin = ""
+        if parts:
+            origin = f" from {', '.join(_explain_part(plan, planned, part) for part in parts)}"
+        lines.append((f"{planned.name} rows {low}:{high}: {rule}{origin}", high - low))
+    return lines
+
+
+def _explain_part(plan: Plan, planned: PlannedPiece, part: SourceRows) -> str:
+    """A source's tensor, its index on the leading axes, and the rows or columns of its piece that are taken."""
+    source = plan.sources[part.source]
+    held = source.pieces[part.piece]
+    index = "".join(f"[{number}]" for number in held.location.lead)
+    cut = ""
+    if part.stop - part.start != held.shape[planned.axis]:
+        cut = f" {('rows', 'columns')[planned.axis]} {part.start}:{part.stop}"
+    return f"{source.name}: {held.location.key}{index} ({part.piece}{cut})"
 
 
 def _made_alike(plan: Plan, fills: Sequence[Fill]) -> Iterator[tuple[int, int, PlannedPiece, tuple[SourceRows, ...]]]:

@@ -15,17 +15,17 @@ from megatron_btx.checkpoint.stored import Slot, bytes_of
 from megatron_btx.ground.errors import BTXError, CheckpointError, InputError, KeptError
 from megatron_btx.ground.files import hash_file, write_flushed
 from megatron_btx.ground.manifest import FILE_NAME, versions
-from megatron_btx.mixing import proof
+from megatron_btx.mixing import proof, result_manifest
 from megatron_btx.mixing.compute import rows_of
 from megatron_btx.mixing.layout import Task
 from megatron_btx.mixing.plan import Plan
+from megatron_btx.mixing.proof import Progress
 from megatron_btx.mixing.ranks import Ranks
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.rows_proof import check_token_rows
 from megatron_btx.mixing.sinks import Output
 from megatron_btx.mixing.workplace import Workplace
 
-Progress = Callable[[int], None]
 _NOTED_BYTES = 4 << 30
 """With several ranks, written blocks are flushed and noted after about this many bytes each."""
 
@@ -71,7 +71,9 @@ class Execution:
         _allow_many_open_files()
         try:
             self._together(self._prepare)
-            hashes = {n: h for share in self._together(self._write_share) for n, h in share.items()}
+            hashes: dict[int, str] = {}
+            for share in self._together(self._write_share):
+                hashes |= share
             self._together(lambda: self._finish(hashes))
             if verified:
                 self._together(self._verify_share)
@@ -120,11 +122,11 @@ class Execution:
             slot = task.slot
             layout.update(f"{task.block.tensor} {task.block.offsets} {slot.file} {slot.position_bytes}\n".encode())
         return {
-            "form": proof.FORM,
+            "form": result_manifest.FORM,
             "request": repr(self.plan.request),
             "router_sha256": _router_file_hash(self.plan.request),
             "versions": versions(),
-            "sources": [proof.source_identity(source) for source in self.plan.sources],
+            "sources": [result_manifest.source_identity(source) for source in self.plan.sources],
             "layout_sha256": layout.hexdigest(),
         }
 
@@ -147,10 +149,10 @@ class Execution:
         def write(number: int) -> None:
             task = self.output.tasks[number]
             slot = task.slot
-            there = noted.get(number)
-            if there and there == self.place.hash_of(slot.file, slot.position_bytes, slot.length_bytes):
+            noted_hash = noted.get(number)
+            if noted_hash and noted_hash == self.place.hash_of(slot.file, slot.position_bytes, slot.length_bytes):
                 self._write_around(slot)
-                hashes[number] = there
+                hashes[number] = noted_hash
                 self.progress(slot.length_bytes)
             else:
                 hashes[number] = self._write_block(task)
@@ -183,12 +185,10 @@ class Execution:
 
     def _write_around(self, slot: Slot) -> None:
         """What belongs before and after the numbers of a block."""
-        for position, content in (
-            (slot.position_bytes - len(slot.before), slot.before),
-            (slot.position_bytes + slot.length_bytes, slot.after),
-        ):
-            if content:
-                self.place.write(slot.file, position, content)
+        if slot.before:
+            self.place.write(slot.file, slot.position_bytes - len(slot.before), slot.before)
+        if slot.after:
+            self.place.write(slot.file, slot.position_bytes + slot.length_bytes, slot.after)
 
     def _in_threads(self, work: Callable[[int], None], numbers: Iterable[int]) -> None:
         """Do ``work`` for all numbers in this process's threads; the first failure ends the others soon."""
@@ -230,7 +230,7 @@ class Execution:
         for name, content in self.output.small_files.items():
             (self.place.result / name).parent.mkdir(parents=True, exist_ok=True)
             write_flushed(self.place.result / name, content)
-        manifest = proof.make_manifest(self.plan, self.output, hashes, self.place.result)
+        manifest = result_manifest.make_manifest(self.plan, self.output, hashes, self.place.result)
         write_flushed(self.place.result / FILE_NAME, manifest)
 
     def _verify_share(self) -> None:

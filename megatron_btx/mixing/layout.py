@@ -62,41 +62,53 @@ def lay_out(plan: Plan, dialect: Dialect, with_other_names: bool) -> Iterator[La
     Args:
         with_other_names: write mixture layers' norms under both names that Megatron's kinds of layers look for.
     """
-    tensors: dict[str, dict[tuple[int, ...], list[tuple[Location, PlannedPiece]]]] = {}
+    tensors: dict[str, _Leads] = {}
     for planned in plan.pieces:
-        locations = list(planned.piece.locations(dialect, plan.sizes))
-        norm = with_other_names and ".mlp_norm." in planned.name
-        both = norm and plan.sizes.mixture_layers[planned.piece.numbers["layer"]]
-        for location in locations if both else locations[:1]:
-            if planned.piece.shape[0] == -1:
-                location = dataclasses.replace(location, unit=planned.shape[0])
+        for location in _locations(plan, planned, dialect, with_other_names):
             tensors.setdefault(location.key, {}).setdefault(location.lead, []).append((location, planned))
     for name, leads in tensors.items():
         location, planned = next(iter(leads.values()))[0]
-        extents = tuple(max(lead[axis] for lead in leads) + 1 for axis in range(len(location.lead)))
+        extents = [max(indices) + 1 for indices in zip(*leads, strict=True)]
         shape = (*extents, location.stored_rows, *planned.shape[1:])
-        blocks = tuple(
-            block
-            for lead, parts in sorted(leads.items(), key=lambda item: item[0])
-            for block in _blocks(name, lead, parts)
-        )
-        yield LaidOutTensor(name, shape, planned.dtype, blocks)
+        blocks: list[LaidOutBlock] = []
+        for lead in sorted(leads):
+            blocks.extend(_blocks(name, lead, leads[lead]))
+        yield LaidOutTensor(name, shape, planned.dtype, tuple(blocks))
+
+
+_Leads = dict[tuple[int, ...], list[tuple[Location, PlannedPiece]]]
+"""What makes a tensor: for each index on its leading axes the pieces there, and where each lies."""
+
+
+def _locations(plan: Plan, planned: PlannedPiece, dialect: Dialect, with_other_names: bool) -> list[Location]:
+    """Where a piece is written: once, but mixture layers' norms under both names where asked to."""
+    locations = list(planned.piece.locations(dialect, plan.sizes))
+    is_norm = with_other_names and ".mlp_norm." in planned.name
+    if not is_norm or not plan.sizes.mixture_layers[planned.piece.numbers["layer"]]:
+        locations = locations[:1]
+    if planned.piece.shape[0] == -1:  # as many rows as the sources have
+        return [dataclasses.replace(location, unit=planned.shape[0]) for location in locations]
+    return locations
 
 
 def _blocks(name: str, lead: tuple[int, ...], parts: list[tuple[Location, PlannedPiece]]) -> Iterator[LaidOutBlock]:
+    """The blocks of one index on the leading axes."""
     location, planned = parts[0]
     rows, rest = location.stored_rows, planned.shape[1:]
-    runs = sorted(
-        ((there, here, count, piece) for loc, piece in parts for there, here, count in loc.runs(0, piece.shape[0])),
-        key=lambda run: run[0],
-    )
+    runs: list[tuple[int, int, int, PlannedPiece]] = []
+    for piece_location, piece in parts:
+        for stored_row, piece_row, count in piece_location.runs(0, piece.shape[0]):
+            runs.append((stored_row, piece_row, count, piece))
+    runs.sort(key=lambda run: run[0])
     row_bytes = max(1, math.prod(rest) * planned.dtype.itemsize)
     step = max(1, BLOCK_BYTES // row_bytes)
     for low in range(0, max(1, rows), step):
         high = min(low + step, rows)
-        fills = tuple(
-            Fill(piece, here + max(low - there, 0), here + min(high - there, count))
-            for there, here, count, piece in runs
-            if there < high and there + count > low
-        )
-        yield LaidOutBlock(name, (*lead, low, *(0,) * len(rest)), (*(1,) * len(lead), high - low, *rest), fills)
+        fills = []
+        for stored_row, piece_row, count, piece in runs:
+            if stored_row < high and stored_row + count > low:
+                start = piece_row + max(low - stored_row, 0)
+                fills.append(Fill(piece, start, piece_row + min(high - stored_row, count)))
+        offsets = (*lead, low, *(0,) * len(rest))
+        sizes = (*(1,) * len(lead), high - low, *rest)
+        yield LaidOutBlock(name, offsets, sizes, tuple(fills))

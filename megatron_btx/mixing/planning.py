@@ -11,7 +11,7 @@ from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.compatible import checked_sources
 from megatron_btx.mixing.merge import MOVE, NEW_ROUTERS, ZEROS
-from megatron_btx.mixing.methods import METHODS, Chunk, Method
+from megatron_btx.mixing.methods import METHODS, Expert, Method
 from megatron_btx.mixing.opening import open_source
 from megatron_btx.mixing.plan import Plan, PlannedPiece, SourceRows
 from megatron_btx.mixing.request import Request
@@ -20,7 +20,7 @@ from megatron_btx.mixing.result import dense_arguments, mixture_arguments
 from megatron_btx.mixing.sources import Source
 
 if TYPE_CHECKING:
-    pass
+    import torch
 
 
 def make_plan(request: Request) -> Plan:
@@ -75,10 +75,12 @@ def _checked_frequency(frequency: int | tuple[int, ...], layers: int) -> int | l
             f"--moe-layer-freq {str(pattern).replace(' ', '')}: expected {layers} numbers 0 or 1, one per layer, "
             "and at least one 1"
         )
-    return 1 if 0 not in pattern else pattern
+    if 0 in pattern:
+        return pattern
+    return 1
 
 
-def _expert_ffn(experts: list[tuple[Chunk, ...]], ffn: int, request: Request) -> int:
+def _expert_ffn(experts: list[Expert], ffn: int, request: Request) -> int:
     """Feed-forward size of the result's experts."""
     for chunk in experts[0]:
         if ffn % chunk.count:
@@ -93,29 +95,52 @@ def _planned_pieces(
     request: Request, method: Method, sources: Sequence[Source], sizes: Sizes
 ) -> Iterator[PlannedPiece]:
     """Every piece of the result; which of the optional ones there are, the sources show."""
-    first = next((s for s in sources if s.name == request.take.get("dtype")), sources[0])
-    experts = method.experts(len(sources), number_of(request)) if method.experts else []
+    first = sources[0]
+    for source in sources:
+        if source.name == request.take.get("dtype"):
+            first = source
+    experts: list[Expert] = []
+    if method.experts:
+        experts = method.experts(len(sources), number_of(request))
     for piece in pieces_of(sizes):
         if experts and "expert" in piece.numbers:
             origin = piece.name.replace(f"experts.{piece.numbers['expert']}.", "ffn.")
             if origin in first.pieces:
                 yield _expert_piece(piece, origin, experts[piece.numbers["expert"]], sources, first)
         elif experts and ".router." in piece.name:
-            ffn = f"layers.{piece.numbers['layer']}.ffn."
-            is_weight = piece.name.endswith("weight")
-            # Megatron's router has a bias where the linear layers have (core/transformer/moe/router.py).
-            if is_weight or f"{ffn}up.bias" in first.pieces:
-                dtype = first.pieces[f"{ffn}down.weight"].dtype
-                yield PlannedPiece(piece, piece.shape, dtype, NEW_ROUTERS if is_weight else ZEROS)
+            yield from _router_piece(piece, first)
         elif method.new_routers and piece.name.endswith(".router.weight"):
             yield PlannedPiece(piece, piece.shape, first.pieces[piece.name].dtype, NEW_ROUTERS)
         elif piece.name in first.pieces:
-            held = [source.pieces[piece.name] for source in sources]
-            parts = tuple(SourceRows(i, piece.name, 0, h.shape[0]) for i, h in enumerate(held))
-            rows = max(h.shape[0] for h in held)
-            dtype = first.pieces[piece.name].dtype
-            planned = PlannedPiece(piece, (rows, *held[0].shape[1:]), dtype, method.shared, parts)
-            yield _with_new_rows(planned, request) if planned.has_token_rows else planned
+            planned = _shared_piece(piece, method, sources, first.pieces[piece.name].dtype)
+            if planned.has_token_rows:
+                planned = _with_new_rows(planned, request)
+            yield planned
+
+
+def _router_piece(piece: Piece, first: Source) -> Iterator[PlannedPiece]:
+    """A new router's weight; and its bias, which Megatron's has where the linear layers have one.
+
+    Source: core/transformer/moe/router.py.
+    """
+    ffn = f"layers.{piece.numbers['layer']}.ffn."
+    dtype = first.pieces[f"{ffn}down.weight"].dtype
+    if piece.name.endswith("weight"):
+        yield PlannedPiece(piece, piece.shape, dtype, NEW_ROUTERS)
+    elif f"{ffn}up.bias" in first.pieces:
+        yield PlannedPiece(piece, piece.shape, dtype, ZEROS)
+
+
+def _shared_piece(piece: Piece, method: Method, sources: Sequence[Source], dtype: torch.dtype) -> PlannedPiece:
+    """A piece that becomes no expert; where vocabularies differ, of as many rows as the largest."""
+    parts = []
+    rows = 0
+    for number, source in enumerate(sources):
+        held = source.pieces[piece.name].shape[0]
+        parts.append(SourceRows(number, piece.name, 0, held))
+        rows = max(rows, held)
+    shape = (rows, *sources[0].pieces[piece.name].shape[1:])
+    return PlannedPiece(piece, shape, dtype, method.shared, tuple(parts))
 
 
 def _padded(rows: int, multiple: int) -> int:
@@ -129,9 +154,7 @@ def _with_new_rows(planned: PlannedPiece, request: Request) -> PlannedPiece:
     return dataclasses.replace(planned, shape=(padded, *rest), new_rows=padded - rows)
 
 
-def _expert_piece(
-    piece: Piece, origin: str, chunks: tuple[Chunk, ...], sources: Sequence[Source], first: Source
-) -> PlannedPiece:
+def _expert_piece(piece: Piece, origin: str, chunks: Expert, sources: Sequence[Source], first: Source) -> PlannedPiece:
     """A piece of an expert: its chunks one after the other along F, the rows of gate and up and the columns of down."""
     axis = int(".down.weight" in origin)
     parts = []
@@ -142,6 +165,7 @@ def _expert_piece(
                 f"{piece.name}: a feed-forward block with biases cannot be cut, its second bias belongs to the whole; "
                 "use --method btx or upcycle"
             )
-        low, high = (extent * index // chunk.count for index in (chunk.index, chunk.index + 1))
+        low = extent * chunk.index // chunk.count
+        high = extent * (chunk.index + 1) // chunk.count
         parts.append(SourceRows(chunk.source, origin, low, high))
     return PlannedPiece(piece, piece.shape, first.pieces[origin].dtype, MOVE, tuple(parts), axis)

@@ -56,7 +56,7 @@ class Ranks:
         """The place that torchrun or srun gave this process; alone where nothing launched several."""
         return cls(find_place(os.environ))
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[Any]:
         """Every rank's value, in the order of ranks, on every rank; also a barrier.
 
         Raises:
@@ -84,7 +84,9 @@ class Ranks:
         except BTXError as error:
             failure = error
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
+            where = ""
+            if error.filename:
+                where = f"{error.filename}: "
             failure = InputError(f"{where}{error.strerror or error}")
         answers = self.gather((value, failure))
         for _, problem in answers:

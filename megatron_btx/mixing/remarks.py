@@ -20,20 +20,22 @@ _SAID_AS_ARGUMENT = ("initializer_range", "attention_dropout")
 def remarks(plan: Plan) -> list[str]:
     """One line for each value that sources have in different ways and nobody has decided about."""
     lines = []
+    first = plan.sources[0].name
+    owner = vocabulary_source(plan.sources).name
     for name in TRAINING_ARGUMENTS:
         values = {source.name: source.arguments.get(name) for source in plan.sources}
         if _differ(values) and name not in plan.request.take:
-            owner = plan.sources[0].name
-            lines.append(f"{_listed(name, values)}; the result has that of {owner} (--take {name}=NAME for another)")
+            lines.append(f"{_listed(name, values)}; the result has that of {first} (--take {name}=NAME for another)")
     configs = {source.name: _config_of(source) for source in plan.sources}
     for key in PASSED_THROUGH:
-        values = {name: config[key] for name, config in configs.items() if key in config}
+        values = {}
+        for name, config in configs.items():
+            if key in config:
+                values[name] = config[key]
         if key not in _SAID_AS_ARGUMENT and _differ(values):
-            owner = vocabulary_source(plan.sources).name
             lines.append(f"{_listed(key, values)}; the result has that of {owner}, whose tokenizer it gets")
     around = {source.name: _around_texts(source) for source in plan.sources}
     if _differ(around):
-        owner = vocabulary_source(plan.sources).name
         lines.append(f"{_listed('what a tokenizer puts around a text', around)}; the result has that of {owner}")
     return lines
 
@@ -55,7 +57,9 @@ def _around_texts(source: Source) -> str | None:
 
 def _config_of(source: Source) -> Mapping[str, Any]:
     folder = source.hf_folder
-    return {} if folder is None else safetensors.read_json(folder / safetensors.CONFIG)
+    if folder is None:
+        return {}
+    return safetensors.read_json(folder / safetensors.CONFIG)
 
 
 def _differ(values: Mapping[str, Any]) -> bool:

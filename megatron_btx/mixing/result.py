@@ -15,7 +15,10 @@ def dense_arguments(first: Mapping[str, Any]) -> dict[str, Any]:
 
     Only builtin values are kept: newer Megatron versions read arguments under restrictions.
     """
-    plain = {name: value for name, value in first.items() if _is_plain(value)}
+    plain = {}
+    for name, value in first.items():
+        if _is_plain(value):
+            plain[name] = value
     return plain | {
         "iteration": 0,
         "curr_iteration": 0,
@@ -32,7 +35,10 @@ def mixture_arguments(
 ) -> dict[str, Any]:
     """The arguments of a mixture of the named experts, each of feed-forward size ``ffn``."""
     # What a dense run's launch script may have said of mixtures does not count.
-    routing = {argument.name: argument.default for argument in MODEL_ARGUMENTS if argument.moe}
+    routing = {}
+    for argument in MODEL_ARGUMENTS:
+        if argument.moe:
+            routing[argument.name] = argument.default
     return (
         dense_arguments(first)
         | routing
@@ -57,7 +63,7 @@ def mixture_arguments(
     )
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_plain(v) for v in value)
     if isinstance(value, dict):
@@ -75,7 +81,9 @@ def megatron_args_text(arguments: Mapping[str, Any]) -> str:
     for name in ("tokenizer_type", *TOKENIZER_FILES, "vocab_size"):
         if arguments.get(name) is not None:
             lines.append([f"--{name.replace('_', '-')}", as_shell_word(str(arguments[name]))])
-    lines += [[f"--{name}"] for name in ("bf16", "fp16") if arguments.get(name)]
+    for name in ("bf16", "fp16"):
+        if arguments.get(name):
+            lines.append([f"--{name}"])
     if arguments.get("num_experts"):
         lines.append(["--moe-token-dispatcher-type", "alltoall"])
         lines.append(["--moe-router-load-balancing-type", "aux_loss"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.beside import HF_FOLDER
 from megatron_btx.checkpoint.safetensors import SafetensorsReader
+from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.checkpoint.tokenizers.vocabulary import read_vocabulary
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.ground.errors import CheckpointError
@@ -38,15 +39,15 @@ def check_token_rows(plan: Plan, output: Output, folder: Path) -> str:
     tables = [source.tokens for source in plan.sources]
     if plan.request.allow_other_tokenizer or None in tables:
         return "the vocabulary's rows were not looked up by token: " + _why_not(plan)
-    reader: Any = output.reader(folder)
+    reader = output.reader(folder)
     written = _written_tokens(reader, folder)
     if written is None:
         raise CheckpointError(f"{folder}: the tokenizer that was written cannot be read; convert again")
     _check_complete(plan.sources, written, folder)
     for tensor in output.tensors:
-        fills = [fill for block in tensor.blocks for fill in block.fills]
-        if fills and fills[0].planned.has_token_rows:
-            _check_tensor(plan, fills[0].planned, reader, tensor.name, written)
+        planned = tensor.blocks[0].fills[0].planned
+        if planned.has_token_rows:
+            _check_tensor(plan, planned, reader, tensor.name, written)
     if len(plan.sources) == 1:
         return f"all rows of {len(written)} tokens are the model's own"
     return f"all rows of {len(written)} tokens are the means over the models that know the token"
@@ -55,19 +56,23 @@ def check_token_rows(plan: Plan, output: Output, folder: Path) -> str:
 def _why_not(plan: Plan) -> str:
     if plan.request.allow_other_tokenizer:
         return "--allow-other-tokenizer"
-    return f"the tokenizer of {next(s.name for s in plan.sources if s.tokens is None)} is not known"
+    unknown = [source.name for source in plan.sources if source.tokens is None]
+    return f"the tokenizer of {unknown[0]} is not known"
 
 
-def _written_tokens(reader: Any, folder: Path) -> Mapping[int, str] | None:
+def _written_tokens(reader: Reader, folder: Path) -> Mapping[int, str] | None:
     """The table of the result's own files."""
     if isinstance(reader, SafetensorsReader):
         stored: dict[str, Any] = {"hf_folder": folder}
     else:
         assert isinstance(reader, TorchDistReader)
-        beside = folder / HF_FOLDER
-        stored = reader.arguments() | {"hf_folder": beside if beside.is_dir() else None}
+        stored = reader.arguments() | {"hf_folder": None}
+        if (folder / HF_FOLDER).is_dir():
+            stored["hf_folder"] = folder / HF_FOLDER
     vocabulary = read_vocabulary(stored)
-    return None if vocabulary is None else vocabulary.tokens
+    if vocabulary is None:
+        return None
+    return vocabulary.tokens
 
 
 def _check_complete(sources: Sequence[Source], written: Mapping[int, str], folder: Path) -> None:
@@ -80,20 +85,22 @@ def _check_complete(sources: Sequence[Source], written: Mapping[int, str], folde
                 )
 
 
-def _check_tensor(plan: Plan, planned: PlannedPiece, reader: Any, name: str, written: Mapping[int, str]) -> None:
+def _check_tensor(plan: Plan, planned: PlannedPiece, reader: Reader, name: str, written: Mapping[int, str]) -> None:
     import torch
 
     places = [_by_token(source, planned) for source in plan.sources]
     rest = planned.shape[1:]
-    had = planned.shape[0] - planned.new_rows
+    had = planned.source_rows
+    known: set[str] = set()
+    for place in places:
+        known.update(place)
     total, count = torch.zeros(rest, dtype=torch.float64), 0
 
     def read(start: int, stop: int) -> torch.Tensor:
-        return reader.read(name, (start, *(0,) * len(rest)), (stop - start, *rest))  # type: ignore[no-any-return]
+        return reader.read(name, (start, *(0,) * len(rest)), (stop - start, *rest))
 
     for low in range(0, had, _ROWS):
-        window = range(low, min(low + _ROWS, had))
-        numbers = [n for n in window if n in written and any(written[n] in place for place in places)]
+        numbers = [number for number in range(low, min(low + _ROWS, had)) if written.get(number) in known]
         if not numbers:
             continue
         found = _rows_at(read, numbers)
@@ -116,8 +123,9 @@ def _check_tensor(plan: Plan, planned: PlannedPiece, reader: Any, name: str, wri
 def _by_token(source: Source, planned: PlannedPiece) -> dict[str, int]:
     """Where each token is in a source's piece."""
     held = source.pieces.get(planned.name)
-    rows = held.shape[0] if held else 0
-    return {token: number for number, token in (source.tokens or {}).items() if number < rows}
+    if held is None or source.tokens is None:
+        return {}
+    return {token: number for number, token in source.tokens.items() if number < held.shape[0]}
 
 
 def _expected(
@@ -126,7 +134,9 @@ def _expected(
     """The weighted mean of each token's rows, wherever the sources have them: [tokens, ...]."""
     import torch
 
-    known = torch.tensor([[token in place for token in tokens] for place in places])
+    known = torch.zeros(len(places), len(tokens), dtype=torch.bool)
+    for mine, place in zip(known, places, strict=True):
+        mine[:] = torch.tensor([token in place for token in tokens])
     weights = torch.tensor(plan.weights, dtype=torch.float64)[:, None] * known
     # A token that only models of weight zero know is theirs all the same.
     weights = torch.where(weights.sum(0) > 0, weights, known.double())
@@ -160,4 +170,6 @@ def _first_unequal(found: torch.Tensor, expected: torch.Tensor) -> int | None:
     close = (found.double() - expected.double()).abs() <= expected.double().abs() * unit.eps + unit.tiny
     same = close | (found == expected) | (found.isnan() & expected.isnan())
     wrong = ~same.flatten(1).all(dim=1)
-    return int(torch.nonzero(wrong)[0]) if bool(wrong.any()) else None
+    if not bool(wrong.any()):
+        return None
+    return int(torch.nonzero(wrong)[0])

@@ -68,7 +68,9 @@ def lay_out_result(plan: Plan, output_format: str, target: Path) -> Output:
     Raises:
         InputError: the format cannot express the model; says what it is.
     """
-    return (_hugging_face if output_format == "hf" else _megatron)(plan, target)
+    if output_format == "hf":
+        return _hugging_face(plan)
+    return _megatron(plan, target)
 
 
 # --- Megatron -------------------------------------------------------------------------------------------------
@@ -77,7 +79,9 @@ def lay_out_result(plan: Plan, output_format: str, target: Path) -> Output:
 def _megatron(plan: Plan, target: Path) -> Output:
     hf_config_writing.refuse_for_megatron(plan.arguments, "the result")
     numbered = len(set(plan.sizes.mixture_layers)) > 1
-    dialect = DIALECTS["numbered" if numbered else "stacked"]
+    dialect = DIALECTS["stacked"]
+    if numbered:
+        dialect = DIALECTS["numbered"]
     tensors = tuple(lay_out(plan, dialect, with_other_names=True))
     layout = TorchDistLayout()
     tasks = []
@@ -144,29 +148,45 @@ def _objects(arguments: Mapping[str, Any], sizes: Sizes, numbered: bool) -> Iter
             }
         ],
     )
+    for key in _extra_states(sizes, bool(arguments.get("qk_layernorm")), numbered):
+        yield key, [None]
+    yield "decoder.final_layernorm._extra_state/shard_0_1", [None]
+
+
+def _extra_states(sizes: Sizes, qk_layernorm: bool, numbered: bool) -> Iterator[str]:
+    """Keys of the extra states of all layers."""
     names = ["self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"]
     names += ["pre_mlp_layernorm", "input_layernorm"]
-    if arguments.get("qk_layernorm"):
+    if qk_layernorm:
         names += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
-    for layer, mixture in enumerate(sizes.mixture_layers):
-        prefix = f"decoder.layers.{layer}." if numbered else "decoder.layers."
-        place, count = ("0", "1") if numbered else (str(layer), str(sizes.layers))
-        for name in names if mixture else [*names, "mlp.linear_fc1", "mlp.linear_fc2"]:
-            yield f"{prefix}{name}._extra_state/shard_{place}_{count}", [None]
-        for expert in range(sizes.experts if mixture else 0):
-            shard = f"{expert}_{sizes.experts}" if numbered else f"{layer}.{expert}_{sizes.layers}.{sizes.experts}"
+    dense_names = [*names, "mlp.linear_fc1", "mlp.linear_fc2"]
+    for layer, is_mixture in enumerate(sizes.mixture_layers):
+        prefix, shard = "decoder.layers.", f"{layer}_{sizes.layers}"
+        if numbered:
+            prefix, shard = f"decoder.layers.{layer}.", "0_1"
+        if not is_mixture:
+            for name in dense_names:
+                yield f"{prefix}{name}._extra_state/shard_{shard}"
+            continue
+        for name in names:
+            yield f"{prefix}{name}._extra_state/shard_{shard}"
+        for expert in range(sizes.experts):
+            expert_shard = f"{layer}.{expert}_{sizes.layers}.{sizes.experts}"
+            if numbered:
+                expert_shard = f"{expert}_{sizes.experts}"
             for name in ("linear_fc1", "linear_fc2"):
-                yield f"{prefix}mlp.experts.experts.{name}._extra_state/shard_{shard}", [None]
-    yield "decoder.final_layernorm._extra_state/shard_0_1", [None]
+                yield f"{prefix}mlp.experts.experts.{name}._extra_state/shard_{expert_shard}"
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------------------
 
 
-def _hugging_face(plan: Plan, target: Path) -> Output:
+def _hugging_face(plan: Plan) -> Output:
     source = vocabulary_source(plan.sources)
     folder = source.hf_folder
-    base = safetensors.read_json(folder / safetensors.CONFIG) if folder else None
+    base = None
+    if folder is not None:
+        base = safetensors.read_json(folder / safetensors.CONFIG)
     config = hf_config_writing.config_from_arguments(plan.arguments, base)
     family = hf_families.family_of(config, "the result")
     dialect = DIALECTS[family.dialect]
@@ -179,9 +199,10 @@ def _hugging_face(plan: Plan, target: Path) -> Output:
         plan = dataclasses.replace(plan, pieces=plan.pieces + tuple(_zero_shared_experts(plan)))
     tensors = tuple(lay_out(plan, dialect, with_other_names=False))
     layout = SafetensorsLayout([(t.name, t.shape, t.dtype) for t in tensors])
-    tasks = tuple(
-        task for t in tensors for block in t.blocks for task in _tasks(block, layout.slot(t.name), t.dtype.itemsize)
-    )
+    tasks = []
+    for tensor in tensors:
+        for block in tensor.blocks:
+            tasks.append(Task(block, _slot_of_rows(block, layout.slot(tensor.name), tensor.dtype.itemsize)))
     tokenizer = result_tokenizer(source, config, plan.request.allow_other_ids)
     small = layout.small_files() | dict(tokenizer.files)
     config = tokenizer_files.completed_ids(config, tokenizer.ids, tokenizer.rows)
@@ -192,7 +213,7 @@ def _hugging_face(plan: Plan, target: Path) -> Output:
     return Output(
         "hf",
         tensors,
-        tasks,
+        tuple(tasks),
         layout.files,
         tuple(layout.objects),
         small,
@@ -204,15 +225,19 @@ def _hugging_face(plan: Plan, target: Path) -> Output:
 
 def _ids_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The ids of special tokens that a configuration gives."""
-    names = [f"{token}_id" for token in tokenizer_files.NAMES]
-    return {name: config[name] for name in names if config.get(name) is not None}
+    ids = {}
+    for token in tokenizer_files.NAMES:
+        name = f"{token}_id"
+        if config.get(name) is not None:
+            ids[name] = config[name]
+    return ids
 
 
-def _tasks(block: LaidOutBlock, tensor: Slot, itemsize: int) -> Iterator[Task]:
-    """Blocks of one tensor are parts of one stretch of bytes."""
+def _slot_of_rows(block: LaidOutBlock, tensor: Slot, itemsize: int) -> Slot:
+    """Where a block's rows are in the one stretch of bytes that a tensor is."""
     row_bytes = itemsize * math.prod(block.sizes[1:])
     begin = tensor.position_bytes + block.offsets[0] * row_bytes
-    yield Task(block, Slot(tensor.file, begin, row_bytes * block.sizes[0]))
+    return Slot(tensor.file, begin, row_bytes * block.sizes[0])
 
 
 def _zero_shared_experts(plan: Plan) -> Iterator[PlannedPiece]:

@@ -44,3 +44,11 @@ def field_of(name: str) -> str:
             f"--take {name}: shapes tensors or is not known; fields that can be taken: {', '.join(TAKEABLE)}"
         )
     return field
+
+
+def field_with(argument: str) -> str | None:
+    """The field that an argument belongs to; None where it cannot be taken."""
+    for field, arguments in TAKEABLE.items():
+        if argument in arguments:
+            return field
+    return None

@@ -1,0 +1,191 @@
+"""The manifest of a result: of every tensor its operation, origin and hash, of every file the hash of the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_btx.ground.errors import CheckpointError, InputError
+from megatron_btx.ground.manifest import FILE_NAME, read_manifest, versions
+from megatron_btx.mixing.compatible import vocabulary_source
+from megatron_btx.mixing.layout import LaidOutTensor
+from megatron_btx.mixing.plan import Plan
+from megatron_btx.mixing.sinks import Output
+from megatron_btx.mixing.sources import EMBEDDING, Source
+
+FORM = 2
+"""Version of the manifest's form."""
+STEP_BYTES = 4 << 20
+"""Files are read this many bytes at a time."""
+
+
+class Stretch(NamedTuple):
+    """Numbers of a tensor in a file."""
+
+    position: int
+    length: int
+    """Bytes."""
+    sha256: str
+    tensor: str
+    """Its name."""
+
+
+def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder: Path) -> bytes:
+    """The manifest of a written result: for every tensor its operation, sources and hashes; for every file the rest.
+
+    Args:
+        hashes: SHA-256 of the numbers of each task, by its place in ``output.tasks``.
+        folder: where the result lies, complete but for this manifest.
+    """
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    for number, task in enumerate(output.tasks):
+        slot = task.slot
+        entry: dict[str, Any] = {
+            "offsets": list(task.block.offsets),
+            "sizes": list(task.block.sizes),
+            "file": slot.file,
+            "position": slot.position_bytes,
+            "bytes": slot.length_bytes,
+            "sha256": hashes[number],
+        }
+        blocks.setdefault(task.block.tensor, []).append(entry)
+    experts = []
+    for source, weight in zip(plan.sources, plan.weights, strict=True):
+        experts.append({**source_identity(source), "weight": weight})
+    tensors = {tensor.name: _tensor_entry(plan, tensor, blocks[tensor.name]) for tensor in output.tensors}
+    request = plan.request
+    content: dict[str, Any] = {
+        "form": FORM,
+        "format": output.format,
+        "method": request.method,
+        "router": {"init": str(request.router), "seed": request.router.seed, "std": request.router.std},
+        "take": dict(request.take),
+        "vocabulary_union": request.vocabulary_union,
+        "vocabulary": _vocabulary(plan),
+        "tokenizer": dict(output.tokenizer),
+        "experts": experts,
+        "versions": versions(),
+        "tensors": tensors,
+    }
+    stretches = stretches_by_file(content)
+    content["files"] = {}
+    for name in sorted([*output.files, *output.small_files]):
+        content["files"][name] = describe_frame(folder / name, stretches.get(name, []))
+    content["manifest_sha256"] = own_hash(content)
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _tensor_entry(plan: Plan, tensor: LaidOutTensor, blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "operation": "+".join(_operations_of(tensor)),
+        "sources": _sources_of(plan, tensor),
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "sha256": _tensor_hash([block["sha256"] for block in blocks]),
+        "blocks": list(blocks),
+    }
+
+
+def _vocabulary(plan: Plan) -> dict[str, Any]:
+    """Whose tokenizer the result has, and which of its rows are tokens."""
+    planned = next(piece for piece in plan.pieces if piece.name == EMBEDDING)
+    chosen = vocabulary_source(plan.sources)
+    return {
+        "tokenizer_of": chosen.name,
+        "known": chosen.tokens is not None,
+        "token_rows": [list(stretch) for stretch in chosen.token_rows(EMBEDDING)],
+        "rows": planned.shape[0],
+        "new_rows": planned.new_rows,
+    }
+
+
+def _operations_of(tensor: LaidOutTensor) -> list[str]:
+    """The operations that make a tensor, each once."""
+    found: dict[str, None] = {}
+    for block in tensor.blocks:
+        for fill in block.fills:
+            found[fill.planned.operation.name] = None
+    return list(found)
+
+
+def _sources_of(plan: Plan, tensor: LaidOutTensor) -> dict[str, list[str]]:
+    """For each expert, the tensors of its checkpoint that a tensor is made from."""
+    found: dict[str, dict[str, None]] = {}
+    for block in tensor.blocks:
+        for fill in block.fills:
+            for part in fill.planned.parts:
+                source = plan.sources[part.source]
+                found.setdefault(source.name, {})[source.pieces[part.piece].location.key] = None
+    return {name: list(keys) for name, keys in found.items()}
+
+
+def _tensor_hash(hashes: Sequence[str]) -> str:
+    """The hash of a tensor: its block's, or of its blocks' hashes one after the other where there are several."""
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.sha256(b"".join(bytes.fromhex(h) for h in hashes)).hexdigest()
+
+
+def source_identity(source: Source) -> dict[str, Any]:
+    """What a source was: its place, the hash of what describes it, sizes and times of its files, its own manifest."""
+    described = hashlib.sha256()
+    for file in source.reader.files():
+        if file.stat().st_size < 64 << 20 and file.suffix != ".distcp" and file.suffix != ".safetensors":
+            described.update(file.read_bytes())
+    identity: dict[str, Any] = {
+        "name": source.name,
+        "path": str(source.folder.resolve()),
+        "index_sha256": described.hexdigest(),
+        "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in source.reader.files()},
+    }
+    manifest = read_result_manifest(source.root)
+    if manifest:
+        identity["manifest_sha256"] = manifest.get("manifest_sha256")
+    return identity
+
+
+def own_hash(content: Mapping[str, Any]) -> str:
+    """The hash of all that a manifest says but its hash."""
+    rest = dict(content)
+    rest.pop("manifest_sha256", None)
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def stretches_by_file(manifest: Mapping[str, Any]) -> dict[str, list[Stretch]]:
+    """For each file its stretches of numbers, in order."""
+    found: dict[str, list[Stretch]] = {}
+    for name, tensor in manifest["tensors"].items():
+        for block in tensor["blocks"]:
+            stretch = Stretch(int(block["position"]), int(block["bytes"]), str(block["sha256"]), str(name))
+            found.setdefault(str(block["file"]), []).append(stretch)
+    return {file: sorted(stretches) for file, stretches in found.items()}
+
+
+def describe_frame(file: Path, stretches: Sequence[Stretch]) -> dict[str, Any]:
+    """Size of a file, and the hash of all its bytes that are no tensor's numbers."""
+    digest, size = hashlib.sha256(), file.stat().st_size
+    with file.open("rb") as opened:
+        at = 0
+        for stretch in [*stretches, Stretch(size, 0, "", "")]:
+            opened.seek(at)
+            while at < stretch.position and (piece := opened.read(min(stretch.position - at, STEP_BYTES))):
+                digest.update(piece)
+                at += len(piece)
+            at = max(at, stretch.position + stretch.length)
+    return {"bytes": size, "frame_sha256": digest.hexdigest()}
+
+
+def read_result_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a result, even one that is damaged; None for none, or one without places and a hash of itself."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        raise
+    except InputError as error:
+        raise CheckpointError(f"{folder / FILE_NAME}: is damaged ({error})") from error
+    if manifest and (manifest.get("form") == FORM or "manifest_sha256" in manifest):
+        return manifest
+    return None
