@@ -65,7 +65,7 @@ class DatasetSummary:
 
 
 @dataclass(frozen=True)
-class _Encoder:
+class Encoder:
     """All that turns a unit into tokens; each worker holds one."""
 
     document_ids: DocumentEncoder
@@ -75,7 +75,7 @@ class _Encoder:
     skips_bad_records: bool
     described: DescribedTokenizer
 
-    def encode(self, unit: readers.Unit) -> _EncodedUnit:
+    def encode(self, unit: readers.Unit) -> EncodedUnit:
         """Tokenize the documents of a unit; InputError names the document that cannot be."""
         import numpy
 
@@ -92,7 +92,7 @@ class _Encoder:
                 ids[key] += tokens
                 lengths[key].append(len(tokens))
         arrays = {key: numpy.array(values, dtype=self.dtype) for key, values in ids.items()}
-        return _EncodedUnit(arrays, lengths, empty, bad, unit.input_bytes)
+        return EncodedUnit(arrays, lengths, empty, bad, unit.input_bytes)
 
     def _tokens(self, document: readers.Document, key: str) -> list[int]:
         try:
@@ -106,7 +106,7 @@ class _Encoder:
 
 
 @dataclass(frozen=True)
-class _EncodedUnit:
+class EncodedUnit:
     ids: dict[str, numpy.ndarray[Any, Any]]
     lengths: dict[str, list[int]]
     empty_documents: int
@@ -154,7 +154,7 @@ def preprocess(
         for existing in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
             if existing.exists() and not overwrite:
                 raise InputError(f"--output-prefix: {existing} exists; choose another prefix or add --overwrite")
-    encoder = _make_encoder(tokenizer_settings, keys, append_eod, skip_bad_records)
+    encoder = make_encoder(tokenizer_settings, keys, append_eod, skip_bad_records)
 
     with contextlib.ExitStack() as stack:
         # The pool starts before the progress bar does: forking a process that runs threads is unsafe.
@@ -192,12 +192,12 @@ def preprocess(
     )
 
 
-def _make_encoder(settings: TokenizerSettings, keys: tuple[str, ...], append_eod: bool, skips: bool) -> _Encoder:
+def make_encoder(settings: TokenizerSettings, keys: tuple[str, ...], append_eod: bool, skips: bool) -> Encoder:
     tokenizer = tokenizers.load(settings)
     eod = tokenizers.end_of_document(tokenizer, settings) if append_eod else None
     from megatron.core.datasets.indexed_dataset import DType
 
-    return _Encoder(
+    return Encoder(
         document_ids=DocumentEncoder.of(tokenizer, eod),
         keys=keys,
         vocab_size=tokenizer.vocab_size,

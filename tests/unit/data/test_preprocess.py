@@ -359,7 +359,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """One line with the signal and the file."""
-    monkeypatch.setattr(preprocess._Encoder, "encode", lambda self, unit: end())
+    monkeypatch.setattr(preprocess.Encoder, "encode", lambda self, unit: end())
     capfd.readouterr()
     assert preprocess.main(arguments(model, [jsonl], tmp_path / "out" / "prefix", "--workers", "2")) == 2
     assert f"a worker was killed {said.format(jsonl)}" in capfd.readouterr().err
