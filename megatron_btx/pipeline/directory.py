@@ -39,6 +39,8 @@ MANIFEST_FILE = manifests.FILE_NAME
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.json"
 CORPORA_FILE = "corpora.json"
+DATASETS_FILE = "datasets.json"
+"""Of the stage that makes datasets of texts: what is in them."""
 CHECKPOINT_FOLDER = "checkpoint"
 TRACKER_FILE = f"{CHECKPOINT_FOLDER}/{TRACKER}"
 """Of a stage that trains: the iteration of its last checkpoint."""
@@ -50,11 +52,14 @@ STAGE_RECORDS = (CONFIG_FILE, SCRIPT_FILE, LOG_FILE, MANIFEST_FILE)
 
 DATA_STAGE, SEED_STAGE, MIX_STAGE, FINETUNE_STAGE = "data", "seed", "mix", "finetune"
 DENSE_DOMAINS_STAGE, DENSE_STAGE, AVERAGE_STAGE, REPORT_STAGE = "dense-domains", "dense", "average", "report"
+EXPORT_STAGE, EXPORTED_FOLDER = "export", "model"
 EVALUATION_PREFIX = "evaluate-"
 EVALUATE_EXPERTS_STAGE = "evaluate-experts"
 """The stage that evaluates the seed and the experts; its losses bound the mixture's first."""
 EXPERT_PREFIX = "expert-"
 """Begins the name of an expert's stage, and of its model in an evaluation."""
+IMPORT_PREFIX = "import-"
+"""Begins the name of the stage that imports a given model."""
 SEED_MODEL, AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL = "seed", "average", "mix", "btx", "dense"
 MODELS_BEFORE_EXPERTS = (SEED_MODEL,)
 MODELS_AFTER_EXPERTS = (AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_btx.pipeline.directory import CHECKPOINT_FOLDER
+from megatron_btx.pipeline.directory import CHECKPOINT_FOLDER, EXPERT_PREFIX, IMPORT_PREFIX
+from megatron_btx.pipeline.recipe.given import is_loadable
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,9 @@ class Model:
     path: str
     """Absolute where it is given, relative to the run directory where the run makes it."""
     stage: str | None
-    """The stage that makes it; None when it is given."""
+    """The stage that makes or imports it; None when it is given."""
+    source: Path | None = None
+    """What the stage imports it from."""
 
     @classmethod
     def made_by(cls, stage: str) -> Model:
@@ -26,10 +29,22 @@ class Model:
 
     @classmethod
     def given_or_made(cls, source: Path | None, stage: str) -> Model:
-        """The model given at ``source``, or else the one that ``stage`` makes."""
+        """The model given at ``source``, or else the one that ``stage`` makes.
+
+        A given one that Megatron cannot start from is imported by a stage ``import-NAME``.
+        """
         if source is None:
             return cls.made_by(stage)
-        return cls(str(source), None)
+        if is_loadable(source):
+            return cls(str(source), None)
+        importing = f"{IMPORT_PREFIX}{stage.removeprefix(EXPERT_PREFIX)}"
+        return cls(f"{importing}/{CHECKPOINT_FOLDER}", importing, source)
+
+    def as_given(self) -> Model:
+        """The model without its import: mixing reads every form."""
+        if self.source is None:
+            return self
+        return Model(str(self.source), None)
 
     def identity(self) -> str | Path:
         """What decides which model it is, beside the stages that it comes from."""

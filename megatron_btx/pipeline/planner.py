@@ -4,7 +4,7 @@
                              -> evaluate-experts -> finetune    (bounds its first loss)
                  -> dense-domains -> dense       -> evaluate-dense
 
-A stage whose checkpoint is given (``from``) has no node: its children read the given path.
+A stage whose model is given (``from``) has no node: its children read the given path, or its import.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from megatron_btx.pipeline.directory import (
     AVERAGE_STAGE,
     BTX_MODEL,
     CHECKPOINT_FOLDER,
-    CORPORA_FILE,
-    DATA_STAGE,
     DENSE_DOMAINS_STAGE,
     DENSE_MODEL,
     DENSE_STAGE,
@@ -39,8 +37,9 @@ from megatron_btx.pipeline.directory import (
 )
 from megatron_btx.pipeline.evaluation_stages import plan_evaluation
 from megatron_btx.pipeline.models import Model, origins_of
+from megatron_btx.pipeline.prepare import plan_data, plan_export, plan_import
 from megatron_btx.pipeline.recipe.ablation import Ablation, Variant, stage_name
-from megatron_btx.pipeline.recipe.flags import Flags, merged, to_argv
+from megatron_btx.pipeline.recipe.flags import Flags, merged
 from megatron_btx.pipeline.recipe.schema import GENERALIST, Evaluate, Mix, Recipe, Settings, Training
 from megatron_btx.pipeline.stage import Program, Stage, sort_stages
 from megatron_btx.pipeline.training_stages import TrainingJob, merge_given_flags, plan_training
@@ -69,6 +68,20 @@ class _Planner:
 
     def stages(self) -> list[Stage]:
         """Every stage of the recipe, in no particular order."""
+        stages = self._stages()
+        return [*self._imports(stages), *stages]
+
+    def _imports(self, stages: list[Stage]) -> list[Stage]:
+        """The stages that import those given models that one of ``stages`` loads."""
+        loaded = {parent for stage in stages for parent in stage.parents}
+        imports = []
+        for model in (self.seed, *self.experts.values(), self._mixture(), self._finetuned()):
+            if model.source is not None and model.stage in loaded:
+                imports.append(plan_import(model.stage, model.source))
+        return imports
+
+    def _stages(self) -> list[Stage]:
+        """All stages but the imports."""
         recipe = self.recipe
         stages = [*self._data(), *self._seed_and_experts()]
         if recipe.average:
@@ -81,6 +94,8 @@ class _Planner:
             stages.append(self._evaluate_experts(recipe.evaluate))
         if recipe.finetune and not recipe.finetune.source:
             stages.append(self._finetune(recipe.finetune))
+        if recipe.export:
+            stages.append(plan_export(self._finetuned(), recipe.export))
         if recipe.dense and recipe.finetune:
             stages += self._dense(*recipe.dense, recipe.finetune)
         if recipe.evaluate:
@@ -88,14 +103,10 @@ class _Planner:
         return stages
 
     def _data(self) -> list[Stage]:
-        """The stage that makes the corpora; none where data are given."""
-        data = self.recipe.data
-        if not data.corpora:
+        """The stage that makes the run's data; none where all data are given."""
+        if not self.recipe.data.are_made():
             return []
-        program = Program("megatron_btx.data.corpora.build", ("--output", DATA_STAGE, *to_argv(data.corpora)))
-        settings = dict(data.corpora)
-        settings.pop("workers", None)
-        return [Stage(DATA_STAGE, program, product=CORPORA_FILE, processes=data.workers, settings=settings)]
+        return [plan_data(self.recipe.data)]
 
     def _seed_and_experts(self) -> list[Stage]:
         """The stages of those that are not given."""
@@ -129,13 +140,19 @@ class _Planner:
             names = self.recipe.mix.experts
         models = {}
         for name in names:
-            models[name] = self.seed if name == GENERALIST else self.experts[name]
+            model = self.seed if name == GENERALIST else self.experts[name]
+            models[name] = model.as_given()
         return models
 
     def _mixture(self) -> Model:
         """What finetuning starts from."""
         source = self.recipe.mix.source if self.recipe.mix else None
         return Model.given_or_made(source, MIX_STAGE)
+
+    def _finetuned(self) -> Model:
+        """The finished mixture."""
+        source = self.recipe.finetune.source if self.recipe.finetune else None
+        return Model.given_or_made(source, FINETUNE_STAGE)
 
     def _finetune(self, finetune: Training) -> Stage:
         """The mixture's training. Where the recipe evaluates, it is watched per domain, and its first loss is bound."""
@@ -196,7 +213,7 @@ class _Planner:
         if recipe.mix:
             mixtures[MIX_MODEL] = self._mixture()
         if recipe.finetune:
-            mixtures[BTX_MODEL] = Model.given_or_made(recipe.finetune.source, FINETUNE_STAGE)
+            mixtures[BTX_MODEL] = self._finetuned()
         if mixtures:
             stages.append(plan_evaluation(recipe, f"{EVALUATION_PREFIX}moe", mixtures, how, self.mixture_flags))
         parents = (EVALUATE_EXPERTS_STAGE, *(stage.name for stage in stages))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.pipeline.directory import DATA_STAGE, SPLITS
 from megatron_btx.pipeline.recipe.flags import Flags, FlagValue
 from megatron_btx.pipeline.recipe.refusals import refuse
 
@@ -13,13 +14,10 @@ if TYPE_CHECKING:
     from megatron_btx.pipeline.recipe.written import DataSection, DomainSection, SharesSection, TextSection
 
 QUICKSTART_DOMAINS = ("general", "math", "code", "knowledge")
-SPLITS = ("train", "valid", "test")
 Splits = Mapping[str, tuple[tuple[float, str], ...]]
 """Split -> (weight, absolute prefix) of each dataset."""
 
 
-FOLDER = "data"
-"""The stage that makes data, and its folder in the run."""
 _SEED = 1234
 """Draws which documents go to which split, where the recipe does not say it."""
 
@@ -162,7 +160,7 @@ def _given_splits(section: TextSection | SharesSection) -> dict[str, Any]:
 
 def _made_splits(domain: str, text: Text) -> Splits:
     """The datasets that the run will make of a domain's text."""
-    return {split: ((1.0, f"{FOLDER}/{domain}.{split}"),) for split in (text.shares or text.files)}
+    return {split: ((1.0, f"{DATA_STAGE}/{domain}.{split}"),) for split in (text.shares or text.files)}
 
 
 def _read_splits(place: str, domain: DomainSection) -> Splits:

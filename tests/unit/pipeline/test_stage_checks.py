@@ -34,9 +34,9 @@ def check(parser: ArgumentParser, recipe: str, *changes: str) -> None:
     program_checks.check_stages(parser, asked)
 
 
-@pytest.mark.parametrize("recipe", sorted(file.stem for file in RECIPES.glob("*.yaml")))
+@pytest.mark.parametrize("recipe", sorted({file.stem for file in RECIPES.glob("*.yaml")} - {"four-models"}))
 def test_the_examples_pass(parser, recipe):
-    """Every stage of every example."""
+    """Every stage of every example, but of the one whose models are given: its own test runs it."""
     check(parser, recipe)
     check(parser, recipe, "finetune.megatron.btx-freeze=[experts]", "finetune.megatron.btx-first-loss-bound=5.0")
 
