@@ -1,17 +1,16 @@
-"""``btx``: run recipes and look at runs; the other commands of the project under one name.
+"""``btx``: one door to every command. ``btx NAME`` is a module with a main; recipes and runs are handled here.
 
-Nothing here imports torch or Megatron, and a subcommand's module is imported when it is called, so that help and
-status answer at once.
+Nothing here imports torch or Megatron, and a command's module is imported when it is called, so that help and status
+answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,8 +18,8 @@ from megatron_btx import __version__
 from megatron_btx.ground.errors import InputError, exits_with_one_line
 
 if TYPE_CHECKING:
-    from megatron_btx.pipeline.folder import Action
-    from megatron_btx.pipeline.stage import Stage
+    from megatron_btx.pipeline.directory import PlannedStage
+    from megatron_btx.pipeline.door import ChangedStagesError, PlannedRun
 
 DISPATCHED = {
     "report": ("megatron_btx.report.build", "write and print the report of a run directory"),
@@ -30,7 +29,13 @@ DISPATCHED = {
     "convert-hf": ("megatron_btx.mixing.convert_hf", "move one model between Hugging Face and Megatron"),
 }
 """Commands that other modules implement, with their own --help: name -> module with a main(argv), what it does."""
-PLAN_FILE = "plan.json"
+PROGRAMS = {
+    "train": ("megatron_btx.training.program", "train a model: python -m megatron_btx.pretrain, for torchrun too"),
+    "evaluate": ("megatron_btx.evaluation.program", "loss per domain of models: python -m megatron_btx.evaluate"),
+    "route": ("megatron_btx.evaluation.analyze_routing", "who is routed where: figures, a page, routing.json"),
+    "init-router": ("megatron_btx.evaluation.init_router", "fit a mixture's routers to the experts' domains"),
+}
+"""Programs with Megatron's flags, read from the process's own command line: name -> module with a main(), what."""
 _RUN_DESCRIPTION = """
 Finished stages are skipped, stopped ones go on. A stage is the same as long as what decides its result is the same
 (model, data and their order, budget, optimizer, seeds, parents, numerics): intervals, paths, threads and layout may
@@ -38,6 +43,11 @@ change. Where something that decides has changed, nothing is run and nothing rem
 what changed. Then either --rerun STAGE ..., which keeps the old folder beside the new one as STAGE.YYYYMMDD-HHMMSS, or
 another --output. A --rerun that was stopped or failed goes on with the same command; to begin it once more instead,
 move the stage's folder away.
+"""
+_PLAN_DESCRIPTION = """
+Print the stages of a recipe as a table: what each does and how large it is, with an estimate of the tokens and FLOPs
+of all that is to be trained. Nothing is written, and Megatron is not asked. btx run RECIPE.yaml --dry-run asks it, and
+prints the commands of the stages, too.
 """
 _STATUS_DESCRIPTION = """
 Print how far a run is, from what its stages wrote; it may be at work, and nothing is changed. A stage is waiting,
@@ -48,22 +58,34 @@ goes on from there. Or it is outdated: made with other settings, or from other s
 
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> int:
-    """Call the subcommand that the command line names."""
-    words = sys.argv[1:] if argv is None else argv
+    """Call the command that the command line names."""
+    words = list(argv) if argv is not None else sys.argv[1:]
     if words and words[0] in DISPATCHED:
-        return int(importlib.import_module(DISPATCHED[words[0]][0]).main(words[1:]))
-    arguments = _parser().parse_args(words)
+        module, _ = DISPATCHED[words[0]]
+        return int(importlib.import_module(module).main(words[1:]))
+    if words and words[0] in PROGRAMS:
+        return _call_program(words[0], words[1:])
+    arguments = _make_parser().parse_args(words)
     if arguments.command == "status":
         return status(arguments.run)
     if arguments.recipe is None:
         raise InputError(
-            "no RECIPE.yaml: it stands first, as in btx run RECIPE.yaml --set KEY=VALUE, because --set, "
-            "--only and --rerun take all words behind them"
+            f"no RECIPE.yaml: it stands first, as in btx {arguments.command} RECIPE.yaml --set KEY=VALUE, because "
+            "--set, --only and --rerun take all words behind them"
         )
+    if arguments.command == "plan":
+        return plan(arguments)
     return run(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _call_program(name: str, words: Sequence[str]) -> int:
+    """Call a program that reads the process's own command line, as Megatron does."""
+    module, _ = PROGRAMS[name]
+    sys.argv = [f"btx {name}", *words]
+    return int(importlib.import_module(module).main())
+
+
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="btx",
         description="Branch-Train-MiX on Megatron-core.",
@@ -78,163 +100,175 @@ def _parser() -> argparse.ArgumentParser:
         usage="btx run RECIPE.yaml [--dry-run] [--set KEY=VALUE ...] [--only STAGE ...] [--rerun STAGE ...]\n"
         "               [--output RUN] [--cpu]",
     )
-    run_command.add_argument(
-        "recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help="the recipe, as examples/recipes/quickstart.yaml"
-    )
-    run_command.add_argument("--dry-run", action="store_true", help="print what would be done as a shell script")
-    run_command.add_argument(
-        "--set",
-        dest="changes",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="change settings of the recipe, as random-seed=7 or experts.math.tokens=600_000; a mapping is replaced as "
-        "a whole, null takes a setting out",
-    )
-    run_command.add_argument(
-        "--only",
-        metavar="STAGE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="run these stages, which --dry-run names (default: all)",
-    )
-    run_command.add_argument(
-        "--rerun",
-        metavar="STAGE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="run these stages again whatever is there; the old folders are kept, dated, beside the new ones",
-    )
-    run_command.add_argument("--output", type=Path, metavar="RUN", help="run directory (default: runs/NAME)")
+    _add_recipe_arguments(run_command)
+    run_command.add_argument("--dry-run", action="store_true", help="print the plan and a shell script that does it")
     run_command.add_argument("--cpu", action="store_true", help="use no GPU")
+    plan_command = commands.add_parser(
+        "plan",
+        help="print the stages of a recipe, with their tokens and FLOPs",
+        description=_PLAN_DESCRIPTION,
+        usage="btx plan RECIPE.yaml [--set KEY=VALUE ...] [--only STAGE ...] [--rerun STAGE ...] [--output RUN]",
+    )
+    _add_recipe_arguments(plan_command)
     status_command = commands.add_parser("status", help="print how far a run is", description=_STATUS_DESCRIPTION)
     status_command.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/quickstart")
-    for name, (_, what) in DISPATCHED.items():
+    for name, (_, what) in {**DISPATCHED, **PROGRAMS}.items():
         commands.add_parser(name, help=what)
     return parser
 
 
+def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help="the recipe, as examples/recipes/quickstart.yaml"
+    )
+    _add_list(
+        parser,
+        "--set",
+        "KEY=VALUE",
+        "change settings of the recipe, as random-seed=7 or experts.math.tokens=600_000; a mapping is replaced as "
+        "a whole, null takes a setting out",
+    )
+    _add_list(parser, "--only", "STAGE", "these stages, which btx plan names (default: all)")
+    _add_list(
+        parser,
+        "--rerun",
+        "STAGE",
+        "run these stages again whatever is there; the old folders are kept, dated, beside the new ones",
+    )
+    parser.add_argument("--output", type=Path, metavar="RUN", help="run directory (default: runs/NAME)")
+
+
+def _add_list(parser: argparse.ArgumentParser, flag: str, metavar: str, what: str) -> None:
+    """A flag with one or more values, which may be given several times."""
+    parser.add_argument(flag, metavar=metavar, nargs="+", action="extend", default=[], help=what)
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """``btx plan``: the stages of a recipe as a table."""
+    planned = _plan_run(arguments, use_gpus=True)
+    print(_describe_plan(planned))
+    return 0
+
+
 def run(arguments: argparse.Namespace) -> int:
     """``btx run``: plan the recipe, check it, and run it or print its commands."""
-    import yaml
-
-    from megatron_btx.pipeline.folder import check_chosen, check_run, decide, kept, plan_of
-    from megatron_btx.pipeline.planner import plan_stages
-    from megatron_btx.pipeline.program_checks import check_with_megatron
+    from megatron_btx.pipeline.directory import REPORT_STAGE
+    from megatron_btx.pipeline.door import ChangedStagesError
     from megatron_btx.pipeline.progress import Progress
-    from megatron_btx.pipeline.recipe.flags import MissingFlagError
-    from megatron_btx.pipeline.recipe.reading import load_recipe
-    from megatron_btx.pipeline.runner import Machine, run_stages
+    from megatron_btx.pipeline.scripts import as_comment, shell_script
+
+    planned = _plan_run(arguments, use_gpus=not arguments.cpu)
+    try:
+        planned.check()
+    except ChangedStagesError as error:
+        _refuse_changes(arguments, planned, error)
+    if arguments.dry_run:
+        print(as_comment(_describe_plan(planned)))
+        print(shell_script(planned.chosen_stages(), planned.actions, planned.directory))
+        return 0
+    with Progress(planned.directory, planned.stages) as progress:
+        outcome = planned.execute(progress)
+    if outcome.failure:
+        print(f"error: {outcome.failure}", file=sys.stderr, flush=True)
+    has_report = any(stage.name == REPORT_STAGE for stage in planned.stages)
+    if outcome.status == 0 and has_report and not arguments.only:
+        _print_report(planned.directory)
+    return outcome.status
+
+
+def _plan_run(arguments: argparse.Namespace, use_gpus: bool) -> PlannedRun:
+    """The run that the command line asks for; what was read otherwise than it is written is said."""
+    from megatron_btx.pipeline.door import plan_run
     from megatron_btx.pipeline.stage import one_line
 
-    recipe = load_recipe(arguments.recipe, arguments.changes)
-    try:
-        stages = plan_stages(recipe)
-    except MissingFlagError:
-        # What is missing may be there with a slip in its name, which says more.
-        check_with_megatron(recipe.file, recipe.flag_sections, use_gpus=not arguments.cpu)
-        raise
-    directory = (arguments.output or Path("runs") / recipe.name).resolve()
-    check_run(directory)
-    actions = decide(stages, directory, arguments.rerun)
-    chosen = arguments.only or list(actions)
-    check_chosen(stages, actions, chosen)
-    if unchosen := [name for name in arguments.rerun if name not in chosen]:
-        raise InputError(f"--rerun {unchosen[0]}: not among the stages of --only; add it there")
-    if recipe.notes:
-        print(f"# note: {one_line('; '.join(recipe.notes))}", flush=True)
-    if changed := kept(actions, chosen):
-        _refuse_changes(arguments, directory, changed)
-    due = [stage for stage in stages if stage.on_gpu and actions[stage.name].verb in ("run", "rerun")]
-    if due:
-        check_with_megatron(recipe.file, recipe.flag_sections, due, not arguments.cpu)
-    if arguments.dry_run:
-        print(shell_script([stage for stage in stages if stage.name in chosen], actions, directory))
-        return 0
-    records = {
-        PLAN_FILE: json.dumps(plan_of(stages), indent=1) + "\n",
-        "recipe.yaml": yaml.safe_dump(recipe.tree, sort_keys=False),
-    }
-    with Progress(directory, stages) as progress:
-        code = run_stages(
-            stages, directory, Machine.found(not arguments.cpu), progress, arguments.only, records, arguments.rerun
-        )
-    if code == 0 and (directory / "report" / "log.txt").is_file() and not arguments.only:
-        print((directory / "report" / "log.txt").read_text(encoding="utf-8").rpartition("\n== ")[2].partition("\n")[2])
-    return code
+    planned = plan_run(
+        arguments.recipe,
+        arguments.output,
+        changes=arguments.set,
+        only=arguments.only,
+        rerun=arguments.rerun,
+        use_gpus=use_gpus,
+    )
+    if planned.recipe.notes:
+        print(f"# note: {one_line('; '.join(planned.recipe.notes))}", flush=True)
+    return planned
 
 
-def _refuse_changes(arguments: argparse.Namespace, directory: Path, changed: Mapping[str, str]) -> NoReturn:
+def _describe_plan(planned: PlannedRun) -> str:
+    """The table of a plan, the stages that are finished, and the estimate of the rest."""
+    from megatron_btx.pipeline.plan_table import describe_finished, describe_total, make_plan_table, render
+
+    stages = planned.chosen_stages()
+    lines = [render(make_plan_table(stages, planned.actions, str(planned.directory)))]
+    finished = describe_finished(stages, planned.actions)
+    if finished:
+        lines.append(finished)
+    lines.append(describe_total(stages, planned.actions))
+    return "\n".join(lines)
+
+
+def _refuse_changes(arguments: argparse.Namespace, planned: PlannedRun, error: ChangedStagesError) -> NoReturn:
     """Say what changed in which stage, and the command that would run them again. Always raises InputError."""
     from megatron_btx.pipeline.stage import one_line
 
-    for name, why in changed.items():
+    for name, why in error.changed.items():
         print(f"{name}: {one_line(why)}", file=sys.stderr, flush=True)
-    again = [*arguments.rerun, *(name for name in changed if name not in arguments.rerun)]
-    command = ["btx", "run", str(arguments.recipe), "--output", str(directory)]
-    for flag, words in (("--set", arguments.changes), ("--only", arguments.only), ("--rerun", again)):
-        command += [flag, *words] if words else []
-    command += ["--cpu"] if arguments.cpu else []
+    again = list(dict.fromkeys([*arguments.rerun, *error.changed]))
+    command = ["btx", "run", str(arguments.recipe), "--output", str(planned.directory)]
+    for flag, words in (("--set", arguments.set), ("--only", arguments.only), ("--rerun", again)):
+        if words:
+            command += [flag, *words]
+    if arguments.cpu:
+        command.append("--cpu")
     raise InputError(
-        f"{directory}: what was made otherwise (above: {len(changed)}) is kept, and nothing was run; take "
-        f"another --output, or to run them again beside their old folders: {shlex.join(command)}"
+        f"{planned.directory}: what was made otherwise (above: {len(error.changed)}) is kept, and nothing was run; "
+        f"take another --output, or to run them again beside their old folders: {shlex.join(command)}"
     )
 
 
-def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directory: Path) -> str:
-    """What a run would do, as a script that does the same by hand; stages that would be skipped are comments.
+def _print_report(directory: Path) -> None:
+    """The report of a run that has one, as ``btx report`` prints it."""
+    from megatron_btx.report import build
 
-    A stage's folder gets the manifest that a run would write, so that a run can go on from what the script made.
-    """
-    from megatron_btx.pipeline.folder import dated
-    from megatron_btx.pipeline.identity import identities, manifest_of
-    from megatron_btx.pipeline.stage import command_text, one_line
-
-    known = identities(stages)
-    lines = ["set -euo pipefail", f"mkdir -p {shlex.quote(str(directory))}", f"cd {shlex.quote(str(directory))}"]
-    for stage in stages:
-        action, folder = actions[stage.name], shlex.quote(stage.name)
-        lines += ["", f"# {one_line(stage.name)}: {action.verb} ({one_line(action.why)})"]
-        command = [f"mkdir -p {folder}"]
-        if action.verb == "rerun":
-            command.insert(0, f"mv {folder} {shlex.quote(dated(directory / stage.name).name)}")
-        if action.verb != "resume":
-            manifest = json.dumps(manifest_of(stage, known[stage.name], "started by hand", action.rerun))
-            command.append(f"printf '%s\\n' {shlex.quote(manifest)} > {folder}/manifest.json")
-        command.append(f"OMP_NUM_THREADS={stage.threads} {command_text(stage)}")
-        text = "\n".join(command)
-        lines.append("# " + text.replace("\n", "\n# ") if action.verb == "skip" else text)
-    return "\n".join(lines)
+    build.main([str(directory)])
 
 
 def status(directory: Path) -> int:
     """``btx status``: one table from the manifests and metrics of a run."""
-    from megatron_btx.pipeline.folder import read_plan
-    from megatron_btx.pipeline.progress import print_table, read_row, shown_manifest
-    from megatron_btx.pipeline.runner import is_locked
+    from megatron_btx.pipeline.directory import PLAN_FILE, read_plan
+    from megatron_btx.pipeline.rows import make_progress_table, print_table, read_row
+
+    file = directory / PLAN_FILE
+    if not file.is_file():
+        raise InputError(f"{directory}: no {PLAN_FILE} in it; expected a run directory that btx run made")
+    planned = read_plan(directory)
+    if planned is None:
+        raise InputError(f"{file}: not the plan of a run; btx run with the same recipe and --output writes it again")
+    states = _read_states(directory, planned)
+    rows = []
+    for entry in planned:
+        rows.append(read_row(directory / entry.stage, entry.stage, states[entry.stage], entry.steps, entry.tokens))
+    print_table(make_progress_table(rows, str(directory)))
+    return 0
+
+
+def _read_states(directory: Path, planned: Sequence[PlannedStage]) -> dict[str, str]:
+    """Stage -> how far it is, in a word."""
+    from megatron_btx.pipeline.lock import is_locked
+    from megatron_btx.pipeline.rows import read_shown_manifest
     from megatron_btx.report.stages import left_out
 
-    plan = directory / PLAN_FILE
-    if not plan.is_file():
-        raise InputError(f"{directory}: no {PLAN_FILE} in it; expected a run directory that btx run made")
-    entries = read_plan(plan)
-    if entries is None:
-        raise InputError(f"{plan}: not the plan of a run; btx run with the same recipe and --output writes it again")
     at_work = is_locked(directory)
-    manifests = {entry["stage"]: shown_manifest(directory / entry["stage"]) for entry in entries}
-    outdated = left_out(directory, manifests)
-    rows = []
-    for entry in entries:
-        stage = directory / entry["stage"]
-        state = str(manifests[entry["stage"]].get("status", "waiting"))
-        state = "interrupted" if state == "running" and not at_work else state
-        state = "outdated" if entry["stage"] in outdated else state
-        rows.append(read_row(stage, entry["stage"], state, entry.get("steps"), entry.get("tokens")))
-    print_table(rows, str(directory))
-    return 0
+    manifests = {entry.stage: read_shown_manifest(directory / entry.stage) for entry in planned}
+    outdated = left_out(directory, {name: manifest.identity() for name, manifest in manifests.items()})
+    states = {}
+    for name, manifest in manifests.items():
+        states[name] = manifest.status or "waiting"
+        if manifest.status == "running" and not at_work:
+            states[name] = "interrupted"
+        if name in outdated:
+            states[name] = "outdated"
+    return states
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -149,6 +149,13 @@ class StageManifest(_Record):
     def is_finished(self) -> bool:
         """Whether the stage came to its end."""
         return self.status == "finished"
+
+    def identity(self) -> dict[str, Any]:
+        """What says which stage it is: its fingerprint and its parents', or their names where it has none."""
+        parents: dict[str, str | None] | list[str] = self.parents
+        if None in self.parents.values():
+            parents = list(self.parents)
+        return {"fingerprint": self.fingerprint, "parents": parents}
 
     @property
     def rerun_number(self) -> int:
@@ -389,8 +396,3 @@ def check_run(run: Path) -> None:
     for path in (run / PLAN_FILE, run / RECIPE_FILE):
         if os.path.lexists(path):
             raise InputError(f"{path}: not written by btx run, which would replace it; give another --output")
-
-
-def plan_text(entries: Sequence[Mapping[str, Any]]) -> str:
-    """The text of plan.json."""
-    return json.dumps(list(entries), indent=1) + "\n"

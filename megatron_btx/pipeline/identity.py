@@ -10,11 +10,13 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.checkpoint.iterations import TRACKER
+from megatron_btx.pipeline.directory import LARGEST_COUNT, StageManifest
 from megatron_btx.pipeline.recipe.flags import LAYOUT_FLAGS, Flags
 from megatron_btx.pipeline.stage import Stage
 
@@ -84,44 +86,61 @@ class Identity:
 
 def deciding(flags: Flags) -> dict[str, Any]:
     """Those of ``flags`` that decide what is computed."""
-    left_out = NOT_DECIDING if flags.get("num-experts") else NOT_DECIDING | _DENSE_NOT_DECIDING
-    return {
-        name: sorted(map(str, value)) if name in _UNORDERED and isinstance(value, tuple) else value
-        for name, value in flags.items()
-        if name not in left_out
-    }
+    left_out = NOT_DECIDING
+    if not flags.get("num-experts"):
+        left_out |= _DENSE_NOT_DECIDING
+    settings: dict[str, Any] = {}
+    for name, value in flags.items():
+        if name in left_out:
+            continue
+        settings[name] = value
+        if name in _UNORDERED and isinstance(value, tuple):
+            settings[name] = sorted(map(str, value))
+    return settings
 
 
 def identities(stages: Iterable[Stage]) -> dict[str, Identity]:
     """The identity of each stage; ``stages`` in an order in which parents come first."""
     known: dict[str, Identity] = {}
     for stage in stages:
-        settings = {name: _plain(value) for name, value in sorted(stage.deciding_settings().items())}
+        settings: dict[str, Any] = {}
+        for name, value in sorted(stage.deciding_settings().items()):
+            settings[name] = _plain(value)
         parents = {parent: known[parent].fingerprint for parent in stage.parents}
         content = json.dumps({"settings": settings, "parents": parents}, sort_keys=True)
         known[stage.name] = Identity(settings, parents, hashlib.sha256(content.encode()).hexdigest())
     return known
 
 
-def differences(manifest: Mapping[str, Any], now: Identity) -> str:
+def differences(manifest: StageManifest, now: Identity) -> str:
     """What differs between the stage that ``manifest`` describes and the one planned now; empty for nothing."""
-    if manifest.get("fingerprint") == now.fingerprint:
+    if manifest.fingerprint == now.fingerprint:
         return ""
-    earlier = manifest.get("settings")
-    if not isinstance(earlier, dict):
+    if manifest.settings is None:
         return "its manifest states no settings (an earlier version made it), so that they cannot be compared"
-    names = [
-        name for name in {**earlier, **now.settings} if earlier.get(name, _Absent) != now.settings.get(name, _Absent)
-    ]
-    shown = [_change(name, earlier, now.settings) for name in names[:_SETTINGS_SHOWN]]
-    if len(names) > _SETTINGS_SHOWN:
-        shown.append(f"and {len(names) - _SETTINGS_SHOWN} more settings")
-    parents = manifest.get("parents") or {}
-    changed = [name for name, fingerprint in now.parents.items() if parents.get(name) != fingerprint]
-    changed += [name for name in parents if name not in now.parents]
-    if changed:
-        shown.append(f"made from another {', '.join(changed)}")
+    shown = _list_changes(manifest.settings, now.settings)
+    parents = _list_other_parents(manifest.parents, now.parents)
+    if parents:
+        shown.append(f"made from another {', '.join(parents)}")
     return "; ".join(shown) or "the order of its parents"
+
+
+def _list_changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The first settings that differ, and how many more do."""
+    changed = []
+    for name in {**earlier, **now}:
+        if earlier.get(name, _Absent) != now.get(name, _Absent):
+            changed.append(name)
+    shown = [_change(name, earlier, now) for name in changed[:_SETTINGS_SHOWN]]
+    if len(changed) > _SETTINGS_SHOWN:
+        shown.append(f"and {len(changed) - _SETTINGS_SHOWN} more settings")
+    return shown
+
+
+def _list_other_parents(earlier: Mapping[str, str | None], now: Mapping[str, str]) -> list[str]:
+    """Parents of other content than now, then those that are none now."""
+    changed = [name for name, fingerprint in now.items() if earlier.get(name) != fingerprint]
+    return changed + [name for name in earlier if name not in now]
 
 
 def manifest_of(stage: Stage, identity: Identity, status: str, rerun: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -151,16 +170,28 @@ class _Absent:
 def _change(name: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = earlier.get(name, _Absent), now.get(name, _Absent)
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        number = next(number for number, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
-        return f"{name}: value {number + 1} of {len(new)}: {_shown(old[number])} -> {_shown(new[number])}"
+        position = _first_difference(old, new)
+        return f"{name}: value {position + 1} of {len(new)}: {_shown(old[position])} -> {_shown(new[position])}"
     return f"{name}: {_shown(old)} -> {_shown(new)}"
+
+
+def _first_difference(old: Sequence[Any], new: Sequence[Any]) -> int:
+    """The position of the first value that differs between two unequal lists of one length."""
+    position = 0
+    while old[position] == new[position]:
+        position += 1
+    return position
 
 
 def _shown(value: Any) -> str:
     if value is _Absent:
         return "not given"
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= _SHOWN_AT_MOST else f"{text[:_SHOWN_AT_MOST]} ..."
+    text = str(value)
+    if isinstance(value, list):
+        text = " ".join(map(str, value))
+    if len(text) > _SHOWN_AT_MOST:
+        return f"{text[:_SHOWN_AT_MOST]} ..."
+    return text
 
 
 def _plain(value: Any) -> Any:
@@ -181,7 +212,11 @@ def _number(value: int | float | str) -> int | float | str:
         return value
     if not math.isfinite(number):
         return str(number)
-    return int(number) if number.is_integer() and abs(number) < 2**53 else number if abs(number) < 2**53 else str(value)
+    if abs(number) >= LARGEST_COUNT:
+        return str(value)
+    if number.is_integer():
+        return int(number)
+    return number
 
 
 def content_of(path: Path) -> str:
@@ -203,15 +238,29 @@ def content_of(path: Path) -> str:
 def _files_at(path: Path) -> list[tuple[str, Path]]:
     """(name that does not depend on where they lie, file) of the files that ``path`` stands for."""
     if not path.is_dir():
-        named = [(suffix, Path(f"{path}{suffix}")) for suffix in ("", ".bin", ".idx")]
-        return [(suffix, file) for suffix, file in named if file.is_file()]
-    found = sorted(file for file in path.rglob("*") if file.is_file())
-    tracker = path / "latest_checkpointed_iteration.txt"
+        return _files_of_prefix(path)
+    folder = path
+    tracker = path / TRACKER
     if tracker.is_file():
         latest = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        folder = path / (f"iter_{int(latest):07d}" if latest.isdecimal() else latest)
-        found = [file for file in found if folder in file.parents]
-    return [(str(file.relative_to(path)), file) for file in found]
+        if latest.isdecimal():
+            latest = f"iter_{int(latest):07d}"
+        folder = path / latest
+    found = []
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and folder in file.parents:
+            found.append((str(file.relative_to(path)), file))
+    return found
+
+
+def _files_of_prefix(prefix: Path) -> list[tuple[str, Path]]:
+    """A file, or the dataset of a prefix."""
+    found = []
+    for suffix in ("", ".bin", ".idx"):
+        file = Path(f"{prefix}{suffix}")
+        if file.is_file():
+            found.append((suffix, file))
+    return found
 
 
 @functools.lru_cache(maxsize=100_000)

@@ -8,107 +8,47 @@ is removed (:mod:`megatron_btx.pipeline.folder`), and whatever ends the runner, 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_btx.ground import manifest as manifests
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.files import write_atomically
 from megatron_btx.pipeline import processes
+from megatron_btx.pipeline.decisions import RERUN, SKIP, Action, check_chosen, decide, list_kept
+from megatron_btx.pipeline.directory import (
+    LOG_FILE,
+    SCRIPT_FILE,
+    TRACKER_FILE,
+    StageManifest,
+    check_run,
+    read_stage_manifest,
+)
 from megatron_btx.pipeline.failure import failure_message, killed_by
-from megatron_btx.pipeline.folder import Action, check_chosen, check_run, decide, kept, prepare
+from megatron_btx.pipeline.folder import prepare_folder
 from megatron_btx.pipeline.identity import identities, manifest_of
+from megatron_btx.pipeline.lock import lock_run
+from megatron_btx.pipeline.machine import Machine
+from megatron_btx.pipeline.progress import Reporter
 from megatron_btx.pipeline.stage import Stage
 
 POLL_SECONDS = 0.2
 MANIFEST_SECONDS = 15.0
 """Between two writings of a running stage's seconds, which a SIGKILL would lose."""
-_TRACKER = "latest_checkpointed_iteration.txt"
-
-
-class Reporter(Protocol):
-    """Who is told what happens; see :class:`megatron_btx.pipeline.progress.Progress`."""
-
-    def set(self, stage: str, state: str, why: str = "") -> None: ...
-    def update(self) -> None: ...
-
-
-class Machine:
-    """The GPUs, or where there are none the cores, that stages take while they run."""
-
-    def __init__(self, gpus: Sequence[str], cores: int) -> None:
-        self.gpus = tuple(gpus)
-        self.free = list(gpus) if gpus else [str(core) for core in range(cores)]
-        self.size = len(self.free)
-
-    @staticmethod
-    def found(use_gpus: bool = True) -> Machine:
-        """This machine: what CUDA_VISIBLE_DEVICES or else nvidia-smi lists, and the cores this process may use."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus: list[str] = []
-        if use_gpus and visible is not None:
-            gpus = [device for device in visible.split(",") if device.strip() not in ("", "-1")]
-        elif use_gpus and shutil.which("nvidia-smi"):
-            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-            gpus = [str(number) for number, _ in enumerate(re.findall(r"^GPU \d+", listed.stdout, re.MULTILINE))]
-        return Machine(gpus, len(os.sched_getaffinity(0)))
-
-    def needs(self, stage: Stage) -> int:
-        """Slots that ``stage`` takes. Where there are GPUs, a stage that uses none takes none."""
-        if self.gpus:
-            return stage.processes if stage.on_gpu else 0
-        return min(stage.processes * stage.threads, self.size)
-
-    def check(self, stages: Sequence[Stage]) -> None:
-        """Refuse stages that have more processes than this machine has GPUs."""
-        for stage in stages:
-            if self.needs(stage) > self.size:
-                raise InputError(
-                    f"stage {stage.name}: {stage.processes} processes need as many GPUs, found {self.size}; "
-                    "change its layout in the recipe, or run on the CPU with --cpu"
-                )
-
-    def environment(self, taken: Sequence[str]) -> dict[str, str]:
-        """What tells a stage's processes their GPUs."""
-        return {"CUDA_VISIBLE_DEVICES": ",".join(taken) if self.gpus else ""}
-
-
-@contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold the run directory for this process. Raises InputError when another one does."""
-    with (run / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{run}: another btx run is at work here; wait for it, or give another --output") from None
-        yield
-
-
-def is_locked(run: Path) -> bool:
-    """Whether a runner is at work in ``run``; writes nothing, because a run may be looked at that is not ours."""
-    if not (run / ".lock").is_file():  # opening a pipe would wait forever
-        return False
-    try:
-        with (run / ".lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    return False
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Runner:
-    """Runs the stages of one run directory; see :func:`run_stages`."""
+    """Runs the stages of one run directory; see :func:`execute_stages`."""
 
     def __init__(self, stages: Sequence[Stage], run: Path, machine: Machine, reporter: Reporter) -> None:
         self.stages = {stage.name: stage for stage in stages}
@@ -117,30 +57,51 @@ class Runner:
         self.session = f"{processes.mark_of(run)}{uuid.uuid4().hex}"
         self.running: dict[str, _Running] = {}
         self.signal: int | None = None
+        self.failure = ""
 
     def execute(self, actions: Mapping[str, Action], chosen: Sequence[str]) -> int:
         """Run the ``chosen`` stages; 0, or the exit status after a failure or a signal."""
-        waiting = [name for name in self._by_urgency() if name in chosen and actions[name].verb != "skip"]
-        for name in self.stages:
-            if actions[name].verb == "skip" or name not in chosen:
-                self.reporter.set(name, "skipped", actions[name].why if name in chosen else "not in --only")
+        waiting = self._list_due(actions, chosen)
         try:
             while waiting or self.running:
                 if self.signal is not None:
                     return 128 + self.signal
-                for name in [name for name in waiting if self._can_start(self.stages[name], waiting)]:
-                    if self.machine.needs(self.stages[name]) <= len(self.machine.free):
-                        waiting.remove(name)
-                        self._start(self.stages[name], actions[name])
-                for name in [name for name, running in self.running.items() if running.process.poll() is not None]:
-                    if status := self._finish(name):
-                        return status
+                self._start_ready(waiting, actions)
+                status = self._finish_ended()
+                if status:
+                    return status
                 self._keep_time()
                 self.reporter.update()
                 time.sleep(POLL_SECONDS)
             return 0
         finally:
             self._stop_all()
+
+    def _list_due(self, actions: Mapping[str, Action], chosen: Sequence[str]) -> list[str]:
+        """The stages that have something to do, the most urgent first; the others are reported as skipped."""
+        for name in self.stages:
+            if name not in chosen:
+                self.reporter.set(name, "skipped", "not in --only")
+            elif actions[name].verb == SKIP:
+                self.reporter.set(name, "skipped", actions[name].why)
+        return [name for name in self._by_urgency() if name in chosen and actions[name].verb != SKIP]
+
+    def _start_ready(self, waiting: list[str], actions: Mapping[str, Action]) -> None:
+        """Start what waits for nothing and has room, and take it out of ``waiting``."""
+        ready = [name for name in waiting if self._can_start(self.stages[name], waiting)]
+        for name in ready:
+            if self.machine.needs(self.stages[name]) <= len(self.machine.free):
+                waiting.remove(name)
+                self._start(self.stages[name], actions[name])
+
+    def _finish_ended(self) -> int:
+        """Take in the stages that have ended; 0, or the runner's exit status after one that failed."""
+        for name in list(self.running):
+            if self.running[name].process.poll() is not None:
+                status = self._finish(name)
+                if status:
+                    return status
+        return 0
 
     def on_signal(self, number: int, _: object) -> None:
         """Note a signal; the loop ends at its next turn, and the children with it."""
@@ -159,23 +120,16 @@ class Runner:
 
     def _start(self, stage: Stage, action: Action) -> None:
         directory = self.run / stage.name
-        on_gpu = bool(self.machine.gpus) and stage.on_gpu
-        earlier = manifests.read_manifest(directory) if action.verb != "rerun" else None
-        manifest = manifest_of(stage, self.identities[stage.name], "running", action.rerun) | {
-            "versions": manifests.versions(),
-            "device": "gpu" if on_gpu else "cpu",
-            "starts": (earlier or {}).get("starts", 0) + 1,
-            "seconds": (earlier or {}).get("seconds", 0.0),
-        }
-        prepare(stage, directory, action, manifest)
-        taken = [self.machine.free.pop(0) for _ in range(self.machine.needs(stage))]
+        manifest = self._begin_manifest(stage, action)
+        prepare_folder(stage, directory, action, manifest)
+        taken = self.machine.take(stage)
         mark = {processes.MARK_VARIABLE: f"{self.session}:{stage.name}:"}
-        with (directory / "log.txt").open("ab") as log:
-            log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {action.verb}: bash command.sh\n".encode())
+        with (directory / LOG_FILE).open("ab") as log:
+            log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {action.verb}: bash {SCRIPT_FILE}\n".encode())
             log.flush()
             offset = log.tell()  # before the start: the stage shares our file's position and moves it
             process = subprocess.Popen(
-                ["bash", "command.sh"],
+                ["bash", SCRIPT_FILE],
                 cwd=directory,
                 env={**os.environ, **self.machine.environment(taken), **mark},
                 stdin=subprocess.DEVNULL,
@@ -183,25 +137,42 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            self.running[stage.name] = _Running(process, manifest, taken, offset, manifest["seconds"])
+        self.running[stage.name] = _Running(process, manifest, taken, offset, manifest["seconds"])
         self.reporter.set(stage.name, "running", f"{action.verb}: {action.why}")
+
+    def _begin_manifest(self, stage: Stage, action: Action) -> dict[str, Any]:
+        """The manifest of a stage that starts now. Starts and seconds go on from those of earlier starts."""
+        earlier = StageManifest()
+        if action.verb != RERUN:
+            earlier = read_stage_manifest(self.run / stage.name) or earlier
+        device = "cpu"
+        if self.machine.gpus and stage.on_gpu:
+            device = "gpu"
+        return manifest_of(stage, self.identities[stage.name], "running", action.rerun) | {
+            "versions": manifests.versions(),
+            "device": device,
+            "starts": (earlier.starts or 0) + 1,
+            "seconds": earlier.seconds or 0.0,
+        }
 
     def _finish(self, name: str) -> int:
         """Take in an ended stage; 0 when it did its work, else the runner's exit status."""
         stage, running = self.stages[name], self.running[name]
         code = running.process.returncode
-        problem = f"ended with status {code}" if code else _unfinished(stage, self.run / name)
-        self._close(name, "failed" if problem else "finished")
+        problem = _find_problem(stage, self.run / name, code)
         if not problem:
+            self._close(name, "finished")
             return 0
-        log = self.run / name / "log.txt"
+        self._close(name, "failed")
+        log = self.run / name / LOG_FILE
         with log.open("rb") as stream:
             stream.seek(running.log_offset)
             text = stream.read().decode("utf-8", "replace")
-        if killed := killed_by(text, code):
+        killed = killed_by(text, code)
+        if killed:
             problem = f"failed: {killed}"
         message, status = failure_message(text, code)
-        print(f"error: stage {name} {problem}; its log: {log}\n{message}", file=sys.stderr, flush=True)
+        self.failure = f"stage {name} {problem}; its log: {log}\n{message}"
         return status
 
     def _close(self, name: str, status: str) -> None:
@@ -211,7 +182,7 @@ class Runner:
         running.process.wait()
         running.manifest |= {"status": status, "seconds": running.total_seconds(), "exit": running.process.returncode}
         del self.running[name]
-        self.machine.free[:0] = running.taken
+        self.machine.give_back(running.taken)
         with contextlib.suppress(FileNotFoundError):  # somebody removed the run under us: nothing to note, still stop
             manifests.write_manifest(self.run / name, running.manifest)
         self.reporter.set(name, status, f"{running.manifest['seconds']:.0f} s")
@@ -247,15 +218,84 @@ class _Running:
         return round(self.earlier_seconds + time.monotonic() - self.started, 3)
 
 
-def _unfinished(stage: Stage, directory: Path) -> str:
-    """Why a stage that ended with status 0 is not finished; empty when it is."""
-    if not (directory / stage.product).exists():
+def _find_problem(stage: Stage, directory: Path, code: int) -> str:
+    """Why a stage that ended with status ``code`` is not finished; empty when it is."""
+    if code:
+        return f"ended with status {code}"
+    product = directory / stage.product
+    if not product.exists():
         return f"ended without its product {stage.product}"
-    if stage.iterations is not None and stage.product.endswith(_TRACKER):
-        reached = (directory / stage.product).read_text(encoding="utf-8").strip()
+    if stage.iterations is not None and stage.product == TRACKER_FILE:
+        reached = product.read_text(encoding="utf-8").strip()
         if reached != str(stage.iterations):
             return f"ended at iteration {reached} of {stage.iterations}"
     return ""
+
+
+@contextlib.contextmanager
+def _guard(runner: Runner) -> Iterator[None]:
+    """A process that ends the run's processes however this one ends, and the signals that stop a run in between."""
+    command = [sys.executable, "-P", processes.__file__, f"{runner.session}:"]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+        for number in _SIGNALS:
+            before[number] = signal.signal(number, runner.on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        guard.communicate()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    status: int
+    """0; 1 or 2 when a stage failed (2: on bad input); 128 + n when signal n (SIGINT, SIGTERM, SIGHUP) stopped it."""
+    failure: str = ""
+    """Which stage failed, why, and the end of its log."""
+
+
+def execute_stages(
+    stages: Sequence[Stage],
+    run: Path,
+    machine: Machine,
+    reporter: Reporter,
+    only: Sequence[str] = (),
+    records: Mapping[str, str] | None = None,
+    rerun: Sequence[str] = (),
+) -> Outcome:
+    """Run ``stages`` (parents first) in the directory ``run``; ``only`` some of them when given.
+
+    Args:
+        records: name -> text of files that are written into ``run`` first.
+        rerun: stages that run again whatever is there, once; their old folders stay beside them, dated.
+
+    Raises:
+        InputError: the run directory is in use or not ours, a stage needs GPUs that are not there, the parents of
+            ``only`` are not finished, or a stage would have to be kept (see :class:`Action`).
+    """
+    run = run.resolve()
+    check_run(run)
+    run.mkdir(parents=True, exist_ok=True)
+    with lock_run(run):
+        processes.end_marked(processes.mark_of(run))  # of an earlier run whose guard was killed as well
+        actions = decide(stages, run, rerun)
+        chosen = list(only) or [stage.name for stage in stages]
+        check_chosen(stages, actions, chosen)
+        changed = list_kept(actions, chosen)
+        if changed:
+            raise InputError(f"{run}: made otherwise: {changed}; run these stages again by name, or in another folder")
+        machine.check([stage for stage in stages if stage.name in chosen and actions[stage.name].verb != SKIP])
+        for name, text in (records or {}).items():
+            write_atomically(run / name, text)
+        runner = Runner(stages, run, machine, reporter)
+        with _guard(runner):
+            status = runner.execute(actions, chosen)
+        return Outcome(status, runner.failure)
 
 
 def run_stages(
@@ -267,43 +307,8 @@ def run_stages(
     records: Mapping[str, str] | None = None,
     rerun: Sequence[str] = (),
 ) -> int:
-    """Run ``stages`` (parents first) in the directory ``run``; ``only`` some of them when given.
-
-    Args:
-        records: name -> text of files that are written into ``run`` first.
-        rerun: stages that run again whatever is there, once; their old folders stay beside them, dated.
-
-    Returns:
-        0; 1 or 2 when a stage failed (2: on bad input); 128 + n when signal n (SIGINT, SIGTERM, SIGHUP) stopped it.
-
-    Raises:
-        InputError: the run directory is in use or not ours, a stage needs GPUs that are not there, the parents of
-            ``only`` are not finished, or a stage would have to be kept (see :class:`Action`).
-    """
-    run = run.resolve()
-    check_run(run)
-    run.mkdir(parents=True, exist_ok=True)
-    with locked(run):
-        processes.end_marked(processes.mark_of(run))  # of an earlier run whose guard was killed as well
-        actions = decide(stages, run, rerun)
-        chosen = list(only) or [stage.name for stage in stages]
-        check_chosen(stages, actions, chosen)
-        if changed := kept(actions, chosen):
-            raise InputError(f"{run}: made otherwise: {changed}; run these stages again by name, or in another folder")
-        machine.check([stage for stage in stages if stage.name in chosen and actions[stage.name].verb != "skip"])
-        for name, text in (records or {}).items():
-            write_atomically(run / name, text)
-        runner = Runner(stages, run, machine, reporter)
-        guard = subprocess.Popen(
-            [sys.executable, "-P", processes.__file__, f"{runner.session}:"],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
-        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, runner.on_signal) for number in handled}
-        try:
-            return runner.execute(actions, chosen)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            guard.communicate()
+    """As :func:`execute_stages`; a failure is printed, and the exit status returned."""
+    outcome = execute_stages(stages, run, machine, reporter, only, records, rerun)
+    if outcome.failure:
+        print(f"error: {outcome.failure}", file=sys.stderr, flush=True)
+    return outcome.status

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-from megatron_btx.pipeline.folder import is_set_aside
+from megatron_btx.pipeline.directory import is_set_aside
 from megatron_btx.pipeline.recipe.flags import DERIVED_FLAGS, LAYOUT_FLAGS, FlagValue
 from megatron_btx.pipeline.recipe.given import find_model
 from megatron_btx.pipeline.recipe.refusals import RefusedKeyError

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_btx import cli
-from megatron_btx.pipeline import program_checks, runner
-from megatron_btx.pipeline.folder import decide
+from megatron_btx.pipeline import door, runner
+from megatron_btx.pipeline.decisions import decide
+from megatron_btx.pipeline.machine import Machine
 from megatron_btx.pipeline.planner import plan_stages
 from megatron_btx.pipeline.recipe.reading import load_recipe
 from megatron_btx.pipeline.stage import Stage
@@ -50,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "POLL_SECONDS", 0.01)
         patch.setattr(runner.manifests, "versions", dict)
-        assert runner.run_stages(stages, run, runner.Machine((), 16), Silent()) == 0
+        assert runner.run_stages(stages, run, Machine((), 16), Silent()) == 0
     return run
 
 
@@ -139,7 +140,7 @@ def test_the_command_that_is_proposed_is_one_that_goes_on(
     finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It names every stage; its dry run sets each old folder aside and removes none."""
-    monkeypatch.setattr(program_checks, "check_with_megatron", lambda *_: None)
+    monkeypatch.setattr(door, "check_with_megatron", lambda *_: None)
     assert cli.main(["run", str(RECIPE), "--output", str(finished), "--set", *PICO, "evaluate.tokens=2_048"]) == 2
     again = re.search(r"btx (run .*)", capfd.readouterr().err)
     assert again
@@ -179,7 +180,7 @@ def test_what_lies_outside_counts_by_its_content_alone(given: Callable[..., list
     run = tmp_path / "run"
     stages = given("here")
     assert [stage.name for stage in stages] == ["expert-math"]
-    assert runner.run_stages([standing_in(stage) for stage in stages], run, runner.Machine((), 1), Silent()) == 0
+    assert runner.run_stages([standing_in(stage) for stage in stages], run, Machine((), 1), Silent()) == 0
     (tmp_path / "here").rename(tmp_path / "there")
     (tmp_path / "there" / "seed" / "iter_0000001").rmdir()
     assert decide(given("there"), run)["expert-math"].verb == "skip"

@@ -18,12 +18,15 @@ from megatron_btx import cli
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline import program_checks
 from megatron_btx.pipeline.budgets import padded_vocabulary, token_weighted, training_flops, training_steps
-from megatron_btx.pipeline.folder import Action, plan_of
+from megatron_btx.pipeline.decisions import Action
+from megatron_btx.pipeline.directory import PLAN_FILE
+from megatron_btx.pipeline.door import list_planned
 from megatron_btx.pipeline.identity import identities
 from megatron_btx.pipeline.planner import plan_stages
 from megatron_btx.pipeline.recipe.reading import load_recipe, parse_recipe
 from megatron_btx.pipeline.recipe.schema import Layout, Recipe, Training
 from megatron_btx.pipeline.recipe.yaml_tree import load_tree
+from megatron_btx.pipeline.scripts import shell_script
 from megatron_btx.pipeline.stage import Stage, command_script
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "recipes" / "quickstart.yaml"
@@ -551,7 +554,7 @@ def test_the_dry_run_is_a_script_that_does_what_the_run_does(tmp_path: Path) -> 
         Stage("b", ("bash", "-c", "tr 1 3 < a/out > b/out"), ("a",), product="out"),
     ]
     actions = cli_actions(made, tmp_path / "by hand")
-    script = cli.shell_script(made, actions, tmp_path / "by hand")
+    script = shell_script(made, actions, tmp_path / "by hand")
     subprocess.run(["bash", "-c", script], check=True)
     assert (tmp_path / "by hand" / "b" / "out").read_text() == "3 2"
     for stage in made:
@@ -560,13 +563,13 @@ def test_the_dry_run_is_a_script_that_does_what_the_run_does(tmp_path: Path) -> 
 
 
 def cli_actions(made: list[Stage], directory: Path) -> Any:
-    from megatron_btx.pipeline.folder import decide
+    from megatron_btx.pipeline.decisions import decide
 
     return decide(made, directory)
 
 
 def test_help_and_status_import_neither_torch_nor_megatron(tmp_path: Path) -> None:
-    (tmp_path / cli.PLAN_FILE).write_text('[{"stage": "seed", "steps": 10, "tokens": 100}]')
+    (tmp_path / PLAN_FILE).write_text('[{"stage": "seed", "steps": 10, "tokens": 100}]')
     (tmp_path / "seed").mkdir()
     (tmp_path / "seed" / "manifest.json").write_text('{"status": "running", "seconds": 65.0}')
     steps = [
@@ -695,16 +698,16 @@ def test_scripts_run_the_stages_and_nothing_else(tmp_path: Path) -> None:
     name = "a\ntouch here; $(touch here) 'x"
     stage = Stage(name, ("bash", "-c", 'printf %s "$0" > out', name), product="out")
     run = tmp_path / "r u'n"
-    script = cli.shell_script([stage], {name: Action("run", "why\ntouch here")}, run)
+    script = shell_script([stage], {name: Action("run", "why\ntouch here")}, run)
     subprocess.run(["bash", "-c", script], check=True, cwd=tmp_path)
     assert (run / "out").read_text() == name
     (run / name / "command.sh").write_text(command_script(stage))
     subprocess.run(["bash", str(run / name / "command.sh")], check=True, cwd=tmp_path)
     assert not list(tmp_path.rglob("here"))
-    rerun = cli.shell_script([stage], {name: Action("rerun", "")}, run)
+    rerun = shell_script([stage], {name: Action("rerun", "")}, run)
     subprocess.run(["bash", "-c", rerun], check=True, cwd=tmp_path)
     assert len([path for path in run.iterdir() if path.is_dir()]) == 2
-    skipped = cli.shell_script([stage], {name: Action("skip", "")}, run)
+    skipped = shell_script([stage], {name: Action("skip", "")}, run)
     subprocess.run(["bash", "-c", skipped], check=True, cwd=tmp_path)
     assert not list(tmp_path.rglob("here"))
 
@@ -712,7 +715,7 @@ def test_scripts_run_the_stages_and_nothing_else(tmp_path: Path) -> None:
 def test_a_run_goes_on_from_what_the_printed_script_began(tmp_path: Path) -> None:
     script = "test -e a/checkpoint && touch a/out; touch a/checkpoint"
     stage = Stage("a", ("bash", "-c", script), product="out", resumable=True)
-    subprocess.run(["bash", "-c", cli.shell_script([stage], cli_actions([stage], tmp_path), tmp_path)], check=True)
+    subprocess.run(["bash", "-c", shell_script([stage], cli_actions([stage], tmp_path), tmp_path)], check=True)
     assert cli_actions([stage], tmp_path)["a"].verb == "resume"
     changed = Stage("a", ("bash", "-c", f"{script} "), product="out", resumable=True)
     assert cli_actions([changed], tmp_path)["a"].verb == "keep"
@@ -722,7 +725,7 @@ def test_status_of_a_run_that_may_only_be_read_and_of_wide_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A line of metrics longer than what is read at first; seconds that are no number; nothing is written."""
-    (tmp_path / cli.PLAN_FILE).write_text('[{"stage": "seed", "steps": 10, "tokens": 100}, {"stage": "mix"}]')
+    (tmp_path / PLAN_FILE).write_text('[{"stage": "seed", "steps": 10, "tokens": 100}, {"stage": "mix"}]')
     (tmp_path / "seed").mkdir()
     (tmp_path / "seed" / "manifest.json").write_text('{"status": "finished", "seconds": NaN}')
     wide = "x" * 50_000
@@ -733,13 +736,13 @@ def test_status_of_a_run_that_may_only_be_read_and_of_wide_lines(
     tmp_path.chmod(0o755)
     row = next(line for line in capsys.readouterr().out.splitlines() if "seed" in line and "finished" in line)
     assert row.replace("│", " ").split() == ["seed", "finished", "40/10", "1.000", "5", "?"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [cli.PLAN_FILE, "seed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [PLAN_FILE, "seed"]
 
 
 def test_status_in_a_pipe_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """There is no terminal whose width it would have to fit."""
     name = "expert-" + "long" * 30
-    (tmp_path / cli.PLAN_FILE).write_text(json.dumps([{"stage": name, "steps": 10, "tokens": 100}]))
+    (tmp_path / PLAN_FILE).write_text(json.dumps([{"stage": name, "steps": 10, "tokens": 100}]))
     assert cli.main(["status", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert name in printed and "waiting" in printed and "time left" in printed and str(tmp_path) in printed
@@ -749,7 +752,7 @@ def test_a_plan_has_the_fingerprints_that_the_manifests_get() -> None:
     """By them a report knows what is of the recipe; a stage that only shows others has none to compare."""
     planned = stages()
     known = identities(planned.values())
-    for entry in plan_of(list(planned.values())):
+    for entry in list_planned(list(planned.values())):
         expected = None if entry["stage"] == "report" else known[entry["stage"]].fingerprint
         assert entry["fingerprint"] == expected and entry["steps"] == planned[entry["stage"]].iterations
 
@@ -759,7 +762,7 @@ HUGE = f'[{{"stage": "a", "steps": 1, "tokens": 1{"0" * 400}}}]'
 
 def test_status_of_a_broken_plan_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("[", "{}", "[1]", '[{"stage": 1}]', '[{"stage": "a", "steps": "x"}]', HUGE):
-        (tmp_path / cli.PLAN_FILE).write_text(text)
+        (tmp_path / PLAN_FILE).write_text(text)
         assert cli.main(["status", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("not the plan of a run") == 6
 
@@ -770,7 +773,7 @@ def test_status_shows_what_can_be_read(tmp_path: Path, capsys: pytest.CaptureFix
     names = ("seed", "mix", "finetune", "\x1b[31m", "\ud800")
     plan = [{"stage": name, "steps": 10, "tokens": 100} for name in names]
     (run / "seed").mkdir(parents=True)
-    (run / cli.PLAN_FILE).write_text(json.dumps(plan))
+    (run / PLAN_FILE).write_text(json.dumps(plan))
     (run / "seed" / "manifest.json").write_text('{"status": ["odd"], "seconds": "long"}')
     lines = ['{"iteration": 1, "time": 1}', '{"iteration": "x", "time": 1}', '{"iteration": 2, "time": "y"}', "[]"]
     lines += [f'{{"iteration": 1{"0" * 400}, "time": 1}}', "[" * 100_000]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx import cli
 from megatron_btx.pipeline import runner
-from megatron_btx.pipeline.folder import decide
-from megatron_btx.pipeline.runner import Machine, run_stages
+from megatron_btx.pipeline.decisions import decide
+from megatron_btx.pipeline.machine import Machine
+from megatron_btx.pipeline.runner import run_stages
+from megatron_btx.pipeline.scripts import shell_script
 from megatron_btx.pipeline.stage import Stage
 
 BOTH = ("finetune", "evaluate")
@@ -126,7 +127,7 @@ def test_other_settings_or_other_stages_begin_anew(finished: Path) -> None:
 
 def test_the_printed_script_is_remembered_as_well(finished: Path) -> None:
     """Its first stage done by hand, and then a stop."""
-    script = cli.shell_script(stages(), decide(stages(), finished, BOTH), finished)
+    script = shell_script(stages(), decide(stages(), finished, BOTH), finished)
     subprocess.run(["bash", "-c", script.partition("\n# evaluate:")[0]], check=True)
     assert verbs(finished, BOTH) == {"mix": "skip", "finetune": "resume", "evaluate": "rerun"}
 

@@ -20,9 +20,11 @@ from megatron_btx.ground import manifest as manifests
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.manifest import read_manifest
 from megatron_btx.pipeline import processes
+from megatron_btx.pipeline.decisions import decide
 from megatron_btx.pipeline.failure import failure_message, killed_by
-from megatron_btx.pipeline.folder import decide
-from megatron_btx.pipeline.runner import Machine, is_locked, locked, run_stages
+from megatron_btx.pipeline.lock import is_locked, lock_run
+from megatron_btx.pipeline.machine import Machine
+from megatron_btx.pipeline.runner import run_stages
 from megatron_btx.pipeline.stage import Stage, command_script, command_text
 
 WAIT_SECONDS = 30.0
@@ -413,7 +415,7 @@ def test_files_of_a_runs_names_that_no_run_wrote_are_refused(name: str, tmp_path
 
 
 def test_a_run_directory_is_held_by_one_runner(tmp_path: Path) -> None:
-    with locked(tmp_path):
+    with lock_run(tmp_path):
         assert is_locked(tmp_path)
         with pytest.raises(InputError, match="another btx run is at work"):
             run([appending("a")], tmp_path)
@@ -479,7 +481,8 @@ def start_runner(directory: Path) -> subprocess.Popen[bytes]:
         import sys
         from pathlib import Path
         from megatron_btx.pipeline.progress import Progress
-        from megatron_btx.pipeline.runner import Machine, run_stages
+        from megatron_btx.pipeline.machine import Machine
+        from megatron_btx.pipeline.runner import run_stages
         from megatron_btx.pipeline.stage import Stage
         stages = [Stage("count", ("python", "-c", {_COUNTER!r}), product="out", resumable=True)]
         run = Path({str(directory)!r})

@@ -1,0 +1,99 @@
+"""The plan of a run as a table: every stage, what it does, its size and what it is made from."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_btx.pipeline.decisions import SKIP, Action
+from megatron_btx.pipeline.rows import make_table
+from megatron_btx.pipeline.stage import Program, Stage
+
+_HEADERS = ("stage", "state", "does", "processes", "steps", "tokens", "FLOPs", "made from")
+_PURPOSES = {
+    "megatron_btx.pretrain": "train",
+    "megatron_btx.evaluate": "evaluate",
+    "megatron_btx.mixing.cli": "combine models",
+    "megatron_btx.mixing.convert_hf": "convert",
+    "megatron_btx.data.corpora.build": "make corpora",
+    "megatron_btx.data.datasets": "make datasets",
+    "megatron_btx.report.build": "report",
+    "megatron_btx.report.ablation": "report",
+}
+"""Module of a program -> what a stage of it does."""
+_WIDE_COLUMNS = 10_000
+_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def make_plan_table(stages: Sequence[Stage], actions: Mapping[str, Action], title: str) -> Table:
+    """The stages that have something to do as rows; see :func:`describe_finished` for the others."""
+    rows = []
+    for stage in stages:
+        if actions[stage.name].verb != SKIP:
+            rows.append(_cells(stage, actions[stage.name]))
+    return make_table(_HEADERS, rows, title)
+
+
+def describe_finished(stages: Sequence[Stage], actions: Mapping[str, Action]) -> str:
+    """The stages that are finished, in one line; empty for none."""
+    finished = [stage.name for stage in stages if actions[stage.name].verb == SKIP]
+    if not finished:
+        return ""
+    return f"finished: {', '.join(finished)}"
+
+
+def describe_total(stages: Sequence[Stage], actions: Mapping[str, Action]) -> str:
+    """The estimate of all that is to be trained."""
+    due = [stage for stage in stages if actions[stage.name].verb != SKIP]
+    tokens = sum(stage.tokens or 0 for stage in due)
+    flops = sum(stage.flops or 0.0 for stage in due)
+    text = f"{_count(len(due), 'stage')} to run, {tokens:,} tokens to train on"
+    if flops:
+        text += f", some {_with_prefix(flops)}FLOPs"
+    if any(stage.tokens and stage.flops is None for stage in due):
+        text += " (without the stages whose FLOPs are not known)"
+    return text
+
+
+def render(table: Table) -> str:
+    """The table as plain text, as wide as it is."""
+    console = Console(file=io.StringIO(), width=_WIDE_COLUMNS)
+    with console.capture() as captured:
+        console.print(table)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    return "\n".join(lines)
+
+
+def _cells(stage: Stage, action: Action) -> list[str]:
+    steps = tokens = flops = ""
+    if stage.iterations is not None:
+        steps = f"{stage.iterations:,}"
+    if stage.tokens is not None:
+        tokens = f"{stage.tokens:,}"
+    if stage.flops is not None:
+        flops = _with_prefix(stage.flops).strip()
+    parents = ", ".join(stage.parents)
+    return [stage.name, action.verb, _purpose(stage), str(stage.processes), steps, tokens, flops, parents]
+
+
+def _purpose(stage: Stage) -> str:
+    if isinstance(stage.program, Program):
+        return _PURPOSES.get(stage.program.module, stage.program.module)
+    return stage.program[0]
+
+
+def _count(number: int, noun: str) -> str:
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}s"
+
+
+def _with_prefix(value: float) -> str:
+    """``value`` with a metric prefix, as "2.5 T"."""
+    for size, prefix in _PREFIXES:
+        if value >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g} "

@@ -1,0 +1,50 @@
+"""What a run would do, as a shell script that does the same by hand."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_btx.pipeline.decisions import RERUN, RESUME, SKIP, Action
+from megatron_btx.pipeline.directory import MANIFEST_FILE, find_free_name
+from megatron_btx.pipeline.identity import Identity, identities, manifest_of
+from megatron_btx.pipeline.stage import Stage, command_text, one_line
+
+
+def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directory: Path) -> str:
+    """The script of a run; stages that would be skipped are comments.
+
+    A stage's folder gets the manifest that a run would write, so that a run can go on from what the script made.
+    """
+    known = identities(stages)
+    run = shlex.quote(str(directory))
+    lines = ["set -euo pipefail", f"mkdir -p {run}", f"cd {run}"]
+    for stage in stages:
+        action = actions[stage.name]
+        lines += ["", f"# {one_line(stage.name)}: {action.verb} ({one_line(action.why)})"]
+        commands = _stage_commands(stage, action, known[stage.name], directory)
+        if action.verb == SKIP:
+            lines.append(as_comment(commands))
+        else:
+            lines.append(commands)
+    return "\n".join(lines)
+
+
+def as_comment(text: str) -> str:
+    """``text`` as comments of a shell script."""
+    return "# " + text.replace("\n", "\n# ")
+
+
+def _stage_commands(stage: Stage, action: Action, identity: Identity, directory: Path) -> str:
+    folder = shlex.quote(stage.name)
+    commands = [f"mkdir -p {folder}"]
+    if action.verb == RERUN:
+        aside = find_free_name(directory / stage.name).name
+        commands.insert(0, f"mv {folder} {shlex.quote(aside)}")
+    if action.verb != RESUME:
+        manifest = json.dumps(manifest_of(stage, identity, "started by hand", action.rerun))
+        commands.append(f"printf '%s\\n' {shlex.quote(manifest)} > {folder}/{MANIFEST_FILE}")
+    commands.append(f"OMP_NUM_THREADS={stage.threads} {command_text(stage)}")
+    return "\n".join(commands)
