@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
-from megatron_btx.checkpoint.huggingface.families import COUNT, MEGATRON_LLAMA3, POSITIVE, number
+from megatron_btx.checkpoint.huggingface.families import COUNT, MEGATRON_LLAMA3, POSITIVE, check_number
 from megatron_btx.checkpoint.safe_pickle import UNREADABLE
 from megatron_btx.checkpoint.tokenizers.vocabulary import tokenizer_files
 from megatron_btx.ground.errors import CheckpointError
@@ -191,13 +191,13 @@ def _model_of(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
 def _check_values(model: Mapping[str, Any], file: Path) -> None:
     """Refuse sizes that are none, and numbers and switches that are texts: ``"false"`` would count as true."""
     for name in _SIZES:
-        number(str(file), name, model[name], COUNT)
+        check_number(str(file), name, model[name], COUNT)
     for name in _OPTIONAL_SIZES:
         if model.get(name) is not None:
-            number(str(file), name, model[name], COUNT)
+            check_number(str(file), name, model[name], COUNT)
     for name in ("layernorm_epsilon", "rotary_base"):
         if not isinstance(model.get(name), str | None):
-            number(str(file), name, model[name], POSITIVE)
+            check_number(str(file), name, model[name], POSITIVE)
     used = {_FIELDS.get(argument.name, argument.name) for argument in MODEL_ARGUMENTS}
     for name in sorted(used | {*_REQUIRED, *_SWITCHES}):
         value = model.get(name)
@@ -251,7 +251,7 @@ def _rope(model: Mapping[str, Any], file: Path) -> dict[str, Any]:
     for key, value in fixed.items():
         if model.get(key) != value:
             raise CheckpointError(f"{file}: {key} is {model.get(key)!r}, expected {value} as fixed in Megatron")
-    factor = number(str(file), "scale_factor", model.get("scale_factor"), POSITIVE)
+    factor = check_number(str(file), "scale_factor", model.get("scale_factor"), POSITIVE)
     return {"use_rope_scaling": True, "rope_scaling_factor": float(factor)}
 
 

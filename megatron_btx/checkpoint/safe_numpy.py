@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import pickle
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Buffer, Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 if TYPE_CHECKING:
     import numpy
@@ -25,7 +25,7 @@ def numpy_stand_ins() -> Mapping[tuple[str, str], Callable[..., Any]]:
     """What is given out for NumPy's names, by module and name; NumPy is imported when it is first asked for."""
     array = _array_class()
 
-    def empty_array(*_: Any) -> Any:
+    def empty_array(*_: object) -> numpy.ndarray[Any, Any]:
         import numpy
 
         return numpy.ndarray.__new__(array, (0,), numpy.int8)
@@ -42,20 +42,20 @@ def _array_class() -> type:
     class Array(numpy.ndarray):
         """An array that gets its content from a pickle."""
 
-        def __new__(cls, *_: Any) -> NoReturn:
+        def __new__(cls, *_: object) -> NoReturn:
             raise pickle.UnpicklingError("an array of raw addresses, which no checkpoint needs and could run code")
 
         def __setstate__(self, state: Any, /) -> None:
             *before, kind, in_columns, content = state
             super().__setstate__((*before, _plain(kind), in_columns, content))
 
-        def __reduce_ex__(self, protocol: Any) -> Any:
+        def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
             return self.view(numpy.ndarray).__reduce_ex__(protocol)
 
     return Array
 
 
-def _dtype(code: Any, *_: Any) -> numpy.dtype[Any]:
+def _dtype(code: object, *_: object) -> numpy.dtype[Any]:
     """As ``numpy.dtype`` of a code. A copy, because a pickle then sets its byte order."""
     import numpy
 
@@ -64,13 +64,13 @@ def _dtype(code: Any, *_: Any) -> numpy.dtype[Any]:
     return numpy.dtype(_plain(numpy.dtype(code)), copy=True)
 
 
-def _scalar(kind: Any, content: Any = b"", *_: Any) -> Any:
+def _scalar(kind: object, content: Buffer = b"", *_: object) -> numpy.generic:
     import numpy
 
     return numpy.frombuffer(content, _plain(kind), 1)[0]
 
 
-def _plain(kind: Any) -> numpy.dtype[Any]:
+def _plain(kind: object) -> numpy.dtype[Any]:
     """The dtype made anew from its name, because a pickle may have changed anything else in it."""
     import numpy
 

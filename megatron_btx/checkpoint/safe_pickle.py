@@ -13,10 +13,13 @@ from __future__ import annotations
 import functools
 import importlib
 import pickle
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, SupportsIndex
 
 from megatron_btx.checkpoint.safe_numpy import numpy_stand_ins
 from megatron_btx.ground.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorProperties
 
 _PLAIN_BUILTINS = {
     *("set", "frozenset", "slice", "complex", "bytearray", "range"),
@@ -79,10 +82,10 @@ _INERT = {("torch._C", "Generator")}
 class ForeignValue:
     """Stands for an object of a class that is not imported: an enum of Megatron's, say."""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: object) -> None:
         self.arguments = arguments
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.state = state
 
     def __eq__(self, other: object) -> bool:
@@ -115,13 +118,13 @@ def _tensor_properties() -> type:
             super().__setstate__(state[:_OLD_VALUES])
             self.__dict__.pop("strides", None)
 
-        def __reduce_ex__(self, protocol: Any) -> Any:
+        def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
             return _plain_properties, (old_state(self),)
 
     return Properties
 
 
-def _plain_properties(state: tuple[Any, ...]) -> Any:
+def _plain_properties(state: tuple[Any, ...]) -> TensorProperties:
     from torch.distributed.checkpoint.metadata import TensorProperties
 
     properties = TensorProperties()
@@ -129,7 +132,7 @@ def _plain_properties(state: tuple[Any, ...]) -> Any:
     return properties
 
 
-def old_state(properties: Any) -> tuple[Any, ...]:
+def old_state(properties: TensorProperties) -> tuple[Any, ...]:
     """What a TensorProperties pickles, in the form that every version of PyTorch reads."""
     state: tuple[Any, ...] = properties.__getstate__()
     return state[:_OLD_VALUES]
@@ -183,10 +186,10 @@ def load_pickle(file: BinaryIO, where: str) -> Any:
     Raises:
         CheckpointError: truncated, not a pickle, or asking for more than the list allows.
     """
-    return unpickled(AllowListUnpickler, file, where)
+    return unpickle(AllowListUnpickler, file, where)
 
 
-def unpickled(kind: type[AllowListUnpickler], file: BinaryIO, where: str) -> Any:
+def unpickle(kind: type[AllowListUnpickler], file: BinaryIO, where: str) -> Any:
     """As :func:`load_pickle`, with an unpickler that knows more of what to make of the pickle."""
     unpickler = kind(file)
     unpickler.where = where

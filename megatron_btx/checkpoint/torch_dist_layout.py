@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_btx.checkpoint.iterations import BACKEND
 from megatron_btx.checkpoint.safe_pickle import old_state
 from megatron_btx.checkpoint.stored import Slot
-from megatron_btx.checkpoint.torch_record import record_around
+from megatron_btx.checkpoint.torch_record import record_frame
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class TorchDistLayout:
             entry = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
             self._entries[name] = entry
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        before, after = record_around(tuple(sizes), dtype)
+        before, after = record_frame(tuple(sizes), dtype)
         length = math.prod(sizes) * dtype.itemsize
         file, start = self._reserve(
             MetadataIndex(name, chunk.offsets, len(entry.chunks)), len(before) + length + len(after)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import math
 import struct
 import zipfile
+from collections.abc import Buffer, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from megatron_btx.checkpoint.safe_pickle import UNREADABLE, AllowListUnpickler, first_line, unpickled
+from megatron_btx.checkpoint.safe_pickle import UNREADABLE, AllowListUnpickler, first_line, unpickle
 from megatron_btx.checkpoint.stored import Files, Place
 from megatron_btx.ground.errors import CheckpointError
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 
+type _StorageId = tuple[str, torch.dtype, str, str, int]
+"""What a pickle says of a storage: the word "storage", its dtype, its key, its device, and how many numbers it has."""
 _DESCRIPTION_AT_MOST_BYTES = 1 << 20
 _DESCRIPTOR_AT_MOST_BYTES = 24
 """Sizes and a checksum, which writers that stream put after a member."""
@@ -66,12 +70,14 @@ class _Window(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence])
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = max(0, start + offset)
         return self._at
 
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._length - self._at)
-        size = left if size < 0 else min(size, left)
+        if size < 0 or size > left:
+            size = left
         content = self._files.bytes_at(Place(self._start.file, self._start.position_bytes + self._at), size)
         self._at += size
         return content
@@ -92,7 +98,7 @@ class _TensorUnpickler(AllowListUnpickler):
             return getattr(torch, _STORAGE_DTYPES[name])
         return super().find_class(module, name)
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: _StorageId) -> tuple[torch.dtype, str, int]:
         """A storage as its dtype, key and count: nothing is read."""
         _, dtype, key, _, count = pid
         return dtype, key, count
@@ -111,37 +117,34 @@ def locate_tensor(files: Files, start: Place, length: int, where: str) -> Record
         description = members["data.pkl"]
         if description.compress_type != zipfile.ZIP_STORED or description.file_size > _DESCRIPTION_AT_MOST_BYTES:
             raise ValueError(f"a description of {description.file_size} bytes")
-        described = unpickled(_TensorUnpickler, io.BytesIO(archive.read(description)), where)
-        kind, (dtype, key, count), offset, shape, stride = described
+        content = unpickle(_TensorUnpickler, io.BytesIO(archive.read(description)), where)
+        kind, (dtype, key, count), offset, shape, stride = content
         if not all(type(n) is int and n >= 0 for n in (count, offset, *shape, *stride)) or len(shape) != len(stride):
             raise ValueError(f"shape {shape}, strides {stride}, offset {offset} of {count}")
         item_bytes = int(dtype.itemsize)
         data = members[f"data/{key}"]
         numbers_at = _numbers_at(archive, data)
-    except (
-        zipfile.BadZipFile,
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        EOFError,
-        LookupError,
-        RuntimeError,
-        struct.error,
-    ) as e:
-        raise CheckpointError(f"{damaged} ({type(e).__name__}: {str(e)[:80]}); it is damaged") from e
-    expected_stride: list[int] = []
-    size = 1
-    for extent in reversed(shape):
-        expected_stride.insert(0, size)
-        size *= extent
-    contiguous = all(s == e or n == 1 for s, e, n in zip(stride, expected_stride, shape, strict=True)) or size == 0
-    if kind != "tensor" or data.compress_type != zipfile.ZIP_STORED or not contiguous:
+    except (zipfile.BadZipFile, struct.error, *UNREADABLE) as error:
+        raise CheckpointError(f"{damaged} ({type(error).__name__}: {str(error)[:80]}); it is damaged") from error
+    if kind != "tensor" or data.compress_type != zipfile.ZIP_STORED or not _is_contiguous(shape, stride):
         raise CheckpointError(f"{damaged} of contiguous numbers; save the checkpoint again")
+    size = math.prod(shape)
     begin = numbers_at + offset * item_bytes
     if offset + size > count or begin + size * item_bytes > length or data.file_size < count * item_bytes:
         raise CheckpointError(f"{damaged}: {size} numbers do not lie inside it; it is damaged")
     return RecordedTensor(Place(start.file, start.position_bytes + begin), shape, dtype)
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether the numbers of a tensor follow each other; the stride of an axis of one number means nothing."""
+    if math.prod(shape) == 0:
+        return True
+    expected = 1
+    for extent, step in zip(reversed(shape), reversed(stride), strict=True):
+        if extent != 1 and step != expected:
+            return False
+        expected *= extent
+    return True
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -178,7 +181,7 @@ class _ObjectUnpickler(AllowListUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a name of PyTorch's; for any other what the allow-list says."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _strided
+            return _make_view
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *_: tensor
         if module == "torch" and name in _STORAGE_DTYPES:
@@ -187,7 +190,7 @@ class _ObjectUnpickler(AllowListUnpickler):
             return getattr(torch, _STORAGE_DTYPES[name])
         return super().find_class(module, name)
 
-    def persistent_load(self, pid: Any) -> torch.Tensor:
+    def persistent_load(self, pid: _StorageId) -> torch.Tensor:
         """The numbers of a storage, read once; ValueError where their bytes do not fit their count."""
         import torch
 
@@ -196,11 +199,16 @@ class _ObjectUnpickler(AllowListUnpickler):
             content = bytearray(_read_member(self.archive, self.members[f"data/{key}"]))
             if len(content) != count * dtype.itemsize:
                 raise ValueError(f"{len(content)} bytes for {count} numbers of {dtype}")
-            self.storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            numbers = torch.empty(0, dtype=dtype)
+            if content:
+                numbers = torch.frombuffer(content, dtype=dtype)
+            self.storages[key] = numbers
         return self.storages[key]
 
 
-def _strided(numbers: torch.Tensor, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:
+def _make_view(
+    numbers: torch.Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: object
+) -> torch.Tensor:
     """A tensor that is a view of a storage; PyTorch refuses what would lie outside it."""
     return numbers.as_strided(tuple(size), tuple(stride), offset)
 
@@ -233,7 +241,7 @@ def load_torch(file: BinaryIO, where: str) -> Any:
             raise ValueError("its numbers are big-endian")
         of_archive = {"archive": archive, "members": members, "storages": {}}
         kind = type("Unpickler", (_ObjectUnpickler,), of_archive)
-        return unpickled(kind, io.BytesIO(_read_member(archive, members["data.pkl"])), where)
+        return unpickle(kind, io.BytesIO(_read_member(archive, members["data.pkl"])), where)
     except (zipfile.BadZipFile, OSError, struct.error, *UNREADABLE) as error:
         raise CheckpointError(f"{where}: cannot be read ({first_line(error)}); it is truncated or damaged") from error
 
@@ -256,17 +264,20 @@ class _Skeleton(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (self._at if whence == io.SEEK_CUR else 0)
+        if whence == io.SEEK_CUR:
+            offset += self._at
+        self._at = offset
         return self._at
 
-    def write(self, content: Any) -> int:
-        self.parts.append((self._at, bytes(content)))
-        self._at += len(content)
-        return len(content)
+    def write(self, content: Buffer) -> int:
+        written = bytes(content)
+        self.parts.append((self._at, written))
+        self._at += len(written)
+        return len(written)
 
 
 @functools.lru_cache(maxsize=4096)
-def record_around(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+def record_frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
     """What ``torch.save`` writes before and after the numbers of a contiguous tensor, made without the numbers.
 
     The checksums of the archive are those of skipped data; PyTorch does not look at them.
@@ -277,14 +288,13 @@ def record_around(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, by
     out = _Skeleton()
     with skip_data():
         torch.save(torch.empty(shape, dtype=dtype), out)  # type: ignore[arg-type]  # it needs what is there alone
-    size = torch.empty(0, dtype=dtype).itemsize
-    for extent in shape:
-        size *= extent
-    before, at = bytearray(), 0
-    parts = iter(out.parts)
-    after = bytearray()
-    for position, content in parts:
-        if position > at and not after and position == at + size or after:
+    size = math.prod(shape) * dtype.itemsize
+    before, after, at = bytearray(), bytearray(), 0
+    numbers_passed = False
+    for position, content in out.parts:
+        if size > 0 and position == at + size:
+            numbers_passed = True
+        if numbers_passed:
             after += content
         else:
             before += content

@@ -11,7 +11,7 @@ from megatron_btx.checkpoint import nemo, safetensors
 from megatron_btx.checkpoint.beside import HF_FOLDER, root_of, with_tokenizer_beside
 from megatron_btx.checkpoint.huggingface import config as hf_config
 from megatron_btx.checkpoint.huggingface import families as hf_families
-from megatron_btx.checkpoint.huggingface.foreign_names import unwrapped
+from megatron_btx.checkpoint.huggingface.foreign_names import unwrap_names
 from megatron_btx.checkpoint.iterations import is_checkpoint, resolve_iteration
 from megatron_btx.checkpoint.names import DIALECTS, IGNORED_MEGATRON, Dialect
 from megatron_btx.checkpoint.paths import model_path
@@ -97,7 +97,7 @@ def _open_folder(name: str, folder: Path) -> Source:
     _check_layers(config.get("num_hidden_layers"), where)
     arguments = hf_config.arguments_from_config(config, where)
     reader = safetensors.SafetensorsReader(folder)
-    reader.tensors = unwrapped(reader.tensors, f"{name} ({folder})")
+    reader.tensors = unwrap_names(reader.tensors, f"{name} ({folder})")
     family = hf_families.family_of(config, where)
     arguments |= hf_config.dtype_arguments(config, reader.dtypes(), where)
     dialect = DIALECTS[family.dialect]
@@ -122,7 +122,7 @@ def _arguments_of(reader: TorchDistReader, where: str) -> dict[str, Any]:
     for key in reader.tensors:
         if not any(re.fullmatch(pattern, key) for pattern in IGNORED_MEGATRON):
             model[key] = key
-    renamed = {old: new for new, old in unwrapped(model, where).items()}
+    renamed = {old: new for new, old in unwrap_names(model, where).items()}
     reader.tensors = {renamed.get(key, key): stored for key, stored in reader.tensors.items()}
     description = nemo.description_of(reader.folder)
     if description is None or reader.has_arguments():

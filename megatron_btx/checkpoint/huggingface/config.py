@@ -18,9 +18,9 @@ from megatron_btx.checkpoint.huggingface.families import (
     FIRST_SLIDING,
     ROWS,
     Family,
+    bad_value,
+    check_number,
     family_of,
-    number,
-    wrong,
 )
 from megatron_btx.checkpoint.huggingface.keys import refuse_unknown_keys
 from megatron_btx.checkpoint.huggingface.rope import as_int, read_rope, scaling_arguments
@@ -50,11 +50,11 @@ def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, An
     arguments: dict[str, Any] = dict(ALWAYS)
     for row in ROWS:
         if family.is_mixture or not row.mixture:
-            arguments[row.argument] = number(where, row.key_of(family), filled.get(row.key_of(family)), row.kind)
+            arguments[row.argument] = check_number(where, row.key_of(family), filled.get(row.key_of(family)), row.kind)
     heads, groups, layers = arguments["num_attention_heads"], arguments["num_query_groups"], arguments["num_layers"]
     if heads % groups:
         expected = f"a divisor of num_attention_heads {heads}"
-        raise wrong(where, "num_key_value_heads", groups, expected, "correct one of the two")
+        raise bad_value(where, "num_key_value_heads", groups, expected, "correct one of the two")
     theta, scaling = read_rope(config, family, where)
     dtype = _dtype(config, where)
     arguments |= scaling_arguments(scaling)
@@ -82,7 +82,7 @@ def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None
     """Refuse parts of a model that the arguments of these families do not say."""
     refuse_unknown_keys(config, family, where)
     if config.get("hidden_act", "silu") != "silu":
-        raise wrong(where, "hidden_act", config["hidden_act"], "'silu'", "only gated SiLU models can be converted")
+        raise bad_value(where, "hidden_act", config["hidden_act"], "'silu'", "only gated SiLU models can be converted")
     quantised = config.get("quantization_config") or config.get("compression_config")
     if quantised is not None:
         method = None
@@ -96,31 +96,33 @@ def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None
     for key in ("attention_bias", "mlp_bias"):
         if True not in family.qkv_biases and _switch(where, config, key):
             remedy = "such biases, also on the output projections, have no counterpart; take a model without them"
-            raise wrong(where, key, True, "false", remedy)
+            raise bad_value(where, key, True, "false", remedy)
     if config.get("partial_rotary_factor", 1.0) != 1.0:
         remedy = "only rotary embeddings over the whole head can be converted"
-        raise wrong(where, "partial_rotary_factor", config["partial_rotary_factor"], "1.0", remedy)
+        raise bad_value(where, "partial_rotary_factor", config["partial_rotary_factor"], "1.0", remedy)
     shared_expert.width_of(config, where)  # whether it adds something, its tensors show
 
 
 def _with_defaults(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """The configuration with what its class makes of absent and null keys."""
     filled = {**family.defaults, **config}
-    hidden = number(where, "hidden_size", filled.get("hidden_size"), COUNT)
-    heads = number(where, "num_attention_heads", filled.get("num_attention_heads"), COUNT)
+    hidden = check_number(where, "hidden_size", filled.get("hidden_size"), COUNT)
+    heads = check_number(where, "num_attention_heads", filled.get("num_attention_heads"), COUNT)
     if filled.get("num_key_value_heads") is None:
         filled["num_key_value_heads"] = heads
     if filled.get("head_dim") is None:
         if hidden % heads:
             expected = f"a multiple of num_attention_heads {heads}"
-            raise wrong(where, "hidden_size", hidden, expected, "correct it, or give head_dim")
+            raise bad_value(where, "hidden_size", hidden, expected, "correct it, or give head_dim")
         filled["head_dim"] = hidden // heads
     if family.is_mixture:  # transformers 5 writes num_local_experts for Qwen3-MoE, 4 num_experts
         experts, local_experts = config.get("num_experts"), config.get("num_local_experts")
         if experts is None:
             experts = local_experts
         if local_experts not in (None, experts):
-            raise wrong(where, "num_local_experts", local_experts, f"num_experts {experts}", "correct one of the two")
+            raise bad_value(
+                where, "num_local_experts", local_experts, f"num_experts {experts}", "correct one of the two"
+            )
         filled["num_experts"] = filled["num_local_experts"] = experts
     return filled
 
@@ -136,7 +138,7 @@ def _dtype(config: Mapping[str, Any], where: str) -> str:
     key, name = _stated_dtype(config)
     name = name or "float32"
     if name not in DTYPES:
-        raise wrong(where, key, name, f"one of {', '.join(DTYPES)}", "save the model in one of those types")
+        raise bad_value(where, key, name, f"one of {', '.join(DTYPES)}", "save the model in one of those types")
     return name
 
 
@@ -161,7 +163,7 @@ def dtype_arguments(config: Mapping[str, Any], dtypes: Sequence[str], where: str
     dtype = stated or next((name for name in dtypes if name in DTYPES), "float32")
     if dtypes and stated and stated not in dtypes:
         remedy = f'set it to "{dtypes[0]}" if the weights are as they are meant, else save the model in {stated}'
-        raise wrong(where, key, stated, f"{' or '.join(dtypes)}, as its tensors are", remedy)
+        raise bad_value(where, key, stated, f"{' or '.join(dtypes)}, as its tensors are", remedy)
     return {"params_dtype": dtype, "bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
 
 
@@ -171,7 +173,7 @@ def _window(filled: Mapping[str, Any], family: Family, layers: int, where: str) 
         return None
     if family.window == "switched" and not _every_layer_slides(filled, family, layers, where):
         return None
-    return int(number(where, "sliding_window", filled.get("sliding_window"), COUNT)) - 1, 0
+    return int(check_number(where, "sliding_window", filled.get("sliding_window"), COUNT)) - 1, 0
 
 
 def _every_layer_slides(filled: Mapping[str, Any], family: Family, layers: int, where: str) -> bool:
@@ -183,7 +185,7 @@ def _every_layer_slides(filled: Mapping[str, Any], family: Family, layers: int, 
     slides = _sliding_layers(filled, family, layers, where)
     if not _switch(where, filled, "use_sliding_window"):
         if filled.get("layer_types") is not None and any(slides):
-            raise wrong(where, "use_sliding_window", False, "true as layer_types slides", "correct one of the two")
+            raise bad_value(where, "use_sliding_window", False, "true as layer_types slides", "correct one of the two")
         return False
     # transformers 4 and 5 agree about Qwen2-MoE only where both ways of saying it are there.
     both_said = filled.get("layer_types") is not None and filled[FIRST_SLIDING] == 0
@@ -203,11 +205,11 @@ def _sliding_layers(filled: Mapping[str, Any], family: Family, layers: int, wher
         return [True] * layers  # its class knows of no other
     start, types = filled.get(FIRST_SLIDING), filled.get("layer_types")
     if type(start) is not int or start < 0:
-        raise wrong(where, FIRST_SLIDING, start, "an integer of at least 0", "correct it there")
+        raise bad_value(where, FIRST_SLIDING, start, "an integer of at least 0", "correct it there")
     if types is None:
         return [at >= start for at in range(layers)]
     if not isinstance(types, list) or len(types) != layers:
-        raise wrong(where, "layer_types", types, f"a list of {layers} kinds", "correct it there")
+        raise bad_value(where, "layer_types", types, f"a list of {layers} kinds", "correct it there")
     return [kind == "sliding_attention" for kind in types]
 
 
@@ -217,7 +219,7 @@ def _mixture_arguments(
     """The router's arguments and which layers are mixtures."""
     topk, experts = arguments["moe_router_topk"], arguments["num_experts"]
     if topk > experts:
-        raise wrong(where, "num_experts_per_tok", topk, f"at most num_experts {experts}", "correct one of the two")
+        raise bad_value(where, "num_experts_per_tok", topk, f"at most num_experts {experts}", "correct one of the two")
     frequency: int | list[int] = 1
     normalised = True
     if family.dialect == "qwen_moe":
@@ -232,10 +234,10 @@ def _mixture_arguments(
 
 def _layer_frequency(config: Mapping[str, Any], layers: int, where: str) -> int | list[int]:
     """Megatron's pattern of mixture layers, from Qwen's two ways of saying it; 1 where every layer is one."""
-    step = number(where, "decoder_sparse_step", config.get("decoder_sparse_step", 1), COUNT)
+    step = check_number(where, "decoder_sparse_step", config.get("decoder_sparse_step", 1), COUNT)
     dense = config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < layers for layer in dense):
-        raise wrong(where, "mlp_only_layers", dense, f"layer numbers from 0 to {layers - 1}", "correct it there")
+        raise bad_value(where, "mlp_only_layers", dense, f"layer numbers from 0 to {layers - 1}", "correct it there")
     pattern = []
     for layer in range(layers):
         pattern.append(int(layer not in dense and (layer + 1) % step == 0))
@@ -250,5 +252,5 @@ def _layer_frequency(config: Mapping[str, Any], layers: int, where: str) -> int 
 def _switch(where: str, config: Mapping[str, Any], key: str, default: bool = False) -> bool:
     value = config.get(key, default)
     if not isinstance(value, bool):
-        raise wrong(where, key, value, "true or false", "correct it there")
+        raise bad_value(where, key, value, "true or false", "correct it there")
     return value

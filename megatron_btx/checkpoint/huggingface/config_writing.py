@@ -17,9 +17,9 @@ from megatron_btx.checkpoint.huggingface.families import (
     POSITIVE,
     ROWS,
     Family,
+    bad_value,
+    check_number,
     family_of,
-    number,
-    wrong,
 )
 from megatron_btx.checkpoint.huggingface.rope import foreign_llama3, scaling_arguments
 from megatron_btx.checkpoint.sizes import mixture_layers
@@ -50,16 +50,18 @@ def refuse_for_megatron(arguments: Mapping[str, Any], where: str) -> None:
     remedy = "convert it to a Hugging Face folder only"
     scaling = arguments.get("hf_rope_scaling")
     if scaling and scaling["rope_type"] not in ("llama3", "linear"):
-        raise wrong(where, "rope_scaling.rope_type", scaling["rope_type"], "'llama3' or 'linear' in Megatron", remedy)
+        raise bad_value(
+            where, "rope_scaling.rope_type", scaling["rope_type"], "'llama3' or 'linear' in Megatron", remedy
+        )
     if scaling and scaling["rope_type"] == "llama3":
         for key, value in foreign_llama3(scaling).items():
-            raise wrong(where, f"rope_scaling.{key}", value, f"{MEGATRON_LLAMA3[key]} as fixed in Megatron", remedy)
+            raise bad_value(where, f"rope_scaling.{key}", value, f"{MEGATRON_LLAMA3[key]} as fixed in Megatron", remedy)
     for key in ("rotary_base", "rotary_seq_len_interpolation_factor"):
         if isinstance(arguments.get(key), float):
-            raise wrong(where, key, arguments[key], "an integer in Megatron", remedy)
+            raise bad_value(where, key, arguments[key], "an integer in Megatron", remedy)
     one = arguments.get("num_experts") is not None and arguments.get("moe_router_topk") == 1
     if one and not arguments.get("moe_router_pre_softmax"):
-        raise wrong(where, "num_experts_per_tok", 1, "2 or more in Megatron where weights are normalised", remedy)
+        raise bad_value(where, "num_experts_per_tok", 1, "2 or more in Megatron where weights are normalised", remedy)
 
 
 def config_from_arguments(
@@ -88,12 +90,12 @@ def config_from_arguments(
     config |= {"architectures": [family.architecture], "model_type": family.model_type, "hidden_act": "silu"}
     for row in ROWS:
         if row.argument in values and (mixture or not row.mixture):
-            value = number(where, row.argument, values[row.argument], row.kind)
+            value = check_number(where, row.argument, values[row.argument], row.kind)
             if row.kind is not COUNT:
                 value = float(value)
             config[row.key_of(family)] = value
     config |= {
-        "rope_theta": float(number(where, "rotary_base", values.get("rotary_base", 10000), POSITIVE)),
+        "rope_theta": float(check_number(where, "rotary_base", values.get("rotary_base", 10000), POSITIVE)),
         "rope_scaling": _written_scaling(values, where),
         "tie_word_embeddings": not values.get("untie_embeddings_and_output_weights", False),
         "torch_dtype": _written_dtype(values, where),
@@ -115,9 +117,11 @@ def _refuse_unsayable(arguments: Mapping[str, Any], mixture: bool, where: str) -
             continue
         value, expected = argument.value(arguments), ALWAYS.get(argument.name, argument.default)
         if value != expected:
-            raise wrong(where, argument.name, value, f"{expected!r} for a Hugging Face model", remedy)
+            raise bad_value(where, argument.name, value, f"{expected!r} for a Hugging Face model", remedy)
     if arguments.get("btx_sample_top1"):
-        raise wrong(where, "btx_sample_top1", arguments["btx_sample_top1"], "false for a Hugging Face model", remedy)
+        raise bad_value(
+            where, "btx_sample_top1", arguments["btx_sample_top1"], "false for a Hugging Face model", remedy
+        )
     if arguments.get("qk_layernorm") and arguments.get("add_qkv_bias"):
         raise InputError(
             f"{where}: add_qkv_bias is True with qk_layernorm True, expected one of them at most: Qwen3 has biases on "
@@ -128,17 +132,17 @@ def _refuse_unsayable(arguments: Mapping[str, Any], mixture: bool, where: str) -
 def _completed(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The arguments with what Megatron makes of the ones that are not given."""
     values = dict(arguments)
-    hidden = number(where, "hidden_size", values.get("hidden_size"), COUNT)
-    heads = number(where, "num_attention_heads", values.get("num_attention_heads"), COUNT)
+    hidden = check_number(where, "hidden_size", values.get("hidden_size"), COUNT)
+    heads = check_number(where, "num_attention_heads", values.get("num_attention_heads"), COUNT)
     if not values.get("group_query_attention"):
         values["num_query_groups"] = heads
-    elif heads % number(where, "num_query_groups", values.get("num_query_groups"), COUNT):
+    elif heads % check_number(where, "num_query_groups", values.get("num_query_groups"), COUNT):
         wanted = f"a divisor of num_attention_heads {heads}"
-        raise wrong(where, "num_query_groups", values["num_query_groups"], wanted, "correct one of the two")
+        raise bad_value(where, "num_query_groups", values["num_query_groups"], wanted, "correct one of the two")
     if values.get("kv_channels") is None:
         if hidden % heads:
             wanted = f"a multiple of num_attention_heads {heads}"
-            raise wrong(where, "hidden_size", hidden, wanted, "correct it, or give kv_channels")
+            raise bad_value(where, "hidden_size", hidden, wanted, "correct it, or give kv_channels")
         values["kv_channels"] = hidden // heads
     values.setdefault("layernorm_epsilon", values.get("norm_epsilon", 1e-5))
     values.setdefault("rope_scaling_factor", MEGATRON_ROPE_FACTOR)
@@ -161,7 +165,7 @@ def _fitting(values: Mapping[str, Any], mixture: bool, base: Mapping[str, Any] |
             continue
         if family.model_type == "qwen2_moe" and values["kv_channels"] * heads != hidden:
             remedy = "the Qwen2-MoE form has no other head size; keep this model in Megatron's format"
-            raise wrong(where, "kv_channels", values["kv_channels"], f"{hidden}/{heads} (hidden/heads)", remedy)
+            raise bad_value(where, "kv_channels", values["kv_channels"], f"{hidden}/{heads} (hidden/heads)", remedy)
         return family
     raise InputError(f"{where}: no Hugging Face architecture has these parts; keep this model in Megatron's format")
 
@@ -190,7 +194,7 @@ def _keys_before(values: Mapping[str, Any], where: str) -> int | None:
         if type(before) is int and before >= 0 and after == 0:
             return before
     expected = "(keys before, 0) for a Hugging Face model"
-    raise wrong(where, "window_size", window, expected, "train the seed with such a window")
+    raise bad_value(where, "window_size", window, expected, "train the seed with such a window")
 
 
 def _written_window(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
@@ -216,17 +220,17 @@ def _written_scaling(values: Mapping[str, Any], where: str) -> dict[str, Any] | 
     if carried:
         made = dict(carried)
     elif values.get("use_rope_scaling"):
-        factor = number(where, "rope_scaling_factor", values["rope_scaling_factor"], POSITIVE)
+        factor = check_number(where, "rope_scaling_factor", values["rope_scaling_factor"], POSITIVE)
         llama3 = {"rope_type": "llama3", "factor": float(factor)} | MEGATRON_LLAMA3
         made = llama3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     elif interpolation is not None:
-        factor = number(where, "rotary_seq_len_interpolation_factor", interpolation, POSITIVE)
+        factor = check_number(where, "rotary_seq_len_interpolation_factor", interpolation, POSITIVE)
         made = {"rope_type": "linear", "factor": float(factor)}
     for name, said in scaling_arguments(made).items():
         matters = name != "rope_scaling_factor" or values.get("use_rope_scaling")
         if matters and (values.get(name) or None) != (said or None):
             remedy = "Hugging Face has one rotary scaling; correct one of the two"
-            raise wrong(where, name, values.get(name), f"{said!r} as of the rotary scaling {made}", remedy)
+            raise bad_value(where, name, values.get(name), f"{said!r} as of the rotary scaling {made}", remedy)
     return made
 
 
@@ -237,26 +241,26 @@ def _written_dtype(values: Mapping[str, Any], where: str) -> str:
         return "float16"
     name = str(values.get("params_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
-        raise wrong(where, "params_dtype", name, f"one of {', '.join(DTYPES)}", "save the model in one of those")
+        raise bad_value(where, "params_dtype", name, f"one of {', '.join(DTYPES)}", "save the model in one of those")
     return name
 
 
 def _written_mixture(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """The router's keys, and which layers are mixtures."""
-    topk = number(where, "moe_router_topk", values.get("moe_router_topk"), COUNT)
-    experts = number(where, "num_experts", values.get("num_experts"), COUNT)
+    topk = check_number(where, "moe_router_topk", values.get("moe_router_topk"), COUNT)
+    experts = check_number(where, "num_experts", values.get("num_experts"), COUNT)
     if topk > experts:
-        raise wrong(where, "moe_router_topk", topk, f"at most num_experts {experts}", "correct one of the two")
+        raise bad_value(where, "moe_router_topk", topk, f"at most num_experts {experts}", "correct one of the two")
     frequency = values.get("moe_layer_freq", 1)
     dense = _dense_layers(frequency, values["num_layers"], where)
     pre_softmax = bool(values.get("moe_router_pre_softmax"))
     if family.dialect == "mixtral":
         if dense:
             remedy = "the Mixtral form has no dense layers; keep this model in Megatron's format"
-            raise wrong(where, "moe_layer_freq", frequency, "1 for a Mixtral model", remedy)
+            raise bad_value(where, "moe_layer_freq", frequency, "1 for a Mixtral model", remedy)
         if pre_softmax and topk < experts:
             remedy = "the Mixtral form normalises the weights of the chosen; keep this model in Megatron's format"
-            raise wrong(where, "moe_router_pre_softmax", True, "False for a Mixtral model", remedy)
+            raise bad_value(where, "moe_router_pre_softmax", True, "False for a Mixtral model", remedy)
         return {}
     keys = {"decoder_sparse_step": 1, "mlp_only_layers": dense, "norm_topk_prob": not pre_softmax}
     if family.model_type == "qwen2_moe":
@@ -272,4 +276,4 @@ def _dense_layers(frequency: object, layers: int, where: str) -> list[int]:
         pattern = mixture_layers(frequency, layers)  # type: ignore[arg-type]
         return [layer for layer, mixture in enumerate(pattern) if not mixture]
     wanted = f"a whole number or a list of {layers} zeros and ones"
-    raise wrong(where, "moe_layer_freq", frequency, wanted, "correct it there")
+    raise bad_value(where, "moe_layer_freq", frequency, wanted, "correct it there")

@@ -103,12 +103,12 @@ _BEYOND = 2**63
 """No number of a model is as large; whole numbers of JSON can be larger than any float."""
 
 
-def wrong(where: str, key: str, value: object, expected: str, remedy: str) -> InputError:
+def bad_value(where: str, key: str, value: object, expected: str, remedy: str) -> InputError:
     """The refusal of a key's value, to be raised."""
     return InputError(f"{where}: {key} is {value!r}, expected {expected}; {remedy}")
 
 
-def number(where: str, key: str, value: object, kind: str) -> Any:
+def check_number(where: str, key: str, value: object, kind: str) -> Any:
     """The value, if it is a number of its kind; never a bool or text.
 
     Raises:
@@ -138,11 +138,11 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         for family in FAMILIES:
             if family.model_type == model_type:
                 return family
-        raise wrong(where, "model_type", model_type, f"one of {supported}", "convert one of those")
+        raise bad_value(where, "model_type", model_type, f"one of {supported}", "convert one of those")
     for family in FAMILIES:
         if family.architecture in named:
             if model_type not in (None, family.model_type):
                 expected = f"{family.model_type!r} as of {named}"
-                raise wrong(where, "model_type", model_type, expected, "correct one of the two")
+                raise bad_value(where, "model_type", model_type, expected, "correct one of the two")
             return family
-    raise wrong(where, "architectures", named, f"one of {supported}", "convert one of those")
+    raise bad_value(where, "architectures", named, f"one of {supported}", "convert one of those")

@@ -19,7 +19,7 @@ _LANGUAGE_PART, _HEAD = "model.language_model.", "lm_head."
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.")
 
 
-def unwrapped[T](tensors: Mapping[str, T], where: str) -> dict[str, T]:
+def unwrap_names[T](tensors: Mapping[str, T], where: str) -> dict[str, T]:
     """Tensors under the names that a plain model has.
 
     Raises:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_btx.checkpoint.huggingface.families import Family, wrong
+from megatron_btx.checkpoint.huggingface.families import Family, bad_value
 from megatron_btx.ground.errors import InputError
 
 _READ = frozenset(
@@ -42,7 +42,7 @@ def refuse_unknown_keys(config: Mapping[str, Any], family: Family, where: str) -
         neutral = _neutral_values(key)
         if neutral and value not in neutral:
             expected = " or ".join(map(str, neutral[:2]))
-            raise wrong(where, key, value, f"{expected}, because this architecture has no such part", remedy)
+            raise bad_value(where, key, value, f"{expected}, because this architecture has no such part", remedy)
     code = config.get("auto_map")
     if isinstance(code, Mapping) and any(str(name).startswith("AutoModel") for name in code):
         raise InputError(
@@ -74,10 +74,10 @@ def _refuse_other_windows(config: Mapping[str, Any], family: Family, where: str)
     for kind in kinds:
         if kind not in allowed:
             remedy = "such layers cannot be converted"
-            raise wrong(where, "layer_types", kind, f"{' or '.join(allowed)} in this architecture", remedy)
+            raise bad_value(where, "layer_types", kind, f"{' or '.join(allowed)} in this architecture", remedy)
     if family.window == "own" and len(set(kinds)) > 1:
         remedy = "a window in some layers has no counterpart; take a model with one kind of layers"
-        raise wrong(where, "layer_types", kinds, "the same for all layers", remedy)
+        raise bad_value(where, "layer_types", kinds, "the same for all layers", remedy)
     if family.window == "none" and config.get("sliding_window") and config.get("use_sliding_window", True):
         remedy = "say MistralForCausalLM if it was trained with one, else take the key away"
-        raise wrong(where, "sliding_window", config["sliding_window"], "none in this architecture", remedy)
+        raise bad_value(where, "sliding_window", config["sliding_window"], "none in this architecture", remedy)

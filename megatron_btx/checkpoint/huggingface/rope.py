@@ -10,8 +10,8 @@ from megatron_btx.checkpoint.huggingface.families import (
     MEGATRON_ROPE_FACTOR,
     POSITIVE,
     Family,
-    number,
-    wrong,
+    bad_value,
+    check_number,
 )
 
 _ROPE_FIELDS: Mapping[str, frozenset[str]] = {
@@ -50,26 +50,28 @@ def read_rope(config: Mapping[str, Any], family: Family, where: str) -> tuple[fl
         return theta, None
     scaling = scalings[0]
     if scaling != scalings[-1]:
-        raise wrong(where, "rope_scaling", scalings[-1], f"rope_parameters {scaling!r}", "correct one of the two")
+        raise bad_value(where, "rope_scaling", scalings[-1], f"rope_parameters {scaling!r}", "correct one of the two")
     _check_fields(scaling, config, where)
     if scaling["rope_type"] == "default":
         return theta, None
     if scaling["rope_type"] == "llama3":
         for key in MEGATRON_LLAMA3:
-            number(where, f"rope_scaling.{key}", scaling.get(key), POSITIVE)
+            check_number(where, f"rope_scaling.{key}", scaling.get(key), POSITIVE)
     return theta, scaling
 
 
 def _scaling_of(form: object, key: str, where: str) -> dict[str, Any]:
     """One of the two forms of a scaling, with its kind under ``rope_type`` and without what holds for all kinds."""
     if not isinstance(form, Mapping) or any(isinstance(value, Mapping) for value in form.values()):
-        raise wrong(where, key, form, "one set of numbers for all layers", "take a model with one")
+        raise bad_value(where, key, form, "one set of numbers for all layers", "take a model with one")
     kinds = [form[name] for name in ("rope_type", "type") if isinstance(form.get(name), str)]
     if len(set(kinds)) > 1:
-        raise wrong(where, f"{key}.type", form["type"], f"rope_type {form['rope_type']!r}", "correct one of the two")
+        raise bad_value(
+            where, f"{key}.type", form["type"], f"rope_type {form['rope_type']!r}", "correct one of the two"
+        )
     if form.get("partial_rotary_factor", 1.0) != 1.0:
         remedy = "only rotary embeddings over the whole head can be converted"
-        raise wrong(where, f"{key}.partial_rotary_factor", form["partial_rotary_factor"], "1.0", remedy)
+        raise bad_value(where, f"{key}.partial_rotary_factor", form["partial_rotary_factor"], "1.0", remedy)
     scaling = {}
     for name, value in form.items():
         if value is not None and name not in ("type", "rope_theta", "partial_rotary_factor"):
@@ -89,8 +91,8 @@ def _theta_of(stated: Mapping[str, Any], family: Family, where: str) -> float:
     thetas = {key: value for key, value in stated.items() if value is not None}
     theta: float = next(iter(thetas.values()), family.defaults["rope_theta"])
     for key, value in {"rope_theta": theta, **thetas}.items():
-        if number(where, key, value, POSITIVE) != theta:
-            raise wrong(where, key, value, f"rope_theta {theta!r}", "correct one of the two")
+        if check_number(where, key, value, POSITIVE) != theta:
+            raise bad_value(where, key, value, f"rope_theta {theta!r}", "correct one of the two")
     return theta
 
 
@@ -135,23 +137,23 @@ def _check_fields(scaling: Mapping[str, Any], config: Mapping[str, Any], where: 
     if kind not in _ROPE_FIELDS:
         known = ", ".join(_ROPE_FIELDS)
         remedy = "transformers 4.57 and 5 do not both have it; convert a model without it"
-        raise wrong(where, "rope_scaling.rope_type", kind, f"one of {known}", remedy)
+        raise bad_value(where, "rope_scaling.rope_type", kind, f"one of {known}", remedy)
     unknown = sorted(scaling.keys() - _ROPE_FIELDS[kind] - {"rope_type"})
     if unknown:
         expected = f"none of that name in a rotary scaling of type {kind!r}"
         remedy = "correct the type, or take the field away if the model was trained without it"
-        raise wrong(where, f"rope_scaling.{unknown[0]}", scaling[unknown[0]], expected, remedy)
+        raise bad_value(where, f"rope_scaling.{unknown[0]}", scaling[unknown[0]], expected, remedy)
     if kind in _FACTOR_NEEDED:
-        number(where, "rope_scaling.factor", scaling.get("factor"), POSITIVE)
+        check_number(where, "rope_scaling.factor", scaling.get("factor"), POSITIVE)
     for key in sorted(_PER_FREQUENCY & scaling.keys()):
         factors = scaling[key]
         if not isinstance(factors, list) or not factors:
             factors = [factors]
         for factor in factors:
-            number(where, f"rope_scaling.{key}", factor, POSITIVE)
+            check_number(where, f"rope_scaling.{key}", factor, POSITIVE)
     for key in sorted(scaling.keys() - _PER_FREQUENCY - _NO_NUMBERS):
         if scaling[key]:  # 0 and null mean that there is none
-            number(where, f"rope_scaling.{key}", scaling[key], POSITIVE)
+            check_number(where, f"rope_scaling.{key}", scaling[key], POSITIVE)
     if kind in ("yarn", "longrope", "dynamic") and config.get(_LENGTH_KEY) not in (None, scaling.get(_LENGTH_KEY)):
         expected = f"rope_scaling.{_LENGTH_KEY} {scaling.get(_LENGTH_KEY)!r}"
-        raise wrong(where, _LENGTH_KEY, config[_LENGTH_KEY], expected, "say it in rope_scaling alone")
+        raise bad_value(where, _LENGTH_KEY, config[_LENGTH_KEY], expected, "say it in rope_scaling alone")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.huggingface.families import family_of, wrong
+from megatron_btx.checkpoint.huggingface.families import bad_value, family_of
 from megatron_btx.checkpoint.names import Row
 from megatron_btx.checkpoint.pieces import Piece
 from megatron_btx.checkpoint.sizes import Sizes
@@ -71,9 +71,9 @@ def width_of(config: Mapping[str, Any], where: str) -> int:
     family = family_of(config, where)
     width = config.get(WIDTH_KEY, family.defaults.get(WIDTH_KEY, 0))
     if type(width) is not int or width < 0:
-        raise wrong(where, WIDTH_KEY, width, "an integer of at least 0", "correct it there")
+        raise bad_value(where, WIDTH_KEY, width, "an integer of at least 0", "correct it there")
     if width and family.is_mixture and family.model_type != MODEL_TYPE:
-        raise wrong(where, WIDTH_KEY, width, "0", "this architecture has no shared expert; correct it there")
+        raise bad_value(where, WIDTH_KEY, width, "0", "this architecture has no shared expert; correct it there")
     return width
 
 

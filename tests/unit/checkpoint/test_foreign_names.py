@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_btx.checkpoint.huggingface.config import arguments_from_config
-from megatron_btx.checkpoint.huggingface.foreign_names import unwrapped
+from megatron_btx.checkpoint.huggingface.foreign_names import unwrap_names
 from megatron_btx.ground.errors import CheckpointError, InputError
 from megatron_btx.mixing.opening import open_source
 from tests.unit.mixing.folders import CONFIG, llama_folder, llama_tensors, safetensors_bytes
@@ -55,7 +55,7 @@ def test_a_word_before_some_names_is_refused(word, tmp_path):
 
 def test_two_names_of_one_tensor_are_refused():
     with pytest.raises(CheckpointError, match=r"_orig_mod\.a and a are one tensor under two names"):
-        unwrapped({"a": 1, "_orig_mod.a": 2}, "here")
+        unwrap_names({"a": 1, "_orig_mod.a": 2}, "here")
 
 
 @pytest.mark.parametrize("name", ["q_proj.lora_A.default.weight", "q_proj.base_layer.weight"])

@@ -20,7 +20,7 @@ from megatron_btx.checkpoint.safe_pickle import load_pickle
 from megatron_btx.checkpoint.stored import Files, Place, bytes_of, read_box
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout
-from megatron_btx.checkpoint.torch_record import locate_tensor, record_around
+from megatron_btx.checkpoint.torch_record import locate_tensor, record_frame
 from megatron_btx.ground.errors import CheckpointError
 from tests.mixing import write_checkpoint
 
@@ -78,7 +78,7 @@ def test_several_data_files(tmp_path, monkeypatch):
 def test_a_record_made_around_its_numbers_is_torch_saves(shape, dtype):
     """Byte for byte what torch.save writes, but for the checksums of the archive; found again by its place."""
     tensor = torch.randn(shape).to(dtype)
-    before, after = record_around(shape, dtype)
+    before, after = record_frame(shape, dtype)
     record = before + bytes(bytes_of(tensor)) + after
     out = io.BytesIO()
     torch.save(tensor, out)

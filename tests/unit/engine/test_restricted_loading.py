@@ -227,6 +227,6 @@ def test_many_equal_entries_are_unpickled_once(tmp_path, monkeypatch):
     objects = {f"decoder.layers.{n}.mlp._extra_state/shard_0_1": None for n in range(1000)}
     reader = TorchDistReader(write_checkpoint(tmp_path / "iter_0000001", {}, objects))
     looked_at: list[str] = []
-    monkeypatch.setattr(reader, "_unpickled_record", lambda name, info: looked_at.append(name))
+    monkeypatch.setattr(reader, "_unpickle_record", lambda name, info: looked_at.append(name))
     reader.check_objects()
     assert len(looked_at) == 1
