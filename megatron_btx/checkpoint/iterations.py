@@ -45,6 +45,13 @@ def resolve_iteration(path: str | Path) -> Path:
     return folder
 
 
+def root_of(folder: Path) -> Path:
+    """The root of a checkpoint, of which ``folder`` is the root itself or one iteration."""
+    if (folder.parent / TRACKER).is_file():
+        return folder.parent
+    return folder
+
+
 def _refuse_other_formats(folder: Path) -> None:
     """Name the other formats that Megatron writes, and how they become torch_dist."""
     legacy = sorted(folder.glob("mp_rank_*"))

@@ -65,7 +65,7 @@ class StoredTensor:
             found.setdefault(block.offsets[: self._single], []).append(block)
         return found
 
-    def near(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Sequence[Block]:
+    def blocks_near(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Sequence[Block]:
         """The blocks that may overlap a slice: few, where the leading axes are cut to one."""
         if tuple(sizes[: self._single]) == (1,) * self._single:
             return self._by_lead.get(tuple(offsets[: self._single]), [])
@@ -227,7 +227,7 @@ def read_slice(
     result: torch.Tensor | None = None
     filled = 0
     boxes: list[Box] = []
-    for block in stored.near(offsets, sizes):
+    for block in stored.blocks_near(offsets, sizes):
         box = _common_box(block, offsets, sizes)
         if box is None:
             continue

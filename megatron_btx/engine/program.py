@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_btx.checkpoint.beside import root_of, with_tokenizer_beside
-from megatron_btx.checkpoint.iterations import is_checkpoint, resolve_iteration
+from megatron_btx.checkpoint.iterations import is_checkpoint, resolve_iteration, root_of
+from megatron_btx.checkpoint.tokenizer_path import locate_tokenizer
 from megatron_btx.checkpoint.tokenizers.kinds import refuse_placeholders
 from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
@@ -154,7 +154,7 @@ def find_tokenizer(args: Any) -> Any:
         # What is no whole path is a name on the hub, or a slip of the person at the keyboard.
         if not all(os.path.isabs(given[name] or "/") for name in TOKENIZER_FILES):
             continue
-        found = with_tokenizer_beside(given, root_of(Path(root)))
+        found = locate_tokenizer(given, root_of(Path(root)))
         if found != given:
             gone = next(name for name in names if given[name] != found[name])
             if os.environ.get("RANK", "0") == "0":

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint import nemo, safetensors
-from megatron_btx.checkpoint.beside import HF_FOLDER, root_of, with_tokenizer_beside
 from megatron_btx.checkpoint.huggingface import config as hf_config
 from megatron_btx.checkpoint.huggingface import families as hf_families
 from megatron_btx.checkpoint.huggingface.foreign_names import unwrap_names
-from megatron_btx.checkpoint.iterations import is_checkpoint, resolve_iteration
+from megatron_btx.checkpoint.iterations import is_checkpoint, resolve_iteration, root_of
 from megatron_btx.checkpoint.names import DIALECTS, IGNORED_MEGATRON, Dialect
 from megatron_btx.checkpoint.paths import model_path
 from megatron_btx.checkpoint.sizes import Sizes
+from megatron_btx.checkpoint.tokenizer_path import HF_FOLDER, locate_tokenizer
 from megatron_btx.checkpoint.tokenizers import kinds
 from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
@@ -111,7 +111,7 @@ def _open_checkpoint(name: str, folder: Path) -> Source:
     reader = TorchDistReader(folder)
     root = root_of(folder)
     kinds.refuse_placeholders(root / HF_FOLDER)
-    arguments = with_tokenizer_beside(_arguments_of(reader, f"{name} ({folder})"), root)
+    arguments = locate_tokenizer(_arguments_of(reader, f"{name} ({folder})"), root)
     sizes = _sizes(name, folder, arguments)
     return Source(name, root, reader, arguments, _megatron_dialect(reader.tensors), sizes)
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.beside import HF_FOLDER
 from megatron_btx.checkpoint.safetensors import SafetensorsReader
 from megatron_btx.checkpoint.stored import Reader
+from megatron_btx.checkpoint.tokenizer_path import HF_FOLDER
 from megatron_btx.checkpoint.tokenizers.vocabulary import read_vocabulary
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.ground.errors import CheckpointError

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint import safetensors
-from megatron_btx.checkpoint.beside import HF_FOLDER
 from megatron_btx.checkpoint.huggingface import config_writing as hf_config_writing
 from megatron_btx.checkpoint.huggingface import families as hf_families
 from megatron_btx.checkpoint.huggingface import shared_expert
@@ -20,6 +19,7 @@ from megatron_btx.checkpoint.names import DIALECTS
 from megatron_btx.checkpoint.safetensors_layout import SafetensorsLayout
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader, Slot
+from megatron_btx.checkpoint.tokenizer_path import HF_FOLDER
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout
 from megatron_btx.ground.errors import InputError

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint import safetensors
-from megatron_btx.checkpoint.beside import HF_FOLDER
 from megatron_btx.checkpoint.huggingface import shared_expert
 from megatron_btx.checkpoint.names import IGNORED_HF, IGNORED_MEGATRON, REFUSED_MEGATRON, Dialect
 from megatron_btx.checkpoint.pieces import Location, Piece, pieces_of
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
+from megatron_btx.checkpoint.tokenizer_path import HF_FOLDER
 from megatron_btx.checkpoint.tokenizers.vocabulary import Vocabulary, read_vocabulary
 from megatron_btx.ground.errors import CheckpointError
 

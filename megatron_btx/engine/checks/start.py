@@ -12,8 +12,8 @@ from megatron_btx.checkpoint.arguments import (
     ModelArgument,
     differences,
 )
-from megatron_btx.checkpoint.beside import root_of, with_tokenizer_beside
-from megatron_btx.checkpoint.iterations import RELEASE, TRACKER, resolve_iteration
+from megatron_btx.checkpoint.iterations import RELEASE, TRACKER, resolve_iteration, root_of
+from megatron_btx.checkpoint.tokenizer_path import locate_tokenizer
 from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.engine.budget import budget_of
@@ -68,7 +68,7 @@ def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[Mod
     """
     checkpoint = TorchDistReader(resolve_iteration(path))
     checkpoint.check_objects()
-    stored = with_tokenizer_beside(checkpoint.arguments(), root_of(checkpoint.folder))
+    stored = locate_tokenizer(checkpoint.arguments(), root_of(checkpoint.folder))
     allowed = set(given["btx_allow_change"])
     if stored.get("btx_untrained_routers"):
         allowed.update(argument.name for argument in MODEL_ARGUMENTS if argument.usage)

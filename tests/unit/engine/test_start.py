@@ -22,7 +22,7 @@ def test_a_change_is_offered_only_where_the_weights_fit(monkeypatch):
         monkeypatch.setattr(start, "TorchDistReader", lambda _: stand_in)
         monkeypatch.setattr(start, "resolve_iteration", lambda path: path)
         monkeypatch.setattr(start, "root_of", lambda path: path)
-        monkeypatch.setattr(start, "with_tokenizer_beside", lambda found, _: found)
+        monkeypatch.setattr(start, "locate_tokenizer", lambda found, _: found)
         with pytest.raises(InputError) as refusal:
             compare_with_stored("here", sizes | given)
         return str(refusal.value)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_btx.checkpoint.beside import as_shell_word, with_tokenizer_beside
+from megatron_btx.checkpoint.tokenizer_path import as_shell_word, locate_tokenizer
 from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES
 from megatron_btx.engine.program import find_tokenizer
 from megatron_btx.ground.errors import CheckpointError
@@ -106,7 +106,7 @@ def test_a_file_is_found_by_its_pattern(tmp_path):
     """A shell leaves a pattern as it is where nothing fits it any more."""
     (tmp_path / "my tokenizer.model").touch()
     given = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "/gone/my?tokenizer.model"}
-    assert with_tokenizer_beside(given, tmp_path)["tokenizer_model"] == str(tmp_path / "my tokenizer.model")
+    assert locate_tokenizer(given, tmp_path)["tokenizer_model"] == str(tmp_path / "my tokenizer.model")
 
 
 def test_a_pointer_is_no_tokenizer_for_training(result, tmp_path):

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES, tokenizer_files
 
 HF_FOLDER = "huggingface"
@@ -20,14 +19,7 @@ _SPECIAL = re.compile(r"[\s*?\[\\]")
 """What a shell would cut or read as a pattern in the words of ``$(cat FILE)``."""
 
 
-def root_of(folder: Path) -> Path:
-    """The root of a checkpoint, of which ``folder`` is the root itself or one iteration."""
-    if (folder.parent / TRACKER).is_file():
-        return folder.parent
-    return folder
-
-
-def with_tokenizer_beside(arguments: Mapping[str, Any], root: Path) -> dict[str, Any]:
+def locate_tokenizer(arguments: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Arguments with the tokenizer's files where they are, if not where they are said to be.
 
     Files of the same names beside the weights, or in the folder with Hugging Face's files, take the place of those that
