@@ -18,8 +18,8 @@ from megatron_btx import __version__
 from megatron_btx.ground.errors import InputError, exits_with_one_line
 
 if TYPE_CHECKING:
-    from megatron_btx.pipeline.directory import PlannedStage
     from megatron_btx.pipeline.door import ChangedStagesError, PlannedRun
+    from megatron_btx.pipeline.records import PlannedStage
 
 DISPATCHED = {
     "report": ("megatron_btx.report.build", "write and print the report of a run directory"),

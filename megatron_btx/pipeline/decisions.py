@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.pipeline.directory import CHECKPOINT_FOLDER, StageManifest, own_manifest
+from megatron_btx.pipeline.directory import CHECKPOINT_FOLDER, own_manifest
 from megatron_btx.pipeline.identity import Identity, differences, identities
+from megatron_btx.pipeline.records import StageManifest
 from megatron_btx.pipeline.stage import Stage
 
 SKIP, RUN, RESUME, RERUN, KEEP = "skip", "run", "resume", "rerun", "keep"

@@ -5,7 +5,8 @@
 
 One rule for what cannot be read. A file that is not there is None or empty. A number that is none is None. A line of
 metrics.jsonl that is no JSON object with an iteration is passed over: a kill tears the last one, and the resumed run
-writes it again behind. Anything else that is broken is an InputError, which names the file.
+writes it again behind. Anything else that is broken is an InputError, which names the file. What the files hold is in
+records.py.
 
 Nothing here needs torch or Megatron.
 """
@@ -16,16 +17,22 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.ground import manifest as manifests
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.files import read_json_object
+from megatron_btx.pipeline.records import (
+    Evaluation,
+    MetricsLine,
+    ModelEvaluation,
+    PlannedStage,
+    StageManifest,
+    read_count,
+)
 
 PLAN_FILE = "plan.json"
 """Of a run: its stages with their steps, tokens and fingerprints, in order."""
@@ -67,153 +74,9 @@ MODELS_AFTER_EXPERTS = (AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL)
 TRAIN_SPLIT, VALID_SPLIT, TEST_SPLIT = "train", "valid", "test"
 SPLITS = (TRAIN_SPLIT, VALID_SPLIT, TEST_SPLIT)
 
-LARGEST_COUNT = 2**53
-"""Whole numbers above it are no counts of anything; floating point does not hold them exactly either."""
 _SET_ASIDE = re.compile(r".+\.\d{8}-\d{6}(-\d+)?")
 _TAIL_BYTES, _TAIL_BYTES_AT_MOST = 2**15, 2**26
 _TAIL_GROWTH = 8
-
-
-def read_number(value: object) -> float | None:
-    """``value`` where it is a number that can be reckoned with; it may be NaN or infinite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if isinstance(value, int) and value.bit_length() >= 64:
-        return None
-    return value
-
-
-def read_count(value: object) -> int | None:
-    """``value`` where it is a whole number of things, from 0 to 2^53."""
-    if type(value) is not int or not 0 <= value < LARGEST_COUNT:
-        return None
-    return value
-
-
-def _read_text(value: object) -> str | None:
-    if isinstance(value, str):
-        return value
-    return None
-
-
-def _read_mapping(value: object) -> dict[str, Any] | None:
-    if isinstance(value, dict):
-        return value
-    return None
-
-
-def _read_parents(value: object) -> dict[str, str | None]:
-    """Parents with their fingerprints; a list of names, as earlier versions wrote, has none."""
-    if isinstance(value, list):
-        return {str(name): None for name in value}
-    if not isinstance(value, dict):
-        return {}
-    return {str(name): _read_text(fingerprint) for name, fingerprint in value.items()}
-
-
-Number = Annotated[float | None, BeforeValidator(read_number)]
-Count = Annotated[int | None, BeforeValidator(read_count)]
-Text = Annotated[str | None, BeforeValidator(_read_text)]
-Settings = Annotated[dict[str, Any] | None, BeforeValidator(_read_mapping)]
-Parents = Annotated[dict[str, str | None], BeforeValidator(_read_parents)]
-
-
-class _Record(BaseModel):
-    """What a file of a run holds. Whatever else it holds is kept: a later version may have written it."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class StageManifest(_Record):
-    """A stage's manifest.json: what it was made from, by which versions, at what cost."""
-
-    stage: Text = None
-    status: Text = None
-    """running (also after a kill), finished, failed, stopped, or made by hand."""
-    fingerprint: Text = None
-    """Hash of the settings that decide the result, and of the parents' fingerprints."""
-    parents: Parents = Field(default_factory=dict)
-    """Stage -> its fingerprint when this one was made; None where an earlier version wrote none."""
-    settings: Settings = None
-    """The settings that decide the result; None where an earlier version wrote none."""
-    steps: Count = None
-    tokens: Count = None
-    flops: Number = None
-    seconds: Number = None
-    """Of all its starts."""
-    starts: Count = None
-    rerun: Settings = None
-    """The --rerun that began it: its stages and its number."""
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the stage came to its end."""
-        return self.status == "finished"
-
-    def identity(self) -> dict[str, Any]:
-        """What says which stage it is: its fingerprint and its parents', or their names where it has none."""
-        parents: dict[str, str | None] | list[str] = self.parents
-        if None in self.parents.values():
-            parents = list(self.parents)
-        return {"fingerprint": self.fingerprint, "parents": parents}
-
-    @property
-    def rerun_number(self) -> int:
-        """Which of the run's reruns began the stage, from 1; 0 when none did."""
-        if self.rerun is None:
-            return 0
-        return read_count(self.rerun.get("number")) or 0
-
-
-class PlannedStage(_Record):
-    """One entry of plan.json."""
-
-    stage: str
-    steps: Count = None
-    tokens: Count = None
-    fingerprint: Text = None
-    """None for a stage that only shows what others made."""
-
-
-class MetricsLine(_Record):
-    """One line of metrics.jsonl: what was logged after one step. Metrics by other names are in ``model_extra``."""
-
-    iteration: int
-    time: Number = None
-    """Seconds since 1970."""
-    loss: Number = Field(default=None, alias="lm loss")
-    """Training loss, nats per token; may be NaN."""
-
-    def numbers(self) -> Iterator[tuple[str, float]]:
-        """(name, value) of every other metric that is a number."""
-        for name, value in (self.model_extra or {}).items():
-            found = read_number(value)
-            if found is not None:
-                yield name, found
-
-
-class ModelEvaluation(_Record):
-    """What evaluation.json says of one model."""
-
-    losses: dict[str, float]
-    """Domain -> loss, nats per token; may be NaN."""
-    tokens: dict[str, int] = Field(default_factory=dict)
-    """Domain -> evaluated tokens."""
-    parameters: Count = None
-    active_parameters: Count = None
-    """Parameters that work on one token."""
-    routing: dict[str, list[list[float]]] | None = None
-    """Domain -> layer -> share of the routed (token, expert) pairs per expert; a layer's shares sum to one."""
-
-
-class Evaluation(_Record):
-    """An evaluation.json."""
-
-    models: dict[str, ModelEvaluation]
-    experts: list[str] | None = None
-    """Names of the experts, in the order of the routing's shares; None where no mixture was evaluated."""
-    eod_mask_loss: bool | None = None
-    """Whether the loss of the tokens behind documents was left out; None where an earlier version wrote it."""
 
 
 def is_set_aside(name: str) -> bool:

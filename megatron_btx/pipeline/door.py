@@ -16,7 +16,6 @@ from megatron_btx.pipeline.directory import (
     PLAN_FILE,
     RECIPE_FILE,
     REPORT_STAGE,
-    StageManifest,
     check_run,
     read_stage_manifest,
 )
@@ -28,6 +27,7 @@ from megatron_btx.pipeline.progress import Progress, Reporter, Silence
 from megatron_btx.pipeline.recipe.flags import MissingFlagError
 from megatron_btx.pipeline.recipe.reading import load_recipe
 from megatron_btx.pipeline.recipe.schema import Recipe
+from megatron_btx.pipeline.records import StageManifest
 from megatron_btx.pipeline.runner import Outcome, execute_stages
 from megatron_btx.pipeline.stage import Stage
 

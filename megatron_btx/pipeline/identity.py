@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint.iterations import TRACKER
-from megatron_btx.pipeline.directory import LARGEST_COUNT, StageManifest
 from megatron_btx.pipeline.recipe.flags import LAYOUT_FLAGS, Flags
+from megatron_btx.pipeline.records import LARGEST_COUNT, StageManifest
 from megatron_btx.pipeline.stage import Stage
 
 # What is written while a stage runs, how often and where; when it stops; what it says.

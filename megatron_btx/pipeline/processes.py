@@ -13,8 +13,10 @@ import contextlib
 import hashlib
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -58,6 +60,17 @@ def end_marked(prefix: str, grace_seconds: float = GRACE_SECONDS) -> int:
         time.sleep(_POLL_SECONDS)
         processes = marked(prefix)
     return count
+
+
+@contextlib.contextmanager
+def guard(prefix: str) -> Iterator[None]:
+    """While it lasts, another process waits to end every process whose mark starts with ``prefix`` after this one."""
+    command = [sys.executable, "-P", __file__, prefix]
+    waiting = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        waiting.communicate()
 
 
 def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:

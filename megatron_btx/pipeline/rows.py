@@ -16,11 +16,10 @@ from rich.text import Text
 from megatron_btx.ground.errors import InputError, printable
 from megatron_btx.pipeline.directory import (
     METRICS_FILE,
-    MetricsLine,
-    StageManifest,
     read_last_metrics,
     read_stage_manifest,
 )
+from megatron_btx.pipeline.records import MetricsLine, StageManifest
 
 _SPEED_STEPS = 20
 """Steps over which the speed is taken."""

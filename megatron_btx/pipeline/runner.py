@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -29,7 +28,6 @@ from megatron_btx.pipeline.directory import (
     LOG_FILE,
     SCRIPT_FILE,
     TRACKER_FILE,
-    StageManifest,
     check_run,
     read_stage_manifest,
 )
@@ -39,6 +37,7 @@ from megatron_btx.pipeline.identity import identities, manifest_of
 from megatron_btx.pipeline.lock import lock_run
 from megatron_btx.pipeline.machine import Machine
 from megatron_btx.pipeline.progress import Reporter
+from megatron_btx.pipeline.records import StageManifest
 from megatron_btx.pipeline.stage import Stage
 
 POLL_SECONDS = 0.2
@@ -233,10 +232,8 @@ def _find_problem(stage: Stage, directory: Path, code: int) -> str:
 
 
 @contextlib.contextmanager
-def _guard(runner: Runner) -> Iterator[None]:
-    """A process that ends the run's processes however this one ends, and the signals that stop a run in between."""
-    command = [sys.executable, "-P", processes.__file__, f"{runner.session}:"]
-    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+def _handle_signals(runner: Runner) -> Iterator[None]:
+    """Let a signal that would end this process stop the run first."""
     before = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
         for number in _SIGNALS:
@@ -246,7 +243,6 @@ def _guard(runner: Runner) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        guard.communicate()
 
 
 @dataclass(frozen=True)
@@ -293,22 +289,6 @@ def execute_stages(
         for name, text in (records or {}).items():
             write_atomically(run / name, text)
         runner = Runner(stages, run, machine, reporter)
-        with _guard(runner):
+        with processes.guard(f"{runner.session}:"), _handle_signals(runner):
             status = runner.execute(actions, chosen)
         return Outcome(status, runner.failure)
-
-
-def run_stages(
-    stages: Sequence[Stage],
-    run: Path,
-    machine: Machine,
-    reporter: Reporter,
-    only: Sequence[str] = (),
-    records: Mapping[str, str] | None = None,
-    rerun: Sequence[str] = (),
-) -> int:
-    """As :func:`execute_stages`; a failure is printed, and the exit status returned."""
-    outcome = execute_stages(stages, run, machine, reporter, only, records, rerun)
-    if outcome.failure:
-        print(f"error: {outcome.failure}", file=sys.stderr, flush=True)
-    return outcome.status

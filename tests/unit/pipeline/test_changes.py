@@ -17,6 +17,7 @@ from megatron_btx.pipeline.machine import Machine
 from megatron_btx.pipeline.planner import plan_stages
 from megatron_btx.pipeline.recipe.reading import load_recipe
 from megatron_btx.pipeline.stage import Stage
+from tests.unit.pipeline.running import run_stages
 
 RECIPE = Path(__file__).parents[3] / "examples" / "recipes" / "quickstart.yaml"
 PICO = [
@@ -51,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "POLL_SECONDS", 0.01)
         patch.setattr(runner.manifests, "versions", dict)
-        assert runner.run_stages(stages, run, Machine((), 16), Silent()) == 0
+        assert run_stages(stages, run, Machine((), 16), Silent()) == 0
     return run
 
 
@@ -180,7 +181,7 @@ def test_what_lies_outside_counts_by_its_content_alone(given: Callable[..., list
     run = tmp_path / "run"
     stages = given("here")
     assert [stage.name for stage in stages] == ["expert-math"]
-    assert runner.run_stages([standing_in(stage) for stage in stages], run, Machine((), 1), Silent()) == 0
+    assert run_stages([standing_in(stage) for stage in stages], run, Machine((), 1), Silent()) == 0
     (tmp_path / "here").rename(tmp_path / "there")
     (tmp_path / "there" / "seed" / "iter_0000001").rmdir()
     assert decide(given("there"), run)["expert-math"].verb == "skip"

@@ -14,9 +14,9 @@ import pytest
 from megatron_btx.pipeline import runner
 from megatron_btx.pipeline.decisions import decide
 from megatron_btx.pipeline.machine import Machine
-from megatron_btx.pipeline.runner import run_stages
 from megatron_btx.pipeline.scripts import shell_script
 from megatron_btx.pipeline.stage import Stage
+from tests.unit.pipeline.running import run_stages
 
 BOTH = ("finetune", "evaluate")
 

@@ -24,8 +24,8 @@ from megatron_btx.pipeline.decisions import decide
 from megatron_btx.pipeline.failure import failure_message, killed_by
 from megatron_btx.pipeline.lock import is_locked, lock_run
 from megatron_btx.pipeline.machine import Machine
-from megatron_btx.pipeline.runner import run_stages
 from megatron_btx.pipeline.stage import Stage, command_script, command_text
+from tests.unit.pipeline.running import run_stages
 
 WAIT_SECONDS = 30.0
 
@@ -482,7 +482,7 @@ def start_runner(directory: Path) -> subprocess.Popen[bytes]:
         from pathlib import Path
         from megatron_btx.pipeline.progress import Progress
         from megatron_btx.pipeline.machine import Machine
-        from megatron_btx.pipeline.runner import run_stages
+        from tests.unit.pipeline.running import run_stages
         from megatron_btx.pipeline.stage import Stage
         stages = [Stage("count", ("python", "-c", {_COUNTER!r}), product="out", resumable=True)]
         run = Path({str(directory)!r})
