@@ -13,7 +13,7 @@ def layer_frequency(text: str) -> int | tuple[int, ...]:
     """A number, or a list built with + and *, as [0,1,1,0] or ([0]+[1]*3)*2. Raises InputError for anything else."""
     try:
         value = _evaluate(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+    except (SyntaxError, ValueError, TypeError) as error:
         raise InputError(
             f"--moe-layer-freq {text}: expected a number, or a list of 0 and 1 as [0,1,1,0] or ([0]+[1]*3)*2"
         ) from error
