@@ -1,205 +1,170 @@
 """Texts of several domains into the datasets of a run: ``python -m megatron_btx.data.datasets``.
 
-A description says which files are a domain's, and how they are split:
+Makes ``OUTPUT/math.train.bin``, ``.idx`` and ``.dataset.json`` for every domain and split of a description
+(:mod:`megatron_btx.data.domains`); last of all ``OUTPUT/datasets.json``, so that a folder that has one is whole. Every
+document ends with the end-of-document token.
 
-    {"tokenizer": {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": "models/seed"}, "seed": 1234,
-     "domains": {"math": {"text": ["math.jsonl"], "shares": {"train": 0.98, "valid": 0.01, "test": 0.01}},
-                 "code": {"train": ["code/train"], "valid": ["code/valid"]}}}
-
-It makes ``OUTPUT/math.train.bin``, ``.idx`` and so on; last of all ``OUTPUT/datasets.json`` with what is in them.
-Every document ends with the end-of-document token. Under shares each document is drawn for one split; which one follows
-from the seed, the domain's name and the document's number alone, so that the number of workers changes nothing.
+Under shares, a hash of a document's text and of the seed draws its split. So a document goes to the same split wherever
+it stands, in whatever domain, and a repeated document never stands in two. The order of the files, their number and
+the number of workers change nothing about that.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import os
 import sys
-import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_btx.data import readers
-from megatron_btx.data.inputs import expand_inputs
-from megatron_btx.data.preprocess import Encoder, make_encoder
-from megatron_btx.data.progress import ByteProgress
+from megatron_btx.data.domains import SPLITS, Description, Domain, find_files, read_description
+from megatron_btx.data.encoding import EncodedUnit, make_encoder
+from megatron_btx.data.inputs import Inputs, listed
+from megatron_btx.data.readers import TEXT_KEY
 from megatron_btx.data.sink import Sink
-from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.data.workers import in_order
-from megatron_btx.ground.errors import InputError, exits_with_one_line
-from megatron_btx.ground.files import hash_file, read_json_object, write_json
-
-if TYPE_CHECKING:
-    import numpy
+from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
+from megatron_btx.ground.files import ByteProgress, write_json
 
 SUMMARY = "datasets.json"
-SPLITS = ("train", "valid", "test")
+
+Sinks = Mapping[tuple[str, str], Sink]
+"""(domain, split) -> its dataset in the making."""
 
 
-@dataclass(frozen=True)
-class Domain:
-    """The text of one domain."""
-
-    name: str
-    files: Mapping[str, Sequence[str]]
-    """Split -> files, folders or patterns; under "text" those that are drawn for the splits by ``shares``."""
-    shares: Mapping[str, float]
-    """Split -> share of the documents."""
-
-    def splits(self) -> tuple[str, ...]:
-        """The datasets that are made of it."""
-        return tuple(self.shares or self.files)
-
-
-class Drawing:
-    """Draws a split for each document of a domain, one after the other."""
-
-    def __init__(self, domain: Domain, seed: int) -> None:
-        import numpy
-
-        self._names = list(domain.shares)
-        self._limits = numpy.cumsum(list(domain.shares.values()))
-        self._generator = numpy.random.default_rng([seed, zlib.crc32(domain.name.encode())])
-
-    def draw(self, documents: int) -> dict[str, numpy.ndarray[Any, Any]]:
-        """Split -> which of the next ``documents`` are its own."""
-        numbers = self._generator.random(documents) * self._limits[-1]
-        chosen = self._limits.searchsorted(numbers, side="right")
-        return {name: chosen == index for index, name in enumerate(self._names)}
-
-
-def make_datasets(
-    output: Path, description: Mapping[str, Any], workers: int = 1, quiet: bool = False
-) -> dict[str, Any]:
+def make_datasets(output: Path, description: Description, workers: int = 1, quiet: bool = False) -> dict[str, Any]:
     """Make the datasets of a description; returns what :data:`SUMMARY` says of them.
 
+    Datasets that stand in the folder already are replaced, once all new ones are whole.
+
     Raises:
-        InputError: a file or the tokenizer cannot be used, or a split gets no text.
+        InputError: a file or the tokenizer cannot be used, a split gets no text, or two datasets are the same;
+            nothing of this call is left.
+        OSError: the disk is full, or a file cannot be read or written; again nothing is left.
     """
-    domains = [_read_domain(name, said) for name, said in description["domains"].items()]
-    encoder = make_encoder(_read_tokenizer(description["tokenizer"]), (readers.TEXT_KEY,), True, False)
-    summary: dict[str, Any] = {}
-    for domain in domains:
-        summary[domain.name] = {}
-        for source, patterns in domain.files.items():
-            made = _make_domain(output, domain, source, patterns, encoder, int(description["seed"]), workers, quiet)
-            summary[domain.name] |= made
-    write_json(output / SUMMARY, {"tokenizer": description["tokenizer"], "domains": summary})
-    return summary
-
-
-def _make_domain(
-    output: Path,
-    domain: Domain,
-    source: str,
-    patterns: Sequence[str],
-    encoder: Encoder,
-    seed: int,
-    workers: int,
-    quiet: bool,
-) -> dict[str, Any]:
-    """One pass over files of a domain, into one dataset or into one for every share."""
-    files = expand_inputs(list(patterns)).files
-    splits = domain.splits() if domain.shares else (source,)
-    drawing = Drawing(domain, seed)
+    if workers < 1:
+        raise InputError(f"--workers {workers}: expected at least 1")
+    found = find_files(description)
+    encoder = make_encoder(description.tokenizer_settings(), append_eod=True, draw_seed=description.seed)
     with contextlib.ExitStack() as stack:
         # The pool starts before the progress bar does: forking a process that runs threads is unsafe.
         encode_all = in_order(stack, encoder.encode, workers)
-        sinks = {name: stack.enter_context(Sink(f"{output}/{domain.name}.{name}", encoder.dtype)) for name in splits}
-        total_bytes = sum(file.stat().st_size for file in files)
-        progress = stack.enter_context(ByteProgress(f"{domain.name}: {len(files)} file(s)", total_bytes, quiet))
-        for encoded in encode_all(unit for file in files for unit in readers.cut(file, encoder.keys)):
-            ids, lengths = encoded.ids[readers.TEXT_KEY], encoded.lengths[readers.TEXT_KEY]
-            if domain.shares:
-                _add_by_shares(sinks, drawing, ids, lengths)
-            else:
-                sinks[source].add(ids, lengths)
-            progress.advance(encoded.input_bytes)
-        for name, sink in sinks.items():
-            if sink.documents == 0:
-                found = f"{len(files)} file(s) as {', '.join(map(str, files[:2]))}"
-                raise InputError(f"{domain.name}: no document for its {name} set in {found}; give it more text")
+        sinks: dict[tuple[str, str], Sink] = {}
+        for name, domain in description.domains.items():
+            for split in domain.splits():
+                sinks[name, split] = stack.enter_context(Sink(str(output / f"{name}.{split}"), encoder.dtype))
+        title = f"tokenizing {sum(len(inputs.files) for inputs in found.values())} file(s)"
+        total_bytes = sum(inputs.size_bytes() for inputs in found.values())
+        progress = stack.enter_context(ByteProgress(title, total_bytes, quiet))
+        for (name, source), inputs in found.items():
+            for encoded in encode_all(readers.cut_all(inputs.files, encoder.keys)):
+                _add(encoded, sinks, name, source, description.domains[name])
+                progress.advance(encoded.input_bytes)
+        _check_made(sinks, found)
+        for sink in sinks.values():
             sink.write_index(encoder.described)
+        (output / SUMMARY).unlink(missing_ok=True)
         for sink in sinks.values():
             sink.publish()
-    return {name: _summarize(output / f"{domain.name}.{name}", sink) for name, sink in sinks.items()}
+    summary = _summarize(description, sinks, found)
+    write_json(output / SUMMARY, summary)
+    return summary
 
 
-def _add_by_shares(
-    sinks: Mapping[str, Sink], drawing: Drawing, ids: numpy.ndarray[Any, Any], lengths: Sequence[int]
-) -> None:
-    """Append each document to the split that is drawn for it."""
-    import numpy
-
-    lengths_D = numpy.array(lengths, dtype=numpy.int64)
-    for name, is_own_D in drawing.draw(len(lengths)).items():
-        sinks[name].add(ids[numpy.repeat(is_own_D, lengths_D)], lengths_D[is_own_D].tolist())
-
-
-def _summarize(prefix: Path, sink: Sink) -> dict[str, Any]:
-    hashes = {suffix: hash_file(Path(f"{prefix}{suffix}")) for suffix in (".bin", ".idx")}
-    return {"documents": sink.documents, "tokens": sink.tokens, "sha256": hashes}
+def _add(encoded: EncodedUnit, sinks: Sinks, name: str, source: str, domain: Domain) -> None:
+    """Append the documents of a unit to the datasets of their splits, in their order."""
+    ids, lengths = encoded.ids[TEXT_KEY], encoded.lengths[TEXT_KEY]
+    if not domain.shares:
+        sinks[name, source].add(ids, lengths)
+        return
+    start = 0
+    for length, drawn in zip(lengths, encoded.draws[TEXT_KEY], strict=True):
+        sinks[name, choose_split(drawn, domain.shares)].add(ids[start : start + length], [length])
+        start += length
 
 
-def _read_domain(name: str, said: Mapping[str, Any]) -> Domain:
-    """A domain of the description. Raises InputError where its files or shares are not of the form."""
-    files = {key: value for key, value in said.items() if key != "shares"}
-    shares = dict(said.get("shares", {}))
-    expected = {"text"} if shares else set(SPLITS)
-    unknown = sorted(set(files) - expected | set(shares) - set(SPLITS))
-    if unknown or not files:
-        what = f"found {', '.join(unknown) or 'no files'}"
-        raise InputError(
-            f"--description: domains.{name}: {what}; expected text with shares, or some of {', '.join(SPLITS)}"
-        )
-    return Domain(name, files, shares)
+def choose_split(drawn: float, shares: Mapping[Any, float]) -> str:
+    """The split of a document with this number, from 0 up to 1: test, valid and train lie one behind the other.
+
+    Train is last, so that more text for training moves no document from one held-out split to the other.
+    """
+    limit = 0.0
+    present = [split for split in reversed(SPLITS) if split in shares]
+    for split in present:
+        limit += shares[split]
+        if drawn < limit:
+            return split
+    return present[-1]  # the shares' sum may be a little below 1
 
 
-def _read_tokenizer(flags: Mapping[str, Any]) -> TokenizerSettings:
-    """Megatron's tokenizer flags, spelled without their leading dashes. Raises InputError for one of no effect here."""
-    known = TokenizerSettings.__dataclass_fields__
-    settings = {name.replace("-", "_"): value for name, value in flags.items()}
-    for name in settings:
-        if name not in known:
-            flag = name.replace("_", "-")
-            raise InputError(f"--description: tokenizer.{flag}: this flag is not known here; leave it out")
-    if settings.get("vocab_size") is not None:
-        settings["vocab_size"] = int(settings["vocab_size"])
-    return TokenizerSettings(**settings)
+def _check_made(sinks: Sinks, found: Mapping[tuple[str, str], Inputs]) -> None:
+    """Refuse a dataset without a document, and two with the same."""
+    made: dict[str, str] = {}
+    for (name, split), sink in sinks.items():
+        if not sink.documents:
+            files = found.get((name, split)) or found[name, "text"]
+            raise InputError(
+                f"{name}: no document for its {split} set in {len(files.files)} file(s), as {files.files[0]}; "
+                "give it more text, or a larger share"
+            )
+        other = made.setdefault(sink.hash.hexdigest(), f"{name}.{split}")
+        if other != f"{name}.{split}":
+            raise InputError(f"{name}.{split} would hold the same text as {other}; give each text of its own")
+
+
+def _summarize(description: Description, sinks: Sinks, found: Mapping[tuple[str, str], Inputs]) -> dict[str, Any]:
+    domains: dict[str, dict[str, Any]] = {name: {} for name in description.domains}
+    for (name, split), sink in sinks.items():
+        domains[name][split] = {
+            "dataset": f"{name}.{split}",
+            "documents": sink.documents,
+            "tokens": sink.tokens,
+            "bin_sha256": sink.hash.hexdigest(),
+        }
+    sources: dict[str, dict[str, Any]] = {name: {} for name in description.domains}
+    for (name, source), inputs in found.items():
+        sources[name][source] = {
+            "files": [os.path.abspath(file) for file in inputs.files],
+            "bytes": inputs.size_bytes(),
+            "not_read": [os.path.abspath(file) for file in inputs.not_read],
+        }
+    written = description.model_dump(exclude_none=True)
+    return {"tokenizer": written["tokenizer"], "seed": description.seed, "domains": domains, "sources": sources}
+
+
+def _print_summary(summary: Mapping[str, Any]) -> None:
+    for name, splits in summary["domains"].items():
+        parts = []
+        for split, made in splits.items():
+            parts.append(f"{split} {made['documents']:,} documents, {made['tokens']:,} tokens")
+        print(printable(f"{name}: {'; '.join(parts)}"))
+        for source in summary["sources"][name].values():
+            if source["not_read"]:
+                print(printable(f"{name}: {listed(map(Path, source['not_read']))}"))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_btx.data.datasets",
-        description="Make the datasets of several domains from their texts.",
+        prog="btx datasets",
+        description="Make the datasets of several domains from their texts. docs/data.md says what is read.",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="makes FOLDER/DOMAIN.SPLIT.bin")
     parser.add_argument(
-        "--description",
-        required=True,
-        metavar="JSON",
-        help="domains, texts, shares and tokenizer: a file, or JSON itself",
-    )
+        "--description", required=True, metavar="JSON",
+        help="domains, texts, shares and tokenizer: a JSON file, or JSON itself",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, help="processes; the output does not depend on it")
     return parser
 
 
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> int:
-    """Make the datasets, and say how much is in them."""
+    """The command ``btx datasets``."""
     arguments = _parser().parse_args(argv)
-    if arguments.description.lstrip().startswith("{"):
-        description = json.loads(arguments.description)
-    else:
-        description = read_json_object(Path(arguments.description), "give the description of the datasets")
-    summary = make_datasets(arguments.output, description, arguments.workers)
-    for domain, splits in summary.items():
-        parts = [f"{name} {made['documents']:,} documents, {made['tokens']:,} tokens" for name, made in splits.items()]
-        print(f"{domain}: {'; '.join(parts)}")
+    _print_summary(make_datasets(arguments.output, read_description(arguments.description), arguments.workers))
     return 0
 
 

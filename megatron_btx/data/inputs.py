@@ -52,6 +52,10 @@ class Inputs:
     not_read: tuple[Path, ...]
     """What the directories hold besides, hidden files not counted."""
 
+    def size_bytes(self) -> int:
+        """The size of the files that are read, as they lie on disk."""
+        return sum(file.stat().st_size for file in self.files)
+
 
 def form_of(name: str) -> Form | None:
     """How a file of this name holds documents, or None when it is not read."""
@@ -61,12 +65,15 @@ def form_of(name: str) -> Form | None:
     return _FORMS.get(path.suffix)
 
 
-def expand_inputs(patterns: Sequence[str]) -> Inputs:
+def expand_inputs(patterns: Sequence[str], where: str = "--input") -> Inputs:
     """The input files behind files, globs and directories, in a fixed order.
 
     Arguments keep their order; what a glob or a directory stands for is sorted by path. Directories are read with all
     that is below them. A file named twice is read once, because a corpus that silently repeats itself is never what
     was meant.
+
+    Args:
+        where: what named them, for messages.
 
     Raises:
         InputError: an input that does not exist, has an unknown ending, or a directory without readable files.
@@ -75,15 +82,15 @@ def expand_inputs(patterns: Sequence[str]) -> Inputs:
     files: dict[str, Path] = {}
     not_read: dict[str, Path] = {}
     for pattern in patterns:
-        for path in _existing(pattern):
+        for path in _existing(pattern, where):
             if path.is_dir():
-                found, others = _contents(path)
+                found, others = _contents(path, where)
                 if not found:
                     said = f" ({listed(others)})" if others else ""
-                    raise InputError(f"--input {path}: the directory holds no file ending in {ENDINGS}{said}")
+                    raise InputError(f"{where} {path}: the directory holds no file ending in {ENDINGS}{said}")
                 not_read.update((os.path.abspath(other), other) for other in others)
             elif form_of(path.name) is None:
-                raise InputError(f"--input {path}: unknown kind of file; expected an ending among {ENDINGS}")
+                raise InputError(f"{where} {path}: unknown kind of file; expected an ending among {ENDINGS}")
             else:
                 found = [path]
             files.update((os.path.abspath(file), file) for file in found)
@@ -98,19 +105,19 @@ def listed(paths: Iterable[Path]) -> str:
     return f"not read: {files} ({', '.join(names[:_NAMED_AT_MOST])}{more})"
 
 
-def _existing(pattern: str) -> list[Path]:
+def _existing(pattern: str, where: str) -> list[Path]:
     path = Path(pattern)
     if path.is_dir() or path.is_file():
         return [path]
     if path.exists():
-        raise InputError(f"--input {pattern}: neither a file nor a directory; write what it gives into a file first")
+        raise InputError(f"{where} {pattern}: neither a file nor a directory; write what it gives into a file first")
     found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
     if not found:
-        raise InputError(f"--input {pattern}: no such file, directory or matching glob; check the path")
+        raise InputError(f"{where} {pattern}: no such file, directory or matching glob; check the path")
     return found
 
 
-def _contents(directory: Path) -> tuple[list[Path], list[Path]]:
+def _contents(directory: Path, where: str) -> tuple[list[Path], list[Path]]:
     """The files below a directory that are read, and the others; linked directories are entered once."""
     read: list[Path] = []
     others: list[Path] = []
@@ -127,7 +134,7 @@ def _contents(directory: Path) -> tuple[list[Path], list[Path]]:
             if name.startswith("."):
                 continue
             if path.is_symlink() and not path.exists():
-                raise InputError(f"--input {path}: a link to a file that is not there; fetch it, or remove the link")
+                raise InputError(f"{where} {path}: a link to a file that is not there; fetch it, or remove the link")
             about = name.lower().split(".")[0] in _ABOUT_THE_DATA or name.endswith(SUFFIX)
             wanted = form_of(name) is not None and not about
             (read if wanted and path.is_file() else others).append(path)

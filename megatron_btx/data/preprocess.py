@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from megatron_btx.data import readers, tokenizers
-from megatron_btx.data.description import Tokenizer as DescribedTokenizer
+from megatron_btx.data.encoding import make_encoder
 from megatron_btx.data.inputs import ENDINGS, expand_inputs, listed
-from megatron_btx.data.progress import ByteProgress
 from megatron_btx.data.records import BadRecord, Tally
 from megatron_btx.data.sink import Sink
-from megatron_btx.data.tokenizers import DocumentEncoder, TokenizerSettings
+from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.data.workers import in_order
 from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
-
-if TYPE_CHECKING:
-    import numpy
+from megatron_btx.ground.files import ByteProgress
 
 
 @dataclass(frozen=True)
@@ -54,69 +49,18 @@ class DatasetSummary:
 
     def line(self) -> str:
         """The summary as one line for people."""
-        skipped = f" ({self.empty_documents} empty ones left out)" if self.empty_documents else ""
-        bad = f"; left out {self.bad_records.text()}" if self.bad_records.counts else ""
-        beside = f"; {listed(self.not_read)}" if self.not_read else ""
+        skipped = bad = beside = ""
+        if self.empty_documents:
+            skipped = f" ({self.empty_documents} empty ones left out)"
+        if self.bad_records.counts:
+            bad = f"; left out {self.bad_records.text()}"
+        if self.not_read:
+            beside = f"; {listed(self.not_read)}"
         return (
             f"{', '.join(self.prefixes)}: {self.documents:,} documents{skipped}, {self.tokens:,} tokens,"
             f" {self.output_bytes:,} bytes, {self.tokens / self.documents:.1f} tokens per document,"
             f" {self.seconds:.1f} s{bad}{beside}"
         )
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """All that turns a unit into tokens; each worker holds one."""
-
-    document_ids: DocumentEncoder
-    keys: tuple[str, ...]
-    vocab_size: int
-    dtype: type[numpy.number[Any]]
-    skips_bad_records: bool
-    described: DescribedTokenizer
-
-    def encode(self, unit: readers.Unit) -> EncodedUnit:
-        """Tokenize the documents of a unit; InputError names the document that cannot be."""
-        import numpy
-
-        ids: dict[str, list[int]] = {key: [] for key in self.keys}
-        lengths: dict[str, list[int]] = {key: [] for key in self.keys}
-        bad = Tally()
-        empty = 0
-        for document in readers.parse(unit, self.keys, bad.add if self.skips_bad_records else _refuse):
-            for key in self.keys:
-                tokens = self._tokens(document, key)
-                if not tokens:
-                    empty += 1
-                    continue
-                ids[key] += tokens
-                lengths[key].append(len(tokens))
-        arrays = {key: numpy.array(values, dtype=self.dtype) for key, values in ids.items()}
-        return EncodedUnit(arrays, lengths, empty, bad, unit.input_bytes)
-
-    def _tokens(self, document: readers.Document, key: str) -> list[int]:
-        try:
-            tokens = self.document_ids.ids(document.texts[key])
-        except ValueError as error:  # words where the NullTokenizer wants numbers
-            raise InputError(f"{document.where}: {key!r} cannot be tokenized: {error}") from error
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
-            span = f"{min(tokens)} to {max(tokens)}"
-            raise InputError(f"{document.where}: token ids {span} leave the vocabulary of {self.vocab_size}")
-        return tokens
-
-
-@dataclass(frozen=True)
-class EncodedUnit:
-    ids: dict[str, numpy.ndarray[Any, Any]]
-    lengths: dict[str, list[int]]
-    empty_documents: int
-    bad_records: Tally
-    input_bytes: int
-
-
-def _refuse(record: BadRecord) -> None:
-    first = "name the right key with --json-keys, " if record.cause == "no key" else ""
-    raise InputError(f"{record.line()}; {first}mend the record, or leave such records out with --on-bad-record skip")
 
 
 def preprocess(
@@ -147,24 +91,23 @@ def preprocess(
     if workers < 1:
         raise InputError(f"--workers {workers}: expected at least 1")
     found = expand_inputs(inputs)
-    files = found.files
     keys = tuple(dict.fromkeys(json_keys))
     prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
-    for prefix in prefixes.values():
-        for existing in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
-            if existing.exists() and not overwrite:
-                raise InputError(f"--output-prefix: {existing} exists; choose another prefix or add --overwrite")
-    encoder = make_encoder(tokenizer_settings, keys, append_eod, skip_bad_records)
-
+    if not overwrite:
+        _refuse_existing(prefixes.values())
+    refuse_record = None
+    if not skip_bad_records:
+        refuse_record = _refuse_record
+    encoder = make_encoder(tokenizer_settings, keys, append_eod=append_eod, refuse_record=refuse_record)
+    empty_documents = 0
+    bad_records = Tally()
     with contextlib.ExitStack() as stack:
         # The pool starts before the progress bar does: forking a process that runs threads is unsafe.
         encode_all = in_order(stack, encoder.encode, workers)
         sinks = {key: stack.enter_context(Sink(prefix, encoder.dtype)) for key, prefix in prefixes.items()}
-        total_bytes = sum(file.stat().st_size for file in files)
-        progress = stack.enter_context(ByteProgress(f"tokenizing {len(files)} file(s)", total_bytes, quiet))
-        empty_documents = 0
-        bad_records = Tally()
-        for encoded in encode_all(unit for file in files for unit in readers.cut(file, keys)):
+        title = f"tokenizing {len(found.files)} file(s)"
+        progress = stack.enter_context(ByteProgress(title, found.size_bytes(), quiet))
+        for encoded in encode_all(readers.cut_all(found.files, keys)):
             for key, sink in sinks.items():
                 sink.add(encoded.ids[key], encoded.lengths[key])
             empty_documents += encoded.empty_documents
@@ -172,9 +115,7 @@ def preprocess(
             progress.advance(encoded.input_bytes)
         for key, sink in sinks.items():
             if sink.documents == 0:
-                seen = f"{len(files)} file(s), {empty_documents} document(s) without tokens"
-                if bad_records.counts:
-                    seen += f", {bad_records.text()}; the first: {bad_records.shown[0]}"
+                seen = _describe_seen(len(found.files), empty_documents, bad_records)
                 raise InputError(f"--input {' '.join(inputs)}: no text under the key {key!r} ({seen})")
         for sink in sinks.values():
             sink.write_index(encoder.described)
@@ -192,19 +133,26 @@ def preprocess(
     )
 
 
-def make_encoder(settings: TokenizerSettings, keys: tuple[str, ...], append_eod: bool, skips: bool) -> Encoder:
-    tokenizer = tokenizers.load(settings)
-    eod = tokenizers.end_of_document(tokenizer, settings) if append_eod else None
-    from megatron.core.datasets.indexed_dataset import DType
+def _refuse_record(record: BadRecord) -> None:
+    first = ""
+    if record.cause == "no key":
+        first = "name the right key with --json-keys, "
+    raise InputError(f"{record.line()}; {first}mend the record, or leave such records out with --on-bad-record skip")
 
-    return Encoder(
-        document_ids=DocumentEncoder.of(tokenizer, eod),
-        keys=keys,
-        vocab_size=tokenizer.vocab_size,
-        dtype=DType.optimal_dtype(tokenizer.vocab_size),
-        skips_bad_records=skips,
-        described=DescribedTokenizer.of(dataclasses.asdict(settings), tokenizer.vocab_size),
-    )
+
+def _refuse_existing(prefixes: Iterable[str]) -> None:
+    for prefix in prefixes:
+        for existing in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
+            if existing.exists():
+                raise InputError(f"--output-prefix: {existing} exists; choose another prefix or add --overwrite")
+
+
+def _describe_seen(files: int, empty_documents: int, bad_records: Tally) -> str:
+    """What was read where no text was found."""
+    seen = f"{files} file(s), {empty_documents} document(s) without tokens"
+    if bad_records.counts:
+        seen += f", {bad_records.text()}; the first: {bad_records.shown[0]}"
+    return seen
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,12 @@ def cut(path: Path, keys: Sequence[str]) -> Iterator[Unit]:
         yield from _cut_values(path, array=True)
     else:
         yield from _cut_lines(path)
+
+
+def cut_all(paths: Iterable[Path], keys: Sequence[str]) -> Iterator[Unit]:
+    """Cut input files into units, one file after the other; raises as :func:`cut` does."""
+    for path in paths:
+        yield from cut(path, keys)
 
 
 def parse(unit: Unit, keys: Sequence[str], on_bad: Callable[[BadRecord], None]) -> Iterator[Document]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ class Sink:
         self._temporary = {suffix: f"{prefix}{suffix}.tmp{os.getpid()}" for suffix in (".bin", SUFFIX, ".idx")}
         self.documents = 0
         self.tokens = 0
+        self.hash = hashlib.sha256()
+        """Of the bytes of the .bin file so far."""
         self._largest_id = -1
 
     def __enter__(self) -> Sink:
@@ -44,6 +47,7 @@ class Sink:
         for length in lengths:
             self._builder.add_document(ids[start : start + length], [length])
             start += length
+        self.hash.update(ids.tobytes())
         self.documents += len(lengths)
         self.tokens += start
         self._largest_id = max(self._largest_id, int(ids.max(initial=0)))

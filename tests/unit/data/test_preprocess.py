@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.data import preprocess, readers, tokenizers
+from megatron_btx.data import encoding, preprocess, readers, tokenizers
 from megatron_btx.data.corpora import math_problems, vocabulary
 from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.data.workers import in_order
@@ -359,7 +359,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """One line with the signal and the file."""
-    monkeypatch.setattr(preprocess.Encoder, "encode", lambda self, unit: end())
+    monkeypatch.setattr(encoding.Encoder, "encode", lambda self, unit: end())
     capfd.readouterr()
     assert preprocess.main(arguments(model, [jsonl], tmp_path / "out" / "prefix", "--workers", "2")) == 2
     assert f"a worker was killed {said.format(jsonl)}" in capfd.readouterr().err

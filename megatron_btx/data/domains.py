@@ -1,0 +1,148 @@
+"""What datasets are to be made of: domains, their files, and how their documents are split.
+
+{"tokenizer": {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": "models/seed"},
+ "seed": 1234,
+ "domains": {"math": {"text": ["math.jsonl"], "shares": {"train": 0.98, "valid": 0.01, "test": 0.01}},
+             "code": {"train": ["code/train"], "valid": ["code/valid.parquet"]}}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_btx.data.inputs import Inputs, expand_inputs
+from megatron_btx.data.tokenizers import TokenizerSettings
+from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.files import read_json_object
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+Paths = list[str]
+
+_SHARES_TOLERANCE = 1e-6
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+"""A domain's name is the beginning of its files' names."""
+
+
+class Domain(BaseModel):
+    """The text of one domain: files for each split, or files whose documents are drawn for the splits by shares."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    train: Paths | None = None
+    valid: Paths | None = None
+    test: Paths | None = None
+    text: Paths | None = None
+    shares: dict[Split, float] | None = None
+
+    def sources(self) -> dict[str, Paths]:
+        """ "text", or the splits -> their files, folders or globs."""
+        given = {"text": self.text, "train": self.train, "valid": self.valid, "test": self.test}
+        return {name: paths for name, paths in given.items() if paths}
+
+    def splits(self) -> list[Split]:
+        """The datasets that are made of it."""
+        if self.shares:
+            return [split for split in SPLITS if split in self.shares]
+        return [split for split in SPLITS if split in self.sources()]
+
+
+class Description(BaseModel):
+    """All that decides what the datasets hold, besides the files' content."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokenizer: dict[str, str | bool | int | None]
+    """Megatron's tokenizer flags, spelled without their leading dashes."""
+    domains: dict[str, Domain] = Field(min_length=1)
+    seed: int = 1234
+    """Decides which documents go to which split."""
+
+    def tokenizer_settings(self) -> TokenizerSettings:
+        """The tokenizer's flags. Raises InputError for one that has no effect here, because training would know it."""
+        known = [field.name for field in dataclasses.fields(TokenizerSettings)]
+        settings = {}
+        for flag, value in self.tokenizer.items():
+            name = flag.replace("-", "_")
+            if name not in known:
+                raise InputError(f"--description: tokenizer.{flag}: this flag is not known here; leave it out")
+            settings[name] = value
+        if "tokenizer_type" not in settings:
+            raise InputError("--description: tokenizer.tokenizer-type is missing; give Megatron's tokenizer flags")
+        return TokenizerSettings(**settings)  # type: ignore[arg-type]  # pydantic has checked that they are plain
+
+
+def read_description(said: str) -> Description:
+    """The description in a JSON file, or in JSON itself.
+
+    Raises:
+        InputError: no JSON, or not of the form that this module's head shows; names the place.
+    """
+    if said.lstrip().startswith("{"):
+        try:
+            return check_description(json.loads(said))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"--description: is not JSON ({error}); give a file, or a JSON object") from error
+    return check_description(read_json_object(Path(said), "give the description of the datasets as JSON"))
+
+
+def check_description(said: Mapping[str, object]) -> Description:
+    """The description that a JSON object holds; raises InputError with the place that is wrong."""
+    try:
+        description = Description.model_validate(said, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"--description: {place}: {first['msg']}") from error
+    for name, domain in description.domains.items():
+        _check_domain(f"--description: domains.{name}", name, domain)
+    return description
+
+
+def find_files(description: Description) -> dict[tuple[str, str], Inputs]:
+    """(domain, "text" or split) -> its files.
+
+    Raises:
+        InputError: a file does not exist, or stands twice: what a model is tested on would be what it was trained on,
+            or two experts would be the same.
+    """
+    found: dict[tuple[str, str], Inputs] = {}
+    owners: dict[str, str] = {}
+    for name, domain in description.domains.items():
+        for source, paths in domain.sources().items():
+            place = f"domains.{name}.{source}"
+            inputs = expand_inputs(paths, f"--description: {place}:")
+            for file in inputs.files:
+                owner = owners.setdefault(os.path.realpath(file), place)
+                if owner != place:
+                    raise InputError(f"--description: {place}: {file} is text of {owner}, too; leave it out of one")
+            found[name, source] = inputs
+    return found
+
+
+def _check_domain(place: str, name: str, domain: Domain) -> None:
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{place}: a domain's name begins its files' names; use letters, digits, _ and - only")
+    sources = domain.sources()
+    if not sources:
+        raise InputError(f"{place}: found no files; expected text with shares, or some of {', '.join(SPLITS)}")
+    if domain.text and len(sources) > 1:
+        raise InputError(f"{place}: found text and files of a split; expected one of them")
+    if bool(domain.text) != bool(domain.shares):
+        raise InputError(f"{place}: expected text with shares, or files for some of {', '.join(SPLITS)} without")
+    if not domain.shares:
+        return
+    for split, share in domain.shares.items():
+        if not share > 0:
+            raise InputError(f"{place}.shares.{split}: found {share:g}, expected above 0; leave out what gets none")
+    total = sum(domain.shares.values())
+    if abs(total - 1) > _SHARES_TOLERANCE:
+        raise InputError(f"{place}.shares: found shares that sum to {total:g}, expected 1")
