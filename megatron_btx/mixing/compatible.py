@@ -19,7 +19,7 @@ _REMEDY = "--allow-other-tokenizer"
 _VOCABULARY = {"padded_vocab_size", "vocab_size"}
 
 
-def checked_sources(sources: Sequence[Source], request: Request) -> dict[str, Any]:
+def compare_sources(sources: Sequence[Source], request: Request) -> dict[str, Any]:
     """Refuse sources that are not copies of one seed; returns the arguments of their mix.
 
     Raises:
@@ -47,7 +47,7 @@ def checked_sources(sources: Sequence[Source], request: Request) -> dict[str, An
 
 
 def _check_arguments(first: Source, other: Source, taken: set[str], request: Request) -> None:
-    left, right = _comparable(first.arguments), _comparable(other.arguments)
+    left, right = _normalise_arguments(first.arguments), _normalise_arguments(other.arguments)
     found = [(argument.name, argument.flag, x, y) for argument, x, y in differences(left, right)]
     scaling, other_scaling = left.get("hf_rope_scaling"), right.get("hf_rope_scaling")
     if scaling != other_scaling:
@@ -72,7 +72,7 @@ def _check_arguments(first: Source, other: Source, taken: set[str], request: Req
     raise InputError(f"experts differ in their configuration: {'; '.join(listed)}; {remedy}")
 
 
-def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _normalise_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments with what means the same made equal: Megatron fills some in where Hugging Face leaves them out."""
     result = dict(arguments)
     if result.get("kv_channels") is None:
@@ -142,7 +142,7 @@ def _check_sizes(sources: Sequence[Source], request: Request) -> None:
         return  # what is wrong is said where tokenizers are compared
     if compares:
         sizes = {name: len(table) for name, table in known.items()}
-        missing = _first_missing(known)
+        missing = _describe_missing_token(known)
     else:
         sizes = {source.name: _configured_size(source) for source in sources}
         missing = ""
@@ -161,9 +161,9 @@ def _configured_size(source: Source) -> int:
     return min(rows, source.arguments.get("vocab_size") or rows)
 
 
-def _first_missing(tables: Mapping[str, Mapping[int, str]]) -> str:
+def _describe_missing_token(tables: Mapping[str, Mapping[int, str]]) -> str:
     """In words, the first token that one model has and another has not; "" where there is none."""
-    every = _every_token(tables)
+    every = _all_tokens(tables)
     for number in sorted(every):
         for name, table in tables.items():
             if number not in table:
@@ -172,7 +172,7 @@ def _first_missing(tables: Mapping[str, Mapping[int, str]]) -> str:
     return ""
 
 
-def _every_token(tables: Mapping[str, Mapping[int, str]]) -> dict[int, tuple[str, str]]:
+def _all_tokens(tables: Mapping[str, Mapping[int, str]]) -> dict[int, tuple[str, str]]:
     """The tokens of all, each with the first that has it."""
     every: dict[int, tuple[str, str]] = {}
     for name, table in tables.items():
@@ -189,7 +189,7 @@ def _check_tokenizers(sources: Sequence[Source], union: bool) -> None:
     check_vocabulary_union(stored, _REMEDY)
     tables = {source.name: source.tokens or {} for source in sources}
     chosen = vocabulary_source(sources)
-    every = _every_token(tables)
+    every = _all_tokens(tables)
     lacking = [number for number in sorted(every) if number not in tables[chosen.name]]
     if lacking:
         token, owner = every[lacking[0]]

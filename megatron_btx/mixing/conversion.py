@@ -70,7 +70,7 @@ class Conversion:
         self.output: Output
         self.summary: str
         # A file can be missing on one node alone, and nobody writes before everybody has looked.
-        ranks.together(lambda: self._prepare(request))
+        ranks.run_on_all(lambda: self._prepare(request))
 
     def _prepare(self, request: Request) -> None:
         self.plan = make_plan(request)

@@ -37,14 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_btx.mixing.door import copy_request
 
     if options.command == "import":
-        model = _checked_folder(options.hf_model)
+        model = _folder_to_import(options.hf_model)
     else:
-        model = _checked_checkpoint(options.checkpoint)
+        model = _checkpoint_to_export(options.checkpoint)
     request = copy_request(model, options.pad_vocab_to_multiple_of, options.allow_other_ids)
     return carry_out(request, options)
 
 
-def _checked_folder(given: str) -> Path:
+def _folder_to_import(given: str) -> Path:
     """The folder to import. Raises InputError for a checkpoint of Megatron's; what else it may be is seen later."""
     from megatron_btx.checkpoint.iterations import is_checkpoint
     from megatron_btx.checkpoint.paths import model_path
@@ -55,7 +55,7 @@ def _checked_folder(given: str) -> Path:
     return path
 
 
-def _checked_checkpoint(given: str) -> Path:
+def _checkpoint_to_export(given: str) -> Path:
     """The checkpoint to export. Raises InputError for a folder of Hugging Face's."""
     from megatron_btx.checkpoint.paths import model_path
     from megatron_btx.checkpoint.safetensors import is_model_folder

@@ -187,7 +187,7 @@ def _find_tensor(output: Output, name: str) -> LaidOutTensor:
 def _explain_fills(plan: Plan, fills: Sequence[Fill]) -> list[tuple[str, int]]:
     """What fills a block, in words, and how many rows each line stands for."""
     lines = []
-    for low, high, planned, parts in _made_alike(plan, fills):
+    for low, high, planned, parts in _split_by_parts(plan, fills):
         rule = planned.operation.describe(plan, planned)
         if planned.parts and not parts:
             rule = _NEW_ROWS
@@ -209,7 +209,9 @@ def _explain_part(plan: Plan, planned: PlannedPiece, part: SourceRows) -> str:
     return f"{source.name}: {held.location.key}{index} ({part.piece}{cut})"
 
 
-def _made_alike(plan: Plan, fills: Sequence[Fill]) -> Iterator[tuple[int, int, PlannedPiece, tuple[SourceRows, ...]]]:
+def _split_by_parts(
+    plan: Plan, fills: Sequence[Fill]
+) -> Iterator[tuple[int, int, PlannedPiece, tuple[SourceRows, ...]]]:
     """Stretches of rows of one piece that are made of the same parts; of none where the rows are new padding."""
     for fill in fills:
         planned = fill.planned

@@ -70,14 +70,14 @@ class Execution:
         """
         _allow_many_open_files()
         try:
-            self._together(self._prepare)
+            self._run_on_all(self._prepare)
             hashes: dict[int, str] = {}
-            for share in self._together(self._write_share):
+            for share in self._run_on_all(self._write_share):
                 hashes |= share
-            self._together(lambda: self._finish(hashes))
+            self._run_on_all(lambda: self._finish(hashes))
             if verified:
-                self._together(self._verify_share)
-            self._together(self._publish)
+                self._run_on_all(self._verify_share)
+            self._run_on_all(self._publish)
         except (BTXError, OSError) as error:
             if self.ranks.rank == 0 and not isinstance(error, KeptError):
                 self.place.discard()
@@ -86,8 +86,8 @@ class Execution:
             self.place.close()
             self.place.release()
 
-    def _together(self, step: Callable[[], Any]) -> list[Any]:
-        """As :meth:`Ranks.together`; what the system says is said of the output."""
+    def _run_on_all(self, step: Callable[[], Any]) -> list[Any]:
+        """As :meth:`Ranks.run_on_all`; what the system says is said of the output."""
 
         def attempt() -> Any:
             try:
@@ -98,7 +98,7 @@ class Execution:
                     f"{self.output.size_bytes / 2**20:.1f} MiB are needed there, choose another folder or make room"
                 ) from error
 
-        return self.ranks.together(attempt)
+        return self.ranks.run_on_all(attempt)
 
     def _prepare(self) -> None:
         if self.ranks.rank == 0:
@@ -134,7 +134,7 @@ class Execution:
 
     def _write_share(self) -> dict[int, str]:
         """Write this rank's blocks, but those that an earlier run wrote and that are still as it noted them."""
-        noted = self.place.noted()
+        noted = self.place.read_journal()
         hashes: dict[int, str] = {}
         unnoted: dict[int, str] = {}
         lock = threading.Lock()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_btx.checkpoint.pieces import Piece, pieces_of
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.ground.errors import InputError
-from megatron_btx.mixing.compatible import checked_sources
+from megatron_btx.mixing.compatible import compare_sources
 from megatron_btx.mixing.merge import MOVE, NEW_ROUTERS, ZEROS
 from megatron_btx.mixing.methods import METHODS, Expert, Method
 from megatron_btx.mixing.opening import open_source
@@ -43,8 +43,8 @@ def make_plan(request: Request) -> Plan:
                 )
     if method.new_routers and not sources[0].sizes.experts:
         raise InputError(f"{sources[0].name} ({sources[0].folder}): has no routers, expected a mixture of experts")
-    first = checked_sources(sources, request)
-    first["padded_vocab_size"] = _padded(first["padded_vocab_size"], request.pad_vocabulary)
+    first = compare_sources(sources, request)
+    first["padded_vocab_size"] = _round_up(first["padded_vocab_size"], request.pad_vocabulary)
     arguments = dense_arguments(first)
     if method.experts:
         result_names = names
@@ -55,7 +55,7 @@ def make_plan(request: Request) -> Plan:
             raise InputError(
                 f"--moe-router-topk {request.topk}: expected 1 to {len(result_names)}, the number of experts"
             )
-        frequency = _checked_frequency(request.layer_frequency, first["num_layers"])
+        frequency = _check_frequency(request.layer_frequency, first["num_layers"])
         arguments = mixture_arguments(first, result_names, request.topk, ffn, frequency)
     weights = [request.weights.get(name, 1.0) for name in names]
     total = sum(weights)
@@ -64,7 +64,7 @@ def make_plan(request: Request) -> Plan:
     return Plan(request, sources, tuple(weight / total for weight in weights), pieces, arguments, sizes)
 
 
-def _checked_frequency(frequency: int | tuple[int, ...], layers: int) -> int | list[int]:
+def _check_frequency(frequency: int | tuple[int, ...], layers: int) -> int | list[int]:
     if isinstance(frequency, int):
         if not 1 <= frequency <= layers:
             raise InputError(f"--moe-layer-freq {frequency}: expected 1 to {layers}, or a list of 0 and 1 per layer")
@@ -114,7 +114,7 @@ def _planned_pieces(
         elif piece.name in first.pieces:
             planned = _shared_piece(piece, method, sources, first.pieces[piece.name].dtype)
             if planned.has_token_rows:
-                planned = _with_new_rows(planned, request)
+                planned = _add_new_rows(planned, request)
             yield planned
 
 
@@ -143,14 +143,14 @@ def _shared_piece(piece: Piece, method: Method, sources: Sequence[Source], dtype
     return PlannedPiece(piece, shape, dtype, method.shared, tuple(parts))
 
 
-def _padded(rows: int, multiple: int) -> int:
+def _round_up(rows: int, multiple: int) -> int:
     return -(-rows // multiple) * multiple
 
 
-def _with_new_rows(planned: PlannedPiece, request: Request) -> PlannedPiece:
+def _add_new_rows(planned: PlannedPiece, request: Request) -> PlannedPiece:
     """An embedding or head with as many rows as the user asks for."""
     rows, *rest = planned.shape
-    padded = _padded(rows, request.pad_vocabulary)
+    padded = _round_up(rows, request.pad_vocabulary)
     return dataclasses.replace(planned, shape=(padded, *rest), new_rows=padded - rows)
 
 

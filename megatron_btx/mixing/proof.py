@@ -26,7 +26,7 @@ Progress = Callable[[int], None]
 _DAMAGED = (KeyError, TypeError, AttributeError, ValueError, OverflowError)
 
 
-def _nothing(done_bytes: int) -> None:
+def _ignore_progress(done_bytes: int) -> None:
     pass
 
 
@@ -54,7 +54,7 @@ def manifest_bytes(folder: Path) -> int:
         raise CheckpointError(f"{folder / FILE_NAME}: is damaged ({error!r}); make the result again") from error
 
 
-def check_manifest(folder: Path, progress: Progress = _nothing) -> int:
+def check_manifest(folder: Path, progress: Progress = _ignore_progress) -> int:
     """Compare every byte of a result with its manifest; returns the number of tensors.
 
     Raises:

@@ -75,7 +75,7 @@ class Ranks:
             ) from error
         return values
 
-    def together(self, step: Callable[[], T]) -> list[T]:
+    def run_on_all(self, step: Callable[[], T]) -> list[T]:
         """Do a step on all ranks and wait for all; the first failure is everybody's, as one line."""
         failure: BTXError | None = None
         value = None

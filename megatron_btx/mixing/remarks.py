@@ -25,7 +25,9 @@ def remarks(plan: Plan) -> list[str]:
     for name in TRAINING_ARGUMENTS:
         values = {source.name: source.arguments.get(name) for source in plan.sources}
         if _differ(values) and name not in plan.request.take:
-            lines.append(f"{_listed(name, values)}; the result has that of {first} (--take {name}=NAME for another)")
+            lines.append(
+                f"{_list_values(name, values)}; the result has that of {first} (--take {name}=NAME for another)"
+            )
     configs = {source.name: _config_of(source) for source in plan.sources}
     for key in PASSED_THROUGH:
         values = {}
@@ -33,14 +35,14 @@ def remarks(plan: Plan) -> list[str]:
             if key in config:
                 values[name] = config[key]
         if key not in _SAID_AS_ARGUMENT and _differ(values):
-            lines.append(f"{_listed(key, values)}; the result has that of {owner}, whose tokenizer it gets")
-    around = {source.name: _around_texts(source) for source in plan.sources}
+            lines.append(f"{_list_values(key, values)}; the result has that of {owner}, whose tokenizer it gets")
+    around = {source.name: _tokens_around_texts(source) for source in plan.sources}
     if _differ(around):
-        lines.append(f"{_listed('what a tokenizer puts around a text', around)}; the result has that of {owner}")
+        lines.append(f"{_list_values('what a tokenizer puts around a text', around)}; the result has that of {owner}")
     return lines
 
 
-def _around_texts(source: Source) -> str | None:
+def _tokens_around_texts(source: Source) -> str | None:
     """The tokens that a tokenizer.json makes of no text; None where there is none, or none that can be read."""
     folder = source.hf_folder
     if folder is None or not (folder / TOKENIZER_FILE).is_file():
@@ -67,6 +69,6 @@ def _differ(values: Mapping[str, Any]) -> bool:
     return any(value != given[0] for value in given)
 
 
-def _listed(name: str, values: Mapping[str, Any]) -> str:
+def _list_values(name: str, values: Mapping[str, Any]) -> str:
     listed = ", ".join(f"{value!r} in {source}" for source, value in values.items())
     return f"{name} differs: {listed}"

@@ -205,7 +205,7 @@ def _hugging_face(plan: Plan) -> Output:
             tasks.append(Task(block, _slot_of_rows(block, layout.slot(tensor.name), tensor.dtype.itemsize)))
     tokenizer = result_tokenizer(source, config, plan.request.allow_other_ids)
     small = layout.small_files() | dict(tokenizer.files)
-    config = tokenizer_files.completed_ids(config, tokenizer.ids, tokenizer.rows)
+    config = tokenizer_files.complete_ids(config, tokenizer.ids, tokenizer.rows)
     generation = tokenizer_files.generation_file(tokenizer.files, _ids_of(config), tokenizer.rows)
     if generation is not None:
         small[tokenizer_files.GENERATION] = generation

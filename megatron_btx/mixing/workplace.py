@@ -162,7 +162,7 @@ class Workplace:
                 os.write(self._journal, b"\n")  # ends a torn line of a killed run
             os.write(self._journal, lines)
 
-    def noted(self) -> dict[int, str]:
+    def read_journal(self) -> dict[int, str]:
         """The blocks that earlier runs have noted as written."""
         found = {}
         for file in sorted(self._journals.iterdir()):

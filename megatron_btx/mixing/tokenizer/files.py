@@ -39,7 +39,7 @@ def travelling_files(folder: Path) -> dict[str, bytes]:
     return contents
 
 
-def plain(files: Mapping[str, bytes], rows: int) -> bool:
+def has_written_form(files: Mapping[str, bytes], rows: int) -> bool:
     """Whether files are what would be written: the class adds nothing, and every token has a row."""
     if CONFIG_FILE not in files or TOKENIZER_FILE not in files:
         return False
@@ -47,7 +47,7 @@ def plain(files: Mapping[str, bytes], rows: int) -> bool:
         return False
     config = _object(files[CONFIG_FILE])
     content = _object(files[TOKENIZER_FILE])
-    if config.get("tokenizer_class") != CLASS or numbered(content) != content:
+    if config.get("tokenizer_class") != CLASS or renumber_added_tokens(content) != content:
         return False
     if {"auto_map", "added_tokens_decoder", "extra_special_tokens"} & config.keys():
         return False
@@ -71,7 +71,7 @@ def _special_tokens(config: Mapping[str, Any]) -> list[str]:
     return [text_of(token) for token in tokens]
 
 
-def written_config(
+def make_config(
     source: Mapping[str, Any], tokenizer: Mapping[str, Any], tokens: Mapping[str, str], adds: tuple[bool, bool] | None
 ) -> dict[str, Any]:
     """A tokenizer_config.json.
@@ -102,7 +102,7 @@ def written_config(
     return config
 
 
-def written_files(
+def make_files(
     source: Mapping[str, bytes], tokenizer: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, bytes]:
     """All files of a tokenizer: the source's with these two, without those that could be read in their place."""
@@ -113,9 +113,9 @@ def written_files(
     return files
 
 
-def without_rowless(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
+def drop_rowless_tokens(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """A tokenizer.json without the added tokens that have no row: their text would become an id no model can read."""
-    result = numbered(tokenizer)
+    result = renumber_added_tokens(tokenizer)
     added = [entry for entry in result.get("added_tokens") or [] if entry.get("id", 0) < rows]
     for key, value in (("added_tokens", added), ("truncation", None), ("padding", None)):
         if key in result:
@@ -123,7 +123,7 @@ def without_rowless(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
     return result
 
 
-def numbered(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+def renumber_added_tokens(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     """A tokenizer.json whose added tokens have the numbers that the tokenizers library gives them.
 
     It counts them in the order in which they are listed, whatever numbers the file says. Where the model's own numbers
@@ -172,7 +172,7 @@ def special_ids(files: Mapping[str, bytes], rows: int) -> dict[str, int]:
     return found
 
 
-def completed_ids(config: Mapping[str, Any], ids: Mapping[str, Any], rows: int) -> dict[str, Any]:
+def complete_ids(config: Mapping[str, Any], ids: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """A configuration whose ids of special tokens have rows: its own that have, else the tokenizer's."""
     result = dict(config)
     for token in NAMES:
@@ -194,7 +194,7 @@ def generation_file(files: Mapping[str, bytes], ids: Mapping[str, Any], rows: in
     """generation_config.json with the ids of special tokens; None where there is nothing to say."""
     if GENERATION in files:
         given = _object(files[GENERATION])
-        made = completed_ids(given, ids, rows)
+        made = complete_ids(given, ids, rows)
         if made == given:
             return files[GENERATION]
         return as_json(made)

@@ -14,7 +14,7 @@ from megatron_btx.checkpoint.tokenizers import sentencepiece as sentencepiece_to
 from megatron_btx.checkpoint.tokenizers.files import with_old_megatrons_tokens
 from megatron_btx.ground.errors import InputError, bare_exceptions_as
 from megatron_btx.mixing.sources import Source
-from megatron_btx.mixing.tokenizer import files as written
+from megatron_btx.mixing.tokenizer import files as tokenizer_files
 from megatron_btx.mixing.tokenizer.from_folder import config_to_ask, transformers_name
 from megatron_btx.mixing.tokenizer.outcome import FLAG, ResultTokenizer, accept, prove
 from megatron_btx.mixing.tokenizer.proof import (
@@ -96,11 +96,11 @@ def _of_sentencepiece(source: Source, place: Path, kind: str, allow_other_ids: b
         reasons = "; ".join(converted.inexpressible)
         raise InputError(f"{place} has no equal tokenizer.json: {reasons}; {FLAG} writes the nearest one")
     tokenizer = json.loads(converted.tokenizer.to_str())
-    config = written.written_config({}, tokenizer, converted.named, (False, False))
+    config = tokenizer_files.make_config({}, tokenizer, converted.named, (False, False))
     config |= {"split_special_tokens": True, "add_prefix_space": converted.dummy_prefix}
     if stored.get("max_position_embeddings"):
         config["model_max_length"] = stored["max_position_embeddings"]
-    files = written.written_files({"tokenizer.model": content}, tokenizer, config)
+    files = tokenizer_files.make_files({"tokenizer.model": content}, tokenizer, config)
 
     def encode(texts: Sequence[str], whole: bool) -> Ids:
         return [_around_added(model, text, added, len(pieces)) for text in texts]
@@ -153,10 +153,10 @@ def _of_gpt2(source: Source) -> _Made:
     loaded = _load_gpt2(carried)
     tokenizer = _byte_level(Path(vocabulary), Path(merges))
     named = {}
-    if written.number_of_token(tokenizer, _GPT2_END) is not None:
+    if tokenizer_files.number_of_token(tokenizer, _GPT2_END) is not None:
         named = {"bos_token": _GPT2_END, "eos_token": _GPT2_END}
-    config = written.written_config({}, tokenizer, named, None)
-    files = written.written_files(carried, tokenizer, config)
+    config = tokenizer_files.make_config({}, tokenizer, named, None)
+    files = tokenizer_files.make_files(carried, tokenizer, config)
     oracle = Oracle(transformers_name(loaded), encode_with_transformers(loaded))
     return _Made(oracle, files, f"tokenizer.json made of {vocabulary} and {merges}", list(named.values()))
 

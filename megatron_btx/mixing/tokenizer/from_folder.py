@@ -11,7 +11,7 @@ from typing import Any
 from megatron_btx.checkpoint.tokenizers.vocabulary import unknown_reason
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.sources import Source
-from megatron_btx.mixing.tokenizer import files as written
+from megatron_btx.mixing.tokenizer import files as tokenizer_files
 from megatron_btx.mixing.tokenizer.outcome import FLAG, ResultTokenizer, accept, prove
 from megatron_btx.mixing.tokenizer.proof import (
     CONFIG_FILE,
@@ -53,8 +53,8 @@ def folder_tokenizer(
     why = unknown_reason(source.tokenizer_arguments)
     if why:
         raise InputError(f"its vocabulary cannot be read: {why}; {FLAG} carries the files as they are")
-    files = written.travelling_files(place)
-    if written.plain(files, rows) and config_to_ask(model_config) is None:
+    files = tokenizer_files.travelling_files(place)
+    if tokenizer_files.has_written_form(files, rows) and config_to_ask(model_config) is None:
         return _carried(files, place, rows, allow_other_ids)
     return _made(source, files, place, rows, model_config, allow_other_ids)
 
@@ -64,7 +64,7 @@ def _carried(files: Mapping[str, bytes], folder: Path, rows: int, allow_other_id
     form = f"tokenizer.json of {folder} as it is"
     config = json.loads(files[CONFIG_FILE])
     encode = read_tokenizer(files[TOKENIZER_FILE].decode(), bool(config.get("split_special_tokens")))
-    special = [written.text_of(config[name]) for name in _NAMED if config.get(name)]
+    special = [tokenizer_files.text_of(config[name]) for name in _NAMED if config.get(name)]
     outcome = prove(Oracle("the same file", encode), files, rows, None, texts_with(special), form)
     return accept(outcome, files, rows, form, allow_other_ids)
 
@@ -85,7 +85,7 @@ def _made(
     failures: list[tuple[Difference, dict[str, bytes], str]] = []
     for form, tokenizer in _candidates(loaded, files, folder, rows):
         config = _config_of(loaded, files, tokenizer, rows)
-        candidate = written.written_files(files, tokenizer, config)
+        candidate = tokenizer_files.make_files(files, tokenizer, config)
         outcome = prove(oracle, candidate, rows, model_config, texts, form)
         if isinstance(outcome, ResultTokenizer):
             return outcome
@@ -121,11 +121,11 @@ def _candidates(
     found = []
     if TOKENIZER_FILE in files:
         own = json.loads(files[TOKENIZER_FILE])
-        found.append((f"tokenizer.json of {folder}", written.without_rowless(own, rows)))
+        found.append((f"tokenizer.json of {folder}", tokenizer_files.drop_rowless_tokens(own, rows)))
     if backend is not None and hasattr(backend, "to_str"):
         made = json.loads(backend.to_str())
         form = f"tokenizer.json made of what {transformers_name(loaded)} reads in {folder}"
-        found.append((form, written.without_rowless(made, rows)))
+        found.append((form, tokenizer_files.drop_rowless_tokens(made, rows)))
     if not found:
         raise InputError(
             f"{transformers_name(loaded)} reads {folder} and has no tokenizer.json for it; save one with a fast "
@@ -143,14 +143,14 @@ def _config_of(
         token = getattr(loaded, name, None)
         if token is None:
             continue
-        number = written.number_of_token(tokenizer, str(token))
+        number = tokenizer_files.number_of_token(tokenizer, str(token))
         if number is not None and number < rows:
             tokens[name] = str(token)
     source = json.loads(files.get(CONFIG_FILE, b"{}"))
     adds = None
     if "add_bos_token" in source or "add_eos_token" in source:
         adds = _added_around(loaded, tokens)
-    return written.written_config(source, tokenizer, tokens, adds)
+    return tokenizer_files.make_config(source, tokenizer, tokens, adds)
 
 
 def _added_around(loaded: LoadedTokenizer, tokens: Mapping[str, str]) -> tuple[bool, bool] | None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.mixing.tokenizer import files as written
-from megatron_btx.mixing.tokenizer.proof import Difference, Oracle, compare, read_written
+from megatron_btx.mixing.tokenizer import files as tokenizer_files
+from megatron_btx.mixing.tokenizer.proof import Difference, Oracle, compare, read_made_files
 
 FLAG = "--allow-other-ids"
 
@@ -28,7 +28,7 @@ class ResultTokenizer:
     @property
     def ids(self) -> dict[str, int]:
         """bos_token_id, eos_token_id and pad_token_id, those that there are."""
-        return written.special_ids(self.files, self.rows)
+        return tokenizer_files.special_ids(self.files, self.rows)
 
 
 def prove(
@@ -46,7 +46,7 @@ def prove(
         form: where the files come from, in words.
     """
     ties = 0
-    for encode in read_written(files, model_config):
+    for encode in read_made_files(files, model_config):
         difference, ties = compare(oracle, encode, texts, rows)
         if difference is not None:
             return difference

@@ -62,11 +62,11 @@ class Oracle:
         known = len(self.pieces)
         if max(*one, *other, 0) >= known:
             return False
-        text, score = self._spelled(one)
-        other_text, other_score = self._spelled(other)
+        text, score = self._spell(one)
+        other_text, other_score = self._spell(other)
         return text == other_text and math.isclose(score, other_score, rel_tol=_ROUNDING)
 
-    def _spelled(self, ids: Sequence[int]) -> tuple[str, float]:
+    def _spell(self, ids: Sequence[int]) -> tuple[str, float]:
         pieces = [self.pieces[i] for i in ids]
         text = "".join(text for text, _ in pieces)
         return text, math.fsum(score for _, score in pieces)
@@ -84,12 +84,12 @@ class Difference:
 
     def __str__(self) -> str:
         return (
-            f"{self.count} texts get other ids, the first is {self.text[:60]!r}: {_shown(self.expected)} in the "
-            f"source's own, {_shown(self.found)} in the written one"
+            f"{self.count} texts get other ids, the first is {self.text[:60]!r}: {_show_ids(self.expected)} in the "
+            f"source's own, {_show_ids(self.found)} in the written one"
         )
 
 
-def _shown(ids: Sequence[int]) -> str:
+def _show_ids(ids: Sequence[int]) -> str:
     shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
     if len(ids) > _SHOWN_IDS:
         shown += ", ..."
@@ -152,10 +152,10 @@ def load_with_transformers(folder: Path) -> LoadedTokenizer:
             loaded = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
             return cast(LoadedTokenizer, loaded)
     except _TRANSFORMERS_ERRORS as error:
-        raise InputError(_why(transformers, folder, error)) from error
+        raise InputError(_refusal_of(transformers, folder, error)) from error
 
 
-def _why(transformers: ModuleType, folder: Path, error: Exception) -> str:
+def _refusal_of(transformers: ModuleType, folder: Path, error: Exception) -> str:
     said = re.sub(r"\s+", " ", str(error))[:160]
     return (
         f"transformers {transformers.__version__} makes no tokenizer of {folder} ({type(error).__name__}: {said}); put "
@@ -180,7 +180,7 @@ def encode_with_transformers(tokenizer: LoadedTokenizer) -> Encode:
     return encode
 
 
-def read_written(files: Mapping[str, bytes], model_config: Mapping[str, Any] | None) -> list[Encode]:
+def read_made_files(files: Mapping[str, bytes], model_config: Mapping[str, Any] | None) -> list[Encode]:
     """How written files encode: by the tokenizers library, and by the installed transformers where a class may step in.
 
     Args:

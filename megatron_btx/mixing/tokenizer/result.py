@@ -15,7 +15,7 @@ from typing import Any
 from megatron_btx.checkpoint.tokenizers.vocabulary import tokenizer_place
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.sources import EMBEDDING, Source
-from megatron_btx.mixing.tokenizer import files as written
+from megatron_btx.mixing.tokenizer import files as tokenizer_files
 from megatron_btx.mixing.tokenizer.from_files import file_tokenizer
 from megatron_btx.mixing.tokenizer.from_folder import folder_tokenizer
 from megatron_btx.mixing.tokenizer.outcome import FLAG, ResultTokenizer
@@ -52,4 +52,4 @@ def _files_in(place: Path | None) -> dict[str, bytes]:
     """A folder's files that make tokens and text; none where there is no folder."""
     if place is None or not place.is_dir():
         return {}
-    return written.travelling_files(place)
+    return tokenizer_files.travelling_files(place)

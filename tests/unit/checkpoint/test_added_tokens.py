@@ -10,7 +10,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from megatron_btx.checkpoint.tokenizers.vocabulary import known_vocabulary
-from megatron_btx.mixing.tokenizer.files import number_of_token, numbered, plain, special_ids, without_rowless
+from megatron_btx.mixing.tokenizer.files import (
+    drop_rowless_tokens,
+    has_written_form,
+    number_of_token,
+    renumber_added_tokens,
+    special_ids,
+)
 
 FLAGS = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False) | {"special": True}
 MODEL = {"type": "WordLevel", "unk_token": "a", "vocab": {token: number for number, token in enumerate("abcdefgh")}}
@@ -45,7 +51,7 @@ def test_numbers_are_the_librarys(listed, tmp_path):
     expected = Tokenizer.from_str(json.dumps(content)).get_vocab()
     table = known_vocabulary({"hf_folder": tmp_path}).tokens
     assert {token: number for number, token in table.items()} == expected
-    for written in (numbered(content), without_rowless(content, 99)):
+    for written in (renumber_added_tokens(content), drop_rowless_tokens(content, 99)):
         assert Tokenizer.from_str(json.dumps(written)).get_vocab() == expected
         assert all(number_of_token(written, token) == number for token, number in expected.items())
 
@@ -56,6 +62,6 @@ def test_ids_of_special_tokens_are_the_librarys():
     for listed, is_plain in ((LISTS["out of order"], False), ([(8, "<x>"), (9, "<y>")], True)):
         content = content_of(listed)
         files = {"tokenizer_config.json": config, "tokenizer.json": json.dumps(content).encode()}
-        assert plain(files, 32) == is_plain
-        files["tokenizer.json"] = json.dumps(without_rowless(content, 32)).encode()
+        assert has_written_form(files, 32) == is_plain
+        files["tokenizer.json"] = json.dumps(drop_rowless_tokens(content, 32)).encode()
         assert special_ids(files, 32) == {"eos_token_id": 8}

@@ -301,7 +301,7 @@ def test_killed_at_any_moment(many, zygote, tmp_path):
 
 def _noted(hidden: Path) -> set[int]:
     place = Workplace(hidden.parent / hidden.name.removeprefix(".").removesuffix(".incomplete"))
-    return set(place.noted()) if (hidden / "journal").is_dir() else set()
+    return set(place.read_journal()) if (hidden / "journal").is_dir() else set()
 
 
 def _complete(experts, folder: Path) -> bool:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_btx.mixing.tokenizer import files as written
+from megatron_btx.mixing.tokenizer import files as tokenizer_files
 from megatron_btx.mixing.tokenizer.proof import Oracle, compare
 
 ROWS = 400
@@ -21,14 +21,14 @@ TOKENIZER = {
 def test_no_file_is_left_that_a_reader_takes_in_place_of_these():
     """What they said stands in tokenizer.json; a reader of another version would go by them all the same."""
     source = {name: b"{}" for name in ("added_tokens.json", "special_tokens_map.json", "tekken.json", "notes.txt")}
-    files = written.written_files(source, TOKENIZER, {"tokenizer_class": written.CLASS})
+    files = tokenizer_files.make_files(source, TOKENIZER, {"tokenizer_class": tokenizer_files.CLASS})
     assert files.keys() == {"notes.txt", "tokenizer.json", "tokenizer_config.json"}
     assert json.loads(files["tokenizer.json"]) == TOKENIZER
 
 
 def test_tokens_without_a_row_are_left_out():
     """Their text would become an id that the model cannot read; and no text is cut short."""
-    content = written.without_rowless(TOKENIZER, ROWS)
+    content = tokenizer_files.drop_rowless_tokens(TOKENIZER, ROWS)
     assert [entry["id"] for entry in content["added_tokens"]] == [0, 399]
     assert content["truncation"] is None and content["model"] == TOKENIZER["model"]
 
@@ -37,16 +37,16 @@ def test_special_ids_have_rows():
     """A pad token beyond the embedding is no id of the model."""
     config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "[PAD]"}
     files = {"tokenizer.json": json.dumps(TOKENIZER).encode(), "tokenizer_config.json": json.dumps(config).encode()}
-    assert written.special_ids(files, ROWS) == {"bos_token_id": 0, "eos_token_id": 399}
-    assert written.special_ids(files, ROWS + 1)["pad_token_id"] == 400
+    assert tokenizer_files.special_ids(files, ROWS) == {"bos_token_id": 0, "eos_token_id": 399}
+    assert tokenizer_files.special_ids(files, ROWS + 1)["pad_token_id"] == 400
 
 
 def test_the_blank_before_a_text_is_said():
     """Where it is not, transformers 4.57 turns it off in the tokenizer."""
     for prefix in (False, True):
         tokenizer = TOKENIZER | {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": prefix}}
-        assert written.written_config({}, tokenizer, {}, None)["add_prefix_space"] is prefix
-    assert "add_prefix_space" not in written.written_config({}, {"pre_tokenizer": None}, {}, None)
+        assert tokenizer_files.make_config({}, tokenizer, {}, None)["add_prefix_space"] is prefix
+    assert "add_prefix_space" not in tokenizer_files.make_config({}, {"pre_tokenizer": None}, {}, None)
 
 
 def test_ways_that_are_as_probable_are_one():
@@ -67,14 +67,14 @@ def test_ways_that_are_as_probable_are_one():
 def test_of_several_ids_those_with_a_row_stay():
     """A model that stops at three tokens does not stop at one alone, because a fourth has no row."""
     given = {"eos_token_id": [3, 5, 99], "bos_token_id": [True, "2", None], "pad_token_id": 99, "other": 1}
-    made = written.completed_ids(given, {"eos_token_id": 7, "pad_token_id": 7}, 32)
+    made = tokenizer_files.complete_ids(given, {"eos_token_id": 7, "pad_token_id": 7}, 32)
     assert made == {"eos_token_id": [3, 5], "pad_token_id": 7, "other": 1}
-    assert written.completed_ids({"eos_token_id": []}, {"eos_token_id": 7}, 32) == {"eos_token_id": 7}
-    assert written.completed_ids({"eos_token_id": [3]}, {}, 32) == {"eos_token_id": [3]}
+    assert tokenizer_files.complete_ids({"eos_token_id": []}, {"eos_token_id": 7}, 32) == {"eos_token_id": 7}
+    assert tokenizer_files.complete_ids({"eos_token_id": [3]}, {}, 32) == {"eos_token_id": [3]}
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"[" * 100_000, b"\xff"])
 def test_a_generation_config_that_is_none_is_made_anew(content):
-    assert json.loads(written.generation_file({"generation_config.json": content}, {"eos_token_id": 2}, 9)) == {
+    assert json.loads(tokenizer_files.generation_file({"generation_config.json": content}, {"eos_token_id": 2}, 9)) == {
         "eos_token_id": 2
     }
