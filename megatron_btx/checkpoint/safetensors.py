@@ -64,8 +64,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _file_that_counts(folder: Path) -> str:
-    """The index or the single file: where both are there, the single file, which transformers (4.57 and 5) reads.
+def _choose_file(folder: Path) -> str:
+    """The index or the single file. Where both are there: the single file, which transformers (4.57 and 5) reads.
 
     Raises:
         CheckpointError: there is neither, or the two hold other weights: one is left over from another save.
@@ -83,7 +83,7 @@ def _file_that_counts(folder: Path) -> str:
     shards = set(_weight_map(folder).values())
     if shards == {SINGLE}:
         return INDEX
-    if any((folder / Path(name).name).is_file() for name in shards) and not _hold_the_same(folder):
+    if any((folder / Path(name).name).is_file() for name in shards) and not _have_same_weights(folder):
         raise CheckpointError(
             f"{folder}: holds two sets of weights: {SINGLE}, which transformers reads, and {INDEX} with its "
             "shards, and they are not the same; remove the one that is left over from another save"
@@ -91,7 +91,7 @@ def _file_that_counts(folder: Path) -> str:
     return SINGLE
 
 
-def _hold_the_same(folder: Path) -> bool:
+def _have_same_weights(folder: Path) -> bool:
     """Whether the single file and the shards of the index hold the same tensors, bit for bit."""
     one = SafetensorsReader(folder, SINGLE)
     try:
@@ -140,7 +140,7 @@ class SafetensorsReader:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self._files = Files()
-        if (file or _file_that_counts(folder)) == INDEX:
+        if (file or _choose_file(folder)) == INDEX:
             self._open_index()
         else:
             self._open_file(SINGLE)

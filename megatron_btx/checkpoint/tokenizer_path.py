@@ -46,13 +46,13 @@ def _find_beside(path: Path, root: Path) -> Path | None:
     if "?" in path.name:
         folders.insert(0, path.parent)
     for folder in folders:
-        matches = _matching(folder, path.name)
+        matches = _find_matches(folder, path.name)
         if matches:
             return matches[0]
     return None
 
 
-def _matching(folder: Path, name: str) -> list[Path]:
+def _find_matches(folder: Path, name: str) -> list[Path]:
     """The file of a name in a folder, in which ``?`` may stand for any character."""
     if (folder / name).is_file():
         return [folder / name]

@@ -64,11 +64,6 @@ def _scaling_of(form: object, key: str, where: str) -> dict[str, Any]:
     """One of the two forms of a scaling, with its kind under ``rope_type`` and without what holds for all kinds."""
     if not isinstance(form, Mapping) or any(isinstance(value, Mapping) for value in form.values()):
         raise bad_value(where, key, form, "one set of numbers for all layers", "take a model with one")
-    kinds = [form[name] for name in ("rope_type", "type") if isinstance(form.get(name), str)]
-    if len(set(kinds)) > 1:
-        raise bad_value(
-            where, f"{key}.type", form["type"], f"rope_type {form['rope_type']!r}", "correct one of the two"
-        )
     if form.get("partial_rotary_factor", 1.0) != 1.0:
         remedy = "only rotary embeddings over the whole head can be converted"
         raise bad_value(where, f"{key}.partial_rotary_factor", form["partial_rotary_factor"], "1.0", remedy)
@@ -76,10 +71,16 @@ def _scaling_of(form: object, key: str, where: str) -> dict[str, Any]:
     for name, value in form.items():
         if value is not None and name not in ("type", "rope_theta", "partial_rotary_factor"):
             scaling[name] = value
-    scaling["rope_type"] = "default"
-    if kinds:
-        scaling["rope_type"] = kinds[0]
+    scaling["rope_type"] = _kind_of(form)
     return scaling
+
+
+def _kind_of(form: Mapping[str, Any]) -> str:
+    """The kind of a scaling; ``type`` is its older key, which counts where there is no other."""
+    for key in ("rope_type", "type"):
+        if isinstance(form.get(key), str):
+            return str(form[key])
+    return "default"
 
 
 def _theta_of(stated: Mapping[str, Any], family: Family, where: str) -> float:

@@ -170,7 +170,6 @@ REFUSED_CONFIGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     ),
     "factors of none": ("llama", {"rope_scaling": LONG | {"short_factor": []}}, ("rope_scaling.short_factor is []",)),
     "a factor of 0": ("llama", {"rope_scaling": LONG | {"long_factor": [1.0, 0]}}, ("rope_scaling.long_factor is 0",)),
-    "two kinds": ("llama", {"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, ("'linear'", "'yarn'")),
     "no factor": ("llama", {"rope_scaling": {"type": "linear"}}, ("rope_scaling.factor is missing",)),
     "factor as text": ("llama", {"rope_scaling": LLAMA3 | {"factor": "8"}}, ("rope_scaling.factor is '8'",)),
     "groups": ("llama", {"num_key_value_heads": 3}, ("num_key_value_heads is 3", "num_attention_heads 4")),
