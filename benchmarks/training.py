@@ -22,6 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.ground import numbers
+from megatron_btx.ground.numbers import ModelShape
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 BF16_PEAK_FLOPS = {
@@ -58,12 +61,21 @@ class Shape:
             f"--vocab-size {self.vocabulary - 1} --padded-vocab-size {self.vocabulary}"
         ).split()
 
-    def matmul_parameters(self, ffn_blocks: int, experts: int = 0) -> int:
-        """Weights that are multiplied, with so many feed-forward blocks per layer; the input embedding is looked up."""
-        kv = self.hidden * self.kv_groups // self.heads
-        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * kv
-        feed_forward = 3 * self.hidden * self.ffn * ffn_blocks + self.hidden * experts
-        return self.layers * (attention + feed_forward) + self.hidden * self.vocabulary
+    def model(self, moe: bool) -> ModelShape:
+        """The dense model, or the mixture of EXPERTS experts of the same width."""
+        dense = ModelShape(
+            layers=self.layers,
+            hidden=self.hidden,
+            heads=self.heads,
+            groups=self.kv_groups,
+            channels=self.hidden // self.heads,
+            ffn=self.ffn,
+            gated=True,
+            vocabulary=self.vocabulary,
+        )
+        if not moe:
+            return dense
+        return dataclasses.replace(dense, mixtures=self.layers, experts=EXPERTS, topk=TOPK, expert_ffn=self.ffn)
 
 
 FULL = Shape(layers=22, hidden=2048, ffn=5632, heads=32, kv_groups=4, seq_length=4096, vocabulary=32000)
@@ -74,8 +86,7 @@ FLOPS_FORMULA = "per token: 6 x (weights multiplied for it) + 6 x layers x hidde
 
 def flops_per_token(shape: Shape, moe: bool) -> float:
     """Floating-point operations of forward and backward, as FLOPS_FORMULA says; recomputation would not count."""
-    weights = shape.matmul_parameters(TOPK, EXPERTS) if moe else shape.matmul_parameters(1)
-    return 6.0 * weights + 6.0 * shape.layers * shape.hidden * shape.seq_length
+    return numbers.training_flops(shape.model(moe), 1, shape.seq_length)
 
 
 def training_bytes(shape: Shape, moe: bool, micro_batch: int) -> float:
@@ -84,8 +95,7 @@ def training_bytes(shape: Shape, moe: bool, micro_batch: int) -> float:
     18 bytes per parameter (bf16 weight, fp32 gradient, master weight and two moments); activations as the local layers
     keep them, and half of it again for what kernels need in between.
     """
-    blocks = EXPERTS if moe else 1
-    parameters = shape.matmul_parameters(blocks, EXPERTS) + shape.hidden * shape.vocabulary
+    parameters = numbers.matrix_weights(shape.model(moe))
     used = TOPK if moe else 1
     per_token_layer = 2 * (8 * shape.hidden + used * (3 * shape.ffn + 2 * shape.hidden))
     activations = micro_batch * shape.seq_length * (shape.layers * per_token_layer + 12 * shape.vocabulary)
@@ -228,7 +238,7 @@ def measure(moe: bool, gpus: int, memory_bytes: float, peak_flops: float, option
         "shape": dataclasses.asdict(shape),
         "experts": EXPERTS if moe else None,
         "topk": TOPK if moe else None,
-        "active_matmul_parameters": shape.matmul_parameters(TOPK, EXPERTS) if moe else shape.matmul_parameters(1),
+        "active_matmul_parameters": numbers.multiplied_weights(shape.model(moe)),
         "micro_batch": micro_batch,
         "flops_per_token": flops_per_token(shape, moe),
         "precision": "bf16" if gpus else "fp32",

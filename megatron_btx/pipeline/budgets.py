@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_btx.checkpoint.frequency import layer_frequency
 from megatron_btx.checkpoint.sizes import mixture_layers
+from megatron_btx.ground import numbers
 from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.numbers import ModelShape
 from megatron_btx.pipeline.recipe.flags import Flags, number
 
 if TYPE_CHECKING:
@@ -57,51 +60,60 @@ def padded_vocabulary(flags: Flags, corpora: Flags) -> int | None:
 
 
 def training_flops(flags: Flags, tokens: int, vocabulary: int) -> float:
-    """6 x active parameters x tokens, a parameter counting when a token is multiplied with it.
-
-    Those are the attention projections, dense feed-forward blocks, the experts that a token takes and the shared ones,
-    the router and the output layer; not the embedding, norms or biases. Attention scores are left out: an estimate for
-    comparisons.
+    """What training on ``tokens`` costs, in floating-point operations; see :func:`megatron_btx.ground.numbers.training_flops`.
 
     Args:
         vocabulary: rows of the output layer, padding included.
     """
+    return numbers.training_flops(model_shape(flags, vocabulary), tokens, number(flags, "seq-length"))
+
+
+def model_shape(flags: Flags, vocabulary: int) -> ModelShape:
+    """The shape of the model that ``flags`` describe, with Megatron's defaults where a flag is not given."""
     hidden, layers, heads = (number(flags, name) for name in ("hidden-size", "num-layers", "num-attention-heads"))
-    channels = number(flags, "kv-channels", hidden // heads)
-    groups = number(flags, "num-query-groups", heads) if flags.get("group-query-attention") else heads
-    attention = layers * hidden * channels * 2 * (heads + groups)
     gated = bool(flags.get("swiglu"))
-    matrices = 3 if gated else 2
-    width = number(flags, "ffn-hidden-size", hidden * 8 // 3 // 64 * 64 if gated else 4 * hidden)
-    mixtures = _mixture_layers(flags, layers)
-    feed_forward = (layers - mixtures) * matrices * hidden * width
-    if mixtures:
-        feed_forward += matrices * hidden * _expert_units(flags, mixtures, width) + _routing(flags, mixtures, hidden)
-    return 6.0 * tokens * (attention + feed_forward + hidden * vocabulary)
+    ffn = number(flags, "ffn-hidden-size", _default_width(hidden, gated))
+    groups = heads
+    if flags.get("group-query-attention"):
+        groups = number(flags, "num-query-groups", heads)
+    dense = ModelShape(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        groups=groups,
+        channels=number(flags, "kv-channels", hidden // heads),
+        ffn=ffn,
+        gated=gated,
+        vocabulary=vocabulary,
+    )
+    if "num-experts" not in flags:
+        return dense
+    shared = "moe-shared-expert-intermediate-size"
+    return replace(
+        dense,
+        mixtures=_mixture_layers(flags, layers),
+        experts=number(flags, "num-experts"),
+        topk=number(flags, "moe-router-topk"),
+        expert_ffn=number(flags, "moe-ffn-hidden-size", ffn),
+        shared_ffn=number(flags, shared) if flags.get(shared) else 0,
+        shared_gate=bool(flags.get("moe-shared-expert-gate")),
+        first_takes_all=bool(flags.get("btx-sample-top1")),
+    )
+
+
+def _default_width(hidden: int, gated: bool) -> int:
+    """Megatron's width of a feed-forward block where --ffn-hidden-size is not given."""
+    if gated:
+        return hidden * 8 // 3 // 64 * 64
+    return 4 * hidden
 
 
 def _mixture_layers(flags: Flags, layers: int) -> int:
     """How many layers are mixtures."""
-    if "num-experts" not in flags:
-        return 0
     frequency = layer_frequency(str(flags.get("moe-layer-freq", 1)))
-    pattern = mixture_layers(frequency if isinstance(frequency, int) else list(frequency), layers)
+    if isinstance(frequency, tuple):
+        frequency = list(frequency)
+    pattern = mixture_layers(frequency, layers)
     if len(pattern) != layers:
         raise InputError(f"--moe-layer-freq names {len(pattern)} layers, num-layers {layers}; let it name every layer")
     return sum(pattern)
-
-
-def _expert_units(flags: Flags, mixtures: int, width: int) -> int:
-    """Feed-forward units that a token passes in all mixture layers: those of its experts and of the shared ones."""
-    experts, topk = number(flags, "num-experts"), number(flags, "moe-router-topk")
-    # Under sampled top-1 routing the first mixture layer takes all experts.
-    taken = mixtures * topk + (experts - topk if flags.get("btx-sample-top1") else 0)
-    name = "moe-shared-expert-intermediate-size"
-    shared = number(flags, name) if flags.get(name) else 0
-    return taken * number(flags, "moe-ffn-hidden-size", width) + mixtures * shared
-
-
-def _routing(flags: Flags, mixtures: int, hidden: int) -> int:
-    """Parameters of the routers, and of the shared experts' gates."""
-    gates = 1 if flags.get("moe-shared-expert-gate") else 0
-    return mixtures * hidden * (number(flags, "num-experts") + gates)

@@ -490,24 +490,26 @@ def test_evaluation_wants_one_prefix_per_domain(tmp_path: Path) -> None:
         parse_recipe(tree, "r")
 
 
-def test_flops_are_six_per_active_parameter_and_token() -> None:
+def test_flops_follow_from_the_flags() -> None:
     dense = {"hidden-size": 64, "num-layers": 4, "num-attention-heads": 4, "swiglu": True, "ffn-hidden-size": 176}
+    dense["seq-length"] = 32
+    scores = 60 * 4 * 64 * 32
     blocks = 4 * (4 * 64 * 64 + 3 * 64 * 176)
-    assert training_flops(dense, 10, 2048) == 60 * (blocks + 64 * 2048)
+    assert training_flops(dense, 10, 2048) == 60 * (blocks + 64 * 2048) + scores
     moe = {**dense, "num-experts": 4, "moe-router-topk": 2}
-    assert training_flops(moe, 10, 2048) == 60 * (4 * (4 * 64 * 64 + 2 * 3 * 64 * 176 + 64 * 4) + 64 * 2048)
+    assert training_flops(moe, 10, 2048) == 60 * (4 * (4 * 64 * 64 + 2 * 3 * 64 * 176 + 64 * 4) + 64 * 2048) + scores
     sampled = {**moe, "moe-router-topk": 1, "btx-sample-top1": True}
     blocks = 4 * (4 * 64 * 64 + 64 * 4) + (4 + 1 + 1 + 1) * 3 * 64 * 176
-    assert training_flops(sampled, 10, 2048) == 60 * (blocks + 64 * 2048)
+    assert training_flops(sampled, 10, 2048) == 60 * (blocks + 64 * 2048) + scores
     grouped = {**dense, "group-query-attention": True, "num-query-groups": 2}
     assert training_flops(dense, 1, 0) - training_flops(grouped, 1, 0) == 6 * 4 * 2 * 64 * 32
     # Layers 0 and 2 are mixtures, the others dense; every mixture has shared units and a gate for them.
     for frequency in (2, "2", "[1,0]*2", "([1]+[0])*2"):
         partly = {**moe, "moe-layer-freq": frequency, "moe-ffn-hidden-size": 100}
         blocks = 4 * 4 * 64 * 64 + 2 * 3 * 64 * 176 + 2 * (2 * 3 * 64 * 100 + 64 * 4)
-        assert training_flops(partly, 10, 2048) == 60 * (blocks + 64 * 2048)
+        assert training_flops(partly, 10, 2048) == 60 * (blocks + 64 * 2048) + scores
     shared = {**partly, "moe-shared-expert-intermediate-size": 50, "moe-shared-expert-gate": True}
-    assert training_flops(shared, 10, 2048) == 60 * (blocks + 2 * (3 * 64 * 50 + 64) + 64 * 2048)
+    assert training_flops(shared, 10, 2048) == 60 * (blocks + 2 * (3 * 64 * 50 + 64) + 64 * 2048) + scores
     with pytest.raises(InputError, match="names 3 layers, num-layers 4"):
         training_flops({**moe, "moe-layer-freq": "[1,0,1]"}, 1, 0)
 

@@ -1,0 +1,95 @@
+"""How large a model is and what training it costs: one formula each, without torch.
+
+Axes as everywhere: ``L`` layers, ``E`` experts, ``H`` hidden, ``F`` feed-forward, ``V`` vocabulary, ``K`` top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides how many weights a GPT model has, and with how many of them a token is multiplied."""
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    """Key and value heads; as many as ``heads`` without grouped-query attention."""
+    channels: int
+    """Of one head."""
+    ffn: int
+    """Feed-forward units of a dense layer."""
+    gated: bool
+    """Whether a feed-forward block has three matrices (SwiGLU) or two."""
+    vocabulary: int
+    """Rows of the output layer, padding included."""
+    mixtures: int = 0
+    """How many of the layers are mixtures of experts."""
+    experts: int = 0
+    topk: int = 0
+    """Experts that a token takes in a mixture layer."""
+    expert_ffn: int = 0
+    """Feed-forward units of one expert."""
+    shared_ffn: int = 0
+    """Feed-forward units of the shared experts of a mixture layer."""
+    shared_gate: bool = False
+    """Whether the shared experts have a gate."""
+    first_takes_all: bool = False
+    """Whether the first mixture layer takes all experts, as sampled top-1 routing does."""
+
+
+def attention_weights(shape: ModelShape) -> int:
+    """Weights of the attention projections (query, key, value, output) of all layers."""
+    return shape.layers * shape.hidden * shape.channels * 2 * (shape.heads + shape.groups)
+
+
+def feed_forward_weights(shape: ModelShape, experts: int) -> int:
+    """Weights of all feed-forward blocks, routers among them, with ``experts`` experts counted over all mixture layers.
+
+    Args:
+        experts: for all weights ``mixtures x E``; for those that a token meets see :func:`experts_of_a_token`.
+    """
+    block = shape.hidden * 2
+    if shape.gated:
+        block = shape.hidden * 3
+    dense = (shape.layers - shape.mixtures) * block * shape.ffn
+    routed = block * shape.expert_ffn * experts
+    shared = shape.mixtures * block * shape.shared_ffn
+    routers = shape.mixtures * shape.hidden * (shape.experts + int(shape.shared_gate))
+    return dense + routed + shared + routers
+
+
+def experts_of_a_token(shape: ModelShape) -> int:
+    """Experts that a token takes, over all mixture layers."""
+    taken = shape.mixtures * shape.topk
+    if shape.first_takes_all and shape.mixtures:
+        taken += shape.experts - shape.topk
+    return taken
+
+
+def multiplied_weights(shape: ModelShape) -> int:
+    """Weights with which one token is multiplied: not the embedding, which is looked up, and no norm or bias."""
+    feed_forward = feed_forward_weights(shape, experts_of_a_token(shape))
+    return attention_weights(shape) + feed_forward + shape.hidden * shape.vocabulary
+
+
+def matrix_weights(shape: ModelShape) -> int:
+    """All weights of the model's matrices, input and output embedding counted apart."""
+    feed_forward = feed_forward_weights(shape, shape.mixtures * shape.experts)
+    return attention_weights(shape) + feed_forward + 2 * shape.hidden * shape.vocabulary
+
+
+def training_flops(shape: ModelShape, tokens: int, sequence: int) -> float:
+    """Floating-point operations of forward and backward for ``tokens`` tokens; recomputation would not count.
+
+    Per token ``6 x`` the weights that are multiplied, and ``6 L S`` times the width of attention for its scores and
+    their sums: causal, so that half of them count. The same as Megatron's own (``training/training.py``,
+    num_floating_point_operations), which leaves the routers out.
+
+    Args:
+        sequence: tokens of one sequence.
+    """
+    scores = 6.0 * shape.layers * sequence * shape.heads * shape.channels
+    return tokens * (6.0 * multiplied_weights(shape) + scores)
