@@ -60,7 +60,7 @@ def padded_vocabulary(flags: Flags, corpora: Flags) -> int | None:
 
 
 def training_flops(flags: Flags, tokens: int, vocabulary: int) -> float:
-    """What training on ``tokens`` costs, in floating-point operations; see :func:`megatron_btx.ground.numbers.training_flops`.
+    """What training on ``tokens`` costs, in floating-point operations, by :mod:`megatron_btx.ground.numbers`.
 
     Args:
         vocabulary: rows of the output layer, padding included.
@@ -111,9 +111,10 @@ def _default_width(hidden: int, gated: bool) -> int:
 def _mixture_layers(flags: Flags, layers: int) -> int:
     """How many layers are mixtures."""
     frequency = layer_frequency(str(flags.get("moe-layer-freq", 1)))
-    if isinstance(frequency, tuple):
-        frequency = list(frequency)
-    pattern = mixture_layers(frequency, layers)
+    if isinstance(frequency, int):
+        pattern = mixture_layers(frequency, layers)
+    else:
+        pattern = mixture_layers(list(frequency), layers)
     if len(pattern) != layers:
         raise InputError(f"--moe-layer-freq names {len(pattern)} layers, num-layers {layers}; let it name every layer")
     return sum(pattern)
