@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,23 @@ import yaml
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.folder import PLAN_FILE, RECIPE_FILE, read_plan
 from megatron_btx.pipeline.recipe.ablation import stage_name
-from megatron_btx.report.numbers import mean
-from megatron_btx.report.stages import Stage, left_out, read_json, read_stage
+from megatron_btx.report.membership import Manifest, find_left_out
+from megatron_btx.report.quantities import mean
+from megatron_btx.report.stages import (
+    MANIFEST_FILE,
+    METRICS_FILE,
+    Stage,
+    read_manifest_file,
+    read_metrics,
+    read_number,
+    read_stage,
+)
 
-LOSS = "lm loss validation "
 MEAN = "mean"
+_LOSS = "lm loss validation "
 _LOAD = re.compile(r"moe/load_layer_(\d{1,6})_expert_(\d{1,6})")
+_DROPPED = "moe/dropped_layer_"
+_DEAD = "moe/dead_experts"
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,27 @@ class Outcomes:
     """Variant -> seed -> outcome of the stages that came to their end, in the recipe's order."""
     seeds: Mapping[str, tuple[int, ...]]
     """Variant -> all its seeds."""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     """Which stages are absent from ``runs``, and why; one sentence each."""
 
     def is_whole(self, variant: str) -> bool:
         """Whether all seeds of a variant came to their end."""
         return len(self.runs.get(variant, ())) == len(self.seeds[variant])
+
+    def first(self) -> Outcome:
+        """One of the outcomes; all have the same domains, layers and experts."""
+        return list(list(self.runs.values())[0].values())[0]
+
+    def domains(self) -> list[str]:
+        """The domains, and the mean behind them."""
+        return [*(domain for domain in self.first().losses if domain != MEAN), MEAN]
+
+    def all_seeds(self) -> list[int]:
+        """Every seed of some variant."""
+        seeds: set[int] = set()
+        for own in self.seeds.values():
+            seeds.update(own)
+        return sorted(seeds)
 
 
 def is_ablation(run: Path) -> bool:
@@ -64,22 +89,19 @@ def read_outcomes(run: Path) -> Outcomes:
     Raises:
         InputError: no ablation's run, or none of its stages has come to its end.
     """
-    recipe = run / RECIPE_FILE
-    if not recipe.is_file():
-        raise InputError(f"{recipe}: does not exist; expected the directory of an ablation's run")
-    section = _read_recipe(recipe).get("ablation")
-    if not section:
-        raise InputError(f"{recipe}: has no ablation; its report is btx report {run}")
-    seeds = _seeds(recipe, section, read_plan(run / PLAN_FILE))
-    stages = {name: _stage(run / name) for variant in seeds for name in _stages_of(variant, seeds)}
-    manifests = {name: stage.manifest for name, stage in stages.items() if stage is not None}
-    reasons = left_out(run, manifests | _manifests_beside(run, manifests))
+    seeds = _read_seeds(run)
+    stages: dict[str, Stage | None] = {}
+    for variant, own in seeds.items():
+        for seed in own:
+            name = stage_name(variant, seed)
+            stages[name] = read_stage(run / name)
+    reasons = find_left_out(run, _read_manifests(run, stages))
     runs: dict[str, dict[int, Outcome]] = {}
     notes: list[str] = []
-    for variant in seeds:
-        for seed in seeds[variant]:
+    for variant, own in seeds.items():
+        for seed in own:
             name = stage_name(variant, seed)
-            found = reasons.get(name) or _outcome(run / name / "metrics.jsonl", stages[name])
+            found = reasons.get(name) or _read_outcome(run / name / METRICS_FILE, stages[name])
             if isinstance(found, Outcome):
                 runs.setdefault(variant, {})[seed] = found
             else:
@@ -95,85 +117,117 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
         tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{recipe}: broken YAML ({error}); btx run writes it again") from error
-    return tree if isinstance(tree, dict) else {}
+    if not isinstance(tree, dict):
+        return {}
+    return tree
 
 
-def _seeds(recipe: Path, section: Any, plan: list[dict[str, Any]] | None) -> dict[str, tuple[int, ...]]:
+def _read_seeds(run: Path) -> dict[str, tuple[int, ...]]:
     """Variant -> its seeds, of those that were planned: a variant without a setting may have been taken back."""
-    variants = section.get("variants") if isinstance(section, dict) else None
-    if not isinstance(variants, dict):
-        raise InputError(f"{recipe}: ablation: no mapping 'variants' in it; expected the recipe that btx run wrote")
-    planned = None if plan is None else {str(entry["stage"]) for entry in plan}
+    recipe = run / RECIPE_FILE
+    if not recipe.is_file():
+        raise InputError(f"{recipe}: does not exist; expected the directory of an ablation's run")
+    section = _read_recipe(recipe).get("ablation")
+    if not section:
+        raise InputError(f"{recipe}: has no ablation; its report is btx report {run}")
+    try:
+        listed = _list_seeds(section)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{recipe}: ablation: variants and their seeds are not there ({error!r}); expected the recipe that btx run "
+            "wrote"
+        ) from error
+    planned = _planned_stages(run)
     seeds: dict[str, tuple[int, ...]] = {}
-    for name, settings in variants.items():
-        own = settings.get("seeds") if isinstance(settings, dict) else None
-        listed = own or section.get("seeds")
-        if not isinstance(listed, list) or not all(type(seed) is int for seed in listed):
-            raise InputError(f"{recipe}: ablation.variants.{name}: no list of seeds; expected the recipe btx run wrote")
-        due = [seed for seed in listed if planned is None or stage_name(str(name), seed) in planned]
+    for variant, own in listed.items():
+        due = [seed for seed in own if planned is None or stage_name(variant, seed) in planned]
         if due:
-            seeds[str(name)] = tuple(due)
+            seeds[variant] = tuple(due)
     if not seeds:
         raise InputError(f"{recipe}: ablation: the run's {PLAN_FILE} has none of its variants; run the recipe again")
     return seeds
 
 
-def _stages_of(variant: str, seeds: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    for seed in seeds[variant]:
-        yield stage_name(variant, seed)
+def _list_seeds(section: dict[str, Any]) -> dict[str, list[int]]:
+    """Variant -> its seeds, as the recipe names them."""
+    listed = {}
+    for variant, settings in section["variants"].items():
+        listed[str(variant)] = (settings or {}).get("seeds") or section["seeds"]
+    return listed
 
 
-def _stage(folder: Path) -> Stage | None:
-    return read_stage(folder) if folder.is_dir() else None
+def _planned_stages(run: Path) -> set[str] | None:
+    """Names of the stages that were planned; None without a plan."""
+    plan = read_plan(run / PLAN_FILE)
+    if plan is None:
+        return None
+    return {str(entry["stage"]) for entry in plan}
 
 
-def _manifests_beside(run: Path, known: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
-    """Manifests of the stages that the finetunings are made from."""
-    files = sorted(run.glob("*/manifest.json"))
-    return {file.parent.name: read_json(file) for file in files if file.parent.name not in known and file.is_file()}
+def _read_manifests(run: Path, stages: Mapping[str, Stage | None]) -> dict[str, Manifest | None]:
+    """Manifests of the finetunings, and of the stages that they are made from."""
+    manifests = {name: stage.manifest for name, stage in stages.items() if stage is not None}
+    for file in sorted(run.glob(f"*/{MANIFEST_FILE}")):
+        if file.parent.name not in manifests and file.is_file():
+            manifests[file.parent.name] = read_manifest_file(file)
+    return manifests
 
 
-def _outcome(file: Path, stage: Stage | None) -> Outcome | str:
+def _read_outcome(file: Path, stage: Stage | None) -> Outcome | str:
     """The last values of each kind that a stage logged; or why there are none that could be compared."""
     if stage is None or not file.is_file():
         return "has not run"
     if stage.unfinished:
         return f"is unfinished, {stage.unfinished}"
-    last: dict[str, Any] = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):  # cut short by a kill; the run went on after it
-            continue
-        if isinstance(values, dict):
-            last |= {name: float(value) for name, value in values.items() if _is_number(value)}
-    losses = {name.removeprefix(LOSS): value for name, value in last.items() if name.startswith(LOSS)}
-    cells = {(int(m[1]), int(m[2])): value for name, value in last.items() if (m := _LOAD.fullmatch(name))}
-    if MEAN not in losses or not cells or "moe/dead_experts" not in last:
+    last = _last_values(file)
+    losses = _values_under(last, _LOSS)
+    if MEAN not in losses or _DEAD not in last:
         return "holds no validation loss per domain or no routing, so that it has not come to its end"
-    layers, experts = sorted({layer for layer, _ in cells}), sorted({expert for _, expert in cells})
-    if len(cells) != len(layers) * len(experts):
-        return "logged the load of some experts only"
-    dead = last["moe/dead_experts"]
-    dropped = [value for name, value in last.items() if name.startswith("moe/dropped_layer_")]
-    return Outcome(
-        losses,
-        [[cells[layer, expert] for expert in experts] for layer in layers],
-        int(dead) if abs(dead) < 2**53 else None,  # not for NaN, which is below nothing
-        mean(dropped),
-    )
+    loads = _tabulate_loads(last)
+    if not loads:
+        return "logged the load of some experts only, or of none"
+    dead = None
+    if abs(last[_DEAD]) < 2**53:  # not for NaN, which is below nothing
+        dead = int(last[_DEAD])
+    return Outcome(losses, loads, dead, mean(_values_under(last, _DROPPED).values()))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)
+def _last_values(file: Path) -> dict[str, float]:
+    """The last number that was logged under each name."""
+    last: dict[str, float] = {}
+    for entry in read_metrics(file):
+        for name in entry:
+            value = read_number(entry, name)
+            if value is not None:
+                last[name] = value
+    return last
+
+
+def _values_under(values: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """The values whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def _tabulate_loads(last: Mapping[str, float]) -> list[list[float]]:
+    """The loads as [L, E]; empty when some are not there."""
+    cells: dict[int, dict[int, float]] = {}
+    for name, value in last.items():
+        found = _LOAD.fullmatch(name)
+        if found:
+            cells.setdefault(int(found[1]), {})[int(found[2])] = value
+    loads = []
+    for layer in sorted(cells):
+        loads.append([cells[layer][expert] for expert in sorted(cells[layer])])
+    if len(set(map(len, loads))) > 1:
+        return []
+    return loads
 
 
 def _check_alike(run: Path, runs: Mapping[str, Mapping[int, Outcome]]) -> None:
     """Refuse outcomes on other domains, or of other models, which one table cannot show."""
-    shapes = {
-        (tuple(sorted(outcome.losses)), len(outcome.loads), len(outcome.loads[0]))
-        for variant in runs.values()
-        for outcome in variant.values()
-    }
+    shapes = set()
+    for variant in runs.values():
+        for outcome in variant.values():
+            shapes.add((tuple(sorted(outcome.losses)), len(outcome.loads), len(outcome.loads[0])))
     if len(shapes) > 1:
         raise InputError(f"{run}: its stages differ in their domains, layers or experts; run the ablation again")

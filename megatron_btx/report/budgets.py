@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from megatron_btx.report.inputs import EXPERT_PREFIX
-from megatron_btx.report.numbers import total
-from megatron_btx.report.stages import Stage, parents_of
+from megatron_btx.report.quantities import total
+from megatron_btx.report.stages import Stage
 
 _SEED = "seed"
 
@@ -24,15 +24,18 @@ class Budgets(NamedTuple):
         return self.btx_tokens is not None and self.btx_tokens == self.dense_tokens
 
 
-def budgets_of(stages: Iterable[Stage]) -> Budgets:
+def sum_budgets(stages: Iterable[Stage]) -> Budgets:
     """The budgets of the finetuned mixture and of the dense baseline."""
     known = {stage.name: stage for stage in stages}
     return Budgets(_tokens_behind("finetune", known, "mix"), _tokens_behind("dense", known, "dense-domains"))
 
 
-def averaged(stages: Iterable[Stage]) -> tuple[str, ...]:
+def averaged_models(stages: Iterable[Stage]) -> tuple[str, ...]:
     """The models that the stage of the plain average took; empty where its manifest does not say."""
-    return next((_experts_of(stage) for stage in stages if stage.name == "average"), ())
+    for stage in stages:
+        if stage.name == "average":
+            return _experts_of(stage)
+    return ()
 
 
 def _tokens_behind(name: str, known: Mapping[str, Stage], first: str) -> float | None:
@@ -46,24 +49,34 @@ def _tokens_behind(name: str, known: Mapping[str, Stage], first: str) -> float |
         stage = waiting.pop()
         if stage in (_SEED, "data") or stage in line:
             continue
-        if stage not in known or known[stage].unfinished or not _made_here(known[stage]):
+        if stage not in known or known[stage].unfinished or not _is_made_here(known[stage]):
             return None
         line.append(stage)
-        waiting += parents_of(known[stage].manifest)
-    spent = [known[stage].cost("tokens") for stage in line if known[stage].steps or known[stage].curve]
-    if first not in line or not spent or None in spent:
+        waiting += known[stage].parents
+    spent: list[float] = []
+    for stage in line:
+        if not known[stage].steps and not known[stage].curve:
+            continue
+        tokens = known[stage].cost("tokens")
+        if tokens is None:
+            return None
+        spent.append(tokens)
+    if first not in line or not spent:
         return None
-    return total(cost for cost in spent if cost is not None)
+    return total(spent)
 
 
-def _made_here(stage: Stage) -> bool:
+def _is_made_here(stage: Stage) -> bool:
     """Whether all experts of a mix were trained in the run; the budgets of given ones are not known."""
-    parents = parents_of(stage.manifest)
-    return all(name == _SEED or f"{EXPERT_PREFIX}{name}" in parents for name in _experts_of(stage))
+    return all(name == _SEED or f"{EXPERT_PREFIX}{name}" in stage.parents for name in _experts_of(stage))
 
 
 def _experts_of(stage: Stage) -> tuple[str, ...]:
     """The models that a mix or an average took, as its manifest's settings name them."""
     settings = (stage.manifest or {}).get("settings")
-    names = settings.get("experts") if isinstance(settings, dict) else None
-    return tuple(map(str, names)) if isinstance(names, list) else ()
+    if not isinstance(settings, dict):
+        return ()
+    names = settings.get("experts")
+    if not isinstance(names, list):
+        return ()
+    return tuple(map(str, names))

@@ -1,217 +1,186 @@
-"""A report as a list of blocks, and its forms: Markdown, one HTML page that needs nothing beside it, numbers in JSON.
+"""The forms of a report: one HTML page that needs nothing beside it, a Markdown file, a terminal, numbers as JSON.
 
-Names of domains, models and stages are other people's text: every cell and paragraph is escaped here, once.
+Names of domains, models and stages are other people's text. They are escaped here: jinja2 does it in pages, and the
+functions below in Markdown; a terminal gets no control characters.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any, TextIO
 
+import jinja2
+from rich import box
+from rich.console import Console
+from rich.table import Table as TerminalTable
+from rich.text import Text
 
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a table."""
-
-    text: str
-    strong: bool = False
-    tone: str = ""
-    """"good", "bad" or "unknown" gives a verdict its colour; the text says the same without it."""
-
-
-@dataclass(frozen=True)
-class Heading:
-    text: str
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    text: str
-    lead: bool = False
-    """The sentence a hurried reader should see."""
-
-
-@dataclass(frozen=True)
-class Bullets:
-    items: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    header: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    text_columns: int = 1
-    """How many leading columns hold words; the others hold numbers and are set flush right."""
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Image:
-    file: str
-    """File name beside the page."""
-    alternative: str
-    caption: str
-
+from megatron_btx.report.blocks import Block, Bullets, Cell, Image, Paragraph, Section, Table
 
 ROWS_KEPT_TOGETHER = 14
 """A table of up to so many rows is not broken over two printed pages."""
-
-Block = Heading | Paragraph | Bullets | Table | Image
-
-
-def row(*cells: str | Cell) -> tuple[Cell, ...]:
-    """A table row from cells and plain strings."""
-    return tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells)
+LOG_COLUMNS = 120
+"""Width of what is printed where there is no terminal."""
+_TONE_STYLES = {"good": "green", "bad": "red", "unknown": "dim", "": ""}
 
 
-def to_markdown(title: str, blocks: Sequence[Block]) -> str:
-    """The report for a terminal, a forge or an editor; images are links to the files beside it."""
-    return "\n\n".join([f"# {_markdown(title)}", *(_markdown_block(block) for block in blocks)]) + "\n"
+def render_page(template: str, **values: object) -> str:
+    """A page from one of the templates of this package."""
+    return _environment().get_template(template).render(**values)
 
 
-def _markdown_block(block: Block) -> str:
-    match block:
-        case Heading():
-            return f"## {_markdown(block.text)}"
-        case Paragraph():
-            return f"**{_markdown(block.text)}**" if block.lead else _markdown(block.text)
-        case Bullets():
-            return "\n".join(f"- {_markdown(item)}" for item in block.items)
-        case Image():
-            return f"![{_markdown(block.alternative)}]({block.file})\n\n{_markdown(block.caption)}"
-        case Table():
-            rule = ["---"] * block.text_columns + ["---:"] * (len(block.header) - block.text_columns)
-            body = [
-                [f"**{_markdown(cell.text)}**" if cell.strong else _markdown(cell.text) for cell in cells]
-                for cells in block.rows
-            ]
-            lines = [f"| {' | '.join(cells)} |" for cells in [[_markdown(head) for head in block.header], rule, *body]]
-            return "\n".join(lines) + (f"\n\n{_markdown(block.caption)}" if block.caption else "")
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("megatron_btx.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["one_line"] = one_line
+    return environment
 
 
-def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*|\[\]])", r"\\\1", html.escape(_one_line(text), quote=False))
-
-
-def to_html(title: str, blocks: Sequence[Block], images: Mapping[str, bytes]) -> str:
+def to_html(title: str, sections: Sequence[Section], images: Mapping[str, bytes]) -> str:
     """One page with its style and its figures (PNG bytes by file name) inside."""
-    body = "\n".join(_html_block(block, images) for block in blocks)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_html(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{_html(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+    addresses = {}
+    for name, picture in images.items():
+        addresses[name] = f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"
+    return render_page(
+        "report.html.j2", title=title, sections=sections, addresses=addresses, rows_kept_together=ROWS_KEPT_TOGETHER
     )
 
 
-def _html_block(block: Block, images: Mapping[str, bytes]) -> str:
+def to_markdown(title: str, sections: Sequence[Section]) -> str:
+    """The report for a forge or an editor; images are links to the files beside it."""
+    parts = [f"# {_escape_markdown(title)}"]
+    for section in sections:
+        if section.title:
+            parts.append(f"## {_escape_markdown(section.title)}")
+        parts += map(_block_to_markdown, section.blocks)
+    return "\n\n".join(parts) + "\n"
+
+
+def _block_to_markdown(block: Block) -> str:
     match block:
-        case Heading():
-            return f"<h2>{_html(block.text)}</h2>"
+        case Paragraph(lead=True):
+            return f"**{_escape_markdown(block.text)}**"
         case Paragraph():
-            return f'<p class="lead">{_html(block.text)}</p>' if block.lead else f"<p>{_html(block.text)}</p>"
+            return _escape_markdown(block.text)
         case Bullets():
-            return "<ul>" + "".join(f"<li>{_html(item)}</li>" for item in block.items) + "</ul>"
+            return "\n".join(f"- {_escape_markdown(item)}" for item in block.items)
         case Image():
-            data = base64.b64encode(images[block.file]).decode("ascii")
-            return (
-                f'<figure><img src="data:image/png;base64,{data}" alt="{_html(block.alternative)}">'
-                f"<figcaption>{_html(block.caption)}</figcaption></figure>"
-            )
+            return f"![{_escape_markdown(block.alternative)}]({block.file})\n\n{_escape_markdown(block.caption)}"
         case Table():
-            header = "".join(f"<th{_flush(at, block)}>{_html(text)}</th>" for at, text in enumerate(block.header))
-            rows = "".join(
-                "<tr>" + "".join(_html_cell(at, cell, block) for at, cell in enumerate(cells)) + "</tr>\n"
-                for cells in block.rows
-            )
-            caption = f'<p class="caption">{_html(block.caption)}</p>' if block.caption else ""
-            size = " short" if len(block.rows) <= ROWS_KEPT_TOGETHER else ""
-            return (
-                f'<div class="table{size}"><table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n'
-                f"</table>{caption}</div>"
-            )
+            return _table_to_markdown(block)
 
 
-def _html_cell(at: int, cell: Cell, table: Table) -> str:
-    text = f"<strong>{_html(cell.text)}</strong>" if cell.strong else _html(cell.text)
-    text = f'<span class="{cell.tone}">{text}</span>' if cell.tone else text
-    return f"<td{_flush(at, table)}>{text}</td>"
+def _table_to_markdown(table: Table) -> str:
+    rule = ["---"] * table.text_columns + ["---:"] * (len(table.header) - table.text_columns)
+    lines = [_markdown_row(map(_escape_markdown, table.header)), _markdown_row(rule)]
+    for row in table.rows:
+        lines.append(_markdown_row(map(_cell_to_markdown, row)))
+    text = "\n".join(lines)
+    if table.caption:
+        text += f"\n\n{_escape_markdown(table.caption)}"
+    return text
 
 
-def _flush(at: int, table: Table) -> str:
-    return "" if at < table.text_columns else ' class="number"'
+def _markdown_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
-def _html(text: str) -> str:
-    return html.escape(_one_line(text))
+def _cell_to_markdown(cell: Cell) -> str:
+    text = _escape_markdown(cell.text)
+    if cell.strong:
+        return f"**{text}**"
+    return text
 
 
-def _one_line(text: str) -> str:
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+def _escape_markdown(text: str) -> str:
+    return re.sub(r"([\\`*|\[\]])", r"\\\1", html.escape(one_line(text), quote=False))
 
 
-def as_json(content: Any) -> bytes:
+def one_line(text: str) -> str:
+    """A stranger's text on one line, without what a terminal would obey."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(shown.split())
+
+
+def print_blocks(blocks: Sequence[Block], stream: TextIO | None = None) -> None:
+    """Print blocks: on a terminal in its width and colours, elsewhere as plain aligned text of a fixed width."""
+    console = Console(file=stream or sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=stream or sys.stdout, highlight=False, width=LOG_COLUMNS, no_color=True)
+    for block in blocks:
+        match block:
+            case Paragraph():
+                console.print(Text(one_line(block.text)))
+            case Bullets():
+                for item in block.items:
+                    console.print(Text(one_line(item)))
+            case Table():
+                _print_table(console, block)
+            case Image():
+                continue
+        console.print()
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """A table of words is wrapped to the width; columns of numbers are not, because a program may read them."""
+    grid = TerminalTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    for number, header in enumerate(table.header):
+        if number < table.text_columns:
+            grid.add_column(Text(one_line(header)))
+        else:
+            grid.add_column(Text(one_line(header)), justify="right", no_wrap=True)
+    for row in table.rows:
+        grid.add_row(*(_terminal_cell(cell) for cell in row))
+    needed = console.measure(grid).maximum
+    if not console.is_terminal and table.text_columns < len(table.header):
+        console.print(grid, width=max(needed, console.width), soft_wrap=False, crop=False, no_wrap=True)
+    else:
+        console.print(grid)
+    if table.caption:
+        console.print(Text(one_line(table.caption), style="dim"))
+
+
+def _terminal_cell(cell: Cell) -> Text:
+    """The text of a cell; a star marks the strong ones, because a log has no bold."""
+    text = one_line(cell.text)
+    if cell.strong:
+        return Text(f"{text}*", style="bold")
+    return Text(text, style=_TONE_STYLES[cell.tone])
+
+
+def to_json(content: object) -> bytes:
     """``content`` as a file of JSON; what UTF-8 cannot hold of names stands there as JSON's escapes."""
     text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode("utf-8", "backslashreplace")
 
 
 def _plain(value: Any) -> Any:
-    """The same for JSON, which has no word for a number that is not finite: those become strings."""
+    """``value`` as JSON can hold it: numbers that are not finite become words, because the standard has none."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
-    return value
-
-
-STYLE = """
-:root { color-scheme: light; }
-body { margin: 0; background: #fff; color: #222; font: 15px/1.5 system-ui, "Segoe UI", Arial, sans-serif; }
-main { max-width: 900px; margin: 0 auto; padding: 28px 24px 60px; }
-h1 { font-size: 25px; line-height: 1.25; margin: 0 0 10px; }
-h2 { font-size: 18px; margin: 34px 0 10px; padding-top: 12px; border-top: 1px solid #ddd; }
-p, ul { margin: 8px 0; }
-ul { padding-left: 20px; }
-.lead { font-size: 17px; }
-.table { margin: 12px 0; overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
-th, td { text-align: left; vertical-align: top; padding: 5px 10px 5px 0; border-bottom: 1px solid #e6e6e6; }
-td { overflow-wrap: break-word; }
-td:first-child { min-width: 5em; }
-thead th { border-bottom: 1.5px solid #888; font-weight: 600; }
-th.number, td.number { text-align: right; padding: 5px 0 5px 14px; font-variant-numeric: tabular-nums; }
-th.number { max-width: 11em; overflow-wrap: break-word; }
-td.number { white-space: nowrap; }
-.caption, figcaption { color: #555; font-size: 13px; margin: 6px 0 0; }
-figure { margin: 14px 0; }
-img { width: 100%; height: auto; display: block; }
-.good, .bad, .unknown { font-weight: 600; white-space: nowrap; }
-.good { color: #00643f; }
-.bad { color: #b02a0c; }
-.unknown { color: #666; }
-@page { size: A4; margin: 16mm 15mm; }
-@media print {
-  body { font-size: 10pt; }
-  main { max-width: none; padding: 0; }
-  h1 { font-size: 17pt; }
-  h2 { font-size: 13pt; break-after: avoid; margin-top: 14pt; }
-  table { font-size: 8.5pt; }
-  th, td, th.number, td.number { padding-top: 2.5px; padding-bottom: 2.5px; }
-  img { max-height: 230mm; object-fit: contain; }
-  thead { display: table-header-group; }
-  tr, figure, .short, .caption { break-inside: avoid; }
-  .table { overflow: visible; }
-  .caption, figcaption { break-before: avoid; }
-  .lead { font-size: 11.5pt; }
-  .caption, figcaption { font-size: 8.5pt; }
-}
-"""
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    if math.isnan(value):
+        return "NaN"
+    if value > 0:
+        return "Infinity"
+    return "-Infinity"

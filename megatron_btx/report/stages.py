@@ -1,9 +1,4 @@
-"""The stages of a run as its report sees them: how far each one went, and whether it belongs to the run's recipe.
-
-A stage is of the recipe when the run's plan has it with the same fingerprint. Where the plan has no fingerprints, an
-earlier version wrote it; then the manifests are compared among themselves: a stage is made from the stages beside it
-when it names their fingerprints.
-"""
+"""The stages of a run as its report sees them: how far each one went, at what cost, with what training loss."""
 
 from __future__ import annotations
 
@@ -17,14 +12,20 @@ from typing import Any
 import yaml
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.pipeline.folder import PLAN_FILE, read_plan
+from megatron_btx.ground.files import read_json_object
+from megatron_btx.report.membership import Manifest, parents_of
 
 FINISHED = "finished"
-_ENDED_EARLY = {"running": "not finished,", "stopped": "stopped", "failed": "failed"}
+METRICS_FILE, MANIFEST_FILE = "metrics.jsonl", "manifest.json"
+_ENDED_EARLY = {"running": "not finished", "stopped": "stopped", "failed": "failed"}
 """Status -> how a report says it. A killed run leaves "running" behind."""
 _TRACKER = "checkpoint/latest_checkpointed_iteration.txt"
 _LARGEST = 2**53
 """Whole numbers above it are no counts of anything; floating point does not hold them exactly either."""
+_LOSS = "lm loss"
+
+Curve = tuple[tuple[int, float], ...]
+"""(iteration, training loss in nats per token), ascending."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Stage:
     """One directory of the run that holds a manifest or a loss curve."""
 
     name: str
-    manifest: Mapping[str, Any] | None
-    curve: tuple[tuple[int, float], ...]
-    """(iteration, training loss in nats per token), ascending; empty for a stage that does not train."""
+    manifest: Manifest | None
+    curve: Curve
+    """Empty for a stage that does not train."""
     tokens_per_iteration: float | None
     steps: int | None = None
     """How many it was to train."""
@@ -42,179 +43,153 @@ class Stage:
     """The last one that left metrics or a checkpoint."""
 
     @property
+    def parents(self) -> tuple[str, ...]:
+        """The stages it is made from."""
+        return parents_of(self.manifest)
+
+    @property
     def unfinished(self) -> str:
         """How far an unfinished stage went, in words; empty for a finished one."""
         status = str((self.manifest or {}).get("status"))
         if self.manifest is None or status == FINISHED:
             return ""
-        short = self.steps is not None and self.reached is not None and self.reached < self.steps
-        if status not in _ENDED_EARLY and not short:
+        reached = self.reached or 0
+        is_short = self.steps is not None and self.reached is not None and reached < self.steps
+        if status not in _ENDED_EARLY and not is_short:
             return ""
-        where = f" at step {self.reached or 0:,} of {self.steps:,}" if self.steps else ""
-        return _ENDED_EARLY.get(status, "not finished,").rstrip("," if not where else "") + where
+        ending = _ENDED_EARLY.get(status, "not finished")
+        if not self.steps:
+            return ending
+        comma = "," * (ending == "not finished")
+        return f"{ending}{comma} at step {reached:,} of {self.steps:,}"
 
     def cost(self, key: str) -> float | None:
-        """Its tokens, FLOPs (up to where an unfinished one went) or seconds (of all its starts); None: not stated."""
-        stated = number(self.manifest, key)
+        """What the stage took; None where nothing states it.
+
+        Args:
+            key: "tokens" or "flops", which count up to where an unfinished stage went; "seconds", of all its starts.
+        """
+        stated = read_number(self.manifest, key)
         if key == "seconds" or stated is None or not self.unfinished:
             return stated
-        return stated * (self.reached or 0) / self.steps if self.steps else None
+        if not self.steps:
+            return None
+        return stated * (self.reached or 0) / self.steps
 
 
 def read_stage(folder: Path) -> Stage | None:
     """The stage in ``folder``; None when neither a manifest nor a curve is there."""
-    manifest_path, metrics_path = folder / "manifest.json", folder / "metrics.jsonl"
-    if not manifest_path.is_file() and not metrics_path.is_file():
+    manifest: Manifest | None = None
+    curve: Curve = ()
+    logged = 0
+    if not (folder / MANIFEST_FILE).is_file() and not (folder / METRICS_FILE).is_file():
         return None
-    manifest = read_json(manifest_path) if manifest_path.is_file() else None
-    curve, logged = read_metrics(metrics_path) if metrics_path.is_file() else ((), 0)
+    if (folder / MANIFEST_FILE).is_file():
+        manifest = read_manifest_file(folder / MANIFEST_FILE)
+    if (folder / METRICS_FILE).is_file():
+        curve, logged = read_curve(folder / METRICS_FILE)
     config = _read_config(folder / "config.yaml")
-    steps = _whole(number(manifest, "steps")) or _whole(number(config, "iterations"))
-    reached = max(_checkpointed(folder / _TRACKER), logged) or None
-    return Stage(folder.name, manifest, curve, _tokens_per_iteration(manifest, config, steps, curve), steps, reached)
+    steps = _whole(read_number(manifest, "steps")) or _whole(read_number(config, "iterations"))
+    reached = max(_read_checkpointed(folder / _TRACKER), logged) or None
+    per_iteration = _tokens_per_iteration(manifest, config.get("flags"), steps, curve)
+    return Stage(folder.name, manifest, curve, per_iteration, steps, reached)
 
 
-def left_out(run: Path, manifests: Mapping[str, Mapping[str, Any] | None]) -> dict[str, str]:
-    """Folders whose stage is not of the run's recipe, and why.
+def read_manifest_file(file: Path) -> dict[str, Any]:
+    """The manifest in ``file``; InputError when it is none."""
+    return read_json_object(file, "run the stage that writes it again")
 
-    Args:
-        manifests: folder -> what its manifest says; None where it has none, only a curve.
+
+def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl that are JSON objects.
+
+    A line torn by a kill is passed over: the resumed run wrote its iterations again, behind it.
     """
-    plan = read_plan(run / PLAN_FILE)
-    planned = {str(entry["stage"]): entry.get("fingerprint") for entry in plan or ()}
-    reasons: dict[str, str] = {}
-    for name, manifest in manifests.items():
-        own = (manifest or {}).get("fingerprint")
-        if plan is not None and name not in planned:
-            reasons[name] = "not a stage of this run's recipe"
-        elif planned.get(name) and own and planned[name] != own:
-            reasons[name] = "made with other settings, or from other stages, than this run's recipe has"
-    trusted = {name for name in manifests if _is_planned(manifests[name], planned.get(name))}
-    for name, manifest in manifests.items():
-        others = [] if name in reasons or name in trusted else _other_parents(manifest, manifests)
-        if others:
-            reasons[name] = f"made from another {', '.join(others)}"
-    for _ in manifests:  # what is made from a stage that is left out is left out, however many stages on
-        for name in manifests:
-            behind = [parent for parent in parents_of(manifests[name]) if parent in reasons]
-            if behind and name not in reasons and name not in trusted:
-                reasons[name] = f"made from {', '.join(behind)}, which is left out"
-    return reasons
-
-
-def parents_of(manifest: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Names of the stages that a manifest says its stage is made from."""
-    parents = (manifest or {}).get("parents")
-    return tuple(map(str, parents)) if isinstance(parents, dict | list) else ()
-
-
-def _is_planned(manifest: Mapping[str, Any] | None, fingerprint: Any) -> bool:
-    return fingerprint is not None and (manifest or {}).get("fingerprint") == fingerprint
-
-
-def _other_parents(manifest: Mapping[str, Any] | None, manifests: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
-    """Parents that were another stage when this one was made, by their fingerprints."""
-    parents = (manifest or {}).get("parents")
-    if not isinstance(parents, dict):
-        return []
-    now = {parent: (manifests.get(parent) or {}).get("fingerprint") for parent in parents}
-    return [parent for parent, then in parents.items() if now[parent] is not None and now[parent] != then]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; InputError when it is not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: broken JSON ({error}); run the stage that writes it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: found JSON of type {type(content).__name__}, expected an object")
-    return content
-
-
-def read_metrics(path: Path) -> tuple[tuple[tuple[int, float], ...], int]:
-    """Training loss per iteration from a metrics.jsonl, and the last iteration in it (0: none).
-
-    The last line for an iteration counts. A line torn by a kill is passed over: the resumed run wrote its iterations
-    again, behind it.
-    """
-    losses: dict[int, float] = {}
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    readable = last = 0
-    for line in lines:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            iteration, loss = int(entry["iteration"]), entry.get("lm loss")
-            value = None if loss is None else float(loss)
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        except (ValueError, RecursionError):
             continue
-        if not 0 <= iteration < _LARGEST:
-            continue
-        readable, last = readable + 1, max(last, iteration)
-        if value is not None:
-            losses[iteration] = value
-    if lines and not readable:
-        raise InputError(f"{path}: none of its {len(lines)} lines is a JSON object with an iteration; remove it, rerun")
-    return tuple(sorted(losses.items())), last
+        if isinstance(entry, dict):
+            yield entry
 
 
-def number(content: Mapping[str, Any] | None, key: str) -> float | None:
-    """A number that a manifest or another file states, or None where it states none."""
-    value = (content or {}).get(key)
+def read_curve(file: Path) -> tuple[Curve, int]:
+    """Training loss per iteration from a metrics.jsonl, and the last iteration in it (0: none).
+
+    The last line for an iteration counts.
+
+    Raises:
+        InputError: there are lines, and none is of an iteration.
+    """
+    losses: dict[int, float] = {}
+    last = None
+    for entry in read_metrics(file):
+        iteration = read_number(entry, "iteration")
+        if iteration is None or not 0 <= iteration < _LARGEST:
+            continue
+        last = max(last or 0, int(iteration))
+        loss = read_number(entry, _LOSS)
+        if loss is not None:
+            losses[int(iteration)] = loss
+    if last is None and file.read_bytes().strip():
+        raise InputError(f"{file}: no line of it is a JSON object with an iteration; remove it, and run the stage again")
+    return tuple(sorted(losses.items())), last or 0
+
+
+def read_number(content: object, key: str) -> float | None:
+    """A number that a mapping states under ``key``; None where it states none."""
+    if not isinstance(content, Mapping):
+        return None
+    value = content.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         return float(value)
     except OverflowError:  # a whole number of 400 digits
-        return math.inf if value > 0 else -math.inf
+        return math.copysign(math.inf, value)
 
 
-def leaves(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in ``node`` that is no mapping; the items of a list are one value."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from leaves(value, f"{where}.{key}" if where else str(key))
-    elif isinstance(node, list):
-        yield where, ", ".join(str(item) for item in node)
-    else:
-        yield where, node
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """A stage's settings by the last part of their names, spelled as flags."""
-    if not path.is_file():
+def _read_config(file: Path) -> dict[str, Any]:
+    """A stage's config.yaml, as the run wrote it; empty without one."""
+    if not file.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: broken YAML ({error}); run the stage again") from error
-    return {key.rsplit(".", 1)[-1].lstrip("-").replace("_", "-"): value for key, value in leaves(content)}
+        raise InputError(f"{file}: broken YAML ({error}); run the stage again") from error
+    if not isinstance(content, dict):
+        return {}
+    return content
 
 
-def _checkpointed(tracker: Path) -> int:
+def _read_checkpointed(tracker: Path) -> int:
     """The iteration of the last checkpoint; 0 when there is none."""
     if not tracker.is_file():  # reading a pipe would wait forever
         return 0
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else 0
+    if text.isascii() and text.isdecimal() and len(text) < 16:
+        return int(text)
+    return 0
 
 
 def _tokens_per_iteration(
-    manifest: Mapping[str, Any] | None,
-    config: Mapping[str, Any],
-    steps: int | None,
-    curve: Sequence[tuple[int, float]],
+    manifest: Manifest | None, flags: object, steps: int | None, curve: Sequence[tuple[int, float]]
 ) -> float | None:
-    tokens = number(manifest, "tokens")
+    tokens = read_number(manifest, "tokens")
     if tokens and steps:
         return tokens / steps
-    sequence, batch = number(config, "seq-length"), number(config, "global-batch-size")
+    sequence, batch = read_number(flags, "seq-length"), read_number(flags, "global-batch-size")
     if sequence and batch:
         return sequence * batch
-    if tokens and curve and curve[-1][0] and (manifest or {}).get("status") in (None, FINISHED):
-        return tokens / float(curve[-1][0])
+    if manifest is not None and tokens and curve and manifest.get("status") in (None, FINISHED):
+        last = curve[-1][0]
+        if last:
+            return tokens / last
     return None
 
 
 def _whole(value: float | None) -> int | None:
-    return int(value) if value is not None and 0 < value < _LARGEST else None
+    if value is None or not 0 < value < _LARGEST:
+        return None
+    return int(value)

@@ -1,0 +1,88 @@
+"""Which stages of a run directory belong to the run's recipe.
+
+A stage belongs when the run's plan has it with the same fingerprint. Where the plan has no fingerprints, an earlier
+version wrote it. Then the manifests are compared among themselves: a stage is made from the stages beside it when it
+names their fingerprints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.pipeline.folder import PLAN_FILE, read_plan
+
+Manifest = Mapping[str, Any]
+
+
+def find_left_out(run: Path, manifests: Mapping[str, Manifest | None]) -> dict[str, str]:
+    """Folders whose stage is not of the run's recipe, and why.
+
+    Args:
+        manifests: folder -> what its manifest says; None where it has none, only a curve.
+    """
+    planned = _planned_fingerprints(run)
+    reasons: dict[str, str] = {}
+    certain: set[str] = set()
+    for name, manifest in manifests.items():
+        own = _fingerprint(manifest)
+        if planned is None:
+            continue
+        if name not in planned:
+            reasons[name] = "not a stage of this run's recipe"
+        elif own and planned[name] and planned[name] != own:
+            reasons[name] = "made with other settings, or from other stages, than this run's recipe has"
+        elif own and planned[name] == own:
+            certain.add(name)
+    doubtful = [name for name in manifests if name not in certain]
+    for name in doubtful:
+        others = _other_parents(manifests[name], manifests)
+        if others and name not in reasons:
+            reasons[name] = f"made from another {', '.join(others)}"
+    _leave_out_descendants(doubtful, manifests, reasons)
+    return reasons
+
+
+def parents_of(manifest: Manifest | None) -> tuple[str, ...]:
+    """Names of the stages that a manifest says its stage is made from."""
+    parents = (manifest or {}).get("parents")
+    if not isinstance(parents, dict | list):
+        return ()
+    return tuple(map(str, parents))
+
+
+def _planned_fingerprints(run: Path) -> dict[str, str | None] | None:
+    """Stage -> fingerprint, of the run's plan; None without a plan."""
+    plan = read_plan(run / PLAN_FILE)
+    if plan is None:
+        return None
+    return {str(entry["stage"]): entry.get("fingerprint") for entry in plan}
+
+
+def _fingerprint(manifest: Manifest | None) -> str | None:
+    return (manifest or {}).get("fingerprint")
+
+
+def _other_parents(manifest: Manifest | None, manifests: Mapping[str, Manifest | None]) -> list[str]:
+    """Parents that were another stage when this one was made, by their fingerprints."""
+    parents = (manifest or {}).get("parents")
+    if not isinstance(parents, dict):
+        return []
+    others = []
+    for parent, fingerprint_then in parents.items():
+        fingerprint_now = _fingerprint(manifests.get(parent))
+        if fingerprint_now is not None and fingerprint_now != fingerprint_then:
+            others.append(parent)
+    return others
+
+
+def _leave_out_descendants(
+    doubtful: list[str], manifests: Mapping[str, Manifest | None], reasons: dict[str, str]
+) -> None:
+    """Add what is made from a stage that is left out, however many stages on."""
+    for _ in doubtful:
+        for name in doubtful:
+            gone = [parent for parent in parents_of(manifests[name]) if parent in reasons]
+            if gone and name not in reasons:
+                reasons[name] = f"made from {', '.join(gone)}, which is left out"

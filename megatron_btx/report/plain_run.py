@@ -1,0 +1,113 @@
+"""The report of a plain run: its models, facts, training, routing, costs and data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_btx.report.blocks import Block, Bullets, Paragraph
+from megatron_btx.report.claims import Claims, make_claims
+from megatron_btx.report.curves import LossCurve, make_curve
+from megatron_btx.report.inputs import Model, RunData, read_run
+from megatron_btx.report.report import Files, Report
+from megatron_btx.report.sections import (
+    CURVES_FIGURE,
+    LOSSES_FIGURE,
+    ROUTING_FIGURE,
+    facts_table,
+    losses_table,
+    make_sections,
+    say_difference,
+    title_of,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FILES = Files("index.html", "report.md", "results.json", (LOSSES_FIGURE, CURVES_FIGURE, ROUTING_FIGURE))
+
+
+def report_plain_run(run: Path) -> Report:
+    """The report of the run in the directory ``run``. Raises InputError when it is none, or a file in it is broken."""
+    data = read_run(run)
+    claims = make_claims(data)
+    curves = [make_curve(stage) for stage in data.stages if stage.curve]
+    return Report(
+        title_of(data),
+        make_sections(data, claims),
+        _FILES,
+        lambda: _draw(data, curves),
+        _number_results(data, claims, curves),
+        _printed_blocks(data, claims),
+        claims.facts,
+    )
+
+
+def _draw(data: RunData, curves: list[LossCurve]) -> dict[str, Figure]:
+    from megatron_btx.report.figure_curves import draw_curves
+    from megatron_btx.report.figures import draw_losses, draw_routing, make_palette
+
+    palette = make_palette(data.models, data.stages)
+    figures: dict[str, Figure] = {}
+    if data.domains:
+        figures[LOSSES_FIGURE] = draw_losses(list(data.models.values()), data.domains, palette)
+    if curves:
+        figures[CURVES_FIGURE] = draw_curves(curves, palette)
+    if data.mixtures():
+        figures[ROUTING_FIGURE] = draw_routing(data.mixtures(), palette)
+    return figures
+
+
+def _printed_blocks(data: RunData, claims: Claims) -> tuple[Block, ...]:
+    """The table of losses and the facts, for a terminal."""
+    blocks: list[Block] = []
+    if data.domains:
+        blocks.append(Paragraph("validation loss, nats per token (lower is better; * lowest of its column)"))
+        blocks.append(losses_table(data, claims))
+    else:
+        blocks.append(Paragraph("no model was evaluated: no losses to show"))
+    blocks.append(Paragraph(say_difference(claims)))
+    if data.marked:
+        blocks.append(Bullets(data.marked))
+    blocks.append(facts_table(claims.facts))
+    return tuple(blocks)
+
+
+def _number_results(data: RunData, claims: Claims, curves: list[LossCurve]) -> dict[str, object]:
+    """Every number of the report: for results.json."""
+    numbered_curves = {}
+    for curve in curves:
+        numbered_curves[curve.stage] = {"unit": curve.unit, "x": curve.x, "loss": curve.loss, "smooth": curve.smooth}
+    return {
+        "run": data.name,
+        "domains": data.domains,
+        "models": {name: _number_model(model, data.domains) for name, model in data.models.items()},
+        "btx_minus_dense": _number_difference(claims.difference),
+        "tokens_after_the_seed": claims.budgets._asdict(),
+        "facts": claims.facts,
+        "stages": {stage.name: stage.manifest for stage in data.stages},
+        "curves": numbered_curves,
+        "corpora": data.corpora.rows,
+        "sources": data.corpora.sources,
+        "notes": [*data.marked, *data.notes],
+    }
+
+
+def _number_difference(difference: Mapping[str | None, float | None] | None) -> dict[str, object] | None:
+    if difference is None:
+        return None
+    domains = {domain: value for domain, value in difference.items() if domain is not None}
+    return {"mean": difference[None], "domains": domains}
+
+
+def _number_model(model: Model, domains: tuple[str, ...]) -> dict[str, object]:
+    return {
+        "losses": model.losses,
+        "mean_loss": model.mean_loss(domains),
+        "tokens": model.tokens,
+        "parameters": model.parameters,
+        "active_parameters": model.active_parameters,
+        "experts": model.experts or None,
+        "routing": model.routing,
+    }

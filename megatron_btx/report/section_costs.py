@@ -1,0 +1,119 @@
+"""Sections of a report about sizes, costs and data, and about how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_btx.report.blocks import Bullets, Cell, Section, Table, make_cells
+from megatron_btx.report.budgets import Budgets
+from megatron_btx.report.corpora import Corpora, label_of
+from megatron_btx.report.inputs import RunData
+from megatron_btx.report.quantities import ABSENT, count_text, flops_text, total
+from megatron_btx.report.stages import Stage
+
+_COSTS = ("tokens", "seconds", "flops")
+
+
+def sizes_section(data: RunData) -> Section:
+    """Parameters, a row for all models of one size."""
+    alike: dict[tuple[int | None, int | None], list[str]] = {}
+    for model in data.models.values():
+        alike.setdefault((model.parameters, model.active_parameters), []).append(model.name)
+    if not alike:
+        return Section("Sizes", ())
+    rows = []
+    for (parameters, active), names in alike.items():
+        rows.append(make_cells([", ".join(names), count_text(parameters), count_text(active)]))
+    return Section("Sizes", (Table(("models", "parameters", "active per token"), tuple(rows)),))
+
+
+def accounting_section(stages: tuple[Stage, ...]) -> Section:
+    """What each stage took, and all together."""
+    recorded = [stage for stage in stages if stage.manifest is not None]
+    if not recorded:
+        return Section("Accounting", ())
+    depths = _count_depths(recorded)
+    recorded.sort(key=lambda stage: depths[stage.name])
+    rows = [_stage_row(stage) for stage in recorded]
+    sums = [_sum_costs(recorded, key) for key in _COSTS]
+    rows.append(make_cells(["sum", "", *_cost_texts(sums, None)]))
+    header = ("stage", "made from", "tokens", "seconds", "tokens/s, start included", "FLOPs")
+    caption = (
+        f"From the manifests; of unfinished stages, tokens and FLOPs up to where they went. {ABSENT}: the stage states "
+        "none. Stages may have run side by side. Seconds are those of whole programs, their start included."
+    )
+    return Section("Accounting", (Table(header, tuple(rows), 2, caption),))
+
+
+def _count_depths(stages: Sequence[Stage]) -> dict[str, int]:
+    """How many stages each one stands behind, by the manifests' parents: the order in which they can have run."""
+    depths = dict.fromkeys((stage.name for stage in stages), 0)
+    for _ in stages:
+        for stage in stages:
+            parents = [parent for parent in stage.parents if parent in depths and parent != stage.name]
+            depths[stage.name] = max((depths[parent] + 1 for parent in parents), default=0)
+    return depths
+
+
+def _stage_row(stage: Stage) -> tuple[Cell, ...]:
+    tokens, seconds = stage.cost("tokens"), stage.cost("seconds")
+    speed = None
+    if tokens and seconds:
+        speed = tokens / seconds
+    name = stage.name
+    if stage.unfinished:
+        name += f" ({stage.unfinished})"
+    costs = _cost_texts([tokens, seconds, stage.cost("flops")], speed)
+    return make_cells([name, ", ".join(stage.parents) or ABSENT, *costs])
+
+
+def _sum_costs(stages: Sequence[Stage], key: str) -> float | None:
+    costs = []
+    for stage in stages:
+        cost = stage.cost(key)
+        if cost is not None:
+            costs.append(cost)
+    if not costs:
+        return None
+    return total(costs)
+
+
+def _cost_texts(costs: Sequence[float | None], tokens_per_second: float | None) -> tuple[str, ...]:
+    tokens, seconds, flops = costs
+    return count_text(tokens), count_text(seconds, decimals=1), count_text(tokens_per_second), flops_text(flops)
+
+
+def data_section(corpora: Corpora) -> Section:
+    """The data statement."""
+    if not corpora.rows:
+        return Section("Data", ())
+    rows = []
+    for row in corpora.rows:
+        sizes = [count_text(size) for size in (row.documents, row.tokens, row.size_bytes)]
+        rows.append(make_cells([row.domain, row.split, *sizes]))
+    blocks = [Table(("domain", "split", "documents", "tokens", "bytes of text"), tuple(rows), 2)]
+    if corpora.sources:
+        stated = [make_cells([label_of(key), value]) for key, value in corpora.sources.items()]
+        blocks.append(Table(("made with", "value"), tuple(stated), 2))
+    return Section("Data", tuple(blocks))
+
+
+def reading_section(budgets: Budgets) -> Section:
+    """What to keep in mind."""
+    samples = (
+        "Every stage reads each domain from its first sample on. Experts that share a domain read the same samples of "
+        "it, finetuning reads some of them again, and later samples may be read by none."
+    )
+    if budgets.are_equal():
+        samples += " The dense model reads as many tokens of each domain, and fewer samples twice."
+    items = (
+        "One run with one random seed. At small sizes, losses on small validation sets move by about 0.1 nats between "
+        "seeds: read the sign and the size of a difference, and repeat the run before relying on a small one.",
+        samples,
+        "Losses per token compare models of one tokenizer only. The mean weighs every domain alike, whatever its "
+        "number of tokens.",
+        "Facts are checked by sign. One whose inputs are missing is not checked; a model whose loss is not a finite "
+        "number does not hold a claim made for it.",
+        "All numbers are in results.json beside this page.",
+    )
+    return Section("How to read this", (Bullets(items),))
