@@ -228,10 +228,10 @@ def _refuse_changes(arguments: argparse.Namespace, planned: PlannedRun, error: C
 
 
 def _print_report(directory: Path) -> None:
-    """The report of a run that has one, as ``btx report`` prints it."""
-    from megatron_btx.report import build
+    """The core of a run's report, which its last stage has written."""
+    from megatron_btx.report.build import print_summary, summarize
 
-    build.main([str(directory)])
+    print_summary(summarize(directory))
 
 
 def status(directory: Path) -> int:
@@ -257,11 +257,11 @@ def _read_states(directory: Path, planned: Sequence[PlannedStage]) -> dict[str, 
     """Stage -> how far it is, in a word."""
     from megatron_btx.pipeline.lock import is_locked
     from megatron_btx.pipeline.rows import read_shown_manifest
-    from megatron_btx.report.stages import left_out
+    from megatron_btx.report.membership import find_left_out
 
     at_work = is_locked(directory)
     manifests = {entry.stage: read_shown_manifest(directory / entry.stage) for entry in planned}
-    outdated = left_out(directory, {name: manifest.identity() for name, manifest in manifests.items()})
+    outdated = find_left_out(directory, {name: manifest.identity() for name, manifest in manifests.items()})
     states = {}
     for name, manifest in manifests.items():
         states[name] = manifest.status or "waiting"

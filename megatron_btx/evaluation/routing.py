@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.training.telemetry import DEAD_SHARE
+from megatron_btx.ground.shares import DEAD_SHARE, routing_distance
 
 
 class Routed(NamedTuple):
@@ -110,8 +110,7 @@ def _shares(counts: list[float]) -> list[float]:
 
 def overlap(one: list[list[float]], other: list[list[float]]) -> float:
     """Mean over layers of 1 less the total variation distance of two labels' shares [L, E]: 1 is the same routing."""
-    distances = [sum(abs(a - b) for a, b in zip(x, y, strict=True)) / 2 for x, y in zip(one, other, strict=True)]
-    return 1.0 - sum(distances) / len(distances)
+    return 1.0 - routing_distance(one, other)
 
 
 def overlaps(labels: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -237,7 +237,7 @@ class _Planner:
                 if seed in variant.seeds:
                     stages.append(self._variant(variant, seed, finetune, evaluation))
                     finetunings.append(stages[-1].name)
-        return [*stages, _report("megatron_btx.report.ablation", tuple(finetunings), ABLATION_REPORT_FILE)]
+        return [*stages, _report("megatron_btx.report.build", tuple(finetunings), ABLATION_REPORT_FILE)]
 
     def _variant(self, variant: Variant, seed: int, finetune: Training, evaluation: Evaluate) -> Stage:
         """One finetuning, measured after its last step alone unless the recipe says more."""

@@ -108,8 +108,8 @@ def _make_sections(outcomes: Outcomes, table: Table) -> tuple[Section, ...]:
     load = Image(
         LOAD_FIGURE,
         "Load per layer and expert of every variant",
-        f"Share of a layer's choices per expert, mean over seeds; layers from top to bottom. {percent_text(1 / experts)} "
-        "is even.",
+        "Share of a layer's choices per expert, mean over seeds; layers from top to bottom. "
+        f"{percent_text(1 / experts)} is even.",
     )
     return (Section("", (*opening, table)), Section("Losses", (losses,)), Section("Load", (load,)))
 

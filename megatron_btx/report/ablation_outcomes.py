@@ -11,19 +11,18 @@ from typing import Any
 import yaml
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.pipeline.folder import PLAN_FILE, RECIPE_FILE, read_plan
+from megatron_btx.pipeline.directory import (
+    MANIFEST_FILE,
+    METRICS_FILE,
+    PLAN_FILE,
+    RECIPE_FILE,
+    read_metrics,
+    read_plan,
+)
 from megatron_btx.pipeline.recipe.ablation import stage_name
 from megatron_btx.report.membership import Manifest, find_left_out
 from megatron_btx.report.quantities import mean
-from megatron_btx.report.stages import (
-    MANIFEST_FILE,
-    METRICS_FILE,
-    Stage,
-    read_manifest_file,
-    read_metrics,
-    read_number,
-    read_stage,
-)
+from megatron_btx.report.stages import Stage, read_manifest_file, read_stage
 
 MEAN = "mean"
 _LOSS = "lm loss validation "
@@ -158,10 +157,10 @@ def _list_seeds(section: dict[str, Any]) -> dict[str, list[int]]:
 
 def _planned_stages(run: Path) -> set[str] | None:
     """Names of the stages that were planned; None without a plan."""
-    plan = read_plan(run / PLAN_FILE)
+    plan = read_plan(run)
     if plan is None:
         return None
-    return {str(entry["stage"]) for entry in plan}
+    return {entry.stage for entry in plan}
 
 
 def _read_manifests(run: Path, stages: Mapping[str, Stage | None]) -> dict[str, Manifest | None]:
@@ -195,11 +194,8 @@ def _read_outcome(file: Path, stage: Stage | None) -> Outcome | str:
 def _last_values(file: Path) -> dict[str, float]:
     """The last number that was logged under each name."""
     last: dict[str, float] = {}
-    for entry in read_metrics(file):
-        for name in entry:
-            value = read_number(entry, name)
-            if value is not None:
-                last[name] = value
+    for line in read_metrics(file):
+        last.update(line.numbers())
     return last
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from megatron_btx.report.inputs import EXPERT_PREFIX
+from megatron_btx.pipeline.directory import EXPERT_PREFIX
 from megatron_btx.report.quantities import total
 from megatron_btx.report.stages import Stage
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
+from megatron_btx.pipeline.directory import REPORT_STAGE
 from megatron_btx.report.ablation_outcomes import is_ablation
 from megatron_btx.report.blocks import Block
 from megatron_btx.report.facts import Fact
-from megatron_btx.report.inputs import REPORT_FOLDER
 from megatron_btx.report.pages import print_blocks
 from megatron_btx.report.report import Report, write_report
 
@@ -59,7 +59,7 @@ def build_report(run: Path) -> Summary:
         InputError: ``run`` is no run directory, or a file in it is broken; the earlier report then stands as it was.
     """
     report = _make_report(run)
-    write_report(report, run / REPORT_FOLDER)
+    write_report(report, run / REPORT_STAGE)
     return _summary_of(report, run)
 
 
@@ -86,7 +86,7 @@ def _make_report(run: Path) -> Report:
 
 
 def _summary_of(report: Report, run: Path) -> Summary:
-    return Summary(report.printed, report.facts, run / REPORT_FOLDER / report.files.page)
+    return Summary(report.printed, report.facts, run / REPORT_STAGE / report.files.page)
 
 
 if __name__ == "__main__":

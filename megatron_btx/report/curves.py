@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_btx.report.inputs import EXPERT_PREFIX, SEED
+from megatron_btx.pipeline.directory import EXPERT_PREFIX
+from megatron_btx.report.inputs import SEED
 from megatron_btx.report.quantities import mean
 from megatron_btx.report.stages import Stage
 

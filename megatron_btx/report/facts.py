@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_btx.pipeline.directory import EXPERT_PREFIX
 from megatron_btx.report.comparisons import routing_distances, subtract
-from megatron_btx.report.inputs import AVERAGE, BTX, EXPERT_PREFIX, SEED, Model
+from megatron_btx.report.inputs import AVERAGE, BTX, SEED, Model
 from megatron_btx.report.quantities import difference_text, loss_text, mean
 
 ROUTING_DISTANCE_THRESHOLD = 0.05

@@ -8,25 +8,34 @@ than none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.files import read_json_object
-from megatron_btx.pipeline.folder import PLAN_FILE, is_set_aside, read_plan
+from megatron_btx.pipeline.directory import (
+    AVERAGE_MODEL,
+    BTX_MODEL,
+    CORPORA_FILE,
+    DATA_STAGE,
+    DENSE_MODEL,
+    EVALUATION_FILE,
+    EXPERT_PREFIX,
+    MIX_MODEL,
+    REPORT_STAGE,
+    SEED_MODEL,
+    is_set_aside,
+    read_evaluation,
+    read_plan,
+)
 from megatron_btx.report.corpora import Corpora, read_corpora
 from megatron_btx.report.membership import find_left_out
 from megatron_btx.report.quantities import mean
 from megatron_btx.report.stages import Stage, read_number, read_stage
 
-EXPERT_PREFIX = "expert-"
-REPORT_FOLDER = "report"
-SEED, AVERAGE, MIX, BTX, DENSE = "seed", "average", "mix", "btx", "dense"
+SEED, AVERAGE, MIX, BTX, DENSE = SEED_MODEL, AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL
 _ORDER = {SEED: 0, AVERAGE: 2, MIX: 3, BTX: 4, DENSE: 5}
 """Models of well-known names in the report's order; single experts stand at 1, all others last."""
-_EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def read_run(run: Path) -> RunData:
     folders = []
     found: dict[str, Stage] = {}
     for folder in sorted(run.iterdir()):
-        if not folder.is_dir() or folder.name == REPORT_FOLDER or is_set_aside(folder.name):
+        if not folder.is_dir() or folder.name == REPORT_STAGE or is_set_aside(folder.name):
             continue
         folders.append(folder)
         stage = read_stage(folder)
@@ -99,18 +108,18 @@ def read_run(run: Path) -> RunData:
     reasons = find_left_out(run, {name: stage.manifest for name, stage in found.items()})
     kept = [folder for folder in folders if folder.name not in reasons]
     stages = [stage for name, stage in found.items() if name not in reasons]
-    evaluations = [folder / _EVALUATION for folder in kept if (folder / _EVALUATION).is_file()]
+    evaluations = [folder / EVALUATION_FILE for folder in kept if (folder / EVALUATION_FILE).is_file()]
     models = _read_models(evaluations, found)
     corpora = Corpora((), {})
-    if "data" not in reasons:
-        corpora = read_corpora(run / "data" / "corpora.json")
+    if DATA_STAGE not in reasons:
+        corpora = read_corpora(run / DATA_STAGE / CORPORA_FILE)
     if not found and not models and not corpora.rows:
         raise InputError(
             f"{run}: not a run directory: no */manifest.json, */metrics.jsonl, */evaluation.json or data/corpora.json "
             "in it; give the directory that btx run made, or run the recipe first"
         )
     strange = []
-    if read_plan(run / PLAN_FILE) is not None:
+    if read_plan(run) is not None:
         strange = [file.parent.name for file in evaluations if file.parent.name not in found]
     return RunData(
         run.resolve().name,
@@ -123,7 +132,7 @@ def read_run(run: Path) -> RunData:
     )
 
 
-def _domains_of(models: Any) -> tuple[str, ...]:
+def _domains_of(models: Iterable[Model]) -> tuple[str, ...]:
     domains: dict[str, None] = {}
     for model in models:
         domains |= dict.fromkeys(model.losses)
@@ -142,9 +151,9 @@ def _read_models(evaluations: list[Path], stages: Mapping[str, Stage]) -> dict[s
         top_k = None
         if file.parent.name in stages:
             top_k = _read_top_k(stages[file.parent.name])
-        for model in read_evaluation(file, top_k):
+        for model in _read_models_in(file, top_k):
             if model.name in models:
-                raise InputError(f"{file}: model {model.name!r} is in {sources[model.name]}, too; remove one of the two")
+                raise InputError(f"{file}: model {model.name!r} is in {sources[model.name]}, too; remove one")
             models[model.name], sources[model.name] = model, file
     return {name: models[name] for name in sorted(models, key=_rank)}
 
@@ -157,42 +166,22 @@ def _read_top_k(stage: Stage) -> int | None:
     return int(top_k)
 
 
-def read_evaluation(file: Path, top_k: int | None = None) -> list[Model]:
-    """The models in an evaluation.json. Raises InputError when it is none."""
-    content = read_json_object(file, "evaluate the run again")
-    entries = content.get("models")
-    if not isinstance(entries, dict):
-        raise InputError(f"{file}: no mapping 'models'; expected an evaluation.json; evaluate the run again")
+def _read_models_in(file: Path, top_k: int | None) -> list[Model]:
+    evaluation = read_evaluation(file)
+    experts = tuple(evaluation.experts or ())
     models = []
-    for name, entry in entries.items():
-        try:
-            models.append(_read_model(str(name), entry, tuple(map(str, content.get("experts") or ())), top_k))
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{file}: model {name!r} is not in the form of an evaluation ({error!r}); evaluate the run again"
-            ) from error
+    for name, found in evaluation.models.items():
+        routing = {}
+        for domain, layers in (found.routing or {}).items():
+            routing[domain] = tuple(map(tuple, layers))
+            if any(len(shares) != len(experts) for shares in layers):
+                raise InputError(f"{file}: model {name!r}: routing is not of {len(experts)} experts; evaluate again")
+        names: tuple[str, ...] = ()
+        if routing:
+            names = experts
+        parameters, active = found.parameters, found.active_parameters
+        models.append(Model(name, found.losses, found.tokens, parameters, active, routing or None, names, top_k))
     return models
-
-
-def _read_model(name: str, entry: dict[str, Any], experts: tuple[str, ...], top_k: int | None) -> Model:
-    routing = {}
-    for domain, layers in (entry.get("routing") or {}).items():
-        for shares in layers:
-            if len(shares) != len(experts):
-                raise ValueError(f"{len(shares)} shares in a layer for {len(experts)} experts")
-        routing[str(domain)] = tuple(tuple(map(float, shares)) for shares in layers)
-    if not routing:
-        experts = ()
-    return Model(
-        name,
-        {str(domain): float(loss) for domain, loss in entry["losses"].items()},
-        {str(domain): int(count) for domain, count in entry.get("tokens", {}).items()},
-        entry.get("parameters"),
-        entry.get("active_parameters"),
-        routing or None,
-        experts,
-        top_k,
-    )
 
 
 def _rank(name: str) -> int:
@@ -209,7 +198,9 @@ def _marks(reasons: Mapping[str, str], stages: list[Stage], strange: list[str]) 
     unfinished = [stage for stage in stages if stage.unfinished]
     finished = [stage for stage in stages if not stage.unfinished]
     for stage in unfinished:
-        yield f"Stage {stage.name} is unfinished: {stage.unfinished}. Its curve, tokens and FLOPs are those up to there."
+        yield (
+            f"Stage {stage.name} is unfinished: {stage.unfinished}. Its curve, tokens and FLOPs are those up to there."
+        )
     for stage in unfinished:
         earlier = [other.name for other in finished if stage.name in other.parents]
         if earlier:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.pipeline.folder import PLAN_FILE, read_plan
+from megatron_btx.pipeline.directory import read_plan
 
 Manifest = Mapping[str, Any]
 
@@ -54,10 +54,10 @@ def parents_of(manifest: Manifest | None) -> tuple[str, ...]:
 
 def _planned_fingerprints(run: Path) -> dict[str, str | None] | None:
     """Stage -> fingerprint, of the run's plan; None without a plan."""
-    plan = read_plan(run / PLAN_FILE)
+    plan = read_plan(run)
     if plan is None:
         return None
-    return {str(entry["stage"]): entry.get("fingerprint") for entry in plan}
+    return {entry.stage: entry.fingerprint for entry in plan}
 
 
 def _fingerprint(manifest: Manifest | None) -> str | None:

@@ -12,10 +12,9 @@ import html
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, TextIO
+from typing import Any
 
 import jinja2
 from rich import box
@@ -29,6 +28,10 @@ ROWS_KEPT_TOGETHER = 14
 """A table of up to so many rows is not broken over two printed pages."""
 LOG_COLUMNS = 120
 """Width of what is printed where there is no terminal."""
+_NAME_COLUMNS = 12
+"""Least width of a column of names where a terminal is narrow."""
+_WIDE_COLUMNS = 10_000
+"""More than any table of a report has."""
 _TONE_STYLES = {"good": "green", "bad": "red", "unknown": "dim", "": ""}
 
 
@@ -117,11 +120,11 @@ def one_line(text: str) -> str:
     return " ".join(shown.split())
 
 
-def print_blocks(blocks: Sequence[Block], stream: TextIO | None = None) -> None:
+def print_blocks(blocks: Sequence[Block]) -> None:
     """Print blocks: on a terminal in its width and colours, elsewhere as plain aligned text of a fixed width."""
-    console = Console(file=stream or sys.stdout, highlight=False)
+    console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(file=stream or sys.stdout, highlight=False, width=LOG_COLUMNS, no_color=True)
+        console = Console(highlight=False, width=LOG_COLUMNS, no_color=True)
     for block in blocks:
         match block:
             case Paragraph():
@@ -137,22 +140,33 @@ def print_blocks(blocks: Sequence[Block], stream: TextIO | None = None) -> None:
 
 
 def _print_table(console: Console, table: Table) -> None:
-    """A table of words is wrapped to the width; columns of numbers are not, because a program may read them."""
+    """A table of words is wrapped to the width; rows of numbers are not in a log, because a program may read them."""
     grid = TerminalTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    has_numbers = table.text_columns < len(table.header)
     for number, header in enumerate(table.header):
-        if number < table.text_columns:
-            grid.add_column(Text(one_line(header)))
-        else:
+        if number >= table.text_columns:
             grid.add_column(Text(one_line(header)), justify="right", no_wrap=True)
+        elif has_numbers:
+            grid.add_column(Text(one_line(header)), min_width=_NAME_COLUMNS)
+        else:
+            grid.add_column(Text(one_line(header)))
     for row in table.rows:
-        grid.add_row(*(_terminal_cell(cell) for cell in row))
-    needed = console.measure(grid).maximum
-    if not console.is_terminal and table.text_columns < len(table.header):
-        console.print(grid, width=max(needed, console.width), soft_wrap=False, crop=False, no_wrap=True)
-    else:
-        console.print(grid)
+        cells = [_terminal_cell(cell) for cell in row]
+        if has_numbers:
+            _leave_room_for_stars(row, cells)
+        grid.add_row(*cells)
+    if has_numbers and not console.is_terminal:
+        console = Console(highlight=False, width=_WIDE_COLUMNS, no_color=True)
+    console.print(grid)
     if table.caption:
         console.print(Text(one_line(table.caption), style="dim"))
+
+
+def _leave_room_for_stars(row: Sequence[Cell], texts: Sequence[Text]) -> None:
+    """Let every cell end in its star or a space, so that the digits of a column stay in line."""
+    for cell, text in zip(row, texts, strict=True):
+        if not cell.strong:
+            text.append(" ")
 
 
 def _terminal_cell(cell: Cell) -> Text:

@@ -60,10 +60,9 @@ def draw_heat_map(
     Args:
         write: makes a number's text; an empty one leaves it out.
     """
-    aspect = "auto"
-    if is_square:
-        aspect = "equal"
-    panel.imshow(values, vmin=0.0, vmax=1.0, cmap=HEAT_COLOURS, aspect=aspect)
+    image = panel.imshow(values, vmin=0.0, vmax=1.0, cmap=HEAT_COLOURS)
+    if not is_square:
+        image.axes.set_aspect("auto")
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             ink = "black"

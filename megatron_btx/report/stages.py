@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,19 @@ import yaml
 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.files import read_json_object
+from megatron_btx.pipeline.directory import (
+    CONFIG_FILE,
+    LARGEST_COUNT,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    read_checkpointed_iteration,
+    read_metrics,
+)
 from megatron_btx.report.membership import Manifest, parents_of
 
 FINISHED = "finished"
-METRICS_FILE, MANIFEST_FILE = "metrics.jsonl", "manifest.json"
 _ENDED_EARLY = {"running": "not finished", "stopped": "stopped", "failed": "failed"}
 """Status -> how a report says it. A killed run leaves "running" behind."""
-_TRACKER = "checkpoint/latest_checkpointed_iteration.txt"
-_LARGEST = 2**53
-"""Whole numbers above it are no counts of anything; floating point does not hold them exactly either."""
-_LOSS = "lm loss"
 
 Curve = tuple[tuple[int, float], ...]
 """(iteration, training loss in nats per token), ascending."""
@@ -88,9 +90,9 @@ def read_stage(folder: Path) -> Stage | None:
         manifest = read_manifest_file(folder / MANIFEST_FILE)
     if (folder / METRICS_FILE).is_file():
         curve, logged = read_curve(folder / METRICS_FILE)
-    config = _read_config(folder / "config.yaml")
+    config = _read_config(folder / CONFIG_FILE)
     steps = _whole(read_number(manifest, "steps")) or _whole(read_number(config, "iterations"))
-    reached = max(_read_checkpointed(folder / _TRACKER), logged) or None
+    reached = max(read_checkpointed_iteration(folder), logged) or None
     per_iteration = _tokens_per_iteration(manifest, config.get("flags"), steps, curve)
     return Stage(folder.name, manifest, curve, per_iteration, steps, reached)
 
@@ -100,41 +102,18 @@ def read_manifest_file(file: Path) -> dict[str, Any]:
     return read_json_object(file, "run the stage that writes it again")
 
 
-def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are JSON objects.
-
-    A line torn by a kill is passed over: the resumed run wrote its iterations again, behind it.
-    """
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict):
-            yield entry
-
-
 def read_curve(file: Path) -> tuple[Curve, int]:
     """Training loss per iteration from a metrics.jsonl, and the last iteration in it (0: none).
 
-    The last line for an iteration counts.
-
-    Raises:
-        InputError: there are lines, and none is of an iteration.
+    The last line for an iteration counts. Raises InputError when the file has lines, and none can be read.
     """
     losses: dict[int, float] = {}
-    last = None
-    for entry in read_metrics(file):
-        iteration = read_number(entry, "iteration")
-        if iteration is None or not 0 <= iteration < _LARGEST:
-            continue
-        last = max(last or 0, int(iteration))
-        loss = read_number(entry, _LOSS)
-        if loss is not None:
-            losses[int(iteration)] = loss
-    if last is None and file.read_bytes().strip():
-        raise InputError(f"{file}: no line of it is a JSON object with an iteration; remove it, and run the stage again")
-    return tuple(sorted(losses.items())), last or 0
+    last = 0
+    for line in read_metrics(file):
+        last = max(last, line.iteration)
+        if line.loss is not None:
+            losses[line.iteration] = line.loss
+    return tuple(sorted(losses.items())), last
 
 
 def read_number(content: object, key: str) -> float | None:
@@ -147,7 +126,7 @@ def read_number(content: object, key: str) -> float | None:
     try:
         return float(value)
     except OverflowError:  # a whole number of 400 digits
-        return math.copysign(math.inf, value)
+        return math.inf
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -161,16 +140,6 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         return {}
     return content
-
-
-def _read_checkpointed(tracker: Path) -> int:
-    """The iteration of the last checkpoint; 0 when there is none."""
-    if not tracker.is_file():  # reading a pipe would wait forever
-        return 0
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if text.isascii() and text.isdecimal() and len(text) < 16:
-        return int(text)
-    return 0
 
 
 def _tokens_per_iteration(
@@ -190,6 +159,6 @@ def _tokens_per_iteration(
 
 
 def _whole(value: float | None) -> int | None:
-    if value is None or not 0 < value < _LARGEST:
+    if value is None or not 0 < value < LARGEST_COUNT:
         return None
     return int(value)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_btx.report.inputs import EXPERT_PREFIX
+from megatron_btx.pipeline.directory import EXPERT_PREFIX
 
 PAGE_WIDTH_INCHES = 9.0
 DOTS_PER_INCH = 160

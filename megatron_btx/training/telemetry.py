@@ -13,9 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_btx.ground.errors import MegatronVersionError
-
-DEAD_SHARE = 0.01
-"""An expert is dead in a layer when its load over a whole interval is under this share of an even one."""
+from megatron_btx.ground.shares import DEAD_SHARE
 
 
 def install(args: Any) -> Callable[[list[Any]], list[Any]]:

@@ -70,7 +70,12 @@ def corpora() -> dict[str, Any]:
         }
         for domain in DOMAINS
     }
-    return {"domains": statement, "sources": {"code": "standard library", "general": ["docstrings", "documentation"]}}
+    return {
+        "settings": {"seed": 1234, "vocab_size": 2048, "scale": 1.0},
+        "sources": {"python": "3.12.1", "numpy": "2.1.0"},
+        "tokenizer": {"file": "tokenizer.model", "sha256": "0" * 64, "vocab_size": 2048},
+        "domains": statement,
+    }
 
 
 def write_json(path: Path, content: object) -> None:
@@ -95,7 +100,7 @@ def make_run(root: Path, seed: int = 7) -> Path:
     experts = tuple(name for name in LOSSES if name not in ("mix", "btx", *baselines))
     write_json(run / "evaluate-experts" / "evaluation.json", evaluation(experts))
     write_json(run / "evaluate-dense" / "evaluation.json", evaluation(baselines))
-    write_json(run / "evaluate-moe" / "evaluation.json", evaluation(("mix", "btx", "seed")))
+    write_json(run / "evaluate-moe" / "evaluation.json", evaluation(("mix", "btx")))
     return run
 
 

@@ -10,8 +10,10 @@ import pytest
 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.report import build as report
-from megatron_btx.report.ablation import best_of, main, spread
+from megatron_btx.report.ablation import find_best
 from megatron_btx.report.ablation_outcomes import read_outcomes
+from megatron_btx.report.build import main
+from megatron_btx.report.quantities import spread
 
 
 def write(folder, name, seed, loss, dead=0, **more):
@@ -76,7 +78,7 @@ def test_a_variant_of_broken_losses_is_shown_and_is_never_the_best(broken, finis
                 write(finished, name, seed, losses[name] if seed == seeds[0] or name != variant else 2.0)
         assert main([str(finished)]) == 0
         other = {"one": "two", "two": "one"}[variant]
-        assert best_of(read_outcomes(finished)) == [other]
+        assert find_best(read_outcomes(finished)) == [other]
         assert f"Lowest mean loss: {other}, 3.000" in (finished / "report" / "ablation.md").read_text()
         assert ("NaN" if math.isnan(broken) else "inf") in capsys.readouterr().out
         json.loads((finished / "report" / "ablation.json").read_text(), parse_constant=pytest.fail)
@@ -95,7 +97,7 @@ def test_a_tie_names_both(finished):
     """Equal means have no order."""
     for name, seed in (("one", 1), ("one", 2), ("two", 2)):
         write(finished, name, seed, 2.0)
-    assert best_of(read_outcomes(finished)) == ["one", "two"]
+    assert find_best(read_outcomes(finished)) == ["one", "two"]
 
 
 def manifest(folder, name, **content):
@@ -135,7 +137,7 @@ def test_a_variant_that_lacks_a_seed_is_not_compared(finished):
     """Its mean is over other seeds than it was to be; the best of whole ones is named."""
     write(finished, "one", 1, 0.1)
     shutil.rmtree(finished / "ablation-one-s2")
-    assert best_of(read_outcomes(finished)) == ["two"]
+    assert find_best(read_outcomes(finished)) == ["two"]
 
 
 def test_variants_that_were_not_planned_are_not_waited_for(finished):
@@ -147,9 +149,7 @@ def test_variants_that_were_not_planned_are_not_waited_for(finished):
     assert list(outcomes.runs) == list(outcomes.seeds) == ["one"] and outcomes.notes == ()
 
 
-@pytest.mark.parametrize(
-    "broken", ["nothing", "recipe", "no ablation", "yaml", "variants", "seeds", "texts", "plan", "shapes"]
-)
+@pytest.mark.parametrize("broken", ["nothing", "recipe", "no ablation", "yaml", "variants", "seeds", "plan", "shapes"])
 def test_what_is_no_ablation_is_refused(broken, finished):
     """In one line, with what was expected."""
     recipe = finished / "recipe.yaml"
@@ -162,7 +162,6 @@ def test_what_is_no_ablation_is_refused(broken, finished):
         write(finished, "two", 2, 1.5, **{"lm loss validation code": 1.0})
     else:
         contents = {"no ablation": "name: other", "yaml": "a: [", "variants": "ablation: [1]"}
-        contents["texts"] = "ablation: {seeds: ['1', 2], variants: {one: {}}}"
         contents["plan"] = recipe.read_text()
         (finished / "plan.json").write_text("[]")
         recipe.write_text(contents.get(broken, "ablation: {variants: {one: {}}}"))
@@ -171,9 +170,8 @@ def test_what_is_no_ablation_is_refused(broken, finished):
         "recipe": "does not exist",
         "no ablation": "btx report",
         "yaml": "broken YAML",
-        "variants": "no mapping 'variants'",
-        "seeds": "no list of seeds",
-        "texts": "no list of seeds",
+        "variants": "variants and their seeds are not there",
+        "seeds": "variants and their seeds are not there",
         "plan": "the run's plan.json has none of its variants",
         "shapes": "differ in their domains",
     }

@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.report.facts import check_facts, difference_to_dense, routing_distances
+from megatron_btx.report.comparisons import difference_to_dense, routing_distances
+from megatron_btx.report.facts import check_facts
 from megatron_btx.report.inputs import Model, read_run
 from tests.unit.report.example_run import (
     DOMAINS,
     EXPERTS,
     LOSSES,
-    change,
     evaluation,
     make_run,
     set_loss,
     write_evaluation,
+    write_json,
 )
 
 
@@ -131,10 +132,10 @@ def test_a_fact_refuted_by_what_is_there_is_false_whatever_is_missing(tmp_path: 
     assert facts_in(write_evaluation(tmp_path, content))["btx_beats_average_and_experts"] is False
 
 
-def test_evaluations_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+def test_a_model_that_was_evaluated_twice_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    change(run / "evaluate-moe" / "evaluation.json", set_loss("seed", "math", 1.7))
-    with pytest.raises(InputError, match=r"'seed' has loss 1\.7 on 'math'.* 1\.654"):
+    write_json(run / "mine" / "evaluation.json", evaluation(("seed",)))
+    with pytest.raises(InputError, match=r"mine/evaluation.json: model 'seed' is in .*evaluate-experts"):
         read_run(run)
 
 
@@ -144,13 +145,23 @@ def test_routing_distance_is_total_variation_meaned_over_layers() -> None:
     assert routing_distances(model) == {("a", "b"): pytest.approx((1.0 + 0.25) / 2)}
 
 
-def test_shares_of_top_two_routing_are_brought_to_a_sum_of_one(tmp_path: Path) -> None:
+def test_dense_layers_have_no_say_in_the_distance() -> None:
+    """Their shares are all zero."""
+    routing = {"a": ((0.0, 0.0), (1.0, 0.0)), "b": ((0.0, 0.0), (0.0, 1.0))}
+    assert routing_distances(Model("btx", {}, {}, routing=routing, experts=("x", "y"))) == {("a", "b"): 1.0}
+
+
+@pytest.mark.parametrize(("top_k", "holds"), [(4, None), (2, False)])
+def test_the_routing_of_a_soft_mixture_is_no_fact(top_k: int, holds: bool | None, tmp_path: Path) -> None:
+    """It sends every token everywhere, by the flags of its evaluation; equal shares of another mixture refute it."""
     content = evaluation()
-    routing = content["models"]["btx"]["routing"]
-    doubled = {domain: [[2 * share for share in layer] for layer in layers] for domain, layers in routing.items()}
-    content["models"]["btx"]["routing"] = doubled
-    shares = read_run(write_evaluation(tmp_path, content)).models["btx"].routing
-    assert shares is not None and shares["math"][2] == pytest.approx(routing["math"][2])
+    even_routing(content)
+    run = write_evaluation(tmp_path, content)
+    settings = {"moe-router-topk": top_k, "num-experts": 4}
+    write_json(run / "evaluate" / "manifest.json", {"status": "finished", "settings": settings})
+    data = read_run(run)
+    fact = check_facts(data.models, data.domains)[-1]
+    assert fact.holds is holds and ("soft routing sends every token" in fact.detail) == (top_k == 4)
 
 
 def test_difference_to_dense_is_unknown_where_one_was_not_evaluated() -> None:

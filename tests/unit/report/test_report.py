@@ -15,7 +15,7 @@ import pytest
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.folder import owned_manifest
 from megatron_btx.report import build as report
-from megatron_btx.report.stages import read_metrics
+from megatron_btx.report.stages import read_curve
 from tests.unit.report.example_run import (
     DOMAINS,
     LOSSES,
@@ -34,7 +34,7 @@ from tests.unit.report.example_run import (
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests are not about pixels."""
-    monkeypatch.setattr("megatron_btx.report.figures.DOTS_PER_INCH", 30)
+    monkeypatch.setattr("megatron_btx.report.style.DOTS_PER_INCH", 30)
 
 
 class PageReader(HTMLParser):
@@ -60,19 +60,24 @@ def read_page(path: Path) -> PageReader:
     return reader
 
 
+def words_of(text: str) -> str:
+    """The same with one space between words."""
+    return " ".join(text.split())
+
+
 def test_whole_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path)
     assert report.main([str(run), "--require-facts"]) == 0
     printed = capsys.readouterr().out
     for name in ("report.md", "index.html", "results.json", "losses.png", "curves.png", "routing.png"):
         assert (run / "report" / name).stat().st_size > 1000, name
-    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[2:10]}
-    assert list(rows) == list(LOSSES)
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[4:14]}
+    assert list(rows) == [*LOSSES, "btx", "tokens"][:8] + ["tokens"]
     assert rows["seed"] == ["4.093", "1.654", "3.988", "2.800", "3.134"]
-    assert rows["btx"] == ["3.964*", "0.879", "3.310", "1.430", "2.396"]
+    assert "btx 3.964* 0.879 3.310 1.430 2.396" in words_of(printed)
     assert rows["dense"] == ["3.995", "0.819*", "3.269", "1.378*", "2.365*"]
-    assert "general -0.031, math +0.060, code +0.041, knowledge +0.052, mean +0.030" in printed
-    assert len(re.findall(r"^  true ", printed, re.MULTILINE)) == 5
+    assert "btx - dense -0.031 +0.060 +0.041 +0.052 +0.030" in words_of(printed)
+    assert len(re.findall(r"^true ", printed, re.MULTILINE)) == 5
 
     found = results(run)
     assert list(facts_of(found).values()) == [True] * 5
@@ -83,9 +88,19 @@ def test_whole_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["corpora"][1] == {
         "domain": "general", "split": "valid", "documents": 120, "tokens": 61_440, "size_bytes": 245_760
     }  # fmt: skip
-    assert found["sources"] == {"sources.code": "standard library", "sources.general": "docstrings, documentation"}
+    assert found["sources"]["sources.numpy"] == "2.1.0" and found["sources"]["tokenizer.vocab_size"] == "2048"
     page = " ".join(read_page(run / "report" / "index.html").text)
-    for number in ("2.396", "+0.030", "870,464", "598,848", "921,600", "61,440", "8,400,000", "0.309"):
+    for number in (
+        "2.396",
+        "+0.030",
+        "870,464",
+        "598,848",
+        "921,600",
+        "61,440",
+        "8,400,000",
+        "0.309",
+        "version of numpy, whose documentation is read",
+    ):
         assert number in page, number
 
 
@@ -101,8 +116,8 @@ def test_a_run_without_a_dense_baseline_says_so(tmp_path: Path, capsys: pytest.C
     run = write_evaluation(tmp_path, evaluation(tuple(name for name in LOSSES if name not in ("dense", "average"))))
     assert report.main([str(run), "--require-facts"]) == 0
     printed = capsys.readouterr().out
-    assert "BTX - dense: not computed" in printed
-    assert re.search(r"^  not checked +On the mean over domains", printed, re.MULTILINE)
+    assert "btx - dense was not computed" in printed
+    assert re.search(r"^not checked +On the mean over domains", printed, re.MULTILINE)
     page = " ".join(read_page(run / "report" / "index.html").text)
     assert "No evaluation of a model named dense." in page and "btx - dense was not computed" in page
     assert "dense" not in results(run)["models"]
@@ -122,7 +137,7 @@ def test_stages_are_listed_after_what_they_were_made_from(tmp_path: Path) -> Non
 
 
 def test_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
-    page = report.build_report(make_run(tmp_path))
+    page = report.build_report(make_run(tmp_path)).page
     reader = read_page(page)
     assert len(reader.addresses) == 3
     assert all(address.startswith("data:image/png;base64,iVBORw0KGgo") for address in reader.addresses)
@@ -133,7 +148,7 @@ def test_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    folder = report.build_report(run).parent
+    folder = report.build_report(run).page.parent
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     report.build_report(run)
     assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -172,7 +187,7 @@ def test_old_figures_go_and_other_files_stay(tmp_path: Path) -> None:
 def test_a_report_by_hand_marks_its_folder_for_the_run_to_go_on_and_leaves_earlier_folders_out(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     shutil.copytree(run / "seed", run / "seed.20261124-235959")
-    folder = report.build_report(run).parent
+    folder = report.build_report(run).page.parent
     assert owned_manifest(folder, "report") == {"stage": "report", "status": "made by hand"}
     assert "seed.2026" not in (folder / "report.md").read_text()
     (folder / "manifest.json").write_text('{"stage": "report", "status": "finished"}')
@@ -205,7 +220,7 @@ def test_a_diverged_model_is_said_plainly_and_holds_nothing(tmp_path: Path, caps
     with open(run / "finetune" / "metrics.jsonl", "a", encoding="utf-8") as lines:
         lines.write('{"iteration": 1050, "lm loss": NaN}\n')
     assert report.main([str(run)]) == 0
-    assert re.search(r"^btx +3\.964\* +NaN +3\.310 +1\.430 +NaN$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^btx +3\.964\* +NaN +3\.310 +1\.430 +NaN *$", capsys.readouterr().out, re.MULTILINE)
     found = results(run)
     assert found["models"]["btx"]["losses"]["math"] == "NaN"
     assert facts_of(found)["btx_beats_seed_everywhere"] is False
@@ -233,7 +248,7 @@ def test_broken_files_are_refused_in_one_line_and_the_old_report_stands(
     file: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path)
-    before = report.build_report(run).read_bytes()
+    before = report.build_report(run).page.read_bytes()
     (run / file).write_text(content, encoding="utf-8")
     assert report.main([str(run)]) == 2
     captured = capsys.readouterr()
@@ -258,19 +273,19 @@ def test_the_last_line_of_an_iteration_counts_and_torn_lines_do_not(tmp_path: Pa
         '{"iteration": 2, "lm loss": 2.5}\n{"iteration": 2, "lm loss": 2.6}\n{"iteration": 3, "lm loss": 2.2}\n'
         '{"iteration": 4, "grad-norm": 1.0}\n'
     )
-    assert read_metrics(path) == (((1, 3.0), (2, 2.6), (3, 2.2)), 4)
+    assert read_curve(path) == (((1, 3.0), (2, 2.6), (3, 2.2)), 4)
 
 
 def test_tokens_per_iteration_come_from_the_configuration_of_an_unfinished_stage(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "seed" / "manifest.json").unlink()
-    (run / "seed" / "config.yaml").write_text("megatron:\n  seq-length: 256\n  global-batch-size: 4\n")
+    (run / "seed" / "config.yaml").write_text("flags:\n  seq-length: 256\n  global-batch-size: 4\n")
     curve = results(run)["curves"]["seed"]
     assert (curve["unit"], curve["x"][-1]) == ("tokens", 1_024_000)
 
 
 def test_many_experts_and_domains_stay_apart(tmp_path: Path) -> None:
-    from megatron_btx.report.figures import Palette
+    from megatron_btx.report.style import Palette
 
     names = [f"expert-d{number}" for number in range(25)]
     palette = Palette(names)

@@ -10,28 +10,28 @@ from typing import Any
 import pytest
 
 from megatron_btx.report import build as report
-from megatron_btx.report.figures import as_png
 from megatron_btx.report.inputs import read_run
+from megatron_btx.report.style import to_png
 from tests.unit.report.example_run import change, evaluation, make_run, results, write_evaluation, write_json
 
 
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests are not about pixels."""
-    monkeypatch.setattr("megatron_btx.report.figures.DOTS_PER_INCH", 20)
+    monkeypatch.setattr("megatron_btx.report.style.DOTS_PER_INCH", 20)
 
 
 def test_many_domains_make_a_picture_that_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirty domains and their experts: bounded in height, and every number in the table."""
     from matplotlib import image
 
-    monkeypatch.setattr("megatron_btx.report.figures.DOTS_PER_INCH", 160)
+    monkeypatch.setattr("megatron_btx.report.style.DOTS_PER_INCH", 160)
     domains = [f"d{number}" for number in range(30)]
     names = ("seed", *(f"expert-{domain}" for domain in domains), "mix", "btx", "dense")
     models: dict[str, Any] = {name: {"losses": dict.fromkeys(domains, 2.0)} for name in names}
     for name in ("mix", "btx"):
         models[name]["routing"] = {domain: [[1.0] * 30] for domain in domains}
-    page = report.build_report(write_evaluation(tmp_path, {"models": models, "experts": domains}))
+    page = report.build_report(write_evaluation(tmp_path, {"models": models, "experts": domains})).page
     for picture in page.parent.glob("*.png"):
         assert image.imread(picture).shape[0] < 4_000, picture.name
     text = page.with_name("report.md").read_text()
@@ -44,9 +44,9 @@ def test_no_picture_is_larger_than_its_bound(monkeypatch: pytest.MonkeyPatch) ->
     from matplotlib import image
     from matplotlib.figure import Figure
 
-    monkeypatch.setattr("megatron_btx.report.figures.DOTS_PER_INCH", 160)
-    monkeypatch.setattr("megatron_btx.report.figures.LARGEST_PIXELS", 300)
-    assert max(image.imread(io.BytesIO(as_png(Figure(figsize=(1, 20))))).shape) <= 300
+    monkeypatch.setattr("megatron_btx.report.style.DOTS_PER_INCH", 160)
+    monkeypatch.setattr("megatron_btx.report.style.LARGEST_PIXELS", 300)
+    assert max(image.imread(io.BytesIO(to_png(Figure(figsize=(1, 20))))).shape) <= 300
 
 
 def test_huge_numbers_are_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +69,7 @@ def test_huge_numbers_are_short(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_a_domain_called_mean_has_a_column_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = json.loads(json.dumps(evaluation()).replace('"math"', '"mean"'))
     assert report.main([str(write_evaluation(tmp_path, content))]) == 0
-    header = capsys.readouterr().out.splitlines()[1]
+    header = capsys.readouterr().out.splitlines()[2]
     assert header.split("  ")[-1].strip() == "mean over domains" and header.split().count("mean") == 2
 
 

@@ -10,11 +10,13 @@ import pytest
 
 from megatron_btx import cli
 from megatron_btx.report import build as report
-from megatron_btx.report.budgets import budgets_of
+from megatron_btx.report.budgets import sum_budgets
+from megatron_btx.report.claims import make_claims
 from megatron_btx.report.inputs import read_run
+from megatron_btx.report.membership import find_left_out
 from megatron_btx.report.pages import to_markdown
-from megatron_btx.report.stages import Stage, left_out, read_stage
-from megatron_btx.report.text import blocks_of, title_of
+from megatron_btx.report.sections import make_sections, title_of
+from megatron_btx.report.stages import Stage, read_stage
 from tests.unit.report.example_run import (
     DOMAINS,
     EXPERTS,
@@ -30,7 +32,7 @@ from tests.unit.report.example_run import (
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests are not about pixels."""
-    monkeypatch.setattr("megatron_btx.report.figures.DOTS_PER_INCH", 20)
+    monkeypatch.setattr("megatron_btx.report.style.DOTS_PER_INCH", 20)
 
 
 PARENTS: dict[str, tuple[str, ...]] = {
@@ -66,7 +68,7 @@ def fingerprinted(run: Path, plan: bool = True, **anew: str) -> Path:
 def text_of(run: Path) -> str:
     """The report as Markdown, without its figures, whose drawing takes seconds."""
     data = read_run(run)
-    return to_markdown(title_of(data), blocks_of(data, set()))
+    return to_markdown(title_of(data), make_sections(data, make_claims(data)))
 
 
 def test_a_run_of_today_is_shown_whole(tmp_path: Path) -> None:
@@ -84,7 +86,7 @@ def test_stages_that_left_the_recipe_are_left_out(tmp_path: Path, capsys: pytest
     assert report.main([str(run)]) == 0
     printed = capsys.readouterr().out
     note = "Left out: average, dense, dense-domains, evaluate-dense: not a stage of this run's recipe."
-    assert note in printed and "BTX - dense: not computed" in printed
+    assert note in printed and "btx - dense was not computed" in printed
     found = results(run)
     assert not {"dense", "average"} & set(found["models"]) and not set(gone) & {*found["stages"], *found["curves"]}
     assert found["btx_minus_dense"] is None and found["notes"][0] == note
@@ -112,10 +114,10 @@ def test_what_belongs_to_the_recipe_stays_whatever_lies_beside_it_now(tmp_path: 
         "seed": {"fingerprint": "another", "parents": {}},
         "expert-a": {"fingerprint": "of a", "parents": {"seed": "of seed"}},
     }
-    assert set(left_out(tmp_path, manifests)) == {"expert-a"}
+    assert set(find_left_out(tmp_path, manifests)) == {"expert-a"}
     of = {"seed": "of seed", "expert-a": "of a"}
     write_json(tmp_path / "plan.json", [{"stage": stage, "fingerprint": own} for stage, own in of.items()])
-    assert set(left_out(tmp_path, manifests)) == {"seed"}
+    assert set(find_left_out(tmp_path, manifests)) == {"seed"}
 
 
 def test_status_says_outdated_of_what_the_report_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +126,7 @@ def test_status_says_outdated_of_what_the_report_leaves_out(tmp_path: Path, caps
     rows = [line.replace("│", " ").replace("┃", " ").split() for line in capsys.readouterr().out.splitlines()]
     states = {row[0]: row[1] for row in rows if row and row[0] in PARENTS}
     outdated = {stage for stage, state in states.items() if state == "outdated"}
-    assert outdated == {"finetune"} == set(left_out(run, {stage.name: stage.manifest for stage in read_all(run)}))
+    assert outdated == {"finetune"} == set(find_left_out(run, {stage.name: stage.manifest for stage in read_all(run)}))
     assert set(states.values()) == {"outdated", "finished"}
     assert ["stage", "state", "step", "loss", "tokens/s", "time", "left", "time"] in rows
 
@@ -204,19 +206,19 @@ def test_equal_shares_have_no_largest(tmp_path: Path) -> None:
     """Under soft routing every expert takes every token."""
     content = evaluation()
     soft(content)
-    page = report.build_report(write_evaluation(tmp_path, content)).with_name("report.md").read_text()
+    page = report.build_report(write_evaluation(tmp_path, content)).page.with_name("report.md").read_text()
     said = "btx: the expert of the domain's own name gets the largest share in 0 of 12 (domain, layer) cells."
     assert f"{said} In 12 no single expert does: the largest shares are equal." in page
     assert "mix: the expert of the domain's own name" in page and page.count("no single expert") == 1
 
 
 def test_a_tie_for_the_lowest_loss_names_both(tmp_path: Path) -> None:
-    from megatron_btx.report.figures import losses_message
+    from megatron_btx.report.figures import say_lowest_loss
 
     content = evaluation()
     content["models"]["btx"]["losses"] = content["models"]["dense"]["losses"] = dict.fromkeys(DOMAINS, 1.0)
     data = read_run(write_evaluation(tmp_path, content))
-    assert losses_message(list(data.models.values()), data.domains).endswith("models: btx and dense, 1.000")
+    assert say_lowest_loss(list(data.models.values()), data.domains).endswith("models: btx and dense, 1.000")
 
 
 def test_what_the_average_and_the_dense_model_are_is_read_from_the_manifests(tmp_path: Path) -> None:
@@ -227,9 +229,9 @@ def test_what_the_average_and_the_dense_model_are_is_read_from_the_manifests(tmp
     assert "average: plain average of math, code;" in text and "seed included" not in text
     assert "0.030 above the dense model trained on as many tokens of each domain." in text
     assert "then on that of finetuning, with as many tokens of each domain." in text
-    assert budgets_of(read_run(run).stages) == (1_996_800, 1_996_800)
+    assert sum_budgets(read_run(run).stages) == (1_996_800, 1_996_800)
     change(run / "expert-math" / "manifest.json", lambda content: content.update(status="stopped", steps=9_000))
-    assert budgets_of(read_run(run).stages).btx_tokens is None
+    assert sum_budgets(read_run(run).stages).btx_tokens is None
     change(run / "expert-math" / "manifest.json", lambda content: content.update(status="finished"))
     change(run / "dense-domains" / "manifest.json", lambda content: content.update(tokens=900_000))
     text = text_of(run)
