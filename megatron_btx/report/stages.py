@@ -14,12 +14,12 @@ from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.files import read_json_object
 from megatron_btx.pipeline.directory import (
     CONFIG_FILE,
-    LARGEST_COUNT,
     MANIFEST_FILE,
     METRICS_FILE,
     read_checkpointed_iteration,
     read_metrics,
 )
+from megatron_btx.pipeline.records import LARGEST_COUNT
 from megatron_btx.report.membership import Manifest, parents_of
 
 FINISHED = "finished"
