@@ -106,7 +106,7 @@ class TorchDistReader:
         return list(self._objects)
 
     def read_object(self, name: str) -> Any:
-        """One entry that is not a tensor, unpickle with the allow-list."""
+        """One entry that is not a tensor, unpickled with the allow-list."""
         return self._unpickle_record(name, self._objects[name][0])
 
     def _unpickle_record(self, name: str, info: _StorageInfo) -> Any:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copyreg
+import functools
 import io
 import json
 import math
 import pickle
+from collections.abc import Buffer
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.iterations import BACKEND
 from megatron_btx.checkpoint.safe_pickle import old_state
 from megatron_btx.checkpoint.stored import Slot
-from megatron_btx.checkpoint.torch_record import record_frame
 
 if TYPE_CHECKING:
     import torch
@@ -99,3 +100,59 @@ class _IndexPickler(pickle.Pickler):
         if isinstance(value, TensorProperties):
             return copyreg.__newobj__, (TensorProperties,), old_state(value)  # type: ignore[attr-defined]
         return NotImplemented
+
+
+class _Skeleton(io.RawIOBase):
+    """Takes what ``torch.save`` writes and leaves out what it skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[tuple[int, bytes]] = []
+        self._at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_CUR:
+            offset += self._at
+        self._at = offset
+        return self._at
+
+    def write(self, content: Buffer) -> int:
+        written = bytes(content)
+        self.parts.append((self._at, written))
+        self._at += len(written)
+        return len(written)
+
+
+@functools.lru_cache(maxsize=4096)
+def record_frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What ``torch.save`` writes before and after the numbers of a contiguous tensor, made without the numbers.
+
+    The checksums of the archive are those of skipped data; PyTorch does not look at them.
+    """
+    import torch
+    from torch.serialization import skip_data
+
+    out = _Skeleton()
+    with skip_data():
+        torch.save(torch.empty(shape, dtype=dtype), out)  # type: ignore[arg-type]  # it needs what is there alone
+    size = math.prod(shape) * dtype.itemsize
+    before, after, at = bytearray(), bytearray(), 0
+    numbers_passed = False
+    for position, content in out.parts:
+        if size > 0 and position == at + size:
+            numbers_passed = True
+        if numbers_passed:
+            after += content
+        else:
+            before += content
+        at = position + len(content)
+    return bytes(before), bytes(after)

@@ -1,18 +1,17 @@
-"""One ``torch.save`` record: where its numbers lie, and what stands around them.
+"""One ``torch.save`` record: where its numbers lie, and the objects that it holds.
 
 A record is a zip archive of uncompressed members (PyTorch's documented serialization format). Knowing where the numbers
-lie lets them be read and written at their place, in any order and by several processes, without a copy in memory.
+lie lets them be read at their place, in any order and by several processes, without a copy in memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import math
 import struct
 import zipfile
-from collections.abc import Buffer, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron_btx.checkpoint.safe_pickle import UNREADABLE, AllowListUnpickler, first_line, unpickle
@@ -244,59 +243,3 @@ def load_torch(file: BinaryIO, where: str) -> Any:
         return unpickle(kind, io.BytesIO(_read_member(archive, members["data.pkl"])), where)
     except (zipfile.BadZipFile, OSError, struct.error, *UNREADABLE) as error:
         raise CheckpointError(f"{where}: cannot be read ({first_line(error)}); it is truncated or damaged") from error
-
-
-class _Skeleton(io.RawIOBase):
-    """Takes what ``torch.save`` writes and leaves out what it skips."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: list[tuple[int, bytes]] = []
-        self._at = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_CUR:
-            offset += self._at
-        self._at = offset
-        return self._at
-
-    def write(self, content: Buffer) -> int:
-        written = bytes(content)
-        self.parts.append((self._at, written))
-        self._at += len(written)
-        return len(written)
-
-
-@functools.lru_cache(maxsize=4096)
-def record_frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What ``torch.save`` writes before and after the numbers of a contiguous tensor, made without the numbers.
-
-    The checksums of the archive are those of skipped data; PyTorch does not look at them.
-    """
-    import torch
-    from torch.serialization import skip_data
-
-    out = _Skeleton()
-    with skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), out)  # type: ignore[arg-type]  # it needs what is there alone
-    size = math.prod(shape) * dtype.itemsize
-    before, after, at = bytearray(), bytearray(), 0
-    numbers_passed = False
-    for position, content in out.parts:
-        if size > 0 and position == at + size:
-            numbers_passed = True
-        if numbers_passed:
-            after += content
-        else:
-            before += content
-        at = position + len(content)
-    return bytes(before), bytes(after)

@@ -19,8 +19,8 @@ from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.safe_pickle import load_pickle
 from megatron_btx.checkpoint.stored import Files, Place, bytes_of, read_box
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
-from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout
-from megatron_btx.checkpoint.torch_record import locate_tensor, record_frame
+from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout, record_frame
+from megatron_btx.checkpoint.torch_record import locate_tensor
 from megatron_btx.ground.errors import CheckpointError
 from tests.mixing import write_checkpoint
 
