@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.pieces import Piece
-from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.mixing.request import Request
-from megatron_btx.mixing.sources import Source
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line reads the table of methods, and has no need of what reads checkpoints
     import torch
+
+    from megatron_btx.checkpoint.pieces import Piece
+    from megatron_btx.checkpoint.sizes import Sizes
+    from megatron_btx.mixing.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)
