@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_btx import __version__
-from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
 
 if TYPE_CHECKING:
     from megatron_btx.pipeline.door import ChangedStagesError, PlannedRun
@@ -228,10 +228,13 @@ def _refuse_changes(arguments: argparse.Namespace, planned: PlannedRun, error: C
 
 
 def _print_report(directory: Path) -> None:
-    """The core of a run's report, which its last stage has written."""
+    """Print the core of a run's report, which its last stage has written; what keeps it from being read is said."""
     from megatron_btx.report.build import print_summary, summarize
 
-    print_summary(summarize(directory))
+    try:
+        print_summary(summarize(directory))
+    except InputError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
 def status(directory: Path) -> int:
