@@ -24,8 +24,8 @@ from megatron_btx.data.domains import SPLITS, Description, Domain, find_files, r
 from megatron_btx.data.encoding import EncodedUnit, make_encoder
 from megatron_btx.data.inputs import Inputs, listed
 from megatron_btx.data.readers import TEXT_KEY
-from megatron_btx.data.sink import Sink
-from megatron_btx.data.workers import in_order
+from megatron_btx.data.sink import Sink, publish_all
+from megatron_btx.data.workers import check_workers, in_order
 from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
 from megatron_btx.ground.files import ByteProgress, write_json
 
@@ -45,8 +45,7 @@ def make_datasets(output: Path, description: Description, workers: int = 1, quie
             nothing of this call is left.
         OSError: the disk is full, or a file cannot be read or written; again nothing is left.
     """
-    if workers < 1:
-        raise InputError(f"--workers {workers}: expected at least 1")
+    check_workers(workers)
     found = find_files(description)
     encoder = make_encoder(description.tokenizer_settings(), append_eod=True, draw_seed=description.seed)
     with contextlib.ExitStack() as stack:
@@ -64,11 +63,7 @@ def make_datasets(output: Path, description: Description, workers: int = 1, quie
                 _add(encoded, sinks, name, source, description.domains[name])
                 progress.advance(encoded.input_bytes)
         _check_made(sinks, found)
-        for sink in sinks.values():
-            sink.write_index(encoder.described)
-        (output / SUMMARY).unlink(missing_ok=True)
-        for sink in sinks.values():
-            sink.publish()
+        publish_all(sinks.values(), encoder.described, replaces=output / SUMMARY)
     summary = _summarize(description, sinks, found)
     write_json(output / SUMMARY, summary)
     return summary

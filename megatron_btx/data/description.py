@@ -111,9 +111,11 @@ def describe(tokenizer: Tokenizer, counts: Counts, files: Mapping[str, str]) -> 
     """
     assert tokenizer.size is not None
     model = tokenizer.model
+    if model and os.path.exists(model):
+        model = os.path.basename(os.path.abspath(model))
     description = Description(
         tokenizer_type=tokenizer.kind,
-        tokenizer_model=os.path.basename(os.path.abspath(model)) if model and os.path.exists(model) else model,
+        tokenizer_model=model,
         vocabulary_size=tokenizer.size,
         largest_id=counts.largest_id,
         sequences=counts.sequences,
@@ -184,7 +186,9 @@ def check_description(prefix: str, where: str, tokenizer: Tokenizer, rows: int |
     description = read_description(prefix, where)
     if description is None:
         return
-    limit = rows if allowed or tokenizer.size is None else min(tokenizer.size, rows or tokenizer.size)
+    limit = rows
+    if not allowed and tokenizer.size is not None:
+        limit = min(tokenizer.size, rows or tokenizer.size)
     if limit is not None and description.largest_id >= limit:
         raise InputError(
             f"{where} {prefix}: holds token ids up to {description.largest_id}, and the vocabulary of this run ends at "
@@ -205,22 +209,30 @@ def _difference(description: Description, tokenizer: Tokenizer) -> str | None:
     if "NullTokenizer" in (description.tokenizer_type, tokenizer.kind):
         if description.tokenizer_type != tokenizer.kind:
             return "one of them takes numbers for texts"
-        same = tokenizer.size in (None, description.vocabulary_size)
-        return None if same else "they have other numbers of tokens, and end documents with another"
+        if tokenizer.size in (None, description.vocabulary_size):
+            return None
+        return "they have other numbers of tokens, and end documents with another"
     table = tokenizer.table(description.largest_id)
     if description.table is None or table is None:
-        same = tokenizer.size in (None, description.vocabulary_size)
-        return None if same else "they have other numbers of tokens"
+        if tokenizer.size in (None, description.vocabulary_size):
+            return None
+        return "they have other numbers of tokens"
     if table != description.table:
         return f"some of the tokens 0 to {description.largest_id} are others"
     rules = tokenizer.rules()
     other = [name for name, known in description.rules.items() if rules.get(name, known) != known]
-    return f"they have the same tokens and cut texts in other ways ({', '.join(other)})" if other else None
+    if not other:
+        return None
+    return f"they have the same tokens and cut texts in other ways ({', '.join(other)})"
 
 
 def _named(kind: str, model: str | None, size: int | None) -> str:
-    words = [kind, *([model] if model else [])]
-    return " ".join(words) + (f" of {size} tokens" if size is not None else "")
+    text = kind
+    if model:
+        text += f" {model}"
+    if size is not None:
+        text += f" of {size} tokens"
+    return text
 
 
 def _hash(value: Any) -> str:

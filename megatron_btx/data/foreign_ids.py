@@ -6,6 +6,7 @@ id a row of zeros and train on, without a word. The look costs some 5 microsecon
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ class ForeignIdError(InputError):
     """A batch holds an id beyond the vocabulary."""
 
 
-def vocabulary_end(args: Any) -> int:
+def vocabulary_end(args: argparse.Namespace) -> int:
     """The first id that no token has; rows of padding count where another tokenizer's datasets are allowed."""
     rows, tokens = args.padded_vocab_size, get_tokenizer().vocab_size
     if tokens is None or ALLOWANCE in args.btx_allow_change:
@@ -31,7 +32,7 @@ def vocabulary_end(args: Any) -> int:
     return int(min(rows, tokens))
 
 
-def check_batch(batch: Mapping[str, Any], args: Any, training: bool) -> None:
+def check_batch(batch: Mapping[str, Any], args: argparse.Namespace, training: bool) -> None:
     """Refuse a micro-batch with an id beyond the vocabulary.
 
     Args:
@@ -50,13 +51,19 @@ def check_batch(batch: Mapping[str, Any], args: Any, training: bool) -> None:
             raise ForeignIdError(_refusal(ids_BS, batch.get("dataset_id"), end, args, training))
 
 
-def _refusal(ids_BS: torch.Tensor, dataset_B: torch.Tensor | None, end: int, args: Any, training: bool) -> str:
+def _refusal(
+    ids_BS: torch.Tensor, dataset_B: torch.Tensor | None, end: int, args: argparse.Namespace, training: bool
+) -> str:
     row, column = torch.nonzero((ids_BS < 0) | (ids_BS >= end))[0].tolist()
     names = _datasets(args, training)
     if training and dataset_B is not None:
         names = [names[int(dataset_B[row])]]
-    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    when = f"step {args.curr_iteration + 1}" if training else f"the evaluation after step {args.curr_iteration}"
+    shown = ", ".join(names[:_SHOWN])
+    if len(names) > _SHOWN:
+        shown += ", ..."
+    when = f"the evaluation after step {args.curr_iteration}"
+    if training:
+        when = f"step {args.curr_iteration + 1}"
     return (
         f"{shown}: token {column} of a sequence in {when} has the id {int(ids_BS[row, column])}, and the vocabulary of "
         f"this run ends at {end - 1}; all ranks stop and nothing more is saved. Make the dataset with this run's "
@@ -64,7 +71,7 @@ def _refusal(ids_BS: torch.Tensor, dataset_B: torch.Tensor | None, end: int, arg
     )
 
 
-def _datasets(args: Any, training: bool) -> list[str]:
+def _datasets(args: argparse.Namespace, training: bool) -> list[str]:
     """The datasets that a batch may come from."""
     found: dict[str, None] = {}
     for split in splits_of(args):
@@ -73,7 +80,7 @@ def _datasets(args: Any, training: bool) -> list[str]:
     return list(found)
 
 
-def check_text(ids: Any, where: str, args: Any) -> None:
+def check_text(ids: Any, where: str, args: argparse.Namespace) -> None:
     """Refuse a text of ids that is measured, in the same way; every rank sees all of it.
 
     Raises:
@@ -81,7 +88,9 @@ def check_text(ids: Any, where: str, args: Any) -> None:
     """
     end = vocabulary_end(args)
     if len(ids) and not 0 <= ids.min() <= ids.max() < end:
-        foreign = ids.min() if ids.min() < 0 else ids.max()
+        foreign = ids.max()
+        if ids.min() < 0:
+            foreign = ids.min()
         raise ForeignIdError(
             f"{where}: holds the token id {int(foreign)}, and the vocabulary of this run ends at {end - 1}; make it "
             "with this run's tokenizer (tools/preprocess_data.py), or give the tokenizer it was made with"

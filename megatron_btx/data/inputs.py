@@ -100,8 +100,12 @@ def expand_inputs(patterns: Sequence[str], where: str = "--input") -> Inputs:
 def listed(paths: Iterable[Path]) -> str:
     """``not read: 7 files (a.csv, b.csv, ...)``: how many, and the first by name."""
     names = [path.name for path in paths]
-    more = ", ..." if len(names) > _NAMED_AT_MOST else ""
-    files = "1 file" if len(names) == 1 else f"{len(names):,} files"
+    files = f"{len(names):,} files"
+    if len(names) == 1:
+        files = "1 file"
+    more = ""
+    if len(names) > _NAMED_AT_MOST:
+        more = ", ..."
     return f"not read: {files} ({', '.join(names[:_NAMED_AT_MOST])}{more})"
 
 
@@ -136,8 +140,10 @@ def _contents(directory: Path, where: str) -> tuple[list[Path], list[Path]]:
             if path.is_symlink() and not path.exists():
                 raise InputError(f"{where} {path}: a link to a file that is not there; fetch it, or remove the link")
             about = name.lower().split(".")[0] in _ABOUT_THE_DATA or name.endswith(SUFFIX)
-            wanted = form_of(name) is not None and not about
-            (read if wanted and path.is_file() else others).append(path)
+            if form_of(name) is not None and not about and path.is_file():
+                read.append(path)
+            else:
+                others.append(path)
     return sorted(read), sorted(others)
 
 

@@ -12,16 +12,16 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_btx.data import readers, tokenizers
 from megatron_btx.data.encoding import make_encoder
 from megatron_btx.data.inputs import ENDINGS, expand_inputs, listed
 from megatron_btx.data.records import BadRecord, Tally
-from megatron_btx.data.sink import Sink
+from megatron_btx.data.sink import Sink, publish_all
 from megatron_btx.data.tokenizers import TokenizerSettings
-from megatron_btx.data.workers import in_order
+from megatron_btx.data.workers import check_workers, in_order
 from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
 from megatron_btx.ground.files import ByteProgress
 
@@ -88,17 +88,15 @@ def preprocess(
         OSError: the disk is full, or a file cannot be read or written; again nothing is left.
     """
     started = time.monotonic()
-    if workers < 1:
-        raise InputError(f"--workers {workers}: expected at least 1")
+    check_workers(workers)
     found = expand_inputs(inputs)
     keys = tuple(dict.fromkeys(json_keys))
     prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
     if not overwrite:
         _refuse_existing(prefixes.values())
-    refuse_record = None
-    if not skip_bad_records:
-        refuse_record = _refuse_record
-    encoder = make_encoder(tokenizer_settings, keys, append_eod=append_eod, refuse_record=refuse_record)
+    encoder = make_encoder(tokenizer_settings, keys, append_eod=append_eod, refuse_record=_refuse_record)
+    if skip_bad_records:
+        encoder = replace(encoder, refuse_record=None)
     empty_documents = 0
     bad_records = Tally()
     with contextlib.ExitStack() as stack:
@@ -117,10 +115,7 @@ def preprocess(
             if sink.documents == 0:
                 seen = _describe_seen(len(found.files), empty_documents, bad_records)
                 raise InputError(f"--input {' '.join(inputs)}: no text under the key {key!r} ({seen})")
-        for sink in sinks.values():
-            sink.write_index(encoder.described)
-        for sink in sinks.values():
-            sink.publish()
+        publish_all(sinks.values(), encoder.described)
     return DatasetSummary(
         prefixes=tuple(prefixes.values()),
         documents=sum(sink.documents for sink in sinks.values()),

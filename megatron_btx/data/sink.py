@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,3 +63,18 @@ class Sink:
         Path(f"{self._prefix}.idx").unlink(missing_ok=True)
         for suffix, name in self._temporary.items():
             os.replace(name, f"{self._prefix}{suffix}")
+
+
+def publish_all(sinks: Collection[Sink], tokenizer: Tokenizer, replaces: Path | None = None) -> None:
+    """Finish several datasets, and only when all are whole give them their names.
+
+    Args:
+        tokenizer: what they were made with, for their descriptions.
+        replaces: a record of the datasets that these replace; it goes before the first of them does.
+    """
+    for sink in sinks:
+        sink.write_index(tokenizer)
+    if replaces is not None:
+        replaces.unlink(missing_ok=True)
+    for sink in sinks:
+        sink.publish()

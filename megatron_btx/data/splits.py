@@ -8,6 +8,7 @@ lengths in the indices (``core/datasets/blended_megatron_dataset_builder.py`` an
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -53,7 +54,9 @@ class Split:
     @property
     def where(self) -> str:
         """All flags that made this split what it is."""
-        return f"{self.flag} with {self.shares}" if self.shares else self.flag
+        if not self.shares:
+            return self.flag
+        return f"{self.flag} with {self.shares}"
 
     def empty(self, dataset: Dataset) -> InputError:
         """What is wrong where a split takes no token of a dataset."""
@@ -88,7 +91,7 @@ class Dataset:
         return int(self.lengths[first:end].sum(dtype=np.int64))
 
 
-def splits_of(args: Any) -> list[Split]:
+def splits_of(args: argparse.Namespace) -> list[Split]:
     """The splits that Megatron will build, in the order of NAMES; one that has no data is not among them.
 
     Raises:
@@ -127,13 +130,13 @@ def splits_of(args: Any) -> list[Split]:
     ]
 
 
-def _flag_of(args: Any, name: str) -> str:
+def _flag_of(args: argparse.Namespace, name: str) -> str:
     if args.per_split_data_args_path:
         return f"--per-split-data-args-path {args.per_split_data_args_path}, {name}"
     return f"--{name}-data-path"
 
 
-def check_splits(args: Any, is_there: Callable[[str], object] = lambda prefix: True) -> None:
+def check_splits(args: argparse.Namespace, is_there: Callable[[str], object] = lambda prefix: True) -> None:
     """Refuse data with which Megatron would not come to its first step, or not past its last.
 
     The datasets themselves have been checked (:func:`megatron_btx.data.training.check_data_files`).
@@ -170,7 +173,7 @@ def _datasets(prefixes: list[str], known: dict[str, Dataset]) -> Iterator[Datase
         yield known[prefix]
 
 
-def _check_presence(args: Any, names: set[str]) -> None:
+def _check_presence(args: argparse.Namespace, names: set[str]) -> None:
     """Training and validation need data where they are asked for; a test without data is left out by Megatron."""
     if "train" not in names and not args.skip_train:
         given = f" with --split {args.split}" if args.data_path else ""
@@ -204,7 +207,7 @@ def _check_weighted(split: Split, wanted: int | None) -> None:
         )
 
 
-def _check_unweighted(split: Split, datasets: list[Dataset], args: Any, wanted: int | None) -> None:
+def _check_unweighted(split: Split, datasets: list[Dataset], args: argparse.Namespace, wanted: int | None) -> None:
     """A blend without weights is read once: it must fill what is asked for, and every dataset one sequence."""
     length = args.seq_length
     counts = [(dataset.tokens(split.part) - 1) // length for dataset in datasets]
@@ -223,7 +226,7 @@ def _check_unweighted(split: Split, datasets: list[Dataset], args: Any, wanted: 
         )
 
 
-def wanted_sequences(args: Any) -> dict[str, int | None]:
+def wanted_sequences(args: argparse.Namespace) -> dict[str, int | None]:
     """How many sequences Megatron asks of each split; None where it takes all once (``training/training.py``)."""
     batch = args.global_batch_size
     eval_batch = args.eval_global_batch_size or batch

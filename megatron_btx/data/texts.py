@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_btx.data import readers
 from megatron_btx.data.inputs import form_of
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _KEYS = (readers.TEXT_KEY,)
 
 
-def tokens_of_a_batch(args: Any) -> int:
+def tokens_of_a_batch(args: argparse.Namespace) -> int:
     """The fewest tokens that can be measured: one micro-batch for every data-parallel rank and pipeline stage.
 
     Interleaved pipelines take micro-batches in groups of the pipeline's size.
@@ -28,7 +29,7 @@ def tokens_of_a_batch(args: Any) -> int:
     return int(args.seq_length * args.micro_batch_size * ranks * stages)
 
 
-def check_texts(texts: dict[str, str], flag: str, tokens: int, tokens_flag: str, args: Any) -> None:
+def check_texts(texts: dict[str, str], flag: str, tokens: int, tokens_flag: str, args: argparse.Namespace) -> None:
     """Refuse, before any process group exists, what evaluation could make no batch of.
 
     Args:

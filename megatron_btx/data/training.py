@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ def datasets_for(stopping: Stopping) -> Any:
     return train_valid_test_datasets
 
 
-def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
+def gpt_dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     """Megatron's dataset configuration from its arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return GPTDatasetConfig(
@@ -68,7 +69,7 @@ def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
     )
 
 
-def check_data_files(args: Any) -> None:
+def check_data_files(args: argparse.Namespace) -> None:
     """Refuse missing, empty and damaged datasets before any process group exists.
 
     Raises:
@@ -86,7 +87,7 @@ def check_data_files(args: Any) -> None:
     check_descriptions(named, args)
 
 
-def check_descriptions(named: Mapping[str, str], args: Any) -> None:
+def check_descriptions(named: Mapping[str, str], args: argparse.Namespace) -> None:
     """Refuse datasets that say that they are of another tokenizer than the run's, or beyond its vocabulary.
 
     Args:

@@ -36,6 +36,12 @@ class _Worker:
         return cls.encode(unit)
 
 
+def check_workers(workers: int) -> None:
+    """Refuse a number of worker processes that is none; raises InputError."""
+    if workers < 1:
+        raise InputError(f"--workers {workers}: expected at least 1")
+
+
 def in_order[Encoded](
     stack: contextlib.ExitStack, encode: Callable[[Unit], Encoded], workers: int
 ) -> Callable[[Iterator[Unit]], Iterator[Encoded]]:
