@@ -7,14 +7,14 @@ that has one is whole.
 from __future__ import annotations
 
 import argparse
-import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from megatron_btx.data import preprocess, tokenizers
 from megatron_btx.data.corpora import code, general, knowledge, math_problems, sources, vocabulary
 from megatron_btx.data.corpora.split import SPLITS, Group, split
 from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.ground.files import hash_file
 
 RECORD = "corpora.json"
 TOKENIZER = "tokenizer.model"
@@ -54,9 +55,17 @@ class Settings:
 
 
 def build(
-    output: Path, settings: Settings, workers: int = 1, overwrite: bool = False, say: Callable[[str], None] = print
+    output: Path,
+    settings: Settings,
+    workers: int = 1,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+    texts_only: bool = False,
 ) -> bool:
     """Make the corpora, their tokenizer and their indexed datasets in a folder; False when they were there already.
+
+    Args:
+        texts_only: leave the datasets out; :mod:`megatron_btx.data.datasets` makes the same of the texts.
 
     Raises:
         InputError: bad settings, or a folder that holds corpora made with other settings.
@@ -64,7 +73,7 @@ def build(
     """
     _check(settings, workers)
     if (output / RECORD).exists() and not overwrite:
-        _expect_same(output, settings)
+        _expect_same(output, settings, texts_only)
         say(f"{output}: corpora are there already, made with these settings; nothing to do")
         return False
     (output / RECORD).unlink(missing_ok=True)
@@ -73,11 +82,17 @@ def build(
     try:
         making.mkdir(parents=True)
         domains = _write_texts(making, settings, workers, say)
+        if not texts_only:
+            domains = _tokenize(making, domains, workers, say)
         record = {
             "settings": asdict(settings),
             "sources": sources.versions(general.PACKAGES),
-            "tokenizer": {"file": TOKENIZER, "sha256": _sha256(making / TOKENIZER), "vocab_size": settings.vocab_size},
-            "domains": _tokenize(making, domains, workers, say),
+            "tokenizer": {
+                "file": TOKENIZER,
+                "sha256": hash_file(making / TOKENIZER),
+                "vocab_size": settings.vocab_size,
+            },
+            "domains": domains,
         }
         for file in sorted(making.iterdir()):
             os.replace(file, output / file.name)
@@ -108,9 +123,9 @@ def make_texts(
         meanwhile()
         groups = {
             "general": [Group(one.name, tuple(general.documents(one))) for one in general.without_repeats(prose)],
-            "code": list(_unique((file.name, text) for file, text in zip(programs, plain, strict=True))),
-            "math": list(_unique((math_problems.question_of(text), text) for part in problems for text in part)),
-            "knowledge": list(_unique((text, text) for part in articles for text in part)),
+            "code": _unique(zip([file.name for file in programs], plain, strict=True)),
+            "math": _unique(_with_questions(problems)),
+            "knowledge": _unique(_with_themselves(articles)),
         }
     return {
         domain: split(groups[domain], int(held_out * settings.scale), settings.seed, domain)
@@ -118,15 +133,31 @@ def make_texts(
     }
 
 
-def _unique(pairs: Iterator[tuple[str, str | None]]) -> Iterator[Group]:
+def _with_questions(parts: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
+    """(question, problem) of every problem."""
+    for part in parts:
+        for text in part:
+            yield math_problems.question_of(text), text
+
+
+def _with_themselves(parts: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
+    """(article, article) of every article."""
+    for part in parts:
+        for text in part:
+            yield text, text
+
+
+def _unique(pairs: Iterable[tuple[str, str | None]]) -> list[Group]:
     """One group for each key and each text; later ones with a key or a text seen before are dropped."""
     keys: set[str] = set()
     texts: set[str] = set()
+    groups: list[Group] = []
     for key, text in pairs:
         if text is not None and key not in keys and text not in texts:
             keys.add(key)
             texts.add(text)
-            yield Group(key, (text,))
+            groups.append(Group(key, (text,)))
+    return groups
 
 
 def _write_texts(
@@ -135,10 +166,10 @@ def _write_texts(
     """JSONL files and the tokenizer; what they hold, by domain and split."""
     started = time.monotonic()
     texts = make_texts(settings, workers, meanwhile=tokenizers.import_megatron)
-    say(
-        f"collected and generated {sum(len(d) for s in texts.values() for d in s.values()):,} documents"
-        f" in {time.monotonic() - started:.1f} s"
-    )
+    count = 0
+    for parts in texts.values():
+        count += sum(map(len, parts.values()))
+    say(f"collected and generated {count:,} documents in {time.monotonic() - started:.1f} s")
     described: dict[str, dict[str, dict[str, Any]]] = {}
     for domain, parts in texts.items():
         described[domain] = {}
@@ -150,11 +181,11 @@ def _write_texts(
                 "file": path.name,
                 "documents": len(documents),
                 "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": hash_file(path),
             }
     started = time.monotonic()
-    samples = (text for parts in texts.values() for text in _sample(parts["train"]))
-    vocabulary.train(samples, making / TOKENIZER, settings.vocab_size)
+    samples = [_sample(parts["train"]) for parts in texts.values()]
+    vocabulary.train(itertools.chain.from_iterable(samples), making / TOKENIZER, settings.vocab_size)
     say(f"trained a tokenizer of {settings.vocab_size} pieces in {time.monotonic() - started:.1f} s")
     return described
 
@@ -188,7 +219,7 @@ def _tokenize(
                 quiet=True,
             )
             dataset = Path(summary.prefixes[0]).name
-            hashes = {f"{kind}_sha256": _sha256(making / f"{dataset}.{kind}") for kind in ("bin", "idx")}
+            hashes = {f"{kind}_sha256": hash_file(making / f"{dataset}.{kind}") for kind in ("bin", "idx")}
             complete[domain][name] = {**part, "tokens": summary.tokens, "dataset": dataset, **hashes}
     say(f"tokenized {len(SPLITS) * len(domains)} files in {time.monotonic() - started:.1f} s")
     return complete
@@ -203,16 +234,21 @@ def _check(settings: Settings, workers: int) -> None:
         raise InputError(f"--vocab-size {settings.vocab_size}: expected at least {vocabulary.MIN_VOCABULARY}")
 
 
-def _expect_same(output: Path, settings: Settings) -> None:
+def _expect_same(output: Path, settings: Settings, texts_only: bool) -> None:
     """Raise InputError unless the folder's corpora are whole and were made with these settings."""
+    has_datasets = True
     try:
         record = json.loads((output / RECORD).read_text(encoding="utf-8"))
         found = record["settings"]
         files = {record["tokenizer"]["file"]: record["tokenizer"]["sha256"]}
-        for part in (part for parts in record["domains"].values() for part in parts.values()):
-            files[part["file"]] = part["sha256"]
-            files[part["dataset"] + ".bin"] = part["bin_sha256"]
-            files[part["dataset"] + ".idx"] = part["idx_sha256"]
+        for parts in record["domains"].values():
+            for part in parts.values():
+                files[part["file"]] = part["sha256"]
+                if "dataset" not in part:
+                    has_datasets = False
+                    continue
+                files[part["dataset"] + ".bin"] = part["bin_sha256"]
+                files[part["dataset"] + ".idx"] = part["idx_sha256"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{output / RECORD}: not a record of corpora ({error!r}); add --overwrite to remake"
@@ -222,18 +258,15 @@ def _expect_same(output: Path, settings: Settings) -> None:
             f"{output}: holds corpora made with {found}, asked for {asdict(settings)};"
             " choose another folder or add --overwrite"
         )
+    if not has_datasets and not texts_only:
+        raise InputError(f"{output}: holds the texts alone; choose another folder, or add --texts-only or --overwrite")
     for name, expected in files.items():
-        if not (output / name).is_file() or _sha256(output / name) != expected:
+        if not (output / name).is_file() or hash_file(output / name) != expected:
             raise InputError(f"{output / name}: missing or changed since it was made; add --overwrite to remake")
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _table(output: Path) -> str:
@@ -243,7 +276,10 @@ def _table(output: Path) -> str:
     for domain, parts in record["domains"].items():
         for name, part in parts.items():
             size = part["bytes"] / 1e6
-            rows.append(f"{domain:<10} {name:<6} {part['documents']:>9,} {size:>7.2f} {part['tokens']:>10,}")
+            row = f"{domain:<10} {name:<6} {part['documents']:>9,} {size:>7.2f}"
+            if "tokens" in part:
+                row += f" {part['tokens']:>10,}"
+            rows.append(row)
     made_from = ", ".join(f"{name} {version}" for name, version in record["sources"].items())
     return "\n".join([*rows, f"made from: {made_from}; seed {record['settings']['seed']}; nothing was downloaded"])
 
@@ -263,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, default=2, help="processes (default: 2); the output does not depend on it"
     )
+    parser.add_argument("--texts-only", action="store_true", help="texts and tokenizer, no datasets")
     parser.add_argument("--overwrite", action="store_true", help="replace corpora that are there")
     return parser
 
@@ -272,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command ``btx corpora``."""
     arguments = _parser().parse_args(argv)
     settings = Settings(arguments.seed, arguments.vocab_size, arguments.scale)
-    build(arguments.output, settings, arguments.workers, arguments.overwrite)
+    build(arguments.output, settings, arguments.workers, arguments.overwrite, texts_only=arguments.texts_only)
     print(_table(arguments.output))
     return 0
 

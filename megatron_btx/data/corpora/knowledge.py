@@ -150,8 +150,10 @@ def _comparison(rng: random.Random, entity: Entity, world: World) -> str | None:
     first, second = entity.value(relation), other.value(relation)
     if other is entity or first is None or second is None or first == second:
         return None
-    low, high = (entity, other) if _number(first) < _number(second) else (other, entity)
-    facts = [fact for one in (entity, other) for fact in one.facts if fact.relation == relation]
+    low, high = other, entity
+    if _number(first) < _number(second):
+        low, high = entity, other
+    facts = [fact for fact in (*entity.facts, *other.facts) if fact.relation == relation]
     sentences = [_statement(rng, fact) for fact in facts]
     sentences.append(rng.choice(wordings.COMPARISONS[relation]).format(low=low.name, high=high.name))
     return f"{entity.name} and {other.name}\n\n" + " ".join(sentences)

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.data import tokenizers
+from megatron_btx.data import datasets, tokenizers
 from megatron_btx.data.corpora import build, code, general, knowledge, math_problems, vocabulary, wordings
 from megatron_btx.data.corpora.split import SPLITS
+from megatron_btx.data.domains import check_description
 from megatron_btx.ground.errors import InputError
 
 SETTINGS = build.Settings(seed=7, vocab_size=700, scale=0.1)
@@ -69,6 +70,30 @@ def test_the_record_describes_the_files(corpora: Path) -> None:
             assert len(dataset) == part["documents"] == len(texts(corpora, domain, split)) > 0
             assert part["tokens"] == int(dataset.sequence_lengths.sum())
             assert part["bytes"] == (corpora / part["file"]).stat().st_size
+
+
+def test_datasets_made_of_the_texts_alone_are_the_same_to_the_byte(
+    corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The quickstart learns the same whether its corpora are tokenized here or as anybody's text."""
+    alone = tmp_path / "alone"
+    assert build.main(["--output", str(alone), *COMMAND, "--texts-only"]) == 0
+    assert sorted(contents(alone)) == sorted(name for name in contents(corpora) if "_text_document" not in name)
+    assert build.main(["--output", str(alone), *COMMAND, "--texts-only"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert build.main(["--output", str(alone), *COMMAND]) == 2
+    assert "holds the texts alone" in one_line(capsys)
+    domains = {
+        domain: {split: [f"{alone}/{domain}.{split}.jsonl"] for split in SPLITS} for domain in ("code", "knowledge")
+    }
+    tokenizer = {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": f"{alone}/tokenizer.model"}
+    description = check_description({"tokenizer": tokenizer, "domains": domains})
+    datasets.make_datasets(tmp_path / "made", description, quiet=True)
+    for domain in domains:
+        for split in SPLITS:
+            for ending in ("bin", "idx", "dataset.json"):
+                made = (tmp_path / "made" / f"{domain}.{split}.{ending}").read_bytes()
+                assert made == (corpora / f"{domain}_{split}_text_document.{ending}").read_bytes()
 
 
 def test_the_tokenizer_gives_back_every_document(corpora: Path) -> None:
