@@ -45,7 +45,9 @@ def decide(stages: Sequence[Stage], run: Path, rerun: Sequence[str] = ()) -> dic
     for stage in stages:
         manifest = found[stage.name]
         action = _decide_stage(stage, known[stage.name], run / stage.name, manifest)
-        began = manifest.rerun if manifest is not None else None
+        began = None
+        if manifest is not None:
+            began = manifest.rerun
         parents_stay = all(actions[parent].verb == SKIP for parent in stage.parents)
         if stage.name in rerun:
             if manifest is not None:
@@ -101,20 +103,30 @@ def _name_rerun(
 ) -> dict[str, Any]:
     """This --rerun as manifests remember it: the last one of the same stages where that is not done, else a new one."""
     names = sorted(set(rerun))
-    manifests = {name: manifest for name, manifest in found.items() if manifest is not None}
-    own = {name: manifest for name, manifest in manifests.items() if name in names}
-    latest = {"stages": names, "number": _last_rerun(own.values())}
-    begun = {name: manifest for name, manifest in own.items() if manifest.rerun == latest}
-    unchanged = all(manifest.fingerprint == known[name].fingerprint for name, manifest in begun.items())
-    done = len(begun) == len(names) and all(manifest.is_finished for manifest in begun.values())
-    if begun and unchanged and not done:
+    latest = {"stages": names, "number": _last_rerun(found, names)}
+    begun = finished = 0
+    is_unchanged = True
+    for name in names:
+        manifest = found[name]
+        if manifest is None or manifest.rerun != latest:
+            continue
+        begun += 1
+        finished += int(manifest.is_finished)
+        if manifest.fingerprint != known[name].fingerprint:
+            is_unchanged = False
+    if begun and is_unchanged and finished < len(names):
         return latest
-    return {"stages": names, "number": 1 + _last_rerun(manifests.values())}
+    return {"stages": names, "number": 1 + _last_rerun(found, found)}
 
 
-def _last_rerun(manifests: Iterable[StageManifest]) -> int:
+def _last_rerun(found: Mapping[str, StageManifest | None], names: Iterable[str]) -> int:
     """The number of the last rerun that began one of the stages; 0 for none."""
-    return max((manifest.rerun_number for manifest in manifests), default=0)
+    last = 0
+    for name in names:
+        manifest = found[name]
+        if manifest is not None:
+            last = max(last, manifest.rerun_number)
+    return last
 
 
 def check_chosen(stages: Sequence[Stage], actions: Mapping[str, Action], chosen: Sequence[str]) -> None:

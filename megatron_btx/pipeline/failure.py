@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
+import textwrap
 
 from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE
 
 _LINES_SHOWN = 15
+_SIGNALS = frozenset(signal.Signals)
 _KILLED_FOR: dict[int, str] = {
     signal.SIGKILL: ", most likely for want of memory: take a smaller micro-batch-size, or fewer processes at once",
     signal.SIGBUS: ", most likely because a disk or /dev/shm is full: make room there",
@@ -26,8 +28,9 @@ def failure_message(log: str, code: int) -> tuple[str, int]:
     lines = re.findall(r"^(?:[\w./ -]+: )?error: .*$", log, re.MULTILINE)
     if bad_input and lines:
         return str(lines[0]), BAD_INPUT_EXIT_CODE
-    told = re.split(r"^[EW]\d{4} .*torch/distributed/elastic", log, maxsplit=1, flags=re.MULTILINE)[0].rstrip() or log
-    return "\n".join(f"  {line}" for line in told.rstrip().splitlines()[-_LINES_SHOWN:]), 1
+    before_report = re.split(r"^[EW]\d{4} .*torch/distributed/elastic", log, maxsplit=1, flags=re.MULTILINE)[0].rstrip()
+    shown = (before_report or log.rstrip()).splitlines()[-_LINES_SHOWN:]
+    return textwrap.indent("\n".join(shown), "  ", lambda _: True), 1
 
 
 def killed_by(log: str, code: int) -> str:
@@ -36,13 +39,26 @@ def killed_by(log: str, code: int) -> str:
     torchrun tells it of a rank in its own report alone, and ends the other ranks by SIGTERM.
     """
     ranks = [int(number) for number in re.findall(r"exitcode\s*:\s*-(\d+)\b", log)]
-    ranks = [number for number in ranks if number != signal.SIGTERM] or ranks
     if ranks:
-        return f"a rank was killed by {_cause(ranks[0])}"
-    number = -code if code < 0 else code - 128  # as Python says it, or a shell
-    return f"its process was killed by {_cause(number)}" if number in set(signal.Signals) else ""
+        return f"a rank was killed by {_describe_signal(_first_cause(ranks))}"
+    number = code - 128  # as a shell says it
+    if code < 0:  # as Python does
+        number = -code
+    if number in _SIGNALS:
+        return f"its process was killed by {_describe_signal(number)}"
+    return ""
 
 
-def _cause(number: int) -> str:
-    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
+def _first_cause(signals: list[int]) -> int:
+    """The first of the signals by which ranks ended, before those that torchrun sent to the others."""
+    for number in signals:
+        if number != signal.SIGTERM:
+            return number
+    return signals[0]
+
+
+def _describe_signal(number: int) -> str:
+    name = "unknown"
+    if number in _SIGNALS:
+        name = signal.Signals(number).name
     return f"signal {number} ({name}){_KILLED_FOR.get(number, '')}"

@@ -12,16 +12,21 @@ from megatron_btx.ground import manifest as manifests
 from megatron_btx.ground.files import write_atomically
 from megatron_btx.pipeline import directory as directory_files
 from megatron_btx.pipeline.decisions import RERUN, Action
-from megatron_btx.pipeline.directory import (  # noqa: F401
+from megatron_btx.pipeline.directory import (
     CONFIG_FILE,
-    PLAN_FILE,
-    RECIPE_FILE,
     SCRIPT_FILE,
     STAGE_RECORDS,
     find_free_name,
-    is_set_aside,
 )
-from megatron_btx.pipeline.directory import own_manifest as owned_manifest  # noqa: F401
+from megatron_btx.pipeline.directory import (
+    PLAN_FILE as PLAN_FILE,
+)
+from megatron_btx.pipeline.directory import (
+    RECIPE_FILE as RECIPE_FILE,
+)
+from megatron_btx.pipeline.directory import (
+    is_set_aside as is_set_aside,
+)
 from megatron_btx.pipeline.stage import Stage, command_script
 
 

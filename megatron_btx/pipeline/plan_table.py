@@ -47,14 +47,21 @@ def describe_finished(stages: Sequence[Stage], actions: Mapping[str, Action]) ->
 
 def describe_total(stages: Sequence[Stage], actions: Mapping[str, Action]) -> str:
     """The estimate of all that is to be trained."""
-    due = [stage for stage in stages if actions[stage.name].verb != SKIP]
-    tokens = sum(stage.tokens or 0 for stage in due)
-    flops = sum(stage.flops or 0.0 for stage in due)
-    text = f"{_count(len(due), 'stage')} to run, {tokens:,} tokens to train on"
+    due = tokens = unknown = 0
+    flops = 0.0
+    for stage in stages:
+        if actions[stage.name].verb == SKIP:
+            continue
+        due += 1
+        tokens += stage.tokens or 0
+        flops += stage.flops or 0.0
+        if stage.tokens and stage.flops is None:
+            unknown += 1
+    text = f"{_count(due, 'stage')} to run, {tokens:,} tokens to train on"
     if flops:
         text += f", some {_with_prefix(flops)}FLOPs"
-    if any(stage.tokens and stage.flops is None for stage in due):
-        text += " (without the stages whose FLOPs are not known)"
+    if unknown:
+        text += f" (without {_count(unknown, 'stage')} whose vocabulary is not known yet)"
     return text
 
 

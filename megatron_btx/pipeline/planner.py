@@ -73,7 +73,9 @@ class _Planner:
 
     def _imports(self, stages: list[Stage]) -> list[Stage]:
         """The stages that import those given models that one of ``stages`` loads."""
-        loaded = {parent for stage in stages for parent in stage.parents}
+        loaded: set[str] = set()
+        for stage in stages:
+            loaded.update(stage.parents)
         imports = []
         for model in (self.seed, *self.experts.values(), self._mixture(), self._finetuned()):
             if model.source is not None and model.stage in loaded:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.pipeline.folder import owned_manifest
+from megatron_btx.pipeline.directory import own_manifest
 from megatron_btx.report import build as report
 from megatron_btx.report.stages import read_curve
 from tests.unit.report.example_run import (
@@ -188,11 +188,11 @@ def test_a_report_by_hand_marks_its_folder_for_the_run_to_go_on_and_leaves_earli
     run = make_run(tmp_path)
     shutil.copytree(run / "seed", run / "seed.20261124-235959")
     folder = report.build_report(run).page.parent
-    assert owned_manifest(folder, "report") == {"stage": "report", "status": "made by hand"}
+    assert own_manifest(folder, "report").status == "made by hand"
     assert "seed.2026" not in (folder / "report.md").read_text()
     (folder / "manifest.json").write_text('{"stage": "report", "status": "finished"}')
     report.build_report(run)
-    assert owned_manifest(folder, "report") == {"stage": "report", "status": "finished"}
+    assert own_manifest(folder, "report").status == "finished"
 
 
 def test_hostile_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
