@@ -151,8 +151,10 @@ def _check_gain_at_home(models: Models, domains: tuple[str, ...]) -> Fact:
         missing = "no expert is named like an evaluated domain"
     if missing:
         return Fact(name, text, None, missing)
-    details = [pair.describe(home) for home, pair in pairs.items()]
-    verdicts = [pair.is_lower() for pair in pairs.values()]
+    details, verdicts = [], []
+    for home, pair in pairs.items():
+        details.append(pair.describe(home))
+        verdicts.append(pair.is_lower())
     if homeless:
         details.append(f"no evaluated domain has the name of {', '.join(homeless)}")
         verdicts.append(None)
@@ -201,16 +203,16 @@ def _check_btx_against_its_parts(models: Models, domains: tuple[str, ...]) -> Fa
     details = ["btx not evaluated on every domain"]
     if own is not None:
         details = [f"btx {loss_text(own)}"]
-    pairs = {}
+    pairs, verdicts = {}, []
     for other, model in models.items():
         if other != AVERAGE and not model.is_expert():
             continue
         pair = pairs[other] = Pair(own, model.mean_loss(domains))
+        verdicts.append(pair.is_lower())
         if pair.difference is None:
             details.append(f"{other} not evaluated on every domain")
         else:
             details.append(f"{other} {loss_text(pair.reference)} (btx {difference_text(pair.difference)})")
-    verdicts = [pair.is_lower() for pair in pairs.values()]
     gaps = []
     if AVERAGE not in models:
         gaps.append(_name_missing(models, AVERAGE))

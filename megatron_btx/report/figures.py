@@ -40,7 +40,9 @@ def draw_losses(all_models: Sequence[Model], domains: tuple[str, ...], palette: 
     shown = domains
     if len(domains) >= LOSS_PANELS:
         shown = domains[: LOSS_PANELS - 1]
-    columns = [(domain, [model.losses.get(domain) for model in models]) for domain in shown]
+    columns = []
+    for domain in shown:
+        columns.append((domain, [model.losses.get(domain) for model in models]))
     if len(domains) > 1:
         columns.append((f"mean, {len(domains)} domains", [model.mean_loss(domains) for model in models]))
     per_row = min(len(columns), 5)

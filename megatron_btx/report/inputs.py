@@ -106,9 +106,15 @@ def read_run(run: Path) -> RunData:
         if stage is not None:
             found[folder.name] = stage
     reasons = find_left_out(run, {name: stage.manifest for name, stage in found.items()})
-    kept = [folder for folder in folders if folder.name not in reasons]
-    stages = [stage for name, stage in found.items() if name not in reasons]
-    evaluations = [folder / EVALUATION_FILE for folder in kept if (folder / EVALUATION_FILE).is_file()]
+    stages: list[Stage] = []
+    evaluations: list[Path] = []
+    for folder in folders:
+        if folder.name in reasons:
+            continue
+        if folder.name in found:
+            stages.append(found[folder.name])
+        if (folder / EVALUATION_FILE).is_file():
+            evaluations.append(folder / EVALUATION_FILE)
     models = _read_models(evaluations, found)
     corpora = Corpora((), {})
     if DATA_STAGE not in reasons:
@@ -195,8 +201,13 @@ def _marks(reasons: Mapping[str, str], stages: list[Stage], strange: list[str]) 
     for why in dict.fromkeys(reasons.values()):
         names = [name for name, reason in reasons.items() if reason == why]
         yield f"Left out: {', '.join(names)}: {why}."
-    unfinished = [stage for stage in stages if stage.unfinished]
-    finished = [stage for stage in stages if not stage.unfinished]
+    unfinished: list[Stage] = []
+    finished: list[Stage] = []
+    for stage in stages:
+        if stage.unfinished:
+            unfinished.append(stage)
+        else:
+            finished.append(stage)
     for stage in unfinished:
         yield (
             f"Stage {stage.name} is unfinished: {stage.unfinished}. Its curve, tokens and FLOPs are those up to there."
