@@ -10,22 +10,12 @@ import yaml
 
 from megatron_btx.ground import manifest as manifests
 from megatron_btx.ground.files import write_atomically
-from megatron_btx.pipeline import directory as directory_files
 from megatron_btx.pipeline.decisions import RERUN, Action
 from megatron_btx.pipeline.directory import (
     CONFIG_FILE,
     SCRIPT_FILE,
     STAGE_RECORDS,
     find_free_name,
-)
-from megatron_btx.pipeline.directory import (
-    PLAN_FILE as PLAN_FILE,
-)
-from megatron_btx.pipeline.directory import (
-    RECIPE_FILE as RECIPE_FILE,
-)
-from megatron_btx.pipeline.directory import (
-    is_set_aside as is_set_aside,
 )
 from megatron_btx.pipeline.stage import Stage, command_script
 
@@ -72,11 +62,3 @@ def _set_leftovers_aside(directory: Path) -> None:
     beside.mkdir()
     for path in leftovers:
         path.rename(beside / path.name)
-
-
-def read_plan(path: Path) -> list[dict[str, Any]] | None:
-    """The plan in the file ``path`` as plain entries; see :func:`megatron_btx.pipeline.directory.read_plan`."""
-    plan = directory_files.read_plan(path.parent)
-    if plan is None:
-        return None
-    return [entry.model_dump() for entry in plan]
