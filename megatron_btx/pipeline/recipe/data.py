@@ -178,7 +178,7 @@ def _read_splits(place: str, domain: DomainSection) -> Splits:
 
 def _read_tokenizer(section: DataSection, own: Flags) -> Flags:
     """Megatron's tokenizer flags; a tokenizer that lies here by its absolute path."""
-    from megatron_btx.pipeline.recipe.written import absolute_path
+    from megatron_btx.pipeline.recipe.values import absolute_path
 
     if not section.tokenizer and own:
         return own
