@@ -17,7 +17,7 @@ from megatron_btx.mixing.result import dense_arguments, megatron_args_text
 if TYPE_CHECKING:
     from megatron_btx.mixing.sources import Source
 
-Flags = dict[str, str | bool]
+Flags = dict[str, str | int | bool]
 _ELSEWHERE = ("ckpt-format", "vocab-size")
 """Flags beside a checkpoint that are no part of the model."""
 
@@ -42,7 +42,7 @@ def tokenizer_flags_of(source: Source) -> Flags:
     for name in ("tokenizer_type", *TOKENIZER_FILES, "vocab_size"):
         value = source.arguments.get(name)
         if value is not None and source.arguments.get("tokenizer_type") is not None:
-            flags[name.replace("_", "-")] = str(value)
+            flags[name.replace("_", "-")] = value if isinstance(value, int) else str(value)
     return flags
 
 

@@ -180,9 +180,7 @@ def _read_tokenizer(section: DataSection, own: Flags) -> Flags:
     """Megatron's tokenizer flags; a tokenizer that lies here by its absolute path."""
     from megatron_btx.pipeline.recipe.values import absolute_path
 
-    if not section.tokenizer and own:
-        return own
-    tokenizer = dict(section.tokenizer)
+    tokenizer = dict(section.tokenizer or own)
     kind = tokenizer.get("tokenizer-type")
     if kind is None:
         refuse("data.tokenizer", "missing tokenizer-type; expected Megatron's tokenizer flags for these data")
@@ -193,5 +191,5 @@ def _read_tokenizer(section: DataSection, own: Flags) -> Flags:
     if path.exists():
         tokenizer["tokenizer-model"] = str(path)
     elif kind != "HuggingFaceTokenizer":  # whose model may be a name that transformers knows
-        refuse("data.tokenizer", f"tokenizer-model {model} does not exist")
+        refuse("data.tokenizer", f"tokenizer-model {model} does not exist; say where the tokenizer lies")
     return tokenizer

@@ -100,6 +100,14 @@ def test_nobody_reads_models_that_a_recipe_describes_itself(
     assert values(stages["evaluate-experts"], "btx-eval-model")[0] == f"seed={tmp_path}/models/seed"
 
 
+def test_a_seeds_tokenizer_that_is_gone_is_refused(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's own checkpoints name it by a path that counts from their run, where this run has another file."""
+    stored = {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": "data/tokenizer.model"}
+    monkeypatch.setattr(reading, "read_models", lambda paths: {place: GivenModel(MODEL, stored) for place in paths})
+    with pytest.raises(InputError, match=r"data\.tokenizer: tokenizer-model data/tokenizer.model does not exist; say"):
+        plan(tree)
+
+
 def test_texts_become_the_runs_own_datasets(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["data"]["domains"]["math"] = {"text": {"train": ["texts/math"], "valid": ["texts/code/*.txt"]}}
     tree["data"]["domains"]["code"]["split"] = {"train": 0.5, "valid": 0.25, "test": 0.25}
