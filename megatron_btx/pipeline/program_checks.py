@@ -73,7 +73,9 @@ def _megatron_parser() -> argparse.ArgumentParser:
 
 def check_sections(parser: argparse.ArgumentParser, sections: Mapping[str, list[str]]) -> None:
     """Parse each section's command line with ``parser``; raises InputError naming the place and the close match."""
-    known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    known: list[str] = []
+    for action in parser._actions:
+        known += [option.removeprefix("--") for option in action.option_strings]
     for where, argv in sections.items():
         for name in (word.removeprefix("--") for word in argv if word.startswith("--")):
             if name not in known:
