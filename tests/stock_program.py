@@ -29,8 +29,8 @@ def main() -> int:
     from megatron_btx.ground.stopping import Stopping
     from megatron_btx.model.routers import settings_from, with_routers
     from megatron_btx.model.sampling import Step
+    from megatron_btx.model.step import forward_step
     from megatron_btx.training import metrics
-    from megatron_btx.training.program import forward_step
 
     args = parse_and_validate_args(add_btx_arguments)
     repairs.use_the_shipped_dataset_helper()

@@ -22,7 +22,7 @@ from megatron_btx.engine.checks.useless_flags import check_flags
 from megatron_btx.engine.flags import add_btx_arguments
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
 from megatron_btx.ground import launch
-from megatron_btx.ground.errors import InputError, MegatronVersionError
+from megatron_btx.ground.errors import InputError, MegatronVersionError, refused
 
 _MODEL_FLAGS = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 """What Megatron's validation asks for of every model."""
@@ -166,10 +166,3 @@ def find_tokenizer(args: Any) -> Any:
         if getattr(args, name):
             refuse_placeholders(Path(getattr(args, name)))
     return args
-
-
-def refused(refusal: Exception) -> InputError:
-    """What Megatron's own checks say, by assertions and ValueErrors; the asserted line where they say nothing."""
-    frame = traceback.extract_tb(refusal.__traceback__)[-1]
-    line = f"{frame.line} does not hold ({frame.filename.rpartition('site-packages/')[2]}:{frame.lineno})"
-    return InputError(f"Megatron refuses these arguments: {str(refusal) or line}")

@@ -23,8 +23,6 @@ from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
 from megatron_btx.ground.errors import InputError, exits_with_one_line
 
-prepare_environment()
-
 
 def add_analysis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of this program to Megatron's parser."""
@@ -72,6 +70,7 @@ def add_analysis_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
 @exits_with_one_line
 def main() -> int:
     """Analyse what the command line names; see --help."""
+    prepare_environment()
     help_if_asked(__doc__, add_analysis_arguments)
     install_cpu_stand_ins()
     from megatron.training import initialize
@@ -80,10 +79,12 @@ def main() -> int:
     from megatron_btx.engine import repairs
     from megatron_btx.engine.checks.start import compare_with_stored
     from megatron_btx.engine.cpu import has_gpu
+    from megatron_btx.engine.loading import load_weights
     from megatron_btx.engine.program import parse_arguments
-    from megatron_btx.evaluation.program import build_model, expert_names, load_weights
+    from megatron_btx.evaluation.inputs import expert_names
     from megatron_btx.evaluation.routing import described, overlaps, read_earlier, route_label, route_text, table
     from megatron_btx.ground.files import write_json
+    from megatron_btx.model.build import build_model
 
     args = parse_arguments(add_analysis_arguments, quiet=True, check_own=_inputs)
     models, data = _inputs(args)
@@ -138,7 +139,7 @@ def main() -> int:
 
 
 def _inputs(args: Any) -> tuple[dict[str, str], dict[str, str]]:
-    from megatron_btx.evaluation.program import inputs_of
+    from megatron_btx.evaluation.inputs import inputs_of
 
     return inputs_of(args, "route", "a folder")
 

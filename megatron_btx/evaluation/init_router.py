@@ -14,7 +14,6 @@ import argparse
 import io
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,11 @@ from typing import Any
 from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
 from megatron_btx.ground.errors import InputError, exits_with_one_line
-from megatron_btx.ground.launch import without_launcher
-
-prepare_environment()
 
 HELD_OUT_EVERY = 5
 """Every fifth document is held out."""
 ROWS_SUFFIX, REPORT_SUFFIX = ".routers.npy", ".routers.json"
 """Of the files beside the output: the rows [mixture layers, experts, hidden], and what was measured."""
-RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Candidates for lambda, as shares of the mean square of the inputs' components."""
-SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Candidates for the factor on the rows: regression gives values about 0 and 1, a softmax wants logits."""
 
 
 def add_init_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -78,6 +70,7 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 @exits_with_one_line
 def main() -> int:
     """Fill the routers of a mixture; see --help."""
+    prepare_environment()
     help_if_asked(__doc__, add_init_arguments)
     install_cpu_stand_ins()
     import torch
@@ -86,10 +79,11 @@ def main() -> int:
     from megatron_btx.engine import repairs
     from megatron_btx.engine.checks.start import compare_with_stored
     from megatron_btx.engine.cpu import has_gpu
+    from megatron_btx.engine.loading import load_weights
     from megatron_btx.engine.program import parse_arguments
-    from megatron_btx.evaluation.program import build_model, load_weights
     from megatron_btx.evaluation.router_fit import install_rows, measure, own_rows, refit
     from megatron_btx.mixing.routers import router_rows
+    from megatron_btx.model.build import build_model
 
     args = parse_arguments(add_init_arguments, quiet=True, check_own=_check_given)
     stored = compare_with_stored(args.btx_init_model, vars(args))
@@ -116,12 +110,13 @@ def main() -> int:
     if args.rank > 0:
         return 0
     print(_table(reports, choices, sizes), flush=True)
-    return _write(args.btx_init_model, rows, {"texts": sizes, "reports": reports, "choices": choices}, output)
+    _write(args.btx_init_model, rows, {"texts": sizes, "reports": reports, "choices": choices}, output)
+    return 0
 
 
 def _check_given(args: Any) -> None:
     """Raises InputError for what is missing or has another form."""
-    from megatron_btx.evaluation.program import named_paths
+    from megatron_btx.evaluation.inputs import named_paths
 
     for flag, value in (("--btx-init-model", args.btx_init_model), ("--btx-init-output", args.btx_init_output)):
         if not value:
@@ -149,7 +144,7 @@ def _checked_data(args: Any, stored: dict[str, Any]) -> dict[str, str]:
     """Expert -> prefix, in the order of the mixture's experts."""
     from megatron_btx.data.texts import check_documents
     from megatron_btx.data.training import check_descriptions
-    from megatron_btx.evaluation.program import named_paths
+    from megatron_btx.evaluation.inputs import named_paths
 
     if not args.num_experts:
         raise InputError(f"--btx-init-model {args.btx_init_model}: has no routers; give a mixture and --num-experts")
@@ -188,7 +183,7 @@ def _texts(data: dict[str, str], documents: int) -> tuple[list[Any], list[Any], 
     from megatron.core import mpu
 
     from megatron_btx.data.texts import first_documents
-    from megatron_btx.evaluation.program import batches_of
+    from megatron_btx.model.step import batches_of
 
     parts: tuple[list[Any], list[Any]] = ([], [])
     sizes: dict[str, list[int]] = {}
@@ -243,11 +238,12 @@ def _table(reports: dict[str, Any], choices: list[dict[str, Any]], sizes: dict[s
     return "\n".join(lines)
 
 
-def _write(model: str, rows_LEH: Any, report: dict[str, Any], output: Path) -> int:
-    """The checkpoint with the new rows, written and proved by the mixing engine in a process without ranks."""
+def _write(model: str, rows_LEH: Any, report: dict[str, Any], output: Path) -> None:
+    """The checkpoint with the new rows, written and proved by the mixing engine."""
     import numpy as np
 
     from megatron_btx.ground.files import write_atomically, write_json
+    from megatron_btx.mixing.door import mix
 
     rows_file = output.with_name(output.name + ROWS_SUFFIX)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -256,10 +252,11 @@ def _write(model: str, rows_LEH: Any, report: dict[str, Any], output: Path) -> i
     np.save(content, rows_LEH[mixtures].float().cpu().numpy())
     write_atomically(rows_file, content.getvalue())
     write_json(output.with_name(output.name + REPORT_SUFFIX), report)
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_btx.mixing.cli", "--method", "reroute", "--verify"]
-    command += ["--expert", f"mixture={Path(model).resolve()}", "--router-init", str(rows_file.resolve())]
-    alone = without_launcher(os.environ)
-    return subprocess.run([*command, "--output", str(output)], env=alone, check=False).returncode
+    models = {"mixture": Path(model).resolve()}
+    result = mix(models, output, method="reroute", router_init=rows_file.resolve(), verify=True, show_progress=True)
+    print(result.summary)
+    print(f"verified: {result.verification}")
+    print(f"wrote {result.folder}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 
-from megatron_btx.evaluation.init_router import RIDGES, SCALES
-from megatron_btx.evaluation.program import forward
+from megatron_btx.model.step import forward
 from megatron_btx.model.watch import mixtures, routers_of, watching
+
+RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Candidates for lambda, as shares of the mean square of the inputs' components."""
+SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Candidates for the factor on the rows: regression gives values about 0 and 1, a softmax wants logits."""
 
 Texts = list[list[dict[str, Any]]]
 """Batches of every domain, in the order of the experts."""

@@ -28,7 +28,7 @@ def route_label(model: list[Any], where: str, prefix: str) -> Routed:
     from megatron.training import get_args
 
     from megatron_btx.data.texts import start_of
-    from megatron_btx.evaluation.program import batches_of, forward
+    from megatron_btx.model.step import batches_of, forward
     from megatron_btx.model.watch import watching
 
     args = get_args()
@@ -130,7 +130,7 @@ def route_text(model: list[Any], text: str, is_text: bool) -> dict[str, Any]:
     from megatron.training import get_args, get_tokenizer
 
     from megatron_btx.data.texts import start_of
-    from megatron_btx.evaluation.program import batches_of, forward
+    from megatron_btx.model.step import batches_of, forward
     from megatron_btx.model.watch import mixtures, watching
 
     args, tokenizer = get_args(), get_tokenizer()

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 
 BAD_INPUT_EXIT_CODE = 2
@@ -91,3 +92,10 @@ def _say(text: str) -> None:
     if len(line) > _LINE_AT_MOST:  # the remedy stands at the end
         line = f"{line[: _LINE_AT_MOST // 2]} [...] {line[-_LINE_AT_MOST // 2 :]}"
     print(f"{who}error: {line}", file=sys.stderr, flush=True)
+
+
+def refused(refusal: Exception) -> InputError:
+    """What Megatron's own checks say, by assertions and ValueErrors; the asserted line where they say nothing."""
+    frame = traceback.extract_tb(refusal.__traceback__)[-1]
+    line = f"{frame.line} does not hold ({frame.filename.rpartition('site-packages/')[2]}:{frame.lineno})"
+    return InputError(f"Megatron refuses these arguments: {str(refusal) or line}")

@@ -127,7 +127,7 @@ def check_with_validation(parser: argparse.ArgumentParser, stages: Mapping[str, 
     """
     from megatron.training.arguments import validate_args
 
-    from megatron_btx.engine.program import refused
+    from megatron_btx.ground.errors import refused
 
     for stage, (processes, words) in stages.items():
         args = _parsed(parser, processes, words)

@@ -16,23 +16,22 @@ import shutil
 import sys
 import traceback
 from argparse import ArgumentParser
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.engine.budget import budget_of, check_budget
 from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
-from megatron_btx.engine.program import parse_arguments, refused
+from megatron_btx.engine.program import parse_arguments
 from megatron_btx.ground.errors import CheckpointError, InputError, exits_with_one_line
 from megatron_btx.ground.stopping import Stopping
+from megatron_btx.model.build import model_config
+from megatron_btx.model.step import forward_step
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_btx.model.sampling import Step
-
-prepare_environment()
 
 
 def add_training_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -49,6 +48,7 @@ def add_training_arguments(parser: ArgumentParser) -> ArgumentParser:
 @exits_with_one_line
 def main() -> int:
     """Train what the command line describes; see --help."""
+    prepare_environment()
     help_if_asked(__doc__, add_training_arguments)
     if "--btx-check" in sys.argv[1:]:
         return check()
@@ -198,99 +198,6 @@ def checked_arguments() -> Any:
     check_splits(args)
     validation.check(args)
     return args
-
-
-def model_config(args: Any, step: Step | None = None) -> Any:
-    """The model as Megatron's GPTModelConfig, with our layers and routers where they were asked for.
-
-    Raises:
-        InputError: Megatron's configuration refuses it, or two flags want different layers.
-    """
-    from megatron.training.argument_utils import gpt_config_from_args
-
-    from megatron_btx.model.layers import layer_specs, torch_native_layer_spec
-    from megatron_btx.model.routers import settings_from
-    from megatron_btx.model.sampling import Step
-
-    try:
-        model = gpt_config_from_args(args)
-    except (AssertionError, ValueError) as refusal:
-        raise refused(refusal) from refusal
-    # Megatron 0.19 parses this flag and does not pass it on.
-    model.rope_scaling_factor = args.rope_scaling_factor
-    if args.transformer_impl == "local" and args.spec is None:
-        model.transformer_layer_spec = torch_native_layer_spec
-    settings = settings_from(args)
-    if settings is not None:
-        if args.spec is not None:
-            raise InputError("--spec together with routers of --btx-...: they are built into Megatron's own layers")
-        model.transformer_layer_spec = layer_specs(settings, step or Step())
-    return model
-
-
-def forward_step(
-    data_iterator: Iterator[Any],
-    model: Any,
-    step: Step | None = None,
-    stopping: Stopping | None = None,
-    micro_batch_size: int | None = None,
-) -> tuple[Any, Any]:
-    """One micro-batch through this stage: the per-token losses on the last one, and how to reduce them.
-
-    Args:
-        step: in training, is told which micro-batch this is.
-        stopping: tells all ranks when one of them reads what it cannot use.
-        micro_batch_size: sequences of the micro-batch; by default as Megatron's flags for training or evaluation say.
-    """
-    from megatron.core import mpu
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.core.utils import get_attr_wrapped_model
-    from megatron.training import get_args
-
-    from megatron_btx.data.foreign_ids import ForeignIdError
-    from megatron_btx.data.training import get_batch
-
-    args, chunk = get_args(), get_attr_wrapped_model(model, "vp_stage")
-    if step is not None and model.training:
-        step.begin_microbatch(
-            args.curr_iteration,
-            args.consumed_train_samples,
-            get_num_microbatches(),
-            args.micro_batch_size,
-            mpu.get_data_parallel_world_size(),
-            mpu.get_data_parallel_rank(),
-            chunk or 0,
-        )
-    micro = micro_batch_size or (args.micro_batch_size if model.training else args.eval_micro_batch_size)
-    try:
-        batch = get_batch(data_iterator, chunk, micro, model.training)
-    except ForeignIdError as refusal:
-        if stopping is not None:
-            stopping.stop_all(refusal)
-        raise
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
-    return output, functools.partial(language_model_loss, batch["loss_mask"])
-
-
-def language_model_loss(loss_mask_BS: Any, losses_BS: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Sum of the per-token cross-entropies in nats, the number of tokens, and both for reporting.
-
-    Args:
-        loss_mask_BS: [B, S], 1 where a token counts.
-        losses_BS: [B, S], cross-entropy per token.
-    """
-    import torch
-
-    mask = loss_mask_BS.reshape(-1).float()
-    total = torch.sum(losses_BS.reshape(-1).float() * mask)
-    tokens = mask.sum().to(torch.int)
-    return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
 
 
 if __name__ == "__main__":

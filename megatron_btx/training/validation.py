@@ -49,7 +49,7 @@ def check(args: Any) -> None:
 
 def domains(args: Any) -> dict[str, str]:
     """Domain -> prefix, as ``--btx-valid-data`` gives them."""
-    from megatron_btx.evaluation.program import named_paths
+    from megatron_btx.evaluation.inputs import named_paths
 
     return named_paths(args.btx_valid_data, "--btx-valid-data") if args.btx_valid_data else {}
 
@@ -169,7 +169,7 @@ def _losses(model: list[Any], optimizer: Any, per_domain: dict[str, str], args: 
     from megatron.core.utils import get_model_config
     from megatron.training import get_timers, training
 
-    from megatron_btx.evaluation.program import evaluate_domain
+    from megatron_btx.evaluation.losses import evaluate_domain
 
     timer = get_timers()("interval-time")
     timer.stop()

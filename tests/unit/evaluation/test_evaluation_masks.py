@@ -8,7 +8,7 @@ import megatron.training
 import pytest
 import torch
 
-from megatron_btx.evaluation.program import masks_and_positions
+from megatron_btx.model.step import masks_and_positions
 
 END = 9
 

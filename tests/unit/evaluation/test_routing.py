@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from megatron_btx.evaluation.program import expert_names
+from megatron_btx.evaluation.inputs import expert_names
 from megatron_btx.evaluation.routing import Routed, described, overlap, overlaps, pieces_of, read_earlier, shares
 from megatron_btx.ground.errors import InputError
 from megatron_btx.report.routing_page import write_page

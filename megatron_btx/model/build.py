@@ -1,0 +1,55 @@
+"""The model as Megatron builds it: its configuration with our layers and routers, and its chunks on this rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megatron_btx.ground.errors import InputError, refused
+
+if TYPE_CHECKING:
+    from megatron_btx.model.sampling import Step
+
+
+def model_config(args: Any, step: Step | None = None) -> Any:
+    """The model as Megatron's GPTModelConfig, with our layers and routers where they were asked for.
+
+    Raises:
+        InputError: Megatron's configuration refuses it, or two flags want different layers.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_btx.model.layers import layer_specs, torch_native_layer_spec
+    from megatron_btx.model.routers import settings_from
+    from megatron_btx.model.sampling import Step
+
+    try:
+        model = gpt_config_from_args(args)
+    except (AssertionError, ValueError) as refusal:
+        raise refused(refusal) from refusal
+    # Megatron 0.19 parses this flag and does not pass it on.
+    model.rope_scaling_factor = args.rope_scaling_factor
+    if args.transformer_impl == "local" and args.spec is None:
+        model.transformer_layer_spec = torch_native_layer_spec
+    settings = settings_from(args)
+    if settings is not None:
+        if args.spec is not None:
+            raise InputError("--spec together with routers of --btx-...: they are built into Megatron's own layers")
+        model.transformer_layer_spec = layer_specs(settings, step or Step())
+    return model
+
+
+def build_model(args: Any) -> list[Any]:
+    """The model chunks of this rank, without gradients, buffers or optimizer."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron_btx.model.build import model_config
+
+    config = model_config(args)
+    config.finalize()
+    model = GPTModelBuilder(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    for chunk in model:
+        chunk.eval()
+    return model
