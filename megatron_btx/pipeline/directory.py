@@ -68,6 +68,8 @@ EXPERT_PREFIX = "expert-"
 IMPORT_PREFIX = "import-"
 """Begins the name of the stage that imports a given model."""
 SEED_MODEL, AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL = "seed", "average", "mix", "btx", "dense"
+GENERALIST = SEED_MODEL
+"""The seed's name among the experts of a mix."""
 MODELS_BEFORE_EXPERTS = (SEED_MODEL,)
 MODELS_AFTER_EXPERTS = (AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL)
 """Models of an evaluation in the order of a report; the experts stand between the two."""

@@ -29,6 +29,7 @@ from megatron_btx.pipeline.directory import (
     EVALUATION_PREFIX,
     EXPERT_PREFIX,
     FINETUNE_STAGE,
+    GENERALIST,
     MIX_MODEL,
     MIX_STAGE,
     REPORT_FILE,
@@ -40,7 +41,7 @@ from megatron_btx.pipeline.models import Model, origins_of
 from megatron_btx.pipeline.prepare import plan_data, plan_export, plan_import
 from megatron_btx.pipeline.recipe.ablation import Ablation, Variant, stage_name
 from megatron_btx.pipeline.recipe.flags import Flags, merged
-from megatron_btx.pipeline.recipe.schema import GENERALIST, Evaluate, Mix, Recipe, Settings, Training
+from megatron_btx.pipeline.recipe.schema import Evaluate, Mix, Recipe, Settings, Training
 from megatron_btx.pipeline.stage import Program, Stage, sort_stages
 from megatron_btx.pipeline.training_stages import TrainingJob, merge_given_flags, plan_training
 

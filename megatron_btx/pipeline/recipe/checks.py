@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_btx.pipeline.directory import GENERALIST
 from megatron_btx.pipeline.recipe.refusals import refuse
-from megatron_btx.pipeline.recipe.schema import GENERALIST, Evaluate, Mix, Recipe
+from megatron_btx.pipeline.recipe.schema import Evaluate, Mix, Recipe
 
 if TYPE_CHECKING:
     from megatron_btx.pipeline.recipe.written import RecipeSection

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_btx.ground.errors import InputError
+from megatron_btx.pipeline.directory import GENERALIST
 from megatron_btx.pipeline.recipe.ablation import freeze_flags, read_ablation
 from megatron_btx.pipeline.recipe.checks import check_whole
 from megatron_btx.pipeline.recipe.data import choose_domains, read_data
@@ -20,7 +21,7 @@ from megatron_btx.pipeline.recipe.flags import Flags
 from megatron_btx.pipeline.recipe.given import GivenModel, is_loadable, read_models
 from megatron_btx.pipeline.recipe.refusals import describe, refuse, unknown_key
 from megatron_btx.pipeline.recipe.routing import check_balancing, read_routing
-from megatron_btx.pipeline.recipe.schema import GENERALIST, Evaluate, Layout, Mix, Recipe, Settings, Training
+from megatron_btx.pipeline.recipe.schema import Evaluate, Layout, Mix, Recipe, Settings, Training
 from megatron_btx.pipeline.recipe.written import (
     EvaluateSection,
     MixSection,

@@ -15,9 +15,6 @@ from megatron_btx.pipeline.recipe.data import Data
 from megatron_btx.pipeline.recipe.flags import Flags
 from megatron_btx.pipeline.recipe.routing import Routing
 
-GENERALIST = "seed"
-"""The seed's name among the experts of a mix."""
-
 
 @dataclass(frozen=True)
 class Layout:

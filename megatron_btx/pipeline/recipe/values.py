@@ -13,11 +13,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, PlainValidator
 
-from megatron_btx.pipeline.directory import is_set_aside
+from megatron_btx.pipeline.directory import GENERALIST, is_set_aside
 from megatron_btx.pipeline.recipe.flags import DERIVED_FLAGS, LAYOUT_FLAGS, FlagValue
 from megatron_btx.pipeline.recipe.given import find_model
 from megatron_btx.pipeline.recipe.refusals import RefusedKeyError
-from megatron_btx.pipeline.recipe.schema import GENERALIST
 
 LARGEST_SEED = 2**32 - 1
 """What NumPy takes."""
