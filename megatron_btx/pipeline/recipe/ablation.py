@@ -98,7 +98,8 @@ def _read_flags(place: str, variant: VariantSection, given: Flags, base: Routing
     if variant.freeze is not None and "btx-freeze" in variant.megatron:
         refuse(f"{place}.freeze", "megatron.btx-freeze says it a second time; leave one of them out")
     inherited = dict(given)
-    if base.method == "switch" != routing.method:  # the mix's capacity is that of its own method
+    has_capacity_of_the_mix = base.method.capacity is not None
+    if has_capacity_of_the_mix and routing.method != base.method:
         inherited["moe-expert-capacity-factor"] = None
     return {
         **inherited,

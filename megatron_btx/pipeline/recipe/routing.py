@@ -5,45 +5,45 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from megatron_btx.ground.routing_methods import (
+    BALANCING,
+    BALANCING_COEFFICIENT,
+    DEFAULT_TOPK,
+    NAMES,
+    RoutingMethod,
+    find_method,
+)
 from megatron_btx.pipeline.recipe.flags import Flags, FlagValue
 from megatron_btx.pipeline.recipe.refusals import refuse
 
 if TYPE_CHECKING:
     from megatron_btx.pipeline.recipe.written import RoutingSection
 
-METHODS = ("top-k", "top-k-pre-softmax", "switch", "soft", "sample-top1")
-BALANCING = ("megatron", "paper", "none")
-SWITCH_CAPACITY = 1.5
-"""The paper's capacity factor of switch routing."""
-_DEFAULT_TOP_K = 2
-_PAPER_COEFFICIENT = 0.01
 _KIND, _COEFFICIENT = "moe-router-load-balancing-type", "moe-aux-loss-coeff"
 
 
 class Routing(NamedTuple):
     """How a mixture routes: a method, its k, and the loss that balances it."""
 
-    method: str
+    method: RoutingMethod
     top_k: int
     balancing: str | None
     """None: as the flags say."""
 
     def flags(self, given: Flags) -> dict[str, FlagValue]:
         """The flags that follow, beside those ``given`` for the mix; false takes a given one back."""
-        flags: dict[str, FlagValue] = {"moe-router-topk": self.top_k}
-        if self.method in ("top-k-pre-softmax", "switch", "sample-top1"):
-            flags["moe-router-pre-softmax"] = True
-        if self.method == "switch":
-            flags["moe-expert-capacity-factor"] = given.get("moe-expert-capacity-factor") or SWITCH_CAPACITY
-        if self.method == "sample-top1":
-            flags["btx-sample-top1"] = True
+        flags: dict[str, FlagValue] = {}
+        flags |= self.method.flags(self.top_k, self.top_k)
+        capacity = "moe-expert-capacity-factor"
+        if capacity in flags and given.get(capacity):
+            flags[capacity] = given[capacity]
         if self.balancing == "none":
             flags |= {_KIND: "none", _COEFFICIENT: False, "btx-load-balancing": False}
         elif self.balancing is not None:
             kind = given.get(_KIND)
             if kind in (None, False, "none"):
                 kind = "aux_loss"
-            coefficient = given.get(_COEFFICIENT) or _PAPER_COEFFICIENT
+            coefficient = given.get(_COEFFICIENT) or BALANCING_COEFFICIENT
             flags |= {_KIND: kind, _COEFFICIENT: coefficient, "btx-load-balancing": self.balancing}
         return flags
 
@@ -54,26 +54,26 @@ def read_routing(place: str, section: RoutingSection, experts: int, base: Routin
     Raises:
         InputError: an unknown method, or a k that the method does not have.
     """
-    method = section.routing or (base.method if base else METHODS[0])
-    if method not in METHODS:
-        refuse(f"{place}.routing", f"found {method!r}, expected one of {', '.join(METHODS)}")
+    name = section.routing or (base.method.name if base else NAMES[0])
+    method = find_method(name)
+    if method is None:
+        refuse(f"{place}.routing", f"found {name!r}, expected one of {', '.join(NAMES)}")
     return Routing(method, _read_top_k(place, section, method, experts, base), _read_balancing(place, section, base))
 
 
-def _read_top_k(place: str, section: RoutingSection, method: str, experts: int, base: Routing | None) -> int:
-    has_k = ("top-k", "top-k-pre-softmax")
-    if method not in has_k:
+def _read_top_k(place: str, section: RoutingSection, method: RoutingMethod, experts: int, base: Routing | None) -> int:
+    if not method.takes_topk:
         if section.top_k is not None:
-            refuse(f"{place}.top-k", f"{method} routing has its own k; leave it out")
-        return experts if method == "soft" else 1
-    top_k = min(_DEFAULT_TOP_K, experts)
-    if base and base.method in has_k:
+            refuse(f"{place}.top-k", f"{method.name} routing has its own k; leave it out")
+        return method.experts_per_token(experts)
+    top_k = min(DEFAULT_TOPK, experts)
+    if base and base.method.takes_topk:
         top_k = base.top_k
     if section.top_k is not None:
         top_k = section.top_k
     if top_k > experts:
         refuse(f"{place}.top-k", f"found {top_k}, expected at most the {experts} experts of the mix")
-    if method == "top-k" and top_k == 1 and experts > 1:
+    if not method.pre_softmax and top_k == 1 and experts > 1:
         refuse(f"{place}.top-k", "found 1: after the softmax of one logit every gate is 1; take routing: switch")
     return top_k
 
