@@ -1,23 +1,14 @@
-"""A recipe's flags and stages under the programs' own checks, before the first stage runs.
-
-They are Megatron's parser, Megatron's validation, and what our training and evaluation refuse. A process of its own
-makes them.
-"""
+"""A recipe's flags and stages under the programs' own checks, before the first stage runs."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import redirect_stdout
-from typing import Any, NoReturn
 
-from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.recipe.flags import Flags, to_argv
 from megatron_btx.pipeline.stage import Program, Stage
 
@@ -27,7 +18,8 @@ def check_with_megatron(
 ) -> None:
     """Refuse what the installed Megatron does not know, and what the programs of ``stages`` would refuse themselves.
 
-    Another process does it, because importing Megatron takes some 10 s and 500 MB that would then stay in this one.
+    Another process does it (:mod:`megatron_btx.training.check_stages`): importing Megatron takes some 10 s and 500 MB,
+    which would stay in this one.
 
     Args:
         sections: place in ``file`` -> flags.
@@ -38,7 +30,7 @@ def check_with_megatron(
         "sections": {where: to_argv(flags) for where, flags in sections.items()},
         "stages": {stage.name: (stage.processes, program_words(stage)) for stage in stages},
     }
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_btx.pipeline.program_checks"]
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_btx.training.check_stages"]
     environment = os.environ if use_gpus else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     answer = subprocess.run(
         command, input=json.dumps(asked), capture_output=True, text=True, check=False, env=environment
@@ -52,157 +44,3 @@ def program_words(stage: Stage) -> list[str]:
     """The words of the program of ours that ``stage`` starts."""
     assert isinstance(stage.program, Program)
     return list(stage.program.words)
-
-
-class _RefusingParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are exceptions."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
-def _megatron_parser() -> argparse.ArgumentParser:
-    from megatron.training.arguments import add_megatron_arguments
-
-    from megatron_btx.engine.flags import add_btx_arguments
-
-    parser = _RefusingParser(allow_abbrev=False, add_help=False)
-    add_megatron_arguments(parser)
-    return add_btx_arguments(parser)
-
-
-def check_sections(parser: argparse.ArgumentParser, sections: Mapping[str, list[str]]) -> None:
-    """Parse each section's command line with ``parser``; raises InputError naming the place and the close match."""
-    known: list[str] = []
-    for action in parser._actions:
-        known += [option.removeprefix("--") for option in action.option_strings]
-    for where, argv in sections.items():
-        for name in (word.removeprefix("--") for word in argv if word.startswith("--")):
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else "see python -m megatron_btx.pretrain --help-megatron"
-                raise InputError(f"{where}.{name}: Megatron has no flag --{name}; {hint}")
-        try:
-            parser.parse_args(argv)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-
-
-def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int, list[str]]]) -> None:
-    """What a training or evaluating program checks of its arguments alone; ``stages``: name -> processes, words.
-
-    Raises:
-        InputError: the stage, and the program's own sentence.
-    """
-    from megatron_btx.engine.checks import routing as checks
-    from megatron_btx.engine.checks import useless_flags
-    from megatron_btx.training import validation
-
-    masked: dict[str, bool] = {}  # of the evaluations that stages ahead will write
-    for stage, (processes, words) in stages.items():
-        try:
-            args = _parsed(parser, processes, words)
-            for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):  # as Megatron's validation does
-                value = getattr(args, name)
-                setattr(args, name, value[0] if isinstance(value, list) and len(value) == 1 else value)
-            useless_flags.check_flags(args)
-            checks.check_layout(args)
-            checks.check_finetuning(args)
-            _check_bound(args)
-            bound = args.btx_first_loss_bound
-            if bound in masked:
-                validation.check_masked_alike(f"--btx-first-loss-bound {bound}", masked[bound], args.eod_mask_loss)
-            if args.btx_eval_output is not None:
-                masked[args.btx_eval_output] = args.eod_mask_loss
-            _check_data(args)
-        except InputError as error:
-            raise InputError(f"stage {stage}: {error}") from None
-
-
-def check_with_validation(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int, list[str]]]) -> None:
-    """Refuse what Megatron's own validation would when a program starts. The CPU's stand-ins must be installed.
-
-    Raises:
-        InputError: the stage, and Megatron's sentence.
-    """
-    from megatron.training.arguments import validate_args
-
-    from megatron_btx.ground.errors import refused
-
-    for stage, (processes, words) in stages.items():
-        args = _parsed(parser, processes, words)
-        try:
-            with redirect_stdout(io.StringIO()):  # it lists all arguments
-                validate_args(args, {})
-        except (AssertionError, ValueError) as refusal:
-            raise InputError(f"stage {stage}: {refused(refusal)}") from None
-
-
-def _parsed(parser: argparse.ArgumentParser, processes: int, words: list[str]) -> Any:
-    args = parser.parse_args(words)
-    args.world_size, args.rank = processes, 0
-    return args
-
-
-def _check_data(args: Any) -> None:
-    """Refuse datasets on which a stage would not start, or not end, before the stages ahead of it are trained.
-
-    A run's own datasets lie at paths relative to its directory and may have to be made first: they are not looked at.
-    """
-    from megatron_btx.data.description import ALLOWANCE, Tokenizer, check_description
-    from megatron_btx.data.inputs import form_of
-    from megatron_btx.data.splits import LEGACY_SPLIT, check_splits, splits_of
-    from megatron_btx.data.training import check_indexed_dataset
-
-    trains = args.train_data_path or args.data_path or args.data_args_path or args.per_split_data_args_path
-    if args.data_path and args.split is None:
-        args.split = LEGACY_SPLIT
-    named: dict[str, str] = {}
-    for split in splits_of(args):
-        named |= dict.fromkeys(split.blend[0], split.flag)
-    for flag, words in (("--btx-valid-data", args.btx_valid_data), ("--btx-eval-data", args.btx_eval_data)):
-        for name, _, path in (word.partition("=") for word in words):
-            if form_of(path) is None:
-                named[path] = f"{flag} {name}="
-    given = {prefix: flag for prefix, flag in named.items() if os.path.isabs(prefix)}
-    for prefix, flag in given.items():
-        check_indexed_dataset(prefix, flag)
-    if trains:
-        check_splits(args, os.path.isabs)
-    tokenizer = Tokenizer.of(vars(args), None) if given else None
-    for prefix, flag in given.items():
-        assert tokenizer is not None
-        check_description(prefix, flag, tokenizer, args.padded_vocab_size, ALLOWANCE in args.btx_allow_change)
-
-
-def _check_bound(args: Any) -> None:
-    """A bound that is a number is checked; a file may be one that an earlier stage will make."""
-    from megatron_btx.training import validation
-
-    try:
-        float(args.btx_first_loss_bound)
-    except (TypeError, ValueError):
-        return
-    validation.bounds(args)
-
-
-@exits_with_one_line
-def main() -> int:
-    """Check the sections and stages given as JSON on standard input; see :func:`check_with_megatron`."""
-    from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
-
-    prepare_environment()
-    install_cpu_stand_ins()
-    from megatron_btx.evaluation.program import add_evaluation_arguments
-
-    asked: dict[str, Any] = json.load(sys.stdin)
-    parser = _megatron_parser()
-    check_sections(parser, asked["sections"])
-    add_evaluation_arguments(parser)  # set by the pipeline alone, so that no section may have them
-    check_stages(parser, asked["stages"])
-    check_with_validation(parser, asked["stages"])
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,9 +20,9 @@ TYPE = "--moe-router-load-balancing-type "
 @pytest.fixture(scope="module")
 def parser() -> argparse.ArgumentParser:
     """Megatron's own, with our flags."""
-    from megatron_btx.pipeline.program_checks import _megatron_parser
+    from megatron_btx.training.check_stages import megatron_parser
 
-    return _megatron_parser()
+    return megatron_parser()
 
 
 def check(parser: argparse.ArgumentParser, flags: str, moe: bool = True) -> None:

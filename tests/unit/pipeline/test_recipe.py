@@ -28,6 +28,7 @@ from megatron_btx.pipeline.recipe.schema import Layout, Recipe, Training
 from megatron_btx.pipeline.recipe.yaml_tree import load_tree
 from megatron_btx.pipeline.scripts import shell_script
 from megatron_btx.pipeline.stage import Stage, command_script
+from megatron_btx.training import check_stages
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "recipes" / "quickstart.yaml"
 BATCH_TOKENS = 4 * 256
@@ -522,16 +523,16 @@ def test_the_vocabulary_is_padded_as_megatron_does() -> None:
 
 
 def test_flags_are_checked_by_the_parser_with_the_place_and_the_close_match() -> None:
-    parser = program_checks._RefusingParser(allow_abbrev=False)
+    parser = check_stages.RefusingParser(allow_abbrev=False)
     parser.add_argument("--num-layers", type=int)
-    program_checks.check_sections(parser, {"model": ["--num-layers", "4"]})
+    check_stages.check_sections(parser, {"model": ["--num-layers", "4"]})
     with pytest.raises(InputError, match=r"model\.num-layer: .*did you mean num-layers"):
-        program_checks.check_sections(parser, {"model": ["--num-layer", "4"]})
+        check_stages.check_sections(parser, {"model": ["--num-layer", "4"]})
     with pytest.raises(InputError) as refusal:
-        program_checks.check_sections(parser, {"model": ["--num-layer", "4"], "training": []})
+        check_stages.check_sections(parser, {"model": ["--num-layer", "4"], "training": []})
     assert ";;" not in str(refusal.value).replace(" ", "")
     with pytest.raises(InputError, match="model: argument --num-layers: invalid int value: 'four'"):
-        program_checks.check_sections(parser, {"model": ["--num-layers", "four"]})
+        check_stages.check_sections(parser, {"model": ["--num-layers", "four"]})
 
 
 def test_the_quickstarts_flags_are_megatrons_and_wrong_ones_are_refused() -> None:

@@ -16,6 +16,7 @@ from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline import identity, program_checks
 from megatron_btx.pipeline.planner import plan_stages
 from megatron_btx.pipeline.recipe.reading import load_recipe
+from megatron_btx.training import check_stages
 from tests import pico
 
 RECIPES = Path(__file__).resolve().parents[3] / "examples" / "recipes"
@@ -24,14 +25,14 @@ RECIPES = Path(__file__).resolve().parents[3] / "examples" / "recipes"
 @pytest.fixture(scope="module")
 def parser() -> ArgumentParser:
     """Megatron's parser with our flags, made once: its import takes some 10 s."""
-    made = program_checks._megatron_parser()
+    made = check_stages.megatron_parser()
     return add_evaluation_arguments(made)
 
 
 def check(parser: ArgumentParser, recipe: str, *changes: str) -> None:
     stages = plan_stages(load_recipe(RECIPES / f"{recipe}.yaml", list(changes)))
     asked = {stage.name: (stage.processes, program_checks.program_words(stage)) for stage in stages if stage.on_gpu}
-    program_checks.check_stages(parser, asked)
+    check_stages.check_stages(parser, asked)
 
 
 @pytest.mark.parametrize("recipe", sorted({file.stem for file in RECIPES.glob("*.yaml")} - {"four-models"}))
@@ -84,10 +85,10 @@ def test_datasets_are_checked_before_the_first_stage(words, said, parser, datase
     ]
     stages = {"seed": (1, [*pico.MODEL, *pico.TRAINING, "--train-iters", "2", *data])}
     if said is None:
-        program_checks.check_stages(parser, stages)
+        check_stages.check_stages(parser, stages)
         return
     with pytest.raises(InputError, match=said):
-        program_checks.check_stages(parser, stages)
+        check_stages.check_stages(parser, stages)
 
 
 TENSOR = "evaluate.layout={processes: 2, tensor-model-parallel-size: 2}"
