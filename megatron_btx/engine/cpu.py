@@ -5,8 +5,7 @@ On a machine without one, :func:`install_cpu_stand_ins` redirects "cuda" to the 
 device statistics into no-ops, so that the *same* program trains over gloo: at real tensor, pipeline, expert and data
 parallelism, slowly and exactly. On a machine with a GPU nothing here runs.
 
-Every stand-in first checks that what it replaces has the form it was written for; otherwise
-:class:`~megatron_btx.ground.errors.MegatronVersionError` names the versions, because a silent mismatch would be worse.
+Every stand-in goes through :mod:`megatron_btx.engine.patch`, which first checks that what it replaces is there.
 """
 
 from __future__ import annotations
@@ -15,15 +14,12 @@ import collections
 import contextlib
 import functools
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_btx.ground.errors import MegatronVersionError
-
-WRITTEN_FOR = "megatron-core 0.19"
+from megatron_btx.engine import patch
 
 CPU_DEFAULTS: dict[str, Any] = {
     "distributed_backend": "gloo",
@@ -36,7 +32,6 @@ _FACTORIES = (
     "arange empty empty_like full full_like linspace ones ones_like rand randint randn randperm tensor as_tensor "
     "zeros zeros_like eye"
 ).split()
-_RANGES = ("range_push", "range_pop")
 _METHODS = "new_empty new_full new_ones new_tensor new_zeros".split()
 
 KERNELS_FOR_GPUS = ("transformer_engine", "apex", "amp_C")
@@ -121,13 +116,11 @@ def _redirect_devices() -> None:
         return on_cpu
 
     for name in _FACTORIES:
-        setattr(torch, name, redirected(_expect(torch, name)))
+        patch.wrap(torch, name, redirected)
     for name in _METHODS:
-        setattr(torch.Tensor, name, redirected(_expect(torch.Tensor, name)))
+        patch.wrap(torch.Tensor, name, redirected)
 
-    original_to, original_type = _expect(torch.Tensor, "to"), _expect(torch.Tensor, "type")
-    _expect(torch.Tensor, "cuda")
-    _expect(torch.nn.Module, "cuda")
+    original_to, original_type = torch.Tensor.to, torch.Tensor.type
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and _is_cuda(args[0]) and not isinstance(args[0], torch.dtype):
@@ -142,12 +135,14 @@ def _redirect_devices() -> None:
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # The optimizers and the gradient norm tell precisions apart by the *name* of the CUDA tensor type.
         answer = original_type(self, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+        if isinstance(answer, str):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
 
-    torch.Tensor.to = to  # type: ignore[method-assign, assignment]
-    torch.Tensor.cuda = cuda  # type: ignore[method-assign, assignment]
-    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment, misc]
+    patch.replace(torch.Tensor, "to", to)
+    patch.replace(torch.Tensor, "cuda", cuda)
+    patch.replace(torch.Tensor, "type", type_)
+    patch.replace(torch.nn.Module, "cuda", lambda self, device=None: self)
 
 
 class _Nothing:
@@ -212,15 +207,11 @@ def _answer_for_cuda() -> None:
         "mem_get_info": lambda device=None: (0, 0),
     }
     for name, answer in answers.items():
-        _expect(torch.cuda, name)
-        setattr(torch.cuda, name, answer)
-    for owner, names in ((torch.cuda.random, ("get_rng_state", "set_rng_state")), (torch.cuda.nvtx, _RANGES)):
-        for name in names:
-            _expect(owner, name)
-    torch.cuda.random.get_rng_state = get_rng_state
-    torch.cuda.random.set_rng_state = set_rng_state
-    torch.cuda.nvtx.range_push = lambda message: 0
-    torch.cuda.nvtx.range_pop = lambda: 0
+        patch.replace(torch.cuda, name, answer)
+    patch.replace(torch.cuda.random, "get_rng_state", get_rng_state)
+    patch.replace(torch.cuda.random, "set_rng_state", set_rng_state)
+    patch.replace(torch.cuda.nvtx, "range_push", lambda message: 0)
+    patch.replace(torch.cuda.nvtx, "range_pop", lambda: 0)
 
 
 class _CpuProperties:
@@ -289,7 +280,9 @@ def _replace_in_megatron() -> None:
 
     def as_on_a_gpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         # The dispatcher wants split sizes as numpy arrays; the original converts only tensors found on a GPU.
-        return tensor.detach().cpu().numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+        if torch.is_tensor(tensor) and as_numpy:
+            return tensor.detach().cpu().numpy()
+        return tensor
 
     name = "maybe_move_tensor_to_cpu"
     parameters = ["tensor", "as_numpy", "record_stream"]
@@ -307,41 +300,12 @@ def _with_own_generator(loader: Any) -> Any:
 
 def _replace(
     module_name: str,
-    attribute: str,
+    name: str,
     parameters: list[str],
     make: Callable[[Callable[..., Any]], Callable[..., Any]],
     only_first: int | None = None,
 ) -> None:
-    """Replace ``module.attribute`` by ``make(original)`` after checking the original's parameter names."""
+    """Replace a function of a module by ``make(original)``, after checking the names of the original's parameters."""
     module = importlib.import_module(module_name)
-    original = _expect(module, attribute)
-    found = list(inspect.signature(original).parameters)
-    if found[:only_first] != parameters:
-        raise MegatronVersionError(
-            f"{module_name}.{attribute} takes {found}, expected {parameters}: this stand-in was written for "
-            f"{WRITTEN_FOR}, found {_megatron_version()}; install the pinned version"
-        )
-    setattr(module, attribute, make(original))
-
-
-def _expect(owner: Any, attribute: str) -> Any:
-    found = getattr(owner, attribute, None)
-    if found is None:
-        where = getattr(owner, "__name__", repr(owner))
-        raise MegatronVersionError(
-            f"{where}.{attribute} does not exist: this stand-in was written for {WRITTEN_FOR}, "
-            f"found {_megatron_version()} with torch {_torch_version()}; install the pinned versions"
-        )
-    return found
-
-
-def _megatron_version() -> str:
-    from importlib.metadata import version
-
-    return f"megatron-core {version('megatron-core')}"
-
-
-def _torch_version() -> str:
-    import torch
-
-    return str(torch.__version__)
+    patch.expect_parameters(module, name, parameters, only_first)
+    patch.wrap(module, name, make)

@@ -17,12 +17,13 @@ from megatron_btx.checkpoint.tokenizer_path import locate_tokenizer
 from megatron_btx.checkpoint.tokenizers.kinds import refuse_placeholders
 from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.engine import patch
 from megatron_btx.engine.checks.routing import check_checkpoint_format, check_finetuning, check_layout
 from megatron_btx.engine.checks.useless_flags import check_flags
 from megatron_btx.engine.flags import add_btx_arguments
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
 from megatron_btx.ground import launch
-from megatron_btx.ground.errors import InputError, MegatronVersionError, refused
+from megatron_btx.ground.errors import InputError, refused
 
 _MODEL_FLAGS = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 """What Megatron's validation asks for of every model."""
@@ -127,9 +128,7 @@ def _quiet_megatron() -> int:
     """
     from megatron.training import arguments
 
-    if not hasattr(arguments, "_print_args"):
-        raise MegatronVersionError("megatron.training.arguments._print_args is not where 0.19 has it")
-    arguments._print_args = lambda *_: None
+    patch.replace(arguments, "_print_args", lambda *_: None)
     level = int(os.environ.get("MEGATRON_LOGGING_LEVEL", logging.WARNING))
     logging.getLogger().setLevel(level)
     return level

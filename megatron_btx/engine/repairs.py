@@ -7,7 +7,7 @@ import functools
 from importlib.util import find_spec
 from typing import Any
 
-from megatron_btx.ground.errors import MegatronVersionError
+from megatron_btx.engine import patch
 
 
 def install() -> None:
@@ -30,9 +30,9 @@ def use_the_shipped_dataset_helper() -> None:
     """
     from megatron.core.datasets import utils
 
-    _expect(utils, "compile_helpers")
+    patch.expect(utils, "compile_helpers")
     if find_spec("megatron.core.datasets.helpers_cpp") is not None:
-        utils.compile_helpers = lambda: None
+        patch.replace(utils, "compile_helpers", lambda: None)
 
 
 def use_an_optimizer_that_resumes() -> None:
@@ -51,14 +51,17 @@ def use_an_optimizer_that_resumes() -> None:
         (distrib_optimizer, "USING_APEX_OPTIMIZER"),
         (distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states"),
     ):
-        _expect(owner, name)
+        patch.expect(owner, name)
     if not optimizers.USING_PYTORCH_OPTIMIZER:
         return
     from megatron_btx.engine.adam import GroupStepAdam
 
-    optimizers.Adam = distrib_optimizer.Adam = GroupStepAdam
-    optimizers.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    patch.replace(optimizers, "Adam", GroupStepAdam)
+    patch.replace(optimizers, "USING_PYTORCH_OPTIMIZER", False)
+    patch.replace(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    patch.replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+    # Without apex and Transformer Engine the module never imported the name that it uses with them.
+    distrib_optimizer.Adam = GroupStepAdam
 
     original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
 
@@ -67,7 +70,7 @@ def use_an_optimizer_that_resumes() -> None:
         with torch.no_grad():
             return original(self, *positional, **named)
 
-    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = without_gradients
+    patch.replace(distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", without_gradients)
 
 
 def recompute_norms_without_fp8() -> None:
@@ -78,8 +81,7 @@ def recompute_norms_without_fp8() -> None:
     """
     from megatron.core.tensor_parallel import random
 
-    _expect(random, "HAVE_TE")
-    _expect(random, "CheckpointWithoutOutput")
+    patch.expect(random, "HAVE_TE", "CheckpointWithoutOutput")
     if random.HAVE_TE:
         return
     original = random.CheckpointWithoutOutput.__init__
@@ -89,7 +91,7 @@ def recompute_norms_without_fp8() -> None:
         original(self, fp8)
         self.fp8 = False
 
-    random.CheckpointWithoutOutput.__init__ = without_fp8
+    patch.replace(random.CheckpointWithoutOutput, "__init__", without_fp8)
 
 
 ROUTING_NOISE = {
@@ -108,7 +110,7 @@ def route_without_noise_in_evaluation() -> None:
     """
     from megatron.core.transformer.moe.router import TopKRouter
 
-    _expect(TopKRouter, "apply_input_jitter")
+    patch.expect(TopKRouter, "apply_input_jitter")
     original = TopKRouter.forward
 
     @functools.wraps(original)
@@ -123,12 +125,4 @@ def route_without_noise_in_evaluation() -> None:
         finally:
             self.config = given
 
-    TopKRouter.forward = forward
-
-
-def _expect(owner: Any, name: str) -> None:
-    if not hasattr(owner, name):
-        raise MegatronVersionError(
-            f"{getattr(owner, '__name__', owner)}.{name} does not exist: written for megatron-core 0.19; "
-            "install the pinned version"
-        )
+    patch.replace(TopKRouter, "forward", forward)

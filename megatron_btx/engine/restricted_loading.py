@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from megatron_btx.checkpoint.safe_pickle import allowed_globals, load_pickle
+from megatron_btx.engine import patch
 from megatron_btx.ground.errors import CheckpointError, MegatronVersionError
 
 _ALWAYS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -116,7 +117,7 @@ def _restrict_index() -> None:
             f"torch {torch.__version__} does not read a checkpoint's index with pickle.load as expected; "
             "install the pinned version"
         )
-    filesystem.pickle = _IndexPickle("pickle")  # type: ignore[attr-defined]
+    patch.replace(filesystem, "pickle", _IndexPickle("pickle"))
 
 
 def loading_failed(path: str, failure: BaseException) -> CheckpointError:

@@ -6,13 +6,12 @@ inside the linear layer after it.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.sizes import mixture_layers
-from megatron_btx.ground.errors import BTXError, InputError, MegatronVersionError
+from megatron_btx.ground.errors import BTXError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -238,67 +237,3 @@ def _require_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> torch
     import torch
 
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
-
-
-def install_schedule_logging() -> None:
-    """Have Megatron log the schedule's learning rate also where every group that is trained has one of its own.
-
-    It logs that of a group without one, and nothing where there is none, as with a multiplier on each.
-
-    Raises:
-        MegatronVersionError: the installed Megatron finds it elsewhere.
-    """
-    from megatron.training import training
-
-    for name in ("get_optimizer_param_scheduler", "get_canonical_lr_for_logging"):
-        if not hasattr(training, name):
-            raise MegatronVersionError(f"megatron.training.training.{name} is not where 0.19 has it")
-    build, of_groups = training.get_optimizer_param_scheduler, training.get_canonical_lr_for_logging
-
-    @functools.wraps(build)
-    def remembered(optimizer: Any) -> Any:
-        scheduler = build(optimizer)
-
-        @functools.wraps(of_groups)
-        def learning_rate(groups: list[dict[str, Any]]) -> float:
-            found = of_groups(groups)
-            return scheduler.get_lr({}) if found is None else found
-
-        training.get_canonical_lr_for_logging = learning_rate
-        return scheduler
-
-    training.get_optimizer_param_scheduler = remembered
-
-
-def install_lr_multipliers(factors: Mapping[str, float], args: Any) -> None:
-    """Give groups their own peak and least learning rate, as Megatron does for its decoupled one.
-
-    ``pretrain`` takes no overrides, so the function that makes them is wrapped. (Its scheduler ignores ``lr_mult``.)
-
-    Raises:
-        MegatronVersionError: the installed Megatron makes its overrides elsewhere.
-    """
-    if not factors:
-        return
-    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
-    from megatron.training import training
-
-    if not hasattr(training, "get_megatron_optimizer_config"):
-        raise MegatronVersionError("megatron.training.training.get_megatron_optimizer_config is not where 0.19 has it")
-    original = training.get_megatron_optimizer_config
-    tied = not args.untie_embeddings_and_output_weights
-
-    @functools.wraps(original)
-    def with_multipliers(args: Any) -> Any:
-        config, overrides = original(args)
-        overrides = dict(overrides or {})
-        for group, factor in factors.items():
-
-            def belongs(_parameter: Any, name: str, group: str = group) -> bool:
-                return group_of(name, tied) == group
-
-            key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"btx_{group}", fn=belongs))
-            overrides[key] = {"max_lr": factor * config.lr, "min_lr": factor * (config.min_lr or 0.0)}
-        return config, overrides
-
-    training.get_megatron_optimizer_config = with_multipliers
