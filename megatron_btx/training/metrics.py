@@ -7,13 +7,14 @@ file goes on; the last line of an iteration counts. A step after which Megatron 
 
 from __future__ import annotations
 
-import functools
+import argparse
 import json
 import os
 import time
 from typing import Any
 
-from megatron_btx.ground.errors import MegatronVersionError
+from megatron_btx.engine import patch
+from megatron_btx.training.hooks import Follower
 
 
 class MetricsWriter:
@@ -76,36 +77,36 @@ def _ends_within_a_line(file: str) -> bool:
         return existing.read() != b"\n"
 
 
-def install(args: Any) -> None:
-    """Join Megatron's TensorBoard writer on the rank that logs (the last one), if --btx-metrics is given."""
+class MetricsFollower(Follower):
+    """Completes a step's line when Megatron has logged the step, and again when it has evaluated."""
+
+    def __init__(self, writer: MetricsWriter) -> None:
+        self._writer = writer
+
+    def after_log(self, iteration: int, losses: dict[str, Any]) -> None:
+        """Write the step's line."""
+        self._writer.write_step(iteration, losses)
+
+    def after_evaluation(self, iteration: int, is_test: bool) -> None:
+        """Write the line once more, with what was found."""
+        self._writer.write_evaluation(iteration, is_test)
+
+
+def write_metrics(args: argparse.Namespace) -> list[Follower]:
+    """Join Megatron's TensorBoard writer on the rank that logs (the last one), if --btx-metrics is given.
+
+    Returns:
+        what must follow the steps; nothing on the other ranks.
+
+    Raises:
+        MegatronVersionError: the installed Megatron keeps its writer elsewhere.
+    """
     if args.btx_metrics is None or args.rank != args.world_size - 1:
-        return
-    from megatron.training import global_vars, training
+        return []
+    from megatron.training import global_vars
 
-    if not hasattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER"):
-        raise MegatronVersionError("megatron.training has no TensorBoard writer where 0.19 has it")
-    for name in ("training_log", "evaluate_and_print_results"):
-        if not hasattr(training, name):
-            raise MegatronVersionError(f"megatron.training.training.{name} does not exist: written for 0.19")
-    writer = MetricsWriter(args.btx_metrics, global_vars._GLOBAL_TENSORBOARD_WRITER)
-    global_vars._GLOBAL_TENSORBOARD_WRITER = writer
-    original, evaluate = training.training_log, training.evaluate_and_print_results
-
-    @functools.wraps(original)
-    def training_log(
-        loss_dict: dict[str, Any], total_loss_dict: Any, learning_rate: Any, iteration: int, *rest: Any, **named: Any
-    ) -> Any:
-        result = original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named)
-        writer.write_step(iteration, loss_dict)
-        return result
-
-    @functools.wraps(evaluate)
-    def evaluate_and_print_results(
-        prefix: str, forward: Any, data: Any, model: Any, iteration: int, *rest: Any, **named: Any
-    ) -> Any:
-        result = evaluate(prefix, forward, data, model, iteration, *rest, **named)
-        writer.write_evaluation(iteration, prefix.endswith("on test set"))
-        return result
-
-    training.training_log = training_log
-    training.evaluate_and_print_results = evaluate_and_print_results
+    name = "_GLOBAL_TENSORBOARD_WRITER"
+    patch.expect(global_vars, name)
+    writer = MetricsWriter(args.btx_metrics, getattr(global_vars, name))
+    patch.replace(global_vars, name, writer)
+    return [MetricsFollower(writer)]

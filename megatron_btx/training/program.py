@@ -148,16 +148,18 @@ def prepare(step: Step) -> Any:
         check_optimizers,
         freeze,
         frozen_groups,
-        install_lr_multipliers,
-        install_schedule_logging,
         lr_multipliers,
     )
-    from megatron_btx.training import metrics, telemetry, validation
+    from megatron_btx.training import telemetry
+    from megatron_btx.training.hooks import follow_training
+    from megatron_btx.training.metrics import write_metrics
+    from megatron_btx.training.optimizer import install_lr_multipliers, install_schedule_logging
+    from megatron_btx.training.validation import watch_validation
 
     args = checked_arguments()
     repairs.install()
-    metrics.install(args)
-    validation.install(args)
+    # In this order: losses per domain stand in the step's line of metrics.
+    follow_training([*watch_validation(args), *write_metrics(args)])
     install_schedule_logging()
     install_lr_multipliers(lr_multipliers(args.btx_lr_multiplier, args), args)
     model = model_config(args, step)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_btx.ground.errors import MegatronVersionError
+from megatron_btx.engine import patch
 from megatron_btx.ground.shares import DEAD_SHARE
 
 
@@ -27,8 +27,8 @@ def install(args: Any) -> Callable[[list[Any]], list[Any]]:
     """
     from megatron.core.transformer.moe import moe_logging
 
-    if not hasattr(moe_logging, "set_moe_metrics_tracker") or not hasattr(moe_logging.MoEMetricsTracker, "report"):
-        raise MegatronVersionError("megatron.core.transformer.moe.moe_logging has no tracker where 0.19 has it")
+    patch.expect(moe_logging, "set_moe_metrics_tracker", "MoEMetricsTracker")
+    patch.expect(moe_logging.MoEMetricsTracker, "report")
     sums = RoutingSums(args.num_layers, args.num_experts)
     moe_logging.set_moe_metrics_tracker(_extend(moe_logging.MoEMetricsTracker, sums, args.log_interval)())
 

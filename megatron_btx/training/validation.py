@@ -6,21 +6,30 @@ pass over the same fixed text of every domain each time, with the function that 
 
 from __future__ import annotations
 
-import functools
+import argparse
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.ground.errors import InputError, MegatronVersionError
+from megatron_btx.engine import patch
+from megatron_btx.ground.errors import InputError
+from megatron_btx.training.hooks import Follower
 
 TAG = "lm loss validation"
 MARGIN_NATS = 0.1
 """By how much a mixture may start above the worst expert: averaged shared weights cost something before training."""
+_PARAMETER_GATHERING = (
+    "should_disable_forward_pre_hook",
+    "disable_forward_pre_hook",
+    "enable_forward_pre_hook",
+    "force_param_sync",
+)
+"""Megatron's functions around a forward pass between two steps, in ``training/training.py``."""
 
 
-def check(args: Any) -> None:
+def check(args: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before any process group exists.
 
     Raises:
@@ -36,71 +45,84 @@ def check(args: Any) -> None:
     if texts and args.skip_train:
         raise InputError("--btx-valid-data: --skip-train takes no step to follow; use python -m megatron_btx.evaluate")
     if args.btx_first_loss_bound is not None and not starts_from_a_mix(args):
-        why = (
-            "the model has no experts"
-            if not args.num_experts
-            else "--skip-train takes no step"
-            if args.skip_train
-            else "no checkpoint is loaded that could be broken"
-        )
+        why = "no checkpoint is loaded that could be broken"
+        if not args.num_experts:
+            why = "the model has no experts"
+        elif args.skip_train:
+            why = "--skip-train takes no step"
         raise InputError(f"--btx-first-loss-bound {args.btx_first_loss_bound}: {why}; leave it out")
     bounds(args)
 
 
-def domains(args: Any) -> dict[str, str]:
+def domains(args: argparse.Namespace) -> dict[str, str]:
     """Domain -> prefix, as ``--btx-valid-data`` gives them."""
     from megatron_btx.evaluation.inputs import named_paths
 
     return named_paths(args.btx_valid_data, "--btx-valid-data") if args.btx_valid_data else {}
 
 
-def install(args: Any) -> None:
-    """Make Megatron's training step followed by what is to be watched.
+class FirstLoss(Follower):
+    """Stops a mixture's finetuning at its first step when the mixture is broken."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._bounds = bounds(args)
+
+    def before_step(self, iteration: int, model: list[Any], optimizer: Any) -> None:
+        """Refuse a mix that is worse than its worst expert on a domain, where the experts' losses are given."""
+        if iteration == 0 and isinstance(self._bounds, dict):
+            losses = _losses(model, optimizer, domains(self._args), self._args)
+            _check_domains(losses, self._bounds)
+
+    def after_step(self, done: int, model: list[Any], optimizer: Any, losses: dict[str, Any]) -> None:
+        """Refuse a first step whose loss no sound mix has."""
+        if done != 1:
+            return
+        bound = self._bounds
+        if isinstance(bound, dict):
+            # The training text may hold other domains than those that are watched, and one batch is noise.
+            bound = _guessing(self._args)
+        _check_first_step(losses, bound)
+
+
+class DomainLosses(Follower):
+    """Takes and logs the loss on every domain of --btx-valid-data, when it is due."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._texts = domains(args)
+
+    def after_step(self, done: int, model: list[Any], optimizer: Any, losses: dict[str, Any]) -> None:
+        """Before Megatron logs the step, so that they stand in its line."""
+        if is_due(done, self._args):
+            _log(_losses(model, optimizer, self._texts, self._args), done)
+
+
+def watch_validation(args: argparse.Namespace) -> list[Follower]:
+    """What must follow the steps: the check of a mixture's first, and the losses per domain.
 
     Raises:
         MegatronVersionError: the installed Megatron's training step is of another form.
     """
     from megatron.training import training
 
-    starts = starts_from_a_mix(args)
-    if not args.btx_valid_data and not starts:
-        return
-    for name in (
-        "train_step",
-        "should_disable_forward_pre_hook",
-        "disable_forward_pre_hook",
-        "enable_forward_pre_hook",
-        "force_param_sync",
-    ):
-        if not hasattr(training, name):
-            raise MegatronVersionError(f"megatron.training.training.{name} does not exist: written for 0.19")
-    original = training.train_step
-    per_domain, number = domains(args), bounds(args)
-
-    @functools.wraps(original)
-    def train_step(forward: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
-        iteration = named["iteration"]
-        if starts and iteration == 0 and isinstance(number, dict):
-            _check_domains(_losses(model, optimizer, per_domain, args), number)
-        result = original(forward, data, model, optimizer, *rest, **named)
-        if starts and iteration == 0:
-            # The training text may hold other domains than those that are watched, and one batch is noise.
-            _check_first_step(result[0], number if isinstance(number, float) else _guessing(args))
-        done = iteration + 1
-        if per_domain and is_due(done, args):
-            _log(_losses(model, optimizer, per_domain, args), done)
-        return result
-
-    training.train_step = train_step
+    followers: list[Follower] = []
+    if starts_from_a_mix(args):
+        followers.append(FirstLoss(args))
+    if args.btx_valid_data:
+        followers.append(DomainLosses(args))
+    if followers:
+        patch.expect(training, *_PARAMETER_GATHERING)
+    return followers
 
 
-def is_due(done: int, args: Any) -> bool:
+def is_due(done: int, args: argparse.Namespace) -> bool:
     """Whether the losses per domain are taken after ``done`` steps: Megatron's own flags decide, as for its loss."""
     is_last = done == args.train_iters or (args.exit_interval and done % args.exit_interval == 0)
     return bool(done >= (args.start_eval_at_iter or 0) and (is_last or done % args.eval_interval == 0))
 
 
-def starts_from_a_mix(args: Any) -> bool:
+def starts_from_a_mix(args: argparse.Namespace) -> bool:
     """Whether this run may take the first step of a mixture that it did not train: it does if its iteration is 0.
 
     A fresh mix is a release, which ``--load`` takes without ``--finetune`` and starts at iteration 0.
@@ -110,7 +132,7 @@ def starts_from_a_mix(args: Any) -> bool:
     return bool(args.num_experts and not args.skip_train and checkpoint_to_load(args))
 
 
-def bounds(args: Any) -> float | dict[str, tuple[float, str]]:
+def bounds(args: argparse.Namespace) -> float | dict[str, tuple[float, str]]:
     """The largest sound loss in nats: of the first step, or of every domain with the expert that sets it."""
     given = args.btx_first_loss_bound
     if given is None:
@@ -125,7 +147,7 @@ def bounds(args: Any) -> float | dict[str, tuple[float, str]]:
     return number
 
 
-def _guessing(args: Any) -> float:
+def _guessing(args: argparse.Namespace) -> float:
     """The loss of a model that holds every token equally likely."""
     return math.log(args.padded_vocab_size)
 
@@ -164,7 +186,7 @@ def check_masked_alike(where: str, masked: bool, eod_mask_loss: bool) -> None:
         )
 
 
-def _losses(model: list[Any], optimizer: Any, per_domain: dict[str, str], args: Any) -> dict[str, float]:
+def _losses(model: list[Any], optimizer: Any, per_domain: dict[str, str], args: argparse.Namespace) -> dict[str, float]:
     """The mean loss on every domain, in nats per token, equal on all ranks."""
     from megatron.core.utils import get_model_config
     from megatron.training import get_timers, training
