@@ -25,7 +25,7 @@ FLOORS = (
     "",  # the doors at the top
 )
 """From the ground: a room may import those before it, mixing and model not each other."""
-NEVERS = [
+FORBIDDEN = [
     ("mixing", {"engine", "model", "evaluation", "training", "pipeline", "report"}),
     ("model", {"mixing"}),
     ("checkpoint", {"model", "engine", "data"}),
@@ -75,7 +75,7 @@ def test_arrows_go_down(module: str) -> None:
     """So that there is no circle between rooms."""
     room = room_of(module)
     below = {*FLOORS[: FLOORS.index(room) + 1]}
-    below -= dict(NEVERS).get(room, set())
+    below -= dict(FORBIDDEN).get(room, set())
     assert {f"{name} ({room_of(name)})" for name in ours(module) if room_of(name) not in below} == set()
 
 
