@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(importlib.import_module(module).main(words[1:]))
     if words and words[0] in PROGRAMS:
         return _call_program(words[0], words[1:])
-    arguments = _make_parser().parse_args(words)
+    arguments = make_parser().parse_args(words)
     if arguments.command == "status":
         return status(arguments.run)
     if arguments.recipe is None:
@@ -86,7 +86,7 @@ def _call_program(name: str, words: Sequence[str]) -> int:
     return int(importlib.import_module(module).main())
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="btx",
         description="Branch-Train-MiX on Megatron-core.",

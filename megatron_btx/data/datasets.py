@@ -141,7 +141,7 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
                 print(printable(f"{name}: {listed(map(Path, source['not_read']))}"))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="btx datasets",
         description="Make the datasets of several domains from their texts. docs/data.md says what is read.",
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> int:
     """The command ``btx datasets``."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     _print_summary(make_datasets(arguments.output, read_description(arguments.description), arguments.workers))
     return 0
 

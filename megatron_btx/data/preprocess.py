@@ -150,7 +150,7 @@ def _describe_seen(files: int, empty_documents: int, bad_records: Tally) -> str:
     return seen
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="btx preprocess",
         description="Turn JSON, text or Parquet files into Megatron's indexed datasets. "
@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> int:
     """The command ``btx preprocess``."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     summary = preprocess(
         arguments.input,
         arguments.output_prefix,

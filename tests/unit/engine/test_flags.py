@@ -1,4 +1,4 @@
-"""Every flag of ours stands in --help with its default, and in the README's table."""
+"""Every flag of ours stands in --help with its default, and in docs/flags.md."""
 
 from __future__ import annotations
 
@@ -9,47 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.engine.flags import add_own_arguments
-from megatron_btx.evaluation.analyze_routing import add_analysis_arguments
-from megatron_btx.evaluation.init_router import add_init_arguments
-from megatron_btx.evaluation.program import add_evaluation_arguments
 from megatron_btx.ground.errors import InputError
-from megatron_btx.training.program import add_training_arguments
+from megatron_btx.ground.routing_methods import markdown_table
+from tests import flags_page
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-README = (REPOSITORY / "README.md").read_text()
 
 
-def flags() -> dict[str, argparse.Action]:
-    parser = argparse.ArgumentParser(add_help=False)
-    for add in (
-        add_own_arguments,
-        add_training_arguments,
-        add_evaluation_arguments,
-        add_init_arguments,
-        add_analysis_arguments,
-    ):
-        add(parser)
-    return {action.option_strings[0]: action for action in parser._actions}
+def test_the_page_of_flags_is_what_the_parsers_say():
+    """docs/flags.md is written by ``python -m tests.flags_page``."""
+    assert flags_page.PAGE.read_text(encoding="utf-8") == flags_page.page()
 
 
-def test_there_are_flags():
-    assert len(flags()) > 25
+@pytest.mark.parametrize("heading", flags_page.own_flags())
+def test_every_flag_says_its_default(heading):
+    """Or that it must be given."""
+    for action in flags_page.own_flags()[heading]._actions:
+        assert "(default: " in action.help or "(required)" in action.help, action.option_strings
 
 
-@pytest.mark.parametrize("flag", sorted(flags()))
-def test_flag_is_documented(flag):
-    """One row of the table, with the default where it is a number or a word; the help says its default."""
-    action = flags()[flag]
-    rows = [line for line in README.splitlines() if line.startswith(f"| `{flag}") and line[3 + len(flag)] in " `"]
-    assert len(rows) == 1, flag
-    assert "(default: " in action.help or "(required)" in action.help
-    if isinstance(action.default, int | float | str) and not isinstance(action.default, bool):
-        default = rows[0].rstrip("| ").rpartition("|")[2].strip()
-        if isinstance(action.default, str):
-            assert default == action.default
-        else:
-            assert float(default) == action.default
+def test_the_table_of_routing_methods():
+    """docs/routing.md has it as it is."""
+    assert markdown_table() in (REPOSITORY / "docs" / "routing.md").read_text(encoding="utf-8")
 
 
 PROGRAMS = {
