@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
 
 from megatron_btx.ground.errors import InputError
 
 
-def check_budget(args: Any) -> None:
+def check_budget(args: argparse.Namespace) -> None:
     """Refuse a budget of no step, and one whose last step cannot be: it would end within a batch, or is skipped.
 
     Raises:
@@ -35,7 +35,7 @@ def check_budget(args: Any) -> None:
         )
 
 
-def budget_of(args: Any) -> tuple[int, int]:
+def budget_of(args: argparse.Namespace) -> tuple[int, int]:
     """Steps and samples of the whole run; Megatron works the steps out late where the budget is given in samples.
 
     Its calculator of micro-batches, which knows the schedule of batch sizes, must be there: it is once the arguments

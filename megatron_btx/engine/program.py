@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import pickle
@@ -102,7 +103,7 @@ def parse_arguments(
     return args
 
 
-def check_model_flags(args: Any) -> None:
+def check_model_flags(args: argparse.Namespace) -> None:
     """Refuse a command line without the flags that every model needs, which Megatron asserts one by one.
 
     Raises:
@@ -134,7 +135,7 @@ def _quiet_megatron() -> int:
     return level
 
 
-def find_tokenizer(args: Any) -> Any:
+def find_tokenizer(args: argparse.Namespace) -> Any:
     """Arguments with the tokenizer that lies beside the checkpoint, where the path that is given or stored is gone.
 
     So the flags in megatron_args.txt hold after its folder was moved.

@@ -138,7 +138,7 @@ def main() -> int:
     return 0
 
 
-def _inputs(args: Any) -> tuple[dict[str, str], dict[str, str]]:
+def _inputs(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     from megatron_btx.evaluation.inputs import inputs_of
 
     return inputs_of(args, "route", "a folder")

@@ -114,7 +114,7 @@ def main() -> int:
     return 0
 
 
-def _check_given(args: Any) -> None:
+def _check_given(args: argparse.Namespace) -> None:
     """Raises InputError for what is missing or has another form."""
     from megatron_btx.evaluation.inputs import named_paths
 
@@ -140,7 +140,7 @@ def _checked_output(given: str) -> Path:
     return output
 
 
-def _checked_data(args: Any, stored: dict[str, Any]) -> dict[str, str]:
+def _checked_data(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, str]:
     """Expert -> prefix, in the order of the mixture's experts."""
     from megatron_btx.data.texts import check_documents
     from megatron_btx.data.training import check_descriptions
@@ -202,7 +202,7 @@ def _texts(data: dict[str, str], documents: int) -> tuple[list[Any], list[Any], 
     return *parts, sizes
 
 
-def _drawn(router_rows: Any, args: Any, like: Any) -> Any:
+def _drawn(router_rows: Any, args: argparse.Namespace, like: Any) -> Any:
     """Random routers, as a fresh mix has them."""
     import torch
 

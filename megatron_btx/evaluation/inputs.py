@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_btx.ground.errors import InputError
 
 
-def inputs_of(args: Any, kind: str, output: str) -> tuple[dict[str, str], dict[str, str]]:
+def inputs_of(args: argparse.Namespace, kind: str, output: str) -> tuple[dict[str, str], dict[str, str]]:
     """The models and the texts, name -> path, of ``--btx-KIND-model`` and ``--btx-KIND-data``.
 
     Args:

@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
@@ -92,7 +91,7 @@ def main() -> int:
     return 0
 
 
-def _inputs(args: Any) -> tuple[dict[str, str], dict[str, str]]:
+def _inputs(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     return inputs_of(args, "eval", "the file")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.ground.errors import InputError, refused
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from megatron_btx.model.sampling import Step
 
 
-def model_config(args: Any, step: Step | None = None) -> Any:
+def model_config(args: argparse.Namespace, step: Step | None = None) -> Any:
     """The model as Megatron's GPTModelConfig, with our layers and routers where they were asked for.
 
     Raises:
@@ -38,7 +39,7 @@ def model_config(args: Any, step: Step | None = None) -> Any:
     return model
 
 
-def build_model(args: Any) -> list[Any]:
+def build_model(args: argparse.Namespace) -> list[Any]:
     """The model chunks of this rank, without gradients, buffers or optimizer."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.models.gpt import GPTModelBuilder

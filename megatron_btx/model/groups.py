@@ -6,6 +6,7 @@ inside the linear layer after it.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ def group_of(name: str, tied: bool) -> str:
     raise BTXError(f"parameter {name}: belongs to none of the groups {', '.join(GROUPS)}; freeze none of this model")
 
 
-def groups_of_model(args: Any) -> list[str]:
+def groups_of_model(args: argparse.Namespace) -> list[str]:
     """The groups that the model of Megatron's arguments has, whatever part of it this rank holds."""
     is_moe = _is_mixture(args)
     present = {
@@ -66,11 +67,11 @@ def groups_of_model(args: Any) -> list[str]:
     return [group for group in GROUPS if present.get(group, True)]
 
 
-def _is_mixture(args: Any) -> tuple[bool, ...]:
+def _is_mixture(args: argparse.Namespace) -> tuple[bool, ...]:
     return mixture_layers(args.moe_layer_freq, args.num_layers) if args.num_experts else (False,) * args.num_layers
 
 
-def frozen_groups(words: Iterable[str], args: Any) -> list[str]:
+def frozen_groups(words: Iterable[str], args: argparse.Namespace) -> list[str]:
     """The groups that ``--btx-freeze`` names.
 
     Raises:
@@ -91,7 +92,7 @@ def frozen_groups(words: Iterable[str], args: Any) -> list[str]:
     return [group for group in GROUPS if group in frozen]
 
 
-def check_optimizers(args: Any) -> Callable[[list[Any]], list[Any]]:
+def check_optimizers(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:
     """A hook for ``GPTModelConfig.pre_wrap_hooks``, after freezing: refuse what Megatron trains and cannot resume.
 
     It makes one optimizer of the experts, where they are spread otherwise than the rest (EP > 1, or expert TP other
@@ -145,7 +146,7 @@ def refuse_optimizers(stages: list[set[bool]], distributed: bool) -> None:
     )
 
 
-def lr_multipliers(words: Iterable[str], args: Any) -> dict[str, float]:
+def lr_multipliers(words: Iterable[str], args: argparse.Namespace) -> dict[str, float]:
     """What ``--btx-lr-multiplier GROUP=X ...`` says.
 
     Raises:
@@ -179,7 +180,7 @@ def _check_group(group: str, where: str, present: list[str]) -> None:
         raise InputError(f"{where}: {group!r}: {why}; this model has {', '.join(present)}")
 
 
-def freeze(frozen: list[str], args: Any) -> Callable[[list[Any]], list[Any]]:
+def freeze(frozen: list[str], args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:
     """A hook for ``GPTModelConfig.pre_wrap_hooks``: freezes groups before gradients and optimizer state are laid out.
 
     A frozen parameter gets no gradient buffer, no optimizer state and no weight decay. Megatron updates the biases of
@@ -208,7 +209,7 @@ def freeze(frozen: list[str], args: Any) -> Callable[[list[Any]], list[Any]]:
     return hook
 
 
-def what_freezing_saves(model: list[Any], frozen: list[str], args: Any) -> str:
+def what_freezing_saves(model: list[Any], frozen: list[str], args: argparse.Namespace) -> str:
     """One line: the frozen parameters of this rank, and the bytes of gradients and Adam's state they do without."""
     from megatron.core import mpu
 

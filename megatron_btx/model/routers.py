@@ -7,6 +7,7 @@ softmax, switch, soft) is Megatron's own flags.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import copy
 import dataclasses
@@ -41,7 +42,7 @@ class RouterSettings:
     """Of the sampler's noise."""
 
 
-def settings_from(args: Any) -> RouterSettings | None:
+def settings_from(args: argparse.Namespace) -> RouterSettings | None:
     """The routers that the arguments ask for; None where Megatron's own do."""
     if not args.num_experts or not (args.btx_sample_top1 or args.btx_load_balancing == "paper"):
         return None

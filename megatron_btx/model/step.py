@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -141,7 +142,7 @@ def batches_of(text: Any, where: str) -> list[dict[str, Any]]:
     return batches
 
 
-def masks_and_positions(tokens_BS: torch.Tensor, args: Any) -> dict[str, Any]:
+def masks_and_positions(tokens_BS: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """Which tokens count, who sees whom and where everybody stands: the same as in training, by Megatron's function.
 
     ``--eod-mask-loss``, ``--reset-position-ids`` and ``--reset-attention-mask`` decide.

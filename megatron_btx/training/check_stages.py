@@ -108,7 +108,7 @@ def _parsed(parser: argparse.ArgumentParser, processes: int, words: list[str]) -
     return args
 
 
-def _check_data(args: Any) -> None:
+def _check_data(args: argparse.Namespace) -> None:
     """Refuse datasets on which a stage would not start, or not end, before the stages ahead of it are trained.
 
     A run's own datasets lie at paths relative to its directory and may have to be made first: they are not looked at.
@@ -139,7 +139,7 @@ def _check_data(args: Any) -> None:
         check_description(prefix, flag, tokenizer, args.padded_vocab_size, ALLOWANCE in args.btx_allow_change)
 
 
-def _check_bound(args: Any) -> None:
+def _check_bound(args: argparse.Namespace) -> None:
     """A bound that is a number is checked; a file may be one that an earlier stage will make."""
     from megatron_btx.training import validation
 

@@ -7,6 +7,7 @@ It is Megatron's own ``megatron.training.pretrain`` with our layers and data, af
 
 from __future__ import annotations
 
+import argparse
 import functools
 import io
 import logging
@@ -108,7 +109,9 @@ def check() -> int:
     return 0
 
 
-def _checkpointing_failed(args: Any, failure: CheckpointException | pickle.UnpicklingError) -> CheckpointError:
+def _checkpointing_failed(
+    args: argparse.Namespace, failure: CheckpointException | pickle.UnpicklingError
+) -> CheckpointError:
     """A failed checkpoint in one line, with what helps: most often the disk is full, and the last one stands."""
     from megatron_btx.engine.checks.start import checkpoint_to_load
     from megatron_btx.engine.restricted_loading import loading_failed

@@ -7,6 +7,7 @@ shares of the whole interval, which go where Megatron's scalars go (TensorBoard,
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from megatron_btx.engine import patch
 from megatron_btx.ground.shares import DEAD_SHARE
 
 
-def install(args: Any) -> Callable[[list[Any]], list[Any]]:
+def install(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:
     """Extend Megatron's tracker of mixtures, and return the hook that makes a model's routers report to it.
 
     Returns:

@@ -11,7 +11,7 @@ from tests import pico
 from tests.runner import Zygote, read_losses
 from tests.srun import ENTRY
 
-PROGRAMS = ("pretrain", "evaluate", "routing.warm_start", "routing.analyze")
+PROGRAMS = ("pretrain", "evaluate", "evaluation.init_router", "evaluation.analyze_routing")
 
 
 def step(program: str, **variables: str) -> dict[str, str]:

@@ -6,8 +6,8 @@ the first of them runs.
 
 from __future__ import annotations
 
+import argparse
 import math
-from typing import Any
 
 from megatron_btx.checkpoint.sizes import mixture_layers
 from megatron_btx.engine.flags import SAMPLE_DECAY, SAMPLE_MIN_TEMPERATURE
@@ -18,7 +18,7 @@ CHOOSING_TYPES = {"sinkhorn", "quantile_balancing"}
 """Values of --moe-router-load-balancing-type that are no loss: they choose the experts themselves."""
 
 
-def check_layout(args: Any) -> None:
+def check_layout(args: argparse.Namespace) -> None:
     """Refuse layouts and layers that Megatron's own validation lets through and that fail later, or are not honoured.
 
     Raises:
@@ -67,7 +67,7 @@ def check_layout(args: Any) -> None:
         )
 
 
-def check_checkpoint_format(args: Any) -> None:
+def check_checkpoint_format(args: argparse.Namespace) -> None:
     """Refuse to write or read checkpoints that these programs could not read again.
 
     Megatron's other formats are pickled whole, or belong to wrappers of the model that are not used here.
@@ -83,7 +83,7 @@ def check_checkpoint_format(args: Any) -> None:
         )
 
 
-def check_finetuning(args: Any) -> None:
+def check_finetuning(args: argparse.Namespace) -> None:
     """Refuse routing, freezing and learning rates that make no sense, before any rank starts to train.
 
     Raises:
@@ -100,7 +100,7 @@ def check_finetuning(args: Any) -> None:
             raise InputError(f"{flag}: this model has no experts to route to; give --num-experts, or leave it out")
 
 
-def _check_sampling(args: Any) -> None:
+def _check_sampling(args: argparse.Namespace) -> None:
     if not 0 < args.btx_sample_min_temperature <= 1:
         raise InputError(
             f"--btx-sample-min-temperature {args.btx_sample_min_temperature:g}: expected above 0 and at most 1, where "
@@ -120,11 +120,11 @@ def _check_sampling(args: Any) -> None:
             raise InputError(f"{flag} {value:g} without --btx-sample-top1, which it belongs to; give both, or neither")
 
 
-def _is_paper(args: Any) -> bool:
+def _is_paper(args: argparse.Namespace) -> bool:
     return bool(args.btx_load_balancing == "paper")
 
 
-def _check_routing(args: Any) -> None:
+def _check_routing(args: argparse.Namespace) -> None:
     is_mixture = mixture_layers(args.moe_layer_freq, args.num_layers)
     if len(is_mixture) != args.num_layers or not any(is_mixture):
         raise InputError(
@@ -137,12 +137,12 @@ def _check_routing(args: Any) -> None:
         _check_our_routers(args, "--btx-sample-top1" if args.btx_sample_top1 else "--btx-load-balancing paper")
 
 
-def _balancing_types(args: Any) -> list[str]:
+def _balancing_types(args: argparse.Namespace) -> list[str]:
     kinds = args.moe_router_load_balancing_type
     return [kinds] if isinstance(kinds, str) else list(kinds)
 
 
-def _check_choice(args: Any) -> None:
+def _check_choice(args: argparse.Namespace) -> None:
     """How many experts a token takes, and how many tokens an expert."""
     experts, topk, capacity = args.num_experts, args.moe_router_topk, args.moe_expert_capacity_factor
     if not 1 <= topk <= experts:
@@ -173,7 +173,7 @@ def _check_choice(args: Any) -> None:
         )
 
 
-def _check_balancing(args: Any) -> None:
+def _check_balancing(args: argparse.Namespace) -> None:
     """The kinds of balancing, and their coefficients."""
     kinds, coefficients = _balancing_types(args), args.moe_aux_loss_coeff
     given = f"--moe-router-load-balancing-type {' '.join(kinds)}"
@@ -198,7 +198,7 @@ def _check_balancing(args: Any) -> None:
         )
 
 
-def _check_our_routers(args: Any, flag: str) -> None:
+def _check_our_routers(args: argparse.Namespace, flag: str) -> None:
     """What Megatron's own routers have and ours do not."""
     for other, on, why in (
         ("--moe-router-fusion", args.moe_router_fusion, "the fused kernel knows Megatron's routing alone"),

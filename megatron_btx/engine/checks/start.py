@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_btx.engine.checks.resume import check_resume, step_of
 from megatron_btx.ground.errors import InputError
 
 
-def finished(args: Any) -> str | None:
+def finished(args: argparse.Namespace) -> str | None:
     """What to say of a resumed run that has taken all its steps; None of any other.
 
     Megatron would stop with "no samples left to consume".
@@ -33,7 +34,7 @@ def finished(args: Any) -> str | None:
     return f"{args.load} has step {latest} of {steps}: nothing left to train" if latest >= steps else None
 
 
-def check_against_checkpoint(args: Any) -> None:
+def check_against_checkpoint(args: argparse.Namespace) -> None:
     """Refuse to load a checkpoint into a model it was not made for.
 
     Compares the stored arguments of the checkpoint that Megatron is about to load (the run's own to resume, else
@@ -101,7 +102,7 @@ def _remedy(wrong: list[ModelArgument], stored: Mapping[str, Any], given: Mappin
     return f"{must}; for the rest you can {allow}" if free else must
 
 
-def checkpoint_to_load(args: Any) -> tuple[str, bool] | None:
+def checkpoint_to_load(args: argparse.Namespace) -> tuple[str, bool] | None:
     """The checkpoint Megatron will load, and whether that resumes a run rather than starting one.
 
     A root stands for its latest iteration; with ``--ckpt-step`` the folder of that iteration is given, which Megatron
@@ -124,7 +125,7 @@ def _iteration_of(root: str, step: int | None) -> str:
     return str(Path(root) / f"iter_{step:07d}")
 
 
-def _check_non_persistent(args: Any) -> None:
+def _check_non_persistent(args: argparse.Namespace) -> None:
     """Megatron prefers a checkpoint of ``--non-persistent-ckpt-type global`` when it is newer: it passes the list, too.
 
     Local ones need a library of their own, lie on this node's disk and are held to the list when they are loaded.

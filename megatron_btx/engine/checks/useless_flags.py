@@ -5,9 +5,9 @@ The checks read the parsed arguments alone, so that a recipe's stages can be che
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
 
 from megatron_btx.ground.errors import InputError
 
@@ -21,7 +21,7 @@ Refusal = tuple[str, bool, str]
 """A flag, whether it is given where it is of no use, and why, with what to do."""
 
 
-def check_flags(args: Any) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     """Refuse what is of no use, before a run costs anything.
 
     Raises:
@@ -33,7 +33,7 @@ def check_flags(args: Any) -> None:
                 raise InputError(f"{flag}: {why}")
 
 
-def _of_other_programs(args: Any) -> Iterator[Refusal]:
+def _of_other_programs(args: argparse.Namespace) -> Iterator[Refusal]:
     """What other datasets and loss functions than ours would read."""
     yield "--dataloader-type external", args.dataloader_type == "external", _OWN_DATA
     yield "--mock-data", args.mock_data, _OWN_DATA
@@ -45,7 +45,7 @@ def _of_other_programs(args: Any) -> Iterator[Refusal]:
     yield "--perform-rl-step", args.perform_rl_step, _ELSEWHERE
 
 
-def _of_the_budget(args: Any) -> Iterator[Refusal]:
+def _of_the_budget(args: argparse.Namespace) -> Iterator[Refusal]:
     """What Megatron counts in samples alone, or counts no more."""
     in_steps = bool(args.train_iters)
     yield (
@@ -65,7 +65,7 @@ def _of_the_budget(args: Any) -> Iterator[Refusal]:
     )
 
 
-def _that_fail_late(args: Any) -> Iterator[Refusal]:
+def _that_fail_late(args: argparse.Namespace) -> Iterator[Refusal]:
     """What ends in a traceback: at the first evaluation, the first save, or the next start."""
     without_engine = args.transformer_impl == "local" and find_spec("transformer_engine") is None
     yield "--logits-save-dir", args.logits_save_dir is not None, _NOT_IN_WHEEL
