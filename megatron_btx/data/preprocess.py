@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,18 +103,15 @@ def preprocess(
         # The pool starts before the progress bar does: forking a process that runs threads is unsafe.
         encode_all = in_order(stack, encoder.encode, workers)
         sinks = {key: stack.enter_context(Sink(prefix, encoder.dtype)) for key, prefix in prefixes.items()}
-        title = f"tokenizing {len(found.files)} file(s)"
-        progress = stack.enter_context(ByteProgress(title, found.size_bytes(), quiet))
+        progress = ByteProgress(f"tokenizing {len(found.files)} file(s)", found.size_bytes(), quiet)
+        stack.enter_context(progress)
         for encoded in encode_all(readers.cut_all(found.files, keys)):
             for key, sink in sinks.items():
                 sink.add(encoded.ids[key], encoded.lengths[key])
             empty_documents += encoded.empty_documents
             bad_records.merge(encoded.bad_records)
             progress.advance(encoded.input_bytes)
-        for key, sink in sinks.items():
-            if sink.documents == 0:
-                seen = _describe_seen(len(found.files), empty_documents, bad_records)
-                raise InputError(f"--input {' '.join(inputs)}: no text under the key {key!r} ({seen})")
+        _refuse_empty(sinks, inputs, _describe_seen(len(found.files), empty_documents, bad_records))
         publish_all(sinks.values(), encoder.described)
     return DatasetSummary(
         prefixes=tuple(prefixes.values()),
@@ -126,6 +123,12 @@ def preprocess(
         bad_records=bad_records,
         not_read=found.not_read,
     )
+
+
+def _refuse_empty(sinks: Mapping[str, Sink], inputs: Sequence[str], seen: str) -> None:
+    for key, sink in sinks.items():
+        if sink.documents == 0:
+            raise InputError(f"--input {' '.join(inputs)}: no text under the key {key!r} ({seen})")
 
 
 def _refuse_record(record: BadRecord) -> None:

@@ -19,8 +19,7 @@ from megatron_btx.checkpoint.tokenizers.kinds import refuse_placeholders
 from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.engine import patch
-from megatron_btx.engine.checks.routing import check_checkpoint_format, check_finetuning, check_layout
-from megatron_btx.engine.checks.useless_flags import check_flags
+from megatron_btx.engine.checks import check_arguments
 from megatron_btx.engine.flags import add_btx_arguments
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
 from megatron_btx.ground import launch
@@ -47,37 +46,62 @@ def parse_arguments(
         InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on. Or this
             process is one of several and cannot know its place; see :mod:`megatron_btx.ground.launch`.
     """
-    from megatron.training.arguments import parse_and_validate_args
-    from torch.distributed.checkpoint.api import CheckpointException
-
     launch.join(checking="--btx-check" in sys.argv[1:])
     # Before Megatron parses: --use-checkpoint-args makes it load a checkpoint's arguments while it does.
     restrict_unpickling()
 
-    def refuse(message: str) -> NoReturn:
-        raise InputError(f"{message}; --help and --help-megatron list all flags")
-
     def add(parser: ArgumentParser) -> ArgumentParser:
-        parser.error = refuse  # type: ignore[method-assign]  # argparse itself prints Megatron's 900 lines of usage
+        """Our flags, and our checks between Megatron's parsing and its validation."""
+        parser.error = _refuse  # type: ignore[method-assign]  # argparse itself prints Megatron's 900 lines of usage
         parser = add_btx_arguments(parser)
-        parser = extra(parser) if extra else parser
+        if extra:
+            parser = extra(parser)
         if quiet:
             parser.set_defaults(logging_level=_quiet_megatron())
-        parse = parser.parse_args
-
-        def parse_and_look(*words: Any) -> Any:
-            args = parse(*words)
-            if check_own:
-                check_own(args)
-            check_model_flags(args)
-            # Before Megatron looks at them: it takes a path that is gone for the name of a model on the hub.
-            return find_tokenizer(args)
-
-        parser.parse_args = parse_and_look  # type: ignore[method-assign,assignment]
+        _check_what_is_parsed(parser, check_own)
         return parser
 
+    args = _parse_and_validate(add)
+    check_arguments(args)
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        file = getattr(args, name)
+        if file and os.path.exists(file):
+            # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
+            setattr(args, name, os.path.abspath(file))
+    return args
+
+
+def _refuse(message: str) -> NoReturn:
+    raise InputError(f"{message}; --help and --help-megatron list all flags")
+
+
+def _check_what_is_parsed(parser: ArgumentParser, check_own: Callable[[Any], object] | None) -> None:
+    """Have a parser's result checked before Megatron looks at it."""
+    parse = parser.parse_args
+
+    def parse_and_look(*words: Any) -> Any:
+        """The parser's own parsing, followed by the checks."""
+        args = parse(*words)
+        if check_own:
+            check_own(args)
+        check_model_flags(args)
+        # Before Megatron looks at them: it takes a path that is gone for the name of a model on the hub.
+        return find_tokenizer(args)
+
+    parser.parse_args = parse_and_look  # type: ignore[method-assign,assignment]
+
+
+def _parse_and_validate(add: Callable[[ArgumentParser], ArgumentParser]) -> Any:
+    """Parse and validate as Megatron does.
+
+    Raises:
+        InputError: what Megatron, its tokenizer libraries or its loader raise, in one line.
+    """
+    from megatron.training.arguments import parse_and_validate_args
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
-        args = parse_and_validate_args(add)
+        return parse_and_validate_args(add)
     except AssertionError as refusal:
         raise refused(refusal) from refusal
     except (CheckpointException, pickle.UnpicklingError) as failure:
@@ -91,16 +115,6 @@ def parse_arguments(
         if isinstance(failure, ValueError):
             raise refused(failure) from failure
         raise
-    check_flags(args)
-    check_checkpoint_format(args)
-    check_layout(args)
-    check_finetuning(args)
-    for name in ("tokenizer_model", "vocab_file", "merge_file"):
-        file = getattr(args, name)
-        if file and os.path.exists(file):
-            # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
-            setattr(args, name, os.path.abspath(file))
-    return args
 
 
 def check_model_flags(args: argparse.Namespace) -> None:

@@ -82,8 +82,7 @@ def main() -> int:
     from megatron_btx.engine.loading import load_weights
     from megatron_btx.engine.program import parse_arguments
     from megatron_btx.evaluation.inputs import expert_names
-    from megatron_btx.evaluation.routing import described, overlaps, read_earlier, route_label, route_text, table
-    from megatron_btx.ground.files import write_json
+    from megatron_btx.evaluation.routing import described, overlaps, read_earlier, route_label, route_text
     from megatron_btx.model.build import build_model
 
     args = parse_arguments(add_analysis_arguments, quiet=True, check_own=_inputs)
@@ -91,9 +90,7 @@ def main() -> int:
     if not args.num_experts:
         raise InputError("--btx-route-model: routing is of mixtures; give --num-experts and a mixture's checkpoint")
     stored = [compare_with_stored(path, vars(args)) for path in models.values()]
-    for label, prefix in data.items():
-        if label.count("/") > 1 or label.startswith("/") or label.endswith("/"):
-            raise InputError(f"--btx-route-data {label}={prefix}: expected DOMAIN=TEXT or DOMAIN/TASK=TEXT")
+    _check_labels(data)
     check_texts(data, "--btx-route-data", args.btx_route_tokens, "--btx-route-tokens", args)
     given = _read_text(args.btx_route_text)
     if args.context_parallel_size > 1:
@@ -121,21 +118,43 @@ def main() -> int:
         sources = {"text": given} if given is not None else data
         texts[name] = {label: route_text(model, text, is_text=given is not None) for label, text in sources.items()}
     if args.rank == 0:
-        from megatron_btx.report.routing_figures import write_figures
-        from megatron_btx.report.routing_page import write_page
-
-        write_json(folder / "routing.json", result)
-        everything = {**earlier, **result["models"]}
-        figures = write_figures(folder, everything, experts)
-        trained = [
-            name for name, arguments in zip(models, stored, strict=True) if not arguments.get("btx_untrained_routers")
-        ]
-        write_page(folder / "tokens.html", texts, experts, trained)
-        print(table(everything, experts))
-        print(
-            "\nwrote " + ", ".join(str(folder / name) for name in ("routing.json", *figures, "tokens.html")), flush=True
-        )
+        trained = []
+        for name, arguments in zip(models, stored, strict=True):
+            if not arguments.get("btx_untrained_routers"):
+                trained.append(name)
+        _write(folder, result, earlier, texts, trained)
     return 0
+
+
+def _check_labels(data: dict[str, str]) -> None:
+    for label, prefix in data.items():
+        if label.count("/") > 1 or label.startswith("/") or label.endswith("/"):
+            raise InputError(f"--btx-route-data {label}={prefix}: expected DOMAIN=TEXT or DOMAIN/TASK=TEXT")
+
+
+def _write(
+    folder: Path, result: dict[str, Any], earlier: dict[str, Any], texts: dict[str, Any], trained: list[str]
+) -> None:
+    """Write what was found, draw it, and print its table.
+
+    Args:
+        earlier: models of other analyses, drawn beside.
+        texts: model -> label -> the tokens that the page colours.
+        trained: models whose routers were trained; the page opens on the first.
+    """
+    from megatron_btx.evaluation.routing import table
+    from megatron_btx.ground.files import write_json
+    from megatron_btx.report.routing_figures import write_figures
+    from megatron_btx.report.routing_page import write_page
+
+    experts = result["experts"]
+    write_json(folder / "routing.json", result)
+    everything = {**earlier, **result["models"]}
+    figures = write_figures(folder, everything, experts)
+    write_page(folder / "tokens.html", texts, experts, trained)
+    print(table(everything, experts))
+    names = ["routing.json", *figures, "tokens.html"]
+    print("\nwrote " + ", ".join(str(folder / name) for name in names), flush=True)
 
 
 def _inputs(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:

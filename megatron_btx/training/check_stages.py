@@ -58,20 +58,15 @@ def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int
     Raises:
         InputError: the stage, and the program's own sentence.
     """
-    from megatron_btx.engine.checks import routing as checks
-    from megatron_btx.engine.checks import useless_flags
+    from megatron_btx.engine.checks import check_arguments
     from megatron_btx.training import validation
 
     masked: dict[str, bool] = {}  # of the evaluations that stages ahead will write
     for stage, (processes, words) in stages.items():
         try:
             args = _parsed(parser, processes, words)
-            for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):  # as Megatron's validation does
-                value = getattr(args, name)
-                setattr(args, name, value[0] if isinstance(value, list) and len(value) == 1 else value)
-            useless_flags.check_flags(args)
-            checks.check_layout(args)
-            checks.check_finetuning(args)
+            _unwrap_single_values(args)
+            check_arguments(args)
             _check_bound(args)
             bound = args.btx_first_loss_bound
             if bound in masked:
@@ -81,6 +76,14 @@ def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int
             _check_data(args)
         except InputError as error:
             raise InputError(f"stage {stage}: {error}") from None
+
+
+def _unwrap_single_values(args: argparse.Namespace) -> None:
+    """A list of one balancing loss becomes that loss, as Megatron's validation has it."""
+    for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
+        value = getattr(args, name)
+        if isinstance(value, list) and len(value) == 1:
+            setattr(args, name, value[0])
 
 
 def check_with_validation(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int, list[str]]]) -> None:

@@ -6,7 +6,8 @@ import argparse
 
 import pytest
 
-from megatron_btx.engine.checks.routing import check_finetuning, check_layout
+from megatron_btx.engine.checks.layout import check_layout
+from megatron_btx.engine.checks.routing import check_finetuning
 from megatron_btx.engine.checks.useless_flags import check_flags
 from megatron_btx.ground.errors import InputError
 from tests import pico
