@@ -11,6 +11,7 @@ bootstrapped 95 % interval of the median.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -69,6 +70,7 @@ def worker() -> int:
 
         return Switched
 
+    @functools.wraps(train_step)
     def timed_step(*rest: Any, **named: Any) -> Any:
         began.append(time.perf_counter())
         step = len(began) - 1 - WARM_UP_STEPS
