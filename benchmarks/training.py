@@ -176,8 +176,6 @@ def train(name: str, arguments: list[str], ranks: int, folder: Path, log: Path, 
     command += ["-m", "megatron_btx.pretrain", *arguments]
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     with log.open("w") as output:
         output.write(" ".join(command) + "\n")
         output.flush()
