@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 DISPATCHED = {
     "report": ("megatron_btx.report.build", "write and print the report of a run directory"),
-    "corpora": ("megatron_btx.data.corpora.build", "make the quickstart's corpora and tokenizer"),
     "preprocess": ("megatron_btx.data.preprocess", "turn JSONL, text or Parquet files into Megatron's datasets"),
     "datasets": ("megatron_btx.data.datasets", "turn the texts of several domains into the datasets of a run"),
     "convert": ("megatron_btx.mixing.cli", "mix experts' checkpoints into one mixture of experts"),

@@ -54,3 +54,18 @@ def four_experts(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     experts = {"a": dense / "iter_0000005", "b": dense}
     experts |= {name: rewrite(dense, folder / name, perturbed(seed)) for seed, name in enumerate("cd")}
     return mix(experts, folder / "mix")
+
+
+@pytest.fixture(scope="session")
+def quickstart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny texts where the quickstart's recipe looks for its own."""
+    from tests.quickstart_texts import write_texts
+
+    return write_texts(tmp_path_factory.mktemp("quickstart"))
+
+
+@pytest.fixture
+def in_quickstart_folder(quickstart_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder from which the quickstart's recipe can be planned, as the working directory."""
+    monkeypatch.chdir(quickstart_folder)
+    return quickstart_folder

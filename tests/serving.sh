@@ -94,6 +94,7 @@ done
 
 # --- The models, and what transformers computes --------------------------------------------------------------------
 rm -rf "$root"/models "$root"/sources "$root"/gguf "$root"/*.npz "$root"/*.json
+must 300 texts .venv/bin/python examples/quickstart/make_texts.py --output "$root/texts" --scale 0.1
 must 900 run .venv/bin/btx run tests/serving/recipe.yaml --cpu --output "$root/run"
 must 300 models .venv/bin/python -W ignore -m tests.serving.models "$root" "$root/run"
 must 300 reference .venv/bin/python -W ignore -m tests.serving.reference "$root" fp64

@@ -1,1 +1,1 @@
-"""From text to what Megatron trains on: indexed datasets, and the corpora of the quickstart."""
+"""From text to what Megatron trains on: indexed datasets."""

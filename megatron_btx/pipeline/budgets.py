@@ -44,15 +44,15 @@ def token_weighted(parts: Iterable[Training]) -> tuple[dict[str, float], int]:
     return blend, total
 
 
-def padded_vocabulary(flags: Flags, corpora: Flags) -> int | None:
-    """Rows of the output layer, as Megatron pads them; None where only a tokenizer's file says how many tokens it has.
+def padded_vocabulary(flags: Flags, tokens: int | None) -> int | None:
+    """Rows of the output layer, as Megatron pads them; None where nothing says how many tokens there are.
 
     Args:
-        corpora: flags of the corpora that the run makes, whose tokenizer has their vocab-size.
+        tokens: of the tokenizer, where its files say it.
     """
     if "padded-vocab-size" in flags:
         return number(flags, "padded-vocab-size")
-    given = corpora.get("vocab-size") or flags.get("vocab-size")
+    given = flags.get("vocab-size", tokens)
     if not isinstance(given, int):
         return None
     multiple = number(flags, "make-vocab-size-divisible-by", 128) * number(flags, "tensor-model-parallel-size", 1)

@@ -21,8 +21,6 @@ class DataPaths:
 
     def list_prefixes(self, domain: str, split: str) -> tuple[tuple[float, str], ...]:
         """(weight, prefix) of a domain's data; a prefix is relative to the run directory where the run makes it."""
-        if self.data.corpora:
-            return ((1.0, f"{DATA_STAGE}/{domain}_{split}_text_document"),)
         return self.data.domains[domain].get(split, ())
 
     def evaluation_prefix(self, domain: str, split: str) -> str:

@@ -1,6 +1,6 @@
 """The files of a run and their forms, written and read here only.
 
-    RUN/plan.json  recipe.yaml  .lock  data/corpora.json
+    RUN/plan.json  recipe.yaml  .lock  data/datasets.json
     RUN/STAGE/config.yaml  command.sh  log.txt  manifest.json  metrics.jsonl  evaluation.json  checkpoint/
 
 One rule for what cannot be read. A file that is not there is None or empty. A number that is none is None. A line of
@@ -45,7 +45,6 @@ LOG_FILE = "log.txt"
 MANIFEST_FILE = manifests.FILE_NAME
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.json"
-CORPORA_FILE = "corpora.json"
 DATASETS_FILE = "datasets.json"
 """Of the stage that makes datasets of texts: what is in them."""
 CHECKPOINT_FOLDER = "checkpoint"

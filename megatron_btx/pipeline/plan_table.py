@@ -18,7 +18,6 @@ _PURPOSES = {
     "megatron_btx.evaluate": "evaluate",
     "megatron_btx.mixing.cli": "combine models",
     "megatron_btx.mixing.convert_hf": "convert",
-    "megatron_btx.data.corpora.build": "make corpora",
     "megatron_btx.data.datasets": "make datasets",
     "megatron_btx.report.build": "report",
     "megatron_btx.report.ablation": "report",

@@ -12,7 +12,6 @@ from typing import Any
 from megatron_btx.pipeline.data_paths import locate
 from megatron_btx.pipeline.directory import (
     CHECKPOINT_FOLDER,
-    CORPORA_FILE,
     DATA_STAGE,
     DATASETS_FILE,
     EXPORT_STAGE,
@@ -20,7 +19,7 @@ from megatron_btx.pipeline.directory import (
 )
 from megatron_btx.pipeline.models import Model, origins_of
 from megatron_btx.pipeline.recipe.data import Data, Text
-from megatron_btx.pipeline.recipe.flags import Flags, to_argv
+from megatron_btx.pipeline.recipe.flags import Flags
 from megatron_btx.pipeline.stage import Program, Stage
 
 
@@ -51,9 +50,7 @@ def plan_export(model: Model, form: str) -> Stage:
 
 
 def plan_data(data: Data) -> Stage:
-    """The stage that makes the run's data: the quickstart's corpora, or datasets of given texts."""
-    if data.corpora:
-        return _plan_corpora(data)
+    """The stage that makes datasets of the given texts."""
     domains = {name: _describe_text(text) for name, text in data.texts.items()}
     description = {"tokenizer": _plain(data.tokenizer), "domains": domains, "seed": data.seed}
     words = ("--output", DATA_STAGE, "--workers", str(data.workers), "--description", json.dumps(description))
@@ -65,13 +62,6 @@ def plan_data(data: Data) -> Stage:
         processes=data.workers,
         settings=_deciding(data),
     )
-
-
-def _plan_corpora(data: Data) -> Stage:
-    program = Program("megatron_btx.data.corpora.build", ("--output", DATA_STAGE, *to_argv(data.corpora)))
-    settings = dict(data.corpora)
-    settings.pop("workers", None)
-    return Stage(DATA_STAGE, program, product=CORPORA_FILE, processes=data.workers, settings=settings)
 
 
 def _text_paths(data: Data) -> tuple[Path, ...]:

@@ -140,8 +140,8 @@ def _folder_flags(job: TrainingJob) -> Flags:
 
 
 def _estimate_flops(recipe: Recipe, flags: Flags, tokens: int) -> float | None:
-    """FLOPs of a stage; None where only a tokenizer's file says how wide its output layer is."""
-    vocabulary = padded_vocabulary(flags, recipe.data.corpora)
+    """FLOPs of a stage; None where nothing says how wide its output layer is."""
+    vocabulary = padded_vocabulary(flags, recipe.data.vocabulary_size)
     if vocabulary is None:
         return None
     return training_flops(flags, tokens, vocabulary)

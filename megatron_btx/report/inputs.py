@@ -16,7 +16,7 @@ from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import (
     AVERAGE_MODEL,
     BTX_MODEL,
-    CORPORA_FILE,
+    DATASETS_FILE,
     DATA_STAGE,
     DENSE_MODEL,
     EVALUATION_FILE,
@@ -28,7 +28,7 @@ from megatron_btx.pipeline.directory import (
     read_evaluation,
     read_plan,
 )
-from megatron_btx.report.corpora import Corpora, read_corpora
+from megatron_btx.report.datasets import Datasets, read_datasets
 from megatron_btx.report.membership import find_left_out
 from megatron_btx.report.quantities import mean
 from megatron_btx.report.stages import Stage, read_number, read_stage
@@ -81,7 +81,7 @@ class RunData:
     models: Mapping[str, Model]
     domains: tuple[str, ...]
     stages: tuple[Stage, ...]
-    corpora: Corpora
+    datasets: Datasets
     notes: tuple[str, ...]
     """What is absent, or broken; one sentence each."""
     marked: tuple[str, ...] = ()
@@ -116,12 +116,12 @@ def read_run(run: Path) -> RunData:
         if (folder / EVALUATION_FILE).is_file():
             evaluations.append(folder / EVALUATION_FILE)
     models = _read_models(evaluations, found)
-    corpora = Corpora((), {})
+    datasets = Datasets((), {})
     if DATA_STAGE not in reasons:
-        corpora = read_corpora(run / DATA_STAGE / CORPORA_FILE)
-    if not found and not models and not corpora.rows:
+        datasets = read_datasets(run / DATA_STAGE / DATASETS_FILE)
+    if not found and not models and not datasets.rows:
         raise InputError(
-            f"{run}: not a run directory: no */manifest.json, */metrics.jsonl, */evaluation.json or data/corpora.json "
+            f"{run}: not a run directory: no */manifest.json, */metrics.jsonl, */evaluation.json or data/datasets.json "
             "in it; give the directory that btx run made, or run the recipe first"
         )
     strange = []
@@ -132,8 +132,8 @@ def read_run(run: Path) -> RunData:
         models,
         _domains_of(models.values()),
         tuple(stages),
-        corpora,
-        tuple(_notes(models, stages, corpora)),
+        datasets,
+        tuple(_notes(models, stages, datasets)),
         tuple(_marks(reasons, stages, strange)),
     )
 
@@ -220,7 +220,7 @@ def _marks(reasons: Mapping[str, str], stages: list[Stage], strange: list[str]) 
         yield f"{name}/evaluation.json has no manifest: nothing says of which models it is."
 
 
-def _notes(models: Mapping[str, Model], stages: list[Stage], corpora: Corpora) -> Iterator[str]:
+def _notes(models: Mapping[str, Model], stages: list[Stage], datasets: Datasets) -> Iterator[str]:
     for name in _ORDER:
         if name not in models:
             yield f"No evaluation of a model named {name}."
@@ -240,5 +240,5 @@ def _notes(models: Mapping[str, Model], stages: list[Stage], corpora: Corpora) -
             yield f"Stage {stage.name}: the training loss is not a finite number at {broken} iterations."
     if not any(stage.curve for stage in stages):
         yield "No loss curves: no stage of this run trained."
-    if not corpora.rows:
-        yield "No data statement (data/corpora.json): the corpora were given, not made by this run."
+    if not datasets.rows:
+        yield "No data statement (data/datasets.json): the datasets were given, not made by this run."

@@ -88,8 +88,8 @@ def _number_results(data: RunData, claims: Claims, curves: list[LossCurve]) -> d
         "facts": claims.facts,
         "stages": {stage.name: stage.manifest for stage in data.stages},
         "curves": numbered_curves,
-        "corpora": data.corpora.rows,
-        "sources": data.corpora.sources,
+        "datasets": data.datasets.rows,
+        "sources": data.datasets.sources,
         "notes": [*data.marked, *data.notes],
     }
 

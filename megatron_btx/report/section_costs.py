@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_btx.report.blocks import Bullets, Cell, Section, Table, make_cells
 from megatron_btx.report.budgets import Budgets
-from megatron_btx.report.corpora import Corpora, label_of
+from megatron_btx.report.datasets import Datasets
 from megatron_btx.report.inputs import RunData
 from megatron_btx.report.quantities import ABSENT, count_text, flops_text, total
 from megatron_btx.report.stages import Stage
@@ -83,18 +83,18 @@ def _cost_texts(costs: Sequence[float | None], tokens_per_second: float | None) 
     return count_text(tokens), count_text(seconds, decimals=1), count_text(tokens_per_second), flops_text(flops)
 
 
-def data_section(corpora: Corpora) -> Section:
+def data_section(datasets: Datasets) -> Section:
     """The data statement."""
-    if not corpora.rows:
+    if not datasets.rows:
         return Section("Data", ())
     rows = []
-    for row in corpora.rows:
+    for row in datasets.rows:
         sizes = [count_text(size) for size in (row.documents, row.tokens, row.size_bytes)]
         rows.append(make_cells([row.domain, row.split, *sizes]))
     blocks = [Table(("domain", "split", "documents", "tokens", "bytes of text"), tuple(rows), 2)]
-    if corpora.sources:
-        stated = [make_cells([label_of(key), value]) for key, value in corpora.sources.items()]
-        blocks.append(Table(("made with", "value"), tuple(stated), 2))
+    if datasets.sources:
+        stated = [make_cells([key, value]) for key, value in datasets.sources.items()]
+        blocks.append(Table(("made of", "value"), tuple(stated), 2))
     return Section("Data", tuple(blocks))
 
 

@@ -34,7 +34,7 @@ def make_sections(data: RunData, claims: Claims) -> tuple[Section, ...]:
         _routing_section(data),
         sizes_section(data),
         accounting_section(data.stages),
-        data_section(data.corpora),
+        data_section(data.datasets),
         _notes_section(data),
         reading_section(claims.budgets),
     ]

@@ -207,9 +207,10 @@ def test_yes_and_no(word, on, teller):
 def test_another_tree_on_cdpath_is_not_taken(teller, tmp_path):
     """With CDPATH, cd looks for a relative folder elsewhere first, and prints it."""
     for tree in ("mine", "other"):
-        for name, text in (("tools/environment.sh", "true"), (".venv/bin/btx", f"#!/bin/sh\necho {tree} $*")):
+        ours = ("btx", f"#!/bin/sh\necho {tree} $*"), ("python", "#!/bin/sh\n")
+        for name, text in (("tools/environment.sh", "true"), *((f".venv/bin/{name}", text) for name, text in ours)):
             file = tmp_path / tree / name
-            file.parent.mkdir(parents=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
             file.chmod(0o755)
         shutil.copytree(REPOSITORY / "examples", tmp_path / tree / "examples")

@@ -18,11 +18,12 @@ from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from tests.asked_tokenizers import Asked
 from tests.hugging_face import OLDER
+from tests.quickstart_texts import FOLDER
 from tests.runner import REPOSITORY, read_losses
 
 RECIPE = REPOSITORY / "examples" / "recipes" / "quickstart.yaml"
 SMALL = [
-    *("data.scale=0.1", "seed.tokens=12_288", "training.save-interval=4"),
+    *("seed.tokens=12_288", "training.save-interval=4"),
     *(f"experts.{domain}.tokens=10_240" for domain in ("math", "code", "knowledge")),
     *("finetune.tokens=8_192", "evaluate.tokens=4_096"),
 ]
@@ -34,9 +35,9 @@ def btx_run(run: Path, *more: str) -> list[str]:
     return [program, "run", str(RECIPE), "--output", str(run), "--cpu", "--set", *SMALL, *more]
 
 
-def called(command: list[str]) -> str:
+def called(command: list[str], cwd: Path | None = None) -> str:
     """Run a command to its end; its output."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, cwd=cwd)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -45,17 +46,26 @@ pytestmark = pytest.mark.timeout(900)  # a dozen program starts; the machine may
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands are called: its runs/quickstart-texts are the recipe's texts, a tenth of the whole."""
+    root = tmp_path_factory.mktemp("pipeline")
+    program = REPOSITORY / "examples" / "quickstart" / "make_texts.py"
+    called([sys.executable, str(program), "--output", str(root / FOLDER), "--scale", "0.1"], root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(root: Path) -> Path:
     """A finished run whose runner, with all its processes, was killed while an expert trained."""
-    folder = tmp_path_factory.mktemp("pipeline") / "quickstart"
-    process = subprocess.Popen(btx_run(folder), stdout=subprocess.DEVNULL, start_new_session=True)
+    folder = root / "quickstart"
+    process = subprocess.Popen(btx_run(folder), stdout=subprocess.DEVNULL, start_new_session=True, cwd=root)
     metrics, deadline = folder / "expert-code" / "metrics.jsonl", time.monotonic() + 400
     while not (metrics.is_file() and max(read_losses(metrics), default=0) >= 6):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before the kill"
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    said = called(btx_run(folder))
+    said = called(btx_run(folder), root)
     assert "expert-code: running (resume" in said and "seed: skipped (finished)" in said
     return folder
 
@@ -106,12 +116,12 @@ def test_killed_and_resumed_equals_the_command_run_by_hand(run, tmp_path):
         assert torch.equal(tensor, by_hand[key]), key
 
 
-def test_nothing_runs_twice(run):
+def test_nothing_runs_twice(run, root):
     """Run again: every stage is skipped. A changed stage is kept, and the run stops and says so."""
-    said = called(btx_run(run))
+    said = called(btx_run(run), root)
     assert said.count("skipped (finished)") == 14 and "running" not in said
     command = btx_run(run, "finetune.megatron.lr=0.001", "training.log-interval=2")
-    changed = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    changed = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, cwd=root)
     *lines, last = changed.stderr.splitlines()
     assert changed.returncode == 2
     assert lines == ["finetune: lr: 0.003 -> 0.001", "evaluate-moe: made from another finetune"]
@@ -128,17 +138,17 @@ def exported(run, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["transformers 5", "transformers 4.57"])
-def test_the_exported_mixture_has_the_trained_ids(older, run, exported, tmp_path):
+def test_the_exported_mixture_has_the_trained_ids(older, root, exported, tmp_path):
     """Of 60 documents: plain AutoTokenizer gives what SentencePiece gave when the data were made."""
     import sentencepiece
 
     if older and not OLDER.is_dir():
         pytest.skip(f"{OLDER} does not exist; bash tools/environment.sh --tests installs it")
-    files = sorted((run / "data").rglob("*.valid.jsonl"))
+    files = sorted((root / FOLDER).glob("*.valid.jsonl"))
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()[:15]]
     documents = [json.loads(line)["text"] for line in lines]
     assert len(documents) == 60
-    model = sentencepiece.SentencePieceProcessor(model_file=str(next((run / "data").rglob("tokenizer.model"))))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(root / FOLDER / "tokenizer.model"))
     answer = Asked([exported], documents, tmp_path, older).answer()
     assert answer[str(exported)]["ids"] == [model.encode(documents)] * 2
     assert answer[str(exported)]["special"] == [1, 2, None]

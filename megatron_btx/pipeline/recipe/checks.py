@@ -26,7 +26,7 @@ def check_whole(recipe: Recipe, written: RecipeSection) -> None:
         _check_average(recipe, recipe.mix)
     if recipe.dense:
         _check_dense(recipe)
-    if recipe.evaluate and not recipe.data.corpora:
+    if recipe.evaluate:
         _check_evaluation_sets(recipe, recipe.evaluate)
 
 

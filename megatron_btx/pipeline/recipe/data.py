@@ -1,19 +1,20 @@
-"""The data of a recipe: corpora that the run makes, or datasets that are given, and the domains' names."""
+"""The data of a recipe: texts of which the run makes datasets, or datasets that are given."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.checkpoint.tokenizers.vocabulary import read_vocabulary
 from megatron_btx.pipeline.directory import DATA_STAGE, SPLITS
-from megatron_btx.pipeline.recipe.flags import Flags, FlagValue
+from megatron_btx.pipeline.recipe.flags import Flags
 from megatron_btx.pipeline.recipe.refusals import refuse
 
 if TYPE_CHECKING:
     from megatron_btx.pipeline.recipe.written import DataSection, DomainSection, SharesSection, TextSection
 
-QUICKSTART_DOMAINS = ("general", "math", "code", "knowledge")
 Splits = Mapping[str, tuple[tuple[float, str], ...]]
 """Split -> (weight, absolute prefix) of each dataset."""
 
@@ -34,13 +35,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Data:
-    """Corpora that the run makes, or domains whose datasets or texts are given."""
+    """Domains whose datasets or texts are given."""
 
-    corpora: Flags
-    """Flags of ``btx corpora``; empty when the data are given."""
     workers: int
+    """Processes that make datasets of texts; 0 where all datasets are given."""
     domains: Mapping[str, Splits]
-    """Empty when the run makes its corpora. Prefixes of datasets that the run makes are relative to its folder."""
+    """Prefixes of datasets that the run makes are relative to its folder."""
     tokenizer: Flags
     texts: Mapping[str, Text] = field(default_factory=dict)
     """Of those domains whose datasets the run makes."""
@@ -49,13 +49,20 @@ class Data:
 
     def names(self) -> tuple[str, ...]:
         """Every domain that there is text of."""
-        if self.corpora:
-            return QUICKSTART_DOMAINS
         return tuple(self.domains)
 
     def are_made(self) -> bool:
         """Whether a stage of the run makes data."""
-        return bool(self.corpora or self.texts)
+        return bool(self.texts)
+
+    @cached_property
+    def vocabulary_size(self) -> int | None:
+        """Rows that the tokenizer's files give a token to; None where they do not lie here or cannot be read."""
+        arguments = {flag.replace("-", "_"): value for flag, value in self.tokenizer.items()}
+        vocabulary = read_vocabulary(arguments)
+        if vocabulary is None:
+            return None
+        return max(vocabulary.tokens, default=-1) + 1
 
 
 def read_data(section: DataSection, own_tokenizer: Flags) -> Data:
@@ -67,15 +74,14 @@ def read_data(section: DataSection, own_tokenizer: Flags) -> Data:
     Raises:
         InputError: the place, what was found, what was expected.
     """
-    if section.says("corpora") == section.says("domains"):
-        refuse("data", "expected either corpora: quickstart (made by the run) or domains: (text, or .bin/.idx files)")
-    if section.says("corpora"):
-        return _read_corpora(section)
+    if not section.domains:
+        refuse("data.domains", "found none, expected a mapping of domains: NAME: {text: [files or folders]}")
     texts = {}
     for name, domain in section.domains.items():
         if domain.text is not None:
             texts[name] = _read_text(f"data.domains.{name}", domain, domain.text, section.split)
-    _check_corpora_keys(section, bool(texts))
+    if not texts:
+        _check_unused_keys(section)
     domains = {}
     for name, domain in section.domains.items():
         if name in texts:
@@ -84,19 +90,16 @@ def read_data(section: DataSection, own_tokenizer: Flags) -> Data:
             domains[name] = _read_splits(f"data.domains.{name}", domain)
     tokenizer = _read_tokenizer(section, own_tokenizer)
     seed = _SEED if section.seed is None else section.seed
-    return Data({}, section.workers if texts else 0, domains, tokenizer, texts, seed)
+    return Data(section.workers if texts else 0, domains, tokenizer, texts, seed)
 
 
-def _check_corpora_keys(section: DataSection, has_texts: bool) -> None:
-    """Refuse what only those data have that a run makes."""
-    keys = [("vocab_size", "vocab-size"), ("scale", "scale")]
-    if not has_texts:
-        keys += [("workers", "workers"), ("seed", "seed")]
-        if section.split is not None:
-            refuse("data.split", "found beside .bin/.idx files, which are split already; leave it out")
-    for name, key in keys:
-        if section.says(name):
-            refuse(f"data.{key}", "only for corpora that the run makes; a given tokenizer goes under tokenizer")
+def _check_unused_keys(section: DataSection) -> None:
+    """Refuse what only texts need, where all datasets are given."""
+    if section.split is not None:
+        refuse("data.split", "found beside .bin/.idx files, which are split already; leave it out")
+    for key in ("workers", "seed"):
+        if section.says(key):
+            refuse(f"data.{key}", "only for text, of which the run makes datasets; leave it out")
 
 
 def choose_domains(listed: list[str] | None, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -108,21 +111,6 @@ def choose_domains(listed: list[str] | None, names: tuple[str, ...]) -> tuple[st
     if len(set(listed)) < len(listed):
         refuse("domains", f"found {listed!r}, expected every domain once")
     return tuple(listed)
-
-
-def _read_corpora(section: DataSection) -> Data:
-    """Corpora that the run makes, and the tokenizer that it trains on them."""
-    if section.says("tokenizer"):
-        refuse("data.tokenizer", "found beside corpora, on which a tokenizer is trained; leave it out")
-    if section.vocab_size is None:
-        refuse("data.vocab-size", "missing, expected the number of the tokenizer's tokens, as 2048")
-    corpora: dict[str, FlagValue] = {"vocab-size": section.vocab_size, "workers": section.workers}
-    if section.seed is not None:
-        corpora["seed"] = section.seed
-    if section.scale is not None:
-        corpora["scale"] = section.scale
-    tokenizer = {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": "data/tokenizer.model"}
-    return Data(corpora, section.workers, {}, tokenizer)
 
 
 def _read_text(place: str, domain: DomainSection, text: TextSection, everywhere: SharesSection | None) -> Text:

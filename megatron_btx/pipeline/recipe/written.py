@@ -213,16 +213,11 @@ class DomainSection(Section):
 
 
 class DataSection(Section):
-    """Corpora that the run makes, or domains whose datasets or texts are given."""
+    """Domains whose datasets or texts are given."""
 
-    corpora: Literal["quickstart"] | None = None
-    vocab_size: Annotated[int, Field(ge=1)] | None = None
-    """Of the tokenizer that is trained on the corpora."""
     workers: Processes = 2
     seed: Annotated[int, Field(ge=0)] | None = None
-    """Draws the corpora, or which documents of a text go to which split (default: 1234)."""
-    scale: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of the corpora's full size."""
+    """Draws which documents of a text go to which split (default: 1234)."""
     tokenizer: TokenizerFlags = {}
     """Megatron's tokenizer flags, of given data (default: the given seed's own tokenizer)."""
     split: SharesSection | None = None

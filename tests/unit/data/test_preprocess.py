@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.quickstart.corpora import math_problems, vocabulary
 from megatron_btx.data import encoding, preprocess, readers, tokenizers
-from megatron_btx.data.corpora import math_problems, vocabulary
 from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.data.workers import in_order
 

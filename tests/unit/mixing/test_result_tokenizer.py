@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_btx.data.corpora import vocabulary
+from examples.quickstart.corpora import vocabulary
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing import convert_hf
 from megatron_btx.mixing.tokenizer.texts import texts

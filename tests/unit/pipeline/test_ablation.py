@@ -12,6 +12,8 @@ from megatron_btx.pipeline.recipe.reading import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[3] / "examples" / "recipes"
 
+pytestmark = pytest.mark.usefixtures("in_quickstart_folder")
+
 
 def planned(name: str, *changes: str) -> dict[str, list[str]]:
     """Stage -> words of its command."""
@@ -103,7 +105,7 @@ def test_ablation_of_the_example():
         seed = name.rpartition("-s")[2]
         assert value(command, "seed") == seed
         assert value(command, "pretrained-checkpoint") == f"mix-s{seed}/checkpoint"
-        assert value(command, "btx-valid-data") == "general=data/general_valid_text_document"
+        assert value(command, "btx-valid-data") == "general=data/general.valid"
         assert value(command, "btx-first-loss-bound") == "evaluate-experts/evaluation.json"
     assert value(runs["ablation-top2-none-frozen-s1"], "btx-freeze") == "experts"
     assert value(runs["ablation-top2-paper-s1"], "btx-load-balancing") == "paper"

@@ -13,6 +13,8 @@ from megatron_btx.pipeline.stage import Stage
 
 RECIPE = Path(__file__).parents[3] / "examples" / "recipes" / "quickstart.yaml"
 
+pytestmark = pytest.mark.usefixtures("in_quickstart_folder")
+
 
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:

@@ -162,7 +162,7 @@ def test_a_text_counts_by_its_content(tree: dict[str, Any], tmp_path: Path) -> N
         ("data.domains.math.text", {"files": ["texts"], "test": ["texts"]}, "text: found files and test; expected one"),
         ("data.domains.math.text", {"trian": ["texts"]}, r"math\.text\.trian: unknown key; did you mean train"),
         ("data.domains.math.text", None, r"data\.domains\.math\.train: missing, expected a list .*; or text: "),
-        ("data.vocab-size", 90, r"data\.vocab-size: only for corpora"),
+        ("data.vocab-size", 90, r"data\.vocab-size: unknown key"),
         ("seed.from", "models", "seed.from: /.*/models is no model; expected a Megatron checkpoint"),
         ("seed.from", "org/name", "seed.from: org/name: no such folder, and no model of this name in the hub's cache"),
         ("export", {"format": "gguf"}, "export.format: found 'gguf', expected 'hf'"),

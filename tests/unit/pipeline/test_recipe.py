@@ -29,8 +29,11 @@ from megatron_btx.pipeline.recipe.yaml_tree import load_tree
 from megatron_btx.pipeline.scripts import shell_script
 from megatron_btx.pipeline.stage import Stage, command_script
 from megatron_btx.training import check_stages
+from tests.quickstart_texts import FOLDER
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "recipes" / "quickstart.yaml"
+
+pytestmark = pytest.mark.usefixtures("in_quickstart_folder")
 BATCH_TOKENS = 4 * 256
 
 
@@ -90,9 +93,8 @@ def all_values(stage: Stage, flag: str) -> list[str]:
         ("model.num_layers=4", "model.num_layers: expected a Megatron flag"),
         ("model.num-layers={a: 1}", "model.num-layers: found"),
         ("model=[1]", "model: found"),
-        ("data.domains={}", "data: expected either corpora"),
-        ("data.scale=0", "data.scale: found 0"),
-        ("data.corpora=pile", "data.corpora: found 'pile', expected 'quickstart'"),
+        ("data.domains={}", "data.domains: found none, expected a mapping"),
+        ("data.corpora=quickstart", "data.corpora: unknown key"),
         ("seed.layout.processes=0", "seed.layout.processes: found 0"),
         ("seed.layout.processes=1000000", "seed.layout.processes: found 1000000, expected at most 1024"),
         ("data.workers=9999", "data.workers: found 9999, expected at most"),
@@ -294,10 +296,10 @@ def test_the_dense_baseline_sees_what_the_experts_and_finetuning_saw() -> None:
     weights = values(planned["dense-domains"], "train-data-path")
     found = dict(zip(weights[1::2], map(float, weights[::2]), strict=True))
     assert found == {
-        "data/math_train_text_document": pytest.approx(0.95 * 0.5),
-        "data/code_train_text_document": pytest.approx(0.95 * 0.25),
-        "data/knowledge_train_text_document": pytest.approx(0.95 * 0.25),
-        "data/general_train_text_document": pytest.approx(0.05),
+        "data/math.train": pytest.approx(0.95 * 0.5),
+        "data/code.train": pytest.approx(0.95 * 0.25),
+        "data/knowledge.train": pytest.approx(0.95 * 0.25),
+        "data/general.train": pytest.approx(0.05),
     }
     assert planned["dense-domains"].iterations == round(1_200_000 / BATCH_TOKENS)
     assert planned["dense"].iterations == planned["finetune"].iterations == 2000
@@ -315,7 +317,7 @@ def test_the_dense_baseline_has_the_tokens_that_were_consumed_by_those_in_the_mi
         *small, "mix.experts=[math, seed]", "finetune.megatron.global-batch-size=8", "finetune.tokens=3300"
     )
     assert planned["dense-domains"].tokens == 1024
-    assert "data/code_train_text_document" not in values(planned["dense-domains"], "train-data-path")
+    assert "data/code.train" not in values(planned["dense-domains"], "train-data-path")
     assert planned["dense"].tokens == planned["finetune"].tokens == 4096
 
 
@@ -343,7 +345,7 @@ def test_later_flags_win_and_false_takes_a_flag_back() -> None:
 def test_validation_data_are_given_when_training_evaluates() -> None:
     assert "--valid-data-path" not in stages()["seed"].command
     evaluating = stages("training.eval-iters=2")["expert-math"]
-    assert values(evaluating, "valid-data-path")[1] == "data/math_valid_text_document"
+    assert values(evaluating, "valid-data-path")[1] == "data/math.valid"
 
 
 def test_every_flag_of_a_training_stage_stands_once() -> None:
@@ -380,7 +382,7 @@ def test_evaluation_names_every_model() -> None:
     ]
     assert "evaluate-dense" not in stages("baselines=null")
     data = all_values(stages("evaluate.split=test")["evaluate-moe"], "btx-eval-data")
-    assert data == [f"{domain}=data/{domain}_test_text_document" for domain in ("general", "math", "code", "knowledge")]
+    assert data == [f"{domain}=data/{domain}.test" for domain in ("general", "math", "code", "knowledge")]
     spread = stages(
         "evaluate.layout={processes: 2, expert-model-parallel-size: 2}", "evaluate.megatron={micro-batch-size: 2}"
     )
@@ -393,7 +395,7 @@ def test_the_first_loss_of_finetuning_is_bounded_by_the_experts() -> None:
     found = stages("evaluate.split=test", "evaluate.tokens=2048", "finetune.megatron.eval-interval=50")
     finetune = found["finetune"]
     domains = ("general", "math", "code", "knowledge")
-    assert values(finetune, "btx-valid-data") == [f"{domain}=data/{domain}_test_text_document" for domain in domains]
+    assert values(finetune, "btx-valid-data") == [f"{domain}=data/{domain}.test" for domain in domains]
     assert values(finetune, "btx-valid-tokens") == ["2048"] and values(finetune, "eval-interval") == ["50"]
     assert values(finetune, "btx-first-loss-bound") == ["evaluate-experts/evaluation.json"]
     assert not any(word.startswith("--btx-valid") for word in found["dense"].command)
@@ -409,7 +411,9 @@ def test_seeds() -> None:
     assert values(planned["mix"], "router-seed") == ["77"]
     assert values(stages("mix.router-seed=5")["mix"], "router-seed") == ["5"]
     assert stages()["data"].command == planned["data"].command
-    assert values(stages("data.seed=5")["data"], "seed") == ["5"]
+    for change, seed in (("data.workers=1", 1234), ("data.seed=5", 5)):
+        (description,) = values(stages(change)["data"], "description")
+        assert json.loads(description)["seed"] == seed
 
 
 def checkpoint(path: Path) -> Path:
@@ -418,12 +422,13 @@ def checkpoint(path: Path) -> Path:
     return path
 
 
-def test_given_checkpoints_take_the_place_of_their_stages(tmp_path: Path) -> None:
+def test_given_checkpoints_take_the_place_of_their_stages(tmp_path: Path, in_quickstart_folder: Path) -> None:
+    tokenizer = in_quickstart_folder / FOLDER / "tokenizer.model"
     seed, math = checkpoint(tmp_path / "seed"), checkpoint(tmp_path / "math")
     planned = stages(f"seed={{from: {seed}}}", f"experts.math={{from: {math}}}", "baselines=null")
     assert "seed" not in planned and "expert-math" not in planned and "average" not in planned
     assert values(planned["expert-code"], "pretrained-checkpoint") == [str(seed)]
-    assert planned["expert-code"].inputs == (seed,)
+    assert planned["expert-code"].inputs == (seed, tokenizer)
     assert set(planned["mix"].inputs) == {math, seed}
     assert f"seed={seed}" in planned["evaluate-experts"].command
     with pytest.raises(InputError, match="experts.math: baselines.dense is derived from its blend and tokens"):
@@ -440,7 +445,7 @@ def given_data(tmp_path: Path) -> dict[str, Any]:
         for suffix in (".bin", ".idx"):
             (tmp_path / f"{name}{suffix}").write_bytes(b"x")
     tree = copy.deepcopy(yaml.safe_load(QUICKSTART.read_text()))
-    for key in ("mix", "finetune", "baselines", "evaluate", "domains"):
+    for key in ("mix", "finetune", "baselines", "evaluate"):
         del tree[key]
     tree["experts"] = {"math": tree["experts"]["math"]}
     tree["seed"]["blend"] = {"general": 3, "math": 1}
@@ -475,7 +480,7 @@ def test_given_datasets_keep_their_weights_within_their_domain(tmp_path: Path) -
         ("domains", {"general": {"trian": ["x"]}}, "trian: unknown key; did you mean train"),
         ("tokenizer", {}, "missing tokenizer-type"),
         ("tokenizer", {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": "/no.model"}, "does not exist"),
-        ("workers", 3, "data.workers: only for corpora that the run makes"),
+        ("workers", 3, "data.workers: only for text"),
     ],
 )
 def test_bad_given_data_are_refused(section: str, value: Any, reason: str, tmp_path: Path) -> None:
@@ -517,9 +522,17 @@ def test_flops_follow_from_the_flags() -> None:
 
 def test_the_vocabulary_is_padded_as_megatron_does() -> None:
     flags = {"vocab-size": 2049, "make-vocab-size-divisible-by": 64, "tensor-model-parallel-size": 2}
-    assert padded_vocabulary(flags, {}) == 2176
-    assert padded_vocabulary({**flags, "padded-vocab-size": 4096}, {"vocab-size": 10}) == 4096
-    assert padded_vocabulary({}, {"vocab-size": 129}) == 256 and padded_vocabulary({}, {}) is None
+    assert padded_vocabulary(flags, None) == 2176
+    assert padded_vocabulary({**flags, "padded-vocab-size": 4096}, 10) == 4096
+    assert padded_vocabulary({}, 129) == 256 and padded_vocabulary({}, None) is None
+
+
+def test_the_vocabularys_size_is_read_from_the_tokenizers_files(in_quickstart_folder: Path) -> None:
+    """Without it nothing could say what a stage computes."""
+    assert recipe().data.vocabulary_size == 1024
+    absent = "data.tokenizer={tokenizer-type: HuggingFaceTokenizer, tokenizer-model: no/where}"
+    assert recipe(absent).data.vocabulary_size is None
+    assert stages()["seed"].flops and stages(absent)["seed"].flops is None
 
 
 def test_flags_are_checked_by_the_parser_with_the_place_and_the_close_match() -> None:

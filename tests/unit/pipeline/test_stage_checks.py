@@ -21,6 +21,8 @@ from tests import pico
 
 RECIPES = Path(__file__).resolve().parents[3] / "examples" / "recipes"
 
+pytestmark = pytest.mark.usefixtures("in_quickstart_folder")
+
 
 @pytest.fixture(scope="module")
 def parser() -> ArgumentParser:

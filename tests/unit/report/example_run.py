@@ -61,21 +61,19 @@ def evaluation(names: tuple[str, ...] = tuple(LOSSES)) -> dict[str, Any]:
     return {"models": models, "experts": list(EXPERTS)}
 
 
-def corpora() -> dict[str, Any]:
+def datasets() -> dict[str, Any]:
+    """datasets.json of texts with files for every split."""
     splits = {"train": (9_000, 2_100_000), "valid": (120, 61_440), "test": (118, 60_100)}
-    statement = {
-        domain: {
-            split: {"documents": documents, "tokens": tokens, "bytes": tokens * 4, "sha256": "0" * 64}
-            for split, (documents, tokens) in splits.items()
-        }
-        for domain in DOMAINS
-    }
-    return {
-        "settings": {"seed": 1234, "vocab_size": 2048, "scale": 1.0},
-        "sources": {"python": "3.12.1", "numpy": "2.1.0"},
-        "tokenizer": {"file": "tokenizer.model", "sha256": "0" * 64, "vocab_size": 2048},
-        "domains": statement,
-    }
+    sizes: dict[str, Any] = {}
+    sources: dict[str, Any] = {}
+    for domain in DOMAINS:
+        sizes[domain] = {}
+        sources[domain] = {}
+        for split, (documents, tokens) in splits.items():
+            sizes[domain][split] = {"documents": documents, "tokens": tokens, "bin_sha256": "0" * 64}
+            sources[domain][split] = {"files": [f"/texts/{domain}.{split}.jsonl"], "bytes": tokens * 4}
+    tokenizer = {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": "/texts/tokenizer.model"}
+    return {"tokenizer": tokenizer, "seed": 1234, "domains": sizes, "sources": sources}
 
 
 def write_json(path: Path, content: object) -> None:
@@ -95,7 +93,7 @@ def make_run(root: Path, seed: int = 7) -> Path:
                 lines.write(json.dumps({"iteration": iteration, "time": 1.7e9 + iteration, "lm loss": loss}) + "\n")
     write_json(run / "mix" / "manifest.json", {"seconds": 3.1, "parents": dict.fromkeys(MIXED, "sha")})
     write_json(run / "data" / "manifest.json", {"seconds": 41.0, "parents": []})
-    write_json(run / "data" / "corpora.json", corpora())
+    write_json(run / "data" / "datasets.json", datasets())
     baselines = ("average", "dense")
     experts = tuple(name for name in LOSSES if name not in ("mix", "btx", *baselines))
     write_json(run / "evaluate-experts" / "evaluation.json", evaluation(experts))

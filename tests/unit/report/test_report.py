@@ -85,10 +85,11 @@ def test_whole_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["models"]["btx"]["parameters"] == 870_464
     assert found["notes"] == []
     assert [found["stages"]["seed"]["tokens"], found["curves"]["seed"]["x"][-1]] == [1_024_000, 1_024_000]
-    assert found["corpora"][1] == {
+    assert found["datasets"][1] == {
         "domain": "general", "split": "valid", "documents": 120, "tokens": 61_440, "size_bytes": 245_760
     }  # fmt: skip
-    assert found["sources"]["sources.numpy"] == "2.1.0" and found["sources"]["tokenizer.vocab_size"] == "2048"
+    assert found["sources"]["tokenizer-model"] == "/texts/tokenizer.model"
+    assert found["sources"]["math: valid"] == "1 file(s), 245,760 bytes: /texts/math.valid.jsonl"
     page = " ".join(read_page(run / "report" / "index.html").text)
     for number in (
         "2.396",
@@ -99,7 +100,7 @@ def test_whole_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFi
         "61,440",
         "8,400,000",
         "0.309",
-        "version of numpy, whose documentation is read",
+        "1 file(s), 245,760 bytes: /texts/math.valid.jsonl",
     ):
         assert number in page, number
 
@@ -159,15 +160,15 @@ def test_a_run_that_only_trained_so_far(tmp_path: Path, capsys: pytest.CaptureFi
     for folder in ("evaluate-experts", "evaluate-dense", "evaluate-moe"):
         (run / folder / "evaluation.json").unlink()
     (run / "dense" / "manifest.json").unlink()
-    (run / "data" / "corpora.json").unlink()
+    (run / "data" / "datasets.json").unlink()
     assert report.main([str(run)]) == 0
     assert "no model was evaluated" in capsys.readouterr().out
     assert sorted(path.name for path in (run / "report").glob("*.png")) == ["curves.png"]
     found = results(run)
     assert set(facts_of(found).values()) == {None}
-    assert found["models"] == {} and found["corpora"] == []
+    assert found["models"] == {} and found["datasets"] == []
     notes = " ".join(found["notes"])
-    assert "Stage dense has a loss curve and no manifest" in notes and "corpora.json" in notes
+    assert "Stage dense has a loss curve and no manifest" in notes and "datasets.json" in notes
     assert found["curves"]["dense"]["unit"] == "iterations"  # nothing says how many tokens they had
 
 
@@ -241,7 +242,7 @@ def test_a_diverged_model_is_said_plainly_and_holds_nothing(tmp_path: Path, caps
         ),
         ("seed/manifest.json", "[1]"),
         ("seed/metrics.jsonl", "not json\n"),
-        ("data/corpora.json", ""),
+        ("data/datasets.json", ""),
     ],
 )
 def test_broken_files_are_refused_in_one_line_and_the_old_report_stands(

@@ -102,7 +102,7 @@ def test_what_another_seed_made_is_left_out(plan: bool, tmp_path: Path) -> None:
         write_json(run / "plan.json", [{"stage": stage, "fingerprint": own} for stage, own in ours.items()])
     data = read_run(run)
     assert [stage.name for stage in data.stages] == ["data", "seed"]
-    assert data.models == {} and len(data.corpora.rows) == 3 * len(DOMAINS)
+    assert data.models == {} and len(data.datasets.rows) == 3 * len(DOMAINS)
     marked = " ".join(data.marked)
     assert ("made with other settings" if plan else "made from another seed") in marked
     assert "trained on" not in text_of(run).split("## ")[0]

@@ -11,7 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_btx.data.corpora import wordings
+from examples.quickstart.corpora import wordings
 
 PEOPLE, PLACES, WORKS = 150, 110, 100
 

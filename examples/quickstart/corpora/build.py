@@ -1,7 +1,7 @@
-"""The corpora of the quickstart: the command ``btx corpora``.
+"""The quickstart's texts and their tokenizer, in one folder: ``python examples/quickstart/make_texts.py``.
 
-Everything comes from this machine: nothing is downloaded. The record ``corpora.json`` is written last, so a folder
-that has one is whole.
+Everything comes from this machine: nothing is downloaded. The record ``texts.json`` is written last, so a folder that
+has one is whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,13 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.data import preprocess, tokenizers
-from megatron_btx.data.corpora import code, general, knowledge, math_problems, sources, vocabulary
-from megatron_btx.data.corpora.split import SPLITS, Group, split
+from examples.quickstart.corpora import code, general, knowledge, math_problems, sources, vocabulary
+from examples.quickstart.corpora.split import Group, split
 from megatron_btx.ground.errors import InputError, exits_with_one_line
 from megatron_btx.ground.files import hash_file
 
-RECORD = "corpora.json"
+RECORD = "texts.json"
 TOKENIZER = "tokenizer.model"
 
 _MATH_CHARACTERS = 3_050_000
@@ -40,13 +38,12 @@ DOMAINS = tuple(_HELD_OUT_CHARACTERS)
 _GENERATED_PARTS = 8
 _FILES_PER_TASK = 16
 _TOKENIZER_SHARE = 0.25
-_PARALLEL_FROM_BYTES = 1_000_000
 _TEMPORARY = ".making"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what the corpora hold, besides the Python environment."""
+    """All that decides what the texts hold, besides the Python environment."""
 
     seed: int = 1234
     vocab_size: int = 2048
@@ -60,21 +57,17 @@ def build(
     workers: int = 1,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
-    texts_only: bool = False,
 ) -> bool:
-    """Make the corpora, their tokenizer and their indexed datasets in a folder; False when they were there already.
-
-    Args:
-        texts_only: leave the datasets out; :mod:`megatron_btx.data.datasets` makes the same of the texts.
+    """Make the texts and the tokenizer in a folder; False when they were there already.
 
     Raises:
-        InputError: bad settings, or a folder that holds corpora made with other settings.
+        InputError: bad settings, or a folder that holds texts made with other settings.
         OSError: the disk is full or not writable; the folder then has no record.
     """
     _check(settings, workers)
     if (output / RECORD).exists() and not overwrite:
-        _expect_same(output, settings, texts_only)
-        say(f"{output}: corpora are there already, made with these settings; nothing to do")
+        _expect_same(output, settings)
+        say(f"{output}: the texts are there already, made with these settings; nothing to do")
         return False
     (output / RECORD).unlink(missing_ok=True)
     making = output / _TEMPORARY
@@ -82,8 +75,6 @@ def build(
     try:
         making.mkdir(parents=True)
         domains = _write_texts(making, settings, workers, say)
-        if not texts_only:
-            domains = _tokenize(making, domains, workers, say)
         record = {
             "settings": asdict(settings),
             "sources": sources.versions(general.PACKAGES),
@@ -103,10 +94,8 @@ def build(
     return True
 
 
-def make_texts(
-    settings: Settings, workers: int, meanwhile: Callable[[], None] = lambda: None
-) -> dict[str, dict[str, list[str]]]:
-    """The documents of every domain and split, made in worker processes; ``meanwhile`` runs while they work."""
+def make_texts(settings: Settings, workers: int) -> dict[str, dict[str, list[str]]]:
+    """The documents of every domain and split, made in worker processes."""
     documented = general.source_files()[:: max(1, round(1 / settings.scale))]
     # Twice as dense as the scale says: the library's files are few and large, and three splits need enough of them.
     programs = code.source_files()[:: max(1, round(0.5 / settings.scale))]
@@ -120,7 +109,6 @@ def make_texts(
         plain = pool.map(code.extract, programs, chunksize=_FILES_PER_TASK)
         problems = pool.map(partial(math_problems.generate, settings.seed, characters=size(_MATH_CHARACTERS)), parts)
         articles = pool.map(partial(knowledge.generate, settings.seed, characters=size(_KNOWLEDGE_CHARACTERS)), parts)
-        meanwhile()
         groups = {
             "general": [Group(one.name, tuple(general.documents(one))) for one in general.without_repeats(prose)],
             "code": _unique(zip([file.name for file in programs], plain, strict=True)),
@@ -165,7 +153,7 @@ def _write_texts(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """JSONL files and the tokenizer; what they hold, by domain and split."""
     started = time.monotonic()
-    texts = make_texts(settings, workers, meanwhile=tokenizers.import_megatron)
+    texts = make_texts(settings, workers)
     count = 0
     for parts in texts.values():
         count += sum(map(len, parts.values()))
@@ -200,31 +188,6 @@ def _sample(documents: Sequence[str]) -> Iterator[str]:
         yield document
 
 
-def _tokenize(
-    making: Path, domains: Mapping[str, dict[str, dict[str, Any]]], workers: int, say: Callable[[str], None]
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Indexed datasets of all texts; the descriptions with tokens and hashes added."""
-    started = time.monotonic()
-    settings = tokenizers.TokenizerSettings("SentencePieceTokenizer", str(making / TOKENIZER))
-    complete: dict[str, dict[str, dict[str, Any]]] = {}
-    for domain, parts in domains.items():
-        complete[domain] = {}
-        for name, part in parts.items():
-            summary = preprocess.preprocess(
-                [str(making / part["file"])],
-                str(making / f"{domain}_{name}"),
-                settings,
-                append_eod=True,
-                workers=workers if part["bytes"] >= _PARALLEL_FROM_BYTES else 1,
-                quiet=True,
-            )
-            dataset = Path(summary.prefixes[0]).name
-            hashes = {f"{kind}_sha256": hash_file(making / f"{dataset}.{kind}") for kind in ("bin", "idx")}
-            complete[domain][name] = {**part, "tokens": summary.tokens, "dataset": dataset, **hashes}
-    say(f"tokenized {len(SPLITS) * len(domains)} files in {time.monotonic() - started:.1f} s")
-    return complete
-
-
 def _check(settings: Settings, workers: int) -> None:
     if workers < 1:
         raise InputError(f"--workers {workers}: expected at least 1")
@@ -234,9 +197,8 @@ def _check(settings: Settings, workers: int) -> None:
         raise InputError(f"--vocab-size {settings.vocab_size}: expected at least {vocabulary.MIN_VOCABULARY}")
 
 
-def _expect_same(output: Path, settings: Settings, texts_only: bool) -> None:
-    """Raise InputError unless the folder's corpora are whole and were made with these settings."""
-    has_datasets = True
+def _expect_same(output: Path, settings: Settings) -> None:
+    """Raise InputError unless the folder's texts are whole and were made with these settings."""
     try:
         record = json.loads((output / RECORD).read_text(encoding="utf-8"))
         found = record["settings"]
@@ -244,22 +206,15 @@ def _expect_same(output: Path, settings: Settings, texts_only: bool) -> None:
         for parts in record["domains"].values():
             for part in parts.values():
                 files[part["file"]] = part["sha256"]
-                if "dataset" not in part:
-                    has_datasets = False
-                    continue
-                files[part["dataset"] + ".bin"] = part["bin_sha256"]
-                files[part["dataset"] + ".idx"] = part["idx_sha256"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{output / RECORD}: not a record of corpora ({error!r}); add --overwrite to remake"
+            f"{output / RECORD}: not a record of these texts ({error!r}); add --overwrite to remake"
         ) from error
     if found != asdict(settings):
         raise InputError(
-            f"{output}: holds corpora made with {found}, asked for {asdict(settings)};"
+            f"{output}: holds texts made with {found}, asked for {asdict(settings)};"
             " choose another folder or add --overwrite"
         )
-    if not has_datasets and not texts_only:
-        raise InputError(f"{output}: holds the texts alone; choose another folder, or add --texts-only or --overwrite")
     for name, expected in files.items():
         if not (output / name).is_file() or hash_file(output / name) != expected:
             raise InputError(f"{output / name}: missing or changed since it was made; add --overwrite to remake")
@@ -272,25 +227,20 @@ def _write_record(path: Path, record: Mapping[str, Any]) -> None:
 def _table(output: Path) -> str:
     """What a folder holds, for people."""
     record = json.loads((output / RECORD).read_text(encoding="utf-8"))
-    rows = [f"{'domain':<10} {'split':<6} {'documents':>9} {'MB':>7} {'tokens':>10}"]
+    rows = [f"{'domain':<10} {'split':<6} {'documents':>9} {'MB':>7}"]
     for domain, parts in record["domains"].items():
         for name, part in parts.items():
             size = part["bytes"] / 1e6
-            row = f"{domain:<10} {name:<6} {part['documents']:>9,} {size:>7.2f}"
-            if "tokens" in part:
-                row += f" {part['tokens']:>10,}"
-            rows.append(row)
+            rows.append(f"{domain:<10} {name:<6} {part['documents']:>9,} {size:>7.2f}")
     made_from = ", ".join(f"{name} {version}" for name, version in record["sources"].items())
     return "\n".join([*rows, f"made from: {made_from}; seed {record['settings']['seed']}; nothing was downloaded"])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="btx corpora", description="Make the corpora of the quickstart out of what this machine has."
+        prog="make_texts.py", description="Make the quickstart's texts and tokenizer out of what this machine has."
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for texts, tokenizer, datasets"
-    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for texts and tokenizer")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="of the drawn texts (default: %(default)s)")
     parser.add_argument(
         "--vocab-size", type=int, default=Settings.vocab_size, help="of the tokenizer (default: %(default)s)"
@@ -299,20 +249,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, default=2, help="processes (default: 2); the output does not depend on it"
     )
-    parser.add_argument("--texts-only", action="store_true", help="texts and tokenizer, no datasets")
-    parser.add_argument("--overwrite", action="store_true", help="replace corpora that are there")
+    parser.add_argument("--overwrite", action="store_true", help="replace texts that are there")
     return parser
 
 
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> int:
-    """The command ``btx corpora``."""
+    """Make the texts, and print what the folder holds."""
     arguments = _parser().parse_args(argv)
     settings = Settings(arguments.seed, arguments.vocab_size, arguments.scale)
-    build(arguments.output, settings, arguments.workers, arguments.overwrite, texts_only=arguments.texts_only)
-    print(_table(arguments.output))
+    if build(arguments.output, settings, arguments.workers, arguments.overwrite):
+        print(_table(arguments.output))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

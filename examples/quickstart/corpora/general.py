@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_btx.data.corpora import sources
-from megatron_btx.data.corpora.sources import SourceFile
+from examples.quickstart.corpora import sources
+from examples.quickstart.corpora.sources import SourceFile
 
 PACKAGES = (
     "numpy",

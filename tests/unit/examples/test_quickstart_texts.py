@@ -1,4 +1,4 @@
-"""The quickstart's corpora: what they promise about their texts, and that they are made the same way every time."""
+"""The quickstart's texts: what they promise, and that they are made the same way every time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.data import datasets, tokenizers
-from megatron_btx.data.corpora import build, code, general, knowledge, math_problems, vocabulary, wordings
-from megatron_btx.data.corpora.split import SPLITS
-from megatron_btx.data.domains import check_description
+from examples.quickstart.corpora import build, code, general, knowledge, math_problems, vocabulary, wordings
+from examples.quickstart.corpora.split import SPLITS
+from megatron_btx.data import tokenizers
 from megatron_btx.ground.errors import InputError
 
 SETTINGS = build.Settings(seed=7, vocab_size=700, scale=0.1)
@@ -30,9 +29,9 @@ COMMAND = ["--seed", "7", "--vocab-size", "700", "--scale", "0.1"]
 
 
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small corpora, made with two workers."""
-    folder = tmp_path_factory.mktemp("corpora") / "made"
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small texts, made with two workers."""
+    folder = tmp_path_factory.mktemp("texts") / "made"
     assert build.main(["--output", str(folder), *COMMAND, "--workers", "2"]) == 0
     return folder
 
@@ -55,65 +54,33 @@ def test_another_seed_makes_other_texts() -> None:
     assert not set(knowledge.generate(7, 0, 5000)) & set(knowledge.generate(8, 0, 5000))
 
 
-def test_the_record_describes_the_files(corpora: Path) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    record = json.loads((corpora / "corpora.json").read_text())
+def test_the_record_describes_the_files(made: Path) -> None:
+    record = json.loads((made / "texts.json").read_text())
     assert list(record["domains"]) == ["general", "code", "math", "knowledge"]
     assert record["settings"] == {"seed": 7, "vocab_size": 700, "scale": 0.1}
     assert {"python", "numpy", "torch"} <= set(record["sources"])
     for domain, parts in record["domains"].items():
         assert tuple(parts) == SPLITS
         for split, part in parts.items():
-            assert part["file"] == f"{domain}.{split}.jsonl" and part["dataset"] == f"{domain}_{split}_text_document"
-            dataset = IndexedDataset(str(corpora / part["dataset"]))
-            assert len(dataset) == part["documents"] == len(texts(corpora, domain, split)) > 0
-            assert part["tokens"] == int(dataset.sequence_lengths.sum())
-            assert part["bytes"] == (corpora / part["file"]).stat().st_size
+            assert part["file"] == f"{domain}.{split}.jsonl"
+            assert part["documents"] == len(texts(made, domain, split)) > 0
+            assert part["bytes"] == (made / part["file"]).stat().st_size
 
 
-def test_datasets_made_of_the_texts_alone_are_the_same_to_the_byte(
-    corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The quickstart learns the same whether its corpora are tokenized here or as anybody's text."""
-    alone = tmp_path / "alone"
-    assert build.main(["--output", str(alone), *COMMAND, "--texts-only"]) == 0
-    assert sorted(contents(alone)) == sorted(name for name in contents(corpora) if "_text_document" not in name)
-    assert build.main(["--output", str(alone), *COMMAND, "--texts-only"]) == 0
-    assert "nothing to do" in capsys.readouterr().out
-    assert build.main(["--output", str(alone), *COMMAND]) == 2
-    assert "holds the texts alone" in one_line(capsys)
-    domains = {
-        domain: {split: [f"{alone}/{domain}.{split}.jsonl"] for split in SPLITS} for domain in ("code", "knowledge")
-    }
-    tokenizer = {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": f"{alone}/tokenizer.model"}
-    description = check_description({"tokenizer": tokenizer, "domains": domains})
-    datasets.make_datasets(tmp_path / "made", description, quiet=True)
-    for domain in domains:
-        for split in SPLITS:
-            for ending in ("bin", "idx", "dataset.json"):
-                made = (tmp_path / "made" / f"{domain}.{split}.{ending}").read_bytes()
-                assert made == (corpora / f"{domain}_{split}_text_document.{ending}").read_bytes()
-
-
-def test_the_tokenizer_gives_back_every_document(corpora: Path) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    settings = tokenizers.TokenizerSettings("SentencePieceTokenizer", str(corpora / "tokenizer.model"))
+def test_the_tokenizer_gives_back_every_document(made: Path) -> None:
+    settings = tokenizers.TokenizerSettings("SentencePieceTokenizer", str(made / "tokenizer.model"))
     tokenizer = tokenizers.load(settings)
     assert (tokenizer.vocab_size, tokenizer.eod) == (700, 2)
     for domain in build.DOMAINS:
-        dataset = IndexedDataset(str(corpora / f"{domain}_valid_text_document"))
-        for number, text in enumerate(texts(corpora, domain, "valid")):
-            ids = dataset[number].tolist()
-            assert ids[-1] == 2 and tokenizer.detokenize(ids[:-1]) == text
+        for text in texts(made, domain, "valid"):
+            assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
     odd = "\n\n  12345\t\r\x07 é ☃ 🙂 </s> <0x0A>   \n"
     assert tokenizer.detokenize(tokenizer.tokenize(odd)) == odd
     pieces = [tokenizer.detokenize([token]) for token in range(3 + 256, 700)]
     assert [piece for piece in pieces if re.search(r"\d.*\d", piece)] == []
 
 
-def test_no_document_paragraph_or_problem_is_there_twice(corpora: Path) -> None:
+def test_no_document_paragraph_or_problem_is_there_twice(made: Path) -> None:
     parts: dict[str, Callable[[str], list[str]]] = {
         "general": lambda text: [re.sub("[^a-z]+", " ", line.lower()) for line in text.split("\n\n")],
         "code": lambda text: [text],
@@ -121,26 +88,26 @@ def test_no_document_paragraph_or_problem_is_there_twice(corpora: Path) -> None:
         "knowledge": lambda text: [text],
     }
     for domain, pieces in parts.items():
-        found = Counter(one for split in SPLITS for text in texts(corpora, domain, split) for one in pieces(text))
+        found = Counter(one for split in SPLITS for text in texts(made, domain, split) for one in pieces(text))
         assert [one for one, times in found.items() if times > 1] == [], domain
 
 
 def test_made_again_with_one_worker_after_refusals_it_is_the_same_to_the_byte(
-    corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(corpora, folder)
+    shutil.copytree(made, folder)
     before = contents(folder)
     assert build.main(["--output", str(folder), *COMMAND]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert build.main(["--output", str(folder), *COMMAND[2:]]) == 2
     assert "'seed': 7" in one_line(capsys)
-    (folder / "math_test_text_document.bin").write_bytes(b"\0")
+    (folder / "math.test.jsonl").write_bytes(b"\0")
     assert build.main(["--output", str(folder), *COMMAND]) == 2
-    assert "math_test_text_document.bin: missing or changed" in one_line(capsys)
-    (folder / "corpora.json").write_text("[]")
+    assert "math.test.jsonl: missing or changed" in one_line(capsys)
+    (folder / "texts.json").write_text("[]")
     assert build.main(["--output", str(folder), *COMMAND]) == 2
-    assert "corpora.json: not a record of corpora" in one_line(capsys)
+    assert "texts.json: not a record of these texts" in one_line(capsys)
     build.build(folder, SETTINGS, workers=1, overwrite=True, say=lambda line: None)
     assert contents(folder) == before
 
@@ -168,11 +135,11 @@ def test_a_vocabulary_larger_than_the_text_allows_is_refused(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("limit_bytes", [4_000, 150_000])
+@pytest.mark.parametrize("limit_bytes", [4_000])
 def test_a_full_disk_leaves_nothing(
     limit_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A limit on the size of files makes real writes fail: of a text, or of an index (20 bytes a document)."""
+    """A limit on the size of files makes real writes fail."""
     documents = math_problems.generate(1, 0, 20_000) + ["5"] * 8000
     made = {domain: dict.fromkeys(SPLITS, documents) for domain in build.DOMAINS}
     monkeypatch.setattr(build, "make_texts", lambda *_, **__: made)
@@ -236,8 +203,8 @@ def test_only_sentences_are_taken_from_a_docstring() -> None:
     ]
 
 
-def test_general_documents_are_prose(corpora: Path) -> None:
-    documents = [text for split in SPLITS for text in texts(corpora, "general", split)]
+def test_general_documents_are_prose(made: Path) -> None:
+    documents = [text for split in SPLITS for text in texts(made, "general", split)]
     for paragraph in (paragraph for text in documents for paragraph in text.split("\n\n")):
         assert paragraph[0].isupper() and paragraph[-1] in ".!?", paragraph
         assert not re.search(r">>>|``|:\w+:`|\n|  |::|http", paragraph), paragraph
@@ -347,8 +314,8 @@ def _is_bare_string(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
-def test_code_documents_compile_and_hold_no_prose(corpora: Path) -> None:
-    documents = [text for split in SPLITS for text in texts(corpora, "code", split)]
+def test_code_documents_compile_and_hold_no_prose(made: Path) -> None:
+    documents = [text for split in SPLITS for text in texts(made, "code", split)]
     for text in documents:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -498,10 +465,10 @@ def test_facts_are_the_same_in_every_document(about: str, subjects: int) -> None
     assert {subject: values for subject, values in told.items() if len(values) > 1} == {}
 
 
-def test_what_validation_asks_was_told_in_training(corpora: Path) -> None:
+def test_what_validation_asks_was_told_in_training(made: Path) -> None:
     """At a tenth of the size each fact is told about three times already; at full size nearly all are."""
-    train = _told(texts(corpora, "knowledge", "train"), "region")
-    valid = _told(texts(corpora, "knowledge", "valid"), "region")
+    train = _told(texts(made, "knowledge", "train"), "region")
+    valid = _told(texts(made, "knowledge", "valid"), "region")
     known = [subject for subject, values in valid.items() if train.get(subject) == values]
     assert len(valid) > 10
     assert len(known) >= 0.9 * len(valid)

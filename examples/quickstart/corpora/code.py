@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_btx.data.corpora import sources
-from megatron_btx.data.corpora.sources import SourceFile
+from examples.quickstart.corpora import sources
+from examples.quickstart.corpora.sources import SourceFile
 
 LEFT_OUT = (
     "python/_sysconfigdata",  # settings of the machine that built the interpreter
