@@ -53,9 +53,7 @@ def _read_rows(content: dict[str, Any]) -> list[DatasetRow]:
     for domain, splits in content["domains"].items():
         for split, sizes in splits.items():
             own_files = content["sources"][domain].get(split, {})
-            rows.append(
-                DatasetRow(domain, split, sizes.get("documents"), sizes.get("tokens"), own_files.get("bytes"))
-            )
+            rows.append(DatasetRow(domain, split, sizes.get("documents"), sizes.get("tokens"), own_files.get("bytes")))
     return rows
 
 

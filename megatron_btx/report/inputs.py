@@ -16,8 +16,8 @@ from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import (
     AVERAGE_MODEL,
     BTX_MODEL,
-    DATASETS_FILE,
     DATA_STAGE,
+    DATASETS_FILE,
     DENSE_MODEL,
     EVALUATION_FILE,
     EXPERT_PREFIX,
