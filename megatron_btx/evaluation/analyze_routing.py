@@ -7,21 +7,23 @@ A label is a domain, or ``domain/task``; the tasks of a domain are also added up
 parallelism; layouts that cut the texts into the same batches give the same counts (a capacity depends on its own).
 
 FOLDER/routing.json holds ``experts``, ``checkpoints`` (model -> path), ``texts`` (label -> path), ``routing`` (flags),
-``models`` (model -> label -> numbers, see ``megatron_btx.evaluation.routing.described``) and ``overlap`` (model ->
+``models`` (model -> label -> numbers, see ``megatron_btx.evaluation.routing.describe``) and ``overlap`` (model ->
 label -> label: 1 less the mean total variation distance of the shares of all choices).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
-from megatron_btx.engine.flags import help_if_asked
+from megatron_btx.engine.tool import start_tool
 from megatron_btx.ground.errors import InputError, exits_with_one_line
+
+_ROUTING_FLAGS = ("moe_router_topk", "moe_router_pre_softmax", "moe_expert_capacity_factor", "btx_sample_top1")
+"""Flags that decide how tokens are routed; routing.json holds them."""
 
 
 def add_analysis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -67,63 +69,94 @@ def add_analysis_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     return parser
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What is analysed, checked."""
+
+    models: dict[str, str]
+    """Name -> path."""
+    stored: dict[str, dict[str, Any]]
+    """Model -> the arguments that its checkpoint holds."""
+    data: dict[str, str]
+    """Label -> path of its text."""
+    experts: list[str]
+    earlier: dict[str, Any]
+    """Models of earlier analyses, drawn beside."""
+    text: str | None
+    """The text that the page colours; None for the start of every label's."""
+
+    def page_texts(self) -> dict[str, str]:
+        """Label -> the text that the page colours, or the path of the dataset that begins with it."""
+        if self.text is None:
+            return self.data
+        return {"text": self.text}
+
+    def trained(self) -> list[str]:
+        """The models whose routers were trained."""
+        return [name for name, arguments in self.stored.items() if not arguments.get("btx_untrained_routers")]
+
+
 @exits_with_one_line
 def main() -> int:
     """Analyse what the command line names; see --help."""
-    prepare_environment()
-    help_if_asked(__doc__, add_analysis_arguments)
-    install_cpu_stand_ins()
-    from megatron.training import initialize
-
-    from megatron_btx.data.texts import check_texts
-    from megatron_btx.engine import repairs
-    from megatron_btx.engine.checks.start import compare_with_stored
-    from megatron_btx.engine.cpu import has_gpu
+    args, inputs = start_tool(__doc__, add_analysis_arguments, _names_of, _check_inputs)
     from megatron_btx.engine.loading import load_weights
-    from megatron_btx.engine.program import parse_arguments
-    from megatron_btx.evaluation.inputs import expert_names
-    from megatron_btx.evaluation.routing import described, overlaps, read_earlier, route_label, route_text
+    from megatron_btx.evaluation.routing import describe, overlaps
+    from megatron_btx.evaluation.token_routes import route_text
     from megatron_btx.model.build import build_model
 
-    args = parse_arguments(add_analysis_arguments, quiet=True, check_own=_inputs)
-    models, data = _inputs(args)
+    result: dict[str, Any] = {"experts": inputs.experts, "checkpoints": inputs.models, "texts": inputs.data}
+    result |= {"routing": {flag: getattr(args, flag) for flag in _ROUTING_FLAGS}, "models": {}, "overlap": {}}
+    model = build_model(args)
+    texts: dict[str, dict[str, Any]] = {}
+    for name, path in inputs.models.items():
+        load_weights(model, path)
+        result["models"][name] = describe(_route_labels(model, inputs.data))
+        result["overlap"][name] = overlaps(result["models"][name])
+        texts[name] = {}
+        for label, text in inputs.page_texts().items():
+            texts[name][label] = route_text(model, text, is_text=inputs.text is not None)
+    if args.rank == 0:
+        _write(Path(args.btx_route_output), result, inputs.earlier, texts, inputs.trained())
+    return 0
+
+
+def _route_labels(model: list[Any], data: dict[str, str]) -> dict[str, Any]:
+    """Label -> where its tokens go."""
+    from megatron_btx.evaluation.routing import route_label
+
+    routed = {}
+    for label, prefix in data.items():
+        routed[label] = route_label(model, f"{label}: {prefix}", prefix)
+    return routed
+
+
+def _check_inputs(args: argparse.Namespace) -> _Inputs:
+    """Check the models and texts, and make the folder for the results."""
+    from megatron_btx.data.texts import check_texts
+    from megatron_btx.engine.checks.start import compare_with_stored
+    from megatron_btx.evaluation.earlier_routing import read_earlier
+    from megatron_btx.evaluation.inputs import expert_names
+
+    models, data = _names_of(args)
     if not args.num_experts:
         raise InputError("--btx-route-model: routing is of mixtures; give --num-experts and a mixture's checkpoint")
-    stored = [compare_with_stored(path, vars(args)) for path in models.values()]
+    stored, stored_by_path = {}, {}
+    for name, path in models.items():
+        stored[name] = stored_by_path[path] = compare_with_stored(path, vars(args))
     _check_labels(data)
     check_texts(data, "--btx-route-data", args.btx_route_tokens, "--btx-route-tokens", args)
-    given = _read_text(args.btx_route_text)
+    text = _read_text(args.btx_route_text)
     if args.context_parallel_size > 1:
         raise InputError(
             f"--context-parallel-size {args.context_parallel_size}: tokens are told by their place, which it cuts "
             "up; use 1 to analyse"
         )
-    experts = expert_names(dict(zip(models.values(), stored, strict=True)), args.num_experts) or []
+    experts = expert_names(stored_by_path, args.num_experts) or []
     earlier = read_earlier([Path(file) for file in args.btx_route_beside], list(models), experts)
-    folder = Path(args.btx_route_output)
-    if int(os.environ.get("RANK", "0")) == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    repairs.install()
-    initialize.initialize_megatron(allow_no_cuda=not has_gpu())
-    model = build_model(args)
-    flags = ("moe_router_topk", "moe_router_pre_softmax", "moe_expert_capacity_factor", "btx_sample_top1")
-    result: dict[str, Any] = {"experts": experts, "checkpoints": models, "texts": data}
-    result |= {"routing": {flag: getattr(args, flag) for flag in flags}, "models": {}, "overlap": {}}
-    texts: dict[str, dict[str, Any]] = {}
-    for name, path in models.items():
-        load_weights(model, path)
-        routed = {label: route_label(model, f"{label}: {prefix}", prefix) for label, prefix in data.items()}
-        result["models"][name] = described(routed, len(experts))
-        result["overlap"][name] = overlaps(result["models"][name])
-        sources = {"text": given} if given is not None else data
-        texts[name] = {label: route_text(model, text, is_text=given is not None) for label, text in sources.items()}
     if args.rank == 0:
-        trained = []
-        for name, arguments in zip(models, stored, strict=True):
-            if not arguments.get("btx_untrained_routers"):
-                trained.append(name)
-        _write(folder, result, earlier, texts, trained)
-    return 0
+        Path(args.btx_route_output).mkdir(parents=True, exist_ok=True)
+    return _Inputs(models, stored, data, experts, earlier, text)
 
 
 def _check_labels(data: dict[str, str]) -> None:
@@ -142,7 +175,7 @@ def _write(
         texts: model -> label -> the tokens that the page colours.
         trained: models whose routers were trained; the page opens on the first.
     """
-    from megatron_btx.evaluation.routing import table
+    from megatron_btx.evaluation.routing import make_table
     from megatron_btx.ground.files import write_json
     from megatron_btx.report.routing_figures import write_figures
     from megatron_btx.report.routing_page import write_page
@@ -152,12 +185,12 @@ def _write(
     everything = {**earlier, **result["models"]}
     figures = write_figures(folder, everything, experts)
     write_page(folder / "tokens.html", texts, experts, trained)
-    print(table(everything, experts))
+    print(make_table(everything, experts))
     names = ["routing.json", *figures, "tokens.html"]
     print("\nwrote " + ", ".join(str(folder / name) for name in names), flush=True)
 
 
-def _inputs(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+def _names_of(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     from megatron_btx.evaluation.inputs import inputs_of
 
     return inputs_of(args, "route", "a folder")

@@ -18,8 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
-from megatron_btx.engine.flags import help_if_asked
+from megatron_btx.engine.tool import start_tool
 from megatron_btx.ground.errors import InputError, exits_with_one_line
 
 HELD_OUT_EVERY = 5
@@ -70,27 +69,15 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 @exits_with_one_line
 def main() -> int:
     """Fill the routers of a mixture; see --help."""
-    prepare_environment()
-    help_if_asked(__doc__, add_init_arguments)
-    install_cpu_stand_ins()
+    args, data = start_tool(__doc__, add_init_arguments, _check_given, _check_inputs)
     import torch
-    from megatron.training import initialize
 
-    from megatron_btx.engine import repairs
-    from megatron_btx.engine.checks.start import compare_with_stored
-    from megatron_btx.engine.cpu import has_gpu
     from megatron_btx.engine.loading import load_weights
-    from megatron_btx.engine.program import parse_arguments
     from megatron_btx.evaluation.router_fit import install_rows, measure, own_rows, refit
     from megatron_btx.mixing.routers import router_rows
     from megatron_btx.model.build import build_model
 
-    args = parse_arguments(add_init_arguments, quiet=True, check_own=_check_given)
-    stored = compare_with_stored(args.btx_init_model, vars(args))
-    data = _checked_data(args, stored)
-    output = _checked_output(args.btx_init_output)
-    repairs.install()
-    initialize.initialize_megatron(allow_no_cuda=not has_gpu())
+    output = Path(args.btx_init_output).absolute()
     fit, held_out, sizes = _texts(data, args.btx_init_documents)
     model = build_model(args)
     load_weights(model, args.btx_init_model)
@@ -124,8 +111,8 @@ def _check_given(args: argparse.Namespace) -> None:
     named_paths(args.btx_init_data, "--btx-init-data")
 
 
-def _checked_output(given: str) -> Path:
-    """The folder to be made, absolute. Raises InputError where it or a file beside it is there, or cannot be made."""
+def check_output(given: str) -> None:
+    """Raises InputError where the folder to be made or a file beside it is there, or cannot be made."""
     output = Path(given).absolute()
     where = f"--btx-init-output {given}"
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -137,24 +124,40 @@ def _checked_output(given: str) -> Path:
     above = next(folder for folder in output.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"{where}: {above} is no folder that can be written to; name another place")
-    return output
 
 
-def _checked_data(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, str]:
-    """Expert -> prefix, in the order of the mixture's experts."""
-    from megatron_btx.data.texts import check_documents
-    from megatron_btx.data.training import check_descriptions
-    from megatron_btx.evaluation.inputs import named_paths
+def _check_inputs(args: argparse.Namespace) -> dict[str, str]:
+    """Check the mixture, its texts and the output; return expert -> prefix, in the order of the mixture's experts."""
+    from megatron_btx.engine.checks.start import compare_with_stored
 
+    stored = compare_with_stored(args.btx_init_model, vars(args))
+    _check_numbers(args)
+    names = stored.get("btx_experts") or [f"expert {number}" for number in range(args.num_experts)]
+    data = _check_texts(args, names)
+    check_output(args.btx_init_output)
+    return data
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
     if not args.num_experts:
         raise InputError(f"--btx-init-model {args.btx_init_model}: has no routers; give a mixture and --num-experts")
     if args.add_bias_linear:
         raise InputError("routers with biases are not fitted here; the model must have --disable-bias-linear")
-    for flag, value in (("documents", args.btx_init_documents - HELD_OUT_EVERY), ("passes", args.btx_init_passes - 1)):
-        if value < 0:
-            least = HELD_OUT_EVERY if flag == "documents" else 1
-            raise InputError(f"--btx-init-{flag} {value + least}: expected at least {least}")
-    names = stored.get("btx_experts") or [f"expert {number}" for number in range(args.num_experts)]
+    smallest = (
+        ("--btx-init-documents", args.btx_init_documents, HELD_OUT_EVERY),
+        ("--btx-init-passes", args.btx_init_passes, 1),
+    )
+    for flag, value, least in smallest:
+        if value < least:
+            raise InputError(f"{flag} {value}: expected at least {least}")
+
+
+def _check_texts(args: argparse.Namespace, names: list[str]) -> dict[str, str]:
+    """Expert -> prefix, in the order of ``names``; there for every expert, with documents enough."""
+    from megatron_btx.data.texts import check_documents
+    from megatron_btx.data.training import check_descriptions
+    from megatron_btx.evaluation.inputs import named_paths
+
     given = named_paths(args.btx_init_data, "--btx-init-data")
     wrong = sorted(set(given) ^ set(names))
     if wrong:
@@ -162,16 +165,24 @@ def _checked_data(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str,
             f"--btx-init-data: {', '.join(wrong)}: missing or unknown; every expert needs documents, and the mixture "
             f"has {', '.join(names)}"
         )
+    data, flags = {}, {}
     for name in names:
-        check_documents(given[name], f"--btx-init-data {name}=", documents=args.btx_init_documents)
-    check_descriptions({given[name]: f"--btx-init-data {name}=" for name in names}, args)
-    return {name: given[name] for name in names}
+        flag = f"--btx-init-data {name}="
+        check_documents(given[name], flag, documents=args.btx_init_documents)
+        data[name], flags[given[name]] = given[name], flag
+    check_descriptions(flags, args)
+    return data
 
 
 def split_documents(count: int) -> tuple[list[int], list[int]]:
     """The numbers of the documents to fit on, and of those held out."""
-    held_out = list(range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY))
-    return [number for number in range(count) if number not in set(held_out)], held_out
+    fit, held_out = [], []
+    for number in range(count):
+        if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1:
+            held_out.append(number)
+        else:
+            fit.append(number)
+    return fit, held_out
 
 
 def _texts(data: dict[str, str], documents: int) -> tuple[list[Any], list[Any], dict[str, list[int]]]:

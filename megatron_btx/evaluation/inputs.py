@@ -18,7 +18,8 @@ def inputs_of(args: argparse.Namespace, kind: str, output: str) -> tuple[dict[st
     Raises:
         InputError: something is missing or has another form.
     """
-    models, data = (named_paths(getattr(args, f"btx_{kind}_{of}"), f"--btx-{kind}-{of}") for of in ("model", "data"))
+    models = named_paths(getattr(args, f"btx_{kind}_model"), f"--btx-{kind}-model")
+    data = named_paths(getattr(args, f"btx_{kind}_data"), f"--btx-{kind}-data")
     if getattr(args, f"btx_{kind}_output") is None:
         raise InputError(f"--btx-{kind}-output is missing; name {output} for the results")
     return models, data
@@ -48,7 +49,10 @@ def expert_names(stored: Mapping[str, Mapping[str, Any]], count: int | None) -> 
     """
     if not count:
         return None
-    named = {path: list(arguments["btx_experts"]) for path, arguments in stored.items() if arguments.get("btx_experts")}
+    named = {}
+    for path, arguments in stored.items():
+        if arguments.get("btx_experts"):
+            named[path] = list(arguments["btx_experts"])
     if not named:
         return [f"expert {number}" for number in range(count)]
     first, names = next(iter(named.items()))

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
-from megatron_btx.engine.flags import help_if_asked
 from megatron_btx.engine.loading import load_weights
+from megatron_btx.engine.tool import start_tool
 from megatron_btx.evaluation.inputs import expert_names, inputs_of
 from megatron_btx.evaluation.losses import evaluate_model
 from megatron_btx.ground.errors import exits_with_one_line
@@ -58,41 +58,49 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     return parser
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What is evaluated, checked."""
+
+    models: dict[str, str]
+    """Name -> path."""
+    data: dict[str, str]
+    """Domain -> path of its text."""
+    experts: list[str] | None
+    """None for dense models."""
+
+
 @exits_with_one_line
 def main() -> int:
     """Evaluate what the command line names; see --help."""
-    prepare_environment()
-    help_if_asked(__doc__, add_evaluation_arguments)
-    install_cpu_stand_ins()
-    from megatron.training import initialize
-
-    from megatron_btx.data.texts import check_texts
-    from megatron_btx.engine import repairs
-    from megatron_btx.engine.checks.start import compare_with_stored
-    from megatron_btx.engine.cpu import has_gpu
-    from megatron_btx.engine.program import parse_arguments
-
-    args = parse_arguments(add_evaluation_arguments, quiet=True, check_own=_inputs)
-    models, data = _inputs(args)
-    stored = [compare_with_stored(path, vars(args)) for path in models.values()]
-    experts = expert_names(dict(zip(models.values(), stored, strict=True)), args.num_experts)
-    check_texts(data, "--btx-eval-data", args.btx_eval_tokens, "--btx-eval-tokens", args)
-    repairs.install()
-    initialize.initialize_megatron(allow_no_cuda=not has_gpu())
+    args, inputs = start_tool(__doc__, add_evaluation_arguments, _names_of, _check_inputs)
     model = build_model(args)
     results = {}
-    for name, path in models.items():
+    for name, path in inputs.models.items():
         load_weights(model, path)
-        results[name] = evaluate_model(model, data, path)
+        results[name] = evaluate_model(model, inputs.data, path)
         _say(f"{name}: " + ", ".join(f"{d} {loss:.4f}" for d, loss in results[name]["losses"].items()))
     if args.rank == 0:
-        result = {"models": results, "experts": experts, "eod_mask_loss": args.eod_mask_loss}
+        result = {"models": results, "experts": inputs.experts, "eod_mask_loss": args.eod_mask_loss}
         write_json(Path(args.btx_eval_output), result)
     return 0
 
 
-def _inputs(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+def _names_of(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     return inputs_of(args, "eval", "the file")
+
+
+def _check_inputs(args: argparse.Namespace) -> _Inputs:
+    from megatron_btx.data.texts import check_texts
+    from megatron_btx.engine.checks.start import compare_with_stored
+
+    models, data = _names_of(args)
+    stored = {}
+    for path in models.values():
+        stored[path] = compare_with_stored(path, vars(args))
+    experts = expert_names(stored, args.num_experts)
+    check_texts(data, "--btx-eval-data", args.btx_eval_tokens, "--btx-eval-tokens", args)
+    return _Inputs(models, data, experts)
 
 
 def _say(text: str) -> None:

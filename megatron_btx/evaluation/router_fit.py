@@ -98,6 +98,17 @@ def centroid_rows(second_HH: torch.Tensor, mean_EH: torch.Tensor) -> torch.Tenso
     return centred_EH / lengths_E / second_HH.diagonal().mean().sqrt()
 
 
+def _candidate_rows(second_HH: torch.Tensor, mean_EH: torch.Tensor, ridges: tuple[float | None, ...]) -> torch.Tensor:
+    """One layer's rows for every ridge, fp32 [C, E, H]; None stands for centroids."""
+    candidates = []
+    for ridge in ridges:
+        if ridge is None:
+            candidates.append(centroid_rows(second_HH, mean_EH))
+        else:
+            candidates.append(ridge_rows(second_HH, mean_EH, ridge))
+    return torch.stack(candidates).float()
+
+
 def refit(model: list[Any], fit: Texts, held_out: Texts, method: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """Rows for all routers from the inputs they get now, and what was chosen per layer.
 
@@ -106,18 +117,12 @@ def refit(model: list[Any], fit: Texts, held_out: Texts, method: str) -> tuple[t
     """
     second_LHH, mean_LEH = moments(model, fit)
     layers = mixtures()
-    ridges: tuple[float | None, ...] = RIDGES if method == "ridge" else (None,)
-    candidates = {
-        layer: torch.stack(
-            [
-                centroid_rows(second_LHH[layer], mean_LEH[layer])
-                if ridge is None
-                else ridge_rows(second_LHH[layer], mean_LEH[layer], ridge)
-                for ridge in ridges
-            ]
-        ).float()
-        for layer in layers
-    }
+    ridges: tuple[float | None, ...] = (None,)
+    if method == "ridge":
+        ridges = RIDGES
+    candidates = {}
+    for layer in layers:
+        candidates[layer] = _candidate_rows(second_LHH[layer], mean_LEH[layer], ridges)
     # Cross-entropy against the domain, every domain weighing the same: [L, candidates, scales].
     entropy_LCS = torch.zeros(len(mean_LEH), len(ridges), len(SCALES), dtype=torch.float64, device="cuda")
     scales_S = torch.tensor(SCALES, device="cuda")
@@ -152,8 +157,10 @@ def measure(model: list[Any], texts: Texts) -> dict[str, Any]:
 
     args = get_args()
     experts = args.num_experts
-    # Per layer: share of tokens whose largest logit is their domain's, entropy, then choices per expert.
-    sums_LC = torch.zeros(args.num_layers, 2 + experts, dtype=torch.float64, device="cuda")
+    # In one tensor, so that one all-reduce sums them: share of tokens whose largest logit is their domain's; entropy;
+    # choices per expert.
+    buffer = torch.zeros(args.num_layers, 2 + experts, dtype=torch.float64, device="cuda")
+    accuracy_L, entropy_L, load_LE = buffer[:, 0], buffer[:, 1], buffer[:, 2:]
     losses = []
     for domain, batches in enumerate(texts):
         weight = 1.0 / _tokens(batches) / len(texts)
@@ -162,17 +169,23 @@ def measure(model: list[Any], texts: Texts) -> dict[str, Any]:
             layer: int, router: Any, x_SBH: torch.Tensor, out: Any, weight: float = weight, d: int = domain
         ) -> None:
             log_TE = torch.log_softmax(x_SBH.flatten(0, 1).float() @ router.weight.detach().float().T, dim=-1)
-            sums_LC[layer, 0] += (log_TE.argmax(dim=-1) == d).sum() * weight
-            sums_LC[layer, 1] -= (log_TE.exp() * log_TE).double().sum() * weight
-            sums_LC[layer, 2:] += out[1].reshape(-1, experts).sum(dim=0) * weight
+            accuracy_L[layer] += (log_TE.argmax(dim=-1) == d).sum() * weight
+            entropy_L[layer] -= (log_TE.exp() * log_TE).double().sum() * weight
+            load_LE[layer] += out[1].reshape(-1, experts).sum(dim=0) * weight
 
         with watching(model, add):
             losses.append(forward(model, batches)[0])
-    torch.distributed.all_reduce(sums_LC)
+    torch.distributed.all_reduce(buffer)
     layers = []
     for layer in mixtures():
-        accuracy, entropy, *load = sums_LC[layer].tolist()
+        load = load_LE[layer].tolist()
+        total = sum(load) or 1
         layers.append(
-            {"layer": layer, "accuracy": accuracy, "entropy": entropy, "load": [x / (sum(load) or 1) for x in load]}
+            {
+                "layer": layer,
+                "accuracy": accuracy_L[layer].item(),
+                "entropy": entropy_L[layer].item(),
+                "load": [choices / total for choices in load],
+            }
         )
     return {"losses": losses, "layers": layers}

@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_btx.evaluation.earlier_routing import read_earlier
 from megatron_btx.evaluation.inputs import expert_names
-from megatron_btx.evaluation.routing import Routed, described, overlap, overlaps, pieces_of, read_earlier, shares
+from megatron_btx.evaluation.routing import Routed, describe, describe_layers, overlap, overlaps
+from megatron_btx.evaluation.routing_counts import LayerCounts, RoutingCounts
+from megatron_btx.evaluation.token_routes import pieces_of
 from megatron_btx.ground.errors import InputError
 from megatron_btx.report.routing_page import write_page
 
 
+def test_counts_of_a_router():
+    """By hand: three tokens of two choices each in layer 1 of 2; the last token's are dropped, one of the second's."""
+    import torch
+
+    router = SimpleNamespace(gating=lambda x_SBH: x_SBH, topk=2)
+    even = torch.zeros(3, 1, 2)
+    gates_TE = torch.tensor([[0.75, 0.25], [0.0, 0.5], [0.0, 0.0]])
+    counts = RoutingCounts.start(2, 2, device="cpu")
+    counts.add(1, router, even, (gates_TE, gates_TE > 0))
+    dense, mixture = counts.by_layer()
+    assert dense == LayerCounts([0.0] * 2, [0.0] * 2, [0.0] * 2, [0.0] * 2, 0.0, 0.0, 0.0)
+    assert (mixture.choices, mixture.first, mixture.gates) == ([1.0, 2.0], [1.0, 1.0], [0.75, 0.75])
+    assert mixture.probabilities == pytest.approx([1.5, 1.5]) and mixture.entropy == pytest.approx(3 * math.log(2))
+    assert (mixture.tokens, mixture.wanted) == (3.0, 6.0)
+    counts.buffer.mul_(2)  # what an all-reduce changes, all the sums see
+    assert counts.by_layer()[1].tokens == 6.0 and counts.by_layer()[1].first == [2.0, 2.0]
+
+
 def test_shares():
     """By hand: 10 tokens, two choices each, of which three were dropped; a dense layer is left out."""
-    #           choices  first   probabilities gates     entropy tokens wanted
-    mixture = [17.0, 0.0, 9.0, 0.0, 7.5, 2.5, 6.0, 0.0, 5.0, 10.0, 20.0]
-    found = shares([[0.0] * 11, mixture], 2)
+    dense = LayerCounts([0.0] * 2, [0.0] * 2, [0.0] * 2, [0.0] * 2, 0.0, 0.0, 0.0)
+    mixture = LayerCounts([17.0, 0.0], [9.0, 0.0], [7.5, 2.5], [6.0, 0.0], entropy=5.0, tokens=10.0, wanted=20.0)
+    found = describe_layers([dense, mixture])
     assert found["layers"] == [1]
     assert found["choices"] == [[1.0, 0.0]] and found["first"] == [[1.0, 0.0]]
     assert found["probabilities"] == [[0.75, 0.25]] and found["gates"] == [[0.6, 0.0]]
@@ -27,9 +50,11 @@ def test_shares():
 
 def test_dead_is_under_a_hundredth_of_even():
     """At four experts, 0.25 % of the choices."""
+    none = [0.0] * 4
     for count, dead in ((2, [1]), (3, [])):
-        row = [1000.0 - count - 2.0 * 300, float(count), 300.0, 300.0, *[0.0] * 12, 0.0, 1000.0, 1000.0]
-        assert shares([row], 4)["dead"] == [dead]
+        choices = [1000.0 - count - 2.0 * 300, float(count), 300.0, 300.0]
+        counts = LayerCounts(choices, none, none, none, entropy=0.0, tokens=1000.0, wanted=1000.0)
+        assert describe_layers([counts])["dead"] == [dead]
 
 
 def test_overlap():
@@ -41,12 +66,13 @@ def test_overlap():
 
 def test_tasks_of_a_domain_are_added_up():
     """By hand: two tasks of 10 and 30 tokens of one domain; a domain with one task is the task."""
-    one = Routed(2.0, 10, [[10.0, 0.0, 10.0, 0.0, 5.0, 5.0, 10.0, 0.0, 0.0, 10.0, 10.0]])
-    three = Routed(4.0, 30, [[0.0, 30.0, 0.0, 30.0, 15.0, 15.0, 0.0, 30.0, 0.0, 30.0, 30.0]])
-    found = described({"math/a": one, "code/x": one, "math/b": three}, 2)
+    to_first = LayerCounts([10.0, 0.0], [10.0, 0.0], [5.0, 5.0], [10.0, 0.0], 0.0, 10.0, 10.0)
+    to_second = LayerCounts([0.0, 30.0], [0.0, 30.0], [15.0, 15.0], [0.0, 30.0], 0.0, 30.0, 30.0)
+    one, three = Routed(2.0, 10, [to_first]), Routed(4.0, 30, [to_second])
+    found = describe({"math/a": one, "code/x": one, "math/b": three})
     assert list(found) == ["math", "math/a", "code/x", "math/b"]
     assert found["math"]["choices"] == [[0.25, 0.75]] and found["math"]["tokens"] == 40 and found["math"]["loss"] == 3.5
-    assert described({"math": one, "math/a": one, "math/b": three}, 2)["math"]["tokens"] == 10
+    assert describe({"math": one, "math/a": one, "math/b": three})["math"]["tokens"] == 10
     assert overlaps(found)["math/a"] == {"math": 0.25, "math/a": 1.0, "code/x": 1.0, "math/b": 0.0}
 
 
