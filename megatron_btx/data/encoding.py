@@ -98,7 +98,7 @@ def make_encoder(
     refuse_record: Callable[[BadRecord], None] | None = readers.refuse,
     draw_seed: int | None = None,
 ) -> Encoder:
-    """Load a tokenizer, and what Megatron says of its numbers.
+    """Load a tokenizer, and choose how its numbers are stored.
 
     Raises:
         InputError: the tokenizer cannot be read, or has no end-of-document token where one is asked for.
@@ -107,13 +107,13 @@ def make_encoder(
     eod = None
     if append_eod:
         eod = tokenizers.end_of_document(tokenizer, settings)
-    from megatron.core.datasets.indexed_dataset import DType
+    from megatron_btx.data.indexed import choose_dtype
 
     return Encoder(
         document_ids=DocumentEncoder.of(tokenizer, eod),
         keys=keys,
         vocab_size=tokenizer.vocab_size,
-        dtype=DType.optimal_dtype(tokenizer.vocab_size),
+        dtype=choose_dtype(tokenizer.vocab_size),
         refuse_record=refuse_record,
         described=DescribedTokenizer.of(dataclasses.asdict(settings), tokenizer.vocab_size),
         draw_seed=draw_seed,

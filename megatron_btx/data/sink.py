@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from array import array
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ class Sink:
         self._prefix = prefix
         self._dtype = dtype
         self._temporary = {suffix: f"{prefix}{suffix}.tmp{os.getpid()}" for suffix in (".bin", SUFFIX, ".idx")}
+        self._lengths = array("i")
         self.documents = 0
         self.tokens = 0
         self.hash = hashlib.sha256()
@@ -29,32 +31,33 @@ class Sink:
         self._largest_id = -1
 
     def __enter__(self) -> Sink:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
         Path(self._prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._builder = IndexedDatasetBuilder(self._temporary[".bin"], dtype=self._dtype)
+        self._data = open(self._temporary[".bin"], "wb")  # closed by __exit__
         return self
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # closing writes the rest of the buffer, which a full disk refuses again
-            self._builder.data_file.close()
+            self._data.close()
         for name in self._temporary.values():
             Path(name).unlink(missing_ok=True)
 
     def add(self, ids: numpy.ndarray[Any, Any], lengths: Sequence[int]) -> None:
         """Append documents: their token ids one after the other, and the length of each in tokens."""
-        start = 0
-        for length in lengths:
-            self._builder.add_document(ids[start : start + length], [length])
-            start += length
-        self.hash.update(ids.tobytes())
+        content = ids.astype(self._dtype, copy=False).tobytes()
+        self._data.write(content)
+        self.hash.update(content)
+        self._lengths.extend(lengths)
         self.documents += len(lengths)
-        self.tokens += start
+        self.tokens += len(ids)
         self._largest_id = max(self._largest_id, int(ids.max(initial=0)))
 
     def write_index(self, tokenizer: Tokenizer) -> None:
         """Close the data, write the index and the description, all still under temporary names."""
-        self._builder.finalize(self._temporary[".idx"])
+        from megatron_btx.data.indexed import write_index
+
+        self._data.close()
+        with open(self._temporary[".idx"], "wb") as index:
+            write_index(index, self._lengths, self._dtype)
         counts = Counts(self._largest_id, self.documents, self.tokens)
         Path(self._temporary[SUFFIX]).write_text(describe(tokenizer, counts, self._temporary), encoding="utf-8")
 

@@ -1,14 +1,14 @@
-"""Megatron's own tokenizers, built without Megatron's argument parser.
+"""The tokenizers of Megatron, built without Megatron's argument parser.
 
-Token ids and the end-of-document id must be exactly those that training will use, so the tokenizer comes from the
-function that Megatron's training calls. What it needs is a namespace of settings; the ones that concern
-tokenization are a dataclass here, the rest keep Megatron's defaults.
+Token ids and the end-of-document id must be exactly those that training will use. Megatron calls SentencePiece with
+nothing of its own in between, and the tokenizer of numbers has no library: these two are built here, at once, and a
+test compares them with Megatron's. A Hugging Face tokenizer comes from the function that Megatron's training calls,
+which takes seconds to import. It needs a namespace of settings: all but the flags below keep Megatron's defaults.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import warnings
 from dataclasses import dataclass
@@ -72,17 +72,42 @@ class TokenizerSettings:
             refuse_placeholders(Path(self.tokenizer_model))
 
 
-def import_megatron() -> None:
-    """Import what tokenization needs of Megatron: some ten seconds, once, and without its warnings.
+class NumberTokenizer:
+    """Megatron's NullTokenizer: texts are numbers with a blank between them, and the last one ends documents."""
 
-    They are about Transformer Engine, apex and a missing GPU, none of which matters here, and they would bury the
-    one line in which bad input is refused.
-    """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("megatron.core.datasets.indexed_dataset")
-        importlib.import_module("megatron.core.tokenizers.utils.build_tokenizer")
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.eod = vocab_size - 1
+
+    def tokenize(self, text: str) -> list[int]:
+        """The numbers. Raises ValueError for words."""
+        return [int(word) for word in text.split(" ")]
+
+    def detokenize(self, ids: list[int]) -> str:
+        """The text behind token ids."""
+        return " ".join(map(str, ids))
+
+
+class PieceTokenizer:
+    """A SentencePiece model as Megatron calls it, unless ``--tokenizer-sentencepiece-legacy`` is given."""
+
+    def __init__(self, model: str) -> None:
+        import sentencepiece
+
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.Load(model)
+        self.vocab_size = int(self._processor.get_piece_size())
+        self.eod = int(self._processor.eos_id())
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ids: list[int] = self._processor.encode_as_ids(text)
+        return ids
+
+    def detokenize(self, ids: list[int]) -> str:
+        """The text behind token ids."""
+        text: str = self._processor.decode_ids(ids)
+        return text
 
 
 def load(settings: TokenizerSettings) -> Tokenizer:
@@ -92,15 +117,33 @@ def load(settings: TokenizerSettings) -> Tokenizer:
         InputError: the settings do not fit, or the tokenizer cannot be read.
     """
     settings.check()
-    import_megatron()
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
     try:
         with bare_exceptions_as(lambda error: ValueError(str(error))):
-            tokenizer: Tokenizer = build_tokenizer(_namespace(settings))
+            return _build(settings)
     except (ValueError, RuntimeError, OSError) as error:
         what = f"--tokenizer-model {settings.tokenizer_model}: not a readable {settings.tokenizer_type}"
         raise InputError(f"{what}: {error}") from error
+
+
+def _build(settings: TokenizerSettings) -> Tokenizer:
+    if settings.vocab_size is not None and settings.tokenizer_type == "NullTokenizer":
+        return NumberTokenizer(settings.vocab_size)
+    if settings.tokenizer_model is not None and settings.tokenizer_type == "SentencePieceTokenizer":
+        return PieceTokenizer(settings.tokenizer_model)
+    return _build_by_megatron(settings)
+
+
+def _build_by_megatron(settings: TokenizerSettings) -> Tokenizer:
+    """Import Megatron, some seconds, once, and without its warnings.
+
+    They are about Transformer Engine, apex and a missing GPU, none of which matters here, and they would bury the
+    one line in which bad input is refused.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    tokenizer: Tokenizer = build_tokenizer(_namespace(settings))
     return tokenizer
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy
 import pytest
 
 from examples.quickstart.corpora import math_problems, vocabulary
@@ -81,6 +82,49 @@ def test_tokens_decode_to_the_text_and_end_with_eod(model: Path, jsonl: Path, tm
     assert (summary.documents, summary.empty_documents) == (len(TEXTS), 0)
     assert summary.tokens == sum(map(len, found))
     assert summary.output_bytes == 2 * summary.tokens  # 16 bits suffice for 600 pieces
+
+
+@pytest.mark.parametrize("vocab_size", [96, 70_000])
+def test_the_bytes_are_those_of_megatrons_own_writer(vocab_size: int, tmp_path: Path) -> None:
+    """For tokens of two bytes and of four."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    texts = [" ".join(map(str, range(vocab_size - number, vocab_size))) for number in range(2, 40)]
+    write_jsonl(tmp_path / "numbers.jsonl", texts)
+    settings = TokenizerSettings("NullTokenizer", vocab_size=vocab_size)
+    made = preprocess.preprocess([str(tmp_path / "numbers.jsonl")], str(tmp_path / "ours"), settings, append_eod=True)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
+    for text in texts:
+        ids = [int(word) for word in text.split()]  # the last one is the end of the document already
+        builder.add_document(numpy.array(ids), [len(ids)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    assert both_files(made.prefixes[0]) == both_files(str(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "NullTokenizer"])
+def test_the_tokens_are_those_of_megatrons_own_tokenizer(kind: str, model: Path) -> None:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    settings, texts = TokenizerSettings("NullTokenizer", vocab_size=96), ["7 95 0"]
+    if kind == "SentencePieceTokenizer":
+        settings = TokenizerSettings(kind, str(model))
+        texts = [*TEXTS, "", " ", "  two  blanks ", "a\tb\n\nc", "</s> <unk> ▁", "\u00e4\U0001f600\u0000"]
+    ours, theirs = tokenizers.load(settings), build_tokenizer(tokenizers._namespace(settings))
+    assert (ours.vocab_size, ours.eod) == (theirs.vocab_size, theirs.eod)
+    for text in texts:
+        ids = ours.tokenize(text)
+        assert ids == theirs.tokenize(text)
+        assert ours.detokenize(ids) == theirs.detokenize(ids)
+
+
+def test_a_small_text_needs_neither_torch_nor_megatron(model: Path, jsonl: Path, tmp_path: Path) -> None:
+    """Importing them takes most of the time that a small text needs."""
+    words = arguments(model, [jsonl], tmp_path / "out", "--append-eod")
+    program = (
+        "import sys; from megatron_btx.data import preprocess; "
+        f"assert preprocess.main({words!r}) == 0; assert not {{'torch', 'megatron.core'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
 
 
 def test_without_append_eod_documents_have_none(model: Path, jsonl: Path, tmp_path: Path) -> None:
