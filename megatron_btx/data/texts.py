@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ def tokens_of_a_batch(args: argparse.Namespace) -> int:
     return int(args.seq_length * args.micro_batch_size * ranks * stages)
 
 
-def check_texts(texts: dict[str, str], flag: str, tokens: int, tokens_flag: str, args: argparse.Namespace) -> None:
+def check_texts(texts: Mapping[str, str], flag: str, tokens: int, tokens_flag: str, args: argparse.Namespace) -> None:
     """Refuse, before any process group exists, what evaluation could make no batch of.
 
     Args:

@@ -21,6 +21,7 @@ from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.engine import patch
 from megatron_btx.engine.checks import check_arguments
 from megatron_btx.engine.flags import add_btx_arguments
+from megatron_btx.engine.options import Options
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
 from megatron_btx.ground import launch
 from megatron_btx.ground.errors import InputError, refused
@@ -29,23 +30,40 @@ _MODEL_FLAGS = ("num_layers", "hidden_size", "num_attention_heads", "max_positio
 """What Megatron's validation asks for of every model."""
 
 
-def parse_arguments(
-    extra: Callable[[ArgumentParser], ArgumentParser] | None = None,
-    quiet: bool = False,
+def parse_tool(
+    extra: Callable[[ArgumentParser], ArgumentParser],
     check_own: Callable[[Any], object] | None = None,
 ) -> Any:
-    """Megatron's arguments and ours, parsed and validated by Megatron.
+    """The arguments of a tool; see :func:`parse_training`. Its own lines are few: Megatron logs warnings alone.
+
+    ``--logging-level`` or its variable says otherwise. Megatron's list of all arguments is left out.
 
     Args:
-        extra: adds the arguments of another program than this one.
-        quiet: of a tool, whose own lines are few: Megatron logs warnings alone, unless ``--logging-level`` or its
-            variable says otherwise, and does not list its arguments.
-        check_own: refuses what is wrong with the arguments of ``extra``, before Megatron looks at its own.
+        extra: adds the arguments of the tool.
+        check_own: refuses what is wrong with them, before Megatron looks at its own.
+    """
+    args, _ = _parse(extra, check_own, trains=False)
+    return args
+
+
+def parse_training(extra: Callable[[ArgumentParser], ArgumentParser] | None = None) -> tuple[Any, Options]:
+    """Megatron's arguments and ours, parsed and validated by Megatron, and what ours ask for.
+
+    Args:
+        extra: adds the arguments of the training program.
 
     Raises:
         InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on. Or this
             process is one of several and cannot know its place; see :mod:`megatron_btx.ground.launch`.
     """
+    return _parse(extra, None, trains=True)
+
+
+def _parse(
+    extra: Callable[[ArgumentParser], ArgumentParser] | None,
+    check_own: Callable[[Any], object] | None,
+    trains: bool,
+) -> tuple[Any, Options]:
     launch.join(checking="--btx-check" in sys.argv[1:])
     # Before Megatron parses: --use-checkpoint-args makes it load a checkpoint's arguments while it does.
     restrict_unpickling()
@@ -56,19 +74,19 @@ def parse_arguments(
         parser = add_btx_arguments(parser)
         if extra:
             parser = extra(parser)
-        if quiet:
+        if not trains:
             parser.set_defaults(logging_level=_quiet_megatron())
         _check_what_is_parsed(parser, check_own)
         return parser
 
     args = _parse_and_validate(add)
-    check_arguments(args)
+    options = check_arguments(args, trains)
     for name in ("tokenizer_model", "vocab_file", "merge_file"):
         file = getattr(args, name)
         if file and os.path.exists(file):
             # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
             setattr(args, name, os.path.abspath(file))
-    return args
+    return args, options
 
 
 def _refuse(message: str) -> NoReturn:

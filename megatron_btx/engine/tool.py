@@ -39,9 +39,9 @@ def start_tool[Checked](
 
     from megatron_btx.engine import repairs
     from megatron_btx.engine.cpu import has_gpu
-    from megatron_btx.engine.program import parse_arguments
+    from megatron_btx.engine.program import parse_tool
 
-    args = parse_arguments(add_arguments, quiet=True, check_own=check_words)
+    args = parse_tool(add_arguments, check_own=check_words)
     checked = check_inputs(args)
     repairs.install()
     initialize.initialize_megatron(allow_no_cuda=not has_gpu())

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.words import read_pairs
 
 
 def inputs_of(args: argparse.Namespace, kind: str, output: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -25,17 +26,11 @@ def inputs_of(args: argparse.Namespace, kind: str, output: str) -> tuple[dict[st
     return models, data
 
 
-def named_paths(texts: list[str], flag: str) -> dict[str, str]:
+def named_paths(words: list[str], flag: str) -> dict[str, str]:
     """NAME=PATH words as a mapping. Raises InputError for another form, a name given twice, or none."""
-    if not texts:
+    if not words:
         raise InputError(f"{flag} is missing; give at least one NAME=PATH")
-    pairs = {}
-    for text in texts:
-        name, separator, path = text.partition("=")
-        if not separator or not name or not path or name in pairs:
-            raise InputError(f"{flag} {text}: expected NAME=PATH, every name once")
-        pairs[name] = path
-    return pairs
+    return read_pairs(words, flag)
 
 
 def expert_names(stored: Mapping[str, Mapping[str, Any]], count: int | None) -> list[str] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_btx.checkpoint.frequency import layer_frequency
 from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.ground.words import read_pairs, split_pair
 from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.output_options import add_output_options, carry_out
 from megatron_btx.mixing.request import Request, RouterInit
@@ -134,11 +135,10 @@ def request_of(options: argparse.Namespace) -> Request:
     Raises:
         InputError: a flag's value is not of its form.
     """
-    experts = [_pair("--expert", text, "NAME=PATH, as --expert math=runs/math/checkpoint") for text in options.expert]
-    given_weights = [_pair("--weight", text, "NAME=W, as --weight math=2") for text in options.weight]
-    given_fields = [_pair("--take", text, "FIELD=NAME, as --take rotary_base=code") for text in options.take]
+    expected = "NAME=PATH, as --expert math=runs/math/checkpoint"
+    experts = [split_pair(text, "--expert", expected) for text in options.expert]
     weights = {}
-    for name, text in _each_once("--weight", given_weights).items():
+    for name, text in read_pairs(options.weight, "--weight", "NAME=W, as --weight math=2").items():
         weights[name] = _number("--weight", name, text)
     return Request(
         experts=tuple(experts),
@@ -148,29 +148,13 @@ def request_of(options: argparse.Namespace) -> Request:
         copies=options.copies,
         layer_frequency=layer_frequency(options.moe_layer_freq),
         weights=weights,
-        take=_each_once("--take", given_fields),
+        take=read_pairs(options.take, "--take", "FIELD=NAME, as --take rotary_base=code"),
         vocabulary=options.vocab,
         allow_other_tokenizer=options.allow_other_tokenizer,
         router=RouterInit.parse(options.router_init, options.router_seed, options.router_std),
         pad_vocabulary=options.pad_vocab_to_multiple_of,
         allow_other_ids=options.allow_other_ids,
     )
-
-
-def _pair(flag: str, text: str, expected: str) -> tuple[str, str]:
-    name, separator, value = text.partition("=")
-    if not separator or not name or not value:
-        raise InputError(f"{flag} {text}: expected {expected}")
-    return name, value
-
-
-def _each_once(flag: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in pairs:
-        if name in found:
-            raise InputError(f"{flag} {name}= is given twice; give it once")
-        found[name] = value
-    return found
 
 
 def _number(flag: str, name: str, text: str) -> float:

@@ -6,16 +6,14 @@ inside the linear layer after it.
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from megatron_btx.checkpoint.sizes import mixture_layers
 from megatron_btx.ground.errors import BTXError, InputError
-
-if TYPE_CHECKING:
-    import torch
+from megatron_btx.ground.words import split_pair
 
 GROUPS: dict[str, str] = {
     "experts": "the feed-forward blocks of the experts",
@@ -55,186 +53,120 @@ def group_of(name: str, tied: bool) -> str:
     raise BTXError(f"parameter {name}: belongs to none of the groups {', '.join(GROUPS)}; freeze none of this model")
 
 
-def groups_of_model(args: argparse.Namespace) -> list[str]:
+@dataclass(frozen=True)
+class TrainedGroups:
+    """What of a model trains, and at what rates: ``--btx-freeze`` and ``--btx-lr-multiplier`` by what they mean."""
+
+    frozen: tuple[str, ...]
+    """Groups that do not train, in the order of :data:`GROUPS`."""
+    multipliers: Mapping[str, float]
+    """Group -> factor on its peak and least learning rate; 1 for those that are not named."""
+    is_tied: bool
+    """Whether the output layer shares the embedding's matrix."""
+
+
+def resolve_groups(arguments: Mapping[str, Any]) -> TrainedGroups:
+    """What the given or stored arguments of a run train; those that know no flags of ours train everything.
+
+    Args:
+        arguments: Megatron's, by name, with ``btx_freeze`` and ``btx_lr_multiplier`` where there are any.
+
+    Raises:
+        InputError: see :func:`read_frozen` and :func:`read_multipliers`.
+    """
+    present = list_groups(arguments)
+    frozen = read_frozen(arguments.get("btx_freeze") or (), present)
+    multipliers = read_multipliers(arguments.get("btx_lr_multiplier") or (), present)
+    _check_rates(multipliers, frozen, arguments.get("decoupled_lr") is not None)
+    return TrainedGroups(frozen, multipliers, not arguments["untie_embeddings_and_output_weights"])
+
+
+def list_groups(arguments: Mapping[str, Any]) -> list[str]:
     """The groups that the model of Megatron's arguments has, whatever part of it this rank holds."""
-    is_moe = _is_mixture(args)
-    present = {
-        "experts": any(is_moe),
-        "router": any(is_moe),
-        "mlp": not all(is_moe) or bool(args.moe_shared_expert_intermediate_size),
-        "head": bool(args.untie_embeddings_and_output_weights),
-    }
-    return [group for group in GROUPS if present.get(group, True)]
+    layers = arguments["num_layers"]
+    are_mixtures: tuple[bool, ...] = (False,) * layers
+    if arguments.get("num_experts"):
+        are_mixtures = mixture_layers(arguments["moe_layer_freq"], layers)
+    absent = set()
+    if not any(are_mixtures):
+        absent |= {"experts", "router"}
+    if all(are_mixtures) and not arguments.get("moe_shared_expert_intermediate_size"):
+        absent.add("mlp")
+    if not arguments["untie_embeddings_and_output_weights"]:
+        absent.add("head")
+    return [group for group in GROUPS if group not in absent]
 
 
-def _is_mixture(args: argparse.Namespace) -> tuple[bool, ...]:
-    return mixture_layers(args.moe_layer_freq, args.num_layers) if args.num_experts else (False,) * args.num_layers
+def read_frozen(words: Iterable[str], present: list[str]) -> tuple[str, ...]:
+    """The groups that the words of ``--btx-freeze`` name.
 
-
-def frozen_groups(words: Iterable[str], args: argparse.Namespace) -> list[str]:
-    """The groups that ``--btx-freeze`` names.
+    Args:
+        present: the groups that the model has.
 
     Raises:
         InputError: an unknown group, one this model does not have, or everything frozen.
     """
-    present = groups_of_model(args)
+    words = list(words)
     frozen: set[str] = set()
     for word in words:
-        for kept in word.removeprefix(ALL_BUT).split(","):
-            _check_group(kept, f"--btx-freeze {word}", present)
-        named = set(word.removeprefix(ALL_BUT).split(","))
-        frozen |= set(present) - named if word.startswith(ALL_BUT) else named
+        named = word.removeprefix(ALL_BUT).split(",")
+        for group in named:
+            _check_group(group, f"--btx-freeze {word}", present)
+        if word.startswith(ALL_BUT):
+            frozen |= set(present) - set(named)
+        else:
+            frozen |= set(named)
     if frozen and frozen == set(present):
         raise InputError(
             f"--btx-freeze {' '.join(words)}: freezes everything this model has ({', '.join(present)}); leave one out, "
             f"as {ALL_BUT}router does"
         )
-    return [group for group in GROUPS if group in frozen]
+    return tuple(group for group in GROUPS if group in frozen)
 
 
-def check_optimizers(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:
-    """A hook for ``GPTModelConfig.pre_wrap_hooks``, after freezing: refuse what Megatron trains and cannot resume.
-
-    It makes one optimizer of the experts, where they are spread otherwise than the rest (EP > 1, or expert TP other
-    than TP), and one of the rest. Its checkpoints of the plain optimizer hold one set of them for all pipeline stages:
-    where a stage has another set than the first, 0.19 fails on resuming, or resumes with other numbers and says
-    nothing; and it cannot save where experts alone train (``core/optimizer/optimizer.py``, ChainedOptimizer).
+def read_multipliers(words: Iterable[str], present: list[str]) -> dict[str, float]:
+    """What the words of ``--btx-lr-multiplier`` say: group -> factor.
 
     Raises:
-        InputError: from the hook, on all ranks, before there is an optimizer.
+        InputError: another form, an unknown group or one given twice, or a factor that is not above zero.
     """
-
-    def hook(model: list[Any]) -> list[Any]:
-        import torch
-        from megatron.core import mpu
-
-        trained = [parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad]
-        mine = {bool(getattr(parameter, "allreduce", True)) for parameter in trained}
-        stages: list[set[bool]] = [set()] * mpu.get_pipeline_model_parallel_world_size()
-        torch.distributed.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
-        refuse_optimizers(stages, args.use_distributed_optimizer)
-        return model
-
-    return hook
-
-
-def refuse_optimizers(stages: list[set[bool]], distributed: bool) -> None:
-    """See :func:`check_optimizers`.
-
-    Args:
-        stages: of every pipeline stage, whether it trains parameters of the rest (True in it), of experts that are
-            spread otherwise (False in it).
-        distributed: the distributed optimizer, whose states are stored by parameter.
-
-    Raises:
-        InputError: names what trains where, and the remedy.
-    """
-    if not any(True in stage for stage in stages):
-        raise InputError(
-            "nothing but the experts trains (--btx-freeze), and Megatron cannot save their optimizer alone where they "
-            "are spread over ranks; use --expert-model-parallel-size 1 and the expert tensor parallelism that the rest "
-            "has, or train the router too"
-        )
-    if distributed or all(stage == stages[0] for stage in stages):
-        return
-    words = {(): "nothing", (True,): "no experts", (False,): "experts alone", (False, True): "experts and more"}
-    listed = ", ".join(f"{number} trains {words[tuple(sorted(stage))]}" for number, stage in enumerate(stages))
-    raise InputError(
-        f"of the pipeline's stages {listed}: without the distributed optimizer Megatron cannot resume that; add "
-        "--use-distributed-optimizer, or let all stages train the same (--btx-freeze, --moe-layer-freq, "
-        "--pipeline-model-parallel-size)"
-    )
-
-
-def lr_multipliers(words: Iterable[str], args: argparse.Namespace) -> dict[str, float]:
-    """What ``--btx-lr-multiplier GROUP=X ...`` says.
-
-    Raises:
-        InputError: the form, the group, a factor that is not above zero, or a group that is frozen or decoupled.
-    """
-    present, frozen = groups_of_model(args), frozen_groups(args.btx_freeze, args)
+    expected = "GROUP=X with X above zero, as router=10 (to train not at all: freeze)"
     factors: dict[str, float] = {}
     for word in words:
-        group, separator, text = word.partition("=")
         where = f"--btx-lr-multiplier {word}"
-        try:
-            factor = float(text)
-        except ValueError:
-            factor = math.nan
-        if not separator or not 0 < factor < math.inf:
-            raise InputError(f"{where}: expected GROUP=X with X above zero, as router=10 (to train not at all: freeze)")
+        group, text = split_pair(word, "--btx-lr-multiplier", expected)
+        factor = _read_factor(text)
+        if not 0 < factor < math.inf:
+            raise InputError(f"{where}: expected {expected}")
         _check_group(group, where, present)
         if group in factors:
             raise InputError(f"{where}: the group has {factors[group]:g} already; give every group once")
-        if group in frozen:
-            raise InputError(f"{where}: the group is frozen by --btx-freeze and has no learning rate; drop one of them")
-        if args.decoupled_lr is not None and group in ("embeddings", "head"):
-            raise InputError(f"{where}: --decoupled-lr sets this group's learning rate; give one of the two")
         factors[group] = factor
     return factors
 
 
+def _read_factor(text: str) -> float:
+    """The number; not a number for another text."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _check_rates(multipliers: Mapping[str, float], frozen: Iterable[str], has_decoupled_rate: bool) -> None:
+    """Refuse a rate for a group that has none, or another."""
+    for group, factor in multipliers.items():
+        where = f"--btx-lr-multiplier {group}={factor:g}"
+        if group in frozen:
+            raise InputError(f"{where}: the group is frozen by --btx-freeze and has no learning rate; drop one of them")
+        if has_decoupled_rate and group in ("embeddings", "head"):
+            raise InputError(f"{where}: --decoupled-lr sets this group's learning rate; give one of the two")
+
+
 def _check_group(group: str, where: str, present: list[str]) -> None:
-    if group not in present:
-        why = "this model has none" if group in GROUPS else "there is no such group"
-        raise InputError(f"{where}: {group!r}: {why}; this model has {', '.join(present)}")
-
-
-def freeze(frozen: list[str], args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:
-    """A hook for ``GPTModelConfig.pre_wrap_hooks``: freezes groups before gradients and optimizer state are laid out.
-
-    A frozen parameter gets no gradient buffer, no optimizer state and no weight decay. Megatron updates the biases of
-    ``--moe-router-enable-expert-bias`` outside the optimizer; they stand still where the router does.
-    """
-    tied = not args.untie_embeddings_and_output_weights
-
-    def hook(model: list[Any]) -> list[Any]:
-        for chunk in model:
-            for name, parameter in chunk.named_parameters():
-                if group_of(name, tied) in frozen:
-                    parameter.requires_grad_(False)
-            if "router" in frozen:
-                for module in chunk.modules():
-                    if hasattr(module, "frozen_expert_bias"):
-                        module.frozen_expert_bias = True
-            # Recomputation is a reentrant autograd function: with no input that requires a gradient it is cut off, and
-            # with it every parameter inside. The first layer's input requires one only if the embeddings do.
-            embedding = getattr(chunk, "embedding", None)
-            if args.recompute_granularity and "embeddings" in frozen and embedding is not None:
-                embedding.register_forward_hook(_require_gradient)
-        if args.rank == 0:
-            print(what_freezing_saves(model, frozen, args), flush=True)
-        return model
-
-    return hook
-
-
-def what_freezing_saves(model: list[Any], frozen: list[str], args: argparse.Namespace) -> str:
-    """One line: the frozen parameters of this rank, and the bytes of gradients and Adam's state they do without."""
-    from megatron.core import mpu
-
-    whole = held = gradient_bytes = state_bytes = 0
-    for parameter in (p for chunk in model for p in chunk.parameters()):
-        count, is_half = parameter.numel(), parameter.element_size() < 4
-        whole += count
-        if parameter.requires_grad:
-            continue
-        held += count
-        gradient_bytes += count * (4 if args.accumulate_allreduce_grads_in_fp32 else parameter.element_size())
-        each = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
-        each += args.main_params_dtype.itemsize if is_half else 0
-        ranks = 1
-        if args.use_distributed_optimizer and not getattr(parameter, "allreduce", True):
-            ranks = mpu.get_expert_data_parallel_world_size()
-        elif args.use_distributed_optimizer:
-            ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
-        state_bytes += count * each // ranks
-    line = f" frozen: {', '.join(frozen)} | {held:,} of {whole:,} parameters of rank 0 | saved there: "
-    line += f"{gradient_bytes / 2**20:.2f} MiB of gradients"
-    return line + (f", {state_bytes / 2**20:.2f} MiB of optimizer state" if args.optimizer == "adam" else "")
-
-
-def _require_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
+    if group in present:
+        return
+    why = "there is no such group"
+    if group in GROUPS:
+        why = "this model has none"
+    raise InputError(f"{where}: {group!r}: {why}; this model has {', '.join(present)}")

@@ -13,9 +13,14 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.engine.checks import check_arguments
+from megatron_btx.engine.options import Options
+from megatron_btx.ground.errors import InputError, exits_with_one_line, refused
+from megatron_btx.ground.words import read_pairs
+from megatron_btx.training.validation import check_masked_alike
 
 
 class RefusingParser(argparse.ArgumentParser):
@@ -53,27 +58,31 @@ def check_sections(parser: argparse.ArgumentParser, sections: Mapping[str, list[
 
 
 def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int, list[str]]]) -> None:
-    """What a training or evaluating program checks of its arguments alone; ``stages``: name -> processes, words.
+    """What a training or evaluating program would refuse of its arguments; the CPU's stand-ins must be installed.
+
+    Megatron's parser, our checks, Megatron's validation: of what both refuse, some ends on the CPU in a search for a
+    GPU there. What lies outside the run is checked, too; what a stage ahead will make is not there yet.
+
+    Args:
+        stages: name -> processes, words.
 
     Raises:
         InputError: the stage, and the program's own sentence.
     """
-    from megatron_btx.engine.checks import check_arguments
-    from megatron_btx.training import validation
-
-    masked: dict[str, bool] = {}  # of the evaluations that stages ahead will write
+    masked: dict[Path, bool] = {}  # of the evaluations that stages ahead will write
     for stage, (processes, words) in stages.items():
         try:
-            args = _parsed(parser, processes, words)
+            args = parser.parse_args(words)
+            args.world_size, args.rank = processes, 0
             _unwrap_single_values(args)
-            check_arguments(args)
-            _check_bound(args)
-            bound = args.btx_first_loss_bound
-            if bound in masked:
-                validation.check_masked_alike(f"--btx-first-loss-bound {bound}", masked[bound], args.eod_mask_loss)
+            options = check_arguments(args, trains=args.btx_eval_output is None)
+            if isinstance(options.first_loss_bound, Path) and options.first_loss_bound in masked:
+                where = f"--btx-first-loss-bound {options.first_loss_bound}"
+                check_masked_alike(where, masked[options.first_loss_bound], args.eod_mask_loss)
             if args.btx_eval_output is not None:
-                masked[args.btx_eval_output] = args.eod_mask_loss
-            _check_data(args)
+                masked[Path(args.btx_eval_output)] = args.eod_mask_loss
+            _check_data(args, options)
+            _validate(args)
         except InputError as error:
             raise InputError(f"stage {stage}: {error}") from None
 
@@ -86,32 +95,18 @@ def _unwrap_single_values(args: argparse.Namespace) -> None:
             setattr(args, name, value[0])
 
 
-def check_with_validation(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int, list[str]]]) -> None:
-    """Refuse what Megatron's own validation would when a program starts. The CPU's stand-ins must be installed.
-
-    Raises:
-        InputError: the stage, and Megatron's sentence.
-    """
+def _validate(args: argparse.Namespace) -> None:
+    """Megatron's own validation. Raises InputError with its sentence."""
     from megatron.training.arguments import validate_args
 
-    from megatron_btx.ground.errors import refused
-
-    for stage, (processes, words) in stages.items():
-        args = _parsed(parser, processes, words)
-        try:
-            with redirect_stdout(io.StringIO()):  # it lists all arguments
-                validate_args(args, {})
-        except (AssertionError, ValueError) as refusal:
-            raise InputError(f"stage {stage}: {refused(refusal)}") from None
+    try:
+        with redirect_stdout(io.StringIO()):  # it lists all arguments
+            validate_args(args, {})
+    except (AssertionError, ValueError) as refusal:
+        raise refused(refusal) from None
 
 
-def _parsed(parser: argparse.ArgumentParser, processes: int, words: list[str]) -> Any:
-    args = parser.parse_args(words)
-    args.world_size, args.rank = processes, 0
-    return args
-
-
-def _check_data(args: argparse.Namespace) -> None:
+def _check_data(args: argparse.Namespace, options: Options) -> None:
     """Refuse datasets on which a stage would not start, or not end, before the stages ahead of it are trained.
 
     A run's own datasets lie at paths relative to its directory and may have to be made first: they are not looked at.
@@ -127,8 +122,9 @@ def _check_data(args: argparse.Namespace) -> None:
     named: dict[str, str] = {}
     for split in splits_of(args):
         named |= dict.fromkeys(split.blend[0], split.flag)
-    for flag, words in (("--btx-valid-data", args.btx_valid_data), ("--btx-eval-data", args.btx_eval_data)):
-        for name, _, path in (word.partition("=") for word in words):
+    evaluated = read_pairs(args.btx_eval_data, "--btx-eval-data")
+    for flag, texts in (("--btx-valid-data", options.valid_texts), ("--btx-eval-data", evaluated)):
+        for name, path in texts.items():
             if form_of(path) is None:
                 named[path] = f"{flag} {name}="
     given = {prefix: flag for prefix, flag in named.items() if os.path.isabs(prefix)}
@@ -140,17 +136,6 @@ def _check_data(args: argparse.Namespace) -> None:
     for prefix, flag in given.items():
         assert tokenizer is not None
         check_description(prefix, flag, tokenizer, args.padded_vocab_size, ALLOWANCE in args.btx_allow_change)
-
-
-def _check_bound(args: argparse.Namespace) -> None:
-    """A bound that is a number is checked; a file may be one that an earlier stage will make."""
-    from megatron_btx.training import validation
-
-    try:
-        float(args.btx_first_loss_bound)
-    except (TypeError, ValueError):
-        return
-    validation.bounds(args)
 
 
 @exits_with_one_line
@@ -167,7 +152,6 @@ def main() -> int:
     check_sections(parser, asked["sections"])
     add_evaluation_arguments(parser)  # set by the pipeline alone, so that no section may have them
     check_stages(parser, asked["stages"])
-    check_with_validation(parser, asked["stages"])
     return 0
 
 

@@ -11,16 +11,18 @@ import argparse
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from megatron_btx.engine import patch
+from megatron_btx.engine.options import Options
 from megatron_btx.training.hooks import Follower
 
 
 class MetricsWriter:
     """A TensorBoard writer that also keeps each step's scalars, and writes them as one line of JSON."""
 
-    def __init__(self, file: str, inner: Any | None) -> None:
+    def __init__(self, file: Path, inner: Any | None) -> None:
         """Append to ``file``; pass everything on to ``inner``, Megatron's own writer, if there is one."""
         os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
         # Unbuffered lines: what was logged survives a SIGKILL.
@@ -68,7 +70,7 @@ class MetricsWriter:
         return getattr(self._inner, name)
 
 
-def _ends_within_a_line(file: str) -> bool:
+def _ends_within_a_line(file: Path) -> bool:
     """Whether the last line was cut, by a full disk say: the next one must not be appended to it."""
     with open(file, "rb") as existing:
         if existing.seek(0, os.SEEK_END) == 0:
@@ -92,7 +94,7 @@ class MetricsFollower(Follower):
         self._writer.write_evaluation(iteration, is_test)
 
 
-def write_metrics(args: argparse.Namespace) -> list[Follower]:
+def write_metrics(args: argparse.Namespace, options: Options) -> list[Follower]:
     """Join Megatron's TensorBoard writer on the rank that logs (the last one), if --btx-metrics is given.
 
     Returns:
@@ -101,12 +103,12 @@ def write_metrics(args: argparse.Namespace) -> list[Follower]:
     Raises:
         MegatronVersionError: the installed Megatron keeps its writer elsewhere.
     """
-    if args.btx_metrics is None or args.rank != args.world_size - 1:
+    if options.metrics is None or args.rank != args.world_size - 1:
         return []
     from megatron.training import global_vars
 
     name = "_GLOBAL_TENSORBOARD_WRITER"
     patch.expect(global_vars, name)
-    writer = MetricsWriter(args.btx_metrics, getattr(global_vars, name))
+    writer = MetricsWriter(options.metrics, getattr(global_vars, name))
     patch.replace(global_vars, name, writer)
     return [MetricsFollower(writer)]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 from megatron_btx.engine import patch
-from megatron_btx.model.groups import group_of
+from megatron_btx.model.groups import TrainedGroups, group_of
 
 
 def install_schedule_logging() -> None:
@@ -42,7 +41,7 @@ def install_schedule_logging() -> None:
     patch.replace(training, "get_optimizer_param_scheduler", remembered)
 
 
-def install_lr_multipliers(factors: Mapping[str, float], args: argparse.Namespace) -> None:
+def install_lr_multipliers(groups: TrainedGroups) -> None:
     """Give groups their own peak and least learning rate, as Megatron does for its decoupled one.
 
     ``pretrain`` takes no overrides, so the function that makes them is wrapped. (Its scheduler ignores ``lr_mult``.)
@@ -50,24 +49,23 @@ def install_lr_multipliers(factors: Mapping[str, float], args: argparse.Namespac
     Raises:
         MegatronVersionError: the installed Megatron makes its overrides elsewhere.
     """
-    if not factors:
+    if not groups.multipliers:
         return
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
     from megatron.training import training
 
     patch.expect(training, "get_megatron_optimizer_config")
     original = training.get_megatron_optimizer_config
-    tied = not args.untie_embeddings_and_output_weights
 
     @functools.wraps(original)
     def with_multipliers(args: argparse.Namespace) -> Any:
         """Megatron's configuration of the optimizer, with an override for every group of another rate."""
         config, overrides = original(args)
         overrides = dict(overrides or {})
-        for group, factor in factors.items():
+        for group, factor in groups.multipliers.items():
 
             def belongs(_parameter: Any, name: str, group: str = group) -> bool:
-                return group_of(name, tied) == group
+                return group_of(name, groups.is_tied) == group
 
             key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"btx_{group}", fn=belongs))
             overrides[key] = {"max_lr": factor * config.lr, "min_lr": factor * (config.min_lr or 0.0)}

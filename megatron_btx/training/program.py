@@ -20,11 +20,11 @@ from argparse import ArgumentParser
 from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.engine.budget import budget_of, check_budget
+from megatron_btx.engine.budget import budget_of
 from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
-from megatron_btx.engine.program import parse_arguments
-from megatron_btx.ground.errors import CheckpointError, InputError, exits_with_one_line
+from megatron_btx.engine.program import parse_training
+from megatron_btx.ground.errors import CheckpointError, exits_with_one_line
 from megatron_btx.ground.stopping import Stopping
 from megatron_btx.model.build import model_config
 from megatron_btx.model.step import forward_step
@@ -32,6 +32,7 @@ from megatron_btx.model.step import forward_step
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.api import CheckpointException
 
+    from megatron_btx.engine.options import Options
     from megatron_btx.model.sampling import Step
 
 
@@ -91,7 +92,7 @@ def check() -> int:
     logging.disable()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         install_cpu_stand_ins()
-        args = checked_arguments()
+        args, _ = checked_arguments()
         model_config(args)
     if args.rank == 0:
         layout = " x ".join(
@@ -147,62 +148,45 @@ def prepare(step: Step) -> Any:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_btx.engine import repairs
-    from megatron_btx.model.groups import (
-        check_optimizers,
-        freeze,
-        frozen_groups,
-        lr_multipliers,
-    )
+    from megatron_btx.model.freezing import check_optimizers, freeze
     from megatron_btx.training import telemetry
     from megatron_btx.training.hooks import follow_training
     from megatron_btx.training.metrics import write_metrics
     from megatron_btx.training.optimizer import install_lr_multipliers, install_schedule_logging
     from megatron_btx.training.validation import watch_validation
 
-    args = checked_arguments()
+    args, options = checked_arguments()
     repairs.install()
     # In this order: losses per domain stand in the step's line of metrics.
-    follow_training([*watch_validation(args), *write_metrics(args)])
+    follow_training([*watch_validation(args, options), *write_metrics(args, options)])
     install_schedule_logging()
-    install_lr_multipliers(lr_multipliers(args.btx_lr_multiplier, args), args)
+    install_lr_multipliers(options.groups)
     model = model_config(args, step)
-    if frozen := frozen_groups(args.btx_freeze, args):
-        model.pre_wrap_hooks.append(freeze(frozen, args))
+    if options.groups.frozen:
+        model.pre_wrap_hooks.append(freeze(options.groups, args))
     model.pre_wrap_hooks.append(check_optimizers(args))
     if args.num_experts:
         model.pre_wrap_hooks.append(telemetry.install(args))
     return pretrain_cfg_container_from_args(args, model)
 
 
-def checked_arguments() -> Any:
-    """The arguments, checked against the checkpoint that the run starts from and the files that it reads.
+def checked_arguments() -> tuple[Any, Options]:
+    """The arguments, checked against the checkpoint that the run starts from and the files that it reads; our options.
 
     Raises:
-        InputError: see :mod:`megatron_btx.engine.checks.start` and :mod:`megatron_btx.data.training`.
+        InputError: see :mod:`megatron_btx.engine.checks` and :mod:`megatron_btx.data.training`.
     """
     from megatron_btx.data.splits import check_splits
     from megatron_btx.data.training import check_data_files
     from megatron_btx.engine.checks.start import check_against_checkpoint
     from megatron_btx.training import validation
 
-    args = parse_arguments(add_training_arguments)
-    check_budget(args)
-    if args.eval_interval < 1:
-        raise InputError(
-            f"--eval-interval {args.eval_interval}: expected 1 or more; to evaluate nothing: --eval-iters 0"
-        )
-    if args.seed <= 0:
-        raise InputError(f"--seed {args.seed}: Megatron takes positive seeds only; give another")
-    if args.num_experts and args.add_bias_linear and args.transformer_impl == "local":
-        raise InputError(
-            "experts with biases: Megatron 0.19's local layers cannot train them (core/transformer/mlp.py adds in "
-            "place to a view); use --transformer-impl transformer_engine, or --disable-bias-linear without biases"
-        )
-    check_against_checkpoint(args)
+    args, options = parse_training(add_training_arguments)
+    check_against_checkpoint(args, options.groups)
     check_data_files(args)
     check_splits(args)
-    validation.check(args)
-    return args
+    validation.check(args, options)
+    return args, options
 
 
 if __name__ == "__main__":

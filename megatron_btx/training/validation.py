@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.engine import patch
+from megatron_btx.engine.options import Options
 from megatron_btx.ground.errors import InputError
 from megatron_btx.training.hooks import Follower
 
@@ -29,7 +30,7 @@ _PARAMETER_GATHERING = (
 """Megatron's functions around a forward pass between two steps, in ``training/training.py``."""
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, options: Options) -> None:
     """Refuse what cannot be measured, before any process group exists.
 
     Raises:
@@ -38,40 +39,34 @@ def check(args: argparse.Namespace) -> None:
     """
     from megatron_btx.data.texts import check_texts
 
-    if texts := domains(args):
-        check_texts(texts, "--btx-valid-data", args.btx_valid_tokens, "--btx-valid-tokens", args)
+    texts = options.valid_texts
+    if texts:
+        check_texts(texts, "--btx-valid-data", options.valid_tokens, "--btx-valid-tokens", args)
     if "mean" in texts:
         raise InputError(f"--btx-valid-data mean={texts['mean']}: the mean of all domains is logged as that; rename it")
     if texts and args.skip_train:
         raise InputError("--btx-valid-data: --skip-train takes no step to follow; use python -m megatron_btx.evaluate")
-    if args.btx_first_loss_bound is not None and not starts_from_a_mix(args):
+    if options.first_loss_bound is not None and not starts_from_a_mix(args):
         why = "no checkpoint is loaded that could be broken"
         if not args.num_experts:
             why = "the model has no experts"
         elif args.skip_train:
             why = "--skip-train takes no step"
         raise InputError(f"--btx-first-loss-bound {args.btx_first_loss_bound}: {why}; leave it out")
-    bounds(args)
-
-
-def domains(args: argparse.Namespace) -> dict[str, str]:
-    """Domain -> prefix, as ``--btx-valid-data`` gives them."""
-    from megatron_btx.evaluation.inputs import named_paths
-
-    return named_paths(args.btx_valid_data, "--btx-valid-data") if args.btx_valid_data else {}
+    find_bounds(args, options)
 
 
 class FirstLoss(Follower):
     """Stops a mixture's finetuning at its first step when the mixture is broken."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
-        self._bounds = bounds(args)
+    def __init__(self, args: argparse.Namespace, options: Options) -> None:
+        self._args, self._options = args, options
+        self._bounds = find_bounds(args, options)
 
     def before_step(self, iteration: int, model: list[Any], optimizer: Any) -> None:
         """Refuse a mix that is worse than its worst expert on a domain, where the experts' losses are given."""
         if iteration == 0 and isinstance(self._bounds, dict):
-            losses = _losses(model, optimizer, domains(self._args), self._args)
+            losses = _losses(model, optimizer, self._args, self._options)
             _check_domains(losses, self._bounds)
 
     def after_step(self, done: int, model: list[Any], optimizer: Any, losses: dict[str, Any]) -> None:
@@ -88,17 +83,16 @@ class FirstLoss(Follower):
 class DomainLosses(Follower):
     """Takes and logs the loss on every domain of --btx-valid-data, when it is due."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
-        self._texts = domains(args)
+    def __init__(self, args: argparse.Namespace, options: Options) -> None:
+        self._args, self._options = args, options
 
     def after_step(self, done: int, model: list[Any], optimizer: Any, losses: dict[str, Any]) -> None:
         """Before Megatron logs the step, so that they stand in its line."""
         if is_due(done, self._args):
-            _log(_losses(model, optimizer, self._texts, self._args), done)
+            _log(_losses(model, optimizer, self._args, self._options), done)
 
 
-def watch_validation(args: argparse.Namespace) -> list[Follower]:
+def watch_validation(args: argparse.Namespace, options: Options) -> list[Follower]:
     """What must follow the steps: the check of a mixture's first, and the losses per domain.
 
     Raises:
@@ -108,9 +102,9 @@ def watch_validation(args: argparse.Namespace) -> list[Follower]:
 
     followers: list[Follower] = []
     if starts_from_a_mix(args):
-        followers.append(FirstLoss(args))
-    if args.btx_valid_data:
-        followers.append(DomainLosses(args))
+        followers.append(FirstLoss(args, options))
+    if options.valid_texts:
+        followers.append(DomainLosses(args, options))
     if followers:
         patch.expect(training, *_PARAMETER_GATHERING)
     return followers
@@ -132,19 +126,15 @@ def starts_from_a_mix(args: argparse.Namespace) -> bool:
     return bool(args.num_experts and not args.skip_train and checkpoint_to_load(args))
 
 
-def bounds(args: argparse.Namespace) -> float | dict[str, tuple[float, str]]:
+def find_bounds(args: argparse.Namespace, options: Options) -> float | dict[str, tuple[float, str]]:
     """The largest sound loss in nats: of the first step, or of every domain with the expert that sets it."""
-    given = args.btx_first_loss_bound
-    if given is None:
+    bound = options.first_loss_bound
+    if bound is None:
         return _guessing(args)
-    where = f"--btx-first-loss-bound {given}"
-    try:
-        number = float(given)
-    except ValueError:
-        return _worst_experts(where, Path(given), list(domains(args)), args.eod_mask_loss)
-    if not 0 < number < math.inf:
-        raise InputError(f"{where}: expected a loss above 0 in nats per token, or a file of megatron_btx.evaluate")
-    return number
+    if isinstance(bound, Path):
+        where = f"--btx-first-loss-bound {bound}"
+        return _worst_experts(where, bound, list(options.valid_texts), args.eod_mask_loss)
+    return bound
 
 
 def _guessing(args: argparse.Namespace) -> float:
@@ -186,7 +176,7 @@ def check_masked_alike(where: str, masked: bool, eod_mask_loss: bool) -> None:
         )
 
 
-def _losses(model: list[Any], optimizer: Any, per_domain: dict[str, str], args: argparse.Namespace) -> dict[str, float]:
+def _losses(model: list[Any], optimizer: Any, args: argparse.Namespace, options: Options) -> dict[str, float]:
     """The mean loss on every domain, in nats per token, equal on all ranks."""
     from megatron.core.utils import get_model_config
     from megatron.training import get_timers, training
@@ -208,7 +198,9 @@ def _losses(model: list[Any], optimizer: Any, per_domain: dict[str, str], args: 
         training.force_param_sync(model, optimizer=optimizer)
     for chunk in model:
         chunk.eval()
-    losses = {name: evaluate_domain(model, name, at, args.btx_valid_tokens)[0] for name, at in per_domain.items()}
+    losses: dict[str, float] = {}
+    for domain, text in options.valid_texts.items():
+        losses[domain] = evaluate_domain(model, domain, text, options.valid_tokens)[0]
     for chunk in model:
         chunk.train()
     if hooked:

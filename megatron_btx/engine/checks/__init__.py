@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_btx.engine.budget import check_budget
 from megatron_btx.engine.checks.layout import check_checkpoint_format, check_layout
-from megatron_btx.engine.checks.routing import check_finetuning
+from megatron_btx.engine.checks.routing import check_routing
+from megatron_btx.engine.checks.training import check_bias, check_evaluation_interval, check_seed
 from megatron_btx.engine.checks.useless_flags import check_flags
+from megatron_btx.engine.options import Options, resolve_options
 
-CHECKS = (check_flags, check_checkpoint_format, check_layout, check_finetuning)
-"""Checks of the parsed arguments alone, in the order in which they are made."""
+CHECKS = (check_flags, check_checkpoint_format, check_layout, check_routing)
+"""Checks of the parsed arguments alone that every program makes, in their order."""
+TRAINING_CHECKS = (check_budget, check_evaluation_interval, check_seed, check_bias)
+"""Those that training makes after them."""
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace, trains: bool = False) -> Options:
     """Refuse what makes no sense, before a run costs anything.
+
+    Args:
+        trains: of the training program.
+
+    Returns:
+        What our flags ask for.
 
     Raises:
         InputError: one line that names the flag, what was found and the remedy.
     """
+    options = resolve_options(args)
     for check in CHECKS:
         check(args)
+    if trains:
+        for check in TRAINING_CHECKS:
+            check(args)
+    return options

@@ -5,14 +5,13 @@ Without these checks it ends in a traceback out of every rank, or trains on with
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint.iterations import RELEASE, resolve_iteration
 from megatron_btx.ground.errors import InputError
-from megatron_btx.model.groups import frozen_groups, lr_multipliers
+from megatron_btx.model.groups import TrainedGroups, resolve_groups
 
 _MODEL_LAYOUT = {
     "tensor_model_parallel_size": "--tensor-model-parallel-size",
@@ -39,7 +38,9 @@ _SCHEDULE = {
 _OF_STEPS = ("train_iters", "global_batch_size", "lr_warmup_iters", "lr_decay_iters")
 
 
-def check_resume(path: str, stored: Mapping[str, Any], given: Mapping[str, Any], done: bool = False) -> None:
+def check_resume(
+    path: str, stored: Mapping[str, Any], given: Mapping[str, Any], groups: TrainedGroups, done: bool = False
+) -> None:
     """Refuse to resume with what the stored optimizer state cannot be brought to.
 
     - The frozen groups and the groups with learning rates of their own decide which state there is; Megatron finds the
@@ -52,6 +53,7 @@ def check_resume(path: str, stored: Mapping[str, Any], given: Mapping[str, Any],
     - There must be state, and data for the steps that are left.
 
     Args:
+        groups: what trains now.
         done: the run has no step left: it needs no state.
 
     Raises:
@@ -71,9 +73,9 @@ def check_resume(path: str, stored: Mapping[str, Any], given: Mapping[str, Any],
         raise InputError(
             f"{path}: was saved without its optimizer (--no-save-optim); go on with a new one (--no-load-optim), {anew}"
         )
-    _check_trained(path, stored, given, anew)
+    _check_trained(path, stored, given, groups, anew)
     _check_schedule(path, stored, given)
-    experts_train = given.get("num_experts") and "experts" not in frozen_groups(given["btx_freeze"], Namespace(**given))
+    experts_train = given.get("num_experts") and "experts" not in groups.frozen
     if experts_train and _is_spread(stored) != _is_spread(given):
         counts = ("one optimizer", "two optimizers")
         raise InputError(
@@ -96,18 +98,15 @@ def check_resume(path: str, stored: Mapping[str, Any], given: Mapping[str, Any],
                 )
 
 
-def _check_trained(path: str, stored: Mapping[str, Any], given: Mapping[str, Any], anew: str) -> None:
+def _check_trained(
+    path: str, stored: Mapping[str, Any], given: Mapping[str, Any], groups: TrainedGroups, anew: str
+) -> None:
     """The same parameters with the same rates, however the flags spell them."""
     # Megatron's own checkpoints have no flags of ours.
-    before = Namespace(**{**given, "btx_freeze": [], "btx_lr_multiplier": [], **stored})
-    after = Namespace(**given)
-    for flag, resolved in (
-        ("--btx-freeze", lambda args: frozen_groups(args.btx_freeze, args)),
-        ("--btx-lr-multiplier", _multipliers),
-        ("--lr", lambda args: [args.lr]),
-        ("--min-lr", lambda args: [args.min_lr]),
-    ):
-        was, now = resolved(before), resolved(after)
+    none_of_ours: dict[str, list[str]] = {"btx_freeze": [], "btx_lr_multiplier": []}
+    before = {**given, **none_of_ours, **stored}
+    rows = zip(_describe_trained(resolve_groups(before), before), _describe_trained(groups, given), strict=True)
+    for (flag, was), (_, now) in rows:
         if was != now:
             raise InputError(
                 f"{path}: was trained with {flag} {_listed(was)}, given {_listed(now)}, and its optimizer state fits "
@@ -115,8 +114,15 @@ def _check_trained(path: str, stored: Mapping[str, Any], given: Mapping[str, Any
             )
 
 
-def _multipliers(args: Namespace) -> list[str]:
-    return sorted(f"{group}={factor!r}" for group, factor in lr_multipliers(args.btx_lr_multiplier, args).items())
+def _describe_trained(groups: TrainedGroups, arguments: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
+    """Flag -> what it comes to, of all that decides what there is of an optimizer's state."""
+    multipliers = [f"{group}={factor!r}" for group, factor in sorted(groups.multipliers.items())]
+    return [
+        ("--btx-freeze", list(groups.frozen)),
+        ("--btx-lr-multiplier", multipliers),
+        ("--lr", [arguments["lr"]]),
+        ("--min-lr", [arguments["min_lr"]]),
+    ]
 
 
 def _listed(values: list[Any]) -> str:

@@ -12,23 +12,20 @@ import math
 from megatron_btx.checkpoint.sizes import mixture_layers
 from megatron_btx.engine.flags import SAMPLE_DECAY, SAMPLE_MIN_TEMPERATURE
 from megatron_btx.ground.errors import InputError
-from megatron_btx.model.groups import frozen_groups, lr_multipliers
 
 CHOOSING_TYPES = {"sinkhorn", "quantile_balancing"}
 """Values of --moe-router-load-balancing-type that are no loss: they choose the experts themselves."""
 
 
-def check_finetuning(args: argparse.Namespace) -> None:
-    """Refuse routing, freezing and learning rates that make no sense, before any rank starts to train.
+def check_routing(args: argparse.Namespace) -> None:
+    """Refuse routing that makes no sense, before any rank starts to train.
 
     Raises:
         InputError: one line that names the flag, what was found and the remedy.
     """
-    frozen_groups(args.btx_freeze, args)
-    lr_multipliers(args.btx_lr_multiplier, args)
     _check_sampling(args)
     if args.num_experts:
-        _check_routing(args)
+        _check_mixture(args)
         return
     for flag, given in (("--btx-sample-top1", args.btx_sample_top1), ("--btx-load-balancing paper", _is_paper(args))):
         if given:
@@ -59,7 +56,7 @@ def _is_paper(args: argparse.Namespace) -> bool:
     return bool(args.btx_load_balancing == "paper")
 
 
-def _check_routing(args: argparse.Namespace) -> None:
+def _check_mixture(args: argparse.Namespace) -> None:
     is_mixture = mixture_layers(args.moe_layer_freq, args.num_layers)
     if len(is_mixture) != args.num_layers or not any(is_mixture):
         raise InputError(

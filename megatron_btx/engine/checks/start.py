@@ -20,6 +20,7 @@ from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.engine.budget import budget_of
 from megatron_btx.engine.checks.resume import check_resume, step_of
 from megatron_btx.ground.errors import InputError
+from megatron_btx.model.groups import TrainedGroups
 
 
 def finished(args: argparse.Namespace) -> str | None:
@@ -34,11 +35,14 @@ def finished(args: argparse.Namespace) -> str | None:
     return f"{args.load} has step {latest} of {steps}: nothing left to train" if latest >= steps else None
 
 
-def check_against_checkpoint(args: argparse.Namespace) -> None:
+def check_against_checkpoint(args: argparse.Namespace, groups: TrainedGroups) -> None:
     """Refuse to load a checkpoint into a model it was not made for.
 
     Compares the stored arguments of the checkpoint that Megatron is about to load (the run's own to resume, else
     ``--pretrained-checkpoint``) with the given ones.
+
+    Args:
+        groups: what trains.
 
     Raises:
         InputError: names every argument that differs, with both values and the flag that mends it.
@@ -50,7 +54,7 @@ def check_against_checkpoint(args: argparse.Namespace) -> None:
         table = MODEL_ARGUMENTS + (NUMERICS_ARGUMENTS if resuming else ())
         stored = compare_with_stored(path, vars(args), table)
         if resuming:
-            check_resume(path, stored, vars(args), done=finished(args) is not None)
+            check_resume(path, stored, vars(args), groups, done=finished(args) is not None)
         # The experts' names travel from checkpoint to checkpoint, for figures and for mixing again.
         args.btx_experts = stored.get("btx_experts")
 

@@ -6,9 +6,7 @@ import argparse
 
 import pytest
 
-from megatron_btx.engine.checks.layout import check_layout
-from megatron_btx.engine.checks.routing import check_finetuning
-from megatron_btx.engine.checks.useless_flags import check_flags
+from megatron_btx.engine.checks import check_arguments
 from megatron_btx.ground.errors import InputError
 from tests import pico
 
@@ -29,9 +27,7 @@ def parser() -> argparse.ArgumentParser:
 def check(parser: argparse.ArgumentParser, flags: str, moe: bool = True) -> None:
     args = parser.parse_args([*pico.MODEL, *(pico.MOE if moe else []), *pico.TRAINING, *flags.split()])
     args.world_size = 8
-    check_flags(args)
-    check_layout(args)
-    check_finetuning(args)
+    check_arguments(args)
 
 
 @pytest.mark.parametrize(

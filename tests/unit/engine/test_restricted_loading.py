@@ -27,6 +27,7 @@ from megatron_btx.engine.checks.layout import check_checkpoint_format
 from megatron_btx.engine.checks.start import check_against_checkpoint, checkpoint_to_load
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
 from megatron_btx.ground.errors import CheckpointError, InputError
+from megatron_btx.model.groups import TrainedGroups
 from tests.hostile import Call, byte_entries, payload, plant, read_index
 from tests.mixing import write_checkpoint
 
@@ -207,10 +208,10 @@ def test_every_checkpoint_that_megatron_would_load_is_looked_at(folder, tmp_path
     assert checkpoint_to_load(given) == (str(root), True)
     given.load, given.non_persistent_global_ckpt_dir = None, str(root)
     (root / "latest_checkpointed_iteration.txt").write_text("3")
-    check_against_checkpoint(given)
+    check_against_checkpoint(given, TrainedGroups((), {}, is_tied=False))
     plant(folder, "rng_state", payload(tmp_path))
     with pytest.raises(CheckpointError, match="could run code"):
-        check_against_checkpoint(given)
+        check_against_checkpoint(given, TrainedGroups((), {}, is_tied=False))
 
 
 def test_formats_that_could_not_be_read_again():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from megatron_btx.ground.errors import BTXError, InputError
-from megatron_btx.model.groups import frozen_groups, group_of, groups_of_model, lr_multipliers, refuse_optimizers
+from megatron_btx.model.freezing import refuse_optimizers
+from megatron_btx.model.groups import TrainedGroups, group_of, list_groups, resolve_groups
 
 NAMES = {
     "embedding.word_embeddings.weight": "embeddings",
@@ -31,7 +32,8 @@ NAMES = {
 }
 
 
-def model(**changes: object) -> SimpleNamespace:
+def model(**changes: object) -> dict[str, Any]:
+    """Arguments of a mixture."""
     settings = {
         "num_experts": 4,
         "num_layers": 4,
@@ -43,7 +45,7 @@ def model(**changes: object) -> SimpleNamespace:
         "pipeline_model_parallel_size": 1,
         "expert_model_parallel_size": 1,
     }
-    return SimpleNamespace(**{**settings, **changes})
+    return {**settings, **changes}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,18 +68,22 @@ def test_unknown_names_are_refused(name):
 
 def test_groups_of_models():
     """What a model has follows from its arguments, on every pipeline stage alike."""
-    assert groups_of_model(model()) == ["experts", "router", "attention", "norms", "embeddings", "head"]
-    assert groups_of_model(model(num_experts=None)) == ["attention", "mlp", "norms", "embeddings", "head"]
-    assert "mlp" in groups_of_model(model(moe_layer_freq=[0, 1, 1, 1]))
-    assert "head" not in groups_of_model(model(untie_embeddings_and_output_weights=False))
+    assert list_groups(model()) == ["experts", "router", "attention", "norms", "embeddings", "head"]
+    assert list_groups(model(num_experts=None)) == ["attention", "mlp", "norms", "embeddings", "head"]
+    assert "mlp" in list_groups(model(moe_layer_freq=[0, 1, 1, 1]))
+    assert "head" not in list_groups(model(untie_embeddings_and_output_weights=False))
+
+
+def frozen(words: list[str]) -> list[str]:
+    return list(resolve_groups(model(btx_freeze=words)).frozen)
 
 
 def test_frozen_groups():
     """Names, complements and both together."""
-    assert frozen_groups([], model()) == []
-    assert frozen_groups(["router", "experts"], model()) == ["experts", "router"]
-    assert frozen_groups(["all-but:router"], model()) == ["experts", "attention", "norms", "embeddings", "head"]
-    assert frozen_groups(["all-but:router,norms"], model()) == ["experts", "attention", "embeddings", "head"]
+    assert frozen([]) == []
+    assert frozen(["router", "experts"]) == ["experts", "router"]
+    assert frozen(["all-but:router"]) == ["experts", "attention", "norms", "embeddings", "head"]
+    assert frozen(["all-but:router,norms"]) == ["experts", "attention", "embeddings", "head"]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +101,7 @@ def test_frozen_groups():
 def test_freezing_is_refused(words, changes, said):
     """A group that matches nothing lists what there is; nothing left to train is an error."""
     with pytest.raises(InputError, match=said):
-        frozen_groups(words, model(**changes))
+        resolve_groups(model(btx_freeze=words, **changes))
 
 
 @pytest.mark.parametrize(
@@ -115,12 +121,20 @@ def test_freezing_is_refused(words, changes, said):
 def test_multipliers_are_refused(words, changes, said):
     """The form, the group, and what contradicts another flag."""
     with pytest.raises(InputError, match=said):
-        lr_multipliers(words, model(**changes))
+        resolve_groups(model(btx_lr_multiplier=words, **changes))
 
 
 def test_multipliers():
     """Any positive factor."""
-    assert lr_multipliers(["router=10", "experts=1e-2"], model()) == {"router": 10.0, "experts": 0.01}
+    groups = resolve_groups(model(btx_lr_multiplier=["router=10", "experts=1e-2"]))
+    assert groups == TrainedGroups((), {"router": 10.0, "experts": 0.01}, is_tied=False)
+
+
+def test_a_checkpoint_of_megatrons_own_trains_everything():
+    """It has no flags of ours."""
+    stored = model()
+    del stored["btx_freeze"]
+    assert resolve_groups(stored) == TrainedGroups((), {}, is_tied=False)
 
 
 REST, EXPERTS = True, False

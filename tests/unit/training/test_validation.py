@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.checkpoint.iterations import TRACKER
+from megatron_btx.engine.options import resolve_options
 from megatron_btx.ground.errors import InputError
 from megatron_btx.training import validation
 from tests import pico
@@ -23,6 +24,10 @@ def args(tmp_path: Path) -> Namespace:
         btx_valid_data=[f"one={text}", f"two={text}"],
         btx_valid_tokens=1024,
         btx_first_loss_bound=None,
+        btx_metrics=None,
+        num_layers=2,
+        moe_layer_freq=1,
+        untie_embeddings_and_output_weights=True,
         padded_vocab_size=128,
         num_experts=4,
         skip_train=False,
@@ -38,6 +43,11 @@ def args(tmp_path: Path) -> Namespace:
     )
 
 
+def check(args: Namespace) -> None:
+    """What the training program refuses of what it is to watch."""
+    validation.check(args, resolve_options(args))
+
+
 def evaluation(file: Path, *losses: float) -> str:
     """An evaluation of as many experts as losses, equal on both domains."""
     models = {f"expert {n}": {"losses": {"one": loss, "two": loss}} for n, loss in enumerate(losses)}
@@ -51,7 +61,7 @@ def evaluation(file: Path, *losses: float) -> str:
         ("-1", "expected a loss above 0"),
         ("nan", "expected a loss above 0"),
         ("inf", "expected a loss above 0"),
-        ("", "cannot be read .Is a directory.; give a number of nats, or evaluate the experts"),
+        ("", "expected a loss above 0"),
         ("{tmp}", "cannot be read .Is a directory.; give a number of nats, or evaluate the experts"),
         ("{tmp}/nothing.json", "cannot be read .No such file or directory."),
         ('{"models": {}}', "holds no model; evaluate the experts"),
@@ -79,18 +89,18 @@ def test_what_is_no_bound(bound, said, args, tmp_path):
         bound = str(file)
     args.btx_first_loss_bound = bound
     with pytest.raises(InputError, match=f"^--btx-first-loss-bound {bound}: .*{said}"):
-        validation.check(args)
+        check(args)
 
 
 def test_bounds(args, tmp_path):
     """By default that of guessing; a number; the worst expert of every domain."""
-    validation.check(args)
-    assert validation.bounds(args) == math.log(128)
+    check(args)
+    assert validation.find_bounds(args, resolve_options(args)) == math.log(128)
     args.btx_first_loss_bound = "2.5"
-    assert validation.bounds(args) == 2.5
+    assert validation.find_bounds(args, resolve_options(args)) == 2.5
     args.btx_first_loss_bound = evaluation(tmp_path / "bound.json", 1.0, 3.0, 2.0)
-    validation.check(args)
-    assert validation.bounds(args) == {"one": (3.0, "expert 1"), "two": (3.0, "expert 1")}
+    check(args)
+    assert validation.find_bounds(args, resolve_options(args)) == {"one": (3.0, "expert 1"), "two": (3.0, "expert 1")}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +139,7 @@ def test_what_cannot_be_watched(change, said, args):
     if "btx_valid_data" in change:
         change = change | {"btx_valid_data": [word.format(text=text) for word in change["btx_valid_data"]]}
     with pytest.raises(InputError, match=said):
-        validation.check(Namespace(**vars(args) | change))
+        check(Namespace(**vars(args) | change))
 
 
 @pytest.mark.parametrize(
