@@ -11,8 +11,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,22 +69,41 @@ def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int
     Raises:
         InputError: the stage, and the program's own sentence.
     """
+    parsed: dict[str, argparse.Namespace] = {}
     masked: dict[Path, bool] = {}  # of the evaluations that stages ahead will write
     for stage, (processes, words) in stages.items():
-        try:
-            args = parser.parse_args(words)
+        with _naming(stage):
+            args = parsed[stage] = parser.parse_args(words)
             args.world_size, args.rank = processes, 0
             _unwrap_single_values(args)
-            options = check_arguments(args, trains=args.btx_eval_output is None)
-            if isinstance(options.first_loss_bound, Path) and options.first_loss_bound in masked:
-                where = f"--btx-first-loss-bound {options.first_loss_bound}"
-                check_masked_alike(where, masked[options.first_loss_bound], args.eod_mask_loss)
-            if args.btx_eval_output is not None:
-                masked[Path(args.btx_eval_output)] = args.eod_mask_loss
-            _check_data(args, options)
+            _check_arguments(args, masked)
+    for stage, args in parsed.items():
+        with _naming(stage):
             _validate(args)
-        except InputError as error:
-            raise InputError(f"stage {stage}: {error}") from None
+
+
+@contextmanager
+def _naming(stage: str) -> Iterator[None]:
+    """Have refusals name the stage."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"stage {stage}: {error}") from None
+
+
+def _check_arguments(args: argparse.Namespace, masked: dict[Path, bool]) -> None:
+    """Our own checks of a stage.
+
+    Args:
+        masked: evaluation that a stage ahead writes -> whether it leaves out end-of-document tokens; grows.
+    """
+    options = check_arguments(args, trains=args.btx_eval_output is None)
+    bound = options.first_loss_bound
+    if isinstance(bound, Path) and bound in masked:
+        check_masked_alike(f"--btx-first-loss-bound {bound}", masked[bound], args.eod_mask_loss)
+    if args.btx_eval_output is not None:
+        masked[Path(args.btx_eval_output)] = args.eod_mask_loss
+    _check_data(args, options)
 
 
 def _unwrap_single_values(args: argparse.Namespace) -> None:
