@@ -19,7 +19,6 @@ from megatron_btx.ground.errors import InputError, exits_with_one_line, printabl
 
 if TYPE_CHECKING:
     from megatron_btx.pipeline.door import ChangedStagesError, PlannedRun
-    from megatron_btx.pipeline.records import PlannedStage
 
 DISPATCHED = {
     "report": ("megatron_btx.report.build", "write and print the report of a run directory"),
@@ -44,6 +43,12 @@ what changed. Then either --rerun STAGE ..., which keeps the old folder beside t
 another --output. A --rerun that was stopped or failed goes on with the same command; to begin it once more instead,
 move the stage's folder away.
 """
+_SUBMIT_DESCRIPTION = """
+Make every stage that is not finished a job of Slurm, which waits for the jobs of the stages that it needs. The recipe's
+cluster section says what the jobs ask for. Their scripts lie in RUN/slurm and are what is submitted. A job that meets
+its time limit, is preempted or loses a process saves, starts again and goes on. The same command submits what is
+missing and leaves alone what is in the queue; btx status RUN shows the jobs, and btx cancel RUN ends them.
+"""
 _PLAN_DESCRIPTION = """
 Print the stages of a recipe as a table: what each does and how large it is, with an estimate of the tokens and FLOPs
 of all that is to be trained. Nothing is written, and Megatron is not asked. btx run RECIPE.yaml --dry-run asks it, and
@@ -65,9 +70,16 @@ def main(argv: list[str] | None = None) -> int:
         return int(importlib.import_module(module).main(words[1:]))
     if words and words[0] in PROGRAMS:
         return _call_program(words[0], words[1:])
+    if words and words[0] == "cancel":
+        from megatron_btx.pipeline.slurm.commands import cancel
+
+        return cancel(words[1:])
     arguments = make_parser().parse_args(words)
     if arguments.command == "status":
-        return status(arguments.run)
+        from megatron_btx.report.status import print_status
+
+        print_status(arguments.run)
+        return 0
     if arguments.recipe is None:
         raise InputError(
             f"no RECIPE.yaml: it stands first, as in btx {arguments.command} RECIPE.yaml --set KEY=VALUE, because "
@@ -75,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     if arguments.command == "plan":
         return plan(arguments)
+    if arguments.command == "submit":
+        return submit(arguments)
     return run(arguments)
 
 
@@ -103,6 +117,16 @@ def make_parser() -> argparse.ArgumentParser:
     _add_recipe_arguments(run_command)
     run_command.add_argument("--dry-run", action="store_true", help="print the plan and a shell script that does it")
     run_command.add_argument("--cpu", action="store_true", help="use no GPU")
+    submit_command = commands.add_parser(
+        "submit",
+        help="run a recipe as jobs of Slurm",
+        description=_SUBMIT_DESCRIPTION,
+        usage="btx submit RECIPE.yaml [--dry-run] [--set KEY=VALUE ...] [--only STAGE ...] [--rerun STAGE ...]\n"
+        "                  [--output RUN]",
+    )
+    _add_recipe_arguments(submit_command)
+    submit_command.add_argument("--dry-run", action="store_true", help="write and print the scripts, submit nothing")
+    submit_command.set_defaults(cpu=False)
     plan_command = commands.add_parser(
         "plan",
         help="print the stages of a recipe, with their tokens and FLOPs",
@@ -112,6 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_recipe_arguments(plan_command)
     status_command = commands.add_parser("status", help="print how far a run is", description=_STATUS_DESCRIPTION)
     status_command.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/quickstart")
+    commands.add_parser("cancel", help="cancel the jobs of a run in Slurm's queue")
     for name, (_, what) in {**DISPATCHED, **PROGRAMS}.items():
         commands.add_parser(name, help=what)
     return parser
@@ -176,6 +201,25 @@ def run(arguments: argparse.Namespace) -> int:
     return outcome.status
 
 
+def submit(arguments: argparse.Namespace) -> int:
+    """``btx submit``: plan the recipe, check it, and make its stages jobs of Slurm or print their scripts."""
+    from megatron_btx.pipeline.door import ChangedStagesError
+    from megatron_btx.pipeline.scripts import as_comment
+    from megatron_btx.pipeline.slurm.commands import show_scripts, submit_run
+
+    planned = _plan_run(arguments, use_gpus=True)
+    try:
+        planned.check()
+    except ChangedStagesError as error:
+        _refuse_changes(arguments, planned, error)
+    if arguments.dry_run:
+        print(as_comment(_describe_plan(planned)))
+        show_scripts(planned)
+        return 0
+    submit_run(planned)
+    return 0
+
+
 def _plan_run(arguments: argparse.Namespace, use_gpus: bool) -> PlannedRun:
     """The run that the command line asks for; what was read otherwise than it is written is said."""
     from megatron_btx.pipeline.door import plan_run
@@ -214,7 +258,7 @@ def _refuse_changes(arguments: argparse.Namespace, planned: PlannedRun, error: C
     for name, why in error.changed.items():
         print(f"{name}: {one_line(why)}", file=sys.stderr, flush=True)
     again = list(dict.fromkeys([*arguments.rerun, *error.changed]))
-    command = ["btx", "run", str(arguments.recipe), "--output", str(planned.directory)]
+    command = ["btx", arguments.command, str(arguments.recipe), "--output", str(planned.directory)]
     for flag, words in (("--set", arguments.set), ("--only", arguments.only), ("--rerun", again)):
         if words:
             command += [flag, *words]
@@ -234,44 +278,6 @@ def _print_report(directory: Path) -> None:
         print_summary(summarize(directory))
     except InputError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-
-
-def status(directory: Path) -> int:
-    """``btx status``: one table from the manifests and metrics of a run."""
-    from megatron_btx.pipeline.directory import PLAN_FILE, read_plan
-    from megatron_btx.pipeline.rows import make_progress_table, print_table, read_row
-
-    file = directory / PLAN_FILE
-    if not file.is_file():
-        raise InputError(f"{directory}: no {PLAN_FILE} in it; expected a run directory that btx run made")
-    planned = read_plan(directory)
-    if planned is None:
-        raise InputError(f"{file}: not the plan of a run; btx run with the same recipe and --output writes it again")
-    states = _read_states(directory, planned)
-    rows = []
-    for entry in planned:
-        rows.append(read_row(directory / entry.stage, entry.stage, states[entry.stage], entry.steps, entry.tokens))
-    print_table(make_progress_table(rows, str(directory)))
-    return 0
-
-
-def _read_states(directory: Path, planned: Sequence[PlannedStage]) -> dict[str, str]:
-    """Stage -> how far it is, in a word."""
-    from megatron_btx.pipeline.lock import is_locked
-    from megatron_btx.pipeline.rows import read_shown_manifest
-    from megatron_btx.report.membership import find_left_out
-
-    at_work = is_locked(directory)
-    manifests = {entry.stage: read_shown_manifest(directory / entry.stage) for entry in planned}
-    outdated = find_left_out(directory, {name: manifest.identity() for name, manifest in manifests.items()})
-    states = {}
-    for name, manifest in manifests.items():
-        states[name] = manifest.status or "waiting"
-        if manifest.status == "running" and not at_work:
-            states[name] = "interrupted"
-        if name in outdated:
-            states[name] = "outdated"
-    return states
 
 
 if __name__ == "__main__":

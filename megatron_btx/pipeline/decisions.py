@@ -44,7 +44,7 @@ def decide(stages: Sequence[Stage], run: Path, rerun: Sequence[str] = ()) -> dic
     actions: dict[str, Action] = {}
     for stage in stages:
         manifest = found[stage.name]
-        action = _decide_stage(stage, known[stage.name], run / stage.name, manifest)
+        action = decide_stage(stage, known[stage.name], run / stage.name, manifest)
         began = None
         if manifest is not None:
             began = manifest.rerun
@@ -59,7 +59,29 @@ def decide(stages: Sequence[Stage], run: Path, rerun: Sequence[str] = ()) -> dic
     return actions
 
 
-def _decide_stage(stage: Stage, identity: Identity, directory: Path, manifest: StageManifest | None) -> Action:
+def decide_start(
+    stage: Stage, identity: Identity, directory: Path, rerun: Mapping[str, Any] | None, is_rerun: bool
+) -> Action:
+    """What happens to one stage that starts now, whose parents are finished.
+
+    Args:
+        rerun: the --rerun that it starts for.
+        is_rerun: whether that one names the stage.
+
+    Raises:
+        InputError: something else lies in its folder.
+    """
+    manifest = own_manifest(directory, stage.name)
+    action = decide_stage(stage, identity, directory, manifest)
+    if stage.only_shows:
+        action = Action(RUN, "shows what ran before it")
+    if is_rerun and manifest is not None:
+        action = _decide_rerun(action, goes_on=manifest.rerun == rerun)
+    return replace(action, rerun=rerun)
+
+
+def decide_stage(stage: Stage, identity: Identity, directory: Path, manifest: StageManifest | None) -> Action:
+    """What an unasked run does with a stage in whose folder ``manifest`` lies; None for an empty folder or none."""
     if manifest is None:
         return Action(RUN, "not done yet")
     difference = differences(manifest, identity)

@@ -29,6 +29,7 @@ from megatron_btx.pipeline.recipe.reading import load_recipe
 from megatron_btx.pipeline.recipe.schema import Recipe
 from megatron_btx.pipeline.records import StageManifest
 from megatron_btx.pipeline.runner import Outcome, execute_stages
+from megatron_btx.pipeline.slurm.queue import check_no_jobs
 from megatron_btx.pipeline.stage import Stage
 
 RUNS_FOLDER = Path("runs")
@@ -102,15 +103,19 @@ class PlannedRun:
             check_with_megatron(self.recipe.file, self.recipe.flag_sections, due, self.use_gpus)
 
     def execute(self, reporter: Reporter) -> Outcome:
-        """Run the stages."""
-        records = {
+        """Run the stages. Raises InputError where jobs of Slurm are at work on them."""
+        check_no_jobs(self.directory)
+        machine = Machine.found(self.use_gpus)
+        return execute_stages(
+            self.stages, self.directory, machine, reporter, self.chosen, records=self.records(), rerun=self.rerun
+        )
+
+    def records(self) -> dict[str, str]:
+        """Name -> text of the files that say what the run is planned to be."""
+        return {
             PLAN_FILE: json.dumps(list_planned(self.stages), indent=1) + "\n",
             RECIPE_FILE: yaml.safe_dump(self.recipe.tree, sort_keys=False),
         }
-        machine = Machine.found(self.use_gpus)
-        return execute_stages(
-            self.stages, self.directory, machine, reporter, self.chosen, records=records, rerun=self.rerun
-        )
 
 
 def plan_run(

@@ -26,7 +26,7 @@ _SPEED_STEPS = 20
 _WIDE_COLUMNS = 10_000
 """More than any table of a run has."""
 _HEADERS = ("stage", "state", "step", "loss", "tokens/s", "time left", "time")
-_TEXT_HEADERS = ("stage", "state", "does", "made from")
+_TEXT_HEADERS = ("stage", "state", "does", "made from", "why")
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,14 @@ def make_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str
     return grid
 
 
-def make_progress_table(rows: Sequence[Row], title: str) -> Table:
-    """The rows of a run as a table."""
-    return make_table(_HEADERS, [row.cells() for row in rows], title)
+def make_progress_table(
+    rows: Sequence[Row], title: str, headers: Sequence[str] = (), more: Sequence[Sequence[str]] = ()
+) -> Table:
+    """The rows of a run as a table; ``more`` has the cells of further columns, row by row, under ``headers``."""
+    cells = [list(row.cells()) for row in rows]
+    for row, further in zip(cells, more, strict=False):
+        row.extend(further)
+    return make_table((*_HEADERS, *headers), cells, title)
 
 
 def print_table(table: Table) -> None:

@@ -158,7 +158,7 @@ class Runner:
         """Take in an ended stage; 0 when it did its work, else the runner's exit status."""
         stage, running = self.stages[name], self.running[name]
         code = running.process.returncode
-        problem = _find_problem(stage, self.run / name, code)
+        problem = find_problem(stage, self.run / name, code)
         if not problem:
             self._close(name, "finished")
             return 0
@@ -217,7 +217,7 @@ class _Running:
         return round(self.earlier_seconds + time.monotonic() - self.started, 3)
 
 
-def _find_problem(stage: Stage, directory: Path, code: int) -> str:
+def find_problem(stage: Stage, directory: Path, code: int) -> str:
     """Why a stage that ended with status ``code`` is not finished; empty when it is."""
     if code:
         return f"ended with status {code}"

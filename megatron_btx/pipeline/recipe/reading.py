@@ -98,6 +98,7 @@ class _Builder:
             evaluate=_read_evaluate(written.evaluate),
             ablation=ablation,
             export=written.export.format if written.export else None,
+            cluster=written.cluster,
             flag_sections=list_flag_sections(written),
             notes=tuple(self.notes),
             tree=self.tree,

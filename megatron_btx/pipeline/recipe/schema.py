@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.pipeline.recipe.ablation import Ablation
+from megatron_btx.pipeline.recipe.cluster import ClusterSection
 from megatron_btx.pipeline.recipe.data import Data
 from megatron_btx.pipeline.recipe.flags import Flags
 from megatron_btx.pipeline.recipe.routing import Routing
@@ -92,6 +93,8 @@ class Recipe:
     """Variants of finetuning; they take the place of the one finetuning stage."""
     export: str | None
     """The form in which the finetuned mixture is written once more: hf, a Hugging Face model folder."""
+    cluster: ClusterSection
+    """What btx submit asks of Slurm."""
     flag_sections: Mapping[str, Flags]
     """Place in the recipe -> the flags that were written there."""
     notes: tuple[str, ...]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from megatron_btx.pipeline.recipe.cluster import ClusterSection
 from megatron_btx.pipeline.recipe.flags import LAYOUT_FLAGS, FlagValue
+from megatron_btx.pipeline.recipe.section import Section
 from megatron_btx.pipeline.recipe.values import (
     Blend,
     Datasets,
@@ -50,31 +52,6 @@ def _as_export_section(export: object) -> object:
     if export is True:
         return {}
     return None if export is False else export
-
-
-class Section(BaseModel):
-    """A mapping in the recipe."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        use_attribute_docstrings=True,
-        alias_generator=lambda name: name.rstrip("_").replace("_", "-"),
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, node: object) -> object:
-        """Null means that a key is not given; one that nobody knows is refused all the same."""
-        if not isinstance(node, dict):
-            return node
-        known = {field.alias for field in cls.model_fields.values()}
-        return {key: value for key, value in node.items() if value is not None or key not in known}
-
-    def says(self, field: str) -> bool:
-        """Whether the recipe gives this field, and not its default."""
-        return field in self.model_fields_set
 
 
 class LayoutSection(Section):
@@ -259,3 +236,5 @@ class RecipeSection(Section):
     """Of the finetuned mixture; true for every default."""
     ablation: AblationSection | None = None
     """Variants of finetuning; they take the place of the one finetuning stage."""
+    cluster: ClusterSection = ClusterSection()
+    """What btx submit asks of Slurm; btx run takes no notice of it."""

@@ -1,0 +1,143 @@
+"""The ``cluster`` section of a recipe: what ``btx submit`` asks of Slurm, for all stages and per kind of stage.
+
+Its values end in ``#SBATCH`` lines and on command lines of a shell, so each has a form, and whatever could begin
+another line or another option is refused here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from megatron_btx.pipeline.recipe.refusals import RefusedKeyError
+from megatron_btx.pipeline.recipe.section import Section
+
+KINDS = ("cpu", "gpu", "data", "seed", "experts", "mix", "finetune", "dense", "evaluate", "export", "report")
+"""Sections for some of the stages; the first two for all that use no GPU, or one."""
+_SECRET = re.compile(r"(?i)key|token|secret|passw|credential")
+_TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def _check_word(text: str) -> str:
+    """A name of Slurm's: an account, a partition, a QoS."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+@:,-]*", text):
+        raise ValueError(f"found {text!r}, expected a name of letters, digits and _ . + @ : , - (not first)")
+    return text
+
+
+def _check_constraint(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_\[(][A-Za-z0-9_.&|!*()\[\],-]*", text):
+        raise ValueError(f"found {text!r}, expected features of nodes, as a100&nvlink")
+    return text
+
+
+def _check_time(text: str) -> str:
+    if not _TIME.fullmatch(text):
+        raise ValueError(f"found {text!r}, expected minutes, HH:MM:SS or DAYS-HH:MM:SS, in quotes")
+    return text
+
+
+def _check_memory(text: str) -> str:
+    if not re.fullmatch(r"\d+[KMGT]?", text):
+        raise ValueError(f"found {text!r}, expected memory of a node, as 64G; 0 is all of it")
+    return text
+
+
+def _check_one_line(text: str) -> str:
+    if not text or text.startswith("-") or _CONTROL.search(text):
+        raise ValueError(f"found {text!r}, expected one line that begins with no dash")
+    return text
+
+
+def _check_environment(given: dict[str, str]) -> dict[str, str]:
+    for name, value in given.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise RefusedKeyError(name, "not the name of a variable; expected letters, digits and underscores")
+        if _SECRET.search(name):
+            raise RefusedKeyError(
+                name, "may be a secret, and would stand in scripts; leave it out and export it before btx submit"
+            )
+        if _CONTROL.search(value):
+            raise RefusedKeyError(name, f"found {value!r}, expected one line")
+    return given
+
+
+Word = Annotated[str, AfterValidator(_check_word)]
+Line = Annotated[str, AfterValidator(_check_one_line)]
+Count = Annotated[int, Field(ge=1, le=10_000)]
+
+
+class ResourcesSection(Section):
+    """What a job asks for."""
+
+    account: Word | None = None
+    partition: Word | None = None
+    qos: Word | None = None
+    reservation: Word | None = None
+    constraint: Annotated[str, AfterValidator(_check_constraint)] | None = None
+    time: Annotated[str, AfterValidator(_check_time)] | None = None
+    """Time limit (default: the partition's)."""
+    nodes: Count | None = None
+    """(default: as many as the stage's processes need)"""
+    tasks_per_node: Count | None = None
+    """Processes on a node at most (default: 8; with nodes, the stage's processes spread over them)."""
+    gpus_per_task: Annotated[int, Field(ge=0, le=16)] | None = None
+    """Of a stage that uses GPUs (default: 1); 0 where the cluster has none."""
+    cpus_per_task: Count | None = None
+    """(default: the stage's threads; of a stage that uses no GPU also the data's workers)"""
+    memory: Annotated[str, AfterValidator(_check_memory)] | None = None
+    """Of each node."""
+    exclusive: bool | None = None
+    """Whether no other job may use its nodes."""
+    container_image: Line | None = None
+    """For srun --container-image, which pyxis adds to Slurm."""
+    container_mounts: list[Line] | None = None
+    """SOURCE:TARGET beside the run's folder, which is always there."""
+    python: Line | None = None
+    """The interpreter (default: the one that btx submit runs with; in a container, python)."""
+    data_cache: Line | None = None
+    """Folder for Megatron's indices of datasets (default: in the stage's folder)."""
+    environment: Annotated[dict[str, str], AfterValidator(_check_environment)] | None = None
+    """Variables of the job; everything that is exported when btx submit runs is there without it."""
+    signal_seconds: Annotated[int, Field(ge=10, le=3600)] | None = None
+    """How long before its end a training job is told to save and leave (default: 90)."""
+    retries: Annotated[int, Field(ge=0, le=100)] | None = None
+    """How often in a row a job starts again that saved no further step (default: 3)."""
+
+    def given(self) -> dict[str, Any]:
+        """What is written here, by the names of the fields."""
+        return self.model_dump(include=set(ResourcesSection.model_fields), exclude_unset=True, exclude_none=True)
+
+
+class ClusterSection(ResourcesSection):
+    """What every job asks for, and below it what those of some kinds ask for instead."""
+
+    cpu: ResourcesSection = ResourcesSection()
+    """Stages that use no GPU: data, mix, export, report."""
+    gpu: ResourcesSection = ResourcesSection()
+    """Stages that train or evaluate."""
+    data: ResourcesSection = ResourcesSection()
+    seed: ResourcesSection = ResourcesSection()
+    experts: ResourcesSection = ResourcesSection()
+    mix: ResourcesSection = ResourcesSection()
+    """Of everything that converts checkpoints: mixes, averages, imports."""
+    finetune: ResourcesSection = ResourcesSection()
+    dense: ResourcesSection = ResourcesSection()
+    evaluate: ResourcesSection = ResourcesSection()
+    export: ResourcesSection = ResourcesSection()
+    report: ResourcesSection = ResourcesSection()
+
+    def merge(self, kinds: tuple[str, ...]) -> dict[str, Any]:
+        """What a stage of these kinds asks for; a later kind wins, environments are laid over each other."""
+        merged = self.given()
+        for kind in kinds:
+            section: ResourcesSection = getattr(self, kind)
+            given = section.given()
+            environment = {**merged.get("environment", {}), **given.get("environment", {})}
+            merged |= given
+            if environment:
+                merged["environment"] = environment
+        return merged

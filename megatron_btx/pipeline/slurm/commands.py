@@ -1,0 +1,69 @@
+"""``btx submit`` and ``btx cancel``, behind what the command line says."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.pipeline.directory import PLAN_FILE
+from megatron_btx.pipeline.scripts import as_comment
+from megatron_btx.pipeline.slurm.queue import cancel_jobs, list_jobs
+from megatron_btx.pipeline.slurm.record import script_path
+from megatron_btx.pipeline.slurm.submission import Submission, render_scripts, submit, write_scripts
+
+if TYPE_CHECKING:
+    from megatron_btx.pipeline.door import PlannedRun
+
+
+def show_scripts(planned: PlannedRun) -> None:
+    """``btx submit --dry-run``: write the scripts and print them."""
+    scripts = render_scripts(planned)
+    write_scripts(planned, scripts)
+    for stage, script in scripts.items():
+        print(as_comment(f"==== {script_path(planned.directory, stage)}"))
+        print(script)
+
+
+def submit_run(planned: PlannedRun) -> None:
+    """``btx submit``: submit what is missing and print what became of every stage."""
+    result = submit(planned)
+    for stage in planned.chosen_stages():
+        print(_describe(stage.name, result))
+    print(f"how far it is: btx status {planned.directory}")
+
+
+def _describe(stage: str, result: Submission) -> str:
+    if stage in result.submitted:
+        return f"{stage}: submitted, job {result.submitted[stage]}"
+    if stage in result.kept:
+        return f"{stage}: in the queue already, job {result.kept[stage]}"
+    return f"{stage}: finished"
+
+
+@exits_with_one_line
+def cancel(argv: list[str] | None = None) -> int:
+    """``btx cancel``: cancel the jobs of a run, or of some of its stages."""
+    parser = argparse.ArgumentParser(
+        prog="btx cancel",
+        description="Cancel the jobs of a run in Slurm's queue, and no others. What was saved stays; btx submit goes "
+        "on from there.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/quickstart")
+    parser.add_argument(
+        "--only", metavar="STAGE", nargs="+", default=[], help="the jobs of these stages (default: all)"
+    )
+    arguments = parser.parse_args(argv)
+    if not (arguments.run / PLAN_FILE).is_file():
+        raise InputError(f"{arguments.run}: no {PLAN_FILE} in it; expected a run directory")
+    jobs = []
+    for job in list_jobs(arguments.run):
+        if job.is_active and (not arguments.only or job.stage in arguments.only):
+            jobs.append(job)
+    cancel_jobs(jobs)
+    for job in jobs:
+        print(f"{job.stage}: job {job.number} cancelled")
+    if not jobs:
+        print("no job of it is in the queue")
+    return 0

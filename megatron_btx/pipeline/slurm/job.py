@@ -1,0 +1,209 @@
+"""What a job writes before and after its program: the state of a stage, and whether the job is to start again.
+
+    python -m megatron_btx.pipeline.slurm.job begin STAGE --fingerprint F --retries N
+    python -m megatron_btx.pipeline.slurm.job end STAGE --fingerprint F --retries N --status S
+
+It is called by a batch script (:mod:`megatron_btx.pipeline.slurm.script`) in the run directory. What ended a program
+is seen from the steps that it saved: interrupted in time it leaves with status 0, as a finished one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.ground import manifest as manifests
+from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE, InputError, exits_with_one_line, printable
+from megatron_btx.pipeline import processes
+from megatron_btx.pipeline.decisions import KEEP, RERUN, SKIP, Action, decide_start
+from megatron_btx.pipeline.directory import LOG_FILE, own_manifest, read_checkpointed_iteration, read_stage_manifest
+from megatron_btx.pipeline.failure import failure_message, killed_by
+from megatron_btx.pipeline.folder import prepare_folder
+from megatron_btx.pipeline.identity import manifest_of
+from megatron_btx.pipeline.records import StageManifest, read_count
+from megatron_btx.pipeline.runner import find_problem
+from megatron_btx.pipeline.slurm.record import StageRecord, read_record
+from megatron_btx.pipeline.slurm.script import DONE_BEFORE, INTERRUPTED
+from megatron_btx.pipeline.stage import Stage
+
+_BAD_INPUT_OF_TASK = f"Exited with exit code {BAD_INPUT_EXIT_CODE}\n"
+"""What srun says of a task that refused its input, whatever ended the others."""
+
+
+@exits_with_one_line
+def main(argv: list[str] | None = None) -> int:
+    """Write the state of a stage before or after its program."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_btx.pipeline.slurm.job", description=__doc__)
+    parser.add_argument("moment", choices=("begin", "end"))
+    parser.add_argument("stage")
+    parser.add_argument("--fingerprint", required=True, help="of the stage as it was submitted")
+    parser.add_argument("--retries", type=int, required=True, help="starts in a row that may save no further step")
+    parser.add_argument("--status", type=int, default=0, help="exit status of the program")
+    arguments = parser.parse_args(argv)
+    run = Path.cwd()
+    record = read_record(run, arguments.stage)
+    if record.identity.fingerprint != arguments.fingerprint:
+        raise InputError(
+            f"stage {arguments.stage}: the recipe was submitted again with other settings after this job; "
+            "btx submit makes a job of the present ones"
+        )
+    if arguments.moment == "begin":
+        return begin(run, record, arguments.retries)
+    return end(run, record, arguments.retries, arguments.status)
+
+
+def begin(run: Path, record: StageRecord, retries: int) -> int:
+    """Prepare a stage's folder; 0, or :data:`DONE_BEFORE` where it is finished.
+
+    Raises:
+        InputError: what it is made from is not finished, its folder holds something else, or it started too often.
+    """
+    stage = record.stage
+    directory = run / stage.name
+    _check_parents(run, record)
+    action = decide_start(stage, record.identity, directory, record.rerun, record.is_rerun)
+    if action.verb == SKIP:
+        _say(f"{stage.name}: {action.why}")
+        return DONE_BEFORE
+    if action.verb == KEEP:
+        raise InputError(f"{directory}: made otherwise: {action.why}; btx submit says what to do")
+    earlier = StageManifest()
+    if action.verb != RERUN:
+        earlier = own_manifest(directory, stage.name) or earlier
+    started = _describe_start(stage, directory, earlier)
+    if started["stalled"] > retries:
+        manifests.write_manifest(directory, earlier.model_dump() | {"status": "failed", "slurm": started})
+        raise InputError(
+            f"stage {stage.name}: {started['stalled']} starts in a row saved no further step; its log: "
+            f"{directory / LOG_FILE}"
+        )
+    prepare_folder(stage, directory, action, _begin_manifest(record, action, earlier) | {"slurm": started})
+    with (directory / LOG_FILE).open("ab") as log:
+        line = f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {action.verb}: job {started['job']} of Slurm\n"
+        log.write(line.encode())
+        started["log offset"] = log.tell()
+    written = read_stage_manifest(directory) or earlier
+    manifests.write_manifest(directory, written.model_dump() | {"slurm": started})
+    _say(f"{stage.name}: {action.verb} ({action.why})")
+    return 0
+
+
+def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
+    """Note how a program ended; 0, :data:`INTERRUPTED` where the job should start again, or the job's exit status."""
+    stage = record.stage
+    directory = run / stage.name
+    processes.end_marked(f"slurm-{_job_number()}:")  # Slurm does not find all where it follows no cgroups
+    manifest = own_manifest(directory, stage.name)
+    if manifest is None:
+        raise InputError(f"{directory}: the folder of the running stage is gone")
+    started = _started(manifest)
+    content = manifest.model_dump() | {"exit": code}
+    content["seconds"] = round((manifest.seconds or 0.0) + max(0.0, time.time() - started.get("time", time.time())), 3)
+    problem = find_problem(stage, directory, code)
+    if not problem:
+        manifests.write_manifest(directory, content | {"status": "finished"})
+        _say(f"{stage.name}: finished")
+        return 0
+    text = _read_log(directory / LOG_FILE, started.get("log offset"))
+    killed = killed_by(text, code)
+    if killed:
+        problem = f"failed: {killed}"
+    message, status = failure_message(text, code)
+    if _BAD_INPUT_OF_TASK in text:
+        message, status = failure_message(text, BAD_INPUT_EXIT_CODE)
+    stalled = _count_stalled(stage, directory, started)
+    goes_on = status != BAD_INPUT_EXIT_CODE and stalled <= retries
+    started["problem"] = problem
+    if status == BAD_INPUT_EXIT_CODE:
+        started["problem"] = message.removeprefix("error: ")
+    if code:
+        status_word = "failed"
+        _say(f"stage {stage.name} {problem}; its log: {directory / LOG_FILE}\n{message}")
+    else:
+        status_word = "stopped"
+        _say(f"stage {stage.name} {problem}")
+    manifests.write_manifest(directory, content | {"status": status_word, "slurm": started})
+    if goes_on:
+        return INTERRUPTED
+    if status != BAD_INPUT_EXIT_CODE:
+        _say(f"{stalled} starts in a row saved no further step; not started again")
+    return status
+
+
+def _check_parents(run: Path, record: StageRecord) -> None:
+    for parent, fingerprint in record.parents.items():
+        manifest = own_manifest(run / parent, parent)
+        state = "not there"
+        if manifest is not None:
+            state = manifest.status or "unknown"
+            if manifest.is_finished and fingerprint not in (None, manifest.fingerprint):
+                state = "made with other settings"
+            elif manifest.is_finished:
+                continue
+        raise InputError(
+            f"stage {record.stage.name}: it needs {parent}, which is {state}; btx submit runs what is missing"
+        )
+
+
+def _begin_manifest(record: StageRecord, action: Action, earlier: StageManifest) -> dict[str, Any]:
+    device = "cpu"
+    if record.stage.on_gpu and os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1", "NoDevFiles"):
+        device = "gpu"
+    return manifest_of(record.stage, record.identity, "running", action.rerun) | {
+        "versions": manifests.versions(),
+        "device": device,
+        "starts": (earlier.starts or 0) + 1,
+        "seconds": earlier.seconds or 0.0,
+    }
+
+
+def _describe_start(stage: Stage, directory: Path, earlier: StageManifest) -> dict[str, Any]:
+    """What the manifest says of this start: job, moment, step, and how many before it saved nothing."""
+    stalled = 0
+    before = _started(earlier)
+    if before.get("job") == _job_number():
+        stalled = _count_stalled(stage, directory, before)
+    return {"job": _job_number(), "time": time.time(), "step": _saved_step(stage, directory), "stalled": stalled}
+
+
+def _count_stalled(stage: Stage, directory: Path, started: dict[str, Any]) -> int:
+    """How many starts in a row, the one that ``started`` describes the last of them, saved no further step."""
+    if _saved_step(stage, directory) > (read_count(started.get("step")) or 0):
+        return 0
+    return (read_count(started.get("stalled")) or 0) + 1
+
+
+def _saved_step(stage: Stage, directory: Path) -> int:
+    if not stage.resumable:
+        return 0
+    return read_checkpointed_iteration(directory)
+
+
+def _started(manifest: StageManifest) -> dict[str, Any]:
+    found = (manifest.model_extra or {}).get("slurm")
+    if isinstance(found, dict):
+        return dict(found)
+    return {}
+
+
+def _job_number() -> str:
+    return os.environ.get("SLURM_JOB_ID", "none")
+
+
+def _read_log(log: Path, offset: object) -> str:
+    with log.open("rb") as stream:
+        stream.seek(read_count(offset) or 0)
+        return stream.read().decode("utf-8", "replace")
+
+
+def _say(text: str) -> None:
+    lines = [printable(line) for line in text.splitlines()]
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} " + "\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

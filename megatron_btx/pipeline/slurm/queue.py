@@ -1,0 +1,147 @@
+"""Slurm's queue: the jobs of a run are known by their names, and asked for, submitted and cancelled here."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_btx.ground.errors import InputError, printable
+from megatron_btx.pipeline.processes import mark_of
+
+COMMENT_LETTERS = 16
+"""Of a stage's fingerprint, in the comment of its job."""
+_MARK_LETTERS = 12
+_FORMAT = "%A|%T|%L|%S|%r|%k|%j"
+_LINE = re.compile(r"(\d+)\|([A-Z_]+)\|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|(.*)")
+_ENDING = "COMPLETING"
+_NEVER = "DependencyNeverSatisfied"
+_TIMEOUT_SECONDS = 120
+
+
+class SlurmError(InputError):
+    """Slurm is not there, does not answer, or refuses."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a run in Slurm's queue."""
+
+    number: int
+    stage: str
+    state: str
+    """Slurm's word, as PENDING or RUNNING."""
+    time_left: str
+    begins: str
+    """When it is to begin, or N/A."""
+    reason: str
+    """Slurm's word for why it waits."""
+    fingerprint: str
+    """The first letters of its stage's."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it waits or runs; not while Slurm clears up after it."""
+        return self.state != _ENDING
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has nodes."""
+        return self.state not in ("PENDING", _ENDING)
+
+    @property
+    def never_starts(self) -> bool:
+        """Whether it waits for a job that failed."""
+        return self.reason == _NEVER
+
+
+def job_name(run: Path, stage: str) -> str:
+    """What the job of a stage is called: the stage, and a mark of the run's path, of which there is one."""
+    return f"{stage}{_suffix(run)}"
+
+
+def _suffix(run: Path) -> str:
+    return f".btx-{mark_of(run)[:_MARK_LETTERS]}"
+
+
+def has_slurm() -> bool:
+    """Whether jobs can be asked for here."""
+    return shutil.which("squeue") is not None
+
+
+def list_jobs(run: Path) -> list[Job]:
+    """The jobs of a run that wait, run or are about to be gone, the first submitted first.
+
+    Raises:
+        SlurmError: the queue cannot be asked.
+    """
+    suffix = _suffix(run)
+    said = _call("squeue", "--noheader", f"--user={os.getuid()}", f"--format={_FORMAT}")
+    jobs = []
+    for line in said.splitlines():
+        match = _LINE.fullmatch(line)
+        if match is None or not match[7].endswith(suffix):
+            continue
+        number, state, left, begins, reason, comment, name = match.groups()
+        jobs.append(Job(int(number), name.removesuffix(suffix), state, left, begins, reason, comment))
+    return sorted(jobs, key=lambda job: job.number)
+
+
+def submit_script(script: Path, after: Iterable[int]) -> int:
+    """Submit a script whose job starts when those of ``after`` have done their work; its number.
+
+    Raises:
+        SlurmError: Slurm refuses, in its words.
+    """
+    waits = "".join(f":{number}" for number in sorted(after))
+    dependency = "singleton"
+    if waits:
+        dependency = f"afterok{waits},singleton"
+    said = _call("sbatch", "--parsable", f"--dependency={dependency}", str(script))
+    number = said.strip().split(";")[0]  # behind it stands the cluster, where there are several
+    if not number.isdecimal():
+        raise SlurmError(f"sbatch {script}: answered {said!r}, expected the number of a job")
+    return int(number)
+
+
+def cancel_jobs(jobs: Sequence[Job]) -> None:
+    """Cancel jobs; one that is gone already is none."""
+    if jobs:
+        _call("scancel", *[str(job.number) for job in jobs])
+
+
+def check_no_jobs(run: Path) -> None:
+    """Refuse to work in a run directory in which jobs of Slurm do.
+
+    Raises:
+        InputError: the jobs; or they cannot be asked for.
+    """
+    if not (run / "slurm").is_dir():
+        return
+    if not has_slurm():
+        raise SlurmError(
+            f"{run}: was submitted to Slurm, which cannot be asked here (no squeue), so its jobs may be at work; go on "
+            f"where it can, or, when none is left, remove {run / 'slurm'}"
+        )
+    active = [f"{job.stage} (job {job.number})" for job in list_jobs(run) if job.is_active]
+    if active:
+        raise InputError(f"{run}: jobs of Slurm are at work here: {', '.join(active)}; wait, or btx cancel {run}")
+
+
+def _call(*words: str) -> str:
+    if shutil.which(words[0]) is None:
+        raise SlurmError(
+            f"{words[0]}: not found; Slurm's commands are needed here: load its module, or go to a login node"
+        )
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{words[0]}: Slurm did not answer in {_TIMEOUT_SECONDS} s; try again") from None
+    if answer.returncode:
+        lines = answer.stderr.strip().splitlines() or [f"status {answer.returncode}"]
+        raise SlurmError(f"{words[0]}: {printable('; '.join(lines))}")
+    return answer.stdout

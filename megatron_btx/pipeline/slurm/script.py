@@ -1,0 +1,170 @@
+"""The batch script of a stage: what Slurm is asked for, and the commands, to be read, edited and submitted by hand.
+
+Nothing of a recipe stands in it unquoted. Values of ``#SBATCH`` lines have a form that cannot hold a blank or a line
+break (:mod:`megatron_btx.pipeline.recipe.cluster`), and sbatch reads such lines only before the first command.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from megatron_btx.ground.errors import InputError
+from megatron_btx.pipeline.slurm.queue import COMMENT_LETTERS, job_name
+from megatron_btx.pipeline.slurm.record import SLURM_FOLDER
+from megatron_btx.pipeline.slurm.resources import Resources
+from megatron_btx.pipeline.stage import PYTHON, Program, Stage, one_line
+
+DONE_BEFORE, INTERRUPTED = 10, 75
+"""What the first step of a job says when there is nothing to do, and the last one when the job should start again."""
+_SAFE_PATH = re.compile(r"[\w./+=@:,~-]+")
+
+_START = """
+cd -- {run}
+export OMP_NUM_THREADS={threads}
+{exports}
+# At the end of its time, or before other jobs take its nodes, Slurm tells the steps of this job: the program saves and
+# leaves. This shell goes on, so that the job starts again.
+trap : TERM
+
+stage() {{ # stage begin|end [STATUS]: what is written before and after the program
+    {stage}"${{BTX_PYTHON:-{python}}}" -m megatron_btx.pipeline.slurm.job "$1" {name} \\
+        --fingerprint {fingerprint} --retries {retries} "${{@:2}}"
+}}
+
+status=0
+stage begin || status=$?
+if [ "$status" -eq {done_before} ]; then exit 0; fi
+if [ "$status" -ne 0 ]; then exit "$status"; fi
+
+BTX_STAGE="slurm-$SLURM_JOB_ID:" {srun} \\
+    {command} \\
+    >>{log} 2>&1 </dev/null || status=$?
+
+stage end --status "$status" && status=0 || status=$?
+if [ "$status" -eq {interrupted} ] && [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+    # Nothing else asks for it: one request per job. Dependent jobs go on waiting for this one.
+    scontrol requeue "$SLURM_JOB_ID" || echo "Slurm starts it not again; btx submit goes on from its last step" >&2
+fi
+exit "$status"
+"""
+
+
+def check_run_path(run: Path) -> None:
+    """Refuse a run directory whose path Slurm's own lines could not hold.
+
+    Raises:
+        InputError: the path.
+    """
+    if not _SAFE_PATH.fullmatch(str(run)):
+        raise InputError(
+            f"{str(run)!r}: btx submit needs a path of letters, digits and . _ + = @ : , ~ - /, which Slurm reads as "
+            "it is; give another --output"
+        )
+
+
+def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: str) -> str:
+    """The script of the job of ``stage`` in the run directory ``run``."""
+    python = resources.python or (PYTHON if resources.container_image else sys.executable)
+    name = shlex.quote(stage.name)
+    body = _START.format(
+        run=shlex.quote(str(run)),
+        threads=stage.threads,
+        exports=_exports(resources),
+        stage=_container_step(resources, run),
+        python=shlex.quote(python),
+        name=name,
+        fingerprint=shlex.quote(fingerprint),
+        done_before=DONE_BEFORE,
+        interrupted=INTERRUPTED,
+        srun=" ".join(_srun_words(resources, run)),
+        command=_command(stage, resources, python),
+        log=f"{name}/log.txt",
+        retries=resources.retries,
+    )
+    return "\n".join([*_header(stage, resources, run, fingerprint), body])
+
+
+def _header(stage: Stage, resources: Resources, run: Path, fingerprint: str) -> list[str]:
+    """The lines that Slurm reads."""
+    options: dict[str, str | int | None] = {
+        "job-name": job_name(run, stage.name),
+        "chdir": str(run),
+        "output": f"{SLURM_FOLDER}/{stage.name}.log",
+        "open-mode": "append",
+        **resources.options,
+        "nodes": resources.nodes,
+        "ntasks-per-node": resources.tasks_per_node,
+        "cpus-per-task": resources.cpus_per_task,
+    }
+    if resources.gpus_per_node:
+        options["gpus-per-node"] = resources.gpus_per_node
+    if stage.resumable:
+        options["signal"] = f"TERM@{resources.signal_seconds}"
+    options["comment"] = fingerprint[:COMMENT_LETTERS]
+    options["requeue"] = None
+    options["dependency"] = "singleton"  # a second job of this name waits until this one has ended
+    lines = ["#!/usr/bin/env bash"]
+    for option, value in options.items():
+        lines.append(f"#SBATCH --{option}" if value is None else f"#SBATCH --{option}={value}")
+    waits = ", ".join(stage.waits_for()) or "nothing"
+    lines.append(
+        f"# Stage {one_line(stage.name)}, which needs {one_line(waits)}. Submit it by hand with: sbatch THIS_FILE"
+    )
+    lines.append("set -uo pipefail")
+    return lines
+
+
+def _exports(resources: Resources) -> str:
+    lines = []
+    for name, value in resources.environment.items():
+        lines.append(f"export {name}={shlex.quote(value)}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _container_words(resources: Resources, run: Path) -> list[str]:
+    if resources.container_image is None:
+        return []
+    mounts = ",".join((f"{run}:{run}", *resources.container_mounts))
+    return [
+        shlex.quote(f"--container-image={resources.container_image}"),
+        shlex.quote(f"--container-mounts={mounts}"),
+        shlex.quote(f"--container-workdir={run}"),
+    ]
+
+
+def _container_step(resources: Resources, run: Path) -> str:
+    """What stands before a short command, so that it runs where the program runs; nothing without a container."""
+    words = _container_words(resources, run)
+    if not words:
+        return ""
+    return " ".join(["srun", "--nodes=1", "--ntasks=1", *words, ""])
+
+
+def _srun_words(resources: Resources, run: Path) -> list[str]:
+    words = ["srun", f"--nodes={resources.nodes}", f"--ntasks={resources.tasks}"]
+    words += [f"--ntasks-per-node={resources.tasks_per_node}", f"--cpus-per-task={resources.cpus_per_task}"]
+    return [*words, "--kill-on-bad-exit=1", *_container_words(resources, run)]
+
+
+def _command(stage: Stage, resources: Resources, python: str) -> str:
+    """The stage's program, a flag per line; one task of srun is one process of it."""
+    if isinstance(stage.program, Program):
+        words = [f'"${{BTX_PYTHON:-{shlex.quote(python)}}}"', "-m", stage.program.module]
+        given = list(stage.program.words)
+    else:
+        words, given = [], list(stage.program)
+    words += [shlex.quote(word) for word in given]
+    if stage.resumable:
+        words.append("--exit-signal-handler")
+        if resources.data_cache is not None:
+            words += ["--data-cache-path", shlex.quote(resources.data_cache)]
+    lines: list[str] = []
+    for word in words:
+        if not lines or word.startswith("--"):
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}"
+    return " \\\n    ".join(lines)

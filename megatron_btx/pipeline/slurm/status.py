@@ -1,0 +1,148 @@
+"""Where the jobs of a run stand, in words: what btx status shows of Slurm's queue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_btx.ground.errors import printable
+from megatron_btx.pipeline.records import StageManifest
+from megatron_btx.pipeline.slurm.queue import Job, SlurmError, list_jobs
+from megatron_btx.pipeline.slurm.record import SLURM_FOLDER, read_waited_for
+
+HEADERS = ("job", "why")
+_REASONS = {
+    "None": "not looked at yet",
+    "Resources": "no free nodes",
+    "Priority": "other jobs go first",
+    "BeginTime": "starts again",
+    "JobHeldUser": "held; scontrol release {number}",
+    "JobHeldAdmin": "held by an administrator",
+    "QOSMaxJobsPerUserLimit": "as many jobs at once as the QoS allows",
+    "AssocGrpGRES": "the account's GPUs are in use",
+    "PartitionTimeLimit": "more time than its partition allows; change cluster.time",
+    "PartitionNodeLimit": "more nodes than its partition has; change the layout or cluster.partition",
+    "ReqNodeNotAvail": "its nodes are down or reserved",
+}
+"""Slurm's reason -> what it means."""
+_FAILED = ("failed", "stopped", "interrupted")
+
+
+@dataclass(frozen=True)
+class JobView:
+    """What is shown of a stage's job."""
+
+    state: str | None = None
+    """In place of the state that the manifest says; None for that one."""
+    number: str = ""
+    why: str = ""
+    """What it waits for, or how long it may still run."""
+
+    def cells(self) -> tuple[str, ...]:
+        """In the order of :data:`HEADERS`."""
+        return (self.number, self.why)
+
+
+def was_submitted(run: Path) -> bool:
+    """Whether a run was ever submitted."""
+    return (run / SLURM_FOLDER).is_dir()
+
+
+def view_jobs(run: Path, manifests: Mapping[str, StageManifest]) -> tuple[dict[str, JobView], str]:
+    """Stage -> its job as it is shown, and why the queue could not be asked; empty when it could.
+
+    Args:
+        manifests: of all stages of the run.
+    """
+    try:
+        jobs = list_jobs(run)
+    except SlurmError as error:
+        return {name: JobView(number=_last_job(manifest)) for name, manifest in manifests.items()}, str(error)
+    live: dict[str, Job] = {}
+    for job in jobs:
+        live.setdefault(job.stage, job)
+    views = {}
+    for name, manifest in manifests.items():
+        if name in live:
+            views[name] = _view_live(run, live[name], manifest, manifests, live)
+        else:
+            views[name] = _view_ended(manifest)
+    return views, ""
+
+
+def _view_live(
+    run: Path, job: Job, manifest: StageManifest, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]
+) -> JobView:
+    number = str(job.number)
+    if not job.is_active:
+        return JobView(None if manifest.is_finished else "ending", number)
+    if job.is_running:
+        state = "running" if job.state == "RUNNING" else job.state.lower()
+        return JobView(state, number, f"may run {job.time_left} more")
+    return JobView("queued", number, _explain(run, job, manifests, live))
+
+
+def _view_ended(manifest: StageManifest) -> JobView:
+    """A stage without a job."""
+    number = _last_job(manifest)
+    if manifest.is_finished:
+        return JobView(number=number)
+    if manifest.status is None:
+        return JobView("waiting", number, "not submitted")
+    started = (manifest.model_extra or {}).get("slurm")
+    problem = ""
+    if isinstance(started, dict) and manifest.status in _FAILED:
+        problem = f"{started.get('problem', '')}; "
+    return JobView(number=number, why=f"{printable(problem)}btx submit goes on")
+
+
+def _explain(run: Path, job: Job, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]) -> str:
+    """Why a job waits."""
+    waited_for = _list_unfinished(run, job.stage, manifests)
+    missing = _find_missing(run, job.stage, manifests, live)
+    if missing:
+        return f"cannot start without {_join(missing)}; btx submit goes on"
+    if job.reason == "Dependency" or job.never_starts:
+        return f"waits for {_join(waited_for)}"
+    meaning = _REASONS.get(job.reason, job.reason).format(number=job.number)
+    if job.reason == "BeginTime" and job.begins != "N/A":
+        meaning += f" at {job.begins.replace('T', ' ')}"
+    return meaning
+
+
+def _list_unfinished(run: Path, stage: str, manifests: Mapping[str, StageManifest]) -> list[str]:
+    """The stages that one waits for itself."""
+    unfinished = []
+    for parent in read_waited_for(run, stage):
+        if parent not in manifests or not manifests[parent].is_finished:
+            unfinished.append(parent)
+    return unfinished
+
+
+def _find_missing(run: Path, stage: str, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]) -> list[str]:
+    """The stages, near or far, that one waits for and that have no job: most likely they failed."""
+    missing: list[str] = []
+    seen = {stage}
+    waiting = [stage]
+    while waiting:
+        for parent in _list_unfinished(run, waiting.pop(), manifests):
+            if parent in seen:
+                continue
+            seen.add(parent)
+            if parent in live:
+                waiting.append(parent)
+            else:
+                missing.append(parent)
+    return missing
+
+
+def _join(names: Sequence[str]) -> str:
+    return ", ".join(names) or "an earlier job of its own"
+
+
+def _last_job(manifest: StageManifest) -> str:
+    started = (manifest.model_extra or {}).get("slurm")
+    if isinstance(started, dict):
+        return str(started.get("job", ""))
+    return ""

@@ -1,0 +1,56 @@
+"""``btx status``: how far a run is, from its manifests, its metrics, and Slurm's queue where it was submitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_btx.ground.errors import InputError
+from megatron_btx.pipeline.directory import PLAN_FILE, read_plan
+from megatron_btx.pipeline.lock import is_locked
+from megatron_btx.pipeline.records import StageManifest
+from megatron_btx.pipeline.rows import make_progress_table, print_table, read_row, read_shown_manifest
+from megatron_btx.pipeline.slurm.status import HEADERS, JobView, view_jobs, was_submitted
+from megatron_btx.report.membership import find_left_out
+
+
+def print_status(directory: Path) -> None:
+    """``btx status``: one table from the manifests and metrics of a run."""
+    file = directory / PLAN_FILE
+    if not file.is_file():
+        raise InputError(f"{directory}: no {PLAN_FILE} in it; expected a run directory that btx run made")
+    planned = read_plan(directory)
+    if planned is None:
+        raise InputError(f"{file}: not the plan of a run; btx run with the same recipe and --output writes it again")
+    manifests = {entry.stage: read_shown_manifest(directory / entry.stage) for entry in planned}
+    views: dict[str, JobView] = {}
+    silence = ""
+    if was_submitted(directory):
+        views, silence = view_jobs(directory, manifests)
+    states = _read_states(directory, manifests, views)
+    rows = []
+    for entry in planned:
+        rows.append(read_row(directory / entry.stage, entry.stage, states[entry.stage], entry.steps, entry.tokens))
+    more = [views[row.name].cells() for row in rows if row.name in views]
+    print_table(make_progress_table(rows, str(directory), HEADERS if more else (), more))
+    if silence:
+        print(f"Slurm's queue is not shown: {silence}")
+
+
+def _read_states(
+    directory: Path, manifests: Mapping[str, StageManifest], views: Mapping[str, JobView]
+) -> dict[str, str]:
+    """Stage -> how far it is, in a word."""
+    at_work = is_locked(directory)
+    outdated = find_left_out(directory, {name: manifest.identity() for name, manifest in manifests.items()})
+    states = {}
+    for name, manifest in manifests.items():
+        states[name] = manifest.status or "waiting"
+        if manifest.status == "running" and not at_work:
+            states[name] = "interrupted"
+        shown = views[name].state if name in views else None
+        if shown is not None:
+            states[name] = shown
+        elif name in outdated:
+            states[name] = "outdated"
+    return states
