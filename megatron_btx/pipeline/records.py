@@ -90,13 +90,6 @@ class StageManifest(_Record):
         """Whether the stage came to its end."""
         return self.status == "finished"
 
-    def identity(self) -> dict[str, Any]:
-        """What says which stage it is: its fingerprint and its parents', or their names where it has none."""
-        parents: dict[str, str | None] | list[str] = self.parents
-        if None in self.parents.values():
-            parents = list(self.parents)
-        return {"fingerprint": self.fingerprint, "parents": parents}
-
     @property
     def rerun_number(self) -> int:
         """Which of the run's reruns began the stage, from 1; 0 when none did."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_btx.report.ablation_outcomes import MEAN, Outcome, Outcomes, read_outcomes
+from megatron_btx.report.ablation_outcomes import MEAN, Outcome, Outcomes, losses_over_seeds, read_outcomes
 from megatron_btx.report.blocks import Block, Bullets, Cell, Image, Paragraph, Section, Table, make_cells
 from megatron_btx.report.quantities import ABSENT, mean, percent_text, spread_text
 from megatron_btx.report.report import Files, Report
@@ -43,7 +43,7 @@ def find_best(outcomes: Outcomes) -> list[str]:
     """The variants with the lowest mean loss, of those that came to their end on all seeds with finite losses."""
     finite = {}
     for variant, runs in outcomes.runs.items():
-        loss = mean(outcome.losses[MEAN] for outcome in runs.values())
+        loss = mean(losses_over_seeds(runs, MEAN))
         if outcomes.is_whole(variant) and math.isfinite(loss):
             finite[variant] = loss
     lowest = min(finite.values(), default=math.nan)
@@ -73,19 +73,19 @@ def _outcomes_table(outcomes: Outcomes) -> Table:
 
 
 def _make_cells(runs: Mapping[int, Outcome], domains: Sequence[str]) -> list[str]:
-    dead = []
+    dead, dropped = [], []
     for outcome in runs.values():
+        dropped.append(outcome.dropped)
         if outcome.dead is None:
             dead.append(ABSENT)
         else:
             dead.append(str(outcome.dead))
-    dropped = percent_text(mean(outcome.dropped for outcome in runs.values()))
     losses = [_loss_over_seeds(runs, domain) for domain in domains]
-    return [*losses, ", ".join(dead), _load_range(runs), dropped]
+    return [*losses, ", ".join(dead), _load_range(runs), percent_text(mean(dropped))]
 
 
 def _loss_over_seeds(runs: Mapping[int, Outcome], domain: str) -> str:
-    return spread_text([outcome.losses[domain] for outcome in runs.values()])
+    return spread_text(losses_over_seeds(runs, domain))
 
 
 def _load_range(runs: Mapping[int, Outcome]) -> str:

@@ -18,11 +18,13 @@ from megatron_btx.pipeline.directory import (
     RECIPE_FILE,
     read_metrics,
     read_plan,
+    read_stage_manifest,
 )
 from megatron_btx.pipeline.recipe.ablation import stage_name
-from megatron_btx.report.membership import Manifest, find_left_out
+from megatron_btx.pipeline.records import StageManifest
+from megatron_btx.report.membership import find_left_out
 from megatron_btx.report.quantities import mean
-from megatron_btx.report.stages import Stage, read_manifest_file, read_stage
+from megatron_btx.report.stages import Stage, read_stage
 
 MEAN = "mean"
 _LOSS = "lm loss validation "
@@ -66,7 +68,8 @@ class Outcomes:
 
     def domains(self) -> list[str]:
         """The domains, and the mean behind them."""
-        return [*(domain for domain in self.first().losses if domain != MEAN), MEAN]
+        domains = [domain for domain in self.first().losses if domain != MEAN]
+        return [*domains, MEAN]
 
     def all_seeds(self) -> list[int]:
         """Every seed of some variant."""
@@ -74,6 +77,11 @@ class Outcomes:
         for own in self.seeds.values():
             seeds.update(own)
         return sorted(seeds)
+
+
+def losses_over_seeds(runs: Mapping[int, Outcome], domain: str) -> list[float]:
+    """A variant's losses on a domain, or their mean over domains."""
+    return [outcome.losses[domain] for outcome in runs.values()]
 
 
 def is_ablation(run: Path) -> bool:
@@ -139,7 +147,10 @@ def _read_seeds(run: Path) -> dict[str, tuple[int, ...]]:
     planned = _planned_stages(run)
     seeds: dict[str, tuple[int, ...]] = {}
     for variant, own in listed.items():
-        due = [seed for seed in own if planned is None or stage_name(variant, seed) in planned]
+        due = []
+        for seed in own:
+            if planned is None or stage_name(variant, seed) in planned:
+                due.append(seed)
         if due:
             seeds[variant] = tuple(due)
     if not seeds:
@@ -163,12 +174,15 @@ def _planned_stages(run: Path) -> set[str] | None:
     return {entry.stage for entry in plan}
 
 
-def _read_manifests(run: Path, stages: Mapping[str, Stage | None]) -> dict[str, Manifest | None]:
+def _read_manifests(run: Path, stages: Mapping[str, Stage | None]) -> dict[str, StageManifest | None]:
     """Manifests of the finetunings, and of the stages that they are made from."""
-    manifests = {name: stage.manifest for name, stage in stages.items() if stage is not None}
+    manifests: dict[str, StageManifest | None] = {}
+    for name, stage in stages.items():
+        if stage is not None:
+            manifests[name] = stage.manifest
     for file in sorted(run.glob(f"*/{MANIFEST_FILE}")):
         if file.parent.name not in manifests and file.is_file():
-            manifests[file.parent.name] = read_manifest_file(file)
+            manifests[file.parent.name] = read_stage_manifest(file.parent)
     return manifests
 
 
@@ -201,7 +215,11 @@ def _last_values(file: Path) -> dict[str, float]:
 
 def _values_under(values: Mapping[str, float], prefix: str) -> dict[str, float]:
     """The values whose names begin with ``prefix``, without it."""
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    found = {}
+    for name, value in values.items():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = value
+    return found
 
 
 def _tabulate_loads(last: Mapping[str, float]) -> list[list[float]]:

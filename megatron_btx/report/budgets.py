@@ -57,7 +57,7 @@ def _tokens_behind(name: str, known: Mapping[str, Stage], first: str) -> float |
     for stage in line:
         if not known[stage].steps and not known[stage].curve:
             continue
-        tokens = known[stage].cost("tokens")
+        tokens = known[stage].tokens
         if tokens is None:
             return None
         spent.append(tokens)
@@ -73,10 +73,7 @@ def _is_made_here(stage: Stage) -> bool:
 
 def _experts_of(stage: Stage) -> tuple[str, ...]:
     """The models that a mix or an average took, as its manifest's settings name them."""
-    settings = (stage.manifest or {}).get("settings")
-    if not isinstance(settings, dict):
-        return ()
-    names = settings.get("experts")
+    names = stage.settings.get("experts")
     if not isinstance(names, list):
         return ()
     return tuple(map(str, names))

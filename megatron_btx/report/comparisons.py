@@ -32,8 +32,11 @@ def best_per_column(models: Mapping[str, Model], domains: tuple[str, ...]) -> di
     """The lowest finite loss per domain, and of the means under None."""
     best = {}
     for column in (*domains, None):
-        losses = [loss_in(model, column, domains) for model in models.values()]
-        finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+        finite = []
+        for model in models.values():
+            loss = loss_in(model, column, domains)
+            if loss is not None and math.isfinite(loss):
+                finite.append(loss)
         if finite:
             best[column] = min(finite)
     return best

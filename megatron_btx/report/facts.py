@@ -123,7 +123,11 @@ def _name_missing(models: Models, *names: str) -> str:
 
 def _single_experts(models: Models) -> dict[str, Model]:
     """The single experts by the name of their home."""
-    return {name.removeprefix(EXPERT_PREFIX): model for name, model in models.items() if model.is_expert()}
+    experts = {}
+    for name, model in models.items():
+        if model.is_expert():
+            experts[name.removeprefix(EXPERT_PREFIX)] = model
+    return experts
 
 
 def _missing_for_experts(models: Models) -> str:
@@ -134,7 +138,10 @@ def _missing_for_experts(models: Models) -> str:
 
 
 def _numbers_of(pairs: Mapping[str, Pair]) -> dict[str, dict[str, float | None]]:
-    return {label: pair.as_numbers() for label, pair in pairs.items()}
+    numbers = {}
+    for label, pair in pairs.items():
+        numbers[label] = pair.as_numbers()
+    return numbers
 
 
 def _check_gain_at_home(models: Models, domains: tuple[str, ...]) -> Fact:
@@ -171,13 +178,17 @@ def _check_loss_away(models: Models, domains: tuple[str, ...]) -> Fact:
         for domain in domains:
             if domain != home:
                 pairs[f"{home} on {domain}"] = Pair(expert.losses.get(domain), models[SEED].losses.get(domain))
-    worse = [label for label, pair in pairs.items() if pair.is_higher()]
+    worse, verdicts = [], []
+    for label, pair in pairs.items():
+        verdicts.append(pair.is_higher())
+        if pair.is_higher():
+            worse.append(label)
     detail = f"worse in {len(worse)} of {len(pairs)} cases"
     if worse:
         most = max(worse, key=lambda label: pairs[label].difference or 0.0)
         detail += f", most: {pairs[most].describe(most)}"
-    holds = is_any(pair.is_higher() for pair in pairs.values())
-    return Fact(name, text, holds, detail, {"expert_against_seed": _numbers_of(pairs), "worse": len(worse)})
+    numbers = {"expert_against_seed": _numbers_of(pairs), "worse": len(worse)}
+    return Fact(name, text, is_any(verdicts), detail, numbers)
 
 
 def _check_btx_against_seed(models: Models, domains: tuple[str, ...]) -> Fact:
@@ -185,12 +196,12 @@ def _check_btx_against_seed(models: Models, domains: tuple[str, ...]) -> Fact:
     missing = _name_missing(models, BTX, SEED)
     if missing:
         return Fact(name, text, None, missing)
-    pairs = {}
+    pairs, details, verdicts = {}, [], []
     for domain in domains:
-        pairs[domain] = Pair(models[BTX].losses.get(domain), models[SEED].losses.get(domain))
-    detail = "; ".join(pair.describe(domain) for domain, pair in pairs.items())
-    holds = are_all(pair.is_lower() for pair in pairs.values())
-    return Fact(name, text, holds, detail, {"btx_against_seed": _numbers_of(pairs)})
+        pair = pairs[domain] = Pair(models[BTX].losses.get(domain), models[SEED].losses.get(domain))
+        details.append(pair.describe(domain))
+        verdicts.append(pair.is_lower())
+    return Fact(name, text, are_all(verdicts), "; ".join(details), {"btx_against_seed": _numbers_of(pairs)})
 
 
 def _check_btx_against_its_parts(models: Models, domains: tuple[str, ...]) -> Fact:
@@ -243,10 +254,9 @@ def _check_routing(models: Models) -> Fact:
         f"mean {average:.3f}; smallest {distances[smallest]:.3f} ({' and '.join(smallest)}); "
         f"largest {distances[largest]:.3f} ({' and '.join(largest)})"
     )
-    numbers = {
-        "threshold": ROUTING_DISTANCE_THRESHOLD,
-        "mean": average,
-        "distances": {" / ".join(pair): distance for pair, distance in distances.items()},
-    }
-    holds = are_all(is_less(ROUTING_DISTANCE_THRESHOLD, distance) for distance in distances.values())
-    return Fact(name, text, holds, detail, numbers)
+    numbers, verdicts = {}, []
+    for pair, distance in distances.items():
+        numbers[" / ".join(pair)] = distance
+        verdicts.append(is_less(ROUTING_DISTANCE_THRESHOLD, distance))
+    stated = {"threshold": ROUTING_DISTANCE_THRESHOLD, "mean": average, "distances": numbers}
+    return Fact(name, text, are_all(verdicts), detail, stated)

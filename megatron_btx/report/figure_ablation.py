@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_btx.report.ablation_outcomes import MEAN, Outcome
+from megatron_btx.report.ablation_outcomes import MEAN, Outcome, losses_over_seeds
 from megatron_btx.report.panels import add_heat_scale, choose_ticks, draw_heat_map, make_panels, write_percent
 from megatron_btx.report.quantities import is_usable, loss_text, mean, spread
-from megatron_btx.report.style import CYCLE, new_page, plain_axes, shorten
+from megatron_btx.report.style import CYCLE, new_page, plain_axes, shorten, shorten_all
 
 CELLS_WRITTEN = 80
 """Up to so many cells of a load have their number in the figure; more would lie over each other."""
@@ -24,8 +24,8 @@ def draw_variants(variants: Runs) -> Figure:
     figure = new_page(1.0 + 0.38 * len(variants))
     panel = figure.subplots()
     for row, runs in enumerate(variants.values()):
-        _draw_seeds(panel, row, [outcome.losses[MEAN] for outcome in runs.values()])
-    panel.set_yticks(range(len(variants)), [shorten(variant, 30) for variant in variants])
+        _draw_seeds(panel, row, losses_over_seeds(runs, MEAN))
+    panel.set_yticks(range(len(variants)), shorten_all(variants, 30))
     panel.invert_yaxis()
     plain_axes(panel, grid="x")
     panel.set_xlabel("validation loss, mean of domains (nats per token)")
@@ -33,12 +33,16 @@ def draw_variants(variants: Runs) -> Figure:
 
 
 def _draw_seeds(panel: Axes, row: int, losses: Sequence[float]) -> None:
-    usable = [loss for loss in losses if is_usable(loss)]
+    usable, broken = [], []
+    for loss in losses:
+        if is_usable(loss):
+            usable.append(loss)
+        else:
+            broken.append(loss_text(loss))
     panel.plot(usable, [row] * len(usable), "o", color=CYCLE[0], alpha=0.45, markersize=5, markeredgewidth=0)
-    if len(usable) < len(losses):
-        broken = ", ".join(loss_text(loss) for loss in losses if not is_usable(loss))
+    if broken:
         where = panel.get_yaxis_transform()
-        panel.text(0.01, row, broken, transform=where, va="center", fontsize=8, style="italic")
+        panel.text(0.01, row, ", ".join(broken), transform=where, va="center", fontsize=8, style="italic")
         return
     average, deviation = spread(losses)
     if math.isnan(deviation):
@@ -73,5 +77,8 @@ def _mean_loads(loads: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]
     """Per layer and expert the mean over the seeds."""
     means = []
     for layer_rows in zip(*loads, strict=True):
-        means.append([mean(shares) for shares in zip(*layer_rows, strict=True)])
+        row = []
+        for shares in zip(*layer_rows, strict=True):
+            row.append(mean(shares))
+        means.append(row)
     return means

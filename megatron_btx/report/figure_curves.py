@@ -20,11 +20,10 @@ _LARGE_UNITS = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
 
 def draw_curves(curves: Sequence[LossCurve], palette: Palette) -> Figure:
     """Training loss over tokens, one panel per group of stages."""
-    drawn_groups = {curve.group for curve in curves}
-    groups = [group for group in GROUPS if group in drawn_groups]
+    groups = _group_curves(curves)
     figure = new_page(3.9)
-    for panel, group in zip(figure.subplots(1, len(groups), squeeze=False).flat, groups, strict=True):
-        members = [curve for curve in curves if curve.group == group]
+    panels = figure.subplots(1, len(groups), squeeze=False).flat
+    for panel, (group, members) in zip(panels, groups.items(), strict=True):
         members.sort(key=lambda curve: palette.rank(curve.stage))
         _draw_group(panel, members, palette)
         panel.set_title(group, fontsize=9.5, color=INK)
@@ -33,8 +32,21 @@ def draw_curves(curves: Sequence[LossCurve], palette: Palette) -> Figure:
     return figure
 
 
+def _group_curves(curves: Sequence[LossCurve]) -> dict[str, list[LossCurve]]:
+    """Group -> its curves, in the order of the panels; groups without a curve are left out."""
+    groups: dict[str, list[LossCurve]] = {}
+    for group in GROUPS:
+        members = [curve for curve in curves if curve.group == group]
+        if members:
+            groups[group] = members
+    return groups
+
+
 def _draw_group(panel: Axes, curves: Sequence[LossCurve], palette: Palette) -> None:
-    scale, prefix = _choose_unit(max(curve.x[-1] for curve in curves))
+    units, longest = set(), -math.inf
+    for curve in curves:
+        longest = max(longest, curve.x[-1])
+    scale, prefix = _choose_unit(longest)
     for number, curve in enumerate(curves):
         x = [position / scale for position in curve.x]
         colour = palette.colour(curve.stage)
@@ -42,10 +54,10 @@ def _draw_group(panel: Axes, curves: Sequence[LossCurve], palette: Palette) -> N
         if number < NAMED_CURVES:
             label = _label_of(curve)
         dash = palette.dash(curve.stage)
+        units.add(f"{prefix}{curve.unit}")
         panel.plot(x, _with_gaps(curve.loss), color=colour, linewidth=0.6, alpha=0.3)
         panel.plot(x, _with_gaps(curve.smooth), color=colour, linestyle=dash, linewidth=1.7, label=label)
-    units = sorted({f"{prefix}{curve.unit}" for curve in curves})
-    panel.set_xlabel(" and ".join(units), fontsize=9)
+    panel.set_xlabel(" and ".join(sorted(units)), fontsize=9)
     panel.legend(frameon=False, fontsize=8, loc="best")
     panel.xaxis.set_major_locator(MaxNLocator(5))
     panel.set_xlim(0, None)
@@ -89,7 +101,10 @@ def _limit_to_bulk(panel: Axes, curves: Sequence[LossCurve]) -> None:
 
 def say_fall(curves: Sequence[LossCurve]) -> str:
     """Whether every stage ended below where it began."""
-    unfallen = [shorten(curve.stage) for curve in curves if not _fell(curve.loss)]
+    unfallen = []
+    for curve in curves:
+        if not _fell(curve.loss):
+            unfallen.append(shorten(curve.stage))
     if unfallen:
         return "Training loss; it did not fall in " + ", ".join(unfallen[:4])
     if len(curves) > 1:

@@ -14,7 +14,17 @@ from megatron_btx.report.inputs import BTX, MIX, SEED, Model
 from megatron_btx.report.panels import draw_shares, say_absent
 from megatron_btx.report.quantities import is_usable, loss_text, mean
 from megatron_btx.report.stages import Stage
-from megatron_btx.report.style import FIXED_COLOURS, INK, Figure, Palette, new_page, plain_axes, set_title, shorten
+from megatron_btx.report.style import (
+    FIXED_COLOURS,
+    INK,
+    Figure,
+    Palette,
+    new_page,
+    plain_axes,
+    set_title,
+    shorten,
+    shorten_all,
+)
 
 LOSS_PANELS, ROUTING_DOMAINS, MODELS_SHOWN, MIXTURES_SHOWN = 10, 12, 40, 4
 """What a figure shows at most; the tables and results.json have everything."""
@@ -26,9 +36,13 @@ def make_palette(models: Mapping[str, Model], stages: Sequence[Stage]) -> Palett
     names: list[str] = []
     for model in models.values():
         names += model.experts
-    names += [name for name, model in models.items() if model.is_expert()]
+    for name, model in models.items():
+        if model.is_expert():
+            names.append(name)
     names += models
-    names += [stage.name for stage in stages if stage.curve]
+    for stage in stages:
+        if stage.curve:
+            names.append(stage.name)
     return Palette(names)
 
 
@@ -54,7 +68,7 @@ def draw_losses(all_models: Sequence[Model], domains: tuple[str, ...], palette: 
     for panel, (title, losses) in zip(axes.flat, columns, strict=False):
         _draw_loss_panel(panel, losses, models, palette)
         panel.set_title(shorten(title), fontsize=9.5, color=INK)
-    axes.flat[0].set_yticks(range(len(models)), [shorten(model.name) for model in models])
+    axes.flat[0].set_yticks(range(len(models)), shorten_all(model.name for model in models))
     axes.flat[0].set_ylim(len(models) - 0.5, -0.5)
     set_title(figure, say_lowest_loss(all_models, domains))
     figure.supxlabel("validation loss, nats per token (lower is better; each panel has its own scale)", fontsize=9)
@@ -111,7 +125,7 @@ def say_lowest_loss(models: Sequence[Model], domains: tuple[str, ...]) -> str:
     if not finite:
         return "Validation loss per model and domain"
     lowest = min(finite.values())
-    best = [name for name in finite if finite[name] == lowest]
+    best = [name for name, loss in finite.items() if loss == lowest]
     measure = "validation loss"
     if len(domains) > 1:
         measure = "mean validation loss"
@@ -179,7 +193,10 @@ def say_routing(model: Model) -> str:
     moment = _name_moment(model.name)
     if not model.chooses_experts():
         return f"Where tokens go {moment}: soft routing sends each to every expert"
-    distances = [distance for distance in routing_distances(model).values() if math.isfinite(distance)]
+    distances = []
+    for distance in routing_distances(model).values():
+        if math.isfinite(distance):
+            distances.append(distance)
     if not distances:
         return f"Where tokens go {moment}"
     percent = f"{100 * mean(distances):.0f} %"

@@ -105,7 +105,8 @@ def read_run(run: Path) -> RunData:
         stage = read_stage(folder)
         if stage is not None:
             found[folder.name] = stage
-    reasons = find_left_out(run, {name: stage.manifest for name, stage in found.items()})
+    manifests = {name: stage.manifest for name, stage in found.items()}
+    reasons = find_left_out(run, manifests)
     stages: list[Stage] = []
     evaluations: list[Path] = []
     for folder in folders:
@@ -125,8 +126,9 @@ def read_run(run: Path) -> RunData:
             "in it; give the directory that btx run made, or run the recipe first"
         )
     strange = []
-    if read_plan(run) is not None:
-        strange = [file.parent.name for file in evaluations if file.parent.name not in found]
+    for file in evaluations:
+        if file.parent.name not in found and read_plan(run) is not None:
+            strange.append(file.parent.name)
     return RunData(
         run.resolve().name,
         models,
@@ -166,7 +168,7 @@ def _read_models(evaluations: list[Path], stages: Mapping[str, Stage]) -> dict[s
 
 def _read_top_k(stage: Stage) -> int | None:
     """How many experts a token takes, by the settings of the stage that evaluated."""
-    top_k = read_number((stage.manifest or {}).get("settings"), "moe-router-topk")
+    top_k = read_number(stage.settings, "moe-router-topk")
     if top_k is None:
         return None
     return int(top_k)
@@ -180,8 +182,11 @@ def _read_models_in(file: Path, top_k: int | None) -> list[Model]:
         routing = {}
         for domain, layers in (found.routing or {}).items():
             routing[domain] = tuple(map(tuple, layers))
-            if any(len(shares) != len(experts) for shares in layers):
-                raise InputError(f"{file}: model {name!r}: routing is not of {len(experts)} experts; evaluate again")
+            for shares in layers:
+                if len(shares) != len(experts):
+                    raise InputError(
+                        f"{file}: model {name!r}: routing is not of {len(experts)} experts; evaluate again"
+                    )
         names: tuple[str, ...] = ()
         if routing:
             names = experts
@@ -198,9 +203,11 @@ def _rank(name: str) -> int:
 
 def _marks(reasons: Mapping[str, str], stages: list[Stage], strange: list[str]) -> Iterator[str]:
     """What the report leaves out, what it shows in part, and evaluations that no stage of the run made."""
-    for why in dict.fromkeys(reasons.values()):
-        names = [name for name, reason in reasons.items() if reason == why]
-        yield f"Left out: {', '.join(names)}: {why}."
+    left_out: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        left_out.setdefault(reason, []).append(name)
+    for reason, names in left_out.items():
+        yield f"Left out: {', '.join(names)}: {reason}."
     unfinished: list[Stage] = []
     finished: list[Stage] = []
     for stage in stages:
@@ -224,7 +231,7 @@ def _notes(models: Mapping[str, Model], stages: list[Stage], datasets: Datasets)
     for name in _ORDER:
         if name not in models:
             yield f"No evaluation of a model named {name}."
-    if not any(model.is_expert() for model in models.values()):
+    if not any(map(Model.is_expert, models.values())):
         yield f"No evaluation of single experts (models named {EXPERT_PREFIX}<domain>)."
     for model in models.values():
         for domain, loss in model.losses.items():
@@ -235,7 +242,7 @@ def _notes(models: Mapping[str, Model], stages: list[Stage], datasets: Datasets)
     for stage in stages:
         if stage.manifest is None:
             yield f"Stage {stage.name} has a loss curve and no manifest: it is unfinished, or was stopped."
-        broken = sum(not math.isfinite(loss) for _, loss in stage.curve)
+        broken = stage.count_broken_losses()
         if broken:
             yield f"Stage {stage.name}: the training loss is not a finite number at {broken} iterations."
     if not any(stage.curve for stage in stages):

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_btx.pipeline.directory import read_plan
+from megatron_btx.pipeline.records import StageManifest
 
-Manifest = Mapping[str, Any]
+Manifests = Mapping[str, StageManifest | None]
+"""Folder -> its manifest; None where it has none, only a curve."""
 
 
-def find_left_out(run: Path, manifests: Mapping[str, Manifest | None]) -> dict[str, str]:
-    """Folders whose stage is not of the run's recipe, and why.
-
-    Args:
-        manifests: folder -> what its manifest says; None where it has none, only a curve.
-    """
+def find_left_out(run: Path, manifests: Manifests) -> dict[str, str]:
+    """Folders whose stage is not of the run's recipe, and why."""
     planned = _planned_fingerprints(run)
     reasons: dict[str, str] = {}
     certain: set[str] = set()
@@ -35,21 +32,16 @@ def find_left_out(run: Path, manifests: Mapping[str, Manifest | None]) -> dict[s
             reasons[name] = "made with other settings, or from other stages, than this run's recipe has"
         elif own and planned[name] == own:
             certain.add(name)
-    doubtful = [name for name in manifests if name not in certain]
-    for name in doubtful:
-        others = _other_parents(manifests[name], manifests)
+    doubtful: list[str] = []
+    for name, manifest in manifests.items():
+        if name in certain:
+            continue
+        doubtful.append(name)
+        others = _other_parents(manifest, manifests)
         if others and name not in reasons:
             reasons[name] = f"made from another {', '.join(others)}"
     _leave_out_descendants(doubtful, manifests, reasons)
     return reasons
-
-
-def parents_of(manifest: Manifest | None) -> tuple[str, ...]:
-    """Names of the stages that a manifest says its stage is made from."""
-    parents = (manifest or {}).get("parents")
-    if not isinstance(parents, dict | list):
-        return ()
-    return tuple(map(str, parents))
 
 
 def _planned_fingerprints(run: Path) -> dict[str, str | None] | None:
@@ -57,32 +49,41 @@ def _planned_fingerprints(run: Path) -> dict[str, str | None] | None:
     plan = read_plan(run)
     if plan is None:
         return None
-    return {entry.stage: entry.fingerprint for entry in plan}
+    fingerprints: dict[str, str | None] = {}
+    for entry in plan:
+        fingerprints[entry.stage] = entry.fingerprint
+    return fingerprints
 
 
-def _fingerprint(manifest: Manifest | None) -> str | None:
-    return (manifest or {}).get("fingerprint")
+def _fingerprint(manifest: StageManifest | None) -> str | None:
+    if manifest is None:
+        return None
+    return manifest.fingerprint
 
 
-def _other_parents(manifest: Manifest | None, manifests: Mapping[str, Manifest | None]) -> list[str]:
-    """Parents that were another stage when this one was made, by their fingerprints."""
-    parents = (manifest or {}).get("parents")
-    if not isinstance(parents, dict):
+def _other_parents(manifest: StageManifest | None, manifests: Manifests) -> list[str]:
+    """Parents that were another stage when this one was made, by their fingerprints, where both are known."""
+    if manifest is None:
         return []
     others = []
-    for parent, fingerprint_then in parents.items():
+    for parent, fingerprint_then in manifest.parents.items():
         fingerprint_now = _fingerprint(manifests.get(parent))
-        if fingerprint_now is not None and fingerprint_now != fingerprint_then:
+        if fingerprint_now and fingerprint_then and fingerprint_now != fingerprint_then:
             others.append(parent)
     return others
 
 
-def _leave_out_descendants(
-    doubtful: list[str], manifests: Mapping[str, Manifest | None], reasons: dict[str, str]
-) -> None:
+def _leave_out_descendants(doubtful: list[str], manifests: Manifests, reasons: dict[str, str]) -> None:
     """Add what is made from a stage that is left out, however many stages on."""
     for _ in doubtful:
         for name in doubtful:
-            gone = [parent for parent in parents_of(manifests[name]) if parent in reasons]
+            gone = _absent_parents(manifests[name], reasons)
             if gone and name not in reasons:
                 reasons[name] = f"made from {', '.join(gone)}, which is left out"
+
+
+def _absent_parents(manifest: StageManifest | None, reasons: Mapping[str, str]) -> list[str]:
+    """Parents that are left out."""
+    if manifest is None:
+        return []
+    return [parent for parent in manifest.parents if parent in reasons]

@@ -79,14 +79,19 @@ def _number_results(data: RunData, claims: Claims, curves: list[LossCurve]) -> d
     numbered_curves = {}
     for curve in curves:
         numbered_curves[curve.stage] = {"unit": curve.unit, "x": curve.x, "loss": curve.loss, "smooth": curve.smooth}
+    models, stages = {}, {}
+    for name, model in data.models.items():
+        models[name] = _number_model(model, data.domains)
+    for stage in data.stages:
+        stages[stage.name] = stage.written
     return {
         "run": data.name,
         "domains": data.domains,
-        "models": {name: _number_model(model, data.domains) for name, model in data.models.items()},
+        "models": models,
         "btx_minus_dense": _number_difference(claims.difference),
         "tokens_after_the_seed": claims.budgets._asdict(),
         "facts": claims.facts,
-        "stages": {stage.name: stage.manifest for stage in data.stages},
+        "stages": stages,
         "curves": numbered_curves,
         "datasets": data.datasets.rows,
         "sources": data.datasets.sources,

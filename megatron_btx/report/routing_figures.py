@@ -24,7 +24,17 @@ from megatron_btx.report.panels import (
     say_absent,
 )
 from megatron_btx.report.panels import draw_shares as draw_share_panel
-from megatron_btx.report.style import CYCLE, DASHES, FAINT, PAGE_WIDTH_INCHES, Palette, new_page, shorten, to_png
+from megatron_btx.report.style import (
+    CYCLE,
+    DASHES,
+    FAINT,
+    PAGE_WIDTH_INCHES,
+    Palette,
+    new_page,
+    shorten,
+    shorten_all,
+    to_png,
+)
 
 POINTS_PER_INCH = 72
 LEGEND_POINTS = 8.5
@@ -145,7 +155,7 @@ def draw_overlap(models: Models) -> Figure:
             say_absent(panel, _NOT_MEASURED)
             continue
         draw_heat_map(panel, _overlaps(routed, own), _write_overlap, points, is_square=True)
-        names = [shorten(label, 28) for label in own]
+        names = shorten_all(own, 28)
         panel.set_xticks(range(len(own)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=7)
         panel.set_yticks(range(len(own)), names, fontsize=7)
     add_heat_scale(figure, panels, "overlap of routing, all choices (1: the same)")
@@ -164,7 +174,10 @@ def _choose_cell(labels: int) -> tuple[float, float]:
 def _overlaps(routed: Mapping[str, Routed], labels: Sequence[str]) -> list[list[float]]:
     rows = []
     for one in labels:
-        rows.append([1 - routing_distance(routed[one]["choices"], routed[other]["choices"]) for other in labels])
+        row = []
+        for other in labels:
+            row.append(1 - routing_distance(routed[one]["choices"], routed[other]["choices"]))
+        rows.append(row)
     return rows
 
 
@@ -177,7 +190,10 @@ def _write_overlap(overlap: float) -> str:
 def draw_entropy(models: Models, experts: Sequence[str]) -> Figure:
     """Per model: mean entropy of the routing probabilities over the layers, a line per label."""
     labels = _order_labels(models)
-    looks = {label: _choose_line(at) for at, label in enumerate(labels)}
+    looks, handles = {}, []
+    for at, label in enumerate(labels):
+        looks[label] = _choose_line(at)
+        handles.append(Line2D([], [], **looks[label]))
     columns = min(3, len(models))
     figure = new_page(0.4 + 2.4 * math.ceil(len(models) / columns))
     panels = make_panels(figure, len(models), columns, share_y=True)
@@ -187,7 +203,7 @@ def draw_entropy(models: Models, experts: Sequence[str]) -> Figure:
     for panel in panels[::columns]:
         panel.set_ylabel("entropy / even routing's", fontsize=8.5)
     title = "Entropy of the routing probabilities (1: even over all experts)"
-    _add_legend(figure, [Line2D([], [], **look) for look in looks.values()], labels, title)
+    _add_legend(figure, handles, labels, title)
     figure.supxlabel("layer", fontsize=9)
     return figure
 
@@ -199,8 +215,11 @@ def _draw_entropies(
     layers: set[int] = set()
     for label, look in looks.items():
         if label in routed:
-            numbers = [layer + 1 for layer in routed[label]["layers"]]
-            panel.plot(numbers, [entropy / even for entropy in routed[label]["entropy"]], **look)
+            numbers, heights = [], []
+            for layer, entropy in zip(routed[label]["layers"], routed[label]["entropy"], strict=True):
+                numbers.append(layer + 1)
+                heights.append(entropy / even)
+            panel.plot(numbers, heights, **look)
             layers.update(numbers)
     panel.set_ylim(0, 1.05)
     panel.set_xticks(choose_ticks(sorted(layers)))
@@ -226,9 +245,11 @@ def _add_legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str],
 
     With handles of its own: gathered ones leave out names with an underscore, and what the first panel lacks.
     """
-    texts = [shorten(name, 28) for name in names]
-    widths = [TextPath((0, 0), text, size=LEGEND_POINTS).get_extents().width for text in texts]
-    entry = max(widths, default=0.0) + 6 * LEGEND_POINTS  # its handle and the gaps
+    texts = shorten_all(names, 28)
+    widest = 0.0
+    for text in texts:
+        widest = max(widest, TextPath((0, 0), text, size=LEGEND_POINTS).get_extents().width)
+    entry = widest + 6 * LEGEND_POINTS  # its handle and the gaps
     columns = max(1, int(figure.get_figwidth() * POINTS_PER_INCH / entry))
     rows = math.ceil(len(texts) / columns)
     legend = figure.legend(
@@ -248,7 +269,7 @@ def _add_legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str],
 
 def _wrap(label: str) -> str:
     """A label as it may stand left of a row: a domain, and below it the task."""
-    return "/\n".join(shorten(part, 22) for part in label.split("/"))
+    return "/\n".join(shorten_all(label.split("/"), 22))
 
 
 def _domain_of(label: str) -> str:

@@ -28,13 +28,19 @@ def write_page(file: Path, texts: Texts, experts: Sequence[str], trained: Collec
         trained: the models whose routers were trained.
     """
     palette = Palette(experts)
-    models = {}
+    models: dict[str, dict[str, Any]] = {}
     for model, labels in texts.items():
-        models[model] = {label: _pack(routed) for label, routed in labels.items()}
+        models[model] = {}
+        for label, routed in labels.items():
+            models[model][label] = _pack(routed)
+    colours, hatches = [], []
+    for name in experts:
+        colours.append(palette.colour(name))
+        hatches.append(HATCHES.index(palette.hatch(name)))
     content = {
         "experts": experts,
-        "colours": [palette.colour(name) for name in experts],
-        "hatches": [HATCHES.index(palette.hatch(name)) for name in experts],
+        "colours": colours,
+        "hatches": hatches,
         "opened": _choose_opened(list(texts), trained),
         "models": models,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_btx.report.blocks import Bullets, Cell, Section, Table, make_cells
 from megatron_btx.report.budgets import Budgets
@@ -10,8 +10,6 @@ from megatron_btx.report.datasets import Datasets
 from megatron_btx.report.inputs import RunData
 from megatron_btx.report.quantities import ABSENT, count_text, flops_text, total
 from megatron_btx.report.stages import Stage
-
-_COSTS = ("tokens", "seconds", "flops")
 
 
 def sizes_section(data: RunData) -> Section:
@@ -34,9 +32,15 @@ def accounting_section(stages: tuple[Stage, ...]) -> Section:
         return Section("Accounting", ())
     depths = _count_depths(recorded)
     recorded.sort(key=lambda stage: depths[stage.name])
-    rows = [_stage_row(stage) for stage in recorded]
-    sums = [_sum_costs(recorded, key) for key in _COSTS]
-    rows.append(make_cells(["sum", "", *_cost_texts(sums, None)]))
+    rows = []
+    tokens, seconds, flops = [], [], []
+    for stage in recorded:
+        rows.append(_stage_row(stage))
+        tokens.append(stage.tokens)
+        seconds.append(stage.seconds)
+        flops.append(stage.flops)
+    sums = _cost_texts(_sum_known(tokens), _sum_known(seconds), _sum_known(flops), None)
+    rows.append(make_cells(["sum", "", *sums]))
     header = ("stage", "made from", "tokens", "seconds", "tokens/s, start included", "FLOPs")
     caption = (
         f"From the manifests; of unfinished stages, tokens and FLOPs up to where they went. {ABSENT}: the stage states "
@@ -47,39 +51,47 @@ def accounting_section(stages: tuple[Stage, ...]) -> Section:
 
 def _count_depths(stages: Sequence[Stage]) -> dict[str, int]:
     """How many stages each one stands behind, by the manifests' parents: the order in which they can have run."""
-    depths = dict.fromkeys((stage.name for stage in stages), 0)
+    depths: dict[str, int] = {}
+    for stage in stages:
+        depths[stage.name] = 0
     for _ in stages:
         for stage in stages:
-            parents = [parent for parent in stage.parents if parent in depths and parent != stage.name]
-            depths[stage.name] = max((depths[parent] + 1 for parent in parents), default=0)
+            depths[stage.name] = _depth_behind(stage, depths)
     return depths
 
 
+def _depth_behind(stage: Stage, depths: Mapping[str, int]) -> int:
+    """One more than the deepest of its parents; 0 without any."""
+    depth = 0
+    for parent in stage.parents:
+        if parent in depths and parent != stage.name:
+            depth = max(depth, depths[parent] + 1)
+    return depth
+
+
 def _stage_row(stage: Stage) -> tuple[Cell, ...]:
-    tokens, seconds = stage.cost("tokens"), stage.cost("seconds")
+    tokens, seconds = stage.tokens, stage.seconds
     speed = None
     if tokens and seconds:
         speed = tokens / seconds
     name = stage.name
     if stage.unfinished:
         name += f" ({stage.unfinished})"
-    costs = _cost_texts([tokens, seconds, stage.cost("flops")], speed)
+    costs = _cost_texts(tokens, seconds, stage.flops, speed)
     return make_cells([name, ", ".join(stage.parents) or ABSENT, *costs])
 
 
-def _sum_costs(stages: Sequence[Stage], key: str) -> float | None:
-    costs = []
-    for stage in stages:
-        cost = stage.cost(key)
-        if cost is not None:
-            costs.append(cost)
-    if not costs:
+def _sum_known(costs: Iterable[float | None]) -> float | None:
+    """The sum of those that are stated; None where none is."""
+    known = [cost for cost in costs if cost is not None]
+    if not known:
         return None
-    return total(costs)
+    return total(known)
 
 
-def _cost_texts(costs: Sequence[float | None], tokens_per_second: float | None) -> tuple[str, ...]:
-    tokens, seconds, flops = costs
+def _cost_texts(
+    tokens: float | None, seconds: float | None, flops: float | None, tokens_per_second: float | None
+) -> tuple[str, ...]:
     return count_text(tokens), count_text(seconds, decimals=1), count_text(tokens_per_second), flops_text(flops)
 
 
@@ -89,11 +101,13 @@ def data_section(datasets: Datasets) -> Section:
         return Section("Data", ())
     rows = []
     for row in datasets.rows:
-        sizes = [count_text(size) for size in (row.documents, row.tokens, row.size_bytes)]
+        sizes = (count_text(row.documents), count_text(row.tokens), count_text(row.size_bytes))
         rows.append(make_cells([row.domain, row.split, *sizes]))
     blocks = [Table(("domain", "split", "documents", "tokens", "bytes of text"), tuple(rows), 2)]
     if datasets.sources:
-        stated = [make_cells([key, value]) for key, value in datasets.sources.items()]
+        stated = []
+        for key, value in datasets.sources.items():
+            stated.append(make_cells([key, value]))
         blocks.append(Table(("made of", "value"), tuple(stated), 2))
     return Section("Data", tuple(blocks))
 

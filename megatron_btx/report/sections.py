@@ -38,7 +38,11 @@ def make_sections(data: RunData, claims: Claims) -> tuple[Section, ...]:
         _notes_section(data),
         reading_section(claims.budgets),
     ]
-    return tuple(section for section in sections if section.blocks)
+    filled = []
+    for section in sections:
+        if section.blocks:
+            filled.append(section)
+    return tuple(filled)
 
 
 def _opening_section(data: RunData, claims: Claims) -> Section:
@@ -133,7 +137,10 @@ def _loss_row(model: Model, data: RunData, claims: Claims) -> tuple[Cell, ...]:
 
 
 def _count_evaluated(data: RunData, domain: str) -> str:
-    counts = {model.tokens[domain] for model in data.models.values() if domain in model.tokens}
+    counts = set()
+    for model in data.models.values():
+        if domain in model.tokens:
+            counts.add(model.tokens[domain])
     return " / ".join(map(count_text, sorted(counts))) or ABSENT
 
 
@@ -148,7 +155,10 @@ def _losses_section(data: RunData, claims: Claims) -> Section:
     if not data.domains:
         return Section("Validation loss", ())
     meanings = _meanings(data, claims)
-    meant = [f"{name}: {meanings[name]}" for name in data.models if name in meanings]
+    meant = []
+    for name in data.models:
+        if name in meanings:
+            meant.append(f"{name}: {meanings[name]}")
     caption = "Validation loss in nats per token, lower is better; bold: lowest of its column. " + "; ".join(meant)
     table = losses_table(data, claims)
     return Section(

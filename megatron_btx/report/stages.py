@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.files import read_json_object
+from megatron_btx.ground.manifest import read_manifest
 from megatron_btx.pipeline.directory import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -19,10 +19,8 @@ from megatron_btx.pipeline.directory import (
     read_checkpointed_iteration,
     read_metrics,
 )
-from megatron_btx.pipeline.records import LARGEST_COUNT
-from megatron_btx.report.membership import Manifest, parents_of
+from megatron_btx.pipeline.records import LARGEST_COUNT, StageManifest
 
-FINISHED = "finished"
 _ENDED_EARLY = {"running": "not finished", "stopped": "stopped", "failed": "failed"}
 """Status -> how a report says it. A killed run leaves "running" behind."""
 
@@ -35,7 +33,7 @@ class Stage:
     """One directory of the run that holds a manifest or a loss curve."""
 
     name: str
-    manifest: Manifest | None
+    manifest: StageManifest | None
     curve: Curve
     """Empty for a stage that does not train."""
     tokens_per_iteration: float | None
@@ -43,18 +41,29 @@ class Stage:
     """How many it was to train."""
     reached: int | None = None
     """The last one that left metrics or a checkpoint."""
+    written: Mapping[str, Any] | None = None
+    """The manifest as it stands in its file, for programs."""
 
     @property
     def parents(self) -> tuple[str, ...]:
         """The stages it is made from."""
-        return parents_of(self.manifest)
+        if self.manifest is None:
+            return ()
+        return tuple(self.manifest.parents)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings that decided its result; empty where nothing states them."""
+        if self.manifest is None:
+            return {}
+        return self.manifest.settings or {}
 
     @property
     def unfinished(self) -> str:
         """How far an unfinished stage went, in words; empty for a finished one."""
-        status = str((self.manifest or {}).get("status"))
-        if self.manifest is None or status == FINISHED:
+        if self.manifest is None or self.manifest.is_finished:
             return ""
+        status = self.manifest.status or ""
         reached = self.reached or 0
         is_short = self.steps is not None and self.reached is not None and reached < self.steps
         if status not in _ENDED_EARLY and not is_short:
@@ -65,41 +74,69 @@ class Stage:
         comma = "," * (ending == "not finished")
         return f"{ending}{comma} at step {reached:,} of {self.steps:,}"
 
-    def cost(self, key: str) -> float | None:
-        """What the stage took; None where nothing states it.
+    @property
+    def tokens(self) -> float | None:
+        """What it trained on, up to where an unfinished stage went; None where nothing states it."""
+        if self.manifest is None:
+            return None
+        return self._so_far(self.manifest.tokens)
 
-        Args:
-            key: "tokens" or "flops", which count up to where an unfinished stage went; "seconds", of all its starts.
-        """
-        stated = read_number(self.manifest, key)
-        if key == "seconds" or stated is None or not self.unfinished:
+    @property
+    def flops(self) -> float | None:
+        """What it computed, up to where an unfinished stage went; None where nothing states it."""
+        if self.manifest is None:
+            return None
+        return self._so_far(self.manifest.flops)
+
+    @property
+    def seconds(self) -> float | None:
+        """What all its starts took; None where nothing states it."""
+        if self.manifest is None:
+            return None
+        return self.manifest.seconds
+
+    def count_broken_losses(self) -> int:
+        """Iterations whose training loss is not a finite number."""
+        broken = 0
+        for _, loss in self.curve:
+            if not math.isfinite(loss):
+                broken += 1
+        return broken
+
+    def _so_far(self, stated: float | None) -> float | None:
+        """The part of a cost of the whole stage that it has come to."""
+        if stated is None or not self.unfinished:
             return stated
         if not self.steps:
             return None
-        return stated * (self.reached or 0) / self.steps
+        return float(stated) * (self.reached or 0) / self.steps
 
 
 def read_stage(folder: Path) -> Stage | None:
     """The stage in ``folder``; None when neither a manifest nor a curve is there."""
-    manifest: Manifest | None = None
     curve: Curve = ()
     logged = 0
     if not (folder / MANIFEST_FILE).is_file() and not (folder / METRICS_FILE).is_file():
         return None
+    written = None
     if (folder / MANIFEST_FILE).is_file():
-        manifest = read_manifest_file(folder / MANIFEST_FILE)
+        written = read_manifest(folder)
+    manifest = None
+    if written is not None:
+        manifest = StageManifest.model_validate(written)
     if (folder / METRICS_FILE).is_file():
         curve, logged = read_curve(folder / METRICS_FILE)
     config = _read_config(folder / CONFIG_FILE)
-    steps = _whole(read_number(manifest, "steps")) or _whole(read_number(config, "iterations"))
+    steps = _stated_steps(manifest) or _whole(read_number(config, "iterations"))
     reached = max(read_checkpointed_iteration(folder), logged) or None
     per_iteration = _tokens_per_iteration(manifest, config.get("flags"), steps, curve)
-    return Stage(folder.name, manifest, curve, per_iteration, steps, reached)
+    return Stage(folder.name, manifest, curve, per_iteration, steps, reached, written)
 
 
-def read_manifest_file(file: Path) -> dict[str, Any]:
-    """The manifest in ``file``; InputError when it is none."""
-    return read_json_object(file, "run the stage that writes it again")
+def _stated_steps(manifest: StageManifest | None) -> int | None:
+    if manifest is None:
+        return None
+    return manifest.steps
 
 
 def read_curve(file: Path) -> tuple[Curve, int]:
@@ -143,15 +180,17 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _tokens_per_iteration(
-    manifest: Manifest | None, flags: object, steps: int | None, curve: Sequence[tuple[int, float]]
+    manifest: StageManifest | None, flags: object, steps: int | None, curve: Sequence[tuple[int, float]]
 ) -> float | None:
-    tokens = read_number(manifest, "tokens")
+    tokens = None
+    if manifest is not None:
+        tokens = manifest.tokens
     if tokens and steps:
         return tokens / steps
     sequence, batch = read_number(flags, "seq-length"), read_number(flags, "global-batch-size")
     if sequence and batch:
         return sequence * batch
-    if manifest is not None and tokens and curve and manifest.get("status") in (None, FINISHED):
+    if manifest is not None and tokens and curve and manifest.status in (None, "finished"):
         last = curve[-1][0]
         if last:
             return tokens / last

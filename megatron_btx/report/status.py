@@ -42,7 +42,7 @@ def _read_states(
 ) -> dict[str, str]:
     """Stage -> how far it is, in a word."""
     at_work = is_locked(directory)
-    outdated = find_left_out(directory, {name: manifest.identity() for name, manifest in manifests.items()})
+    outdated = find_left_out(directory, manifests)
     states = {}
     for name, manifest in manifests.items():
         states[name] = manifest.status or "waiting"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -39,9 +39,11 @@ class Palette:
     """A colour per name, the same in every figure; beyond ten names the colours repeat with a hatch or a dash."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        own = dict.fromkeys(name.removeprefix(EXPERT_PREFIX) for name in names)
-        coloured = [name for name in own if name not in FIXED_COLOURS]
-        self._index = {name: index for index, name in enumerate(coloured)}
+        self._index: dict[str, int] = {}
+        for name in names:
+            own = name.removeprefix(EXPERT_PREFIX)
+            if own not in FIXED_COLOURS and own not in self._index:
+                self._index[own] = len(self._index)
 
     def rank(self, name: str) -> int:
         """Where the name stands among those with a colour of their own; the others come last."""
@@ -84,6 +86,11 @@ def shorten(name: str, limit: int = 18) -> str:
     if len(name) > limit:
         name = f"{name[: limit - 1]}…"
     return name.replace("$", r"\$")
+
+
+def shorten_all(names: Iterable[str], limit: int = 18) -> list[str]:
+    """Names as they may stand in a figure."""
+    return [shorten(name, limit) for name in names]
 
 
 def new_page(height_inches: float, width_inches: float = PAGE_WIDTH_INCHES) -> Figure:

@@ -40,7 +40,6 @@ def test_an_odd_value_of_a_manifest_is_none_and_hides_no_other(tmp_path: Path) -
     manifest = directory.read_stage_manifest(tmp_path)
     assert manifest is not None and manifest.model_extra == {"x": 1}
     assert manifest == StageManifest(stage="a", seconds=2, parents={"b": None}, x=1)  # type: ignore[call-arg]
-    assert manifest.identity() == {"fingerprint": None, "parents": ["b"]}
 
 
 def test_a_model_that_is_no_evaluation_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_btx import cli
+from megatron_btx.pipeline.records import StageManifest
 from megatron_btx.report import build as report
 from megatron_btx.report.budgets import sum_budgets
 from megatron_btx.report.claims import make_claims
@@ -110,14 +111,23 @@ def test_what_another_seed_made_is_left_out(plan: bool, tmp_path: Path) -> None:
 
 def test_what_belongs_to_the_recipe_stays_whatever_lies_beside_it_now(tmp_path: Path) -> None:
     """An expert of today's fingerprint was made from today's seed, also when another seed lies there."""
-    manifests: dict[str, Any] = {
-        "seed": {"fingerprint": "another", "parents": {}},
-        "expert-a": {"fingerprint": "of a", "parents": {"seed": "of seed"}},
+    manifests = {
+        "seed": StageManifest(fingerprint="another"),
+        "expert-a": StageManifest(fingerprint="of a", parents={"seed": "of seed"}),
     }
     assert set(find_left_out(tmp_path, manifests)) == {"expert-a"}
     of = {"seed": "of seed", "expert-a": "of a"}
     write_json(tmp_path / "plan.json", [{"stage": stage, "fingerprint": own} for stage, own in of.items()])
     assert set(find_left_out(tmp_path, manifests)) == {"seed"}
+
+
+def test_parents_without_a_fingerprint_are_taken_for_those_that_lie_there(tmp_path: Path) -> None:
+    """An earlier version wrote the names of parents alone, which say nothing against a stage."""
+    manifests = {
+        "seed": StageManifest(fingerprint="of seed"),
+        "expert-a": StageManifest.model_validate({"fingerprint": "of a", "parents": ["seed"]}),
+    }
+    assert find_left_out(tmp_path, manifests) == {}
 
 
 def test_status_says_outdated_of_what_the_report_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
