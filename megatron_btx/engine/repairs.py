@@ -47,6 +47,7 @@ def use_an_optimizer_that_resumes() -> None:
 
     for owner, name in (
         (optimizers, "USING_PYTORCH_OPTIMIZER"),
+        (distrib_optimizer, "Adam"),
         (distrib_optimizer, "HAVE_APEX_OR_TE"),
         (distrib_optimizer, "USING_APEX_OPTIMIZER"),
         (distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states"),
@@ -60,8 +61,7 @@ def use_an_optimizer_that_resumes() -> None:
     patch.replace(optimizers, "USING_PYTORCH_OPTIMIZER", False)
     patch.replace(distrib_optimizer, "HAVE_APEX_OR_TE", True)
     patch.replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
-    # Without apex and Transformer Engine the module never imported the name that it uses with them.
-    distrib_optimizer.Adam = GroupStepAdam
+    patch.replace(distrib_optimizer, "Adam", GroupStepAdam)
 
     original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
 

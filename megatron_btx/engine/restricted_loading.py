@@ -23,7 +23,8 @@ from typing import Any, BinaryIO
 
 from megatron_btx.checkpoint.safe_pickle import allowed_globals, load_pickle
 from megatron_btx.engine import patch
-from megatron_btx.ground.errors import CheckpointError, MegatronVersionError
+from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.ground.expectations import mismatch
 
 _ALWAYS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _NEVER = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -88,10 +89,7 @@ def _expect_refusal() -> None:
         torch.load(record, weights_only=False)
     except pickle.UnpicklingError:
         return
-    raise MegatronVersionError(
-        f"torch {torch.__version__} loads pickles without restriction in spite of {_ALWAYS}: a checkpoint could run "
-        "code; install the pinned version"
-    )
+    raise mismatch(f"PyTorch loads pickles without restriction in spite of {_ALWAYS}, so a checkpoint could run code")
 
 
 class _IndexPickle(ModuleType):
@@ -108,15 +106,11 @@ class _IndexPickle(ModuleType):
 
 def _restrict_index() -> None:
     """Give the reader of ``.metadata`` our unpickler."""
-    import torch
     from torch.distributed.checkpoint import filesystem
 
     reads = filesystem.FileSystemReader.read_metadata.__code__.co_names
     if not {"pickle", "load"} <= set(reads) or not hasattr(filesystem, "pickle"):
-        raise MegatronVersionError(
-            f"torch {torch.__version__} does not read a checkpoint's index with pickle.load as expected; "
-            "install the pinned version"
-        )
+        raise mismatch("PyTorch does not read a checkpoint's index with pickle.load")
     patch.replace(filesystem, "pickle", _IndexPickle("pickle"))
 
 

@@ -12,7 +12,6 @@ import collections
 import copy
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_btx.checkpoint.sizes import mixture_layers
-from megatron_btx.ground.errors import MegatronVersionError
+from megatron_btx.ground.expectations import expect, expect_parameters, mismatch
 from megatron_btx.model.sampling import Annealing, Step, gumbel_noise
 
 
@@ -275,7 +274,7 @@ def with_routers(
             continue
         mlp = layer.submodules.mlp
         if not isinstance(mlp, functools.partial) or mlp.func is not MoELayer or "submodules" not in mlp.keywords:
-            raise MegatronVersionError("a mixture layer's mlp is no partial of MoELayer, as 0.19 makes it")
+            raise mismatch("a mixture layer's mlp is no partial of MoELayer")
         soft = settings.sampling is not None and not any(is_moe[:number])
         chosen = dataclasses.replace(settings, sampling=None) if soft else settings
         submodules = dataclasses.replace(
@@ -289,9 +288,6 @@ def with_routers(
 
 def _check_form() -> None:
     """Refuse a Megatron whose router has other parts than those replaced here."""
-    for name in ("routing", "_apply_aux_loss", "_apply_global_aux_loss", "_apply_seq_aux_loss", "apply_z_loss"):
-        if not hasattr(TopKRouter, name):
-            raise MegatronVersionError(f"TopKRouter.{name} does not exist: written for megatron-core 0.19")
-    found = list(inspect.signature(TopKRouter._apply_aux_loss).parameters)
-    if found != ["self", "probs", "scores_for_aux_loss", "routing_map", "with_padding_mask"]:
-        raise MegatronVersionError(f"TopKRouter._apply_aux_loss takes {found}: written for megatron-core 0.19")
+    expect(TopKRouter, "routing", "_apply_global_aux_loss", "_apply_seq_aux_loss", "apply_z_loss")
+    parameters = ("self", "probs", "scores_for_aux_loss", "routing_map", "with_padding_mask")
+    expect_parameters(TopKRouter, "_apply_aux_loss", parameters)

@@ -12,6 +12,14 @@ from typing import Any
 
 from megatron_btx.engine import patch
 
+_STEP = (
+    *("forward_step_func", "data_iterator", "model", "optimizer", "opt_param_scheduler", "config"),
+    *("forward_backward_func", "iteration"),
+)
+_LOG = ("loss_dict", "total_loss_dict", "learning_rate", "iteration")
+_EVALUATION = ("prefix", "forward_step_func", "data_iterator", "model", "iteration")
+"""Parameters that the three functions must take first."""
+
 
 class Follower:
     """Something that follows training; what it does not override does nothing."""
@@ -87,6 +95,6 @@ def follow_training(followers: Sequence[Follower]) -> None:
 
         return evaluate_and_print_results
 
-    patch.wrap(training, "train_step", step_with_followers)
-    patch.wrap(training, "training_log", log_with_followers)
-    patch.wrap(training, "evaluate_and_print_results", evaluation_with_followers)
+    patch.wrap(training, "train_step", step_with_followers, _STEP)
+    patch.wrap(training, "training_log", log_with_followers, _LOG)
+    patch.wrap(training, "evaluate_and_print_results", evaluation_with_followers, _EVALUATION)

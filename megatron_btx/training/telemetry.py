@@ -107,7 +107,7 @@ def observe(chunk: Any, sums: RoutingSums) -> None:
     for module in chunk.modules():
         if isinstance(module, TopKRouter) and not module.is_mtp_layer:
             # Wrapped on the module itself, because a forward hook does not see the logits.
-            object.__setattr__(module, "routing", functools.partial(observed, module, module.routing))
+            patch.replace(module, "routing", functools.partial(observed, module, module.routing))
 
 
 def scalars(rows: Any, experts: int) -> dict[str, float]:

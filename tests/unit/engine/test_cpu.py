@@ -85,7 +85,7 @@ def everything() -> dict[str, int]:
 
 
 def check_inert() -> None:
-    from megatron_btx.engine import cpu
+    from megatron_btx.engine import cpu, patch
 
     cpu.has_gpu = lambda: True
     before = everything()
@@ -98,6 +98,9 @@ def check_inert() -> None:
     # The table above names all of Megatron's functions that are replaced.
     of_megatron = {name for name in changed if name.startswith("megatron")}
     assert of_megatron == {f"{module}.{name}" for module, names in REPLACED.items() for name in names}, of_megatron
+    # So does the list that every program keeps.
+    listed = {name for name in patch.list_replaced() if name.startswith("megatron")}
+    assert {name.split(".")[-1] for name in listed} == {name.split(".")[-1] for name in of_megatron}, listed
 
 
 def check_cuda_means_the_cpu() -> None:

@@ -47,6 +47,24 @@ def test_what_is_missing(change) -> None:
     assert not hasattr(module, "subtract")
 
 
+def test_wrap_looks_at_the_first_parameters() -> None:
+    """Of Megatron's loop, say, whose parameters are passed on by name and place."""
+    module = owner()
+    with pytest.raises(MegatronVersionError, match=r"add takes \['left', 'right'\], expected \['right'\]"):
+        patch.wrap(module, "add", lambda add: None, ["right"])
+    patch.wrap(module, "add", lambda add: lambda left, right: -add(left, right), ["left"])
+    assert module.add(1, 2) == -3
+
+
+def test_an_object_is_named_by_its_class() -> None:
+    class Router:
+        topk = 2
+
+    router = Router()
+    patch.replace(router, "topk", 3)
+    assert router.topk == 3 and Router.topk == 2 and patch.list_replaced()[-1].endswith("Router().topk")
+
+
 def test_another_signature() -> None:
     """What was found, and what was expected."""
     patch.expect_parameters(owner(), "add", ["left"], only_first=1)
