@@ -41,18 +41,19 @@ from tests.runner import REPOSITORY
 DOCUMENT = REPOSITORY / "docs" / "conversion.md"
 HEADING = "\n## Models that can be mixed\n"
 INTRODUCTION = """
-Measured by `tests/unit/mixing/test_compatibility.py`, with the published configurations at pico size. Three models with
-random weights are mixed into a Hugging Face folder. They are also mixed into a Megatron checkpoint, which is then exported.
-A "yes" says three things: both folders hold the same bits, the logits are right to 1e-5, and the generated text is the same.
-The reference is a mixture put together by hand in transformers' own classes, under transformers 4.57 and 5. The test fails
-where this file says otherwise; `python -m tests.unit.mixing.test_compatibility` writes this part again.
+Measured by `tests/unit/mixing/test_compatibility.py`, with the published configurations at pico size. Three models
+with random weights are mixed into a Hugging Face folder. They are also mixed into a Megatron checkpoint, which is
+then exported. A "yes" says three things: both folders hold the same bits, the logits are right to 1e-5, and the
+generated text is the same. The reference is a mixture put together by hand in transformers' own classes, under
+transformers 4.57 and 5. The test fails where this file says otherwise; `python -m
+tests.unit.mixing.test_compatibility` writes this part again.
 
 | Model | As source for Megatron | As source for Hugging Face | Written as | Remark |
 |---|---|---|---|---|
 """
 RELATIVES = """
-Relatives with different configurations are refused until someone decides. The refusals name the flags. Here each pair is
-mixed with them, taking the values of the second:
+Relatives with different configurations are refused until someone decides. The refusals name the flags. Here each
+pair is mixed with them, taking the values of the second:
 
 | Models | Refused for | Mixed with |
 |---|---|---|
