@@ -31,12 +31,6 @@ from tests.unit.report.example_run import (
 )
 
 
-@pytest.fixture(autouse=True)
-def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most tests are not about pixels."""
-    monkeypatch.setattr("megatron_btx.report.style.DOTS_PER_INCH", 30)
-
-
 class PageReader(HTMLParser):
     """Collects what a browser would fetch, and which elements are opened."""
 
@@ -80,6 +74,7 @@ def test_whole_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(re.findall(r"^true ", printed, re.MULTILINE)) == 5
 
     found = results(run)
+    assert found == json.loads((run / "report" / "results.json").read_text(encoding="utf-8"))
     assert list(facts_of(found).values()) == [True] * 5
     assert found["btx_minus_dense"]["mean"] == pytest.approx(0.0305)
     assert found["models"]["btx"]["parameters"] == 870_464
@@ -124,10 +119,8 @@ def test_a_run_without_a_dense_baseline_says_so(tmp_path: Path, capsys: pytest.C
     assert "dense" not in results(run)["models"]
 
 
-def test_stages_are_listed_after_what_they_were_made_from(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    report.build_report(run)
-    text = (run / "report" / "report.md").read_text(encoding="utf-8")
+def test_stages_are_listed_after_what_they_were_made_from(reported_once: Path) -> None:
+    text = (reported_once / "report" / "report.md").read_text(encoding="utf-8")
     accounting = text.split("## Accounting")[1].split("## Data")[0]
     order = re.findall(r"^\| ([a-z-]+) \|", accounting, re.MULTILINE)
     order = [name for name in order if name in TRAINING or name in ("data", "mix")]
@@ -137,8 +130,8 @@ def test_stages_are_listed_after_what_they_were_made_from(tmp_path: Path) -> Non
     assert "| seed | data | 1,024,000 | 113.8 | 9,000 | 2.84e+12 |" in accounting
 
 
-def test_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
-    page = report.build_report(make_run(tmp_path)).page
+def test_page_needs_nothing_outside_itself(reported_once: Path) -> None:
+    page = reported_once / "report" / "index.html"
     reader = read_page(page)
     assert len(reader.addresses) == 3
     assert all(address.startswith("data:image/png;base64,iVBORw0KGgo") for address in reader.addresses)
@@ -147,11 +140,12 @@ def test_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
     assert "url(" not in source and "@import" not in source and "@media print" in source
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    folder = report.build_report(run).page.parent
+def test_the_same_run_gives_the_same_bytes(reported: Path) -> None:
+    folder = reported / "report"
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    report.build_report(run)
+    for name in first:
+        (folder / name).unlink()
+    report.build_report(reported)
     assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -172,9 +166,8 @@ def test_a_run_that_only_trained_so_far(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["curves"]["dense"]["unit"] == "iterations"  # nothing says how many tokens they had
 
 
-def test_old_figures_go_and_other_files_stay(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    report.build_report(run)
+def test_old_figures_go_and_other_files_stay(reported: Path) -> None:
+    run = reported
     (run / "report" / "log.txt").write_text("of the runner")
     write_json(run / "report" / "manifest.json", {"seconds": 1.0})
     for name in TRAINING:
@@ -246,10 +239,10 @@ def test_a_diverged_model_is_said_plainly_and_holds_nothing(tmp_path: Path, caps
     ],
 )
 def test_broken_files_are_refused_in_one_line_and_the_old_report_stands(
-    file: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str, content: str, reported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run(tmp_path)
-    before = report.build_report(run).page.read_bytes()
+    run = reported
+    before = (run / "report" / "index.html").read_bytes()
     (run / file).write_text(content, encoding="utf-8")
     assert report.main([str(run)]) == 2
     captured = capsys.readouterr()
@@ -300,6 +293,7 @@ def test_many_experts_and_domains_stay_apart(tmp_path: Path) -> None:
     models["btx"] = {"losses": dict.fromkeys(domains, 1.0), "routing": routing}
     run = write_evaluation(tmp_path, {"models": models, "experts": names})
     assert facts_of(results(run))["btx_beats_seed_everywhere"] is True
+    report.build_report(run)
     assert (tmp_path / "report" / "routing.png").stat().st_size > 1000
 
 

@@ -15,12 +15,6 @@ from megatron_btx.report.style import to_png
 from tests.unit.report.example_run import change, evaluation, make_run, results, write_evaluation, write_json
 
 
-@pytest.fixture(autouse=True)
-def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most tests are not about pixels."""
-    monkeypatch.setattr("megatron_btx.report.style.DOTS_PER_INCH", 20)
-
-
 def test_many_domains_make_a_picture_that_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirty domains and their experts: bounded in height, and every number in the table."""
     from matplotlib import image
@@ -100,5 +94,6 @@ def test_odd_manifests_and_many_curves_are_borne(tmp_path: Path, recwarn: pytest
     for number in range(100):
         write_json(run / f"expert-x{number}" / "manifest.json", {"tokens": 10, "steps": 10, "status": "finished"})
         (run / f"expert-x{number}" / "metrics.jsonl").write_text('{"iteration": 10, "lm loss": 2}\n')
+    report.build_report(run)
     assert len(results(run)["curves"]) == 107
     assert [str(warning.message) for warning in recwarn] == []

@@ -29,13 +29,6 @@ from tests.unit.report.example_run import (
     write_json,
 )
 
-
-@pytest.fixture(autouse=True)
-def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests are not about pixels."""
-    monkeypatch.setattr("megatron_btx.report.style.DOTS_PER_INCH", 20)
-
-
 PARENTS: dict[str, tuple[str, ...]] = {
     "data": (),
     "seed": ("data",),

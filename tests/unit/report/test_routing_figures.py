@@ -164,10 +164,11 @@ def full_disk(largest_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_the_old_figures(tmp_path):
+def test_a_full_disk_leaves_the_old_figures(tmp_path, monkeypatch):
     """And nothing half-written; the error names the file."""
     for name in FILES:
         (tmp_path / name).write_text("old")
+    monkeypatch.setattr("megatron_btx.report.style.DOTS_PER_INCH", 160)  # more than the disk takes
     with full_disk(4096), pytest.raises(OSError) as caught:
         write_figures(tmp_path, result(["a"], ["x"], 3, 2), list("abc"))
     assert caught.value.filename == str(tmp_path / "routing.png")

@@ -1,0 +1,34 @@
+"""A finished run with its report, made once: drawing takes most of these tests' time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.report import build
+from tests.unit.report.example_run import make_run
+
+
+@pytest.fixture(scope="package", autouse=True)
+def coarse_figures() -> Iterator[None]:
+    """Most tests are not about pixels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_btx.report.style.DOTS_PER_INCH", 20)
+        yield
+
+
+@pytest.fixture(scope="package")
+def reported_once(coarse_figures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Only to be read."""
+    run = make_run(tmp_path_factory.mktemp("reported"))
+    build.build_report(run)
+    return run
+
+
+@pytest.fixture
+def reported(reported_once: Path, tmp_path: Path) -> Path:
+    """A copy to be changed."""
+    return Path(shutil.copytree(reported_once, tmp_path / reported_once.name))
