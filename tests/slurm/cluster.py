@@ -156,8 +156,8 @@ class Cluster:
             f"SlurmdUser={user}",
             f"SlurmctldPort={controller}",
             "AuthType=auth/munge",
-            # A requeued job begins after this many seconds; Slurm's own 120 would be half of all tests.
-            f"AuthInfo=socket={self._socket()},cred_expire=2",
+            # A requeued job begins after this many seconds; Slurm's own 120 would be half of all tests. 5 is the least.
+            f"AuthInfo=socket={self._socket()},cred_expire=5",
             f"StateSaveLocation={self.folder / 'state'}",
             f"SlurmdSpoolDir={self.folder / 'spool'}/%n",
             f"SlurmctldPidFile={self.folder / 'slurmctld.pid'}",

@@ -109,17 +109,18 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
         _say(f"{stage.name}: finished")
         return 0
     text = _read_log(directory / LOG_FILE, started.get("log offset"))
-    killed = killed_by(text, code)
-    if killed:
-        problem = f"failed: {killed}"
-    message, status = failure_message(text, code)
     if _BAD_INPUT_OF_TASK in text:
-        message, status = failure_message(text, BAD_INPUT_EXIT_CODE)
+        code = BAD_INPUT_EXIT_CODE
+    message, status = failure_message(text, code)
+    killed = killed_by(text, code)
+    if status == BAD_INPUT_EXIT_CODE:
+        problem = f"failed: {message.partition('error: ')[2]}"
+        message = ""
+    elif killed:
+        problem = f"failed: {killed}"
     stalled = _count_stalled(stage, directory, started)
     goes_on = status != BAD_INPUT_EXIT_CODE and stalled <= retries
     started["problem"] = problem
-    if status == BAD_INPUT_EXIT_CODE:
-        started["problem"] = message.removeprefix("error: ")
     if code:
         status_word = "failed"
         _say(f"stage {stage.name} {problem}; its log: {directory / LOG_FILE}\n{message}")
@@ -167,7 +168,13 @@ def _describe_start(stage: Stage, directory: Path, earlier: StageManifest) -> di
     before = _started(earlier)
     if before.get("job") == _job_number():
         stalled = _count_stalled(stage, directory, before)
-    return {"job": _job_number(), "time": time.time(), "step": _saved_step(stage, directory), "stalled": stalled}
+    return {
+        "job": _job_number(),
+        "nodes": os.environ.get("SLURM_JOB_NODELIST", ""),
+        "time": time.time(),
+        "step": _saved_step(stage, directory),
+        "stalled": stalled,
+    }
 
 
 def _count_stalled(stage: Stage, directory: Path, started: dict[str, Any]) -> int:

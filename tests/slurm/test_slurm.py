@@ -1,0 +1,290 @@
+"""Recipes on a real Slurm: one controller and two node daemons on this machine (cluster.py).
+
+All runs stand in one queue side by side. A reference run by ``btx run`` gives the fault runs their first stages, and
+every checkpoint that a job wrote is compared with its own, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.ground.errors import InputError
+from megatron_btx.pipeline.directory import read_checkpointed_iteration, read_last_metrics, read_stage_manifest
+from megatron_btx.pipeline.door import plan_run
+from megatron_btx.pipeline.processes import marked
+from megatron_btx.pipeline.progress import Silence
+from megatron_btx.pipeline.slurm.queue import Job, list_jobs
+from megatron_btx.pipeline.slurm.record import script_path
+from megatron_btx.pipeline.slurm.submission import Submission, render_scripts, submit, write_scripts
+from tests.slurm.cluster import Cluster, cluster, missing
+from tests.slurm.inputs import write_inputs
+
+pytestmark = [
+    pytest.mark.skipif(bool(missing()), reason=f"no {', '.join(missing())} here: apt-get install slurm-wlm munge"),
+    pytest.mark.timeout(600),
+]
+RECIPE = "recipe.yaml"
+TRAINED = ("seed", "expert-math", "finetune")
+REFERENCE_STAGES = ("data", "seed", "expert-math", "mix", "evaluate-experts", "finetune")
+SECRET = "c0ffee-and-nobody-may-read-it"
+
+
+def wait_until(holds: Callable[[], object], what: str, seconds: float = 100) -> None:
+    """Wait for something that happens in the queue or in a run's folder."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.1)
+
+
+def btx(*words: str) -> subprocess.Popen[str]:
+    """Start ``btx`` in the folder of the inputs."""
+    command = [sys.executable, "-m", "megatron_btx.cli", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def answer(process: subprocess.Popen[str], code: int = 0) -> str:
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == code, text
+    return text
+
+
+def submit_run(run: Path, *changes: str, only: tuple[str, ...] = ()) -> Submission:
+    """``btx submit`` without Megatron's checks, which take ten seconds each."""
+    return submit(plan_run(RECIPE, run, changes=changes, only=only))
+
+
+def jobs_of(run: Path) -> dict[str, Job]:
+    return {job.stage: job for job in list_jobs(run) if job.is_active}
+
+
+def wait_for_requeue(run: Path, stage: str) -> None:
+    """Wait until a job that ran stands in the queue again."""
+
+    def is_back() -> bool:
+        job = jobs_of(run).get(stage)
+        return job is not None and job.state == "PENDING"
+
+    wait_until(is_back, "the job to be requeued")
+
+
+def status_of(run: Path, stage: str) -> str | None:
+    manifest = read_stage_manifest(run / stage)
+    return manifest.status if manifest is not None else None
+
+
+def started(run: Path, stage: str) -> dict[str, object]:
+    manifest = read_stage_manifest(run / stage)
+    assert manifest is not None and manifest.model_extra is not None
+    return dict(manifest.model_extra["slurm"])
+
+
+def tensors_of(folder: Path) -> dict[str, object]:
+    """Every tensor of a checkpoint, weights and optimizer alike."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    root = folder / "checkpoint"
+    iteration = root / f"iter_{read_checkpointed_iteration(folder):07d}"
+    reader = dcp.FileSystemReader(iteration)
+    state = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def check_equal(folder: Path, reference: Path) -> None:
+    """Two checkpoints hold the same numbers, to the last bit."""
+    import torch
+
+    ours, theirs = tensors_of(folder), tensors_of(reference)
+    assert ours.keys() == theirs.keys() and len(ours) > 5
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+class World:
+    """The cluster, the inputs, and the reference run."""
+
+    def __init__(self, slurm: Cluster, folder: Path) -> None:
+        self.slurm, self.folder = slurm, folder
+        self.reference = folder / "reference"
+
+    def copy_first_stages(self, name: str) -> Path:
+        """A run in which data and seed are finished: as the reference, wherever it lies."""
+        wait_until(lambda: status_of(self.reference, "seed") == "finished", "the reference's seed")
+        run = self.folder / name
+        run.mkdir()
+        for stage in ("data", "seed"):
+            shutil.copytree(self.reference / stage, run / stage)
+        shutil.copy(self.reference / "plan.json", run)
+        return run
+
+    def processes_of(self, job: str) -> list[int]:
+        """What runs for a job on this machine."""
+        return [process.pid for process in marked(f"slurm-{job}:")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("slurm")
+    before = Path.cwd()
+    write_inputs(folder)
+    changed = {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1", "WANDB_API_KEY": SECRET}
+    with pytest.MonkeyPatch.context() as patch, cluster(folder / "cluster") as slurm:
+        for name, value in {**slurm.environment(), **changed}.items():
+            patch.setenv(name, value)
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(before), os.environ.get("PYTHONPATH")))))
+        found = World(slurm, folder)
+        reference = btx("run", RECIPE, "--cpu", "--output", str(found.reference), "--only", *REFERENCE_STAGES)
+        try:
+            yield found
+        finally:
+            reference.terminate()
+            reference.communicate()
+
+
+TWO_EXPERTS = "experts.general={blend: {general: 1}, tokens: 512, megatron: {lr: 1.0e-4}}"
+WRONG_NETWORK = ("cluster.experts.environment={GLOO_SOCKET_IFNAME: nosuch0}", "cluster.experts.retries=1")
+"""Every start ends with a traceback and status 1, in the expert of this name and in no other."""
+LIMITED = (
+    "experts.math.tokens=100_000_000",
+    "training.save-interval=1_000_000",
+    "cluster.experts={time: '2', signal-seconds: 60}",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(world: World) -> dict[str, Path]:
+    """All runs, started side by side: one is submitted twice at once, one by hand."""
+    first = [btx("submit", RECIPE, "--output", "twice") for _ in range(2)]
+    (world.folder / "submitted.txt").write_text("\n====\n".join([answer(process) for process in first]))
+    found = {"twice": world.folder / "twice"}
+    for name in ("killed", "failing", "limited"):
+        found[name] = world.copy_first_stages(name)
+    submit_run(found["limited"], *LIMITED, only=("expert-math",))
+    by_hand = plan_run(RECIPE, found["killed"])
+    write_scripts(by_hand, render_scripts(by_hand))
+    world.slurm.run("sbatch", str(script_path(found["killed"], "expert-math")))
+    submit_run(found["failing"], *WRONG_NETWORK, only=("expert-math", "mix"))
+    submit_run(found["failing"], TWO_EXPERTS, only=("expert-general",))
+    return found
+
+
+def test_an_expert_that_is_killed_starts_again(world: World, runs: dict[str, Path]) -> None:
+    """Submitted by hand, killed after its first save, it goes on from there and ends as if nothing had been."""
+    run = runs["killed"]
+    job = str(jobs_of(run)["expert-math"].number)
+    wait_until(lambda: read_checkpointed_iteration(run / "expert-math") >= 10, "the expert's first checkpoint")
+    for number in world.processes_of(job):
+        if "megatron_btx.pretrain" in Path(f"/proc/{number}/cmdline").read_text():
+            os.kill(number, signal.SIGKILL)
+    wait_until(lambda: status_of(run, "expert-math") == "failed", "the job to see it")
+    assert "SIGKILL" in str(started(run, "expert-math")["problem"])
+    wait_for_requeue(run, "expert-math")
+    assert world.processes_of(job) == []
+    submission = submit_run(run, only=("expert-math", "mix", "evaluate-experts"))
+    assert submission.kept == {"expert-math": int(job)} and list(submission.submitted) == ["mix", "evaluate-experts"]
+    wait_until(lambda: status_of(run, "expert-math") == "finished", "the expert to finish")
+    manifest = read_stage_manifest(run / "expert-math")
+    assert manifest is not None and manifest.starts == 2 and started(run, "expert-math")["job"] == job
+    check_equal(run / "expert-math", world.reference / "expert-math")
+
+
+def test_an_expert_that_always_fails_costs_nobody_else_anything(world: World, runs: dict[str, Path]) -> None:
+    """It starts as often as it may without a step, the mix waits with a word of why, and the other expert finishes."""
+    run = runs["failing"]
+    waiting = jobs_of(run)["mix"]
+    log = run / "slurm" / "expert-math.log"
+    wait_until(lambda: "not started again" in log.read_text(), "the job to give up")
+    manifest = read_stage_manifest(run / "expert-math")
+    assert manifest is not None and (manifest.status, manifest.starts) == ("failed", 2)
+    assert "2 starts in a row saved no further step" in log.read_text()
+    wait_until(lambda: status_of(run, "expert-general") == "finished", "the other expert")
+    wait_until(lambda: jobs_of(run)["mix"].never_starts, "Slurm to see that the mix cannot start")
+    shown = answer(btx("status", str(run)))
+    assert "cannot start without expert-math; btx submit goes on" in shown
+    assert jobs_of(run)["mix"].number == waiting.number
+    submission = submit_run(run, TWO_EXPERTS, only=("expert-math", "expert-general", "mix"))
+    assert submission.finished == ["expert-general"] and list(submission.submitted) == ["expert-math", "mix"]
+    assert jobs_of(run)["mix"].number > waiting.number, "the job that could not start is still there"
+    wait_until(lambda: status_of(run, "mix") == "finished", "the mix")
+    check_equal(run / "expert-math", world.reference / "expert-math")
+
+
+def test_a_job_that_meets_its_time_limit_saves_and_goes_on(world: World, runs: dict[str, Path]) -> None:
+    """And what is cancelled leaves nothing behind, in its own run alone."""
+    run = runs["limited"]
+    wait_until(lambda: status_of(run, "expert-math") == "stopped", "the signal before the time limit")
+    step = read_checkpointed_iteration(run / "expert-math")
+    assert step > 0
+    assert started(run, "expert-math")["problem"] == f"ended at iteration {step} of 781250"
+    job = jobs_of(run)["expert-math"]
+    wait_for_requeue(run, "expert-math")
+    assert "starts again at" in answer(btx("status", str(run)))
+    metrics = run / "expert-math" / "metrics.jsonl"
+    wait_until(lambda: max(line.iteration for line in read_last_metrics(metrics, 1)) > step + 10, "steps after it")
+    lines = [line.iteration for line in read_last_metrics(metrics, 10**6)]
+    assert lines == list(range(1, lines[-1] + 1)), "a step is missing or stands twice"
+    with pytest.raises(InputError, match=f"expert-math \\(job {job.number}\\)"):
+        plan_run(RECIPE, run, changes=LIMITED).execute(Silence())
+    others = {name: jobs_of(other) for name, other in runs.items() if name != "limited"}
+    assert f"expert-math: job {job.number} cancelled" in answer(btx("cancel", str(run)))
+    wait_until(lambda: not list_jobs(run), "the cancelled job to be gone")
+    assert world.processes_of(str(job.number)) == []
+    for name, before in others.items():
+        cancelled = [stage for stage in before if stage not in jobs_of(runs[name])]
+        assert all(status_of(runs[name], stage) == "finished" for stage in cancelled), f"{name}: {cancelled}"
+
+
+def test_a_run_submitted_twice_at_once(world: World, runs: dict[str, Path]) -> None:
+    """One job for each stage, to the report, over a restart of the controller; finetuning on both nodes."""
+    run = runs["twice"]
+    first, second = (world.folder / "submitted.txt").read_text().split("====")
+    for line in first.strip().splitlines():
+        if ": " not in line or "btx status" in line or line.startswith("#"):
+            continue
+        stage, number = line.split(": ")[0], line.split("job ")[1]
+        assert any(other.startswith(f"{stage}: ") and other.endswith(f"job {number}") for other in second.splitlines())
+    world.slurm.stop_controller()
+    assert "Slurm's queue is not shown" in answer(btx("status", str(run)))
+    world.slurm.start_controller()
+    world.slurm.wait_for_nodes()
+    wait_until(lambda: status_of(run, "report") == "finished", "the report", 400)
+    wait_until(lambda: not list_jobs(run), "the queue to be empty")
+    for stage in REFERENCE_STAGES:
+        manifest = read_stage_manifest(run / stage)
+        assert manifest is not None and (manifest.status, manifest.starts) == ("finished", 1)
+    assert started(run, "finetune")["nodes"] == "127.0.0.[1-2]"
+    for stage in TRAINED:
+        wait_until(lambda stage=stage: status_of(world.reference, stage) == "finished", f"the reference's {stage}")
+        check_equal(run / stage, world.reference / stage)
+    assert "finished" in answer(btx("status", str(run)))
+    assert submit_run(run).submitted == {}
+
+
+def test_a_secret_of_the_environment_stands_in_no_file(world: World, runs: dict[str, Path]) -> None:
+    for run in runs.values():
+        for path in run.rglob("*"):
+            if path.is_file():
+                assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_nothing_is_left_when_a_run_has_ended(world: World, runs: dict[str, Path]) -> None:
+    """No process, no lock, no unfinished file."""
+    for run in runs.values():
+        assert [path for path in run.rglob(".*") if path.name != ".lock"] == []
+    assert marked("slurm-") == []
