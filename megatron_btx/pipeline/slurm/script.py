@@ -21,16 +21,19 @@ DONE_BEFORE, INTERRUPTED = 10, 75
 """What the first step of a job says when there is nothing to do, and the last one when the job should start again."""
 _SAFE_PATH = re.compile(r"[\w./+=@:,~-]+")
 
+_IN_CONTAINER = '"${in_container[@]}"'
+
 _START = """
 cd -- {run}
 export OMP_NUM_THREADS={threads}
-{exports}
+{exports}{container}
 # At the end of its time, or before other jobs take its nodes, Slurm tells the steps of this job: the program saves and
 # leaves. This shell goes on, so that the job starts again.
 trap : TERM
 
 stage() {{ # stage begin|end [STATUS]: what is written before and after the program
-    {stage}"${{BTX_PYTHON:-{python}}}" -m megatron_btx.pipeline.slurm.job "$1" {name} \\
+    {stage}"${{BTX_PYTHON:-{python}}}" -m megatron_btx.pipeline.slurm.job \\
+        "$1" {name} \\
         --fingerprint {fingerprint} --retries {retries} "${{@:2}}"
 }}
 
@@ -73,13 +76,14 @@ def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: st
         run=shlex.quote(str(run)),
         threads=stage.threads,
         exports=_exports(resources),
-        stage=_container_step(resources, run),
+        container=_container_lines(resources, run),
+        stage=_begin_short_command(resources),
         python=shlex.quote(python),
         name=name,
         fingerprint=shlex.quote(fingerprint),
         done_before=DONE_BEFORE,
         interrupted=INTERRUPTED,
-        srun=" ".join(_srun_words(resources, run)),
+        srun=" ".join(_srun_words(resources)),
         command=_command(stage, resources, python),
         log=f"{name}/log.txt",
         retries=resources.retries,
@@ -124,29 +128,31 @@ def _exports(resources: Resources) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _container_words(resources: Resources, run: Path) -> list[str]:
+def _container_lines(resources: Resources, run: Path) -> str:
+    """The options by which a step runs in a container, an array of the script; nothing without one."""
     if resources.container_image is None:
-        return []
-    mounts = ",".join((f"{run}:{run}", *resources.container_mounts))
-    return [
-        shlex.quote(f"--container-image={resources.container_image}"),
-        shlex.quote(f"--container-mounts={mounts}"),
-        shlex.quote(f"--container-workdir={run}"),
-    ]
-
-
-def _container_step(resources: Resources, run: Path) -> str:
-    """What stands before a short command, so that it runs where the program runs; nothing without a container."""
-    words = _container_words(resources, run)
-    if not words:
         return ""
-    return " ".join(["srun", "--nodes=1", "--ntasks=1", *words, ""])
+    mounts = ",".join((f"{run}:{run}", *resources.container_mounts))
+    options = [f"--container-image={resources.container_image}", f"--container-mounts={mounts}"]
+    options.append(f"--container-workdir={run}")
+    lines = [f"    {shlex.quote(option)}\n" for option in options]
+    return f"in_container=(\n{''.join(lines)})\n"
 
 
-def _srun_words(resources: Resources, run: Path) -> list[str]:
+def _begin_short_command(resources: Resources) -> str:
+    """What stands before a short command, so that it runs where the program runs; nothing without a container."""
+    if resources.container_image is None:
+        return ""
+    return f"srun --nodes=1 --ntasks=1 {_IN_CONTAINER} "
+
+
+def _srun_words(resources: Resources) -> list[str]:
     words = ["srun", f"--nodes={resources.nodes}", f"--ntasks={resources.tasks}"]
     words += [f"--ntasks-per-node={resources.tasks_per_node}", f"--cpus-per-task={resources.cpus_per_task}"]
-    return [*words, "--kill-on-bad-exit=1", *_container_words(resources, run)]
+    words.append("--kill-on-bad-exit=1")
+    if resources.container_image is not None:
+        words.append(f"\\\n    {_IN_CONTAINER}")
+    return words
 
 
 def _command(stage: Stage, resources: Resources, python: str) -> str:
