@@ -286,5 +286,5 @@ def test_a_secret_of_the_environment_stands_in_no_file(world: World, runs: dict[
 def test_nothing_is_left_when_a_run_has_ended(world: World, runs: dict[str, Path]) -> None:
     """No process, no lock, no unfinished file."""
     for run in runs.values():
-        assert [path for path in run.rglob(".*") if path.name != ".lock"] == []
+        assert [path for path in run.rglob(".*") if path.name not in (".lock", ".metadata")] == []
     assert marked("slurm-") == []
