@@ -22,6 +22,7 @@ from megatron_btx.pipeline.directory import read_checkpointed_iteration, read_la
 from megatron_btx.pipeline.door import plan_run
 from megatron_btx.pipeline.processes import marked
 from megatron_btx.pipeline.progress import Silence
+from megatron_btx.pipeline.slurm import submission
 from megatron_btx.pipeline.slurm.queue import Job, list_jobs
 from megatron_btx.pipeline.slurm.record import script_path
 from megatron_btx.pipeline.slurm.submission import Submission, render_scripts, submit, write_scripts
@@ -184,6 +185,21 @@ def runs(world: World) -> dict[str, Path]:
     return found
 
 
+def check_a_later_job_is_taken_back(run: Path, first: int) -> None:
+    """Submit as somebody who asked for the queue before the first submission stood in it."""
+    asked: list[Path] = []
+
+    def list_late(run: Path) -> list[Job]:
+        asked.append(run)
+        return [] if len(asked) == 1 else list_jobs(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(submission, "list_jobs", list_late)
+        result = submit_run(run, *LIMITED, only=("expert-math",))
+    assert (result.submitted, result.kept) == ({}, {"expert-math": first})
+    assert [job.number for job in list_jobs(run)] == [first]
+
+
 def test_an_expert_that_is_killed_starts_again(world: World, runs: dict[str, Path]) -> None:
     """Submitted by hand, killed after its first save, it goes on from there and ends as if nothing had been."""
     run = runs["killed"]
@@ -196,8 +212,8 @@ def test_an_expert_that_is_killed_starts_again(world: World, runs: dict[str, Pat
     assert "SIGKILL" in str(started(run, "expert-math")["problem"])
     wait_for_requeue(run, "expert-math")
     assert world.processes_of(job) == []
-    submission = submit_run(run, only=("expert-math", "mix", "evaluate-experts"))
-    assert submission.kept == {"expert-math": int(job)} and list(submission.submitted) == ["mix", "evaluate-experts"]
+    result = submit_run(run, only=("expert-math", "mix", "evaluate-experts"))
+    assert result.kept == {"expert-math": int(job)} and list(result.submitted) == ["mix", "evaluate-experts"]
     wait_until(lambda: status_of(run, "expert-math") == "finished", "the expert to finish")
     manifest = read_stage_manifest(run / "expert-math")
     assert manifest is not None and manifest.starts == 2 and started(run, "expert-math")["job"] == job
@@ -218,8 +234,8 @@ def test_an_expert_that_always_fails_costs_nobody_else_anything(world: World, ru
     shown = answer(btx("status", str(run)))
     assert "cannot start without expert-math; btx submit goes on" in shown
     assert jobs_of(run)["mix"].number == waiting.number
-    submission = submit_run(run, TWO_EXPERTS, only=("expert-math", "expert-general", "mix"))
-    assert submission.finished == ["expert-general"] and list(submission.submitted) == ["expert-math", "mix"]
+    result = submit_run(run, TWO_EXPERTS, only=("expert-math", "expert-general", "mix"))
+    assert result.finished == ["expert-general"] and list(result.submitted) == ["expert-math", "mix"]
     assert jobs_of(run)["mix"].number > waiting.number, "the job that could not start is still there"
     wait_until(lambda: status_of(run, "mix") == "finished", "the mix")
     check_equal(run / "expert-math", world.reference / "expert-math")
@@ -239,6 +255,7 @@ def test_a_job_that_meets_its_time_limit_saves_and_goes_on(world: World, runs: d
     wait_until(lambda: max(line.iteration for line in read_last_metrics(metrics, 1)) > step + 10, "steps after it")
     lines = [line.iteration for line in read_last_metrics(metrics, 10**6)]
     assert lines == list(range(1, lines[-1] + 1)), "a step is missing or stands twice"
+    check_a_later_job_is_taken_back(run, job.number)
     with pytest.raises(InputError, match=f"expert-math \\(job {job.number}\\)"):
         plan_run(RECIPE, run, changes=LIMITED).execute(Silence())
     others = {name: jobs_of(other) for name, other in runs.items() if name != "limited"}

@@ -109,7 +109,7 @@ def test_every_kind_of_stage_has_a_section(inputs: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "refused"),
     [
-        ("cluster.acount=x", "cluster.acount: unknown key; did you mean account"),
+        ("cluster.acct=x", "cluster.acct: unknown key; did you mean account"),
         ("cluster.experts.partitions=x", "cluster.experts.partitions: unknown key; did you mean partition"),
         ('cluster.account="a\\n#SBATCH --uid=0"', "cluster.account: found"),
         ("cluster.account='$(id)'", "cluster.account: found"),
