@@ -39,7 +39,7 @@ REFERENCE_STAGES = ("data", "seed", "expert-math", "mix", "evaluate-experts", "f
 SECRET = "c0ffee-and-nobody-may-read-it"
 
 
-def wait_until(holds: Callable[[], object], what: str, seconds: float = 100) -> None:
+def wait_until(holds: Callable[[], object], what: str, seconds: float = 200) -> None:
     """Wait for something that happens in the queue or in a run's folder."""
     deadline = time.monotonic() + seconds
     while not holds():
@@ -280,7 +280,7 @@ def test_a_run_submitted_twice_at_once(world: World, runs: dict[str, Path]) -> N
     assert "Slurm's queue is not shown" in answer(btx("status", str(run)))
     world.slurm.start_controller()
     world.slurm.wait_for_nodes()
-    wait_until(lambda: status_of(run, "report") == "finished", "the report", 400)
+    wait_until(lambda: status_of(run, "report") == "finished", "the report", 300)
     wait_until(lambda: not list_jobs(run), "the queue to be empty")
     for stage in REFERENCE_STAGES:
         manifest = read_stage_manifest(run / stage)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_btx.ground.errors import InputError, printable
+from megatron_btx.ground.launch import without_launcher
 from megatron_btx.pipeline.processes import mark_of
 
 COMMENT_LETTERS = 16
@@ -138,10 +139,21 @@ def _call(*words: str) -> str:
             f"{words[0]}: not found; Slurm's commands are needed here: load its module, or go to a login node"
         )
     try:
-        answer = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS)
+        answer = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS, env=_make_environment()
+        )
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{words[0]}: Slurm did not answer in {_TIMEOUT_SECONDS} s; try again") from None
     if answer.returncode:
         lines = answer.stderr.strip().splitlines() or [f"status {answer.returncode}"]
         raise SlurmError(f"{words[0]}: {printable('; '.join(lines))}")
     return answer.stdout
+
+
+def _make_environment() -> dict[str, str]:
+    """What a job inherits: all but what says that this process is itself part of a job (in salloc, in srun)."""
+    environment = without_launcher(os.environ)
+    for name in ("SLURM_CONF", "SLURM_CLUSTERS"):
+        if name in os.environ:
+            environment[name] = os.environ[name]
+    return environment

@@ -316,6 +316,20 @@ def test_a_queue_is_read_by_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_a_job_that_is_submitted_from_within_a_job_is_none_of_its_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\nenv >{tmp_path}/env\necho '7;cluster'\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CONF", "RANK", "MINE"):
+        monkeypatch.setenv(name, "9")
+    assert queue.submit_script(tmp_path / "a.sh", [3, 1]) == 7
+    lines = (tmp_path / "env").read_text().splitlines()
+    assert "MINE=9" in lines and "SLURM_CONF=9" in lines
+    assert "RANK=9" not in lines and "SLURM_CPUS_PER_TASK=9" not in lines
+
+
 @pytest.mark.parametrize(
     ("state", "reason", "begins", "shown"),
     [
