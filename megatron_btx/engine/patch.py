@@ -1,7 +1,8 @@
 """The only way to replace something of Megatron's or PyTorch's, and the list of what was replaced.
 
 What is replaced must be there in the form that its stand-in was written for
-(:mod:`megatron_btx.ground.expectations`).
+(:mod:`megatron_btx.ground.expectations`). Most calls of :func:`replace` and :func:`wrap` are in cpu.py
+and cpu_in_megatron.py (without a GPU), in repairs.py (always) and in the training room (what follows a step).
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 Three values keep the report honest. A comparison whose input is missing, or whose reference is not a finite number, is
 unknown; a model that is compared and whose own loss is not finite does not hold the claim.
+
+The dense baseline is no claim: the report says by how much the mixture is above or below it, whatever the sign
+(:mod:`megatron_btx.report.sections`, from :mod:`megatron_btx.report.comparisons`).
 """
 
 from __future__ import annotations

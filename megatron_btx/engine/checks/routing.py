@@ -1,4 +1,4 @@
-"""What the command line may not say: refused in one line before any rank trains, where Megatron fails late or never.
+"""Routing that makes no sense: refused in one line before any rank trains, where Megatron fails late or never.
 
 The checks read the parsed arguments alone, no checkpoint and no data, so that a recipe's stages can be checked before
 the first of them runs.

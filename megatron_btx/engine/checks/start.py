@@ -1,4 +1,8 @@
-"""The checkpoint that a run starts from: which one it is, and whether it fits the given arguments."""
+"""The checkpoint that a run starts from: which one it is, and whether it fits the given arguments.
+
+Refused are another model, routing or numerics (the tables of :mod:`megatron_btx.checkpoint.arguments`) and another
+vocabulary (:mod:`megatron_btx.checkpoint.tokenizers.comparison`).
+"""
 
 from __future__ import annotations
 
