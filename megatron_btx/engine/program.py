@@ -25,6 +25,7 @@ from megatron_btx.engine.options import Options
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
 from megatron_btx.ground import launch
 from megatron_btx.ground.errors import InputError, refused
+from megatron_btx.ground.log import say
 
 _MODEL_FLAGS = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 """What Megatron's validation asks for of every model."""
@@ -189,8 +190,7 @@ def find_tokenizer(args: argparse.Namespace) -> Any:
         found = locate_tokenizer(given, root_of(Path(root)))
         if found != given:
             gone = next(name for name in names if given[name] != found[name])
-            if os.environ.get("RANK", "0") == "0":
-                print(f"tokenizer: {given[gone]} is not there, {found[gone]} is used", flush=True)
+            say(f"tokenizer: {given[gone]} is not there, {found[gone]} is used")
             vars(args).update(found)
             args.use_tokenizer_model_from_checkpoint_args = False
             break

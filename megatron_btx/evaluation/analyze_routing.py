@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_btx.engine.tool import start_tool
 from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.ground.log import say
 
 _ROUTING_FLAGS = ("moe_router_topk", "moe_router_pre_softmax", "moe_expert_capacity_factor", "btx_sample_top1")
 """Flags that decide how tokens are routed; routing.json holds them."""
@@ -185,9 +186,9 @@ def _write(
     everything = {**earlier, **result["models"]}
     figures = write_figures(folder, everything, experts)
     write_page(folder / "tokens.html", texts, experts, trained)
-    print(make_table(everything, experts))
+    say(make_table(everything, experts))
     names = ["routing.json", *figures, "tokens.html"]
-    print("\nwrote " + ", ".join(str(folder / name) for name in names), flush=True)
+    say("\nwrote " + ", ".join(str(folder / name) for name in names))
 
 
 def _names_of(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:

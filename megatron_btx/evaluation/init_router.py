@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_btx.engine.tool import start_tool
 from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.ground.log import say
 
 HELD_OUT_EVERY = 5
 """Every fifth document is held out."""
@@ -96,7 +97,7 @@ def main() -> int:
     torch.distributed.destroy_process_group()
     if args.rank > 0:
         return 0
-    print(_table(reports, choices, sizes), flush=True)
+    say(_table(reports, choices, sizes))
     _write(args.btx_init_model, rows, {"texts": sizes, "reports": reports, "choices": choices}, output)
     return 0
 

@@ -10,7 +10,6 @@ that every model, layout and batch size sees the same tokens; sums are kept in f
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_btx.evaluation.inputs import expert_names, inputs_of
 from megatron_btx.evaluation.losses import evaluate_model
 from megatron_btx.ground.errors import exits_with_one_line
 from megatron_btx.ground.files import write_json
+from megatron_btx.ground.log import say
 from megatron_btx.model.build import build_model
 
 
@@ -79,7 +79,7 @@ def main() -> int:
     for name, path in inputs.models.items():
         load_weights(model, path)
         results[name] = evaluate_model(model, inputs.data, path)
-        _say(f"{name}: " + ", ".join(f"{d} {loss:.4f}" for d, loss in results[name]["losses"].items()))
+        say(f"{name}: " + ", ".join(f"{d} {loss:.4f}" for d, loss in results[name]["losses"].items()))
     if args.rank == 0:
         result = {"models": results, "experts": inputs.experts, "eod_mask_loss": args.eod_mask_loss}
         write_json(Path(args.btx_eval_output), result)
@@ -101,11 +101,6 @@ def _check_inputs(args: argparse.Namespace) -> _Inputs:
     experts = expert_names(stored, args.num_experts)
     check_texts(data, "--btx-eval-data", args.btx_eval_tokens, "--btx-eval-tokens", args)
     return _Inputs(models, data, experts)
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

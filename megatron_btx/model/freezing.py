@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.log import say
 from megatron_btx.model.groups import TrainedGroups, group_of
 
 if TYPE_CHECKING:
@@ -35,8 +36,7 @@ def freeze(groups: TrainedGroups, args: argparse.Namespace) -> Callable[[list[An
             embedding = getattr(chunk, "embedding", None)
             if args.recompute_granularity and "embeddings" in frozen and embedding is not None:
                 embedding.register_forward_hook(_require_gradient)
-        if args.rank == 0:
-            print(describe_savings(model, frozen, args), flush=True)
+        say(describe_savings(model, frozen, args))
         return model
 
     return hook

@@ -25,6 +25,7 @@ from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
 from megatron_btx.engine.program import parse_training
 from megatron_btx.ground.errors import CheckpointError, exits_with_one_line
+from megatron_btx.ground.log import say
 from megatron_btx.ground.stopping import Stopping
 from megatron_btx.model.build import model_config
 from megatron_btx.model.step import forward_step
@@ -66,8 +67,7 @@ def main() -> int:
     step, stopping = Step(), Stopping()
     configuration = prepare(step)
     if done := finished(get_args()):
-        if get_args().rank == 0:
-            print(done, flush=True)
+        say(done)
         return 0
     try:
         pretrain(
@@ -94,19 +94,14 @@ def check() -> int:
         install_cpu_stand_ins()
         args, _ = checked_arguments()
         model_config(args)
-    if args.rank == 0:
-        layout = " x ".join(
-            f"{name} {size}"
-            for name, size in (
-                ("TP", args.tensor_model_parallel_size),
-                ("PP", args.pipeline_model_parallel_size),
-                ("EP", args.expert_model_parallel_size),
-                ("DP", args.data_parallel_size),
-            )
-        )
-        steps, samples = budget_of(args)
-        tokens = samples * args.seq_length // max(steps, 1)
-        print(f"checked: {args.world_size} processes, {layout}, {steps} steps of {tokens} tokens", flush=True)
+    logging.disable(logging.NOTSET)
+    layout = (
+        f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x "
+        f"EP {args.expert_model_parallel_size} x DP {args.data_parallel_size}"
+    )
+    steps, samples = budget_of(args)
+    tokens = samples * args.seq_length // max(steps, 1)
+    say(f"checked: {args.world_size} processes, {layout}, {steps} steps of {tokens} tokens")
     return 0
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.engine import patch
 from megatron_btx.engine.options import Options
 from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.log import say, say_from_last_rank
 from megatron_btx.training.hooks import Follower
 
 TAG = "lm loss validation"
@@ -212,7 +212,6 @@ def _losses(model: list[Any], optimizer: Any, args: argparse.Namespace, options:
 
 def _log(losses: dict[str, float], iteration: int) -> None:
     """Send the losses where Megatron's scalars go; the rank that logs says them too."""
-    import torch
     from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
     logged = {f"{TAG} {domain}": loss for domain, loss in losses.items()}
@@ -222,8 +221,7 @@ def _log(losses: dict[str, float], iteration: int) -> None:
             writer.add_scalar(name, value, iteration)
     if (wandb := get_wandb_writer()) is not None:
         wandb.log(logged, iteration)
-    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-        print(f" validation after step {iteration} | " + _listed(losses), flush=True)
+    say_from_last_rank(f" validation after step {iteration} | " + _listed(losses))
 
 
 def _listed(losses: dict[str, float]) -> str:
@@ -232,8 +230,7 @@ def _listed(losses: dict[str, float]) -> str:
 
 def _check_domains(losses: dict[str, float], worst: dict[str, tuple[float, str]]) -> None:
     """Refuse to train a mixture that starts worse than its worst expert."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(" the mix before its first step | " + _listed(losses), flush=True)
+    say(" the mix before its first step | " + _listed(losses))
     for domain, (loss, expert) in worst.items():
         if not losses[domain] <= loss + MARGIN_NATS:
             raise InputError(
@@ -253,8 +250,7 @@ def _check_first_step(loss_dict: dict[str, Any], bound: float) -> None:
         found = torch.stack([loss.nan_to_num(nan=math.inf), loss.isnan().float()])
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
     first = math.nan if found[1].item() else found[0].item()
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f" first step | loss {first:.4f}, sound up to {bound:.4f}", flush=True)
+    say(f" first step | loss {first:.4f}, sound up to {bound:.4f}")
     if not first <= bound:
         raise InputError(
             f"the first step's loss is {first:.4f} nats per token, above {bound:.4f} (--btx-first-loss-bound): "
