@@ -75,6 +75,7 @@ def install_cpu_stand_ins() -> bool:
     from megatron_btx.engine.cpu_in_megatron import replace_in_megatron
 
     hide_kernels_for_gpus()
+    _leave_uncompiled()
     _redirect_devices()
     _answer_for_cuda()
     replace_in_megatron()
@@ -85,6 +86,23 @@ def hide_kernels_for_gpus() -> None:
     """Make importing :data:`KERNELS_FOR_GPUS` an ImportError; call before Megatron is imported."""
     for name in KERNELS_FOR_GPUS:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+def _leave_uncompiled() -> None:
+    """Make ``torch.compile`` return what it is given, where compiling is off.
+
+    PyTorch calls the function itself then, but imports its compiler when Megatron decorates one: two of the six
+    seconds that a start takes.
+    """
+    import torch
+
+    def leave(function: Any = None, **_options: Any) -> Any:
+        if function is None:
+            return leave
+        return function
+
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        patch.replace(torch, "compile", leave)
 
 
 # --- torch: "cuda" means the CPU ------------------------------------------------------------------------------

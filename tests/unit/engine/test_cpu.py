@@ -121,6 +121,22 @@ def check_cuda_means_the_cpu() -> None:
     assert x.type() == "torch.cuda.FloatTensor" and x.type(torch.int64).dtype == torch.int64
 
 
+def check_nothing_is_compiled() -> None:
+    import torch
+
+    from megatron_btx.engine import cpu
+
+    cpu.has_gpu = lambda: False
+    compile_for_real = torch.compile
+    os.environ["TORCH_COMPILE_DISABLE"] = "0"
+    cpu._leave_uncompiled()
+    assert torch.compile is compile_for_real  # who wants it compiled gets it
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    cpu.install_cpu_stand_ins()
+    assert torch.compile(everything) is everything
+    assert torch.compile(dynamic=True)(everything) is everything
+
+
 def check_cuda_answers() -> None:
     import torch
 
@@ -160,7 +176,7 @@ def test_what_is_replaced_must_have_the_known_form(module, name, zygote, tmp_pat
         assert part in text
 
 
-@pytest.mark.parametrize("check", ["inert", "cuda_means_the_cpu", "cuda_answers"])
+@pytest.mark.parametrize("check", ["inert", "cuda_means_the_cpu", "cuda_answers", "nothing_is_compiled"])
 def test_the_stand_ins(check, zygote, tmp_path):
     """Nothing is replaced with a GPU; without one, "cuda" means the CPU everywhere."""
     run(zygote, check, tmp_path)
