@@ -1,0 +1,111 @@
+"""examples/slurm: what the batch files start, with a srun that runs one task here, and when a job starts again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parents[3]
+FILES = sorted((HERE / "examples" / "slurm").glob("*.sbatch"))
+SRUN = """#!/usr/bin/env bash
+# One task of the step, here; the image's copy of the launchers is this checkout's.
+printf '%s\\n' "$@" >srun.words
+while [[ "$1" == --* ]]; do shift; done
+export SLURM_PROCID=0 SLURM_STEP_ID=0 SLURM_NTASKS=8 SLURM_STEP_TASKS_PER_NODE=8
+mkdir -p "$RUN"
+[ -z "${REACHES:-}" ] || echo "$REACHES" >"$RUN/latest_checkpointed_iteration.txt"
+"${@//\\/opt\\/megatron-btx/$CHECKOUT}" >program.words || exit
+exit "${LEAVES:-0}"
+"""
+TELLER = f"""#!{sys.executable}
+import os, sys
+if sys.argv[1:3] == ["-m", "megatron_btx.ground.routing_methods"]:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+if sys.argv[1:2] == ["-m"]:
+    print(*sys.argv[1:], sep="\\n")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as the files expect it, with Slurm's commands and an interpreter that only tell."""
+    (tmp_path / "bin").mkdir()
+    programs = {"srun": SRUN, "teller": TELLER, "scontrol": '#!/bin/sh\necho "$@" >scontrol.words\n'}
+    for name, text in programs.items():
+        program = tmp_path / "bin" / name
+        program.write_text(text)
+        program.chmod(0o755)
+    for name in ("seed", "mix"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    return tmp_path
+
+
+def submit(file: Path, folder: Path, **variables: str) -> int:
+    """Run a batch file as Slurm would, and return its status."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    given = {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": str(folder / "bin" / "teller"),
+        "CHECKOUT": str(HERE),
+        "BTX": str(HERE),
+        "SLURM_JOB_ID": "17",
+        "SLURM_SUBMIT_DIR": str(folder),
+    }
+    done = subprocess.run(
+        ["bash", str(file)], cwd=folder, env=clean | given | variables, capture_output=True, text=True, check=False
+    )
+    assert "error" not in done.stderr, done.stderr
+    return done.returncode
+
+
+def value(folder: Path, flag: str) -> str:
+    words = (folder / "program.words").read_text().splitlines()
+    return words[words.index(flag) + 1]
+
+
+def test_there_are_plain_files_and_files_for_containers() -> None:
+    names = [file.name for file in FILES]
+    assert names == ["experts-container.sbatch", "experts.sbatch", "mixture-container.sbatch", "mixture.sbatch"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_what_is_started(file: Path, folder: Path) -> None:
+    assert submit(file, folder, SLURM_ARRAY_TASK_ID="1") == 0
+    program = (folder / "program.words").read_text().splitlines()
+    assert program[:2] == ["-m", "megatron_btx.pretrain"]
+    assert program[-1] == "--exit-signal-handler"
+    if file.name.startswith("experts"):
+        assert (value(folder, "--train-iters"), value(folder, "--save")) == ("50000", "checkpoints/code")
+        assert "data/code_text_document" in program
+    else:
+        assert (value(folder, "--train-iters"), value(folder, "--num-experts")) == ("19000", "4")
+        assert value(folder, "--expert-model-parallel-size") == "4"
+    started = (folder / "srun.words").read_text()
+    assert ("--container-image=" in started) == ("container" in file.name)
+    if "container" in file.name:
+        assert f"--container-mounts={folder}:{folder}\n" in started
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    ("reaches", "leaves", "again"),
+    [("40", "0", True), ("40", "137", True), ("", "1", False), ("100", "0", False)],
+    ids=["interrupted", "killed", "no-step", "finished"],
+)
+def test_a_job_that_got_further_starts_again(file: Path, reaches: str, leaves: str, again: bool, folder: Path) -> None:
+    """One that made no step would fail for ever; one that has all its steps is done."""
+    assert submit(file, folder, RUN="run", STEPS="100", REACHES=reaches, LEAVES=leaves) == int(leaves)
+    asked = folder / "scontrol.words"
+    assert asked.exists() == again
+    if again:
+        assert asked.read_text() == "requeue 17\n"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_slurm_is_asked_for_a_signal_and_a_task_per_gpu(file: Path) -> None:
+    asked = [line.removeprefix("#SBATCH ") for line in file.read_text().splitlines() if line.startswith("#SBATCH ")]
+    assert {"--ntasks-per-node=8", "--gpus-per-node=8", "--signal=TERM@120", "--requeue"} <= set(asked)
