@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -22,14 +21,13 @@ from megatron_btx.data.inputs import Inputs, expand_inputs
 from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.files import read_json_object
+from megatron_btx.ground.names import check_name
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 Paths = list[str]
 
 _SHARES_TOLERANCE = 1e-6
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
-"""A domain's name is the beginning of its files' names."""
 
 
 class Domain(BaseModel):
@@ -129,8 +127,10 @@ def find_files(description: Description) -> dict[tuple[str, str], Inputs]:
 
 
 def _check_domain(place: str, name: str, domain: Domain) -> None:
-    if not _NAME.fullmatch(name):
-        raise InputError(f"{place}: a domain's name begins its files' names; use letters, digits, _ and - only")
+    try:
+        check_name(name)
+    except ValueError as refusal:
+        raise InputError(f"{place}: {refusal}; a domain's name begins its files' names") from None
     sources = domain.sources()
     if not sources:
         raise InputError(f"{place}: found no files; expected text with shares, or some of {', '.join(SPLITS)}")

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, PlainValidator
 
+from megatron_btx.ground.names import check_name
 from megatron_btx.pipeline.directory import GENERALIST, is_set_aside
 from megatron_btx.pipeline.recipe.flags import DERIVED_FLAGS, LAYOUT_FLAGS, FlagValue
 from megatron_btx.pipeline.recipe.given import find_model
@@ -24,8 +25,6 @@ LARGEST_SHARE = 1e15
 """Of a blend: all shares together stay a number."""
 RESERVED_NAMES = {GENERALIST: "the seed, which can be an expert of the mix", "mean": "a column of the reports"}
 """Names that no domain may have."""
-_NAME_BYTES_AT_MOST = 80
-"""A folder's name may have 255, and ours have words before and a date behind."""
 _RUN_NAME_LETTERS_AT_MOST = 80
 _TOKENIZER_FLAGS = ("tokenizer-type", "tokenizer-model")
 
@@ -39,9 +38,7 @@ def _check_run_name(name: str) -> str:
 
 def _check_name(name: str) -> str:
     """Refuse a name that a later stage could not use: of a folder, an expert, a column."""
-    if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > _NAME_BYTES_AT_MOST:
-        expected = f"letters, digits, dots, dashes and underscores, at most {_NAME_BYTES_AT_MOST} bytes"
-        raise ValueError(f"not a name; expected {expected}, beginning with none of . and -")
+    check_name(name)
     if is_set_aside(name):
         raise ValueError("ends as the folders of earlier runs do that are kept; give it another name")
     return name

@@ -141,7 +141,7 @@ def text(**shares: float) -> Said:
         (domain("math", {"train": ["x"], "text": ["x"]}), "domains.math: found text and files"),
         (domain("math", {"train": "x"}), "domains.math.train"),
         (domain("math", {}), "domains.math: found no files"),
-        (domain("../math", text(train=1.0)), "domains.../math: a domain's name"),
+        (domain("../math", text(train=1.0)), "domains.../math: not a name; expected letters, digits"),
         (domain("math", {"train": ["/nowhere/x.jsonl"]}), "domains.math.train: /nowhere/x.jsonl: no such file"),
         (domain("math", {"train": ["HERE/train"]}), "a.jsonl is text of domains.math.train, too"),
         (domain("math", {"train": ["HERE/mixed.jsonl"]}), "code.train would hold the same text as math.train"),
