@@ -8,9 +8,6 @@
 ARG BASE=nvcr.io/nvidia/pytorch:26.07-py3
 FROM ${BASE}
 
-# So that a failing command in a pipe fails the build.
-SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-
 WORKDIR /opt/megatron-btx
 COPY . .
 # The environment lies in .venv and sees the image's packages. A bare .bootstrap holds uv, which is not needed later.

@@ -45,7 +45,7 @@ def _slurm() -> Iterator[Finding]:
     in_job = {name: os.environ[name] for name in _JOB if os.environ.get(name)}
     version = answer_of(["sinfo", "--version"])
     if version:
-        yield Finding("slurm", "version", version.removeprefix("slurm "))
+        yield Finding("slurm", "version", version.split()[-1])
     elif in_job:
         yield Finding("slurm", "version", "its commands are not here; btx submit needs them, jobs do not", State.NOTE)
     else:

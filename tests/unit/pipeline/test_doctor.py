@@ -88,7 +88,7 @@ def test_a_probe_that_dies_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None
 def test_slurm_around_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sinfo = tmp_path / "sinfo"
     sinfo.write_text(
-        '#!/bin/sh\nif [ "$1" = --version ]; then echo slurm 24.05.1; exit; fi\n'
+        '#!/bin/sh\nif [ "$1" = --version ]; then echo slurm-wlm 24.05.1; exit; fi\n'
         'printf "gpu*|4|gpu:8|2-00:00:00|96\\ncpu|2|(null)|1:00|8\\n"\n'
     )
     sinfo.chmod(0o755)

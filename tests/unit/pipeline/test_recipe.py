@@ -606,11 +606,12 @@ def test_help_and_status_import_neither_torch_nor_megatron(tmp_path: Path) -> No
     assert row.replace("│", " ").split() == ["seed", "interrupted", "5/10", "9.000", "5", "1:05"]
 
 
-def test_help_imports_nothing_that_takes_time() -> None:
+@pytest.mark.parametrize("command", ["run", "doctor"])
+def test_help_imports_nothing_that_takes_time(command: str) -> None:
     program = (
         "import sys\n"
         "from megatron_btx import cli\n"
-        "try: cli.main(['run', '--help'])\n"
+        f"try: cli.main([{command!r}, '--help'])\n"
         "except SystemExit: assert not {'torch', 'megatron', 'pydantic', 'yaml', 'rich'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
