@@ -212,6 +212,8 @@ def main() -> int:
     with cluster(Path(sys.argv[1]).resolve()) as started, contextlib.suppress(KeyboardInterrupt):
         for name, value in started.environment().items():
             print(f"export {name}={value}", flush=True)
+        # Unblocked, a SIGTERM would end this process before the daemons are ended. They must not inherit the block.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
     return 0
 
