@@ -1,4 +1,4 @@
-"""Groups of parameters that stand still: what is done to the model, and what Megatron's optimizers bear of it."""
+"""Freezing groups of parameters, and refusing the freezes that Megatron's optimizers cannot save or resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a stranger's folder holds, told by its files: what is no plain model is refused with the way to make it one."""
+"""Refusals of folders that hold no plain model: adapters, quantised weights, other forms, unfinished downloads.
+
+The files decide. Every refusal says how to get a plain model.
+"""
 
 from __future__ import annotations
 

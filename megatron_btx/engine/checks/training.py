@@ -1,4 +1,4 @@
-"""What training cannot be asked for, where Megatron fails late."""
+"""Checks of the training program alone: its evaluation interval, its seed, experts with biases."""
 
 from __future__ import annotations
 
