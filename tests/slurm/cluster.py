@@ -23,7 +23,7 @@ from pathlib import Path
 NODES = ("127.0.0.1", "127.0.0.2")
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scancel", "scontrol", "srun")
 _SBIN = ("/usr/sbin", "/usr/local/sbin")
-_START_SECONDS = 20.0
+_START_SECONDS = 60.0
 
 
 def missing() -> list[str]:

@@ -6,6 +6,7 @@ every checkpoint that a job wrote is compared with its own, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ from tests.slurm.inputs import write_inputs
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"no {', '.join(missing())} here: apt-get install slurm-wlm munge"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 RECIPE = "recipe.yaml"
 TRAINED = ("seed", "expert-math", "finetune")
@@ -40,7 +41,7 @@ REFERENCE_STAGES = ("data", "seed", "expert-math", "mix", "evaluate-experts", "f
 SECRET = "c0ffee-and-nobody-may-read-it"
 
 
-def wait_until(holds: Callable[[], object], what: str, seconds: float = 200) -> None:
+def wait_until(holds: Callable[[], object], what: str, seconds: float = 300) -> None:
     """Wait for something that happens in the queue or in a run's folder."""
     deadline = time.monotonic() + seconds
     while not holds():
@@ -145,7 +146,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     before = Path.cwd()
     write_inputs(folder)
     changed = {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1", "WANDB_API_KEY": SECRET}
-    with pytest.MonkeyPatch.context() as patch, cluster(folder / "cluster") as slurm:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        try:
+            slurm = stack.enter_context(cluster(folder / "cluster"))
+        except RuntimeError as failure:
+            pytest.skip(f"Slurm's daemons cannot work on this machine: {failure}")
         for name, value in {**slurm.environment(), **changed}.items():
             patch.setenv(name, value)
         patch.chdir(folder)
@@ -225,12 +230,17 @@ def test_a_job_that_meets_its_time_limit_saves_and_goes_on(world: World, runs: d
     """And what is cancelled leaves nothing behind, in its own run alone."""
     run = runs["limited"]
     log = run / "slurm" / "expert-math.log"
-    wait_until(lambda: log.is_file() and "of 781250" in log.read_text(), "the signal before the time limit", 300)
+
+    def saved_step() -> int:
+        said = log.read_text() if log.is_file() else ""
+        return max(map(int, re.findall(r"ended at iteration (\d+) of 781250", said)), default=0)
+
+    # On a busy machine the first minute can end before the first step; then it starts again.
+    wait_until(lambda: saved_step() > 0, "a step that was saved at the signal before the time limit", 450)
     job = next(job for job in list_jobs(run) if job.stage == "expert-math")
     # Enough for a start on a busy machine; it goes on under its number either way.
     world.slurm.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
-    step = int(re.findall(r"ended at iteration (\d+) of 781250", log.read_text())[-1])
-    assert step > 0
+    step = saved_step()
     metrics = run / "expert-math" / "metrics.jsonl"
     wait_until(lambda: max(line.iteration for line in read_last_metrics(metrics, 1)) > step + 10, "steps after it")
     lines = [line.iteration for line in read_last_metrics(metrics, 10**6)]
