@@ -67,7 +67,7 @@ def imports_of(module: str) -> set[str]:
 
 
 def ours(module: str) -> set[str]:
-    return {name for name in imports_of(module) if name in modules() and name != "megatron_btx"}
+    return {name for name in imports_of(module) if name in modules()}
 
 
 @pytest.mark.parametrize("module", sorted(modules()))

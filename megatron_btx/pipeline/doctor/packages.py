@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_btx import __version__
 from megatron_btx.pipeline.doctor.finding import Finding, absent, wrong
 
 PACKAGE = "megatron-btx"
@@ -22,19 +21,22 @@ DATASET_HELPER = "core/datasets/helpers_cpp*.so"
 def look_at_packages() -> Iterator[Finding]:
     """Python, this package, everything that it needs, and Megatron's compiled helper."""
     yield _python()
-    yield Finding("packages", PACKAGE, __version__)
-    try:
-        needs = importlib.metadata.requires(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        yield wrong("packages", PACKAGE, f"{__version__}, imported and not installed", INSTALL)
-        needs = []
-    for text in needs:
-        if "extra ==" not in text:
-            yield _needed(text)
+    own = version_of(PACKAGE)
+    if own is None:
+        yield wrong("packages", PACKAGE, "imported and not installed", INSTALL)
+    else:
+        yield Finding("packages", PACKAGE, own)
+        yield from _needs()
     yield _dataset_helper()
     for name in OPTIONAL:
         version = version_of(name)
         yield Finding("packages", name, version) if version else absent("packages", name)
+
+
+def _needs() -> Iterator[Finding]:
+    for text in importlib.metadata.requires(PACKAGE) or []:
+        if "extra ==" not in text:
+            yield _needed(text)
 
 
 def version_of(name: str) -> str | None:
