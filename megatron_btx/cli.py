@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="btx",
         description="Branch-Train-MiX on Megatron-core.",
-        epilog="btx COMMAND --help says more. To begin: btx run examples/recipes/quickstart.yaml",
+        epilog="btx COMMAND --help says more. To begin: bash examples/quickstart.sh",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -248,4 +248,4 @@ def _notes(models: Mapping[str, Model], stages: list[Stage], datasets: Datasets)
     if not any(stage.curve for stage in stages):
         yield "No loss curves: no stage of this run trained."
     if not datasets.rows:
-        yield "No data statement (data/datasets.json): the datasets were given, not made by this run."
+        yield "No data statement (data/datasets.json): the datasets were given, or an older version made them."

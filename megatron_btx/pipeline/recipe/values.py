@@ -126,7 +126,7 @@ def _read_text_path(text: object) -> str:
     """The absolute path of a text file, a folder, or a pattern of files."""
     path = absolute_path(text)
     if not glob.has_magic(str(path)) and not path.exists():
-        raise ValueError(f"{path} does not exist; expected a text file, or a folder of them")
+        raise ValueError(f"{path} does not exist; expected a text file, or a folder of them; make it, or mend the path")
     return str(path)
 
 
