@@ -152,7 +152,7 @@ def prepare(step: Step) -> Any:
 
     args, options = checked_arguments()
     repairs.install()
-    # In this order: losses per domain stand in the step's line of metrics.
+    # Losses per domain are taken before Megatron logs a step, and the step's line is written after it.
     follow_training([*watch_validation(args, options), *write_metrics(args, options)])
     install_schedule_logging()
     install_lr_multipliers(options.groups)

@@ -1,4 +1,4 @@
-"""A Hugging Face ``config.json`` as Megatron arguments; the way back is ``hf_config_writing``.
+"""A Hugging Face ``config.json`` as Megatron arguments; the way back is ``config_writing``.
 
 The arguments have the names of :data:`megatron_btx.checkpoint.arguments.MODEL_ARGUMENTS`. What both sides hold as one
 number is a row of one table, read in both directions; everything else has a function per direction. A key that is
