@@ -87,9 +87,10 @@ def write_export(root: Path, run: Path) -> None:
         raise SystemExit("the export failed")
     import sentencepiece
 
-    trained = sentencepiece.SentencePieceProcessor(str(run / "data" / "tokenizer.model"))
+    made = root / "texts"
+    trained = sentencepiece.SentencePieceProcessor(str(made / "tokenizer.model"))
     texts = []
-    for file in sorted((run / "data").rglob("*.jsonl")):
+    for file in sorted(made.glob("*.jsonl")):
         with file.open() as lines:
             texts += [json.loads(next(lines))["text"][:2000] for _ in range(5)]
     texts += ["", " leading", "two  blanks", "a\nb\n", "\ttab", "naïve café 北京 🙂", "def f(x):\n    return x\n"]
