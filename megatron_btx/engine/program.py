@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import functools
 import logging
 import os
 import pickle
@@ -71,7 +73,8 @@ def _parse(
 
     def add(parser: ArgumentParser) -> ArgumentParser:
         """Our flags, and our checks between Megatron's parsing and its validation."""
-        parser.error = _refuse  # type: ignore[method-assign]  # argparse itself prints Megatron's 900 lines of usage
+        # argparse itself prints Megatron's 900 lines of usage.
+        parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
         parser = add_btx_arguments(parser)
         if extra:
             parser = extra(parser)
@@ -90,7 +93,16 @@ def _parse(
     return args, options
 
 
-def _refuse(message: str) -> NoReturn:
+def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
+    """Refuse what argparse does not take; the closest flag is named where the message names one that does not exist."""
+    known: list[str] = []
+    for action in parser._actions:
+        known += action.option_strings
+    for word in message.split():
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in known:
+            for close in difflib.get_close_matches(flag, known, n=1):
+                raise InputError(f"{message}; did you mean {close}? --help and --help-megatron list all flags")
     raise InputError(f"{message}; --help and --help-megatron list all flags")
 
 

@@ -90,11 +90,13 @@ def check() -> int:
     # Megatron has no switch for its list of all arguments and what it says of them and of missing libraries. Errors of
     # ours and tracebacks are printed after this block.
     logging.disable()
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        install_cpu_stand_ins()
-        args, _ = checked_arguments()
-        model_config(args)
-    logging.disable(logging.NOTSET)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            install_cpu_stand_ins()
+            args, _ = checked_arguments()
+            model_config(args)
+    finally:
+        logging.disable(logging.NOTSET)
     layout = (
         f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x "
         f"EP {args.expert_model_parallel_size} x DP {args.data_parallel_size}"

@@ -96,10 +96,17 @@ def test_what_cannot_be_trained(given, named, zygote, corpus, tmp_path):
     assert named in refusal(zygote, arguments + given, tmp_path / "log")
 
 
-def test_unknown_flags(zygote, corpus, tmp_path):
-    """argparse's own refusal."""
-    run = zygote.run(1, [*pico.train(corpus, 1), "--btx-no-such-flag"], tmp_path / "log", expect=2)
-    assert "unrecognized arguments: --btx-no-such-flag" in run.text()
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--btx-no-such-flag", "unrecognized arguments: --btx-no-such-flag; "),
+        ("--btx-metric=x", "unrecognized arguments: --btx-metric=x; did you mean --btx-metrics? --help and"),
+    ],
+)
+def test_unknown_flags(flag, said, zygote, corpus, tmp_path):
+    """argparse's own refusal, and the flag that may be meant."""
+    run = zygote.run(1, [*pico.train(corpus, 1), flag], tmp_path / "log", expect=2)
+    assert said in run.text()
 
 
 def _no_index(prefix: Path) -> None:

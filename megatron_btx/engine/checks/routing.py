@@ -98,7 +98,11 @@ def _check_choice(args: argparse.Namespace) -> None:
             "drops no token"
         )
     if not (topk == 1 and args.moe_router_pre_softmax and not args.btx_sample_top1):
-        method = "sampled top-1" if args.btx_sample_top1 else "soft" if topk == experts else f"top-{topk}"
+        method = f"top-{topk}"
+        if args.btx_sample_top1:
+            method = "sampled top-1"
+        elif topk == experts:
+            method = "soft"
         raise InputError(
             f"--moe-expert-capacity-factor {capacity:g} with {method} routing, which drops no token; leave it out, or "
             "take switch routing (--moe-router-topk 1 --moe-router-pre-softmax)"
