@@ -10,12 +10,14 @@ from megatron_btx.ground.files import read_json_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
+BACKEND_FILE = "metadata.json"
+"""Megatron writes it last: a folder without it is not whole (``core/dist_checkpointing/serialization.py``, save)."""
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is (or claims to be) a Megatron checkpoint: a root, or one iteration."""
-    return any((path / mark).exists() for mark in (TRACKER, "metadata.json", ".metadata"))
+    return any((path / mark).exists() for mark in (TRACKER, BACKEND_FILE, ".metadata"))
 
 
 def resolve_iteration(path: str | Path) -> Path:
@@ -28,10 +30,10 @@ def resolve_iteration(path: str | Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a checkpoint's root or one of its iter_ folders")
     folder = path
-    if not (path / "metadata.json").is_file() and not (path / ".metadata").is_file():
+    if not (path / BACKEND_FILE).is_file() and not (path / ".metadata").is_file():
         folder = _find_latest(path)
     _refuse_other_formats(folder)
-    backend_file = folder / "metadata.json"
+    backend_file = folder / BACKEND_FILE
     if not backend_file.is_file():
         raise CheckpointError(
             f"{folder}: has no metadata.json, so it is not a torch_dist checkpoint; "
@@ -43,6 +45,26 @@ def resolve_iteration(path: str | Path) -> Path:
             f"{backend_file}: format {backend!r}, expected 'torch_dist'; save it again with --ckpt-format torch_dist"
         )
     return folder
+
+
+def read_tracker(root: Path) -> int | str | None:
+    """The step that a root's tracker names, or :data:`RELEASE`; None when it holds neither, as after a crash."""
+    text = (root / TRACKER).read_bytes()[:40].decode(errors="replace").strip()
+    if text == RELEASE:
+        return RELEASE
+    if re.fullmatch(r"[0-9]{1,18}", text):
+        return int(text)
+    return None
+
+
+def list_iterations(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything in a root that has the name of an iteration, whole or not, by step."""
+    found = []
+    for folder in root.glob("iter_*"):
+        number = folder.name.removeprefix("iter_")
+        if re.fullmatch(r"[0-9]{7,18}", number) and folder.is_dir():
+            found.append((int(number), folder))
+    return sorted(found)
 
 
 def root_of(folder: Path) -> Path:
@@ -61,7 +83,7 @@ def _refuse_other_formats(folder: Path) -> None:
             "not read; convert it with Megatron's tools/checkpoint, or have Megatron load it and save it again as one: "
             "--ckpt-format torch --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
         )
-    backend = folder / "metadata.json"
+    backend = folder / BACKEND_FILE
     found = ""
     if not backend.is_file() and (folder / ".metadata").is_file():
         found = "it has an index, but no metadata.json"
@@ -82,12 +104,15 @@ def _find_latest(root: Path) -> Path:
         raise CheckpointError(
             f"{root}: has neither {TRACKER} nor metadata.json; give a checkpoint's root or one of its iter_ folders"
         )
-    latest = tracker.read_bytes()[:40].decode(errors="replace").strip()
-    if latest != RELEASE and not re.fullmatch(r"[0-9]{1,18}", latest):
-        raise CheckpointError(f"{tracker}: holds {latest!r}, expected an iteration number or 'release'")
+    latest = read_tracker(root)
+    if latest is None:
+        held = tracker.read_bytes()[:40].decode(errors="replace").strip()
+        raise CheckpointError(
+            f"{tracker}: holds {held!r}, expected an iteration number or 'release'; give one of its iter_ folders"
+        )
     name = RELEASE
-    if latest != RELEASE:
-        name = f"iter_{int(latest):07d}"
+    if isinstance(latest, int):
+        name = f"iter_{latest:07d}"
     folder = root / name
     if not folder.is_dir():
         raise CheckpointError(f"{tracker}: names {folder.name}, which does not exist beside it; give an iter_ folder")

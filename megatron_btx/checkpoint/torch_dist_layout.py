@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Buffer
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.iterations import BACKEND
+from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE
 from megatron_btx.checkpoint.safe_pickle import old_state
 from megatron_btx.checkpoint.stored import Slot
 
@@ -88,7 +88,7 @@ class TorchDistLayout:
 
         index = io.BytesIO()
         _IndexPickler(index).dump(Metadata(self._entries, storage_data=self._storage))
-        return {"metadata.json": json.dumps(BACKEND).encode(), ".metadata": index.getvalue()}
+        return {BACKEND_FILE: json.dumps(BACKEND).encode(), ".metadata": index.getvalue()}
 
 
 class _IndexPickler(pickle.Pickler):

@@ -22,6 +22,7 @@ from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.engine import patch
 from megatron_btx.engine.checks import check_arguments
+from megatron_btx.engine.fallback import choose_checkpoint
 from megatron_btx.engine.flags import add_btx_arguments
 from megatron_btx.engine.options import Options
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
@@ -116,6 +117,7 @@ def _check_what_is_parsed(parser: ArgumentParser, check_own: Callable[[Any], obj
         if check_own:
             check_own(args)
         check_model_flags(args)
+        choose_checkpoint(args)
         # Before Megatron looks at them: it takes a path that is gone for the name of a model on the hub.
         return find_tokenizer(args)
 

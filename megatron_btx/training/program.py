@@ -145,6 +145,7 @@ def prepare(step: Step) -> Any:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_btx.engine import repairs
+    from megatron_btx.engine.stale_saves import save_into_empty_folders
     from megatron_btx.model.freezing import check_optimizers, freeze
     from megatron_btx.training import telemetry
     from megatron_btx.training.hooks import follow_training
@@ -154,6 +155,7 @@ def prepare(step: Step) -> Any:
 
     args, options = checked_arguments()
     repairs.install()
+    save_into_empty_folders(args)
     # Losses per domain are taken before Megatron logs a step, and the step's line is written after it.
     follow_training([*watch_validation(args, options), *write_metrics(args, options)])
     install_schedule_logging()

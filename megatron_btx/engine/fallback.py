@@ -1,0 +1,90 @@
+"""Which of its own checkpoints a run goes on from: the last one, or the one before where that is damaged.
+
+Megatron writes its tracker in place (``training/checkpointing.py``, save_checkpoint): a crash of the machine can leave
+it empty, and data files shorter than they were written. With such a tracker Megatron ends with status 0, and with such
+files in a traceback. A run that resumes from the folder that it saves to (``--load`` is ``--save``) falls back here,
+and says so. Nothing is changed on the disk: the next save writes the tracker anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.checkpoint.iterations import TRACKER, list_iterations, read_tracker, resolve_iteration
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.engine import patch
+from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.ground.log import say
+
+
+def choose_checkpoint(args: argparse.Namespace) -> None:
+    """Point a run at the newest of its own checkpoints that is whole: sets ``args.ckpt_step`` where it is not the last.
+
+    Every rank does it for itself, before any meets the others, and finds the same.
+
+    Raises:
+        CheckpointError: none is whole.
+    """
+    if not _resumes_its_own(args):
+        return
+    root = Path(args.load)
+    fault = _fault_of(root)
+    if fault is None:
+        return
+    step = _newest_whole(root)
+    say(f"{fault}; the run goes on from the checkpoint of step {step}")
+    args.ckpt_step = step
+    _answer_for_the_tracker(root / TRACKER, step)
+
+
+def _resumes_its_own(args: argparse.Namespace) -> bool:
+    """Whether a run goes on from the folder that it saves to, and nobody has chosen a step."""
+    if not args.load or not args.save or args.finetune or args.ckpt_step:
+        return False
+    return (Path(args.load) / TRACKER).is_file() and os.path.realpath(args.load) == os.path.realpath(args.save)
+
+
+def _fault_of(root: Path) -> str | None:
+    """What is wrong with the checkpoint that the tracker of ``root`` names; None of a whole one."""
+    try:
+        TorchDistReader(resolve_iteration(root))
+    except CheckpointError as fault:
+        return str(fault)
+    return None
+
+
+def _newest_whole(root: Path) -> int:
+    """The step of the newest whole checkpoint before the tracker's; of all where the tracker cannot be read.
+
+    Later ones do not count: their saving was not finished when the tracker was written.
+    """
+    last = read_tracker(root)
+    for step, folder in reversed(list_iterations(root)):
+        if isinstance(last, int) and step >= last:
+            continue
+        if _fault_of(folder) is None:
+            return step
+    raise CheckpointError(
+        f"{_fault_of(root)}; no earlier checkpoint in {root} is whole; move {root} away to start this stage again"
+    )
+
+
+def _answer_for_the_tracker(tracker: Path, step: int) -> None:
+    """Have Megatron take ``step`` for what stands in ``tracker``, which it reads even where ``--ckpt-step`` is given."""
+    from megatron.training import checkpointing
+
+    def with_the_chosen(read: Any) -> Any:
+        @functools.wraps(read)
+        def read_metadata(tracker_filename: Any) -> tuple[int, bool]:
+            if os.path.realpath(tracker_filename) == os.path.realpath(tracker):
+                return step, False
+            found: tuple[int, bool] = read(tracker_filename)
+            return found
+
+        return read_metadata
+
+    patch.wrap(checkpointing, "read_metadata", with_the_chosen, ("tracker_filename",))

@@ -1,0 +1,109 @@
+"""The training program with one fault in it: what the tests of this folder start in place of the program itself.
+
+The environment names the fault: ``FAULT_AT`` a point below, ``FAULT_STEP`` the step that is being taken, saved or was
+saved, ``FAULT_RANKS`` the ranks that it hits, and ``FAULT_SIGNAL`` what they get. The signal goes to this process or,
+with ``FAULT_RANKS=all``, to all of its run. Everything else is the program as users start it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from megatron_btx.training import program
+
+MAIN_PROCESS = os.getpid()
+
+
+def main() -> int:
+    """Plant the fault, then train."""
+    POINTS[os.environ["FAULT_AT"]](int(os.environ["FAULT_STEP"]))
+    result: int = program.main()
+    return result
+
+
+def _strike() -> None:
+    """Send the signal, once in a run."""
+    number = signal.Signals[os.environ["FAULT_SIGNAL"]]
+    ranks = os.environ["FAULT_RANKS"].split(",")
+    if ranks == ["all"]:
+        os.killpg(os.getpgrp(), number)
+    elif os.environ["RANK"] in ranks:
+        os.kill(MAIN_PROCESS, number)
+        if number in (signal.SIGKILL, signal.SIGSTOP) and os.getpid() != MAIN_PROCESS:
+            time.sleep(60)  # a writer of a rank that is gone, as on a node that is gone
+
+
+def _before(owner: Any, name: str, strike: Callable[..., None]) -> None:
+    """Call ``strike`` with the arguments of a function before each of its calls."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def call(*positional: Any, **named: Any) -> Any:
+        strike(*positional, **named)
+        return original(*positional, **named)
+
+    setattr(owner, name, call)
+
+
+def in_step(step: int) -> None:
+    """In the forward pass of a step."""
+    from megatron.training import get_args
+
+    def strike(*_: Any, **__: Any) -> None:
+        if get_args().curr_iteration == step - 1:
+            _strike()
+
+    _before(program, "forward_step", strike)
+
+
+def while_saving(step: int) -> None:
+    """After the first records of a checkpoint are written, before its index is."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    written: list[str] = []
+
+    def strike(_: Any, stream: Any, *__: Any, **___: Any) -> None:
+        written.append(stream.name)
+        if f"iter_{step:07d}" in str(stream.name) and len(written) % 4 == 0:
+            stream.flush()
+            _strike()
+
+    _before(filesystem_async, "_write_item", strike)
+
+
+def before_tracker(step: int) -> None:
+    """When the checkpoint of a step is whole and its tracker still names the one before."""
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.training import checkpointing
+
+    saved: list[str] = []
+    _before(serialization, "save_config", lambda _, folder: saved.append(str(folder)))
+
+    def strike(_: Any) -> None:
+        if saved and saved[-1].endswith(f"iter_{step:07d}"):
+            _strike()
+
+    _before(checkpointing, "get_checkpoint_tracker_filename", strike)
+
+
+def while_loading(step: int) -> None:
+    """While the state of a checkpoint is read."""
+    from megatron.core import dist_checkpointing
+
+    def strike(_: Any, folder: Any, *__: Any, **___: Any) -> None:
+        if str(folder).endswith(f"iter_{step:07d}"):
+            _strike()
+
+    _before(dist_checkpointing, "load", strike)
+
+
+POINTS = {function.__name__: function for function in (in_step, while_saving, before_tracker, while_loading)}
+
+if __name__ == "__main__":
+    sys.exit(main())
