@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+GRACE_SECONDS = 5.0
+"""How long the other ranks live on when one has failed."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -91,9 +93,9 @@ class Zygote:
         request["file_size_limit_bytes"] = file_size_limit_bytes
         return Run(int(self._ask("group", do="start", environment=environment or {}, **request)), log)
 
-    def wait(self, run: Run, expect: int | None = 0) -> Run:
+    def wait(self, run: Run, expect: int | None = 0, grace_seconds: float = GRACE_SECONDS) -> Run:
         """Wait for a run to end; with ``expect``, fail with the end of its log on another exit code."""
-        run.codes = list(self._ask("codes", do="wait", group=run.group))
+        run.codes = list(self._ask("codes", do="wait", group=run.group, grace_seconds=grace_seconds))
         # A rank that refuses ends the run: the zygote may kill the others before they have said the same.
         tolerated = {expect} if expect == 0 else {expect, -signal.SIGKILL}
         if expect is not None and (expect not in run.codes or not set(run.codes) <= tolerated):

@@ -29,9 +29,6 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-GRACE_SECONDS = 5.0
-
-
 def free_port() -> int:
     """A port that was free a moment ago.
 
@@ -109,7 +106,7 @@ def start(request: dict, fork: bool) -> list[int]:
     return ranks
 
 
-def wait(ranks: list[int]) -> list[int]:
+def wait(ranks: list[int], grace_seconds: float) -> list[int]:
     """Exit codes of all ranks; after a failure the others may speak too, then are ended: they might wait forever."""
     codes: dict[int, int] = {}
     deadline = None
@@ -118,7 +115,7 @@ def wait(ranks: list[int]) -> list[int]:
         if pid:
             codes[pid] = os.waitstatus_to_exitcode(status)
             if codes[pid] != 0 and deadline is None:
-                deadline = time.monotonic() + GRACE_SECONDS
+                deadline = time.monotonic() + grace_seconds
         elif time.monotonic() < deadline:
             time.sleep(0.02)
         else:
@@ -166,7 +163,7 @@ def main() -> None:
             runs[ranks[0]] = ranks
             print(json.dumps({"group": ranks[0]}), flush=True)
         else:
-            print(json.dumps({"codes": wait(runs.pop(request["group"]))}), flush=True)
+            print(json.dumps({"codes": wait(runs.pop(request["group"]), request["grace_seconds"])}), flush=True)
 
 
 if __name__ == "__main__":

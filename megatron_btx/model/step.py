@@ -27,7 +27,7 @@ def forward_step(
 
     Args:
         step: in training, is told which micro-batch this is.
-        stopping: tells all ranks when one of them reads what it cannot use.
+        stopping: is told that this rank got on, and tells all ranks when one of them reads what it cannot use.
         micro_batch_size: sequences of the micro-batch; by default as Megatron's flags for training or evaluation say.
     """
     from megatron.core import mpu
@@ -38,6 +38,8 @@ def forward_step(
     from megatron_btx.data.foreign_ids import ForeignIdError
     from megatron_btx.data.training import get_batch
 
+    if stopping is not None:
+        stopping.moved()
     args, chunk = get_args(), get_attr_wrapped_model(model, "vp_stage")
     if step is not None and model.training:
         step.begin_microbatch(

@@ -65,7 +65,7 @@ def main() -> int:
     from megatron_btx.model.sampling import Step
 
     step, stopping = Step(), Stopping()
-    configuration = prepare(step)
+    configuration = prepare(step, stopping)
     if done := finished(get_args()):
         say(done)
         return 0
@@ -78,6 +78,11 @@ def main() -> int:
         )
     except (CheckpointException, pickle.UnpicklingError) as failure:
         raise _checkpointing_failed(get_args(), failure) from failure
+    except RuntimeError as failure:
+        explained = stopping.explain(failure)
+        if explained is None:
+            raise
+        raise explained from failure
     finally:
         stopping.end()
     return 0
@@ -130,11 +135,12 @@ def _checkpointing_failed(
     )
 
 
-def prepare(step: Step) -> Any:
+def prepare(step: Step, stopping: Stopping) -> Any:
     """Check the command line, install what it asks for, and describe the run to Megatron.
 
     Args:
         step: where training stands, for the routers that are built here and the forward step that tells them.
+        stopping: watches from the moment at which the model is built.
 
     Returns:
         Megatron's configuration container for ``pretrain``.
@@ -154,6 +160,7 @@ def prepare(step: Step) -> Any:
     from megatron_btx.training.validation import watch_validation
 
     args, options = checked_arguments()
+    stopping.standstill_seconds = args.distributed_timeout_minutes * 60
     repairs.install()
     save_into_empty_folders(args)
     # Losses per domain are taken before Megatron logs a step, and the step's line is written after it.
@@ -161,12 +168,19 @@ def prepare(step: Step) -> Any:
     install_schedule_logging()
     install_lr_multipliers(options.groups)
     model = model_config(args, step)
+    model.pre_wrap_hooks.append(functools.partial(_watch, stopping))
     if options.groups.frozen:
         model.pre_wrap_hooks.append(freeze(options.groups, args))
     model.pre_wrap_hooks.append(check_optimizers(args))
     if args.num_experts:
         model.pre_wrap_hooks.append(telemetry.install(args))
     return pretrain_cfg_container_from_args(args, model)
+
+
+def _watch(stopping: Stopping, model: list[Any]) -> list[Any]:
+    """Begin to watch, as a hook of the model: by then the ranks have met, and none has read a checkpoint."""
+    stopping.watch()
+    return model
 
 
 def checked_arguments() -> tuple[Any, Options]:

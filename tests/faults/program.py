@@ -2,7 +2,8 @@
 
 The environment names the fault: ``FAULT_AT`` a point below, ``FAULT_STEP`` the step that is being taken, saved or was
 saved, ``FAULT_RANKS`` the ranks that it hits, and ``FAULT_SIGNAL`` what they get. The signal goes to this process or,
-with ``FAULT_RANKS=all``, to all of its run. Everything else is the program as users start it.
+with ``FAULT_RANKS=all``, to all of its run; HANG in its place lets a rank sleep. ``FAULT_TIMEOUT_SECONDS`` shortens
+``--distributed-timeout-minutes``, which takes whole minutes. Everything else is the program as users start it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,30 @@ MAIN_PROCESS = os.getpid()
 
 def main() -> int:
     """Plant the fault, then train."""
+    if "FAULT_TIMEOUT_SECONDS" in os.environ:
+        _shorten_timeout(float(os.environ["FAULT_TIMEOUT_SECONDS"]))
     POINTS[os.environ["FAULT_AT"]](int(os.environ["FAULT_STEP"]))
     result: int = program.main()
     return result
 
 
+def _shorten_timeout(seconds: float) -> None:
+    checked = program.checked_arguments
+
+    def checked_arguments() -> Any:
+        args, options = checked()
+        args.distributed_timeout_minutes = seconds / 60
+        return args, options
+
+    program.checked_arguments = checked_arguments
+
+
 def _strike() -> None:
     """Send the signal, once in a run."""
+    if os.environ["FAULT_SIGNAL"] == "HANG":
+        if os.environ["RANK"] in os.environ["FAULT_RANKS"].split(","):
+            time.sleep(600)
+        return
     number = signal.Signals[os.environ["FAULT_SIGNAL"]]
     ranks = os.environ["FAULT_RANKS"].split(",")
     if ranks == ["all"]:
