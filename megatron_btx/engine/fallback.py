@@ -74,7 +74,7 @@ def _newest_whole(root: Path) -> int:
 
 
 def _answer_for_the_tracker(tracker: Path, step: int) -> None:
-    """Have Megatron take ``step`` for what stands in ``tracker``, which it reads even where ``--ckpt-step`` is given."""
+    """Have Megatron take ``step`` for what the tracker holds, which it reads even where ``--ckpt-step`` is given."""
     from megatron.training import checkpointing
 
     def with_the_chosen(read: Any) -> Any:

@@ -32,8 +32,8 @@ def test_a_thread_that_moves_does_not_stand_still():
 
     def moves() -> None:
         while not end.is_set():
-            time.sleep(0.01)
-            end.wait(0.01)
+            time.sleep(0.013)
+            end.wait(0.017)
 
     moving = threading.Thread(target=moves)
     waiting, speaking = (threading.Thread(target=end.wait) for _ in range(2))
