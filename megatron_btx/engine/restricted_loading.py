@@ -21,6 +21,7 @@ import re
 from types import ModuleType
 from typing import Any, BinaryIO
 
+from megatron_btx.checkpoint.iterations import list_iterations, resolve_iteration
 from megatron_btx.checkpoint.safe_pickle import allowed_globals, load_pickle
 from megatron_btx.engine import patch
 from megatron_btx.ground.errors import CheckpointError
@@ -119,11 +120,10 @@ def loading_failed(path: str, failure: BaseException) -> CheckpointError:
 
     Args:
         path: the checkpoint.
-        failure: of ``megatron.training.checkpointing.load_checkpoint``: PyTorch's CheckpointException, which holds
-            those of its parts, or an UnpicklingError.
+        failure: of ``megatron.training.checkpointing.load_checkpoint``: PyTorch's CheckpointException, Megatron's
+            CheckpointingException, or an UnpicklingError.
     """
-    parts = getattr(failure, "failures", None)
-    cause = next(iter(parts.values()))[0] if parts else failure
+    cause = cause_of(failure)
     if isinstance(cause, CheckpointError):
         return cause
     if isinstance(cause, pickle.UnpicklingError):
@@ -131,10 +131,27 @@ def loading_failed(path: str, failure: BaseException) -> CheckpointError:
             f"{path}: holds a pickle {_offence(str(cause))}; do not use it, or have its owner save it again with stock "
             "Megatron"
         )
+    older = _older(path)
     return CheckpointError(
         f"{path}: the checkpoint could not be read: {type(cause).__name__}: {cause}. It holds other state than this "
-        "command needs, or is damaged: give the flags it was written with, or an older one with --ckpt-step"
+        f"command needs, or is damaged: give the flags it was written with, or an older one with --ckpt-step{older}"
     )
+
+
+def cause_of(failure: BaseException) -> BaseException:
+    """The first failure of those that PyTorch's CheckpointException holds; any other is its own cause."""
+    parts = getattr(failure, "failures", None)
+    if parts:
+        first: BaseException = next(iter(parts.values()))[0]
+        return first
+    return failure
+
+
+def _older(path: str) -> str:
+    """The step of the checkpoint before, where there is one."""
+    folder = resolve_iteration(path)
+    steps = [f" {step}" for step, other in list_iterations(folder.parent) if other.name < folder.name]
+    return steps[-1] if steps else ""
 
 
 def _offence(said: str) -> str:

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 BAD_INPUT_EXIT_CODE = 2
-STANDSTILL_EXIT_CODE = 1
+MACHINE_EXIT_CODE = 1
 """Nobody's input was bad: a scheduler should start the run again."""
 _LINE_AT_MOST = 4000
 
@@ -23,8 +23,8 @@ class BTXError(Exception):
     """Base of every error this project raises on purpose."""
 
 
-class StandstillError(BTXError):
-    """A rank hangs or is gone, and the others wait for it."""
+class MachineError(BTXError):
+    """A process, a machine or a disk failed, and nobody's input is bad: the same command goes on from what is saved."""
 
 
 class InputError(BTXError):
@@ -58,7 +58,7 @@ def bare_exceptions_as(error_of: Callable[[Exception], Exception]) -> Iterator[N
 
 
 def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
-    """Wrap a command's main: a BTXError becomes one line on stderr and exit status 2; 1 for a run that stood still.
+    """Wrap a command's main: a BTXError becomes one line on stderr and exit status 2; 1 for a MachineError.
 
     OSErrors (a full disk, an unreadable folder) are treated alike, because the person at the keyboard is
     the one who can mend them; every other exception is a defect of ours and keeps its traceback.
@@ -68,9 +68,9 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
     def wrapped(*arguments: object, **named: object) -> int:
         try:
             return main(*arguments, **named)
-        except StandstillError as error:
+        except MachineError as error:
             _say(str(error))
-            return STANDSTILL_EXIT_CODE
+            return MACHINE_EXIT_CODE
         except BTXError as error:
             _say(str(error))
         except OSError as error:

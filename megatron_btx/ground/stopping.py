@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from megatron_btx.ground.errors import BTXError, InputError, StandstillError, exits_with_one_line
+from megatron_btx.ground.errors import BTXError, InputError, MachineError, exits_with_one_line
 from megatron_btx.ground.standstill import AGAIN, Place, Standstill, describe
 
 _KEY, _SEEN, _PLACE = "megatron_btx/stop", "megatron_btx/stopped", "megatron_btx/place"
@@ -65,7 +65,7 @@ class Stopping:
         """This rank got on: it has begun another micro-batch."""
         self._standstill.moved()
 
-    def stop_all(self, reason: InputError) -> None:
+    def stop_all(self, reason: BTXError) -> None:
         """Tell the others why this rank stops, wait until they know, and end as they do.
 
         A rank that is alone comes back: its caller raises the reason.
@@ -75,7 +75,7 @@ class Stopping:
             return
         self._tell_and_leave(reason, self._world)
 
-    def explain(self, failure: RuntimeError) -> StandstillError | None:
+    def explain(self, failure: RuntimeError) -> MachineError | None:
         """What to say of a collective that failed because another rank is gone; None of any other failure.
 
         After a timeout the thread names the rank that hangs and ends this process. It cannot where the store answers
@@ -84,7 +84,7 @@ class Stopping:
         if self._store is None:
             return None
         if _LOST in str(failure):
-            return StandstillError(
+            return MachineError(
                 "the connection to another rank is lost: its process has ended or was killed, and its own log or the "
                 f"launcher says why. {AGAIN}"
             )
@@ -92,7 +92,7 @@ class Stopping:
             return None
         self._timed_out = self._standstill.place_of(failure, self._rank)
         time.sleep(3 * _LATE_SECONDS)
-        return StandstillError(
+        return MachineError(
             "the run stands still, and rank 0, by which all met, gives no word: its process or its machine is stopped "
             f"or gone. {AGAIN}"
         )
@@ -134,7 +134,7 @@ class Stopping:
         reason = describe(places, self._world, self.standstill_seconds)
         if reason is not None:
             self._done.set()
-            self._tell_and_leave(StandstillError(reason), len(places))
+            self._tell_and_leave(MachineError(reason), len(places))
 
     def _tell_and_leave(self, reason: BTXError, ranks: int) -> None:
         """Leave the reason for the others, and end.
@@ -142,15 +142,15 @@ class Stopping:
         Args:
             ranks: how many are there to read it.
         """
-        message = {"reason": str(reason), "is_standstill": isinstance(reason, StandstillError), "ranks": ranks}
+        message = {"reason": str(reason), "is_machine": isinstance(reason, MachineError), "ranks": ranks}
         self._store.set(_KEY, json.dumps(message))
         self._leave(**message)  # type: ignore[arg-type]
 
-    def _leave(self, reason: str, is_standstill: bool, ranks: int) -> None:
+    def _leave(self, reason: str, is_machine: bool, ranks: int) -> None:
         """Say the reason and end at once: an orderly end would wait for ranks that are no more."""
         error: BTXError = InputError(reason)
-        if is_standstill:
-            error = StandstillError(reason)
+        if is_machine:
+            error = MachineError(reason)
         status = exits_with_one_line(_raise)(error)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -8,6 +8,7 @@ It is Megatron's own ``megatron.training.pretrain`` with our layers and data, af
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import functools
 import io
 import logging
@@ -24,15 +25,14 @@ from megatron_btx.engine.budget import budget_of
 from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
 from megatron_btx.engine.program import parse_training
-from megatron_btx.ground.errors import CheckpointError, exits_with_one_line
+from megatron_btx.ground.errors import CheckpointError, MachineError, exits_with_one_line
 from megatron_btx.ground.log import say
+from megatron_btx.ground.standstill import AGAIN
 from megatron_btx.ground.stopping import Stopping
 from megatron_btx.model.build import model_config
 from megatron_btx.model.step import forward_step
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint.api import CheckpointException
-
     from megatron_btx.engine.options import Options
     from megatron_btx.model.sampling import Step
 
@@ -55,7 +55,9 @@ def main() -> int:
     help_if_asked(__doc__, add_training_arguments)
     if "--btx-check" in sys.argv[1:]:
         return check()
+    faulthandler.enable()  # a dataset that is cut while it is mapped ends a process by a signal, without a word
     install_cpu_stand_ins()
+    from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain
     from torch.distributed.checkpoint.api import CheckpointException
@@ -76,16 +78,25 @@ def main() -> int:
             ModelType.encoder_or_decoder,
             functools.partial(forward_step, step=step, stopping=stopping),
         )
-    except (CheckpointException, pickle.UnpicklingError) as failure:
+    except (CheckpointException, CheckpointingException, pickle.UnpicklingError) as failure:
         raise _checkpointing_failed(get_args(), failure) from failure
     except RuntimeError as failure:
-        explained = stopping.explain(failure)
-        if explained is None:
-            raise
-        raise explained from failure
+        raise _explain(failure, stopping) from failure
     finally:
         stopping.end()
     return 0
+
+
+def _explain(failure: RuntimeError, stopping: Stopping) -> Exception:
+    """What a person can do something with, of a failure that is of the machine; any other as it is."""
+    if "DataLoader worker" not in str(failure):
+        return stopping.explain(failure) or failure
+    reason = MachineError(
+        f"a process that reads the data is gone: {failure}. A dataset was removed or is being written, or memory ran "
+        f"out. {AGAIN}"
+    )
+    stopping.stop_all(reason)
+    return reason
 
 
 def check() -> int:
@@ -112,19 +123,17 @@ def check() -> int:
     return 0
 
 
-def _checkpointing_failed(
-    args: argparse.Namespace, failure: CheckpointException | pickle.UnpicklingError
-) -> CheckpointError:
+def _checkpointing_failed(args: argparse.Namespace, failure: Exception) -> CheckpointError:
     """A failed checkpoint in one line, with what helps: most often the disk is full, and the last one stands."""
     from megatron_btx.engine.checks.start import checkpoint_to_load
-    from megatron_btx.engine.restricted_loading import loading_failed
+    from megatron_btx.engine.restricted_loading import cause_of, loading_failed
 
     if any(frame.name == "load_checkpoint" for frame in traceback.extract_tb(failure.__traceback__)):
         loaded = checkpoint_to_load(args)
         return loading_failed(str(loaded[0] if loaded else args.load), failure)
     if isinstance(failure, pickle.UnpicklingError):
         raise failure  # of no checkpoint
-    cause = next(iter(failure.failures.values()))[0]
+    cause = cause_of(failure)
     said = f"{type(cause).__name__}: {cause}"
     free_mib = shutil.disk_usage(args.save if os.path.isdir(args.save) else ".").free >> 20
     # Megatron passes on of an exception in a writing process its class alone, as text.
@@ -151,6 +160,8 @@ def prepare(step: Step, stopping: Stopping) -> Any:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_btx.engine import repairs
+    from megatron_btx.engine.checks.start import checkpoint_to_load
+    from megatron_btx.engine.integrity import verify_where_checksums_are
     from megatron_btx.engine.stale_saves import save_into_empty_folders
     from megatron_btx.model.freezing import check_optimizers, freeze
     from megatron_btx.training import telemetry
@@ -163,6 +174,8 @@ def prepare(step: Step, stopping: Stopping) -> Any:
     stopping.standstill_seconds = args.distributed_timeout_minutes * 60
     repairs.install()
     save_into_empty_folders(args)
+    loaded = checkpoint_to_load(args)
+    verify_where_checksums_are(args, resumes=loaded is not None and loaded[1])
     # Losses per domain are taken before Megatron logs a step, and the step's line is written after it.
     follow_training([*watch_validation(args, options), *write_metrics(args, options)])
     install_schedule_logging()

@@ -8,12 +8,15 @@ with ``FAULT_RANKS=all``, to all of its run; HANG in its place lets a rank sleep
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_btx.training import program
@@ -25,6 +28,7 @@ def main() -> int:
     """Plant the fault, then train."""
     if "FAULT_TIMEOUT_SECONDS" in os.environ:
         _shorten_timeout(float(os.environ["FAULT_TIMEOUT_SECONDS"]))
+    tempfile.tempdir = None  # TMPDIR of this run, not of the process that it was forked from
     POINTS[os.environ["FAULT_AT"]](int(os.environ["FAULT_STEP"]))
     result: int = program.main()
     return result
@@ -121,7 +125,68 @@ def while_loading(step: int) -> None:
     _before(dist_checkpointing, "load", strike)
 
 
-POINTS = {function.__name__: function for function in (in_step, while_saving, before_tracker, while_loading)}
+def data_gone(step: int) -> None:
+    """The dataset ``FAULT_PATH`` is removed before a step."""
+
+    def remove() -> None:
+        for suffix in (".bin", ".idx"):
+            Path(os.environ["FAULT_PATH"] + suffix).unlink()
+
+    _at_step(step, remove)
+
+
+def data_cut(step: int) -> None:
+    """Somebody writes the dataset ``FAULT_PATH`` anew: its file is empty before a step."""
+    _at_step(step, lambda: os.truncate(os.environ["FAULT_PATH"] + ".bin", 0))
+
+
+def clock_jumps(step: int) -> None:
+    """From a step on the clock is a day late, and from the next on ten years ahead."""
+    clock = time.time
+
+    def jump(by_seconds: float) -> Callable[[], None]:
+        return lambda: setattr(time, "time", lambda: clock() + by_seconds)
+
+    _at_step(step, jump(-86400.0))
+    _at_step(step + 1, jump(3e8))
+
+
+def quota(step: int) -> None:
+    """The kernel's answer to a writer that is over its quota, in the checkpoint of a step."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def strike(_: Any, stream: Any, *__: Any, **___: Any) -> None:
+        if f"iter_{step:07d}" in str(stream.name):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(stream.name))
+
+    _before(filesystem_async, "_write_item", strike)
+
+
+def nothing(_: int) -> None:
+    """No fault but those of the environment."""
+
+
+def _at_step(step: int, act: Callable[[], None]) -> None:
+    """Act once on the first of ``FAULT_RANKS``, before the first micro-batch of a step is read."""
+    from megatron.training import get_args
+
+    done: list[int] = []
+
+    def strike(*_: Any, **__: Any) -> None:
+        if get_args().curr_iteration == step - 1 and not done and os.environ["RANK"] in os.environ["FAULT_RANKS"]:
+            done.append(step)
+            act()
+
+    _before(program, "forward_step", strike)
+
+
+POINTS = {
+    function.__name__: function
+    for function in (
+        *(in_step, while_saving, before_tracker, while_loading),
+        *(data_gone, data_cut, clock_jumps, quota, nothing),
+    )
+}
 
 if __name__ == "__main__":
     sys.exit(main())
