@@ -27,6 +27,7 @@ from megatron_btx.engine.flags import help_if_asked
 from megatron_btx.engine.program import parse_training
 from megatron_btx.ground.errors import CheckpointError, MachineError, exits_with_one_line
 from megatron_btx.ground.log import say
+from megatron_btx.ground.orphans import leave_no_orphans
 from megatron_btx.ground.standstill import AGAIN
 from megatron_btx.ground.stopping import Stopping
 from megatron_btx.model.build import model_config
@@ -55,6 +56,7 @@ def main() -> int:
     help_if_asked(__doc__, add_training_arguments)
     if "--btx-check" in sys.argv[1:]:
         return check()
+    leave_no_orphans()
     faulthandler.enable()  # a dataset that is cut while it is mapped ends a process by a signal, without a word
     install_cpu_stand_ins()
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -123,7 +125,7 @@ def check() -> int:
     return 0
 
 
-def _checkpointing_failed(args: argparse.Namespace, failure: Exception) -> CheckpointError:
+def _checkpointing_failed(args: argparse.Namespace, failure: BaseException) -> CheckpointError:
     """A failed checkpoint in one line, with what helps: most often the disk is full, and the last one stands."""
     from megatron_btx.engine.checks.start import checkpoint_to_load
     from megatron_btx.engine.restricted_loading import cause_of, loading_failed
