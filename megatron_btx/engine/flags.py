@@ -64,8 +64,29 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         "loaded; without it a difference that would silently change the model is refused. dataset_tokenizer allows "
         "datasets that were made with another tokenizer than this run's (default: none)",
     )
+    add_saving_arguments(parser)
     add_routing_arguments(parser)
     add_validation_arguments(parser)
+
+
+def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which checkpoints of a run are kept."""
+    group = parser.add_argument_group("megatron_btx saving", "which checkpoints of --save are kept")
+    group.add_argument(
+        "--btx-keep-last",
+        metavar="K",
+        type=int,
+        default=None,
+        help="keep the K newest whole checkpoints and remove older ones after each save; from 2 on a damaged last one "
+        "costs one interval (default: all are kept)",
+    )
+    group.add_argument(
+        "--btx-keep-every",
+        metavar="STEPS",
+        type=int,
+        default=None,
+        help="beside those of --btx-keep-last, keep every checkpoint whose step is a multiple of STEPS (default: none)",
+    )
 
 
 def add_routing_arguments(parser: argparse.ArgumentParser) -> None:

@@ -40,6 +40,7 @@ _REPORTING = """
 # Where files lie and how they are read and written.
 _STORING = """
     save load data-cache-path btx-metrics object-storage-cache-path config-logger-dir
+    btx-keep-last btx-keep-every verify-integrity
     non-persistent-ckpt-type non-persistent-global-ckpt-dir non-persistent-local-ckpt-dir non-persistent-local-ckpt-algo
     async-save async-strategy async-ckpt-cpu-priority async-ckpt-io-priority use-persistent-ckpt-worker
     ckpt-fully-parallel-save ckpt-fully-parallel-load no-ckpt-fully-parallel-save ckpt-assume-constant-structure

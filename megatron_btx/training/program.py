@@ -164,6 +164,7 @@ def prepare(step: Step, stopping: Stopping) -> Any:
     from megatron_btx.engine import repairs
     from megatron_btx.engine.checks.start import checkpoint_to_load
     from megatron_btx.engine.integrity import verify_where_checksums_are
+    from megatron_btx.engine.retention import remove_old_checkpoints
     from megatron_btx.engine.stale_saves import save_into_empty_folders
     from megatron_btx.model.freezing import check_optimizers, freeze
     from megatron_btx.training import telemetry
@@ -176,6 +177,7 @@ def prepare(step: Step, stopping: Stopping) -> Any:
     stopping.standstill_seconds = args.distributed_timeout_minutes * 60
     repairs.install()
     save_into_empty_folders(args)
+    remove_old_checkpoints(args)
     loaded = checkpoint_to_load(args)
     verify_where_checksums_are(args, resumes=loaded is not None and loaded[1])
     # Losses per domain are taken before Megatron logs a step, and the step's line is written after it.
