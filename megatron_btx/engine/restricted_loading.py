@@ -148,8 +148,11 @@ def cause_of(failure: BaseException) -> BaseException:
 
 
 def _older(path: str) -> str:
-    """The step of the checkpoint before, where there is one."""
-    folder = resolve_iteration(path)
+    """The step of the checkpoint before, where there is one: ``path`` may be none at all."""
+    try:
+        folder = resolve_iteration(path)
+    except CheckpointError:
+        return ""
     steps = [f" {step}" for step, other in list_iterations(folder.parent) if other.name < folder.name]
     return steps[-1] if steps else ""
 
