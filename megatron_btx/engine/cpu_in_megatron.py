@@ -44,6 +44,14 @@ def _replace_in_training() -> None:
     )
     # Warms up torch.compile'd functions that are not compiled here.
     _replace("megatron.training.training", "set_jit_fusion_options", ["tp_size"], lambda _: lambda tp_size=None: None)
+    # The process that writes --async-save's checkpoints is a new program to Megatron, for CUDA's sake; without these
+    # stand-ins it asks for a GPU and ends. A fork has them.
+    _replace(
+        "megatron.training.initialize",
+        "init_persistent_async_worker",
+        ["rank", "mp_mode"],
+        lambda original: lambda rank, mp_mode="fork": original(rank, "fork"),
+    )
     # torch's record of CUDA memory; asked for after the first step.
     _replace(
         "megatron.training.training",

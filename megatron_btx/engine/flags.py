@@ -221,6 +221,8 @@ def machine_defaults() -> dict[str, Any]:
     """Defaults for Megatron's flags that follow from what this machine has (a GPU, Transformer Engine, apex)."""
     # Megatron 0.19 has no default for the evaluation interval and divides by it even with --eval-iters 0.
     defaults: dict[str, Any] = {"eval_interval": 1000}
+    # Without it Megatron only warns, and saves as if --async-save were not given.
+    defaults["use_persistent_ckpt_worker"] = True
     # Megatron's default for --async-save is a library of its own, and a traceback where that is absent.
     if find_spec("nvidia_resiliency_ext") is None:
         defaults["async_strategy"] = "mcore"

@@ -75,6 +75,11 @@ class Stopping:
             return
         self._tell_and_leave(reason, self._world)
 
+    def leave_all(self, reason: BTXError) -> None:
+        """The same from another thread, where the main one may wait for ever; a rank that is alone ends, too."""
+        self.stop_all(reason)
+        self._leave(str(reason), isinstance(reason, MachineError), ranks=1)
+
     def explain(self, failure: RuntimeError) -> MachineError | None:
         """What to say of a collective that failed because another rank is gone; None of any other failure.
 
@@ -158,6 +163,8 @@ class Stopping:
         os._exit(status)
 
     def _wait_for(self, ranks: int) -> None:
+        if self._store is None:
+            return
         deadline = time.monotonic() + _PATIENCE_SECONDS
         try:
             seen = self._store.add(_SEEN, 1)

@@ -162,6 +162,7 @@ def prepare(step: Step, stopping: Stopping) -> Any:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_btx.engine import repairs
+    from megatron_btx.engine.async_saves import guard_async_saves
     from megatron_btx.engine.checks.start import checkpoint_to_load
     from megatron_btx.engine.integrity import verify_where_checksums_are
     from megatron_btx.engine.retention import remove_old_checkpoints
@@ -176,6 +177,7 @@ def prepare(step: Step, stopping: Stopping) -> Any:
     args, options = checked_arguments()
     stopping.standstill_seconds = args.distributed_timeout_minutes * 60
     repairs.install()
+    guard_async_saves(args, stopping)
     save_into_empty_folders(args)
     remove_old_checkpoints(args)
     loaded = checkpoint_to_load(args)

@@ -162,6 +162,17 @@ def quota(step: int) -> None:
     _before(filesystem_async, "_write_item", strike)
 
 
+def writer_gone(step: int) -> None:
+    """The process that writes checkpoints in the background is killed while it writes that of a step."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def strike(_: Any, stream: Any, *__: Any, **___: Any) -> None:
+        if f"iter_{step:07d}" in str(stream.name):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _before(filesystem_async, "_write_item", strike)
+
+
 def nothing(_: int) -> None:
     """No fault but those of the environment."""
 
@@ -184,7 +195,7 @@ POINTS = {
     function.__name__: function
     for function in (
         *(in_step, while_saving, before_tracker, while_loading),
-        *(data_gone, data_cut, clock_jumps, quota, nothing),
+        *(data_gone, data_cut, clock_jumps, quota, writer_gone, nothing),
     )
 }
 

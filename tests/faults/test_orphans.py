@@ -40,6 +40,7 @@ def start(corpus, folder, mark):
     """A long run under a real torchrun, which saves often: writing processes are there most of the time."""
     arguments = pico.train(corpus, 5000, folder / "metrics.jsonl")
     arguments += ["--save", str(folder / "checkpoint"), "--load", str(folder / "checkpoint"), "--save-interval", "20"]
+    arguments += ["--async-save"]  # its writer is a process more
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
     command += [str(25_000 + os.getpid() % 5000 + len(mark)), "-m", "megatron_btx.pretrain", *arguments]
     with open(folder / "log", "wb") as log:

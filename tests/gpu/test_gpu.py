@@ -149,6 +149,7 @@ CASES = {
     "dense": (False, [], SAME_DEVICE_BOUND),
     "dense-bf16-distributed": (False, ["--bf16", "--use-distributed-optimizer"], SAME_DEVICE_BF16_BOUND),
     "mixture": (True, [], SAME_DEVICE_BOUND),
+    "mixture-async-save": (True, ["--async-save"], SAME_DEVICE_BOUND),
 }
 
 

@@ -9,7 +9,6 @@ import argparse
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from megatron_btx.engine.cpu import has_gpu
 from megatron_btx.ground.errors import InputError
 
 _OWN_DATA = "these programs train on indexed datasets alone (--train-data-path, --data-path); leave it out"
@@ -69,11 +68,6 @@ def _of_the_budget(args: argparse.Namespace) -> Iterator[Refusal]:
 def _that_fail_late(args: argparse.Namespace) -> Iterator[Refusal]:
     """What ends in a traceback: at the first evaluation, the first save, or the next start."""
     without_engine = args.transformer_impl == "local" and find_spec("transformer_engine") is None
-    yield (
-        "--async-save",
-        args.async_save and not has_gpu(),
-        "Megatron 0.19's saving process waits for ever without a GPU; leave it out on the CPU",
-    )
     yield "--logits-save-dir", args.logits_save_dir is not None, _NOT_IN_WHEEL
     yield "--logits-load-dir", args.logits_load_dir is not None, _NOT_IN_WHEEL
     yield "--save-activations-interval", args.save_activations_interval is not None and without_engine, _NEEDS_ENGINE

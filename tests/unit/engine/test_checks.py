@@ -89,7 +89,6 @@ def check(parser: argparse.ArgumentParser, flags: str, moe: bool = True) -> None
         ("--optimizer sgd --save there", "--optimizer sgd: Megatron 0.19 cannot resume it"),
         ("--optimizer sgd --use-distributed-optimizer", "--optimizer sgd: Megatron 0.19 cannot resume it"),
         ("--optimizer muon", "--optimizer muon: needs the package emerging-optimizers"),
-        ("--async-save", "--async-save: Megatron 0.19's saving process waits for ever without a GPU"),
         ("--logits-save-dir there", "--logits-save-dir: needs a module that Megatron's wheel lacks"),
         ("--logits-load-dir there", "--logits-load-dir: needs a module that Megatron's wheel lacks"),
         ("--reset-attention-mask", "causal over the whole sequence"),

@@ -16,6 +16,7 @@ from tests.runner import Zygote
 
 REPLACED = {
     "megatron.core.tensor_parallel.random": ["_set_cuda_rng_state", "_get_cuda_rng_state"],
+    "megatron.training.initialize": ["init_persistent_async_worker"],
     "megatron.training.training": [
         "initialize_megatron",
         "set_jit_fusion_options",
