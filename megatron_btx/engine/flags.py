@@ -65,8 +65,30 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         "datasets that were made with another tokenizer than this run's (default: none)",
     )
     add_saving_arguments(parser)
+    add_bad_step_arguments(parser)
     add_routing_arguments(parser)
     add_validation_arguments(parser)
+
+
+def add_bad_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what follows a loss that is no number, infinite or a spike."""
+    group = parser.add_argument_group(
+        "megatron_btx bad steps", "by default Megatron takes such a step again and ends the run with status 16 or 17"
+    )
+    group.add_argument(
+        "--btx-skip-bad-steps",
+        action="store_true",
+        help="a step whose loss or gradient is NaN or infinite changes nothing, and the run goes on; ten in a row end "
+        "it (default: off)",
+    )
+    group.add_argument(
+        "--btx-spike-sigma",
+        metavar="SIGMA",
+        type=float,
+        default=None,
+        help="with --btx-skip-bad-steps: skip a step, too, whose loss or gradient norm is more than SIGMA standard "
+        "deviations above the mean of the last 128 steps, once there are 64 (default: none; 6 is usual)",
+    )
 
 
 def add_saving_arguments(parser: argparse.ArgumentParser) -> None:

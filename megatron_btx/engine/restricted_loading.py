@@ -47,7 +47,7 @@ def restrict_unpickling() -> None:
 
     os.environ.pop(_NEVER, None)  # PyTorch takes one of the two switches
     os.environ[_ALWAYS] = "1"
-    allowed = [*allowed_globals(), *_numpy_dtypes(), *_enums()]
+    allowed = [*allowed_globals(), *_numpy_dtypes(), *_enums(), *_records()]
     ours = {_name(one) for one in allowed}
     # Megatron's list has NumPy's own constructors, which take bytes for objects: see safe_numpy.py.
     others = [one for one in torch.serialization.get_safe_globals() if _name(one) not in ours]
@@ -69,6 +69,14 @@ def _enums() -> list[Any]:
         values = vars(importlib.import_module(name)).values()
         found += [value for value in values if isinstance(value, type) and issubclass(value, enum.Enum)]
     return found
+
+
+def _records() -> list[Any]:
+    """Megatron's named tuples of what its re-run machinery has found, which it saves with the step to take again."""
+    from megatron.core import rerun_state_machine
+
+    patch.expect(rerun_state_machine, "Call", "Caller")
+    return [rerun_state_machine.Call, rerun_state_machine.Caller]
 
 
 def _numpy_dtypes() -> list[Any]:

@@ -69,13 +69,13 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(*arguments, **named)
         except MachineError as error:
-            _say(str(error))
+            print_error(str(error))
             return MACHINE_EXIT_CODE
         except BTXError as error:
-            _say(str(error))
+            print_error(str(error))
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            _say(f"{where}{error.strerror or error}")
+            print_error(f"{where}{error.strerror or error}")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -89,7 +89,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _say(text: str) -> None:
+def print_error(text: str) -> None:
     """One line on stderr: of a distributed run's ranks the first says "error:", the others say who they are before it.
 
     They may not be silent: a file can be missing on one node alone, and metrics are written by the last rank. Names

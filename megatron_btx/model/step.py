@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.ground.errors import InputError
@@ -22,6 +22,7 @@ def forward_step(
     step: Step | None = None,
     stopping: Stopping | None = None,
     micro_batch_size: int | None = None,
+    see_loss: Callable[[Any, Any], None] | None = None,
 ) -> tuple[Any, Any]:
     """One micro-batch through this stage: the per-token losses on the last one, and how to reduce them.
 
@@ -29,6 +30,7 @@ def forward_step(
         step: in training, is told which micro-batch this is.
         stopping: is told that this rank got on, and tells all ranks when one of them reads what it cannot use.
         micro_batch_size: sequences of the micro-batch; by default as Megatron's flags for training or evaluation say.
+        see_loss: is shown the sum of losses and the tokens of every micro-batch that is trained on.
     """
     from megatron.core import mpu
     from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -65,21 +67,28 @@ def forward_step(
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return output, functools.partial(language_model_loss, batch["loss_mask"])
+    if not model.training:
+        see_loss = None
+    return output, functools.partial(language_model_loss, batch["loss_mask"], see_loss=see_loss)
 
 
-def language_model_loss(loss_mask_BS: Any, losses_BS: Any) -> tuple[Any, Any, dict[str, Any]]:
+def language_model_loss(
+    loss_mask_BS: Any, losses_BS: Any, see_loss: Callable[[Any, Any], None] | None = None
+) -> tuple[Any, Any, dict[str, Any]]:
     """Sum of the per-token cross-entropies in nats, the number of tokens, and both for reporting.
 
     Args:
         loss_mask_BS: [B, S], 1 where a token counts.
         losses_BS: [B, S], cross-entropy per token.
+        see_loss: is shown the sum and the number.
     """
     import torch
 
     mask = loss_mask_BS.reshape(-1).float()
     total = torch.sum(losses_BS.reshape(-1).float() * mask)
     tokens = mask.sum().to(torch.int)
+    if see_loss is not None:
+        see_loss(total, tokens)
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
 
 

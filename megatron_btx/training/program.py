@@ -18,6 +18,7 @@ import shutil
 import sys
 import traceback
 from argparse import ArgumentParser
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from megatron_btx.engine.budget import budget_of
 from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
 from megatron_btx.engine.program import parse_training
-from megatron_btx.ground.errors import CheckpointError, MachineError, exits_with_one_line
+from megatron_btx.ground.errors import CheckpointError, MachineError, exits_with_one_line, print_error
 from megatron_btx.ground.log import say
 from megatron_btx.ground.orphans import leave_no_orphans
 from megatron_btx.ground.standstill import AGAIN
@@ -67,9 +68,10 @@ def main() -> int:
     from megatron_btx.data.training import datasets_for
     from megatron_btx.engine.checks.start import finished
     from megatron_btx.model.sampling import Step
+    from megatron_btx.training.bad_steps import explain_exit
 
     step, stopping = Step(), Stopping()
-    configuration = prepare(step, stopping)
+    configuration, see_loss = prepare(step, stopping)
     if done := finished(get_args()):
         say(done)
         return 0
@@ -78,8 +80,13 @@ def main() -> int:
             configuration,
             datasets_for(stopping),
             ModelType.encoder_or_decoder,
-            functools.partial(forward_step, step=step, stopping=stopping),
+            functools.partial(forward_step, step=step, stopping=stopping, see_loss=see_loss),
         )
+    except SystemExit as end:
+        explained = explain_exit(end.code)
+        if explained is not None:
+            print_error(str(explained))
+        raise
     except (CheckpointException, CheckpointingException, pickle.UnpicklingError) as failure:
         raise _checkpointing_failed(get_args(), failure) from failure
     except RuntimeError as failure:
@@ -146,7 +153,7 @@ def _checkpointing_failed(args: argparse.Namespace, failure: BaseException) -> C
     )
 
 
-def prepare(step: Step, stopping: Stopping) -> Any:
+def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], None]]:
     """Check the command line, install what it asks for, and describe the run to Megatron.
 
     Args:
@@ -154,7 +161,7 @@ def prepare(step: Step, stopping: Stopping) -> Any:
         stopping: watches from the moment at which the model is built.
 
     Returns:
-        Megatron's configuration container for ``pretrain``.
+        Megatron's configuration container for ``pretrain``, and what sees the loss of every micro-batch.
 
     Raises:
         InputError: see :func:`checked_arguments`.
@@ -169,6 +176,7 @@ def prepare(step: Step, stopping: Stopping) -> Any:
     from megatron_btx.engine.stale_saves import save_into_empty_folders
     from megatron_btx.model.freezing import check_optimizers, freeze
     from megatron_btx.training import telemetry
+    from megatron_btx.training.bad_steps import ShownLosses, SkippedSteps, begin_record
     from megatron_btx.training.hooks import follow_training
     from megatron_btx.training.metrics import write_metrics
     from megatron_btx.training.optimizer import install_lr_multipliers, install_schedule_logging
@@ -182,8 +190,15 @@ def prepare(step: Step, stopping: Stopping) -> Any:
     remove_old_checkpoints(args)
     loaded = checkpoint_to_load(args)
     verify_where_checksums_are(args, resumes=loaded is not None and loaded[1])
+    followers = watch_validation(args, options)
+    see_loss = ShownLosses(args, step).see
+    if args.btx_skip_bad_steps:
+        args.btx_taken_steps = begin_record(args.btx_taken_steps)
+        skipped = SkippedSteps(args)
+        followers.append(skipped)
+        see_loss = skipped.see
     # Losses per domain are taken before Megatron logs a step, and the step's line is written after it.
-    follow_training([*watch_validation(args, options), *write_metrics(args, options)])
+    follow_training([*followers, *write_metrics(args, options)])
     install_schedule_logging()
     install_lr_multipliers(options.groups)
     model = model_config(args, step)
@@ -193,7 +208,7 @@ def prepare(step: Step, stopping: Stopping) -> Any:
     model.pre_wrap_hooks.append(check_optimizers(args))
     if args.num_experts:
         model.pre_wrap_hooks.append(telemetry.install(args))
-    return pretrain_cfg_container_from_args(args, model)
+    return pretrain_cfg_container_from_args(args, model), see_loss
 
 
 def _watch(stopping: Stopping, model: list[Any]) -> list[Any]:
@@ -211,13 +226,14 @@ def checked_arguments() -> tuple[Any, Options]:
     from megatron_btx.data.splits import check_splits
     from megatron_btx.data.training import check_data_files
     from megatron_btx.engine.checks.start import check_against_checkpoint
-    from megatron_btx.training import validation
+    from megatron_btx.training import bad_steps, validation
 
     args, options = parse_training(add_training_arguments)
     check_against_checkpoint(args, options.groups)
     check_data_files(args)
     check_splits(args)
     validation.check(args, options)
+    bad_steps.check(args)
     return args, options
 
 

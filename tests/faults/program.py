@@ -173,6 +173,23 @@ def writer_gone(step: int) -> None:
     _before(filesystem_async, "_write_item", strike)
 
 
+def bad_loss(step: int) -> None:
+    """The losses of a step are multiplied by ``FAULT_SIGNAL``: nan, inf, or a number; below 0, of all from there on."""
+    from megatron.training import get_args
+
+    forward = program.forward_step
+
+    def multiplied(*positional: Any, **named: Any) -> Any:
+        output, loss_function = forward(*positional, **named)
+        taken = get_args().curr_iteration + 1
+        is_bad = taken == step or 0 < -step <= taken
+        if is_bad and os.environ["RANK"] in os.environ["FAULT_RANKS"].split(","):
+            output = output * float(os.environ["FAULT_SIGNAL"])
+        return output, loss_function
+
+    program.forward_step = multiplied
+
+
 def nothing(_: int) -> None:
     """No fault but those of the environment."""
 
@@ -195,7 +212,7 @@ POINTS = {
     function.__name__: function
     for function in (
         *(in_step, while_saving, before_tracker, while_loading),
-        *(data_gone, data_cut, clock_jumps, quota, writer_gone, nothing),
+        *(data_gone, data_cut, clock_jumps, quota, writer_gone, bad_loss, nothing),
     )
 }
 

@@ -52,6 +52,7 @@ def check_against_checkpoint(args: argparse.Namespace, groups: TrainedGroups) ->
         InputError: names every argument that differs, with both values and the flag that mends it.
     """
     loaded = checkpoint_to_load(args)
+    args.btx_taken_steps = None
     _check_non_persistent(args)
     if loaded is not None:
         path, resuming = loaded
@@ -61,6 +62,8 @@ def check_against_checkpoint(args: argparse.Namespace, groups: TrainedGroups) ->
             check_resume(path, stored, vars(args), groups, done=finished(args) is not None)
         # The experts' names travel from checkpoint to checkpoint, for figures and for mixing again.
         args.btx_experts = stored.get("btx_experts")
+        if resuming:
+            args.btx_taken_steps = stored.get("btx_taken_steps")
 
 
 def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[ModelArgument] = MODEL_ARGUMENTS) -> Any:

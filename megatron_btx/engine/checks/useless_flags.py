@@ -41,7 +41,6 @@ def _of_other_programs(args: argparse.Namespace) -> Iterator[Refusal]:
     yield "--fim-data", args.fim_data, _OWN_DATA
     yield "--dataloader-inter-document-masking", args.dataloader_inter_document_masking, _ELSEWHERE
     yield "--hybrid-context-parallel", args.hybrid_context_parallel, _ELSEWHERE
-    yield "--check-for-spiky-loss", args.check_for_spiky_loss, _ELSEWHERE
     yield "--perform-rl-step", args.perform_rl_step, _ELSEWHERE
 
 

@@ -76,7 +76,6 @@ def check(parser: argparse.ArgumentParser, flags: str, moe: bool = True) -> None
         ("--fim-data", "--fim-data: these programs train on indexed datasets alone"),
         ("--dataloader-inter-document-masking", "masking: belongs to a program of Megatron's repository"),
         ("--hybrid-context-parallel", "--hybrid-context-parallel: belongs to a program"),
-        ("--check-for-spiky-loss", "--check-for-spiky-loss: belongs to a program"),
         ("--perform-rl-step", "--perform-rl-step: belongs to a program"),
         ("--rerun-mode report_stats", "takes the word and does not know it"),
         (

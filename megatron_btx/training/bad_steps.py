@@ -1,0 +1,231 @@
+"""Steps whose loss or gradient is no number, infinite, or far above the last ones: stopped at, or skipped.
+
+**Stopped at** by Megatron's re-run machinery (``core/rerun_state_machine.py``), the default. It takes the step again to
+tell a fault of the machine from one of the data or the model, and ends the run with status 16 or 17. It sees gradients
+by itself. Losses it sees only where a loss function shows them, as :class:`ShownLosses` does.
+
+**Skipped** with ``--btx-skip-bad-steps``. Megatron skips a step whose optimizer finds an infinity in its gradients
+(``core/optimizer/optimizer.py``, prepare_grads): weights, their state and the schedule stay, and the run goes on with
+the next samples. :class:`SkippedSteps` has it find more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import statistics
+from typing import Any
+
+from megatron_btx.engine import patch
+from megatron_btx.ground.errors import InputError, MachineError
+from megatron_btx.ground.log import say
+from megatron_btx.model.sampling import Step
+from megatron_btx.training.hooks import Follower
+
+SPIKE_FACTOR = 10
+"""--check-for-spiky-loss: Megatron's own factor on the largest of the first 100 losses (``pretrain_gpt.py``)."""
+WINDOW_STEPS = 128
+"""How many taken steps --btx-spike-sigma compares with."""
+LEAST_STEPS = WINDOW_STEPS // 2
+SKIPPED_AT_MOST = 10
+"""Bad steps in a row after which a run ends: it would only skip what is left."""
+_RESUME_TO_DISAMBIGUATE, _FAILED_VALIDATION = 16, 17
+"""Megatron's statuses."""
+
+
+class ShownLosses:
+    """Shows the losses of training to Megatron's re-run machinery, each with the samples that it is of."""
+
+    def __init__(self, args: argparse.Namespace, step: Step) -> None:
+        self._finite = args.check_for_nan_in_loss_and_grad
+        self._spiky = args.check_for_spiky_loss
+        self._sequences = args.micro_batch_size
+        self._step = step
+
+    def see(self, total: Any, tokens: Any) -> None:
+        """One micro-batch's sum of losses in nats, and its tokens."""
+        import torch
+        from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+        machine = get_rerun_state_machine()
+        first = self._step.first_sample
+        of = f"the loss of samples {first} to {first + self._sequences - 1}"
+        if self._finite:
+            for word, rejects in (("is no number (NaN)", torch.isnan), ("is infinite", torch.isinf)):
+                machine.validate_result(
+                    result=total, rejection_func=rejects, message=f"{of} {word}", tolerance=0.0, fatal=True
+                )
+        if self._spiky:
+            machine.validate_result(
+                result=total / tokens.clamp(min=1),
+                rejection_func=functools.partial(machine.is_unexpectedly_large, threshold=SPIKE_FACTOR, context="loss"),
+                message=f"{of} is {SPIKE_FACTOR} times the largest before",
+                tolerance=0.0,
+                fatal=False,
+            )
+
+
+def explain_exit(status: Any) -> MachineError | None:
+    """What the re-run machinery found, on a rank that found it; None on the others and for any other status.
+
+    Args:
+        status: with which Megatron ends.
+    """
+    if status not in (_RESUME_TO_DISAMBIGUATE, _FAILED_VALIDATION):
+        return None
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import get_args
+
+    machine = get_rerun_state_machine()
+    if machine.failed_validation_call is None:
+        return None
+    # Its own lines count one step more.
+    found = f"step {get_args().curr_iteration + 1}: {machine.failed_validation_call.caller.message}"
+    if status == _RESUME_TO_DISAMBIGUATE:
+        return MachineError(
+            f"{found}, and again when the step was taken a second time; the step before it is saved. Start the same "
+            "command on another GPU to learn whether this one is at fault, or go on over such steps with "
+            "--btx-skip-bad-steps"
+        )
+    return MachineError(
+        f"{found}, and a second time it was otherwise, or another GPU has found the same: the lines above say which. "
+        "Start the same command again; it goes on from its last checkpoint"
+    )
+
+
+class SkippedSteps(Follower):
+    """Lets bad steps change nothing. All ranks decide alike, from the same two numbers."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._total = self._tokens = 0.0
+        self._skips = False
+        self._wrapped = False
+
+    def see(self, total: Any, tokens: Any) -> None:
+        """One micro-batch's sum of losses in nats, and its tokens."""
+        self._total = self._total + total.detach().double()
+        self._tokens = self._tokens + tokens.double()
+
+    def before_step(self, iteration: int, model: list[Any], optimizer: Any) -> None:
+        """Begin a step; before the first one, have the optimizer ask."""
+        self._total = self._tokens = 0.0
+        if not self._wrapped:
+            self._wrapped = True
+            patch.wrap(optimizer, "prepare_grads", functools.partial(self._with_judgement, optimizer))
+
+    def after_step(self, done: int, model: list[Any], optimizer: Any, losses: dict[str, Any]) -> None:
+        """Log whether the step was skipped, where Megatron's scalars go."""
+        from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+        if (writer := get_tensorboard_writer()) is not None:
+            writer.add_scalar("skipped", float(self._skips), done)
+        if (wandb := get_wandb_writer()) is not None:
+            wandb.log({"skipped": float(self._skips)}, done)
+
+    def _with_judgement(self, optimizer: Any, prepare: Any) -> Any:
+        @functools.wraps(prepare)
+        def prepare_grads() -> bool:
+            found_infinity: bool = prepare()
+            self._judge(self._mean_loss(), float(optimizer.get_grad_norm()))
+            return found_infinity or self._skips
+
+        return prepare_grads
+
+    def _mean_loss(self) -> float:
+        """The step's loss in nats per token over everybody's batches; ranks without losses add nothing."""
+        import torch
+
+        sums = torch.zeros(2, dtype=torch.float64, device="cuda")
+        sums += torch.stack([torch.as_tensor(self._total).to(sums), torch.as_tensor(self._tokens).to(sums)])
+        torch.distributed.all_reduce(sums)
+        return (sums[0] / sums[1]).item()
+
+    def _judge(self, loss: float, gradient_norm: float) -> None:
+        """Decide on a step, say so, and remember one that is taken.
+
+        Raises:
+            InputError: too many in a row are bad.
+        """
+        record = self._args.btx_taken_steps
+        why = find_fault({"loss": loss, "gradient norm": gradient_norm}, record, self._args.btx_spike_sigma)
+        self._skips = why is not None
+        if why is None:
+            record["skipped in a row"] = 0
+            for name, value in (("loss", loss), ("gradient norm", gradient_norm)):
+                record[name] = [*record[name], value][-WINDOW_STEPS:]
+            return
+        record["skipped in a row"] += 1
+        first = self._args.consumed_train_samples
+        last = first + self._args.global_batch_size - 1
+        text = f"step {self._args.curr_iteration + 1} (samples {first} to {last}): {why}"
+        if record["skipped in a row"] >= SKIPPED_AT_MOST:
+            raise InputError(
+                f"{text}; {SKIPPED_AT_MOST} steps in a row are bad, so nothing is learned any more: the run ends. Go "
+                "back with --ckpt-step, lower --lr, or look at the data"
+            )
+        say(f"skipped: {text}")
+
+
+def find_fault(step: dict[str, float], record: dict[str, Any], sigma: float | None) -> str | None:
+    """Why a step is bad; None of a good one.
+
+    Args:
+        step: its loss and its gradient norm, by name.
+        record: the same of the steps that were taken before.
+        sigma: how many standard deviations above their mean is too far; None for no such bound.
+    """
+    for name, value in step.items():
+        if not math.isfinite(value):
+            return f"the {name} is {value}"
+    if sigma is None:
+        return None
+    for name, value in step.items():
+        before = record[name]
+        if len(before) < LEAST_STEPS:
+            continue
+        bound = statistics.fmean(before) + sigma * statistics.stdev(before)
+        if value > bound:
+            return f"the {name} is {value:.4f}, above {bound:.4f} ({sigma} sigma of {len(before)} steps)"
+    return None
+
+
+def begin_record(stored: Any) -> dict[str, Any]:
+    """The record of taken steps that a run goes on with.
+
+    Args:
+        stored: that of the checkpoint; None for a new run.
+
+    Raises:
+        InputError: what is stored is no such record.
+    """
+    if stored is None:
+        return {"loss": [], "gradient norm": [], "skipped in a row": 0}
+    try:
+        return {
+            "loss": [float(value) for value in stored["loss"]],
+            "gradient norm": [float(value) for value in stored["gradient norm"]],
+            "skipped in a row": int(stored["skipped in a row"]),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the checkpoint's record of steps (btx_taken_steps) cannot be read ({error!r}); resume without "
+            "--btx-skip-bad-steps"
+        ) from error
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what contradicts skipping, and have Megatron leave bad steps to it. Raises InputError."""
+    if args.btx_spike_sigma is not None and not 0 < args.btx_spike_sigma < math.inf:
+        raise InputError(f"--btx-spike-sigma {args.btx_spike_sigma}: expected a number above 0; 6 is usual")
+    if not args.btx_skip_bad_steps:
+        if args.btx_spike_sigma is not None:
+            raise InputError("--btx-spike-sigma: nothing is skipped without --btx-skip-bad-steps; give that too")
+        return
+    if args.fp16:
+        raise InputError("--btx-skip-bad-steps: with --fp16 Megatron's loss scaler skips steps; leave it out")
+    if args.check_for_spiky_loss:
+        raise InputError("--check-for-spiky-loss: with --btx-skip-bad-steps use --btx-spike-sigma in its place")
+    args.check_for_nan_in_loss_and_grad = False
+    args.rerun_mode = "disabled"  # else a checkpoint that it has saved would take the bad step again

@@ -1,0 +1,122 @@
+"""A loss that is no number, infinite or a spike: stopped at by Megatron, or skipped, with step and samples named."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from megatron_btx.checkpoint.iterations import TRACKER, read_tracker
+from tests import pico
+from tests.faults.test_async_save import BY_PARAMETER, tensors
+from tests.faults.test_kills import PROGRAM, fault
+from tests.runner import read_losses, read_metrics
+
+SKIP = ["--btx-skip-bad-steps"]
+
+
+def flags(corpus, folder, more=(), steps=6, every=2, moe=False):
+    """A run that resumes by itself, with a schedule."""
+    root = str(folder / "checkpoint")
+    arguments = pico.train(corpus, steps, folder / "metrics.jsonl", moe=moe)
+    arguments += ["--save", root, "--load", root, "--save-interval", str(every)]
+    return [*arguments, "--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--min-lr", "1e-3", *more]
+
+
+def errors_of(run):
+    """The lines of all ranks that say why."""
+    return [line for line in run.text().splitlines() if "error: " in line]
+
+
+@pytest.mark.parametrize(("value", "word"), [("nan", "is no number (NaN)"), ("inf", "is infinite")])
+def test_stops_at_a_bad_loss(value, word, zygote, corpus, tmp_path):
+    """Taken again, saved one step before, status 16; so again from there, until somebody decides to skip it."""
+    environment = fault("bad_loss", 5, "1", value)
+    run = zygote.start(2, flags(corpus, tmp_path), tmp_path / "first", PROGRAM, environment)
+    zygote.wait(run, expect=None)
+    assert run.codes == [16, 16], run.text()[-3000:]
+    # Step 5 reads samples 16 to 19, and the second rank's micro-batches are the odd ones.
+    assert len(errors_of(run)) == 1 and f"step 5: the loss of samples 17 to 17 {word}" in errors_of(run)[0]
+    assert read_tracker(tmp_path / "checkpoint") == 4
+    run = zygote.start(2, flags(corpus, tmp_path), tmp_path / "again", PROGRAM, environment)
+    zygote.wait(run, expect=None)
+    assert run.codes == [16, 16] and "step 5" in errors_of(run)[0]
+    zygote.run(2, flags(corpus, tmp_path, SKIP), tmp_path / "over", entry=PROGRAM, environment=environment)
+    assert read_tracker(tmp_path / "checkpoint") == 6
+
+
+LAYOUTS = {
+    "one rank": (1, "0", []),
+    "dp2": (2, "1", ["--use-distributed-optimizer", *BY_PARAMETER]),
+    "pp2": (2, "1", ["--pipeline-model-parallel-size", "2"]),
+    "tp2": (2, "0,1", ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "ep2": (2, "0", ["--expert-model-parallel-size", "2"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_skipped_step_changes_nothing(layout, zygote, corpus, tmp_path):
+    """Weights and their state are bit for bit those of the step before, the schedule stays, and the run goes on."""
+    ranks, hit, more = LAYOUTS[layout]
+    arguments = flags(corpus, tmp_path, [*SKIP, *more], every=1, moe=layout == "ep2")
+    run = zygote.run(ranks, arguments, tmp_path / "log", entry=PROGRAM, environment=fault("bad_loss", 4, hit, "nan"))
+    said = [line for line in run.text().splitlines() if line.startswith("skipped: ")]
+    assert len(said) == 1 and "step 4 (samples 12 to 15): the loss is nan" in said[0]
+    folders = [tmp_path / f"checkpoint/iter_{step:07d}" for step in (3, 4, 5)]
+    before, after, later = map(tensors, folders)
+    assert all(torch.equal(before[name], after[name]) for name in before if "rng" not in name)
+    assert not all(torch.equal(before[name], later[name]) for name in before)
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["skipped"] for line in metrics.values()] == [0, 0, 0, 1, 0, 0]
+    assert metrics[4]["learning-rate"] == metrics[3]["learning-rate"] > metrics[5]["learning-rate"]
+
+
+def test_a_spike_is_skipped_and_the_record_survives(zygote, corpus, tmp_path):
+    """A loss of 30 times the usual; started again from before it, the run takes the same decision, bit for bit."""
+    more = [*SKIP, "--btx-spike-sigma", "6"]
+    arguments = flags(corpus, tmp_path, more, steps=72, every=66)
+    run = zygote.run(2, arguments, tmp_path / "log", entry=PROGRAM, environment=fault("bad_loss", 70, "0,1", "30"))
+    said = [line for line in run.text().splitlines() if line.startswith("skipped: ")]
+    assert len(said) == 1 and "step 70 (samples 276 to 279): the loss is" in said[0] and "6.0 sigma of 69" in said[0]
+    through = read_losses(tmp_path / "metrics.jsonl")
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "checkpoint/iter_0000066", resumed / "checkpoint/iter_0000066")
+    (resumed / "checkpoint" / TRACKER).write_text("66")
+    arguments = flags(corpus, resumed, more, steps=72, every=66)
+    again = zygote.run(2, arguments, resumed / "log", entry=PROGRAM, environment=fault("bad_loss", 70, "0,1", "30"))
+    assert [line for line in again.text().splitlines() if line.startswith("skipped: ")] == said
+    assert read_losses(resumed / "metrics.jsonl") == {step: through[step] for step in range(67, 73)}
+
+
+def test_ten_in_a_row_end_the_run(zygote, corpus, tmp_path):
+    """It would skip for ever: status 2, one line with the step, and the last checkpoint is of a skipped one."""
+    arguments = flags(corpus, tmp_path, SKIP, steps=20)
+    run = zygote.start(2, arguments, tmp_path / "log", PROGRAM, fault("bad_loss", -4, "0,1", "inf"))
+    zygote.wait(run, expect=2)
+    assert sum(line.startswith("skipped: ") for line in run.text().splitlines()) == 9
+    assert all("step 13 (samples 48 to 51): the loss is inf; 10 steps in a row are bad" in e for e in errors_of(run))
+    assert read_tracker(tmp_path / "checkpoint") == 12
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--btx-spike-sigma", "6"], "nothing is skipped without --btx-skip-bad-steps"),
+        ([*SKIP, "--btx-spike-sigma", "-1"], "--btx-spike-sigma -1.0: expected a number above 0"),
+        ([*SKIP, "--check-for-spiky-loss"], "use --btx-spike-sigma in its place"),
+        ([*SKIP, "--fp16"], "Megatron's loss scaler skips steps"),
+    ],
+)
+def test_refused(more, said, zygote, corpus, tmp_path):
+    """One line each."""
+    run = zygote.run(1, flags(corpus, tmp_path, more), tmp_path / "log", expect=2)
+    assert len(errors_of(run)) == 1 and said in errors_of(run)[0]
+
+
+def test_megatrons_own_check_for_spikes(zygote, corpus, tmp_path):
+    """It compares with the first 100 micro-batches, and only says so: the run goes on."""
+    arguments = flags(corpus, tmp_path, ["--check-for-spiky-loss"], steps=30, every=30)
+    run = zygote.run(1, arguments, tmp_path / "log", entry=PROGRAM, environment=fault("bad_loss", 28, "0", "100"))
+    assert "the loss of samples 108 to 108 is 10 times the largest before" in run.text()
+    assert max(read_losses(tmp_path / "metrics.jsonl")) == 30
