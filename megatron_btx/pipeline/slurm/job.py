@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -30,7 +31,9 @@ from megatron_btx.pipeline.slurm.record import StageRecord, read_record
 from megatron_btx.pipeline.slurm.script import DONE_BEFORE, INTERRUPTED
 from megatron_btx.pipeline.stage import Stage
 
-_BAD_INPUT_OF_TASK = f"Exited with exit code {BAD_INPUT_EXIT_CODE}\n"
+_FAILED_TASK = "Exited with exit code "
+"""What srun says of a task that ended by itself with a status."""
+_BAD_INPUT_OF_TASK = f"{_FAILED_TASK}{BAD_INPUT_EXIT_CODE}\n"
 """What srun says of a task that refused its input, whatever ended the others."""
 
 
@@ -116,12 +119,14 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
     if status == BAD_INPUT_EXIT_CODE:
         problem = f"failed: {message.partition('error: ')[2]}"
         message = ""
+    elif _was_asked_to_end(text, code):
+        problem = "stopped: cancelled, preempted or out of time"
     elif killed:
         problem = f"failed: {killed}"
     stalled = _count_stalled(stage, directory, started)
     goes_on = status != BAD_INPUT_EXIT_CODE and stalled <= retries
     started["problem"] = problem
-    if code:
+    if code and not problem.startswith("stopped"):
         status_word = "failed"
         _say(f"stage {stage.name} {problem}; its log: {directory / LOG_FILE}\n{message}")
     else:
@@ -133,6 +138,11 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
     if status != BAD_INPUT_EXIT_CODE:
         _say(f"{stalled} starts in a row saved no further step; not started again")
     return status
+
+
+def _was_asked_to_end(text: str, code: int) -> bool:
+    """Whether Slurm told a program to end; srun tells the neighbours of a failed task the same."""
+    return code in (-signal.SIGTERM, 128 + signal.SIGTERM) and _FAILED_TASK not in text
 
 
 def _check_parents(run: Path, record: StageRecord) -> None:

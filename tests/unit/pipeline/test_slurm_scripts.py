@@ -292,6 +292,31 @@ def test_bad_input_is_not_tried_again(world: JobWorld) -> None:
     assert world.manifest()["slurm"]["problem"] == "failed: --lr: no"
 
 
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("slurmstepd: error: *** STEP 1.0 ON n1 CANCELLED AT 2026-11-26T10:00:00 ***\n", "stopped"),
+        ("srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n2: task 1: Terminated\n", "failed"),
+        ("srun: error: n1: task 0: Exited with exit code 16\n", "failed"),
+    ],
+)
+def test_what_slurm_stops_has_not_failed(said: str, status: str, world: JobWorld) -> None:
+    """A stage that cannot save ends by SIGTERM when it is cancelled, and so do the neighbours of a failed rank."""
+    world.finish_data()
+    assert world.call("begin") == 0
+    assert world.call("end", 143, said) == INTERRUPTED
+    assert world.manifest()["status"] == status
+    assert world.manifest()["slurm"]["problem"].startswith(status)
+
+
+@pytest.mark.parametrize("status", [1, 16, 17])
+def test_what_a_machine_may_have_done_is_tried_again(status: int, world: JobWorld) -> None:
+    """A rank that hung, and a step that Megatron wants taken again elsewhere; as often as retries say."""
+    world.finish_data()
+    assert world.call("begin") == 0 and world.call("end", status, "error: the run has stood still\n") == INTERRUPTED
+    assert world.call("begin") == 0 and world.call("end", status) == 1
+
+
 def test_a_job_of_other_settings_does_not_begin(world: JobWorld, capsys: pytest.CaptureFixture[str]) -> None:
     world.finish_data()
     assert job.main(["begin", "train", "--fingerprint", "other", "--retries", "1"]) == 2
