@@ -172,14 +172,19 @@ class Cluster:
             "SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2",
             "ReturnToService=2",
             "KillWait=10",
+            # A job of the partition "urgent" takes the nodes of others, which have 30 seconds to save and leave.
+            "PreemptType=preempt/partition_prio",
+            "PreemptMode=REQUEUE",
             "InactiveLimit=0",
             "MinJobAge=300",
             "MpiDefault=none",
         ]
         for node, port in zip(NODES, (first, second), strict=True):
             lines.append(f"NodeName={node} NodeHostname=localhost NodeAddr={node} Port={port} CPUs=4 State=UNKNOWN")
-        lines.append(f"PartitionName=all Nodes={','.join(NODES)} Default=YES MaxTime=60 State=UP")
-        lines.append(f"PartitionName=other Nodes={','.join(NODES)} MaxTime=60 State=UP")
+        nodes = ",".join(NODES)
+        lines.append(f"PartitionName=all Nodes={nodes} Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=30")
+        lines.append(f"PartitionName=other Nodes={nodes} MaxTime=60 State=UP PriorityTier=1 GraceTime=30")
+        lines.append(f"PartitionName=urgent Nodes={nodes} MaxTime=60 State=UP PriorityTier=9 PreemptMode=OFF")
         self.configuration.write_text("\n".join(lines) + "\n")
 
 

@@ -304,6 +304,32 @@ def test_a_run_submitted_twice_at_once(world: World, runs: dict[str, Path]) -> N
     assert submit_run(run).submitted == {}
 
 
+def test_a_job_that_is_preempted_saves_and_goes_on(world: World, runs: dict[str, Path]) -> None:
+    """A job of a partition that goes first takes its node: it has its grace time, and the step it saved is the next."""
+    run = runs["limited"]
+    number = submit_run(run, *LIMITED, only=("expert-math",)).submitted["expert-math"]
+    world.slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=30")
+    metrics = run / "expert-math" / "metrics.jsonl"
+    before = max(line.iteration for line in read_last_metrics(metrics, 1))
+    wait_until(lambda: max(line.iteration for line in read_last_metrics(metrics, 1)) > before, "steps of the new start")
+    log = run / "slurm" / "expert-math.log"
+    ended = log.read_text().count("ended at iteration")
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    asked = world.slurm.run("sbatch", "--parsable", *urgent).strip()
+    wait_until(lambda: log.read_text().count("ended at iteration") > ended, "the preemption", 60)
+    saved = read_checkpointed_iteration(run / "expert-math")
+    assert saved > before
+    wait_until(
+        lambda: "RUNNING" in world.slurm.run("squeue", f"--job={asked}", "--format=%T"), "the job that goes first", 30
+    )
+    assert world.processes_of(str(number)) == [] and jobs_of(run)["expert-math"].state == "PENDING"
+    wait_until(lambda: max(line.iteration for line in read_last_metrics(metrics, 1)) > saved, "steps after it")
+    lines = [line.iteration for line in read_last_metrics(metrics, 10**6)]
+    assert lines == list(range(1, lines[-1] + 1)), "a step is missing or stands twice"
+    answer(btx("cancel", str(run)))
+    wait_until(lambda: not list_jobs(run), "the cancelled job to be gone")
+
+
 def test_a_secret_of_the_environment_stands_in_no_file(world: World, runs: dict[str, Path]) -> None:
     for run in runs.values():
         for path in run.rglob("*"):
