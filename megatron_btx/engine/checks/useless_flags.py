@@ -42,6 +42,12 @@ def _of_other_programs(args: argparse.Namespace) -> Iterator[Refusal]:
     yield "--dataloader-inter-document-masking", args.dataloader_inter_document_masking, _ELSEWHERE
     yield "--hybrid-context-parallel", args.hybrid_context_parallel, _ELSEWHERE
     yield "--perform-rl-step", args.perform_rl_step, _ELSEWHERE
+    yield (
+        "--inprocess-restart",
+        args.inprocess_restart,
+        "is put around Megatron's own scripts and does nothing here; leave it out, torchrun --max-restarts and Slurm "
+        "start a run again",
+    )
 
 
 def _of_the_budget(args: argparse.Namespace) -> Iterator[Refusal]:
@@ -71,6 +77,11 @@ def _that_fail_late(args: argparse.Namespace) -> Iterator[Refusal]:
     yield "--logits-load-dir", args.logits_load_dir is not None, _NOT_IN_WHEEL
     yield "--save-activations-interval", args.save_activations_interval is not None and without_engine, _NEEDS_ENGINE
     yield "--save-dgrads-interval", args.save_dgrads_interval is not None and without_engine, _NEEDS_ENGINE
+    yield (
+        "--enable-ft-package",
+        args.enable_ft_package and find_spec("nvidia_resiliency_ext") is None,
+        "needs the package nvidia-resiliency-ext, which is not installed; install it, or leave it out",
+    )
     yield (
         "--rerun-mode report_stats",
         args.rerun_mode == "report_stats",

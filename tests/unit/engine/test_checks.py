@@ -77,6 +77,8 @@ def check(parser: argparse.ArgumentParser, flags: str, moe: bool = True) -> None
         ("--dataloader-inter-document-masking", "masking: belongs to a program of Megatron's repository"),
         ("--hybrid-context-parallel", "--hybrid-context-parallel: belongs to a program"),
         ("--perform-rl-step", "--perform-rl-step: belongs to a program"),
+        ("--inprocess-restart", "--inprocess-restart: is put around Megatron's own scripts"),
+        ("--enable-ft-package", "--enable-ft-package: needs the package nvidia-resiliency-ext"),
         ("--rerun-mode report_stats", "takes the word and does not know it"),
         (
             "--transformer-impl local --save-activations-interval 2",
