@@ -80,6 +80,22 @@ def test_falls_back_to_the_one_before(damage, finished, zygote, corpus, tmp_path
     assert "step 6 of 6: nothing left to train" in again.text() and "goes on from" not in again.text()
 
 
+def test_a_save_over_an_older_one_never_loads_half_written(finished, zygote, corpus, tmp_path):
+    """Killed on top of a checkpoint that was whole, it would have old and new files under the old description."""
+    shutil.copytree(finished / "checkpoint", tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / TRACKER).write_text("2")
+    (tmp_path / "checkpoint/iter_0000004/of_the_older_one").write_text("")
+    fault = {"FAULT_AT": "while_saving", "FAULT_STEP": "4", "FAULT_RANKS": "0", "FAULT_SIGNAL": "SIGKILL"}
+    run = zygote.start(1, flags(corpus, tmp_path), tmp_path / "killed", "tests.faults.program", fault)
+    zygote.wait(run, expect=None)
+    left = [path.name for path in (tmp_path / "checkpoint/iter_0000004").iterdir()]
+    assert left and not {"metadata.json", "of_the_older_one"} & set(left)
+    (tmp_path / "metrics.jsonl").unlink()
+    zygote.run(1, flags(corpus, tmp_path), tmp_path / "again")
+    reference = read_losses(finished / "metrics.jsonl")
+    assert read_losses(tmp_path / "metrics.jsonl") == {at: reference[at] for at in range(3, STEPS + 1)}
+
+
 def test_no_whole_checkpoint_is_refused(finished, zygote, corpus, tmp_path):
     """Nothing is trained anew over what somebody may still want to save."""
     shutil.copytree(finished / "checkpoint", tmp_path / "checkpoint")
