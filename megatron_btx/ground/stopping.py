@@ -124,6 +124,8 @@ class Stopping:
         """Leave this rank's place when it stands still; end the run when it is known who hangs."""
         still = self._standstill.seconds() >= self.standstill_seconds
         if not still and self._timed_out is None:
+            if self._still_since is not None:
+                self._store.delete_key(f"{_PLACE}/{self._rank}")
             self._still_since = None
             return
         if self._still_since is None:

@@ -83,23 +83,26 @@ def main() -> int:
             functools.partial(forward_step, step=step, stopping=stopping, see_loss=see_loss),
         )
     except SystemExit as end:
-        explained = explain_exit(end.code)
-        if explained is not None:
-            print_error(str(explained))
+        found = explain_exit(end.code)
+        if found is not None:
+            print_error(str(found))
         raise
     except (CheckpointException, CheckpointingException, pickle.UnpicklingError) as failure:
         raise _checkpointing_failed(get_args(), failure) from failure
     except RuntimeError as failure:
-        raise _explain(failure, stopping) from failure
+        explained = _explain(failure, stopping)
+        if explained is None:
+            raise
+        raise explained from failure
     finally:
         stopping.end()
     return 0
 
 
-def _explain(failure: RuntimeError, stopping: Stopping) -> Exception:
-    """What a person can do something with, of a failure that is of the machine; any other as it is."""
+def _explain(failure: RuntimeError, stopping: Stopping) -> MachineError | None:
+    """What a person can do something with, of a failure that is of the machine; None of any other."""
     if "DataLoader worker" not in str(failure):
-        return stopping.explain(failure) or failure
+        return stopping.explain(failure)
     reason = MachineError(
         f"a process that reads the data is gone: {failure}. A dataset was removed or is being written, or memory ran "
         f"out. {AGAIN}"
