@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_btx.ground.errors import InputError
@@ -30,7 +31,10 @@ def print_status(directory: Path) -> None:
     states = _read_states(directory, manifests, views)
     rows = []
     for entry in planned:
-        rows.append(read_row(directory / entry.stage, entry.stage, states[entry.stage], entry.steps, entry.tokens))
+        row = read_row(directory / entry.stage, entry.stage, states[entry.stage], entry.steps, entry.tokens)
+        if entry.stage in views and row.seconds is not None:
+            row = replace(row, seconds=row.seconds + views[entry.stage].seconds)
+        rows.append(row)
     more = [views[row.name].cells() for row in rows if row.name in views]
     print_table(make_progress_table(rows, str(directory), HEADERS if more else (), more))
     if silence:

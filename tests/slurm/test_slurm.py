@@ -21,7 +21,7 @@ import pytest
 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import read_checkpointed_iteration, read_last_metrics, read_stage_manifest
-from megatron_btx.pipeline.door import plan_run
+from megatron_btx.pipeline.door import PlannedRun, plan_run
 from megatron_btx.pipeline.processes import marked
 from megatron_btx.pipeline.progress import Silence
 from megatron_btx.pipeline.slurm import submission
@@ -124,6 +124,8 @@ class World:
     def __init__(self, slurm: Cluster, folder: Path) -> None:
         self.slurm, self.folder = slurm, folder
         self.reference = folder / "reference"
+        self.early: PlannedRun | None = None
+        """The run that is submitted twice as it was planned when nothing of it was finished."""
 
     def copy_first_stages(self, name: str) -> Path:
         """A run in which data and seed are finished: as the reference, wherever it lies."""
@@ -180,6 +182,7 @@ def runs(world: World) -> dict[str, Path]:
     first = [btx("submit", RECIPE, "--output", "twice") for _ in range(2)]
     (world.folder / "submitted.txt").write_text("\n====\n".join([answer(process) for process in first]))
     found = {"twice": world.folder / "twice"}
+    world.early = plan_run(RECIPE, found["twice"])
     for name in ("killed", "failing", "limited"):
         found[name] = world.copy_first_stages(name)
     submit_run(found["limited"], *LIMITED, only=("expert-math",))
@@ -257,6 +260,19 @@ def test_a_job_that_meets_its_time_limit_saves_and_goes_on(world: World, runs: d
         assert all(status_of(runs[name], stage) == "finished" for stage in cancelled), f"{name}: {cancelled}"
 
 
+def test_what_slurm_refuses_is_named(world: World, runs: dict[str, Path]) -> None:
+    """And so is what stands in the queue already, and a stage that there is none of."""
+    run = world.copy_first_stages("refused")
+    shutil.rmtree(run / "seed")
+    with pytest.raises(InputError, match=r"stage expert-math: sbatch: .* in the queue: seed; btx submit goes on"):
+        submit_run(run, "cluster.experts.partition=nosuch", only=("seed", "expert-math"))
+    assert list(jobs_of(run)) == ["seed"]
+    assert "--only sed: no such stage; expected some of: data, seed" in answer(
+        btx("cancel", str(run), "--only", "sed"), code=2
+    )
+    assert "seed: job" in answer(btx("cancel", str(run), "--only", "seed"))
+
+
 def test_an_expert_that_always_fails_costs_nobody_else_anything(world: World, runs: dict[str, Path]) -> None:
     """It starts as often as it may without a step, the mix waits with a word of why, and the other expert finishes."""
     run = runs["failing"]
@@ -301,7 +317,9 @@ def test_a_run_submitted_twice_at_once(world: World, runs: dict[str, Path]) -> N
         wait_until(lambda stage=stage: status_of(world.reference, stage) == "finished", f"the reference's {stage}")
         check_equal(run / stage, world.reference / stage)
     assert "finished" in answer(btx("status", str(run)))
-    assert submit_run(run).submitted == {}
+    assert world.early is not None
+    for planned in (world.early, plan_run(RECIPE, run)):
+        assert submit(planned).submitted == {}, "what ended between the plan and the submission was submitted again"
 
 
 def test_a_job_that_is_preempted_saves_and_goes_on(world: World, runs: dict[str, Path]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_btx.ground.errors import InputError, exits_with_one_line
-from megatron_btx.pipeline.directory import PLAN_FILE
+from megatron_btx.pipeline.directory import PLAN_FILE, read_plan
 from megatron_btx.pipeline.scripts import as_comment
 from megatron_btx.pipeline.slurm.queue import cancel_jobs, list_jobs
 from megatron_btx.pipeline.slurm.record import script_path
@@ -57,10 +57,15 @@ def cancel(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not (arguments.run / PLAN_FILE).is_file():
         raise InputError(f"{arguments.run}: no {PLAN_FILE} in it; expected a run directory")
+    known = [entry.stage for entry in read_plan(arguments.run) or ()]
     jobs = []
     for job in list_jobs(arguments.run):
         if job.is_active and (not arguments.only or job.stage in arguments.only):
             jobs.append(job)
+    found = [*known, *[job.stage for job in jobs]]  # a stage that the recipe no longer has may have a job
+    for name in arguments.only:
+        if name not in found:
+            raise InputError(f"--only {name}: no such stage; expected some of: {', '.join(known)}")
     cancel_jobs(jobs)
     for job in jobs:
         print(f"{job.stage}: job {job.number} cancelled")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -33,6 +34,9 @@ from megatron_btx.pipeline.stage import Stage
 
 _FAILED_TASK = "Exited with exit code "
 """What srun says of a task that ended by itself with a status."""
+_CAUSE = re.compile(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")
+_TIME_LIMIT = "TIME LIMIT"
+"""What slurmstepd says of a step that it ends: nothing, or the cause."""
 _BAD_INPUT_OF_TASK = f"{_FAILED_TASK}{BAD_INPUT_EXIT_CODE}\n"
 """What srun says of a task that refused its input, whatever ended the others."""
 
@@ -120,7 +124,7 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
         problem = f"failed: {message.partition('error: ')[2]}"
         message = ""
     elif _was_asked_to_end(text, code):
-        problem = "stopped: cancelled, preempted or out of time"
+        problem = f"stopped: {_explain_end(text)}"
     elif killed:
         problem = f"failed: {killed}"
     stalled = _count_stalled(stage, directory, started)
@@ -143,6 +147,16 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
 def _was_asked_to_end(text: str, code: int) -> bool:
     """Whether Slurm told a program to end; srun tells the neighbours of a failed task the same."""
     return code in (-signal.SIGTERM, 128 + signal.SIGTERM) and _FAILED_TASK not in text
+
+
+def _explain_end(text: str) -> str:
+    """Why Slurm ended a program, in its words."""
+    causes = _CAUSE.findall(text)
+    if not causes:
+        return "cancelled, preempted or out of time"
+    if causes[-1] == _TIME_LIMIT:
+        return "out of time, which btx submit begins anew; give its kind of stage more in cluster"
+    return causes[-1].lower() or "cancelled"
 
 
 def _check_parents(run: Path, record: StageRecord) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_btx.ground.errors import printable
-from megatron_btx.pipeline.records import StageManifest
+from megatron_btx.pipeline.records import StageManifest, read_number
 from megatron_btx.pipeline.slurm.queue import Job, SlurmError, list_jobs
 from megatron_btx.pipeline.slurm.record import SLURM_FOLDER, read_waited_for
 
@@ -38,6 +40,8 @@ class JobView:
     number: str = ""
     why: str = ""
     """What it waits for, or how long it may still run."""
+    seconds: float = 0.0
+    """Of the start that runs now, which the manifest does not count yet."""
 
     def cells(self) -> tuple[str, ...]:
         """In the order of :data:`HEADERS`."""
@@ -79,8 +83,16 @@ def _view_live(
         return JobView(None if manifest.is_finished else "ending", number)
     if job.is_running:
         state = "running" if job.state == "RUNNING" else job.state.lower()
-        return JobView(state, number, f"may run {job.time_left} more")
+        return JobView(state, number, f"may run {job.time_left} more", _count_seconds(manifest))
     return JobView("queued", number, _explain(run, job, manifests, live))
+
+
+def _count_seconds(manifest: StageManifest) -> float:
+    """How long the start that runs now has run; 0 where it is not known."""
+    began = read_number(_started(manifest).get("time"))
+    if manifest.status != "running" or began is None:
+        return 0.0
+    return max(0.0, time.time() - began)
 
 
 def _view_ended(manifest: StageManifest) -> JobView:
@@ -90,9 +102,9 @@ def _view_ended(manifest: StageManifest) -> JobView:
         return JobView(number=number)
     if manifest.status is None:
         return JobView("waiting", number, "not submitted")
-    started = (manifest.model_extra or {}).get("slurm")
+    started = _started(manifest)
     problem = ""
-    if isinstance(started, dict) and manifest.status in _FAILED:
+    if started and manifest.status in _FAILED:
         problem = f"{started.get('problem', '')}; "
     return JobView(number=number, why=f"{printable(problem)}btx submit goes on")
 
@@ -142,7 +154,12 @@ def _join(names: Sequence[str]) -> str:
 
 
 def _last_job(manifest: StageManifest) -> str:
-    started = (manifest.model_extra or {}).get("slurm")
-    if isinstance(started, dict):
-        return str(started.get("job", ""))
-    return ""
+    return str(_started(manifest).get("job", ""))
+
+
+def _started(manifest: StageManifest) -> dict[str, Any]:
+    """What a job wrote of its start; empty for a stage that none began."""
+    found = (manifest.model_extra or {}).get("slurm")
+    if isinstance(found, dict):
+        return found
+    return {}

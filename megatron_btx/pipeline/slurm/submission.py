@@ -8,17 +8,17 @@ whoever sees that his is the later one takes it back and goes on with the other.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.files import write_atomically
-from megatron_btx.pipeline.decisions import RERUN, SKIP, Action
+from megatron_btx.pipeline.decisions import RERUN, SKIP, Action, decide
 from megatron_btx.pipeline.door import PlannedRun
 from megatron_btx.pipeline.identity import Identity, identities
 from megatron_btx.pipeline.lock import is_locked
 from megatron_btx.pipeline.recipe.cluster import ClusterSection
-from megatron_btx.pipeline.slurm.queue import COMMENT_LETTERS, Job, cancel_jobs, list_jobs, submit_script
+from megatron_btx.pipeline.slurm.queue import COMMENT_LETTERS, Job, SlurmError, cancel_jobs, list_jobs, submit_script
 from megatron_btx.pipeline.slurm.record import SLURM_FOLDER, StageRecord, script_path, write_record
 from megatron_btx.pipeline.slurm.resources import find_resources
 from megatron_btx.pipeline.slurm.script import check_run_path, render_script
@@ -79,6 +79,8 @@ def submit(planned: PlannedRun) -> Submission:
         raise InputError(f"{run}: a btx run is at work here; wait for it, or give another --output")
     known = identities(planned.stages)
     jobs = [job for job in list_jobs(run) if job.is_active]
+    # Checks by Megatron take seconds since the plan. What ended meanwhile has no job any more, and is finished.
+    planned = replace(planned, actions=decide(planned.stages, run, planned.rerun))
     _check_running(jobs, planned.actions, known)
     result = Submission(finished=[stage.name for stage in planned.chosen_stages() if _is_done(planned, stage)])
     scripts = render_scripts(planned)
@@ -105,12 +107,22 @@ def _submit_stage(run: Path, stage: Stage, identity: Identity, jobs: Sequence[Jo
         number = result.number_of(parent)
         if number is not None:
             after.append(number)
-    number = submit_script(script_path(run, stage.name), after)
+    try:
+        number = submit_script(script_path(run, stage.name), after)
+    except SlurmError as error:
+        raise SlurmError(f"stage {stage.name}: {error}{_say_submitted(run, result)}") from None
     first = _take_back_later(run, stage, identity, number)
     if first == number:
         result.submitted[stage.name] = number
     else:
         result.kept[stage.name] = first
+
+
+def _say_submitted(run: Path, result: Submission) -> str:
+    """What stands in the queue when Slurm refuses the next stage."""
+    if not result.submitted:
+        return ""
+    return f"; in the queue: {', '.join(result.submitted)}; btx submit goes on, btx cancel {run} takes them back"
 
 
 def _take_back_later(run: Path, stage: Stage, identity: Identity, number: int) -> int:

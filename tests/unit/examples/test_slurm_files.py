@@ -35,6 +35,7 @@ def folder(tmp_path: Path) -> Path:
     """A folder as the files expect it, with Slurm's commands and an interpreter that only tell."""
     (tmp_path / "bin").mkdir()
     programs = {"srun": SRUN, "teller": TELLER, "scontrol": '#!/bin/sh\necho "$@" >scontrol.words\n'}
+    programs["squeue"] = '#!/bin/sh\necho "${STATE:-RUNNING}"\n'
     for name, text in programs.items():
         program = tmp_path / "bin" / name
         program.write_text(text)
@@ -92,13 +93,21 @@ def test_what_is_started(file: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 @pytest.mark.parametrize(
-    ("reaches", "leaves", "again"),
-    [("40", "0", True), ("40", "137", True), ("", "1", False), ("100", "0", False)],
-    ids=["interrupted", "killed", "no-step", "finished"],
+    ("reaches", "leaves", "state", "again"),
+    [
+        ("40", "0", "RUNNING", True),
+        ("40", "137", "RUNNING", True),
+        ("", "1", "RUNNING", False),
+        ("100", "0", "RUNNING", False),
+        ("40", "0", "COMPLETING", False),
+    ],
+    ids=["interrupted", "killed", "no-step", "finished", "cancelled"],
 )
-def test_a_job_that_got_further_starts_again(file: Path, reaches: str, leaves: str, again: bool, folder: Path) -> None:
-    """One that made no step would fail for ever; one that has all its steps is done."""
-    assert submit(file, folder, RUN="run", STEPS="100", REACHES=reaches, LEAVES=leaves) == int(leaves)
+def test_a_job_that_got_further_starts_again(
+    file: Path, reaches: str, leaves: str, state: str, again: bool, folder: Path
+) -> None:
+    """One that made no step would fail for ever, one that has all its steps is done, and a cancelled one stays so."""
+    assert submit(file, folder, RUN="run", STEPS="100", REACHES=reaches, LEAVES=leaves, STATE=state) == int(leaves)
     asked = folder / "scontrol.words"
     assert asked.exists() == again
     if again:

@@ -26,12 +26,14 @@ from megatron_btx.pipeline.slurm.resources import find_resources, kind_of
 from megatron_btx.pipeline.slurm.script import DONE_BEFORE, INTERRUPTED, check_run_path, render_script
 from megatron_btx.pipeline.slurm.status import view_jobs
 from megatron_btx.pipeline.stage import Program, Stage
+from megatron_btx.report.status import print_status
 
 GOLDEN = Path(__file__).with_name("golden")
 RECIPE = Path(__file__).parents[2] / "slurm" / "recipe.yaml"
 EXAMPLES = Path(__file__).parents[3] / "examples" / "recipes"
 RUN = Path("/runs/example")
 FINGERPRINT = "0123456789abcdef" * 4
+STEP_ENDS = "slurmstepd: error: *** STEP 1.0 ON n1 CANCELLED AT 2026-11-26T10:00:00"
 CLUSTER = """{
     account: science, partition: gpu, qos: long, constraint: a100&nvlink, time: '1-12:00:00',
     tasks-per-node: 2, python: /opt/btx/bin/python, environment: {NCCL_DEBUG: WARN, NOTE: "it's $(here)"},
@@ -293,20 +295,23 @@ def test_bad_input_is_not_tried_again(world: JobWorld) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "status"),
+    ("said", "problem"),
     [
-        ("slurmstepd: error: *** STEP 1.0 ON n1 CANCELLED AT 2026-11-26T10:00:00 ***\n", "stopped"),
-        ("srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n2: task 1: Terminated\n", "failed"),
-        ("srun: error: n1: task 0: Exited with exit code 16\n", "failed"),
+        (f"{STEP_ENDS} ***\n", "stopped: cancelled"),
+        (f"{STEP_ENDS} DUE TO PREEMPTION ***\n", "stopped: preemption"),
+        (f"{STEP_ENDS} DUE TO TIME LIMIT ***\n", "stopped: out of time, which btx submit begins anew"),
+        ("srun: error: n1: task 0: Terminated\n", "stopped: cancelled, preempted or out of time"),
+        ("srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n2: task 1: Terminated\n", "failed: "),
+        ("srun: error: n1: task 0: Exited with exit code 16\n", "failed: "),
     ],
 )
-def test_what_slurm_stops_has_not_failed(said: str, status: str, world: JobWorld) -> None:
+def test_what_slurm_stops_has_not_failed(said: str, problem: str, world: JobWorld) -> None:
     """A stage that cannot save ends by SIGTERM when it is cancelled, and so do the neighbours of a failed rank."""
     world.finish_data()
     assert world.call("begin") == 0
     assert world.call("end", 143, said) == INTERRUPTED
-    assert world.manifest()["status"] == status
-    assert world.manifest()["slurm"]["problem"].startswith(status)
+    assert world.manifest()["status"] == problem.split(":")[0]
+    assert world.manifest()["slurm"]["problem"].startswith(problem)
 
 
 @pytest.mark.parametrize("status", [1, 16, 17])
@@ -378,6 +383,22 @@ def test_a_status_says_why_a_job_waits(
     manifests = {name: read_shown_manifest(world.run / name) for name in ("data", "train")}
     views, silence = view_jobs(world.run, manifests)
     assert (views["train"].state, views["train"].why) == shown and silence == ""
+
+
+def test_a_status_counts_the_time_of_a_running_job(
+    world: JobWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The manifest has that of earlier starts alone."""
+    world.finish_data()
+    (world.run / "plan.json").write_text(json.dumps([{"stage": "train", "steps": 10}]))
+    assert world.call("begin") == 0
+    content = world.manifest()
+    content["slurm"]["time"] -= 3600
+    (world.folder / "manifest.json").write_text(json.dumps(content | {"seconds": 7200}))
+    found = [Job(7, "train", "RUNNING", "1:00", "N/A", "None", "abc")]
+    monkeypatch.setattr("megatron_btx.pipeline.slurm.status.list_jobs", lambda run: found)
+    print_status(world.run)
+    assert " 3:00:" in capsys.readouterr().out
 
 
 def test_a_machine_without_slurm_says_so(tmp_path: Path) -> None:
