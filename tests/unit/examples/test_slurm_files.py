@@ -78,7 +78,7 @@ def test_what_is_started(file: Path, folder: Path) -> None:
     assert submit(file, folder, SLURM_ARRAY_TASK_ID="1") == 0
     program = (folder / "program.words").read_text().splitlines()
     assert program[:2] == ["-m", "megatron_btx.pretrain"]
-    assert program[-1] == "--exit-signal-handler"
+    assert program[-3:] == ["--exit-signal-handler", "--btx-keep-last", "3"]
     if file.name.startswith("experts"):
         assert (value(folder, "--train-iters"), value(folder, "--save")) == ("50000", "checkpoints/code")
         assert "data/code_text_document" in program
