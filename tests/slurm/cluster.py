@@ -185,6 +185,7 @@ class Cluster:
         lines.append(f"PartitionName=all Nodes={nodes} Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=30")
         lines.append(f"PartitionName=other Nodes={nodes} MaxTime=60 State=UP PriorityTier=1 GraceTime=30")
         lines.append(f"PartitionName=urgent Nodes={nodes} MaxTime=60 State=UP PriorityTier=9 PreemptMode=OFF")
+        lines.append(f"PartitionName=closed Nodes={nodes} State=DOWN")  # jobs wait here, and never start
         self.configuration.write_text("\n".join(lines) + "\n")
 
 

@@ -265,7 +265,8 @@ def test_what_slurm_refuses_is_named(world: World, runs: dict[str, Path]) -> Non
     run = world.copy_first_stages("refused")
     shutil.rmtree(run / "seed")
     with pytest.raises(InputError, match=r"stage expert-math: sbatch: .* in the queue: seed; btx submit goes on"):
-        submit_run(run, "cluster.experts.partition=nosuch", only=("seed", "expert-math"))
+        changes = ("cluster.seed.partition=closed", "cluster.experts.partition=nosuch")
+        submit_run(run, *changes, only=("seed", "expert-math"))
     assert list(jobs_of(run)) == ["seed"]
     assert "--only sed: no such stage; expected some of: data, seed" in answer(
         btx("cancel", str(run), "--only", "sed"), code=2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import DENSE_STAGE, EXPERT_PREFIX, EXPORT_STAGE, SEED_STAGE
@@ -47,6 +47,8 @@ def find_resources(cluster: ClusterSection, stage: Stage, workers: int = 1) -> R
         InputError: its processes do not spread evenly over the nodes that are asked for.
     """
     kind = kind_of(stage)
+    if kind == "data":
+        stage = replace(stage, processes=1)  # one task, which starts its workers itself
     asked = cluster.merge(("gpu" if stage.on_gpu else "cpu", kind))
     nodes, tasks_per_node = _spread(stage, asked.get("nodes"), asked.get("tasks_per_node"))
     gpus = 0

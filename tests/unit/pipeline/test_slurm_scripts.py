@@ -88,6 +88,13 @@ def test_scripts_are_sound_shell(inputs: Path) -> None:
         subprocess.run(["bash", "-n", inputs / f"{name}.sh"], check=True)
 
 
+def test_a_stage_that_makes_data_is_one_task_with_a_core_for_each_worker(inputs: Path) -> None:
+    """It starts its workers itself: several tasks would each write every dataset."""
+    lines = scripts("data.workers=4")["data"].splitlines()
+    assert "#SBATCH --ntasks-per-node=1" in lines and "#SBATCH --cpus-per-task=4" in lines
+    assert any(" --ntasks=1 --ntasks-per-node=1 --cpus-per-task=4 " in line for line in lines)
+
+
 def test_every_kind_of_stage_has_a_section(inputs: Path) -> None:
     changes = ["export=true", "baselines={average: true, dense: {}}"]
     kinds = {stage.name: kind_of(stage) for stage in plan_stages(load_recipe(RECIPE, changes))}
