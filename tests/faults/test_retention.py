@@ -13,11 +13,11 @@ from tests.runner import read_losses
 
 
 def flags(corpus, folder, steps=8, more=()):
-    """A run that resumes by itself and keeps two checkpoints, and every third step's."""
+    """A run that resumes by itself and keeps two checkpoints, and every fifth step's."""
     root = str(folder / "checkpoint")
     arguments = pico.train(corpus, steps, folder / "metrics.jsonl")
     arguments += ["--save", root, "--load", root, "--save-interval", "1", "--btx-keep-last", "2"]
-    return [*arguments, "--btx-keep-every", "3", *more]
+    return [*arguments, "--btx-keep-every", "5", *more]
 
 
 def kept(folder):
@@ -28,10 +28,10 @@ def kept(folder):
     return [step for step, _ in found]
 
 
-def test_the_last_and_every_third_are_kept(zygote, corpus, tmp_path):
+def test_the_last_and_every_fifth_are_kept(zygote, corpus, tmp_path):
     """Over two starts: what the first left goes, too, as do a half-written one and not a link."""
     zygote.run(2, flags(corpus, tmp_path, more=["--exit-interval", "5"]), tmp_path / "first")
-    assert kept(tmp_path) == [3, 4, 5]
+    assert kept(tmp_path) == [4, 5]
     half = tmp_path / "checkpoint/iter_0000002"
     half.mkdir()
     (half / "__0_0.distcp").write_bytes(b"half")
@@ -39,13 +39,13 @@ def test_the_last_and_every_third_are_kept(zygote, corpus, tmp_path):
     os.rename(tmp_path / "checkpoint/iter_0000004", tmp_path / "elsewhere")
     linked.symlink_to(tmp_path / "elsewhere")
     zygote.run(2, flags(corpus, tmp_path), tmp_path / "second")
-    assert kept(tmp_path) == [1, 3, 6, 7, 8] and not half.exists()
+    assert kept(tmp_path) == [1, 5, 7, 8] and not half.exists()
     reference = read_losses(tmp_path / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").unlink()
-    # The third step's is what is gone back to: it stays while it is needed.
-    zygote.run(2, flags(corpus, tmp_path, more=["--ckpt-step", "3"]), tmp_path / "third")
-    assert read_losses(tmp_path / "metrics.jsonl") == {step: reference[step] for step in range(4, 9)}
-    assert kept(tmp_path) == [1, 3, 6, 7, 8]
+    # The fifth step's is what is gone back to: it stays while it is needed.
+    zygote.run(2, flags(corpus, tmp_path, more=["--ckpt-step", "5"]), tmp_path / "third")
+    assert read_losses(tmp_path / "metrics.jsonl") == {step: reference[step] for step in range(6, 9)}
+    assert kept(tmp_path) == [1, 5, 7, 8]
 
 
 def test_killed_while_saving_nothing_that_is_needed_is_gone(zygote, corpus, tmp_path):
@@ -57,7 +57,7 @@ def test_killed_while_saving_nothing_that_is_needed_is_gone(zygote, corpus, tmp_
     zygote.wait(run, expect=None, grace_seconds=0)
     assert (tmp_path / "checkpoint/iter_0000004/metadata.json").is_file()
     zygote.run(2, arguments, tmp_path / "second")
-    assert kept(tmp_path) == [3, 6, 8]
+    assert kept(tmp_path) == [5, 8]
     assert sorted(read_losses(tmp_path / "metrics.jsonl")) == list(range(1, 9))
 
 
