@@ -6,7 +6,8 @@ by itself. Losses it sees only where a loss function shows them, as :class:`Show
 
 **Skipped** with ``--btx-skip-bad-steps``. Megatron skips a step whose optimizer finds an infinity in its gradients
 (``core/optimizer/optimizer.py``, prepare_grads): weights, their state and the schedule stay, and the run goes on with
-the next samples. :class:`SkippedSteps` has it find more.
+the next samples. :class:`SkippedSteps` has it find more. What a router counts in its forward pass is counted: the
+experts' bias and the running loads of ``global_aux_loss``.
 """
 
 from __future__ import annotations
@@ -148,6 +149,8 @@ class SkippedSteps(Follower):
         Raises:
             InputError: too many in a row are bad.
         """
+        from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
         record = self._args.btx_taken_steps
         why = find_fault({"loss": loss, "gradient norm": gradient_norm}, record, self._args.btx_spike_sigma)
         self._skips = why is not None
@@ -158,7 +161,7 @@ class SkippedSteps(Follower):
             return
         record["skipped in a row"] += 1
         first = self._args.consumed_train_samples
-        last = first + self._args.global_batch_size - 1
+        last = first + get_current_global_batch_size() - 1
         text = f"step {self._args.curr_iteration + 1} (samples {first} to {last}): {why}"
         if record["skipped in a row"] >= SKIPPED_AT_MOST:
             raise InputError(

@@ -46,9 +46,11 @@ def test_stops_at_a_bad_loss(value, word, zygote, corpus, tmp_path):
     assert read_tracker(tmp_path / "checkpoint") == 6
 
 
+DISTRIBUTED = ["--use-distributed-optimizer"]
 LAYOUTS = {
     "one rank": (1, "0", []),
-    "dp2": (2, "1", ["--use-distributed-optimizer", *BY_PARAMETER]),
+    "dp2": (2, "1", [*DISTRIBUTED, *BY_PARAMETER]),
+    "dp2-overlap": (2, "0", [*DISTRIBUTED, *BY_PARAMETER, "--overlap-grad-reduce", "--overlap-param-gather"]),
     "pp2": (2, "1", ["--pipeline-model-parallel-size", "2"]),
     "tp2": (2, "0,1", ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     "ep2": (2, "0", ["--expert-model-parallel-size", "2"]),
