@@ -26,6 +26,8 @@ _PATIENCE_SECONDS = 20.0
 """How long a rank waits for the others to have seen the reason before it goes."""
 _KEEP_STORE_SECONDS = 1.0
 """How much longer rank 0 stays, which can keep the store: a rank that finds it gone spends seconds on a report."""
+_REASON_SECONDS = 3.0
+"""How long after a lost connection another rank's reason may come to be seen."""
 _LATE_SECONDS = 5.0
 """How much later than the first another rank may find that it stands still."""
 
@@ -41,6 +43,7 @@ class Stopping:
         self._done = threading.Event()
         self._standstill = Standstill(threading.main_thread())
         self._still_since: float | None = None
+        self._leaving = False
         self._timed_out: Place | None = None
         """Where a collective of the main thread has timed out."""
         self.standstill_seconds = float("inf")
@@ -89,6 +92,10 @@ class Stopping:
         if self._store is None:
             return None
         if _LOST in str(failure):
+            # The lost one may have left its reason: then the thread says that, and ends this process.
+            time.sleep(_REASON_SECONDS)
+            while self._leaving:
+                time.sleep(_LOOK_EVERY_SECONDS)
             return MachineError(
                 "the connection to another rank is lost: its process has ended or was killed, and its own log or the "
                 f"launcher says why. {AGAIN}"
@@ -155,6 +162,7 @@ class Stopping:
 
     def _leave(self, reason: str, is_machine: bool, ranks: int) -> None:
         """Say the reason and end at once: an orderly end would wait for ranks that are no more."""
+        self._leaving = True
         error: BTXError = InputError(reason)
         if is_machine:
             error = MachineError(reason)

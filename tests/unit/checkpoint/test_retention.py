@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from megatron_btx.checkpoint.iterations import BACKEND_FILE, TRACKER
+from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE, TRACKER
 from megatron_btx.checkpoint.retention import find_removable, remove_checkpoint
 
 
@@ -16,7 +17,7 @@ def root(tmp_path: Path) -> Path:
     for step in range(2, 12, 2):
         folder = tmp_path / f"iter_{step:07d}"
         folder.mkdir()
-        (folder / BACKEND_FILE).write_text("{}")
+        (folder / BACKEND_FILE).write_text(json.dumps(BACKEND))
     (tmp_path / TRACKER).write_text("10")
     return tmp_path
 
@@ -45,6 +46,36 @@ def test_a_half_written_one_counts_for_nothing_and_goes(root):
     """A kill left it: it is none of the last two."""
     (root / "iter_0000008" / BACKEND_FILE).unlink()
     assert steps(find_removable(root, 2, None)) == [2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("names", "goes"),
+    [
+        (["__0_0.distcp", "__1_0.distcp"], True),
+        (["__0_0.distcp", ".metadata"], False),
+        (["mp_rank_00"], False),
+        (["model.safetensors"], False),
+    ],
+)
+def test_what_is_of_another_format_stays(root, names, goes):
+    """Only what a killed save can have left goes: somebody's older format has no such file either."""
+    folder = root / "iter_0000004"
+    (folder / BACKEND_FILE).unlink()
+    for name in names:
+        (folder / name).write_text("")
+    assert (4 in steps(find_removable(root, 1, None))) == goes
+
+
+def test_a_damaged_one_counts_for_nothing_and_stays(root):
+    """Its description is cut: what else of it can be saved is for a person to say."""
+    (root / "iter_0000008" / BACKEND_FILE).write_text('{"sharded')
+    assert steps(find_removable(root, 2, None)) == [2, 4]
+
+
+def test_what_a_link_points_to_stays(root):
+    """Somebody's best one."""
+    (root / "best").symlink_to("iter_0000004")
+    assert steps(find_removable(root, 1, None)) == [2, 6, 8]
 
 
 def test_what_is_above_the_tracker_stays(root):
