@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_btx.pipeline.door import ChangedStagesError, PlannedRun
 
 DISPATCHED = {
-    "doctor": ("megatron_btx.pipeline.doctor.command", "what this machine has of what training needs"),
+    "doctor": ("megatron_btx.pipeline.doctor", "what this machine has of what training needs"),
     "report": ("megatron_btx.report.build", "write and print the report of a run directory"),
     "preprocess": ("megatron_btx.data.preprocess", "turn JSONL, text or Parquet files into Megatron's datasets"),
     "datasets": ("megatron_btx.data.datasets", "turn the texts of several domains into the datasets of a run"),

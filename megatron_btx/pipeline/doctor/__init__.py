@@ -1,1 +1,0 @@
-"""``btx doctor``: what this machine, or this container, has of what training needs."""
