@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import signal
 import textwrap
+from pathlib import Path
 
 from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE
 
 _LINES_SHOWN = 15
+_READ_BYTES = 1 << 22
 _SIGNALS = frozenset(signal.Signals)
 _KILLED_FOR: dict[int, str] = {
     signal.SIGKILL: ", most likely for want of memory: take a smaller micro-batch-size, or fewer processes at once",
@@ -16,6 +20,14 @@ _KILLED_FOR: dict[int, str] = {
     signal.SIGSEGV: ", by a defect in a library: with PYTHONFAULTHANDLER=1 in the environment the log says where",
     signal.SIGABRT: ", by a library, whose reason stands in the log",
 }
+
+
+def read_log(log: Path, offset: int) -> str:
+    """What was written into a log behind ``offset``: of much the end, and nothing where it is gone."""
+    with contextlib.suppress(FileNotFoundError), log.open("rb") as stream:
+        stream.seek(max(offset, os.fstat(stream.fileno()).st_size - _READ_BYTES))
+        return stream.read().decode("utf-8", "replace")
+    return ""
 
 
 def failure_message(log: str, code: int) -> tuple[str, int]:

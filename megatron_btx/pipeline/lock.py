@@ -1,4 +1,9 @@
-"""One runner at a time in a run directory."""
+"""One runner at a time in a run directory, or jobs of its stages.
+
+A runner holds the lock alone. The script of a job (:mod:`megatron_btx.pipeline.slurm.script`) shares it with those of
+other stages, and holds one of its own stage. The kernel takes a lock back however its holder ends. Not every shared
+disk has locks, so what is known without them is asked as well: the queue by btx run, the manifest by a job.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,9 @@ def lock_run(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{run}: another btx run is at work here; wait for it, or give another --output") from None
+            raise InputError(
+                f"{run}: another btx run is at work here, or a job of Slurm; wait for it, or give another --output"
+            ) from None
         yield
 
 

@@ -31,7 +31,7 @@ from megatron_btx.pipeline.directory import (
     check_run,
     read_stage_manifest,
 )
-from megatron_btx.pipeline.failure import failure_message, killed_by
+from megatron_btx.pipeline.failure import failure_message, killed_by, read_log
 from megatron_btx.pipeline.folder import prepare_folder
 from megatron_btx.pipeline.identity import identities, manifest_of
 from megatron_btx.pipeline.lock import lock_run
@@ -164,9 +164,7 @@ class Runner:
             return 0
         self._close(name, "failed")
         log = self.run / name / LOG_FILE
-        with log.open("rb") as stream:
-            stream.seek(running.log_offset)
-            text = stream.read().decode("utf-8", "replace")
+        text = read_log(log, running.log_offset)
         killed = killed_by(text, code)
         if killed:
             problem = f"failed: {killed}"

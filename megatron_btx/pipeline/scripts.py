@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_btx.pipeline.decisions import RERUN, RESUME, SKIP, Action
 from megatron_btx.pipeline.directory import MANIFEST_FILE, find_free_name
 from megatron_btx.pipeline.identity import Identity, identities, manifest_of
-from megatron_btx.pipeline.stage import Stage, command_text, one_line
+from megatron_btx.pipeline.stage import Stage, command_text, one_line, shell_preparation
 
 
 def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directory: Path) -> str:
@@ -20,7 +21,7 @@ def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directo
     """
     known = identities(stages)
     run = shlex.quote(str(directory))
-    lines = ["set -euo pipefail", f"mkdir -p {run}", f"cd {run}"]
+    lines = ["set -euo pipefail", f"mkdir -p {run}", f"cd {run}", shell_preparation(sys.executable)]
     for stage in stages:
         action = actions[stage.name]
         lines += ["", f"# {one_line(stage.name)}: {action.verb} ({one_line(action.why)})"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PYTHON = "python"
-"""Stands for the interpreter in a stage's command; command.sh takes this one unless $BTX_PYTHON names another."""
+"""Stands for the interpreter in a stage's command; scripts take this one unless $BTX_PYTHON names another."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,10 @@ class Stage:
 
 
 def command_text(stage: Stage) -> str:
-    """The stage's command for a shell in the run directory, a flag per line."""
+    """The stage's command for a shell in the run directory, after :func:`shell_preparation`; a flag per line."""
     words = [shlex.quote(word) for word in stage.command]
     if stage.command[0] == PYTHON:
-        # Many an environment has a PYTHON that means another interpreter, one without torch.
-        # Without quotes around the whole: within them bash would take those of the path for a part of it.
-        words[0] = f"${{BTX_PYTHON:-{shlex.quote(sys.executable)}}}"
+        words[0] = '"$python"'
     lines: list[str] = []
     for word in words:
         if not lines or word.startswith("--"):
@@ -97,6 +95,23 @@ def command_text(stage: Stage) -> str:
         else:
             lines[-1] += f" {word}"
     return " \\\n    ".join(lines)
+
+
+def shell_preparation(python: str) -> str:
+    """What a script does before its first Python: name the interpreter, and search no folder but those named in full.
+
+    Many an environment has a PYTHON that means another interpreter, one without torch; so it is BTX_PYTHON. The run's
+    folder is the working directory, and may come from somebody else: Python would search it for modules first, and an
+    empty or relative entry of a path means it, too.
+    """
+    # Without quotes around the whole: within them bash would take those of the path for a part of it.
+    return f"""python=${{BTX_PYTHON:-{shlex.quote(python)}}}
+for name in PATH PYTHONPATH; do
+    kept=
+    while IFS= read -r -d : entry; do [[ "$entry" != /* ]] || kept+="${{kept:+:}}$entry"; done <<<"${{!name-}}:"
+    printf -v "$name" %s "$kept"
+done
+export PYTHONSAFEPATH=1"""
 
 
 def one_line(text: str) -> str:
@@ -115,6 +130,7 @@ def command_script(stage: Stage) -> str:
         "set -euo pipefail\n"
         "unset CDPATH\n"  # with it, cd would look for the folder elsewhere first
         'cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."\n'
+        f"{shell_preparation(sys.executable)}\n"
         f"export OMP_NUM_THREADS={stage.threads}\n"
         f"exec {command_text(stage)}\n"
     )

@@ -10,6 +10,7 @@ is seen from the steps that it saved: interrupted in time it leaves with status 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -23,11 +24,12 @@ from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE, InputError, exits_wi
 from megatron_btx.pipeline import processes
 from megatron_btx.pipeline.decisions import KEEP, RERUN, SKIP, Action, decide_start
 from megatron_btx.pipeline.directory import LOG_FILE, own_manifest, read_checkpointed_iteration, read_stage_manifest
-from megatron_btx.pipeline.failure import failure_message, killed_by
+from megatron_btx.pipeline.failure import failure_message, killed_by, read_log
 from megatron_btx.pipeline.folder import prepare_folder
 from megatron_btx.pipeline.identity import manifest_of
 from megatron_btx.pipeline.records import StageManifest, read_count
-from megatron_btx.pipeline.runner import find_problem
+from megatron_btx.pipeline.runner import MANIFEST_SECONDS, find_problem
+from megatron_btx.pipeline.slurm.queue import Job, SlurmError, list_jobs
 from megatron_btx.pipeline.slurm.record import StageRecord, read_record
 from megatron_btx.pipeline.slurm.script import DONE_BEFORE, INTERRUPTED
 from megatron_btx.pipeline.stage import Stage
@@ -67,11 +69,13 @@ def begin(run: Path, record: StageRecord, retries: int) -> int:
     """Prepare a stage's folder; 0, or :data:`DONE_BEFORE` where it is finished.
 
     Raises:
-        InputError: what it is made from is not finished, its folder holds something else, or it started too often.
+        InputError: what it is made from is not finished, somebody else makes it, its folder holds something else, or
+            it started too often.
     """
     stage = record.stage
     directory = run / stage.name
     _check_parents(run, record)
+    _check_alone(run, stage)
     action = decide_start(stage, record.identity, directory, record.rerun, record.is_rerun)
     if action.verb == SKIP:
         _say(f"{stage.name}: {action.why}")
@@ -115,7 +119,7 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
         manifests.write_manifest(directory, content | {"status": "finished"})
         _say(f"{stage.name}: finished")
         return 0
-    text = _read_log(directory / LOG_FILE, started.get("log offset"))
+    text = read_log(directory / LOG_FILE, read_count(started.get("log offset")) or 0)
     if _BAD_INPUT_OF_TASK in text:
         code = BAD_INPUT_EXIT_CODE
     message, status = failure_message(text, code)
@@ -174,6 +178,29 @@ def _check_parents(run: Path, record: StageRecord) -> None:
         )
 
 
+def _check_alone(run: Path, stage: Stage) -> None:
+    """Refuse where the manifest says that somebody else makes the stage, and he does; see lock.py.
+
+    A job is asked for in the queue. A runner writes the manifest every few seconds, so it is watched for that long.
+    """
+    manifest = own_manifest(run / stage.name, stage.name)
+    if manifest is None or manifest.status != "running":
+        return
+    number = _started(manifest).get("job")
+    if number is None:
+        until = time.monotonic() + 2 * MANIFEST_SECONDS
+        while time.monotonic() < until and own_manifest(run / stage.name, stage.name) == manifest:
+            time.sleep(1)
+        if time.monotonic() < until:
+            raise InputError(f"stage {stage.name}: a btx run makes it; wait for it, then submit this again")
+    elif number != _job_number():
+        jobs: list[Job] = []
+        with contextlib.suppress(SlurmError):  # asked from within a container, or while the controller is away
+            jobs = list_jobs(run)
+        if any(job.is_running and str(job.number) == number for job in jobs):
+            raise InputError(f"stage {stage.name}: job {number} makes it; wait for it, or cancel it first")
+
+
 def _begin_manifest(record: StageRecord, action: Action, earlier: StageManifest) -> dict[str, Any]:
     device = "cpu"
     if record.stage.on_gpu and os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1", "NoDevFiles"):
@@ -223,12 +250,6 @@ def _started(manifest: StageManifest) -> dict[str, Any]:
 
 def _job_number() -> str:
     return os.environ.get("SLURM_JOB_ID", "none")
-
-
-def _read_log(log: Path, offset: object) -> str:
-    with log.open("rb") as stream:
-        stream.seek(read_count(offset) or 0)
-        return stream.read().decode("utf-8", "replace")
 
 
 def _say(text: str) -> None:

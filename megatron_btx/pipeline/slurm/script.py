@@ -12,29 +12,65 @@ import sys
 from pathlib import Path
 
 from megatron_btx.ground.errors import InputError
+from megatron_btx.pipeline.directory import LOCK_FILE
 from megatron_btx.pipeline.slurm.queue import COMMENT_LETTERS, job_name
 from megatron_btx.pipeline.slurm.record import SLURM_FOLDER
 from megatron_btx.pipeline.slurm.resources import Resources
-from megatron_btx.pipeline.stage import PYTHON, Program, Stage, one_line
+from megatron_btx.pipeline.stage import PYTHON, Program, Stage, one_line, shell_preparation
 
 DONE_BEFORE, INTERRUPTED = 10, 75
 """What the first step of a job says when there is nothing to do, and the last one when the job should start again."""
+_LOCKED = 3
+"""What flock says of a lock that another holds; of a disk that has none it says something else."""
+_PATIENCE_SECONDS = 600
+"""How long Slurm is asked to start a job again. The job keeps its nodes meanwhile."""
 _SAFE_PATH = re.compile(r"[\w./+=@:,~-]+")
 
 _IN_CONTAINER = '"${in_container[@]}"'
 
 _START = """
-cd -- {run}
+# What a caller exported for Slurm's commands would change what they do and answer here.
+unset ${{!SQUEUE_*}} ${{!SBATCH_*}} ${{!SCONTROL_*}} ${{!SRUN_*}} SLURM_CLUSTERS SLURM_STD{{IN,OUT,ERR}}MODE
+unset SLURM_LABELIO SLURM_TIMELIMIT SLURM_WORKING_DIR SLURM_REMOTE_CWD
+refuse() {{
+    echo "error: stage "{name}": $*" >&2
+    exit 2
+}}
+[ -n "${{SLURM_JOB_ID:-}}" ] || refuse "this is no job of Slurm; submit it with sbatch, or run its command.sh by hand"
+cd -- {run} || exit 2
+{preparation}
 export OMP_NUM_THREADS={threads}
 {exports}{container}
+# Who works here holds a lock: one btx run the folder, or one job each stage. The kernel takes it back however he ends.
+exec 8<>{run_lock} 9<>{stage_lock}
+flock -s -n -E {locked} 8
+[ $? -ne {locked} ] || refuse "a btx run is at work in $PWD; wait for it, then submit this again"
+flock -n -E {locked} 9
+[ $? -ne {locked} ] || refuse "another job makes it; wait for it, or cancel it first"
+
 # At the end of its time, or before other jobs take its nodes, Slurm tells the steps of this job: the program saves and
 # leaves. This shell goes on, so that the job starts again.
 trap : TERM
 
 stage() {{ # stage begin|end [STATUS]: what is written before and after the program
-    {stage}"${{BTX_PYTHON:-{python}}}" -m megatron_btx.pipeline.slurm.job \\
+    {stage}"$python" -m megatron_btx.pipeline.slurm.job \\
         "$1" {name} \\
         --fingerprint {fingerprint} --retries {retries} "${{@:2}}"
+}}
+
+# Nothing else asks for it: one request per job. Dependent jobs go on waiting for this one. The controller may be away
+# for minutes. The name of an array's task is asked for, because its number can be that of the whole array.
+start_again() {{
+    local said job state
+    while [ "$SECONDS" -lt "$1" ]; do
+        if said="$(timeout 20 squeue --noheader --array --jobs="$SLURM_JOB_ID" --format="%A %i %T")"; then
+            read -r _ job state <<<"$(grep "^$SLURM_JOB_ID " <<<"$said")"
+            [ "$state" = RUNNING ] || return # cancelled, or taken back by Slurm itself
+            ! timeout 20 scontrol requeue "$job" || return
+        fi
+        sleep 5
+    done
+    echo "Slurm starts it not again; btx submit goes on from its last step" >&2
 }}
 
 status=0
@@ -47,10 +83,7 @@ BTX_STAGE="slurm-$SLURM_JOB_ID:" {srun} \\
     >>{log} 2>&1 </dev/null || status=$?
 
 stage end --status "$status" && status=0 || status=$?
-if [ "$status" -eq {interrupted} ] && [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-    # Nothing else asks for it: one request per job. Dependent jobs go on waiting for this one.
-    scontrol requeue "$SLURM_JOB_ID" || echo "Slurm starts it not again; btx submit goes on from its last step" >&2
-fi
+[ "$status" -ne {interrupted} ] || start_again "$((SECONDS + {patience}))"
 exit "$status"
 """
 
@@ -78,13 +111,17 @@ def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: st
         exports=_exports(resources),
         container=_container_lines(resources, run),
         stage=_begin_short_command(resources),
-        python=shlex.quote(python),
+        preparation=shell_preparation(python),
+        run_lock=LOCK_FILE,
+        stage_lock=shlex.quote(f"{SLURM_FOLDER}/{stage.name}.lock"),
+        locked=_LOCKED,
+        patience=_PATIENCE_SECONDS,
         name=name,
         fingerprint=shlex.quote(fingerprint),
         done_before=DONE_BEFORE,
         interrupted=INTERRUPTED,
         srun=" ".join(_srun_words(resources)),
-        command=_command(stage, resources, python),
+        command=_command(stage, resources),
         log=f"{name}/log.txt",
         retries=resources.retries,
     )
@@ -132,6 +169,8 @@ def _container_lines(resources: Resources, run: Path) -> str:
     """The options by which a step runs in a container, an array of the script; nothing without one."""
     if resources.container_image is None:
         return ""
+    if re.search("[:,]", str(run)):
+        raise InputError(f"{run}: a container's mounts are told apart by : and ,; give another --output")
     mounts = ",".join((f"{run}:{run}", *resources.container_mounts))
     options = [f"--container-image={resources.container_image}", f"--container-mounts={mounts}"]
     options.append(f"--container-workdir={run}")
@@ -143,22 +182,22 @@ def _begin_short_command(resources: Resources) -> str:
     """What stands before a short command, so that it runs where the program runs; nothing without a container."""
     if resources.container_image is None:
         return ""
-    return f"srun --nodes=1 --ntasks=1 {_IN_CONTAINER} "
+    return f"srun --nodes=1 --ntasks=1 --export=ALL {_IN_CONTAINER} "
 
 
 def _srun_words(resources: Resources) -> list[str]:
     words = ["srun", f"--nodes={resources.nodes}", f"--ntasks={resources.tasks}"]
     words += [f"--ntasks-per-node={resources.tasks_per_node}", f"--cpus-per-task={resources.cpus_per_task}"]
-    words.append("--kill-on-bad-exit=1")
+    words += ["--export=ALL", "--kill-on-bad-exit=1"]  # some sites export nothing to a job, nor then to its steps
     if resources.container_image is not None:
         words.append(f"\\\n    {_IN_CONTAINER}")
     return words
 
 
-def _command(stage: Stage, resources: Resources, python: str) -> str:
+def _command(stage: Stage, resources: Resources) -> str:
     """The stage's program, a flag per line; one task of srun is one process of it."""
     if isinstance(stage.program, Program):
-        words = [f'"${{BTX_PYTHON:-{shlex.quote(python)}}}"', "-m", stage.program.module]
+        words = ['"$python"', "-m", stage.program.module]
         given = list(stage.program.words)
     else:
         words, given = [], list(stage.program)

@@ -17,19 +17,56 @@
 # Stage data, which needs nothing. Submit it by hand with: sbatch THIS_FILE
 set -uo pipefail
 
-cd -- /runs/example
+# What a caller exported for Slurm's commands would change what they do and answer here.
+unset ${!SQUEUE_*} ${!SBATCH_*} ${!SCONTROL_*} ${!SRUN_*} SLURM_CLUSTERS SLURM_STD{IN,OUT,ERR}MODE
+unset SLURM_LABELIO SLURM_TIMELIMIT SLURM_WORKING_DIR SLURM_REMOTE_CWD
+refuse() {
+    echo "error: stage "data": $*" >&2
+    exit 2
+}
+[ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no job of Slurm; submit it with sbatch, or run its command.sh by hand"
+cd -- /runs/example || exit 2
+python=${BTX_PYTHON:-/opt/btx/bin/python}
+for name in PATH PYTHONPATH; do
+    kept=
+    while IFS= read -r -d : entry; do [[ "$entry" != /* ]] || kept+="${kept:+:}$entry"; done <<<"${!name-}:"
+    printf -v "$name" %s "$kept"
+done
+export PYTHONSAFEPATH=1
 export OMP_NUM_THREADS=1
 export NCCL_DEBUG=WARN
 export NOTE='it'"'"'s $(here)'
+
+# Who works here holds a lock: one btx run the folder, or one job each stage. The kernel takes it back however he ends.
+exec 8>>.lock 9>>slurm/data.lock
+flock -s -n -E 3 8
+[ $? -ne 3 ] || refuse "a btx run is at work in $PWD; wait for it, then submit this again"
+flock -n -E 3 9
+[ $? -ne 3 ] || refuse "another job makes it; wait for it, or cancel it first"
 
 # At the end of its time, or before other jobs take its nodes, Slurm tells the steps of this job: the program saves and
 # leaves. This shell goes on, so that the job starts again.
 trap : TERM
 
 stage() { # stage begin|end [STATUS]: what is written before and after the program
-    "${BTX_PYTHON:-/opt/btx/bin/python}" -m megatron_btx.pipeline.slurm.job \
+    "$python" -m megatron_btx.pipeline.slurm.job \
         "$1" data \
         --fingerprint 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef --retries 3 "${@:2}"
+}
+
+# Nothing else asks for it: one request per job. Dependent jobs go on waiting for this one. The controller may be away
+# for minutes. The name of an array's task is asked for, because its number can be that of the whole array.
+start_again() {
+    local said job state
+    while [ "$SECONDS" -lt "$1" ]; do
+        if said="$(timeout 20 squeue --noheader --array --jobs="$SLURM_JOB_ID" --format="%A %i %T")"; then
+            read -r _ job state <<<"$(grep "^$SLURM_JOB_ID " <<<"$said")"
+            [ "$state" = RUNNING ] || return # cancelled, or taken back by Slurm itself
+            ! timeout 20 scontrol requeue "$job" || return
+        fi
+        sleep 5
+    done
+    echo "Slurm starts it not again; btx submit goes on from its last step" >&2
 }
 
 status=0
@@ -37,16 +74,13 @@ stage begin || status=$?
 if [ "$status" -eq 10 ]; then exit 0; fi
 if [ "$status" -ne 0 ]; then exit "$status"; fi
 
-BTX_STAGE="slurm-$SLURM_JOB_ID:" srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 --kill-on-bad-exit=1 \
-    "${BTX_PYTHON:-/opt/btx/bin/python}" -m megatron_btx.data.datasets \
+BTX_STAGE="slurm-$SLURM_JOB_ID:" srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 --export=ALL --kill-on-bad-exit=1 \
+    "$python" -m megatron_btx.data.datasets \
     --output data \
     --workers 1 \
     --description '{"tokenizer": {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": "/inputs/tokenizer.model"}, "domains": {"general": {"text": ["/inputs/general.jsonl"], "shares": {"train": 0.6, "valid": 0.2, "test": 0.2}}, "math": {"text": ["/inputs/math.jsonl"], "shares": {"train": 0.6, "valid": 0.2, "test": 0.2}}}, "seed": 1234}' \
     >>data/log.txt 2>&1 </dev/null || status=$?
 
 stage end --status "$status" && status=0 || status=$?
-if [ "$status" -eq 75 ] && [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-    # Nothing else asks for it: one request per job. Dependent jobs go on waiting for this one.
-    scontrol requeue "$SLURM_JOB_ID" || echo "Slurm starts it not again; btx submit goes on from its last step" >&2
-fi
+[ "$status" -ne 75 ] || start_again "$((SECONDS + 600))"
 exit "$status"
