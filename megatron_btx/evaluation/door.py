@@ -87,7 +87,8 @@ def _run(processes: int, words: list[str], use_gpus: bool) -> None:
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "megatron_btx.evaluate", *words]
-    environment = without_launcher(os.environ)
+    # As -P, for what torchrun starts, too: the working directory may be anybody's, and is searched for no module.
+    environment = {**without_launcher(os.environ), "PYTHONSAFEPATH": "1"}
     if not use_gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -142,7 +142,7 @@ def ask_torch() -> tuple[dict[str, Any] | None, str]:
     """What the probe says, or why it says nothing."""
     try:
         answer = subprocess.run(
-            [sys.executable, "-m", PROBE],
+            [sys.executable, "-P", "-m", PROBE],
             capture_output=True,
             text=True,
             timeout=PROBE_SECONDS,

@@ -17,7 +17,21 @@ from megatron_btx.pipeline.directory import (
     STAGE_RECORDS,
     find_free_name,
 )
+from megatron_btx.pipeline.identity import Identity, manifest_of
+from megatron_btx.pipeline.records import StageManifest
 from megatron_btx.pipeline.stage import Stage, command_script
+
+
+def describe_start(
+    stage: Stage, identity: Identity, action: Action, earlier: StageManifest, device: str
+) -> dict[str, Any]:
+    """The manifest of a stage that starts now. Starts and seconds go on from those of earlier starts."""
+    return manifest_of(stage, identity, "running", action.rerun) | {
+        "versions": manifests.versions(),
+        "device": device,
+        "starts": (earlier.starts or 0) + 1,
+        "seconds": earlier.seconds or 0.0,
+    }
 
 
 def prepare_folder(stage: Stage, directory: Path, action: Action, manifest: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ def check_with_megatron(
         "sections": {where: to_argv(flags) for where, flags in sections.items()},
         "stages": {stage.name: (stage.processes, program_words(stage)) for stage in stages},
     }
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_btx.training.check_stages"]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "megatron_btx.training.check_stages"]
     environment = os.environ if use_gpus else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     answer = subprocess.run(
         command, input=json.dumps(asked), capture_output=True, text=True, check=False, env=environment

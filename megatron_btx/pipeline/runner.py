@@ -32,8 +32,8 @@ from megatron_btx.pipeline.directory import (
     read_stage_manifest,
 )
 from megatron_btx.pipeline.failure import failure_message, killed_by, read_log
-from megatron_btx.pipeline.folder import prepare_folder
-from megatron_btx.pipeline.identity import identities, manifest_of
+from megatron_btx.pipeline.folder import describe_start, prepare_folder
+from megatron_btx.pipeline.identity import identities
 from megatron_btx.pipeline.lock import lock_run
 from megatron_btx.pipeline.machine import Machine
 from megatron_btx.pipeline.progress import Reporter
@@ -119,7 +119,13 @@ class Runner:
 
     def _start(self, stage: Stage, action: Action) -> None:
         directory = self.run / stage.name
-        manifest = self._begin_manifest(stage, action)
+        earlier = StageManifest()
+        if action.verb != RERUN:
+            earlier = read_stage_manifest(directory) or earlier
+        device = "cpu"
+        if self.machine.gpus and stage.on_gpu:
+            device = "gpu"
+        manifest = describe_start(stage, self.identities[stage.name], action, earlier, device)
         prepare_folder(stage, directory, action, manifest)
         taken = self.machine.take(stage)
         mark = {processes.MARK_VARIABLE: f"{self.session}:{stage.name}:"}
@@ -138,21 +144,6 @@ class Runner:
             )
         self.running[stage.name] = _Running(process, manifest, taken, offset, manifest["seconds"])
         self.reporter.set(stage.name, "running", f"{action.verb}: {action.why}")
-
-    def _begin_manifest(self, stage: Stage, action: Action) -> dict[str, Any]:
-        """The manifest of a stage that starts now. Starts and seconds go on from those of earlier starts."""
-        earlier = StageManifest()
-        if action.verb != RERUN:
-            earlier = read_stage_manifest(self.run / stage.name) or earlier
-        device = "cpu"
-        if self.machine.gpus and stage.on_gpu:
-            device = "gpu"
-        return manifest_of(stage, self.identities[stage.name], "running", action.rerun) | {
-            "versions": manifests.versions(),
-            "device": device,
-            "starts": (earlier.starts or 0) + 1,
-            "seconds": earlier.seconds or 0.0,
-        }
 
     def _finish(self, name: str) -> int:
         """Take in an ended stage; 0 when it did its work, else the runner's exit status."""

@@ -63,7 +63,7 @@ def read_models(paths: Mapping[str, Path]) -> dict[str, GivenModel]:
         InputError: a model that the converter would refuse, in its words.
     """
     answer = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "megatron_btx.mixing.model_flags"],
+        [sys.executable, "-P", "-W", "ignore", "-m", "megatron_btx.mixing.model_flags"],
         input=json.dumps({name: str(path) for name, path in paths.items()}),
         capture_output=True,
         text=True,

@@ -22,11 +22,10 @@ from typing import Any
 from megatron_btx.ground import manifest as manifests
 from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE, InputError, exits_with_one_line, printable
 from megatron_btx.pipeline import processes
-from megatron_btx.pipeline.decisions import KEEP, RERUN, SKIP, Action, decide_start
+from megatron_btx.pipeline.decisions import KEEP, RERUN, SKIP, decide_start
 from megatron_btx.pipeline.directory import LOG_FILE, own_manifest, read_checkpointed_iteration, read_stage_manifest
 from megatron_btx.pipeline.failure import failure_message, killed_by, read_log
-from megatron_btx.pipeline.folder import prepare_folder
-from megatron_btx.pipeline.identity import manifest_of
+from megatron_btx.pipeline.folder import describe_start, prepare_folder
 from megatron_btx.pipeline.records import StageManifest, read_count
 from megatron_btx.pipeline.runner import MANIFEST_SECONDS, find_problem
 from megatron_btx.pipeline.slurm.queue import Job, SlurmError, list_jobs
@@ -92,7 +91,11 @@ def begin(run: Path, record: StageRecord, retries: int) -> int:
             f"stage {stage.name}: {started['stalled']} starts in a row saved no further step; its log: "
             f"{directory / LOG_FILE}"
         )
-    prepare_folder(stage, directory, action, _begin_manifest(record, action, earlier) | {"slurm": started})
+    device = "cpu"
+    if stage.on_gpu and os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1", "NoDevFiles"):
+        device = "gpu"
+    manifest = describe_start(stage, record.identity, action, earlier, device)
+    prepare_folder(stage, directory, action, manifest | {"slurm": started})
     with (directory / LOG_FILE).open("ab") as log:
         line = f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {action.verb}: job {started['job']} of Slurm\n"
         log.write(line.encode())
@@ -199,18 +202,6 @@ def _check_alone(run: Path, stage: Stage) -> None:
             jobs = list_jobs(run)
         if any(job.is_running and str(job.number) == number for job in jobs):
             raise InputError(f"stage {stage.name}: job {number} makes it; wait for it, or cancel it first")
-
-
-def _begin_manifest(record: StageRecord, action: Action, earlier: StageManifest) -> dict[str, Any]:
-    device = "cpu"
-    if record.stage.on_gpu and os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1", "NoDevFiles"):
-        device = "gpu"
-    return manifest_of(record.stage, record.identity, "running", action.rerun) | {
-        "versions": manifests.versions(),
-        "device": device,
-        "starts": (earlier.starts or 0) + 1,
-        "seconds": earlier.seconds or 0.0,
-    }
 
 
 def _describe_start(stage: Stage, directory: Path, earlier: StageManifest) -> dict[str, Any]:

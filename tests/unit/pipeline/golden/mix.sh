@@ -38,7 +38,7 @@ export NCCL_DEBUG=WARN
 export NOTE='it'"'"'s $(here)'
 
 # Who works here holds a lock: one btx run the folder, or one job each stage. The kernel takes it back however he ends.
-exec 8>>.lock 9>>slurm/mix.lock
+exec 8<>.lock 9<>slurm/mix.lock
 flock -s -n -E 3 8
 [ $? -ne 3 ] || refuse "a btx run is at work in $PWD; wait for it, then submit this again"
 flock -n -E 3 9
@@ -55,15 +55,17 @@ stage() { # stage begin|end [STATUS]: what is written before and after the progr
 }
 
 # Nothing else asks for it: one request per job. Dependent jobs go on waiting for this one. The controller may be away
-# for minutes. The name of an array's task is asked for, because its number can be that of the whole array.
+# for minutes. A task of an array is named as squeue names it: its number can be that of the whole array.
 start_again() {
-    local said job state
+    local job state
     while [ "$SECONDS" -lt "$1" ]; do
-        if said="$(timeout 20 squeue --noheader --array --jobs="$SLURM_JOB_ID" --format="%A %i %T")"; then
-            read -r _ job state <<<"$(grep "^$SLURM_JOB_ID " <<<"$said")"
-            [ "$state" = RUNNING ] || return # cancelled, or taken back by Slurm itself
-            ! timeout 20 scontrol requeue "$job" || return
-        fi
+        read -r _ job state <<<"$(timeout 20 squeue --noheader --array --jobs="$SLURM_JOB_ID" --format="%A %i %T" |
+            grep "^$SLURM_JOB_ID ")"
+        case "$state" in
+            RUNNING) ! timeout 20 scontrol requeue "$job" || return ;;
+            "" | SIGNALING | STOPPED | SUSPENDED) ;;
+            *) return ;; # cancelled, or taken back by Slurm itself
+        esac
         sleep 5
     done
     echo "Slurm starts it not again; btx submit goes on from its last step" >&2
