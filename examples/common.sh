@@ -50,6 +50,8 @@ if [ -z "$given_python" ]; then
     [ ! -x "$repository/.venv/bin/python" ] || PYTHON="$repository/.venv/bin/python"
 fi
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+# The folder in which this is called holds data, and may come from somebody else: no module of it may run.
+export PYTHONSAFEPATH=1
 # With more than one thread per process the ranks of a node fight for its cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 

@@ -30,7 +30,7 @@ _IN_CONTAINER = '"${in_container[@]}"'
 
 _START = """
 # What a caller exported for Slurm's commands would change what they do and answer here.
-unset ${{!SQUEUE_*}} ${{!SBATCH_*}} ${{!SCONTROL_*}} ${{!SRUN_*}} SLURM_CLUSTERS SLURM_STD{{IN,OUT,ERR}}MODE
+unset "${{!SQUEUE_@}}" "${{!SBATCH_@}}" "${{!SCONTROL_@}}" "${{!SRUN_@}}" SLURM_CLUSTERS SLURM_STD{{IN,OUT,ERR}}MODE
 unset SLURM_LABELIO SLURM_TIMELIMIT SLURM_WORKING_DIR SLURM_REMOTE_CWD
 refuse() {{
     echo "error: stage "{name}": $*" >&2

@@ -21,6 +21,13 @@ mkdir -p "$RUN"
 "${@//\\/opt\\/megatron-btx/$CHECKOUT}" >program.words || exit
 exit "${LEAVES:-0}"
 """
+SQUEUE = """#!/usr/bin/env bash
+# The controller is away at first. Job 17 is the last task of an array, and has the number of the whole.
+env | grep -E "^(SQUEUE|SBATCH|SCONTROL|SRUN)_|^SLURM_(CLUSTERS|LABELIO|STDOUTMODE)" >leaked
+echo x >>asked
+[ "$(wc -l <asked)" -gt "${AWAY:-0}" ] || exit 1
+printf '%s\n' "15 17_0 RUNNING" "16 17_1 RUNNING" "17 17_2 ${STATE:-RUNNING}"
+"""
 TELLER = f"""#!{sys.executable}
 import os, sys
 if sys.argv[1:3] == ["-m", "megatron_btx.ground.routing_methods"]:
@@ -35,7 +42,8 @@ def folder(tmp_path: Path) -> Path:
     """A folder as the files expect it, with Slurm's commands and an interpreter that only tell."""
     (tmp_path / "bin").mkdir()
     programs = {"srun": SRUN, "teller": TELLER, "scontrol": '#!/bin/sh\necho "$@" >scontrol.words\n'}
-    programs["squeue"] = '#!/bin/sh\necho "${STATE:-RUNNING}"\n'
+    programs["squeue"] = SQUEUE
+    programs["sleep"] = "#!/bin/sh\n"
     for name, text in programs.items():
         program = tmp_path / "bin" / name
         program.write_text(text)
@@ -111,7 +119,34 @@ def test_a_job_that_got_further_starts_again(
     asked = folder / "scontrol.words"
     assert asked.exists() == again
     if again:
-        assert asked.read_text() == "requeue 17\n"
+        assert asked.read_text() == "requeue 17_2\n"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_slurm_is_asked_for_minutes_and_as_the_file_wants(file: Path, folder: Path) -> None:
+    """Whatever a caller has exported for Slurm's commands."""
+    exported = {"SQUEUE_STATES": "COMPLETED", "SBATCH_X": "1", "SRUN_EXPORT_ENV": "NONE", "SLURM_LABELIO": "1"}
+    exported |= {"SCONTROL_ALL": "1", "SLURM_CLUSTERS": "other", "SLURM_STDOUTMODE": "/dev/null"}
+    assert submit(file, folder, RUN="run", STEPS="100", REACHES="40", AWAY="3", **exported) == 0
+    assert (folder / "scontrol.words").read_text() == "requeue 17_2\n"
+    assert (folder / "leaked").read_text() == ""
+    assert "--export=ALL" in (folder / "srun.words").read_text().splitlines()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_a_file_that_is_no_job_starts_nothing(file: Path, folder: Path) -> None:
+    assert submit(file, folder, SLURM_JOB_ID="") != 0
+    assert not (folder / "srun.words").exists()
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if "container" in file.name], ids=lambda file: file.name)
+def test_a_folder_that_a_list_of_mounts_could_not_hold_is_refused(file: Path, folder: Path) -> None:
+    there = folder / "a,b"
+    there.mkdir()
+    (there / "bin").symlink_to(folder / "bin")
+    with pytest.raises(AssertionError, match="error: .*a,b: expected a folder without : and ,"):
+        submit(file, there)
+    assert not (there / "srun.words").exists()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
