@@ -69,9 +69,10 @@ class Cluster:
         """End the controller as a restart of its host would."""
         self._end(self.daemons.pop("slurmctld"))
 
-    def run(self, *words: str) -> str:
-        """What a command of Slurm's answers."""
-        answer = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **self.environment()})
+    def run(self, *words: str, **variables: str) -> str:
+        """What a command of Slurm's answers, to a caller who has exported ``variables``."""
+        environment = {**os.environ, **self.environment(), **variables}
+        answer = subprocess.run(words, capture_output=True, text=True, env=environment)
         if answer.returncode:
             raise RuntimeError(f"{' '.join(words)}: status {answer.returncode}: {answer.stderr.strip()}")
         return answer.stdout

@@ -22,6 +22,7 @@ import pytest
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import read_checkpointed_iteration, read_last_metrics, read_stage_manifest
 from megatron_btx.pipeline.door import PlannedRun, plan_run
+from megatron_btx.pipeline.lock import lock_run
 from megatron_btx.pipeline.processes import marked
 from megatron_btx.pipeline.progress import Silence
 from megatron_btx.pipeline.slurm import submission
@@ -68,6 +69,12 @@ def submit_run(run: Path, *changes: str, only: tuple[str, ...] = ()) -> Submissi
 
 def jobs_of(run: Path) -> dict[str, Job]:
     return {job.stage: job for job in list_jobs(run) if job.is_active}
+
+
+def ping(world: World) -> str:
+    with contextlib.suppress(RuntimeError):
+        return world.slurm.run("scontrol", "ping")
+    return ""
 
 
 def wait_for_requeue(run: Path, stage: str) -> None:
@@ -176,6 +183,16 @@ LIMITED = (
 )
 
 
+EXPORTED = {
+    "SQUEUE_STATES": "COMPLETED",
+    "SRUN_EXPORT_ENV": "NONE",
+    "SLURM_EXPORT_ENV": "NONE",
+    "SLURM_STDOUTMODE": "/dev/null",
+    "SLURM_LABELIO": "1",
+}
+"""What a caller may have for Slurm's commands: each would make a job lose its log, its variables or its requeue."""
+
+
 @pytest.fixture(scope="module")
 def runs(world: World) -> dict[str, Path]:
     """All runs, started side by side: one is submitted twice at once, one by hand."""
@@ -188,7 +205,7 @@ def runs(world: World) -> dict[str, Path]:
     submit_run(found["limited"], *LIMITED, only=("expert-math",))
     by_hand = plan_run(RECIPE, found["killed"])
     write_scripts(by_hand, render_scripts(by_hand))
-    world.slurm.run("sbatch", str(script_path(found["killed"], "expert-math")))
+    world.slurm.run("sbatch", str(script_path(found["killed"], "expert-math")), **EXPORTED)
     submit_run(found["failing"], *WRONG_NETWORK, only=("expert-math", "mix"))
     submit_run(found["failing"], TWO_EXPERTS, only=("expert-general",))
     return found
@@ -210,15 +227,31 @@ def check_a_later_job_is_taken_back(run: Path, first: int) -> None:
 
 
 def test_an_expert_that_is_killed_starts_again(world: World, runs: dict[str, Path]) -> None:
-    """Submitted by hand, killed after its first save, it goes on from there and ends as if nothing had been."""
+    """Submitted by hand, killed after its first save, it goes on from there and ends as if nothing had been.
+
+    Meanwhile another job of it, of another name, leaves, and the controller is away when the job asks to start again.
+    """
     run = runs["killed"]
     job = str(jobs_of(run)["expert-math"].number)
     wait_until(lambda: read_checkpointed_iteration(run / "expert-math") >= 10, "the expert's first checkpoint")
+    again = ("sbatch", "--job-name=again", "--output=again.txt", str(script_path(run, "expert-math")))
+    world.slurm.run(*again)
+    wait_until(lambda: (run / "again.txt").is_file() and (run / "again.txt").read_text(), "the second job", 60)
+    assert (run / "again.txt").read_text() == (
+        "error: stage expert-math: another job makes it; wait for it, or cancel it first\n"
+    )
+    with pytest.raises(InputError, match="or a job of Slurm"), lock_run(run):
+        pass
+    assert started(run, "expert-math")["job"] == job
+    world.slurm.stop_controller()
     for number in world.processes_of(job):
         if "megatron_btx.pretrain" in Path(f"/proc/{number}/cmdline").read_text():
             os.kill(number, signal.SIGKILL)
     wait_until(lambda: status_of(run, "expert-math") == "failed", "the job to see it")
     assert "SIGKILL" in str(started(run, "expert-math")["problem"])
+    time.sleep(2)
+    world.slurm.start_controller()
+    wait_until(lambda: "UP" in ping(world), "the controller")
     wait_for_requeue(run, "expert-math")
     assert world.processes_of(job) == []
     result = submit_run(run, only=("expert-math", "mix"))
@@ -347,6 +380,39 @@ def test_a_job_that_is_preempted_saves_and_goes_on(world: World, runs: dict[str,
     assert lines == list(range(1, lines[-1] + 1)), "a step is missing or stands twice"
     answer(btx("cancel", str(run)))
     wait_until(lambda: not list_jobs(run), "the cancelled job to be gone")
+
+
+def test_every_task_of_an_array_starts_again(world: World) -> None:
+    """The last one has the number of the whole array, for which Slurm answers with all of them."""
+    launcher = world.folder / "array" / "examples" / "train_expert.sh"
+    launcher.parent.mkdir(parents=True)
+    (world.folder / "array" / "checkpoints" / "seed").mkdir(parents=True)
+    tracker = "$RUN/latest_checkpointed_iteration.txt"
+    launcher.write_text(f'mkdir -p "$RUN"\n[ ! -e "{tracker}" ] || more=50\necho $((50 + ${{more:-0}})) >"{tracker}"\n')
+    small = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=5", "--oversubscribe")
+    batch = str(Path(__file__).parents[2] / "examples" / "slurm" / "experts.sbatch")
+    world.slurm.run("sbatch", *small, f"--chdir={world.folder / 'array'}", batch, STEPS="100", BTX="")
+
+    def steps() -> list[str]:
+        return [path.read_text() for path in (world.folder / "array" / "checkpoints").glob("*/latest*")]
+
+    wait_until(lambda: steps() == ["100\n"] * 3, "all three tasks to go on")
+
+
+def test_two_tasks_of_one_stage_make_it_once(world: World) -> None:
+    run = world.folder / "array-of-one"
+    planned = plan_run(RECIPE, run, only=("data",))
+    write_scripts(planned, render_scripts(planned))
+    world.slurm.run("sbatch", "--array=0-1", "--output=slurm/%a.txt", str(script_path(run, "data")))
+    logs = [run / "slurm" / f"{task}.txt" for task in (0, 1)]
+
+    def said() -> str:
+        return "".join(log.read_text() for log in logs if log.is_file())
+
+    leaves = "stage data: another job makes it|data: finished\n.*data: finished\n"
+    wait_until(lambda: "data: finished\n" in said() and re.search(leaves, said(), re.DOTALL), "both to end")
+    manifest = read_stage_manifest(run / "data")
+    assert manifest is not None and (manifest.status, manifest.starts) == ("finished", 1)
 
 
 def test_a_secret_of_the_environment_stands_in_no_file(world: World, runs: dict[str, Path]) -> None:

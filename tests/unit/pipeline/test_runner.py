@@ -24,7 +24,7 @@ from megatron_btx.pipeline.decisions import decide
 from megatron_btx.pipeline.failure import failure_message, killed_by
 from megatron_btx.pipeline.lock import is_locked, lock_run
 from megatron_btx.pipeline.machine import Machine
-from megatron_btx.pipeline.stage import Stage, command_script, command_text
+from megatron_btx.pipeline.stage import Stage, command_script
 from tests.unit.pipeline.running import run_stages
 
 WAIT_SECONDS = 30.0
@@ -309,14 +309,23 @@ def test_command_sh_runs_in_its_own_run(tmp_path: Path) -> None:
     assert not (tmp_path / "other" / "run" / "a" / "out").exists()
 
 
-@pytest.mark.parametrize("place", ["a b", "it's", 'a"b', "$HOME", "a}b"])
-def test_an_interpreter_may_lie_anywhere(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_variable", [False, True])
+@pytest.mark.parametrize("place", ["a b", "it's", 'a"b', "$HOME", "a}b", "*", "$(touch ran)"])
+def test_an_interpreter_may_lie_anywhere(
+    place: str, by_variable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interpreter = tmp_path / place / "python"
     interpreter.parent.mkdir()
     interpreter.symlink_to("/bin/true")
-    monkeypatch.setattr(sys, "executable", str(interpreter))
-    script = f"set -eu\n{command_text(Stage('a', ('python', '-c', 'x')))}\n"
-    subprocess.run(["bash", "-c", script], check=True)
+    if by_variable:
+        monkeypatch.setenv("BTX_PYTHON", str(interpreter))
+    else:
+        monkeypatch.setattr(sys, "executable", str(interpreter))
+    (tmp_path / "run" / "a").mkdir(parents=True)
+    command = tmp_path / "run" / "a" / "command.sh"
+    command.write_text(command_script(Stage("a", ("python", "-c", "raise SystemExit(1)"))))
+    subprocess.run(["bash", str(command)], check=True)
+    assert list(tmp_path.rglob("ran")) == []
 
 
 def test_a_stage_that_ends_well_without_its_product_has_failed(
