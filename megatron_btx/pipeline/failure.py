@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import signal
 import textwrap
@@ -24,10 +22,11 @@ _KILLED_FOR: dict[int, str] = {
 
 def read_log(log: Path, offset: int) -> str:
     """What was written into a log behind ``offset``: of much the end, and nothing where it is gone."""
-    with contextlib.suppress(FileNotFoundError), log.open("rb") as stream:
-        stream.seek(max(offset, os.fstat(stream.fileno()).st_size - _READ_BYTES))
+    if not log.is_file():
+        return ""
+    with log.open("rb") as stream:
+        stream.seek(max(offset, log.stat().st_size - _READ_BYTES))
         return stream.read().decode("utf-8", "replace")
-    return ""
 
 
 def failure_message(log: str, code: int) -> tuple[str, int]:

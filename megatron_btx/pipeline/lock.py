@@ -1,8 +1,7 @@
 """One runner at a time in a run directory, or jobs of its stages.
 
-A runner holds the lock alone. The script of a job (:mod:`megatron_btx.pipeline.slurm.script`) shares it with those of
-other stages, and holds one of its own stage. The kernel takes a lock back however its holder ends. Not every shared
-disk has locks, so what is known without them is asked as well: the queue by btx run, the manifest by a job.
+A runner holds the lock alone. The scripts of jobs (pipeline/slurm/script.py) share it, and hold one of their stage. Not
+every shared disk has locks, so the queue is asked as well by btx run, and the manifest by a job.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def lock_run(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"{run}: another btx run is at work here, or a job of Slurm; wait for it, or give another --output"
+                f"{run}: another btx run or a job of Slurm is at work here; wait, or give --output"
             ) from None
         yield
 

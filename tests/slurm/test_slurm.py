@@ -240,7 +240,7 @@ def test_an_expert_that_is_killed_starts_again(world: World, runs: dict[str, Pat
     assert (run / "again.txt").read_text() == (
         "error: stage expert-math: another job makes it; wait for it, or cancel it first\n"
     )
-    with pytest.raises(InputError, match="or a job of Slurm"), lock_run(run):
+    with pytest.raises(InputError, match="btx run or a job of Slurm is at work"), lock_run(run):
         pass
     assert started(run, "expert-math")["job"] == job
     world.slurm.stop_controller()

@@ -23,12 +23,12 @@ from megatron_btx.ground import manifest as manifests
 from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE, InputError, exits_with_one_line, printable
 from megatron_btx.pipeline import processes
 from megatron_btx.pipeline.decisions import KEEP, RERUN, SKIP, decide_start
-from megatron_btx.pipeline.directory import LOG_FILE, own_manifest, read_checkpointed_iteration, read_stage_manifest
+from megatron_btx.pipeline.directory import LOG_FILE, own_manifest, read_checkpointed_iteration
 from megatron_btx.pipeline.failure import failure_message, killed_by, read_log
 from megatron_btx.pipeline.folder import describe_start, prepare_folder
 from megatron_btx.pipeline.records import StageManifest, read_count
 from megatron_btx.pipeline.runner import MANIFEST_SECONDS, find_problem
-from megatron_btx.pipeline.slurm.queue import Job, SlurmError, list_jobs
+from megatron_btx.pipeline.slurm.queue import SlurmError, list_jobs
 from megatron_btx.pipeline.slurm.record import StageRecord, read_record
 from megatron_btx.pipeline.slurm.script import DONE_BEFORE, INTERRUPTED
 from megatron_btx.pipeline.stage import Stage
@@ -94,14 +94,13 @@ def begin(run: Path, record: StageRecord, retries: int) -> int:
     device = "cpu"
     if stage.on_gpu and os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1", "NoDevFiles"):
         device = "gpu"
-    manifest = describe_start(stage, record.identity, action, earlier, device)
-    prepare_folder(stage, directory, action, manifest | {"slurm": started})
+    manifest = describe_start(stage, record.identity, action, earlier, device) | {"slurm": started}
+    prepare_folder(stage, directory, action, manifest)
     with (directory / LOG_FILE).open("ab") as log:
         line = f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {action.verb}: job {started['job']} of Slurm\n"
         log.write(line.encode())
         started["log offset"] = log.tell()
-    written = read_stage_manifest(directory) or earlier
-    manifests.write_manifest(directory, written.model_dump() | {"slurm": started})
+    manifests.write_manifest(directory, manifest)  # with the offset
     _say(f"{stage.name}: {action.verb} ({action.why})")
     return 0
 
@@ -190,18 +189,16 @@ def _check_alone(run: Path, stage: Stage) -> None:
     if manifest is None or manifest.status != "running":
         return
     number = _started(manifest).get("job")
-    if number is None:
-        until = time.monotonic() + 2 * MANIFEST_SECONDS
-        while time.monotonic() < until and own_manifest(run / stage.name, stage.name) == manifest:
-            time.sleep(1)
-        if time.monotonic() < until:
-            raise InputError(f"stage {stage.name}: a btx run makes it; wait for it, then submit this again")
-    elif number != _job_number():
-        jobs: list[Job] = []
+    is_made = False
+    if number not in (None, _job_number()):
         with contextlib.suppress(SlurmError):  # asked from within a container, or while the controller is away
-            jobs = list_jobs(run)
-        if any(job.is_running and str(job.number) == number for job in jobs):
-            raise InputError(f"stage {stage.name}: job {number} makes it; wait for it, or cancel it first")
+            is_made = any(job.is_running and str(job.number) == number for job in list_jobs(run))
+    until = time.monotonic() + 2 * MANIFEST_SECONDS
+    while number is None and not is_made and time.monotonic() < until:
+        time.sleep(1)
+        is_made = own_manifest(run / stage.name, stage.name) != manifest
+    if is_made:
+        raise InputError(f"stage {stage.name}: a btx run or another job makes it; wait for it, or end it first")
 
 
 def _describe_start(stage: Stage, directory: Path, earlier: StageManifest) -> dict[str, Any]:

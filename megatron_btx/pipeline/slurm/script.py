@@ -20,10 +20,6 @@ from megatron_btx.pipeline.stage import PYTHON, Program, Stage, one_line, shell_
 
 DONE_BEFORE, INTERRUPTED = 10, 75
 """What the first step of a job says when there is nothing to do, and the last one when the job should start again."""
-_LOCKED = 3
-"""What flock says of a lock that another holds; of a disk that has none it says something else."""
-_PATIENCE_SECONDS = 600
-"""How long Slurm is asked to start a job again. The job keeps its nodes meanwhile."""
 _SAFE_PATH = re.compile(r"[\w./+=@:,~-]+")
 
 _IN_CONTAINER = '"${in_container[@]}"'
@@ -42,11 +38,12 @@ cd -- {run} || exit 2
 export OMP_NUM_THREADS={threads}
 {exports}{container}
 # Who works here holds a lock: one btx run the folder, or one job each stage. The kernel takes it back however he ends.
+# flock leaves with 3 where another holds it, and with something else on a disk that has no locks.
 exec 8<>{run_lock} 9<>{stage_lock}
-flock -s -n -E {locked} 8
-[ $? -ne {locked} ] || refuse "a btx run is at work in $PWD; wait for it, then submit this again"
-flock -n -E {locked} 9
-[ $? -ne {locked} ] || refuse "another job makes it; wait for it, or cancel it first"
+flock -s -n -E 3 8
+[ $? -ne 3 ] || refuse "a btx run is at work in $PWD; wait for it, then submit this again"
+flock -n -E 3 9
+[ $? -ne 3 ] || refuse "another job makes it; wait for it, or cancel it first"
 
 # At the end of its time, or before other jobs take its nodes, Slurm tells the steps of this job: the program saves and
 # leaves. This shell goes on, so that the job starts again.
@@ -85,7 +82,7 @@ BTX_STAGE="slurm-$SLURM_JOB_ID:" {srun} \\
     >>{log} 2>&1 </dev/null || status=$?
 
 stage end --status "$status" && status=0 || status=$?
-[ "$status" -ne {interrupted} ] || start_again "$((SECONDS + {patience}))"
+[ "$status" -ne {interrupted} ] || start_again "$((SECONDS + 600))"
 exit "$status"
 """
 
@@ -110,14 +107,12 @@ def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: st
     body = _START.format(
         run=shlex.quote(str(run)),
         threads=stage.threads,
-        exports=_exports(resources),
+        exports="".join(f"export {key}={shlex.quote(value)}\n" for key, value in resources.environment.items()),
         container=_container_lines(resources, run),
         stage=_begin_short_command(resources),
         preparation=shell_preparation(python),
         run_lock=LOCK_FILE,
         stage_lock=shlex.quote(f"{SLURM_FOLDER}/{stage.name}.lock"),
-        locked=_LOCKED,
-        patience=_PATIENCE_SECONDS,
         name=name,
         fingerprint=shlex.quote(fingerprint),
         done_before=DONE_BEFORE,
@@ -158,13 +153,6 @@ def _header(stage: Stage, resources: Resources, run: Path, fingerprint: str) -> 
     )
     lines.append("set -uo pipefail")
     return lines
-
-
-def _exports(resources: Resources) -> str:
-    lines = []
-    for name, value in resources.environment.items():
-        lines.append(f"export {name}={shlex.quote(value)}")
-    return "".join(f"{line}\n" for line in lines)
 
 
 def _container_lines(resources: Resources, run: Path) -> str:

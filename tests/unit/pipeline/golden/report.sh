@@ -38,6 +38,7 @@ export NCCL_DEBUG=WARN
 export NOTE='it'"'"'s $(here)'
 
 # Who works here holds a lock: one btx run the folder, or one job each stage. The kernel takes it back however he ends.
+# flock leaves with 3 where another holds it, and with something else on a disk that has no locks.
 exec 8<>.lock 9<>slurm/report.lock
 flock -s -n -E 3 8
 [ $? -ne 3 ] || refuse "a btx run is at work in $PWD; wait for it, then submit this again"
