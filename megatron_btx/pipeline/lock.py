@@ -23,7 +23,7 @@ def lock_run(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"{run}: another btx run or a job of Slurm is at work here; wait, or give --output"
+                f"{run}: another btx run, a job or a command.sh is at work here; wait, or give --output"
             ) from None
         yield
 

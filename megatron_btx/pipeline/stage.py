@@ -114,6 +114,20 @@ done
 export PYTHONSAFEPATH=1"""
 
 
+def shell_locks(name: str) -> str:
+    """What keeps a script in the run's folder from making a stage that somebody else makes; see lock.py."""
+    return f"""# Who works here holds a lock: one btx run the folder, or one script each stage. It lasts until he ends, however he ends.
+# flock leaves with 3 where another holds it, and with something else on a disk that has no locks.
+refuse() {{
+    echo "error: stage "{shlex.quote(name)}": $*; wait for it, or end it first" >&2
+    exit 2
+}}
+exec 8<>.lock 9<>{shlex.quote(f".{name}.lock")}
+flock -s -n -E 3 8 || [ $? -ne 3 ] || refuse "a btx run is at work in $PWD"
+flock -n -E 3 9 || [ $? -ne 3 ] || refuse "somebody else makes it"
+""".rstrip()
+
+
 def one_line(text: str) -> str:
     """``text`` for a comment in a script, which a line break would end."""
     letters = []
@@ -132,6 +146,8 @@ def command_script(stage: Stage) -> str:
         'cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."\n'
         f"{shell_preparation(sys.executable)}\n"
         f"export OMP_NUM_THREADS={stage.threads}\n"
+        'if [ -z "${BTX_STAGE:-}" ]; then # by hand\n'
+        f"{shell_locks(stage.name)}\nfi\n"
         f"exec {command_text(stage)}\n"
     )
 

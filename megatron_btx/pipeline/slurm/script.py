@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.pipeline.directory import LOCK_FILE
 from megatron_btx.pipeline.slurm.queue import COMMENT_LETTERS, job_name
 from megatron_btx.pipeline.slurm.record import SLURM_FOLDER
 from megatron_btx.pipeline.slurm.resources import Resources
-from megatron_btx.pipeline.stage import PYTHON, Program, Stage, one_line, shell_preparation
+from megatron_btx.pipeline.stage import PYTHON, Program, Stage, one_line, shell_locks, shell_preparation
 
 DONE_BEFORE, INTERRUPTED = 10, 75
 """What the first step of a job says when there is nothing to do, and the last one when the job should start again."""
@@ -28,22 +27,12 @@ _START = """
 # What a caller exported for Slurm's commands would change what they do and answer here.
 unset "${{!SQUEUE_@}}" "${{!SBATCH_@}}" "${{!SCONTROL_@}}" "${{!SRUN_@}}" SLURM_CLUSTERS SLURM_STD{{IN,OUT,ERR}}MODE
 unset SLURM_LABELIO SLURM_TIMELIMIT SLURM_WORKING_DIR SLURM_REMOTE_CWD
-refuse() {{
-    echo "error: stage "{name}": $*" >&2
-    exit 2
-}}
-[ -n "${{SLURM_JOB_ID:-}}" ] || refuse "this is no job of Slurm; submit it with sbatch, or run its command.sh by hand"
+[ -n "${{SLURM_JOB_ID:-}}" ] || {{ echo "error: this is no job of Slurm; submit it with sbatch" >&2; exit 2; }}
 cd -- {run} || exit 2
 {preparation}
 export OMP_NUM_THREADS={threads}
 {exports}{container}
-# Who works here holds a lock: one btx run the folder, or one job each stage. The kernel takes it back however he ends.
-# flock leaves with 3 where another holds it, and with something else on a disk that has no locks.
-exec 8<>{run_lock} 9<>{stage_lock}
-flock -s -n -E 3 8
-[ $? -ne 3 ] || refuse "a btx run is at work in $PWD; wait for it, then submit this again"
-flock -n -E 3 9
-[ $? -ne 3 ] || refuse "another job makes it; wait for it, or cancel it first"
+{locks}
 
 # At the end of its time, or before other jobs take its nodes, Slurm tells the steps of this job: the program saves and
 # leaves. This shell goes on, so that the job starts again.
@@ -111,8 +100,7 @@ def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: st
         container=_container_lines(resources, run),
         stage=_begin_short_command(resources),
         preparation=shell_preparation(python),
-        run_lock=LOCK_FILE,
-        stage_lock=shlex.quote(f"{SLURM_FOLDER}/{stage.name}.lock"),
+        locks=shell_locks(stage.name),
         name=name,
         fingerprint=shlex.quote(fingerprint),
         done_before=DONE_BEFORE,

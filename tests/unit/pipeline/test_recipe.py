@@ -574,7 +574,7 @@ def test_the_dry_run_is_a_script_that_does_what_the_run_does(tmp_path: Path) -> 
     subprocess.run(["bash", "-c", script], check=True)
     assert (tmp_path / "by hand" / "b" / "out").read_text() == "3 2"
     for stage in made:
-        command = command_script(stage).partition("exec ")[2].strip()
+        command = command_script(stage).rpartition("\nexec ")[2].strip()
         assert command in script
 
 

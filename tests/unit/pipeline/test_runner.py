@@ -426,7 +426,7 @@ def test_files_of_a_runs_names_that_no_run_wrote_are_refused(name: str, tmp_path
 def test_a_run_directory_is_held_by_one_runner(tmp_path: Path) -> None:
     with lock_run(tmp_path):
         assert is_locked(tmp_path)
-        with pytest.raises(InputError, match="another btx run or a job of Slurm is at work"):
+        with pytest.raises(InputError, match="another btx run, a job or a command.sh is at work"):
             run([appending("a")], tmp_path)
     assert not is_locked(tmp_path)
     assert run([appending("a")], tmp_path)[0] == 0

@@ -159,7 +159,7 @@ def test_what_a_caller_exported_for_slurm_is_not_in_a_job(desk: Desk) -> None:
 
 def test_a_script_that_is_no_job_says_so_and_writes_nothing(desk: Desk) -> None:
     status, said = desk.ended(desk.start(SLURM_JOB_ID=""))
-    assert status == 2 and said.startswith("error: stage seed: this is no job of Slurm;") and said.count("\n") == 1
+    assert status == 2 and said.startswith("error: this is no job of Slurm;") and said.count("\n") == 1
     assert desk.count_begun() == 0
 
 
@@ -180,11 +180,16 @@ def test_one_is_at_work_on_a_stage(desk: Desk) -> None:
     """A second job of any name, or a task of an array, leaves; one of another stage works; btx run waits for all."""
     first = desk.begin_and_hold()
     status, said = desk.ended(desk.start(SLURM_JOB_ID="8"))
-    assert (status, said) == (2, "error: stage seed: another job makes it; wait for it, or cancel it first\n")
+    assert (status, said) == (2, "error: stage seed: somebody else makes it; wait for it, or end it first\n")
     other = desk.begin_and_hold("mix")
-    with pytest.raises(InputError, match="another btx run or a job of Slurm is at work here"), lock_run(desk.run):
+    with pytest.raises(InputError, match="another btx run, a job or a command.sh is at work here"), lock_run(desk.run):
         pass
     assert not is_locked(desk.run), "btx submit may go on while jobs work"
+    command = desk.run / "seed" / "command.sh"
+    command.write_text(command_script(Stage("seed", ("touch", "seed/done"))))
+    by_hand = {name: value for name, value in os.environ.items() if name != "BTX_STAGE"}
+    answer = subprocess.run(["bash", command], env=by_hand, stderr=subprocess.PIPE, text=True, check=False)
+    assert (answer.returncode, answer.stderr) == (2, said)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     again = desk.begin_and_hold()

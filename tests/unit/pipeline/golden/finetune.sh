@@ -23,11 +23,7 @@ set -uo pipefail
 # What a caller exported for Slurm's commands would change what they do and answer here.
 unset "${!SQUEUE_@}" "${!SBATCH_@}" "${!SCONTROL_@}" "${!SRUN_@}" SLURM_CLUSTERS SLURM_STD{IN,OUT,ERR}MODE
 unset SLURM_LABELIO SLURM_TIMELIMIT SLURM_WORKING_DIR SLURM_REMOTE_CWD
-refuse() {
-    echo "error: stage "finetune": $*" >&2
-    exit 2
-}
-[ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no job of Slurm; submit it with sbatch, or run its command.sh by hand"
+[ -n "${SLURM_JOB_ID:-}" ] || { echo "error: this is no job of Slurm; submit it with sbatch" >&2; exit 2; }
 cd -- /runs/example || exit 2
 python=${BTX_PYTHON:-/opt/btx/bin/python}
 for name in PATH PYTHONPATH; do
@@ -45,13 +41,15 @@ in_container=(
     --container-workdir=/runs/example
 )
 
-# Who works here holds a lock: one btx run the folder, or one job each stage. The kernel takes it back however he ends.
+# Who works here holds a lock: one btx run the folder, or one script each stage. It lasts until he ends, however he ends.
 # flock leaves with 3 where another holds it, and with something else on a disk that has no locks.
-exec 8<>.lock 9<>slurm/finetune.lock
-flock -s -n -E 3 8
-[ $? -ne 3 ] || refuse "a btx run is at work in $PWD; wait for it, then submit this again"
-flock -n -E 3 9
-[ $? -ne 3 ] || refuse "another job makes it; wait for it, or cancel it first"
+refuse() {
+    echo "error: stage "finetune": $*; wait for it, or end it first" >&2
+    exit 2
+}
+exec 8<>.lock 9<>.finetune.lock
+flock -s -n -E 3 8 || [ $? -ne 3 ] || refuse "a btx run is at work in $PWD"
+flock -n -E 3 9 || [ $? -ne 3 ] || refuse "somebody else makes it"
 
 # At the end of its time, or before other jobs take its nodes, Slurm tells the steps of this job: the program saves and
 # leaves. This shell goes on, so that the job starts again.
