@@ -116,7 +116,8 @@ export PYTHONSAFEPATH=1"""
 
 def shell_locks(name: str) -> str:
     """What keeps a script in the run's folder from making a stage that somebody else makes; see lock.py."""
-    return f"""# Who works here holds a lock: one btx run the folder, or one script each stage. It lasts until he ends, however he ends.
+    return f"""\
+# Who works here holds a lock: one btx run the folder, or one script each stage. It ends with him, however he ends.
 # flock leaves with 3 where another holds it, and with something else on a disk that has no locks.
 refuse() {{
     echo "error: stage "{shlex.quote(name)}": $*; wait for it, or end it first" >&2

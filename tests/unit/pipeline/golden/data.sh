@@ -33,7 +33,7 @@ export OMP_NUM_THREADS=1
 export NCCL_DEBUG=WARN
 export NOTE='it'"'"'s $(here)'
 
-# Who works here holds a lock: one btx run the folder, or one script each stage. It lasts until he ends, however he ends.
+# Who works here holds a lock: one btx run the folder, or one script each stage. It ends with him, however he ends.
 # flock leaves with 3 where another holds it, and with something else on a disk that has no locks.
 refuse() {
     echo "error: stage "data": $*; wait for it, or end it first" >&2

@@ -41,7 +41,7 @@ in_container=(
     --container-workdir=/runs/example
 )
 
-# Who works here holds a lock: one btx run the folder, or one script each stage. It lasts until he ends, however he ends.
+# Who works here holds a lock: one btx run the folder, or one script each stage. It ends with him, however he ends.
 # flock leaves with 3 where another holds it, and with something else on a disk that has no locks.
 refuse() {
     echo "error: stage "finetune": $*; wait for it, or end it first" >&2
