@@ -126,7 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
         "                  [--output RUN]",
     )
     _add_recipe_arguments(submit_command)
-    submit_command.add_argument("--dry-run", action="store_true", help="write and print the scripts, submit nothing")
+    submit_command.add_argument("--dry-run", action="store_true", help="print the scripts; submit and write nothing")
     submit_command.set_defaults(cpu=False)
     plan_command = commands.add_parser(
         "plan",
@@ -179,18 +179,15 @@ def plan(arguments: argparse.Namespace) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """``btx run``: plan the recipe, check it, and run it or print its commands."""
     from megatron_btx.pipeline.directory import REPORT_STAGE
-    from megatron_btx.pipeline.door import ChangedStagesError
     from megatron_btx.pipeline.progress import Progress
     from megatron_btx.pipeline.scripts import as_comment, shell_script
 
-    planned = _plan_run(arguments, use_gpus=not arguments.cpu)
-    try:
-        planned.check()
-    except ChangedStagesError as error:
-        _refuse_changes(arguments, planned, error)
+    planned = _plan_checked_run(arguments)
     if arguments.dry_run:
-        print(as_comment(_describe_plan(planned)))
+        table = as_comment(_describe_plan(planned))
+        print(table)
         print(shell_script(planned.chosen_stages(), planned.actions, planned.directory))
+        print(table)  # on a terminal the first has scrolled away
         return 0
     with Progress(planned.directory, planned.stages) as progress:
         outcome = planned.execute(progress)
@@ -204,18 +201,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def submit(arguments: argparse.Namespace) -> int:
     """``btx submit``: plan the recipe, check it, and make its stages jobs of Slurm or print their scripts."""
-    from megatron_btx.pipeline.door import ChangedStagesError
     from megatron_btx.pipeline.scripts import as_comment
     from megatron_btx.pipeline.slurm.commands import show_scripts, submit_run
 
-    planned = _plan_run(arguments, use_gpus=True)
-    try:
-        planned.check()
-    except ChangedStagesError as error:
-        _refuse_changes(arguments, planned, error)
+    planned = _plan_checked_run(arguments)
     if arguments.dry_run:
-        print(as_comment(_describe_plan(planned)))
+        table = as_comment(_describe_plan(planned))
+        print(table)
         show_scripts(planned)
+        print(table)
         return 0
     submit_run(planned)
     return 0
@@ -236,6 +230,18 @@ def _plan_run(arguments: argparse.Namespace, use_gpus: bool) -> PlannedRun:
     )
     if planned.recipe.notes:
         print(f"# note: {one_line('; '.join(planned.recipe.notes))}", flush=True)
+    return planned
+
+
+def _plan_checked_run(arguments: argparse.Namespace) -> PlannedRun:
+    """The run that the command line asks for, after Megatron's own checks."""
+    from megatron_btx.pipeline.door import ChangedStagesError
+
+    planned = _plan_run(arguments, use_gpus=not arguments.cpu)
+    try:
+        planned.check()
+    except ChangedStagesError as error:
+        _refuse_changes(arguments, planned, error)
     return planned
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import signal
 import textwrap
+from pathlib import Path
 
-from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE
+from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE, printable
 
 _LINES_SHOWN = 15
+_TAIL_BYTES = 2**16
+_ERROR = re.compile(r"(\[?[\w./ -]+\]?: )?(error|[\w.]*(Error|Exception|Interrupt))(:|$)")
 _SIGNALS = frozenset(signal.Signals)
 _KILLED_FOR: dict[int, str] = {
     signal.SIGKILL: ", most likely for want of memory: take a smaller micro-batch-size, or fewer processes at once",
@@ -28,9 +31,26 @@ def failure_message(log: str, code: int) -> tuple[str, int]:
     lines = re.findall(r"^(?:[\w./ -]+: )?error: .*$", log, re.MULTILINE)
     if bad_input and lines:
         return str(lines[0]), BAD_INPUT_EXIT_CODE
-    before_report = re.split(r"^[EW]\d{4} .*torch/distributed/elastic", log, maxsplit=1, flags=re.MULTILINE)[0].rstrip()
-    shown = (before_report or log.rstrip()).splitlines()[-_LINES_SHOWN:]
+    shown = (_before_report(log) or log.rstrip()).splitlines()[-_LINES_SHOWN:]
     return textwrap.indent("\n".join(shown), "  ", lambda _: True), 1
+
+
+def last_words(log: Path) -> str:
+    """The line at a log's end that most likely says why the last start failed: an error, or the last one."""
+    if not log.is_file():
+        return "no log"
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        text = stream.read().decode("utf-8", "replace")
+    text = _before_report(text.rpartition("\n== ")[2])
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("srun: ")]
+    errors = [line for line in lines if _ERROR.match(line)]
+    return printable((errors or lines or ["nothing said"])[-1])
+
+
+def _before_report(log: str) -> str:
+    """A log without the report of torchrun at its end."""
+    return re.split(r"^[EW]\d{4} .*torch/distributed/elastic", log, maxsplit=1, flags=re.MULTILINE)[0].rstrip()
 
 
 def killed_by(log: str, code: int) -> str:

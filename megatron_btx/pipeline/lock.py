@@ -1,4 +1,4 @@
-"""One runner at a time in a run directory."""
+"""One runner at a time in a run directory, and none while its stages are submitted to Slurm."""
 
 from __future__ import annotations
 
@@ -12,13 +12,27 @@ from megatron_btx.pipeline.directory import LOCK_FILE
 
 
 @contextlib.contextmanager
-def lock_run(run: Path) -> Iterator[None]:
-    """Hold the run directory for this process. Raises InputError when another one does."""
+def lock_run(run: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold the run directory for a runner, or by LOCK_SH for those that submit. Raises InputError when others do."""
     with (run / LOCK_FILE).open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{run}: another btx run is at work here; wait for it, or give another --output") from None
+            raise InputError(
+                f"{run}: another btx run is at work here, or a btx submit; wait for it, or give another --output"
+            ) from None
+        except OSError:  # a disk without locks
+            if kind == fcntl.LOCK_EX:
+                raise
+        yield
+
+
+@contextlib.contextmanager
+def take_turn(folder: Path) -> Iterator[None]:
+    """Wait until nobody else holds ``folder``, and hold it; a disk without locks, or without room, keeps nobody."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stack.enter_context((folder / LOCK_FILE).open("a")), fcntl.LOCK_EX)
         yield
 
 

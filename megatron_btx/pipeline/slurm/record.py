@@ -49,6 +49,11 @@ def record_path(run: Path, stage: str) -> Path:
     return run / SLURM_FOLDER / f"{stage}.json"
 
 
+def job_path(run: Path, stage: str) -> Path:
+    """The number of the job that was last submitted for a stage, for btx status alone."""
+    return run / SLURM_FOLDER / f"{stage}.job"
+
+
 def write_record(run: Path, record: StageRecord) -> None:
     """Write a stage's record."""
     stage = record.stage
