@@ -137,12 +137,14 @@ class World:
         shutil.copy(self.reference / "plan.json", run)
         return run
 
-    def processes_of(self, job: str = "") -> list[int]:
-        """What runs for a job of this cluster, or for any; another cluster may be at work on this machine."""
+    def processes_of(self, *jobs: str) -> list[int]:
+        """What runs for jobs of this cluster, or for any; another cluster may be at work on this machine."""
         found = []
-        for process in marked(f"slurm-{job}"):
+        for process in marked("slurm-"):
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("SLURM_CONF") == str(self.slurm.configuration):
+                environment = process.environ()
+                is_ours = environment.get("SLURM_CONF") == str(self.slurm.configuration)
+                if is_ours and (not jobs or environment.get("SLURM_JOB_ID") in jobs):
                     found.append(process.pid)
         return found
 
