@@ -12,7 +12,7 @@ from megatron_btx.pipeline.failure import last_words
 from megatron_btx.pipeline.lock import is_locked
 from megatron_btx.pipeline.records import StageManifest
 from megatron_btx.pipeline.rows import make_progress_table, print_table, read_row, read_shown_manifest
-from megatron_btx.pipeline.slurm.status import HEADERS, JobView, describe_foreign, view_jobs, was_submitted
+from megatron_btx.pipeline.slurm.status import FOREIGN, HEADERS, JobView, view_jobs, was_submitted
 from megatron_btx.report.membership import find_left_out
 
 
@@ -43,7 +43,7 @@ def print_status(directory: Path) -> None:
         if state in ("failed", "ended", "interrupted"):
             print(f"{name}: {last_words(log)}; its log: {log}")
     for name in views.keys() - states.keys():
-        print(describe_foreign(directory, name, views[name].number))
+        print(FOREIGN.format(name, views[name].number, directory))
     if silence:
         print(f"Slurm's queue is not shown: {silence}")
 

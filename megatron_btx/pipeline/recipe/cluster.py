@@ -19,10 +19,8 @@ KINDS = ("cpu", "gpu", "data", "seed", "experts", "mix", "finetune", "dense", "e
 FOREIGN_NAMES = re.compile(r"(SLURMD?|SBATCH|SQUEUE|SCANCEL|SCONTROL|SALLOC|SRUN|SINFO|SACCT|BTX)_")
 """Begins the variables by which Slurm's commands and our scripts know a job, or take options."""
 _SECRET = re.compile(
-    r"(?i)(?<!_p)key|token(?!iz)|secret|passw|passphrase|credential|(pass|pwd|auth|creds?|jwt|bearer|cookie)\d*(_|$)"
-    r"|(^|_)(pat|sas|pin)\d*(_|$)"
+    r"(?i)(?<!_p)key|token(?!iz)|secret|passw|passph|creden|(pass|pwd|auth|creds?|jwt|cookie|(^|_)(pat|sas|pin))\d*(_|$)"
 )
-"""In names; not TOKENIZERS_PARALLELISM, not NCCL_IB_PKEY."""
 _PASSWORD = re.compile(r"://[^/\s@]*:[^/\s]*@")
 """In an address: that of a user, before the host."""
 _TIME = re.compile(r"[0-9]{1,6}|[0-9]{1,6}(:[0-9]{2}){2}|[0-9]{1,6}-[0-9]{1,6}(:[0-9]{2}){0,2}")
@@ -46,10 +44,9 @@ def _check_constraint(text: str) -> str:
 def seconds_of(time: str) -> int:
     """What Slurm makes of a time limit."""
     days, _, clock = time.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    if not days and len(parts) == 1:
-        parts.insert(0, 0)
-    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    hours, minutes, seconds = (*map(int, clock.split(":")), 0, 0)[:3]
+    if not days and ":" not in clock:
+        hours, minutes = 0, hours
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 

@@ -13,32 +13,31 @@ from megatron_btx.pipeline.lock import take_turn
 from megatron_btx.pipeline.scripts import as_comment
 from megatron_btx.pipeline.slurm.queue import cancel_jobs, list_jobs
 from megatron_btx.pipeline.slurm.record import SLURM_FOLDER, script_path
-from megatron_btx.pipeline.slurm.status import describe_foreign
+from megatron_btx.pipeline.slurm.status import FOREIGN
 from megatron_btx.pipeline.slurm.submission import Submission, render_scripts, submit
 
 if TYPE_CHECKING:
     from megatron_btx.pipeline.door import PlannedRun
 
 
-def show_scripts(planned: PlannedRun) -> None:
-    """``btx submit --dry-run``: print the scripts; none is written, because jobs in the queue read what lies there."""
+def show_scripts(planned: PlannedRun) -> str:
+    """``btx submit --dry-run``: the scripts; none is written, because jobs in the queue read what lies there."""
+    lines = []
     for stage, script in render_scripts(planned).items():
-        print(as_comment(f"==== {script_path(planned.directory, stage)}"))
-        print(script)
+        lines += [as_comment(f"==== {script_path(planned.directory, stage)}"), script]
+    return "\n".join(lines)
 
 
 def submit_run(planned: PlannedRun) -> None:
     """``btx submit``: submit what is missing and print what became of every stage."""
     ignored = [name for name in os.environ if name.startswith("SBATCH_")]
     if ignored:
-        print(
-            f"# note: {', '.join(ignored)}: not used; the recipe's cluster section says what jobs ask for", flush=True
-        )
+        print(f"# note: {', '.join(ignored)}: not used; what jobs ask for stands in the cluster section")
     result = submit(planned)
     for stage in planned.chosen_stages():
         print(_describe(stage.name, result))
     for job in result.foreign:
-        print(describe_foreign(planned.directory, job.stage, str(job.number)))
+        print(FOREIGN.format(job.stage, job.number, planned.directory))
     print(f"how far it is: btx status {planned.directory}")
 
 
@@ -68,10 +67,9 @@ def cancel(argv: list[str] | None = None) -> int:
         raise InputError(f"{arguments.run}: no {PLAN_FILE} in it; expected a run directory")
     known = [entry.stage for entry in read_plan(arguments.run) or ()]
     with take_turn(arguments.run / SLURM_FOLDER):  # a btx submit that is at work would go on submitting
-        jobs = []
-        for job in list_jobs(arguments.run):
-            if job.is_active and (not arguments.only or job.stage in arguments.only):
-                jobs.append(job)
+        jobs = [job for job in list_jobs(arguments.run) if job.is_active]
+        if arguments.only:
+            jobs = [job for job in jobs if job.stage in arguments.only]
         found = [*known, *[job.stage for job in jobs]]  # a stage that the recipe no longer has may have a job
         for name in arguments.only:
             if name not in found:

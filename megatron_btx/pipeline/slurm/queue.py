@@ -149,9 +149,7 @@ def _call(*words: str) -> str:
 
 
 def _make_environment() -> dict[str, str]:
-    """What Slurm's commands and a job inherit: all but what says that this process is itself part of a job (in salloc,
-    in srun), and the user's own options of Slurm's commands, which beat a recipe and hide jobs.
-    """
+    """What Slurm's commands and jobs inherit: nothing of a job around this process, no options, which beat a recipe."""
     environment = without_launcher(os.environ)
     environment = {name: value for name, value in environment.items() if not FOREIGN_NAMES.match(name)}
     for name in ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"):

@@ -15,6 +15,8 @@ from megatron_btx.pipeline.stage import Program, Stage
 
 SLURM_FOLDER = "slurm"
 """Of a run: scripts, records and logs of its jobs."""
+NOTE_SUFFIX = ".job"
+"""Of the file beside a script that holds the number of the job last submitted; for btx status alone."""
 _REMEDY = "btx submit writes it again"
 _COUNTS = ("processes", "threads", "iterations", "tokens", "flops")
 _FLAGS = ("on_gpu", "resumable", "only_shows")
@@ -47,11 +49,6 @@ def log_path(run: Path, stage: str) -> Path:
 def record_path(run: Path, stage: str) -> Path:
     """The record of a stage's job."""
     return run / SLURM_FOLDER / f"{stage}.json"
-
-
-def job_path(run: Path, stage: str) -> Path:
-    """The number of the job that was last submitted for a stage, for btx status alone."""
-    return run / SLURM_FOLDER / f"{stage}.job"
 
 
 def write_record(run: Path, record: StageRecord) -> None:

@@ -12,9 +12,10 @@ from megatron_btx.ground.errors import printable
 from megatron_btx.pipeline.directory import MANIFEST_FILE
 from megatron_btx.pipeline.records import StageManifest, read_number
 from megatron_btx.pipeline.slurm.queue import Job, SlurmError, list_jobs
-from megatron_btx.pipeline.slurm.record import SLURM_FOLDER, job_path, log_path, read_waited_for
+from megatron_btx.pipeline.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, log_path, read_waited_for, script_path
 
 HEADERS = ("job", "why")
+FOREIGN = "{0}: job {1} is in the queue, and the recipe has no such stage; btx cancel {2} --only {0}"
 _REASONS = {
     "None": "not looked at yet",
     "Resources": "no free nodes",
@@ -55,11 +56,6 @@ class JobView:
 def was_submitted(run: Path) -> bool:
     """Whether a run was ever submitted."""
     return (run / SLURM_FOLDER).is_dir()
-
-
-def describe_foreign(run: Path, stage: str, number: str) -> str:
-    """A line about a job whose stage the recipe does not have."""
-    return f"{stage}: job {number} is in the queue, and the recipe has no such stage; btx cancel {run} --only {stage}"
 
 
 def view_jobs(run: Path, manifests: Mapping[str, StageManifest]) -> tuple[dict[str, JobView], str]:
@@ -126,7 +122,7 @@ def _view_ended(run: Path, stage: str, manifest: StageManifest) -> JobView:
 
 def _read_unbegun(run: Path, stage: str) -> str:
     """The job that was submitted for a stage after all that is written of it; empty for none."""
-    note, manifest = job_path(run, stage), run / stage / MANIFEST_FILE
+    note, manifest = script_path(run, stage).with_suffix(NOTE_SUFFIX), run / stage / MANIFEST_FILE
     if not note.is_file() or (manifest.is_file() and manifest.stat().st_mtime > note.stat().st_mtime):
         return ""
     return note.read_text(encoding="utf-8")

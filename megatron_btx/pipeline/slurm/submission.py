@@ -20,7 +20,7 @@ from megatron_btx.pipeline.identity import Identity, identities
 from megatron_btx.pipeline.lock import lock_run, take_turn
 from megatron_btx.pipeline.recipe.cluster import ClusterSection
 from megatron_btx.pipeline.slurm.queue import COMMENT_LETTERS, Job, SlurmError, cancel_jobs, list_jobs, submit_script
-from megatron_btx.pipeline.slurm.record import SLURM_FOLDER, StageRecord, job_path, script_path, write_record
+from megatron_btx.pipeline.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, StageRecord, script_path, write_record
 from megatron_btx.pipeline.slurm.resources import find_resources
 from megatron_btx.pipeline.slurm.script import check_run_path, render_script
 from megatron_btx.pipeline.stage import Stage
@@ -82,24 +82,18 @@ def submit(planned: PlannedRun) -> Submission:
     run = planned.directory
     list_jobs(run)  # where Slurm does not answer, a run stays one that btx run may take
     (run / SLURM_FOLDER).mkdir(parents=True, exist_ok=True)
-    with lock_run(run, fcntl.LOCK_SH), take_turn(run / SLURM_FOLDER):
-        return _submit_missing(planned)
-
-
-def _submit_missing(planned: PlannedRun) -> Submission:
-    """Submit what is missing, while nobody else does."""
-    run = planned.directory
     known = identities(planned.stages)
-    jobs = [job for job in list_jobs(run) if job.is_active]
-    # Since the plan time has passed, by Megatron's checks. What ended meanwhile has no job any more, and is finished.
-    planned = replace(planned, actions=decide(planned.stages, run, planned.rerun))
-    _check_running(jobs, planned.actions, known)
-    result = Submission(finished=[stage.name for stage in planned.chosen_stages() if _is_done(planned, stage)])
-    result.foreign = [job for job in jobs if job.stage not in known]
-    write_scripts(planned, render_scripts(planned))
-    for stage in _list_due(planned):
-        mine = [job for job in jobs if job.stage == stage.name]
-        _submit_stage(run, stage, known[stage.name], mine, result)
+    with lock_run(run, fcntl.LOCK_SH), take_turn(run / SLURM_FOLDER):
+        jobs = [job for job in list_jobs(run) if job.is_active]
+        # Checks by Megatron take seconds since the plan. What ended meanwhile has no job any more, and is finished.
+        planned = replace(planned, actions=decide(planned.stages, run, planned.rerun))
+        _check_running(jobs, planned.actions, known)
+        result = Submission(finished=[stage.name for stage in planned.chosen_stages() if _is_done(planned, stage)])
+        result.foreign = [job for job in jobs if job.stage not in known]
+        write_scripts(planned, render_scripts(planned))
+        for stage in _list_due(planned):
+            mine = [job for job in jobs if job.stage == stage.name]
+            _submit_stage(run, stage, known[stage.name], mine, result)
     return result
 
 
@@ -123,7 +117,7 @@ def _submit_stage(run: Path, stage: Stage, identity: Identity, jobs: Sequence[Jo
         number = submit_script(script_path(run, stage.name), after)
     except SlurmError as error:
         raise SlurmError(f"stage {stage.name}: {error}{_say_submitted(run, result)}") from None
-    write_atomically(job_path(run, stage.name), str(number))
+    write_atomically(script_path(run, stage.name).with_suffix(NOTE_SUFFIX), str(number))
     result.submitted[stage.name] = number
     result.replaced[stage.name] = [job.number for job in jobs]
 
