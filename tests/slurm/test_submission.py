@@ -236,6 +236,23 @@ def test_two_submissions_with_other_settings_in_the_same_moment(slurm: Cluster, 
             assert {int(parent) for parent in waits} <= numbers
 
 
+def test_a_run_is_cancelled_while_it_is_submitted(slurm: Cluster, tmp_path: Path) -> None:
+    """Either all of it is in the queue afterwards or nothing: what is submitted goes on being submitted first."""
+    for number in range(3):
+        planned = plan_closed(tmp_path / str(number))
+        submit_closed(planned.directory, only=("data",))
+        assert at_once(lambda planned=planned: submit(planned), lambda planned=planned: cancel_quietly(planned)) == [
+            "",
+            "",
+        ]
+        assert list(stages_of(planned.directory)) in ([], [stage.name for stage in planned.stages])
+
+
+def cancel_quietly(planned: PlannedRun) -> None:
+    with contextlib.redirect_stdout(None):
+        assert cancel([str(planned.directory)]) == 0
+
+
 def test_a_job_that_ends_before_its_stage_begins_is_named(
     slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,6 +322,15 @@ def test_what_slurms_commands_answer_has_many_forms(
         submit_closed(run)
     wrapper.unlink()
     assert list(submit_closed(run).kept) == ["data"]
+    assert cancel([str(run)]) == 0
+    questions = bin_folder / "squeue"
+    questions.touch(0o755)
+    questions.write_text(f'#!/bin/bash\n[ ! -e {tmp_path}/gone ] || exit 1\nexec {os.path.dirname(real)}/squeue "$@"\n')
+    wrapper.touch(0o755)
+    wrapper.write_text(f'#!/bin/bash\ntouch {tmp_path}/gone\nexec {real} "$@"\n')
+    assert len(submit_closed(run).submitted) > 5, "the controller was away for a question after a submission"
+    questions.unlink()
+    wrapper.unlink()
     with pytest.raises(InputError, match=r"^stage data: sbatch: invalid partition specified: nosuch; Batch job subm"):
         submit(plan_run(RECIPE, tmp_path / "other", changes=[CLOSED.replace("closed", "nosuch")]))
 
