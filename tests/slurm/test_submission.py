@@ -20,6 +20,7 @@ from megatron_btx.ground.errors import BTXError, InputError
 from megatron_btx.pipeline.decisions import decide
 from megatron_btx.pipeline.door import PlannedRun, plan_run
 from megatron_btx.pipeline.identity import identities
+from megatron_btx.pipeline.lock import take_turn
 from megatron_btx.pipeline.machine import Machine
 from megatron_btx.pipeline.progress import Silence
 from megatron_btx.pipeline.runner import execute_stages
@@ -246,6 +247,19 @@ def test_a_run_is_cancelled_while_it_is_submitted(slurm: Cluster, tmp_path: Path
             "",
         ]
         assert list(stages_of(planned.directory)) in ([], [stage.name for stage in planned.stages])
+
+
+def test_who_waits_for_a_submission_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It may be one that somebody has stopped."""
+    with take_turn(tmp_path):
+        assert capfd.readouterr().err == ""
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException), take_turn(tmp_path):
+                pass
+            os._exit(0)
+        wait_until(lambda: "is at work in" in capfd.readouterr().err, "its word", 30)
+    os.waitpid(child, 0)
 
 
 def cancel_quietly(planned: PlannedRun) -> None:

@@ -22,7 +22,6 @@ _SECRET = re.compile(
     r"(?i)(?<!_p)key|token(?!iz)|secret|passw|passph|creden|(pass|pwd|auth|creds?|jwt|cookie|(^|_)(pat|sas|pin))\d*(_|$)"
 )
 _PASSWORD = re.compile(r"://[^/\s@]*:[^/\s]*@")
-"""In an address: that of a user, before the host."""
 _TIME = re.compile(r"[0-9]{1,6}|[0-9]{1,6}(:[0-9]{2}){2}|[0-9]{1,6}-[0-9]{1,6}(:[0-9]{2}){0,2}")
 """Not MM:SS, which a reader takes for hours and minutes."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
 def show_scripts(planned: PlannedRun) -> str:
     """``btx submit --dry-run``: the scripts; none is written, because jobs in the queue read what lies there."""
-    lines = []
-    for stage, script in render_scripts(planned).items():
-        lines += [as_comment(f"==== {script_path(planned.directory, stage)}"), script]
-    return "\n".join(lines)
+    scripts = {script_path(planned.directory, stage): script for stage, script in render_scripts(planned).items()}
+    return "\n".join(f"{as_comment(f'==== {path}')}\n{script}" for path, script in scripts.items())
 
 
 def submit_run(planned: PlannedRun) -> None:

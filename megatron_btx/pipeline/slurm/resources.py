@@ -67,10 +67,8 @@ def find_resources(cluster: ClusterSection, stage: Stage, workers: int = 1) -> R
         options["exclusive"] = None
     signal_seconds = asked.get("signal_seconds", _SIGNAL_SECONDS)
     if stage.resumable and "time" in asked and signal_seconds >= seconds_of(asked["time"]):
-        raise InputError(
-            f"cluster: stage {stage.name} would be told to save {signal_seconds} s before its end, which is as long as "
-            f"its time of {asked['time']!r}; change time or signal-seconds"
-        )
+        told = f"would be told to save {signal_seconds} s before the end of its time of {asked['time']!r}"
+        raise InputError(f"cluster: stage {stage.name} {told}; change time or signal-seconds")
     return Resources(
         nodes=nodes,
         tasks_per_node=tasks_per_node,
