@@ -126,7 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
         "                  [--output RUN]",
     )
     _add_recipe_arguments(submit_command)
-    submit_command.add_argument("--dry-run", action="store_true", help="write and print the scripts, submit nothing")
+    submit_command.add_argument("--dry-run", action="store_true", help="print the scripts; submit and write nothing")
     submit_command.set_defaults(cpu=False)
     plan_command = commands.add_parser(
         "plan",
@@ -135,6 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
         usage="btx plan RECIPE.yaml [--set KEY=VALUE ...] [--only STAGE ...] [--rerun STAGE ...] [--output RUN]",
     )
     _add_recipe_arguments(plan_command)
+    plan_command.set_defaults(cpu=False)
     status_command = commands.add_parser("status", help="print how far a run is", description=_STATUS_DESCRIPTION)
     status_command.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/quickstart")
     commands.add_parser("cancel", help="cancel the jobs of a run in Slurm's queue")
@@ -171,7 +172,7 @@ def _add_list(parser: argparse.ArgumentParser, flag: str, metavar: str, what: st
 
 def plan(arguments: argparse.Namespace) -> int:
     """``btx plan``: the stages of a recipe as a table."""
-    planned = _plan_run(arguments, use_gpus=True)
+    planned = _plan_run(arguments, check=False)
     print(_describe_plan(planned))
     return 0
 
@@ -179,18 +180,14 @@ def plan(arguments: argparse.Namespace) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """``btx run``: plan the recipe, check it, and run it or print its commands."""
     from megatron_btx.pipeline.directory import REPORT_STAGE
-    from megatron_btx.pipeline.door import ChangedStagesError
     from megatron_btx.pipeline.progress import Progress
     from megatron_btx.pipeline.scripts import as_comment, shell_script
 
-    planned = _plan_run(arguments, use_gpus=not arguments.cpu)
-    try:
-        planned.check()
-    except ChangedStagesError as error:
-        _refuse_changes(arguments, planned, error)
+    planned = _plan_run(arguments)
     if arguments.dry_run:
-        print(as_comment(_describe_plan(planned)))
-        print(shell_script(planned.chosen_stages(), planned.actions, planned.directory))
+        table = as_comment(_describe_plan(planned))
+        script = shell_script(planned.chosen_stages(), planned.actions, planned.directory)
+        print(table, script, table, sep="\n")  # on a terminal the first scrolls away
         return 0
     with Progress(planned.directory, planned.stages) as progress:
         outcome = planned.execute(progress)
@@ -204,26 +201,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 def submit(arguments: argparse.Namespace) -> int:
     """``btx submit``: plan the recipe, check it, and make its stages jobs of Slurm or print their scripts."""
-    from megatron_btx.pipeline.door import ChangedStagesError
     from megatron_btx.pipeline.scripts import as_comment
     from megatron_btx.pipeline.slurm.commands import show_scripts, submit_run
 
-    planned = _plan_run(arguments, use_gpus=True)
-    try:
-        planned.check()
-    except ChangedStagesError as error:
-        _refuse_changes(arguments, planned, error)
+    planned = _plan_run(arguments)
     if arguments.dry_run:
-        print(as_comment(_describe_plan(planned)))
-        show_scripts(planned)
+        table = as_comment(_describe_plan(planned))
+        print(table, show_scripts(planned), table, sep="\n")
         return 0
     submit_run(planned)
     return 0
 
 
-def _plan_run(arguments: argparse.Namespace, use_gpus: bool) -> PlannedRun:
+def _plan_run(arguments: argparse.Namespace, check: bool = True) -> PlannedRun:
     """The run that the command line asks for; what was read otherwise than it is written is said."""
-    from megatron_btx.pipeline.door import plan_run
+    from megatron_btx.pipeline.door import ChangedStagesError, plan_run
     from megatron_btx.pipeline.stage import one_line
 
     planned = plan_run(
@@ -232,10 +224,15 @@ def _plan_run(arguments: argparse.Namespace, use_gpus: bool) -> PlannedRun:
         changes=arguments.set,
         only=arguments.only,
         rerun=arguments.rerun,
-        use_gpus=use_gpus,
+        use_gpus=not arguments.cpu,
     )
     if planned.recipe.notes:
         print(f"# note: {one_line('; '.join(planned.recipe.notes))}", flush=True)
+    try:
+        if check:
+            planned.check()
+    except ChangedStagesError as error:
+        _refuse_changes(arguments, planned, error)
     return planned
 
 

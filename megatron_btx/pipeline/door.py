@@ -29,7 +29,6 @@ from megatron_btx.pipeline.recipe.reading import load_recipe
 from megatron_btx.pipeline.recipe.schema import Recipe
 from megatron_btx.pipeline.records import StageManifest
 from megatron_btx.pipeline.runner import Outcome, execute_stages
-from megatron_btx.pipeline.slurm.queue import check_no_jobs
 from megatron_btx.pipeline.stage import Stage
 
 RUNS_FOLDER = Path("runs")
@@ -104,7 +103,6 @@ class PlannedRun:
 
     def execute(self, reporter: Reporter) -> Outcome:
         """Run the stages. Raises InputError where jobs of Slurm are at work on them."""
-        check_no_jobs(self.directory)
         machine = Machine.found(self.use_gpus)
         return execute_stages(
             self.stages, self.directory, machine, reporter, self.chosen, records=self.records(), rerun=self.rerun

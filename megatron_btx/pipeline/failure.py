@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import signal
 import textwrap
 from pathlib import Path
 
-from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE
+from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE, printable
 
 _LINES_SHOWN = 15
 _READ_BYTES = 1 << 22
+_ERROR = re.compile(r"\s*(\[?[\w./ -]+\]?: )?(error|[\w.]*(Error|Exception|Interrupt))(:|$)")
 _SIGNALS = frozenset(signal.Signals)
 _KILLED_FOR: dict[int, str] = {
     signal.SIGKILL: ", most likely for want of memory: take a smaller micro-batch-size, or fewer processes at once",
@@ -22,11 +25,10 @@ _KILLED_FOR: dict[int, str] = {
 
 def read_log(log: Path, offset: int) -> str:
     """What was written into a log behind ``offset``: of much the end, and nothing where it is gone."""
-    if not log.is_file():
-        return ""
-    with log.open("rb") as stream:
-        stream.seek(max(offset, log.stat().st_size - _READ_BYTES))
+    with contextlib.suppress(FileNotFoundError), log.open("rb") as stream:
+        stream.seek(max(offset, os.fstat(stream.fileno()).st_size - _READ_BYTES))
         return stream.read().decode("utf-8", "replace")
+    return ""
 
 
 def failure_message(log: str, code: int) -> tuple[str, int]:
@@ -42,6 +44,14 @@ def failure_message(log: str, code: int) -> tuple[str, int]:
     before_report = re.split(r"^[EW]\d{4} .*torch/distributed/elastic", log, maxsplit=1, flags=re.MULTILINE)[0].rstrip()
     shown = (before_report or log.rstrip()).splitlines()[-_LINES_SHOWN:]
     return textwrap.indent("\n".join(shown), "  ", lambda _: True), 1
+
+
+def last_words(log: Path) -> str:
+    """The line at a log's end that most likely says why the last start failed: an error, or the last one."""
+    lines = read_log(log, 0).rpartition("\n== ")[2].splitlines()
+    shown, _ = failure_message("\n".join(line[:400] for line in lines if not line.startswith("srun: ")), 1)
+    errors = [line for line in shown.splitlines() if _ERROR.match(line)]
+    return printable((errors or shown.splitlines() or ["nothing said"])[-1].strip())
 
 
 def killed_by(log: str, code: int) -> str:

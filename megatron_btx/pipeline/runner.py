@@ -38,6 +38,7 @@ from megatron_btx.pipeline.lock import lock_run
 from megatron_btx.pipeline.machine import Machine
 from megatron_btx.pipeline.progress import Reporter
 from megatron_btx.pipeline.records import StageManifest
+from megatron_btx.pipeline.slurm.queue import check_no_jobs
 from megatron_btx.pipeline.stage import Stage
 
 POLL_SECONDS = 0.2
@@ -267,6 +268,7 @@ def execute_stages(
     check_run(run)
     run.mkdir(parents=True, exist_ok=True)
     with lock_run(run):
+        check_no_jobs(run)  # a btx submit that began before has submitted its jobs by now
         processes.end_marked(processes.mark_of(run))  # of an earlier run whose guard was killed as well
         actions = decide(stages, run, rerun)
         chosen = list(only) or [stage.name for stage in stages]

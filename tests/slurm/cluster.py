@@ -178,6 +178,8 @@ class Cluster:
             "PreemptMode=REQUEUE",
             "InactiveLimit=0",
             "MinJobAge=300",
+            # Of two clusters on one machine no job has the number of another: the processes of jobs are known by it.
+            f"FirstJobId={1 + secrets.randbelow(60_000) * 1000}",
             "MpiDefault=none",
         ]
         for node, port in zip(NODES, (first, second), strict=True):

@@ -1,7 +1,7 @@
 """The ``cluster`` section of a recipe: what ``btx submit`` asks of Slurm, for all stages and per kind of stage.
 
 Its values end in ``#SBATCH`` lines and on command lines of a shell, so each has a form, and whatever could begin
-another line or another option is refused here.
+another line or another option is refused here. It names an interpreter, and may set PATH: it is trusted as a program.
 """
 
 from __future__ import annotations
@@ -16,8 +16,14 @@ from megatron_btx.pipeline.recipe.section import Section
 
 KINDS = ("cpu", "gpu", "data", "seed", "experts", "mix", "finetune", "dense", "evaluate", "export", "report")
 """Sections for some of the stages; the first two for all that use no GPU, or one."""
-_SECRET = re.compile(r"(?i)key|token|secret|passw|credential")
-_TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
+FOREIGN_NAMES = re.compile(r"(SLURMD?|SBATCH|SQUEUE|SCANCEL|SCONTROL|SALLOC|SRUN|SINFO|SACCT|BTX)_")
+"""Begins the variables by which Slurm's commands and our scripts know a job, or take options."""
+_SECRET = re.compile(
+    r"(?i)(?<!_p)key|token(?!iz)|secret|passw|passph|creden|(pass|pwd|auth|creds?|jwt|cookie|(^|_)(pat|sas|pin))\d*(_|$)"
+)
+_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s]*@")
+_TIME = re.compile(r"[0-9]{1,6}|[0-9]{1,6}(:[0-9]{2}){2}|[0-9]{1,6}-[0-9]{1,6}(:[0-9]{2}){0,2}")
+"""Not MM:SS, which a reader takes for hours and minutes."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -34,21 +40,30 @@ def _check_constraint(text: str) -> str:
     return text
 
 
+def seconds_of(time: str) -> int:
+    """What Slurm makes of a time limit."""
+    days, _, clock = time.rpartition("-")
+    hours, minutes, seconds = (*map(int, clock.split(":")), 0, 0)[:3]
+    if not days and ":" not in clock:
+        hours, minutes = 0, hours
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def _check_time(text: str) -> str:
-    if not _TIME.fullmatch(text):
-        raise ValueError(f"found {text!r}, expected minutes, HH:MM:SS or DAYS-HH:MM:SS, in quotes")
+    if not _TIME.fullmatch(text) or not seconds_of(text):
+        raise ValueError(f"found {text!r}, expected minutes, HH:MM:SS or DAYS-HH:MM:SS, above 0 and in quotes")
     return text
 
 
 def _check_memory(text: str) -> str:
-    if not re.fullmatch(r"\d+[KMGT]?", text):
-        raise ValueError(f"found {text!r}, expected memory of a node, as 64G; 0 is all of it")
+    if not re.fullmatch(r"[0-9]{1,9}[KMGT]|0", text):
+        raise ValueError(f"found {text!r}, expected memory of a node with its unit, as 64G; 0 is all of it")
     return text
 
 
 def _check_one_line(text: str) -> str:
-    if not text or text.startswith("-") or _CONTROL.search(text):
-        raise ValueError(f"found {text!r}, expected one line that begins with no dash")
+    if not text or text.startswith("-") or _CONTROL.search(text) or _PASSWORD.search(text):
+        raise ValueError(f"found {text!r}, expected one line that begins with no dash and holds no password")
     return text
 
 
@@ -56,7 +71,9 @@ def _check_environment(given: dict[str, str]) -> dict[str, str]:
     for name, value in given.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise RefusedKeyError(name, "not the name of a variable; expected letters, digits and underscores")
-        if _SECRET.search(name):
+        if FOREIGN_NAMES.match(name):
+            raise RefusedKeyError(name, "a variable of Slurm or of the scripts; what a job asks for has its own keys")
+        if _SECRET.search(name) or _PASSWORD.search(value):
             raise RefusedKeyError(
                 name, "may be a secret, and would stand in scripts; leave it out and export it before btx submit"
             )

@@ -15,7 +15,7 @@ _EXPECTED = {
     "int_type": "a whole number, as 300_000",
     "float_type": "a number",
     "bool_type": "true or false",
-    "string_type": "a text",
+    "string_type": "a text: put it in quotes",
     "list_type": "a list",
     "dict_type": "a mapping",
     "greater_than": "a number above {gt}",

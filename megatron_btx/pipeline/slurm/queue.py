@@ -13,12 +13,14 @@ from pathlib import Path
 from megatron_btx.ground.errors import InputError, printable
 from megatron_btx.ground.launch import without_launcher
 from megatron_btx.pipeline.processes import mark_of
+from megatron_btx.pipeline.recipe.cluster import FOREIGN_NAMES
 
 COMMENT_LETTERS = 16
 """Of a stage's fingerprint, in the comment of its job."""
 _MARK_LETTERS = 12
 _FORMAT = "%A|%T|%L|%S|%r|%k|%j"
 _LINE = re.compile(r"(\d+)\|([A-Z_]+)\|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|(.*)")
+_NUMBER = re.compile(r"^(?:Submitted batch job )?([0-9]+)(?:;\S*| on cluster \S+)?\s*$", re.MULTILINE)
 _ENDING = "COMPLETING"
 _NEVER = "DependencyNeverSatisfied"
 _TIMEOUT_SECONDS = 120
@@ -69,11 +71,6 @@ def _suffix(run: Path) -> str:
     return f".btx-{mark_of(run)[:_MARK_LETTERS]}"
 
 
-def has_slurm() -> bool:
-    """Whether jobs can be asked for here."""
-    return shutil.which("squeue") is not None
-
-
 def list_jobs(run: Path) -> list[Job]:
     """The jobs of a run that wait, run or are about to be gone, the first submitted first.
 
@@ -103,10 +100,10 @@ def submit_script(script: Path, after: Iterable[int]) -> int:
     if waits:
         dependency = f"afterok{waits},singleton"
     said = _call("sbatch", "--parsable", f"--dependency={dependency}", str(script))
-    number = said.strip().split(";")[0]  # behind it stands the cluster, where there are several
-    if not number.isdecimal():
-        raise SlurmError(f"sbatch {script}: answered {said!r}, expected the number of a job")
-    return int(number)
+    numbers = _NUMBER.findall(said)  # a site's own sbatch may greet before
+    if not numbers:
+        raise SlurmError(f"sbatch {script}: answered {said!r}, expected the number of a job; btx submit finds the job")
+    return int(numbers[-1])
 
 
 def cancel_jobs(jobs: Sequence[Job]) -> None:
@@ -123,7 +120,7 @@ def check_no_jobs(run: Path) -> None:
     """
     if not (run / "slurm").is_dir():
         return
-    if not has_slurm():
+    if shutil.which("squeue") is None:
         raise SlurmError(
             f"{run}: was submitted to Slurm, which cannot be asked here (no squeue), so its jobs may be at work; go on "
             f"where it can, or, when none is left, remove {run / 'slurm'}"
@@ -140,20 +137,22 @@ def _call(*words: str) -> str:
         )
     try:
         answer = subprocess.run(
-            words, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS, env=_make_environment()
+            words, capture_output=True, check=False, timeout=_TIMEOUT_SECONDS, env=_make_environment(), errors="replace"
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{words[0]}: Slurm did not answer in {_TIMEOUT_SECONDS} s; try again") from None
     if answer.returncode:
         lines = answer.stderr.strip().splitlines() or [f"status {answer.returncode}"]
-        raise SlurmError(f"{words[0]}: {printable('; '.join(lines))}")
+        said = [line.removeprefix(f"{words[0]}: ").removeprefix("error: ") for line in lines]
+        raise SlurmError(f"{words[0]}: {printable('; '.join(said))}")
     return answer.stdout
 
 
 def _make_environment() -> dict[str, str]:
-    """What a job inherits: all but what says that this process is itself part of a job (in salloc, in srun)."""
+    """What Slurm's commands and jobs inherit: nothing of a job around this process, no options, which beat a recipe."""
     environment = without_launcher(os.environ)
-    for name in ("SLURM_CONF", "SLURM_CLUSTERS"):
+    environment = {name: value for name, value in environment.items() if not FOREIGN_NAMES.match(name)}
+    for name in ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"):
         if name in os.environ:
             environment[name] = os.environ[name]
     return environment

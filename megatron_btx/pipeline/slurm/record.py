@@ -15,6 +15,8 @@ from megatron_btx.pipeline.stage import Program, Stage
 
 SLURM_FOLDER = "slurm"
 """Of a run: scripts, records and logs of its jobs."""
+NOTE_SUFFIX = ".job"
+"""Of the file beside a script that holds the number of the job last submitted; for btx status alone."""
 _REMEDY = "btx submit writes it again"
 _COUNTS = ("processes", "threads", "iterations", "tokens", "flops")
 _FLAGS = ("on_gpu", "resumable", "only_shows")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import DENSE_STAGE, EXPERT_PREFIX, EXPORT_STAGE, SEED_STAGE
-from megatron_btx.pipeline.recipe.cluster import ClusterSection
+from megatron_btx.pipeline.recipe.cluster import ClusterSection, seconds_of
 from megatron_btx.pipeline.stage import Program, Stage
 
 _TASKS_PER_NODE = 8
@@ -44,7 +44,7 @@ def find_resources(cluster: ClusterSection, stage: Stage, workers: int = 1) -> R
         workers: processes that a stage starts itself which makes data.
 
     Raises:
-        InputError: its processes do not spread evenly over the nodes that are asked for.
+        InputError: its processes do not spread evenly over its nodes, or it would be told to save when it starts.
     """
     kind = kind_of(stage)
     if kind == "data":
@@ -65,13 +65,17 @@ def find_resources(cluster: ClusterSection, stage: Stage, workers: int = 1) -> R
         options["mem"] = asked["memory"]
     if asked.get("exclusive"):
         options["exclusive"] = None
+    signal_seconds = asked.get("signal_seconds", _SIGNAL_SECONDS)
+    if stage.resumable and "time" in asked and signal_seconds >= seconds_of(asked["time"]):
+        told = f"would be told to save {signal_seconds} s before the end of its time of {asked['time']!r}"
+        raise InputError(f"cluster: stage {stage.name} {told}; change time or signal-seconds")
     return Resources(
         nodes=nodes,
         tasks_per_node=tasks_per_node,
         tasks=stage.processes,
         cpus_per_task=asked.get("cpus_per_task", cpus),
         gpus_per_node=gpus,
-        signal_seconds=asked.get("signal_seconds", _SIGNAL_SECONDS),
+        signal_seconds=signal_seconds,
         retries=asked.get("retries", _RETRIES),
         options=options,
         container_image=asked.get("container_image"),

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.ground.errors import printable
+from megatron_btx.pipeline.directory import MANIFEST_FILE
 from megatron_btx.pipeline.records import StageManifest, read_number
 from megatron_btx.pipeline.slurm.queue import Job, SlurmError, list_jobs
-from megatron_btx.pipeline.slurm.record import SLURM_FOLDER, read_waited_for
+from megatron_btx.pipeline.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, log_path, read_waited_for, script_path
 
 HEADERS = ("job", "why")
+FOREIGN = "{0}: job {1} is in the queue, and the recipe has no such stage; btx cancel {2} --only {0}"
 _REASONS = {
     "None": "not looked at yet",
     "Resources": "no free nodes",
@@ -21,13 +23,14 @@ _REASONS = {
     "BeginTime": "starts again",
     "JobHeldUser": "held; scontrol release {number}",
     "JobHeldAdmin": "held by an administrator",
-    "QOSMaxJobsPerUserLimit": "as many jobs at once as the QoS allows",
-    "AssocGrpGRES": "the account's GPUs are in use",
+    "QOS": "as much at once as the QoS allows ({reason})",
+    "Assoc": "as much at once as the account may have ({reason})",
     "PartitionTimeLimit": "more time than its partition allows; change cluster.time",
     "PartitionNodeLimit": "more nodes than its partition has; change the layout or cluster.partition",
+    "Partition": "its partition is closed; wait, or change cluster.partition",
     "ReqNodeNotAvail": "its nodes are down or reserved",
 }
-"""Slurm's reason -> what it means."""
+"""How Slurm's reason begins -> what it means; the first counts."""
 _FAILED = ("failed", "stopped", "interrupted")
 
 
@@ -42,6 +45,8 @@ class JobView:
     """What it waits for, or how long it may still run."""
     seconds: float = 0.0
     """Of the start that runs now, which the manifest does not count yet."""
+    log: Path | None = None
+    """What the script of a job said that ended without a word in the manifest."""
 
     def cells(self) -> tuple[str, ...]:
         """In the order of :data:`HEADERS`."""
@@ -57,7 +62,7 @@ def view_jobs(run: Path, manifests: Mapping[str, StageManifest]) -> tuple[dict[s
     """Stage -> its job as it is shown, and why the queue could not be asked; empty when it could.
 
     Args:
-        manifests: of all stages of the run.
+        manifests: of all stages of the run. Another stage is in the answer if it has a job.
     """
     try:
         jobs = list_jobs(run)
@@ -66,12 +71,12 @@ def view_jobs(run: Path, manifests: Mapping[str, StageManifest]) -> tuple[dict[s
     live: dict[str, Job] = {}
     for job in jobs:
         live.setdefault(job.stage, job)
-    views = {}
+    views = {name: JobView(number=str(job.number)) for name, job in live.items()}
     for name, manifest in manifests.items():
         if name in live:
             views[name] = _view_live(run, live[name], manifest, manifests, live)
         else:
-            views[name] = _view_ended(manifest)
+            views[name] = _view_ended(run, name, manifest)
     return views, ""
 
 
@@ -95,18 +100,32 @@ def _count_seconds(manifest: StageManifest) -> float:
     return max(0.0, time.time() - began)
 
 
-def _view_ended(manifest: StageManifest) -> JobView:
+def _view_ended(run: Path, stage: str, manifest: StageManifest) -> JobView:
     """A stage without a job."""
     number = _last_job(manifest)
     if manifest.is_finished:
         return JobView(number=number)
+    log = log_path(run, stage)
+    submitted = _read_unbegun(run, stage)
+    if submitted not in ("", number) or (manifest.status is None and log.is_file()):
+        return JobView("ended", submitted, "failed, or cancelled, before its stage began; btx submit goes on", log=log)
     if manifest.status is None:
         return JobView("waiting", number, "not submitted")
     started = _started(manifest)
     problem = ""
     if started and manifest.status in _FAILED:
         problem = f"{started.get('problem', '')}; "
+    elif started:
+        return JobView(number=number, why="gone without a word; btx submit goes on", log=log)
     return JobView(number=number, why=f"{printable(problem)}btx submit goes on")
+
+
+def _read_unbegun(run: Path, stage: str) -> str:
+    """The job that was submitted for a stage after all that is written of it; empty for none."""
+    note, manifest = script_path(run, stage).with_suffix(NOTE_SUFFIX), run / stage / MANIFEST_FILE
+    if not note.is_file() or (manifest.is_file() and manifest.stat().st_mtime > note.stat().st_mtime):
+        return ""
+    return note.read_text(encoding="utf-8")
 
 
 def _explain(run: Path, job: Job, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]) -> str:
@@ -117,7 +136,8 @@ def _explain(run: Path, job: Job, manifests: Mapping[str, StageManifest], live: 
         return f"cannot start without {_join(missing)}; btx submit goes on"
     if job.reason == "Dependency" or job.never_starts:
         return f"waits for {_join(waited_for)}"
-    meaning = _REASONS.get(job.reason, job.reason).format(number=job.number)
+    meanings = [meaning for start, meaning in _REASONS.items() if job.reason.startswith(start)]
+    meaning = (*meanings, job.reason)[0].format(number=job.number, reason=job.reason)
     if job.reason == "BeginTime" and job.begins != "N/A":
         meaning += f" at {job.begins.replace('T', ' ')}"
     return meaning

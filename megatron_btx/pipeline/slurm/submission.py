@@ -1,12 +1,13 @@
 """A planned run becomes jobs of Slurm: what is missing is submitted, and what stands in the queue is left there.
 
-There is no lock and no list of jobs, because a shared disk may lose either. The queue decides: a job's name says of
-which stage it is, two of one name never run at once (``singleton``), and of two that were submitted at the same time
-whoever sees that his is the later one takes it back and goes on with the other.
+Submissions take turns, and no runner begins meanwhile. There is no list of jobs, because a shared disk may lose it. The
+queue decides: a job's name says of which stage it is, and two of one name never run at once (``singleton``), so that on
+a disk that loses locks, too, a second job only finds its stage finished.
 """
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +17,10 @@ from megatron_btx.ground.files import write_atomically
 from megatron_btx.pipeline.decisions import RERUN, SKIP, Action, decide
 from megatron_btx.pipeline.door import PlannedRun
 from megatron_btx.pipeline.identity import Identity, identities
-from megatron_btx.pipeline.lock import is_locked
+from megatron_btx.pipeline.lock import lock_run, take_turn
 from megatron_btx.pipeline.recipe.cluster import ClusterSection
 from megatron_btx.pipeline.slurm.queue import COMMENT_LETTERS, Job, SlurmError, cancel_jobs, list_jobs, submit_script
-from megatron_btx.pipeline.slurm.record import SLURM_FOLDER, StageRecord, script_path, write_record
+from megatron_btx.pipeline.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, StageRecord, script_path, write_record
 from megatron_btx.pipeline.slurm.resources import find_resources
 from megatron_btx.pipeline.slurm.script import check_run_path, render_script
 from megatron_btx.pipeline.stage import Stage
@@ -34,6 +35,10 @@ class Submission:
     kept: dict[str, int] = field(default_factory=dict)
     """Stage -> number of the job that stood in the queue already."""
     finished: list[str] = field(default_factory=list)
+    replaced: dict[str, list[int]] = field(default_factory=dict)
+    """Stage -> the jobs that were cancelled for the one that was submitted."""
+    foreign: list[Job] = field(default_factory=list)
+    """Jobs of the run whose stages the recipe does not have."""
 
     def number_of(self, stage: str) -> int | None:
         """The job that a stage waits for; None for one that is finished."""
@@ -75,19 +80,20 @@ def submit(planned: PlannedRun) -> Submission:
         InputError: a runner or another version of a stage is at work in the run directory, or Slurm refuses.
     """
     run = planned.directory
-    if is_locked(run):
-        raise InputError(f"{run}: a btx run is at work here; wait for it, or give another --output")
+    list_jobs(run)  # where Slurm does not answer, a run stays one that btx run may take
+    (run / SLURM_FOLDER).mkdir(parents=True, exist_ok=True)
     known = identities(planned.stages)
-    jobs = [job for job in list_jobs(run) if job.is_active]
-    # Checks by Megatron take seconds since the plan. What ended meanwhile has no job any more, and is finished.
-    planned = replace(planned, actions=decide(planned.stages, run, planned.rerun))
-    _check_running(jobs, planned.actions, known)
-    result = Submission(finished=[stage.name for stage in planned.chosen_stages() if _is_done(planned, stage)])
-    scripts = render_scripts(planned)
-    write_scripts(planned, scripts)
-    for stage in _list_due(planned):
-        mine = [job for job in jobs if job.stage == stage.name]
-        _submit_stage(run, stage, known[stage.name], mine, result)
+    with lock_run(run, fcntl.LOCK_SH), take_turn(run / SLURM_FOLDER):
+        jobs = [job for job in list_jobs(run) if job.is_active]
+        # Checks by Megatron take seconds since the plan. What ended meanwhile has no job any more, and is finished.
+        planned = replace(planned, actions=decide(planned.stages, run, planned.rerun))
+        _check_running(jobs, planned.actions, known)
+        result = Submission(finished=[stage.name for stage in planned.chosen_stages() if _is_done(planned, stage)])
+        result.foreign = [job for job in jobs if job.stage not in known]
+        write_scripts(planned, render_scripts(planned))
+        for stage in _list_due(planned):
+            mine = [job for job in jobs if job.stage == stage.name]
+            _submit_stage(run, stage, known[stage.name], mine, result)
     return result
 
 
@@ -111,11 +117,9 @@ def _submit_stage(run: Path, stage: Stage, identity: Identity, jobs: Sequence[Jo
         number = submit_script(script_path(run, stage.name), after)
     except SlurmError as error:
         raise SlurmError(f"stage {stage.name}: {error}{_say_submitted(run, result)}") from None
-    first = _take_back_later(run, stage, identity, number)
-    if first == number:
-        result.submitted[stage.name] = number
-    else:
-        result.kept[stage.name] = first
+    write_atomically(script_path(run, stage.name).with_suffix(NOTE_SUFFIX), str(number))
+    result.submitted[stage.name] = number
+    result.replaced[stage.name] = [job.number for job in jobs]
 
 
 def _say_submitted(run: Path, result: Submission) -> str:
@@ -123,18 +127,6 @@ def _say_submitted(run: Path, result: Submission) -> str:
     if not result.submitted:
         return ""
     return f"; in the queue: {', '.join(result.submitted)}; btx submit goes on, btx cancel {run} takes them back"
-
-
-def _take_back_later(run: Path, stage: Stage, identity: Identity, number: int) -> int:
-    """Of jobs for one stage that were submitted at the same time, the first; a later one of ours is cancelled."""
-    same = []
-    for job in list_jobs(run):
-        if job.is_active and job.stage == stage.name and _will_do(job, identity):
-            same.append(job)
-    if not same or same[0].number >= number:
-        return number
-    cancel_jobs([job for job in same if job.number == number])
-    return same[0].number
 
 
 def _will_do(job: Job, identity: Identity) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.identity import identities
 from megatron_btx.pipeline.planner import plan_stages
-from megatron_btx.pipeline.recipe.cluster import ClusterSection
+from megatron_btx.pipeline.recipe.cluster import ClusterSection, seconds_of
 from megatron_btx.pipeline.recipe.reading import load_recipe
 from megatron_btx.pipeline.rows import read_shown_manifest
 from megatron_btx.pipeline.slurm import job, queue
@@ -127,8 +129,22 @@ def test_every_kind_of_stage_has_a_section(inputs: Path) -> None:
         ('cluster.constraint="a\\nb"', "cluster.constraint: found"),
         ("cluster.constraint='`id`'", "cluster.constraint: found"),
         ("cluster.time='1 hour'", "cluster.time: found"),
-        ("cluster.time=10", "cluster.time: found 10, expected a text"),
+        ("cluster.time=10", "cluster.time: found 10, expected a text: put it in quotes"),
+        (
+            "cluster.time=1:30:00",
+            "which YAML reads as 5400; write a number without leading zeros",
+        ),
+        ("cluster.time='1:30'", "cluster.time: found '1:30', expected minutes, HH:MM:SS"),  # to Slurm 90 seconds
+        ("cluster.time='0'", "above 0"),  # to Slurm no limit
+        ("cluster.time='0:00:00'", "above 0"),
+        ("cluster.time='0-0'", "above 0"),
+        ("cluster.time='٣٠'", "cluster.time: found"),
+        ("cluster.time='1-٣:00:00'", "cluster.time: found"),
+        ("cluster.time='99999999999'", "cluster.time: found"),  # to Slurm a limit that is INVALID
         ("cluster.memory='64G #'", "cluster.memory: found"),
+        ("cluster.memory='64'", "with its unit, as 64G"),  # to Slurm 64 megabytes
+        ("cluster.memory='６４G'", "cluster.memory: found"),
+        ("cluster.memory='99999999999999999999G'", "cluster.memory: found"),
         ("cluster.nodes=0", "cluster.nodes: found 0"),
         ("cluster.signal-seconds=1", "cluster.signal-seconds: found 1"),
         ('cluster.container-image="a\\nb"', "cluster.container-image: found"),
@@ -136,6 +152,9 @@ def test_every_kind_of_stage_has_a_section(inputs: Path) -> None:
         ('cluster.container-mounts=["/a:/a", "-x"]', "cluster.container-mounts"),
         ('cluster.environment={A: "b\\nc"}', "cluster.environment.A: found"),
         ("cluster.environment={'A;id': b}", "cluster.environment.A;id: not the name"),
+        ("cluster.environment={NCCL_IB_DISABLE: 1}", "found 1, expected a text: put it in quotes"),
+        ("cluster.container-image='docker://me:word@host#btx'", "holds no password"),
+        ("cluster.container-mounts=['https://me:word@host/a:/a']", "holds no password"),
         ("cluster.environment={WANDB_API_KEY: x}", "cluster.environment.WANDB_API_KEY: may be a secret"),
         ("cluster.experts.environment={HF_TOKEN: x}", "cluster.experts.environment.HF_TOKEN: may be a secret"),
     ],
@@ -143,6 +162,66 @@ def test_every_kind_of_stage_has_a_section(inputs: Path) -> None:
 def test_what_could_be_another_option_is_refused(change: str, refused: str, inputs: Path) -> None:
     with pytest.raises(InputError, match=re.escape(refused)):
         load_recipe(RECIPE, [change])
+
+
+def refused_variables(names: str, value: str = "x") -> dict[str, str]:
+    """Variable -> why a recipe may not give it."""
+    found = {}
+    for name in names.split():
+        try:
+            ClusterSection.model_validate({"environment": {name: value}})
+        except ValidationError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_variables_by_which_a_job_is_known_are_refused() -> None:
+    """With another job's number a step would run in that job's nodes, and requeue it."""
+    names = """SLURM_JOB_ID SLURM_JOBID SLURM_STEP_ID SLURM_CONF SLURM_CLUSTERS SLURM_NTASKS SLURMD_NODENAME
+        SLURM_EXPORT_ENV SBATCH_PARTITION SQUEUE_STATES SCANCEL_STATE SCONTROL_ALL SALLOC_QOS SRUN_CPUS_PER_TASK
+        BTX_STAGE BTX_PYTHON BTX_ANYTHING"""
+    found = refused_variables(names)
+    assert sorted(found) == sorted(names.split())
+    assert all("a variable of Slurm or of the scripts" in why for why in found.values())
+    assert refused_variables("NCCL_DEBUG GLOO_SOCKET_IFNAME PATH LD_PRELOAD MY_SLURM_NOTE ENROOT_CACHE_PATH") == {}
+
+
+def test_variables_that_may_be_secrets_are_refused() -> None:
+    names = """SSHPASS DB_PWD PGPASS PGPASSWORD HF_AUTH OPENAI_PAT GH_PAT HF_TOKEN HF_TOKEN2 AWS_SECRET_ACCESS_KEY
+        WANDB_API_KEY APIKEY MYSQL_PWD REDIS_PASS SMTP_PASS1 GPG_PASSPHRASE AZURE_SAS SESSION_COOKIE SLACK_JWT GCP_CREDS
+        GOOGLE_APPLICATION_CREDENTIALS hf_auth db_pwd CURL_USERPWD CARD_PIN"""
+    found = refused_variables(names)
+    assert sorted(found) == sorted(names.split())
+    assert all("may be a secret" in why for why in found.values())
+    assert sorted(refused_variables("HTTPS_PROXY A", "http://me:word@host:3128")) == ["A", "HTTPS_PROXY"]
+    assert refused_variables("HTTPS_PROXY", "http://host:3128") == refused_variables("A", "s3://me@host/a:b") == {}
+    harmless = """TOKENIZERS_PARALLELISM NCCL_IB_PKEY PATH XAUTHORITY AUTHOR_NAME PASSES COMPATIBLE PATTERN
+        OMPI_MCA_pin NCCL_PATH SASHA CREDITS"""
+    assert sorted(refused_variables(harmless)) == ["OMPI_MCA_pin"]
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("30", 1800),
+        ("1:30:00", 5400),
+        ("24:00:00", 86_400),
+        ("0:00:30", 30),
+        ("2-00", 172_800),
+        ("2-01:30", 178_200),
+        ("1-12:00:01", 129_601),
+    ],
+)
+def test_a_time_limit_is_what_slurm_makes_of_it(time: str, seconds: int) -> None:
+    assert ClusterSection.model_validate({"time": time}).time == time and seconds_of(time) == seconds
+
+
+def test_a_job_that_would_be_told_to_save_when_it_starts_is_refused(inputs: Path) -> None:
+    """Where both numbers are known; what cannot save is told nothing."""
+    for change in ("cluster.time='1'", "cluster={time: '2', finetune: {signal-seconds: 120}}"):
+        with pytest.raises(InputError, match=r"cluster: stage (seed|finetune) would be told to save \d+ s before"):
+            scripts(change)
+    assert len(scripts("cluster={time: '1', gpu: {time: '2'}}")) == len(scripts("cluster={signal-seconds: 3600}"))
 
 
 HOSTILE = "a\n#SBATCH --uid=0\n$(touch ran)`touch ran`'\"; touch ran; \\ -x"
@@ -375,6 +454,10 @@ def test_a_job_that_is_submitted_from_within_a_job_is_none_of_its_tasks(
         ("PENDING", "BeginTime", "2026-11-26T10:00:00", ("queued", "starts again at 2026-11-26 10:00:00")),
         ("PENDING", "JobHeldUser", "N/A", ("queued", "held; scontrol release 7")),
         ("PENDING", "SomethingNew", "N/A", ("queued", "SomethingNew")),
+        ("PENDING", "PartitionDown", "N/A", ("queued", "its partition is closed; wait, or change cluster.partition")),
+        ("PENDING", "QOSMaxCpu", "N/A", ("queued", "as much at once as the QoS allows (QOSMaxCpu)")),
+        ("PENDING", "AssocGrpCPU", "N/A", ("queued", "as much at once as the account may have (AssocGrpCPU)")),
+        ("PENDING", "ReqNodeNotAvail, UnavailableNodes:n1", "N/A", ("queued", "its nodes are down or reserved")),
         ("PENDING", "Dependency", "N/A", ("queued", "cannot start without data; btx submit goes on")),
         ("RUNNING", "None", "N/A", ("running", "may run 1:00 more")),
         ("COMPLETING", "None", "N/A", ("ending", "")),
@@ -421,3 +504,35 @@ def test_a_machine_without_slurm_says_so(tmp_path: Path) -> None:
         [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True, check=True
     )
     assert "cannot be asked here (no squeue)" in answer.stdout
+
+
+TRACEBACK = "Traceback (most recent call last):\n  File x\n"
+TORCHRUN = "E1126 10:00:00.000000 1 torch/distributed/elastic/multiprocessing/api.py:1] failed (exitcode: 1)\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (f"{TRACEBACK}RuntimeError: no room\n", "RuntimeError: no room"),
+        (f"== a: run\nValueError: old\n== b: run\n{TRACEBACK}KeyError: 'new'\n", "KeyError: 'new'"),
+        (f"{TRACEBACK}[rank1]: torch.OutOfMemoryError: x\nwarning\n{TORCHRUN}", "[rank1]: torch.OutOfMemoryError: x"),
+        ("rank 1: error: --lr: no\n" + "srun: error: n1: task 0: Exited\n" * 30, "rank 1: error: --lr: no"),
+        (f"{TRACEBACK}AssertionError\n", "AssertionError"),
+        ("a\nb\x1b[2J\n", r"b\x1b[2J"),
+        ("", "nothing said"),
+        ("x" * 5_000_000 + "\nOSError: late\n", "OSError: late"),
+        ("x" * 5_000_000, "x" * 400),
+        ("\udcff\n", "\ufffd"),
+    ],
+)
+def test_a_status_says_why_a_stage_failed(
+    log: str, said: str, world: JobWorld, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line of its last start that says most, and where it stands; with btx run as with jobs."""
+    (world.run / "plan.json").write_text(json.dumps([{"stage": "train", "steps": 10}]))
+    world.folder.mkdir()
+    (world.folder / "manifest.json").write_text('{"status": "failed", "exit": 1}')
+    (world.folder / "log.txt").write_bytes(log.encode("utf-8", "surrogateescape"))
+    shutil.rmtree(world.run / "slurm")
+    print_status(world.run)
+    assert capsys.readouterr().out.endswith(f"train: {said}; its log: {world.folder}/log.txt\n")
