@@ -20,17 +20,13 @@ REPLACED = "btx_replaced"
 
 
 def make_room(root: Path, step: int, reached: int) -> list[Path]:
-    """Clear the way for the checkpoint of ``step``: what lies after the run's line is moved out of the root's sight.
+    """Clear the way for the checkpoint of ``step``: what lies after the run's line, which ends with ``reached``.
 
-    That is a branch which somebody left by ``--ckpt-step``, or a damaged checkpoint that the run could not start from.
-    Removed is only what a killed save left. A step that is saved again has its first checkpoint in :data:`REPLACED`
-    until the second is whole.
-
-    Args:
-        reached: the end of the line: where the run started, or what it saved last.
+    A branch that somebody left by ``--ckpt-step``, or a damaged checkpoint, is moved aside; what a killed save left is
+    removed. A step that is saved again has its first checkpoint in :data:`REPLACED` until the second is whole.
 
     Returns:
-        What was moved away, where it lies now.
+        What was moved aside, where it lies now.
     """
     own = root / f"iter_{step:07d}"
     if step == reached and _is_whole(own) and not _is_whole(root / REPLACED / own.name):
@@ -39,9 +35,9 @@ def make_room(root: Path, step: int, reached: int) -> list[Path]:
         (root / REPLACED / TRACKER).write_text(str(step))
         _move(own, root / REPLACED)
     # The oldest first: stopped on the way, the tracker's still stands.
-    later = [folder for at, folder in list_iterations(root) if at > reached and folder != own]
-    if os.path.lexists(own):
-        later.append(own)
+    later = [folder for at, folder in list_iterations(root) if at > reached]
+    if os.path.lexists(own) and own not in later:
+        later.insert(0, own)
     moved = []
     for folder in later:
         if _is_leftover(folder) and not folder.is_symlink():

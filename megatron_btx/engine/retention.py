@@ -13,18 +13,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.checkpoint.retention import REPLACED, find_removable, make_room, remove_checkpoint
 from megatron_btx.engine import patch
-from megatron_btx.engine.checks.start import non_persistent_root
+from megatron_btx.engine.fallback import non_persistent_root
 from megatron_btx.ground.log import say
 
 
 class _Saves:
-    """Makes room for a save, and removes what may go after it, in a thread of the first rank.
-
-    A large checkpoint takes a shared disk minutes.
-    """
+    """Makes room for a save, and removes what may go after it: in a thread, as a shared disk may take minutes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -40,7 +36,7 @@ class _Saves:
         reached = self._reached.get(root, self._args.iteration)
         if self._args.async_save and reached == step:  # the same folder may still be written
             training.maybe_finalize_async_save(blocking=True)
-        if distributed.get_rank() == 0 and root.is_dir():
+        if distributed.get_rank() == 0:
             self._wait()
             if moved := make_room(root, step, reached):
                 names = ", ".join(folder.name for folder in moved)
@@ -58,9 +54,12 @@ class _Saves:
         if distributed.get_rank() != 0:
             return
         self._wait()
+        last, every = self._args.btx_keep_last, self._args.btx_keep_every
+        if root != Path(self._args.save):
+            last, every = 1, None  # what Megatron keeps of non-persistent ones
         folders = [path for path in [root / REPLACED] if path.is_dir()]
-        if self._args.btx_keep_last is not None and root == Path(self._args.save):
-            folders += find_removable(root, self._args.btx_keep_last, self._args.btx_keep_every, self._needed)
+        if last is not None:
+            folders += find_removable(root, last, every, self._needed)
         if folders:
             self._thread = threading.Thread(target=_remove, args=(folders,), name="remover")
             self._thread.start()
@@ -76,15 +75,6 @@ def _remove(folders: list[Path]) -> None:
             remove_checkpoint(folder)
         except OSError as failure:
             say(f"{folder}: could not be removed ({failure}); the run goes on")
-
-
-def _keep_newest(save_dir: Any, leave_ckpt_num: int = 1, do_async: bool = False) -> None:
-    """Remove all but the last of the non-persistent checkpoints, of this root alone and by its tracker."""
-    import torch.distributed as distributed
-
-    root = Path(save_dir)
-    if distributed.get_rank() == 0 and (root / TRACKER).is_file():
-        _remove(find_removable(root, leave_ckpt_num, None))
 
 
 def keep_to_its_line(args: argparse.Namespace) -> None:
@@ -126,8 +116,6 @@ def keep_to_its_line(args: argparse.Namespace) -> None:
         return schedule_async_save
 
     patch.wrap(training, "save_checkpoint", with_care, ("iteration",))
-    patch.wrap(
-        checkpointing, "cleanup_old_non_persistent_checkpoint", lambda _: _keep_newest, ("save_dir", "leave_ckpt_num")
-    )
+    patch.replace(checkpointing, "cleanup_old_non_persistent_checkpoint", lambda *_, **__: None)
     if args.async_save:
         patch.wrap(checkpointing, "schedule_async_save", then_remove_at_its_end, ("async_request",))

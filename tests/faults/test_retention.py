@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from megatron_btx.checkpoint.iterations import list_iterations, resolve_iteration
+from megatron_btx.checkpoint.iterations import TRACKER, list_iterations, read_tracker, resolve_iteration
 from megatron_btx.checkpoint.retention import REPLACED
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from tests import pico
@@ -87,9 +87,7 @@ def test_a_step_that_is_saved_again_is_not_lost(fails_by, nine, zygote, corpus, 
     run = zygote.start(1, arguments, tmp_path / "first", PROGRAM, fault("saved_again", 5, "0", fails_by))
     zygote.wait(run, expect=None)
     assert run.codes != [16], run.text()[-2000:]
-    again = zygote.start(1, arguments, tmp_path / "again", PROGRAM, fault("saved_again", 5, "0", fails_by))
-    zygote.wait(again, expect=None)
-    run = zygote.run(1, arguments, tmp_path / "last")
+    run = zygote.run(1, arguments, tmp_path / "again")
     assert "iter_0000004" in next(line for line in run.text().splitlines() if "the run goes on from" in line)
     assert kept(tmp_path) == [9] and not (tmp_path / "checkpoint" / REPLACED).exists()
     reference = read_losses(nine / "metrics.jsonl")
@@ -128,6 +126,41 @@ def test_checkpoints_of_another_run_are_not_saved_among(load, nine, zygote, corp
     run = zygote.run(1, [*arguments, *more], tmp_path / "log", expect=2)
     assert "iter_0000009" in errors_of(run)[0] and "goes on from none of them" in errors_of(run)[0]
     assert kept(tmp_path) == list(range(1, 10))
+
+
+def test_non_persistent_checkpoints(nine, zygote, corpus, tmp_path):
+    """What is beside the checkpoint that is loaded is of that one; their folder is the run's, but not what is in it."""
+    more = ["--non-persistent-save-interval", "1", "--non-persistent-ckpt-type", "global"]
+    more += ["--non-persistent-global-ckpt-dir", str(tmp_path), "--save-interval", "3", "--btx-skip-bad-steps"]
+    arguments = run_of(corpus, tmp_path, 7, more)
+    zygote.run(1, [*arguments, "--exit-interval", "5"], tmp_path / "first")
+    assert kept(tmp_path) == [3] and read_tracker(tmp_path) == 5
+    run = zygote.run(1, arguments, tmp_path / "second")
+    assert "the run goes on from" in run.text()
+    # Those of step 5 and 7 are no multiple of 3: the last is saved at the end of the run.
+    assert kept(tmp_path) == [3, 6, 7] and [step for step, _ in list_iterations(tmp_path)] == [7]
+    record = TorchDistReader(tmp_path / "checkpoint/iter_0000007").arguments()["btx_taken_steps"]
+    reference = read_losses(nine / "metrics.jsonl")
+    assert read_losses(tmp_path / "metrics.jsonl") == {step: reference[step] for step in range(1, 8)}
+    assert len(record["loss"]) == 7
+    # Its own tracker is empty: Megatron would end with status 0.
+    (tmp_path / TRACKER).write_text("")
+    more = ["--train-iters", "8", "--override-opt-param-scheduler"]
+    run = zygote.run(1, [*arguments, *more], tmp_path / "third")
+    assert "goes on from the checkpoint of step 7" in run.text() and kept(tmp_path) == [3, 6, 7, 8]
+    # A step that is asked for is that step, and what lies after it is moved aside.
+    (tmp_path / "metrics.jsonl").unlink()
+    zygote.run(1, [*arguments, *more, "--ckpt-step", "3"], tmp_path / "fourth")
+    assert read_losses(tmp_path / "metrics.jsonl") == {step: reference[step] for step in range(4, 9)}
+    assert kept(tmp_path) == [3, 6, 8]
+
+
+def test_a_step_that_is_saved_again_in_the_background(zygote, corpus, tmp_path):
+    """While its first save may still be written to the same folder."""
+    arguments = run_of(corpus, tmp_path, 9, ["--save-interval", "4", "--btx-keep-last", "1", "--async-save"])
+    run = zygote.start(1, arguments, tmp_path / "first", PROGRAM, fault("bad_loss", 5, "0", "nan"))
+    zygote.wait(run, expect=16)
+    assert kept(tmp_path) == [4] and not (tmp_path / "checkpoint" / REPLACED).exists()
 
 
 @pytest.mark.parametrize(

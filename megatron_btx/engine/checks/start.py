@@ -7,7 +7,6 @@ vocabulary (:mod:`megatron_btx.checkpoint.tokenizers.comparison`).
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,7 @@ from megatron_btx.checkpoint.arguments import (
     ModelArgument,
     differences,
 )
-from megatron_btx.checkpoint.iterations import (
-    BACKEND_FILE,
-    RELEASE,
-    TRACKER,
-    list_iterations,
-    read_tracker,
-    resolve_iteration,
-    root_of,
-)
-from megatron_btx.checkpoint.retention import REPLACED
+from megatron_btx.checkpoint.iterations import RELEASE, TRACKER, resolve_iteration, root_of
 from megatron_btx.checkpoint.tokenizer_path import locate_tokenizer
 from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
@@ -63,7 +53,6 @@ def check_against_checkpoint(args: argparse.Namespace, groups: TrainedGroups) ->
     """
     loaded = checkpoint_to_load(args)
     args.btx_taken_steps = None
-    _check_save_folder(args)
     if loaded is not None:
         path, resuming = loaded
         table = MODEL_ARGUMENTS + (NUMERICS_ARGUMENTS if resuming else ())
@@ -128,30 +117,14 @@ def checkpoint_to_load(args: argparse.Namespace) -> tuple[str, bool] | None:
 
     A root stands for its latest iteration; with ``--ckpt-step`` the folder of that iteration is given, which Megatron
     finds without a tracker, too. Source: ``training/checkpointing.py``, load_checkpoint and _load_base_checkpoint.
-
-    Raises:
-        InputError: it would be a non-persistent one, and another is asked for.
     """
-    root, resumes = args.load, not args.finetune
-    if args.pretrained_checkpoint and not has_tracker(root):
-        root, resumes = args.pretrained_checkpoint, False
-    if not root:
-        return None
-    if newer := newer_non_persistent(args, root):
-        if args.ckpt_step or not resumes:
-            raise InputError(
-                f"{newer}: Megatron would load its last step, and not the one that is asked for; move it away, or give "
-                f"that folder itself: --load {newer}"
-            )
-        return newer, resumes
-    if has_tracker(root) or args.ckpt_step or root == args.pretrained_checkpoint:
-        return iteration_of(root, args.ckpt_step), resumes
+    if args.load and (Path(args.load) / TRACKER).is_file():
+        return iteration_of(args.load, args.ckpt_step), not args.finetune
+    if args.pretrained_checkpoint:
+        return iteration_of(args.pretrained_checkpoint, args.ckpt_step), False
+    if args.load and args.ckpt_step:
+        return iteration_of(args.load, args.ckpt_step), not args.finetune
     return None
-
-
-def has_tracker(root: str | Path | None) -> bool:
-    """Whether Megatron takes a folder for a root with a checkpoint."""
-    return root is not None and (Path(root) / TRACKER).is_file()
 
 
 def iteration_of(root: str, step: int | None) -> str:
@@ -160,51 +133,3 @@ def iteration_of(root: str, step: int | None) -> str:
     if not step or (tracker.is_file() and tracker.read_bytes()[:40].strip() == RELEASE.encode()):
         return root
     return str(Path(root) / f"iter_{step:07d}")
-
-
-def saves_where_it_loads(args: argparse.Namespace) -> bool:
-    """Whether a run goes on in the folder that it saves to, from its checkpoints or from what one has replaced."""
-    if not args.save or not args.load or not os.path.isdir(args.load):
-        return False
-    own = (args.save, os.path.join(args.save, REPLACED))
-    return any(os.path.isdir(folder) and os.path.samefile(folder, args.load) for folder in own)
-
-
-def _check_save_folder(args: argparse.Namespace) -> None:
-    """Refuse to save among checkpoints that the run does not go on from: they would be replaced, and count as its own.
-
-    Raises:
-        InputError: names them.
-    """
-    if not args.save or args.skip_train or (saves_where_it_loads(args) and not args.finetune):
-        return
-    root = Path(args.save)
-    held = [folder.name for _, folder in list_iterations(root) if (folder / BACKEND_FILE).is_file()]
-    if held or has_tracker(root):
-        raise InputError(
-            f"{root}: holds checkpoints ({', '.join(held[-3:]) or TRACKER}), and this start goes on from none of them; "
-            f"go on from the last one with --load {root} and without --finetune, or give --save another folder"
-        )
-
-
-def non_persistent_root(args: argparse.Namespace, root: str | None) -> Path:
-    """Where Megatron keeps the checkpoints of ``--non-persistent-ckpt-type global`` of a run in ``root``."""
-    return Path(args.non_persistent_global_ckpt_dir or Path(root or "") / "non_persistent")
-
-
-def newer_non_persistent(args: argparse.Namespace, root: str) -> str | None:
-    """The root of non-persistent checkpoints where Megatron prefers its last one: it is not older than the other.
-
-    Local ones need a library of their own, lie on this node's disk and are held to the list when they are loaded.
-    """
-    folder = non_persistent_root(args, root)
-    if args.non_persistent_ckpt_type != "global" or not has_tracker(folder):
-        return None
-    last, other = read_tracker(folder), args.ckpt_step or -1
-    if not args.ckpt_step and has_tracker(root):
-        other = read_tracker(Path(root))
-    if other == RELEASE:
-        other = 0
-    if isinstance(other, int) and (not isinstance(last, int) or last >= other):
-        return str(folder)
-    return None
