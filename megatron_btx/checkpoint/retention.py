@@ -38,13 +38,13 @@ def make_room(root: Path, step: int, reached: int) -> list[Path]:
     later = [folder for at, folder in list_iterations(root) if at > reached]
     if os.path.lexists(own) and own not in later:
         later.insert(0, own)
-    moved = []
+    moved, aside = [], root / time.strftime("left.%Y%m%d-%H%M%S")
     for folder in later:
         if _is_leftover(folder) and not folder.is_symlink():
             remove_checkpoint(folder)
             continue
         links = [path for path in root.iterdir() if path.is_symlink() and path.resolve() == folder.resolve()]
-        moved.append(_move(folder, root / time.strftime("left.%Y%m%d-%H%M%S")))
+        moved.append(_move(folder, aside))
         for link in links:
             if link != folder:  # somebody's best one
                 link.unlink()

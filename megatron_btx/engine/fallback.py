@@ -98,8 +98,8 @@ def check_save_folder(args: argparse.Namespace) -> None:
     held = [folder.name for _, folder in list_iterations(Path(args.save)) if is_checkpoint(folder)]
     if held or is_checkpoint(Path(args.save)):
         raise InputError(
-            f"{args.save}: holds checkpoints ({', '.join(held[-2:])}), and this start goes on from none of them; go on "
-            f"from the last one with --load {args.save} and without --finetune, or give --save another folder"
+            f"{args.save}: holds checkpoints (see {(held or [TRACKER])[-1]}), and this start goes on from none "
+            f"of them; go on with --load {args.save} and without --finetune, or give --save another folder"
         )
 
 

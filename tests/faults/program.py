@@ -195,8 +195,16 @@ def saved_again(step: int) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import get_args
 
+    begun: list[str] = []
+
     def strike(_: Any, stream: Any, *__: Any, **___: Any) -> None:
-        if f"iter_{step - 1:07d}" not in str(stream.name) or get_args().curr_iteration != step - 1:
+        name = str(stream.name)
+        if f"iter_{step - 1:07d}" not in name:
+            return
+        if stream.tell() == 0:
+            begun.append(name)
+        # A writer of one save knows the step; one that stays was forked before.
+        if get_args().curr_iteration != step - 1 and begun.count(name) < 2:
             return
         if fails_by == "EDQUOT":
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(stream.name))
