@@ -1,13 +1,67 @@
-"""Which checkpoints of a run may go: all but the last K, every M-th, and what somebody still needs."""
+"""What may go of a root, and what must make room for a new checkpoint.
+
+A run's line is the checkpoint that it started from, those before it, and what it has saved since. Only these count
+among the last K and every M-th.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Collection
 from pathlib import Path
 
-from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE, list_iterations, read_tracker
+from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE, TRACKER, list_iterations, read_tracker
+
+REPLACED = "btx_replaced"
+"""The root within a root that holds the only checkpoint of a step which is being saved again."""
+
+
+def make_room(root: Path, step: int, reached: int) -> list[Path]:
+    """Clear the way for the checkpoint of ``step``: what lies after the run's line, which ends with ``reached``.
+
+    A branch that somebody left by ``--ckpt-step``, or a damaged checkpoint, is moved aside; what a killed save left is
+    removed. A step that is saved again has its first checkpoint in :data:`REPLACED` until the second is whole.
+
+    Returns:
+        What was moved aside, where it lies now.
+    """
+    own = root / f"iter_{step:07d}"
+    if step == reached and _is_whole(own) and not _is_whole(root / REPLACED / own.name):
+        shutil.rmtree(root / REPLACED, ignore_errors=True)
+        (root / REPLACED).mkdir()
+        (root / REPLACED / TRACKER).write_text(str(step))
+        _move(own, root / REPLACED)
+    # The oldest first: stopped on the way, the tracker's still stands.
+    later = [folder for at, folder in list_iterations(root) if at > reached]
+    if os.path.lexists(own) and own not in later:
+        later.insert(0, own)
+    moved, aside = [], root / time.strftime("left.%Y%m%d-%H%M%S")
+    for folder in later:
+        if _is_leftover(folder) and not folder.is_symlink():
+            remove_checkpoint(folder)
+            continue
+        links = [path for path in root.iterdir() if path.is_symlink() and path.resolve() == folder.resolve()]
+        moved.append(_move(folder, aside))
+        for link in links:
+            if link != folder:  # somebody's best one
+                link.unlink()
+                link.symlink_to(moved[-1].absolute())
+    return moved
+
+
+def _move(folder: Path, into: Path) -> Path:
+    """Move a folder; of a link the link alone, which may be relative."""
+    into.mkdir(exist_ok=True)
+    moved = into / folder.name
+    if folder.is_symlink():
+        moved.symlink_to(folder.resolve())
+        folder.unlink()
+    else:
+        folder.rename(moved)
+    return moved
 
 
 def find_removable(root: Path, keep_last: int, keep_every: int | None, needed: Collection[int] = ()) -> list[Path]:

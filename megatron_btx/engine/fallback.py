@@ -1,5 +1,8 @@
 """Which of its own checkpoints a run goes on from: the last one, or the one before where that is damaged.
 
+The last may be a non-persistent one, and the one before what a step that was saved again has had before. Both lie in a
+root of their own, which Megatron gets as ``--load``: so all checks and records are of what is loaded.
+
 Megatron writes its tracker in place (``training/checkpointing.py``, save_checkpoint): a crash of the machine can leave
 it empty, and data files shorter than they were written. With such a tracker Megatron ends with status 0, and with such
 files in a traceback. A run that resumes from the folder that it saves to (``--load`` is ``--save``) falls back here,
@@ -14,41 +17,93 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.iterations import TRACKER, list_iterations, read_tracker, resolve_iteration
+from megatron_btx.checkpoint.iterations import TRACKER, is_checkpoint, list_iterations, read_tracker, resolve_iteration
+from megatron_btx.checkpoint.retention import REPLACED
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.engine import patch
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.engine.checks.resume import step_of
+from megatron_btx.engine.checks.start import iteration_of
+from megatron_btx.ground.errors import CheckpointError, InputError
 from megatron_btx.ground.log import say
 
 
 def choose_checkpoint(args: argparse.Namespace) -> None:
-    """Point a run at the newest of its own checkpoints that is whole: sets ``args.ckpt_step`` where it is not the last.
+    """Point a run at the newest of its own checkpoints that is whole: sets ``args.load`` or ``args.ckpt_step``.
 
     Every rank does it for itself, before any meets the others, and finds the same.
 
     Raises:
         CheckpointError: none is whole.
     """
-    if not _resumes_its_own(args):
-        return
-    root = Path(args.load)
-    fault = _fault_of(root)
-    if fault is None:
-        return
-    step = _newest_whole(root)
-    say(f"{fault}; the run goes on from the checkpoint of step {step}")
-    args.ckpt_step = step
-    _answer_for_the_tracker(root / TRACKER, step)
+    root, own = Path(args.load or ""), _saves_where_it_loads(args) and not args.finetune
+    fault, step, beside = None, -1, []
+    if args.non_persistent_ckpt_type == "global":
+        from megatron.training import checkpointing
+
+        # Megatron would take its own choice also for the step that --ckpt-step asks for, and for a start of weights.
+        patch.replace(checkpointing, "_get_non_persistent_iteration", lambda *_: -1)
+        if args.load and not args.ckpt_step:
+            beside = [non_persistent_root(args, args.load)]
+    if args.load and (root / TRACKER).is_file():
+        chosen = iteration_of(args.load, args.ckpt_step)
+        fault = _fault_of(chosen)
+        if fault is None:
+            step = step_of(chosen)
+        elif not own:
+            return
+        else:
+            step = args.ckpt_step or _newest_whole(root)
+            beside.append(Path(args.save) / REPLACED)
+    for place in beside:
+        if not (place / TRACKER).is_file():
+            continue
+        its_fault = _fault_of(place)
+        if its_fault and own:
+            fault = fault or its_fault
+        elif step_of(str(place)) >= step:
+            say(f"{fault or 'the newest one is not persistent'}; the run goes on from {resolve_iteration(place)}")
+            args.load = str(place)
+            return
+    if fault and step < 1:
+        raise CheckpointError(
+            f"{fault}; no earlier checkpoint in {root} is whole; move {root} away to start this stage again"
+        )
+    if fault and not args.ckpt_step:
+        say(f"{fault}; the run goes on from the checkpoint of step {step}")
+        args.ckpt_step = step
+        _answer_for_the_tracker(root / TRACKER, step)
 
 
-def _resumes_its_own(args: argparse.Namespace) -> bool:
-    """Whether a run goes on from the folder that it saves to, and nobody has chosen a step."""
-    if not args.load or not args.save or args.finetune or args.ckpt_step:
+def non_persistent_root(args: argparse.Namespace, root: str) -> Path:
+    """Where Megatron keeps the checkpoints of ``--non-persistent-ckpt-type global`` of a run in ``root``."""
+    return Path(args.non_persistent_global_ckpt_dir or Path(root) / "non_persistent")
+
+
+def _saves_where_it_loads(args: argparse.Namespace) -> bool:
+    """Whether ``--load`` is ``--save``, or one of the roots beside."""
+    if not args.save or not args.load:
         return False
-    return (Path(args.load) / TRACKER).is_file() and os.path.realpath(args.load) == os.path.realpath(args.save)
+    own = (args.save, os.path.join(args.save, REPLACED), non_persistent_root(args, args.save))
+    return os.path.realpath(args.load) in map(os.path.realpath, own)
 
 
-def _fault_of(root: Path) -> str | None:
+def check_save_folder(args: argparse.Namespace) -> None:
+    """Refuse to save among checkpoints that a run does not go on from: they would be replaced, and count as its own.
+
+    Raises:
+        InputError: names the last ones.
+    """
+    if not args.save or args.skip_train or (_saves_where_it_loads(args) and not args.finetune):
+        return
+    held = [folder.name for _, folder in list_iterations(Path(args.save)) if is_checkpoint(folder)]
+    if held or is_checkpoint(Path(args.save)):
+        raise InputError(
+            f"{args.save}: holds checkpoints (see {(held or [TRACKER])[-1]}), and this start goes on from none "
+            f"of them; go on with --load {args.save} and without --finetune, or give --save another folder"
+        )
+
+
+def _fault_of(root: str | Path) -> str | None:
     """What is wrong with the checkpoint that the tracker of ``root`` names; None of a whole one."""
     try:
         TorchDistReader(resolve_iteration(root))
@@ -58,7 +113,7 @@ def _fault_of(root: Path) -> str | None:
 
 
 def _newest_whole(root: Path) -> int:
-    """The step of the newest whole checkpoint before the tracker's; of all where the tracker cannot be read.
+    """The step of the newest whole checkpoint before the tracker's; of all where the tracker cannot be read; 0 of none.
 
     Later ones do not count: their saving was not finished when the tracker was written.
     """
@@ -68,9 +123,7 @@ def _newest_whole(root: Path) -> int:
             continue
         if _fault_of(folder) is None:
             return step
-    raise CheckpointError(
-        f"{_fault_of(root)}; no earlier checkpoint in {root} is whole; move {root} away to start this stage again"
-    )
+    return 0
 
 
 def _answer_for_the_tracker(tracker: Path, step: int) -> None:

@@ -22,7 +22,7 @@ from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.engine import patch
 from megatron_btx.engine.checks import check_arguments
-from megatron_btx.engine.fallback import choose_checkpoint
+from megatron_btx.engine.fallback import check_save_folder, choose_checkpoint
 from megatron_btx.engine.flags import add_btx_arguments
 from megatron_btx.engine.options import Options
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
@@ -86,6 +86,8 @@ def _parse(
 
     args = _parse_and_validate(add)
     options = check_arguments(args, trains)
+    if trains:
+        check_save_folder(args)
     for name in ("tokenizer_model", "vocab_file", "merge_file"):
         file = getattr(args, name)
         if file and os.path.exists(file):

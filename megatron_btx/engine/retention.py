@@ -1,7 +1,8 @@
-"""``--btx-keep-last`` and ``--btx-keep-every``: old checkpoints are removed when a newer one is whole.
+"""What happens to the checkpoints that lie where a run saves: before it writes one, and when that is whole.
 
-Megatron's ``--save-retain-interval`` removes only what the tracker named before (``training/checkpointing.py``,
-iter_finalize_fn): what earlier starts, kills or another interval left stays for ever.
+Megatron writes into whatever has the step's name (``training/checkpointing.py``, "TODO Handle non-empty directories"):
+killed on top of an older one, old and new files would load. ``--save-retain-interval`` removes only what the tracker
+named before, and its non-persistent checkpoints are removed by number, in all folders below.
 """
 
 from __future__ import annotations
@@ -12,21 +13,38 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.retention import find_removable, remove_checkpoint
+from megatron_btx.checkpoint.retention import REPLACED, find_removable, make_room, remove_checkpoint
 from megatron_btx.engine import patch
+from megatron_btx.engine.fallback import non_persistent_root
 from megatron_btx.ground.log import say
 
 
-class Remover:
-    """Removes what may go, in a thread of the first rank: a large checkpoint takes a shared disk minutes."""
+class _Saves:
+    """Makes room for a save, and removes what may go after it: in a thread, as a shared disk may take minutes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._root = Path(args.save)
-        self._last, self._every = args.btx_keep_last, args.btx_keep_every
+        self._args = args
         self._needed = {args.ckpt_step} if args.ckpt_step else set()
+        self._reached: dict[Path, int] = {}
         self._thread: threading.Thread | None = None
 
-    def begin(self) -> None:
+    def before(self, root: Path, step: int) -> None:
+        """Clear the way for a step's checkpoint; no rank writes before the first has done so."""
+        import torch.distributed as distributed
+        from megatron.training import training
+
+        reached = self._reached.get(root, self._args.iteration)
+        if self._args.async_save and reached == step:  # the same folder may still be written
+            training.maybe_finalize_async_save(blocking=True)
+        if distributed.get_rank() == 0:
+            self._wait()
+            if moved := make_room(root, step, reached):
+                names = ", ".join(folder.name for folder in moved)
+                say(f"{root}: {names}: not of this run, which goes on from step {reached}; moved to {moved[0].parent}")
+        distributed.barrier()
+        self._reached[root] = step
+
+    def after(self, root: Path) -> None:
         """Begin to remove, after the last removal; call when a checkpoint and its tracker are written.
 
         The thread is no daemon: Python waits for it at the end of the run.
@@ -35,12 +53,20 @@ class Remover:
 
         if distributed.get_rank() != 0:
             return
-        if self._thread is not None:
-            self._thread.join()
-        folders = find_removable(self._root, self._last, self._every, self._needed)
+        self._wait()
+        last, every = self._args.btx_keep_last, self._args.btx_keep_every
+        if root != Path(self._args.save):
+            last, every = 1, None  # what Megatron keeps of non-persistent ones
+        folders = [path for path in [root / REPLACED] if path.is_dir()]
+        if last is not None:
+            folders += find_removable(root, last, every, self._needed)
         if folders:
             self._thread = threading.Thread(target=_remove, args=(folders,), name="remover")
             self._thread.start()
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
 
 
 def _remove(folders: list[Path]) -> None:
@@ -51,24 +77,32 @@ def _remove(folders: list[Path]) -> None:
             say(f"{folder}: could not be removed ({failure}); the run goes on")
 
 
-def remove_old_checkpoints(args: argparse.Namespace) -> None:
-    """Have old checkpoints removed after every save.
+def keep_to_its_line(args: argparse.Namespace) -> None:
+    """Have a run write into empty folders, and remove nothing before a newer checkpoint is whole.
 
     Raises:
         MegatronVersionError: the installed Megatron saves in another way.
     """
-    if args.btx_keep_last is None:
+    if not args.save:
         return
     from megatron.training import checkpointing, training
 
-    remover = Remover(args)
+    saves = _Saves(args)
+    root = Path(args.save)
 
-    def then_remove(save: Any) -> Any:
+    def with_care(save: Any) -> Any:
         @functools.wraps(save)
         def save_checkpoint(iteration: int, *rest: Any, **named: Any) -> Any:
+            nonlocal root
+            root = Path(args.save)
+            if named.get("non_persistent_ckpt"):
+                if args.non_persistent_ckpt_type != "global":
+                    return save(iteration, *rest, **named)
+                root = non_persistent_root(args, args.save)
+            saves.before(root, iteration)
             result = save(iteration, *rest, **named)
-            if not args.async_save and not named.get("non_persistent_ckpt"):
-                remover.begin()
+            if not args.async_save:
+                saves.after(root)
             return result
 
         return save_checkpoint
@@ -76,11 +110,12 @@ def remove_old_checkpoints(args: argparse.Namespace) -> None:
     def then_remove_at_its_end(schedule: Any) -> Any:
         @functools.wraps(schedule)
         def schedule_async_save(async_request: Any) -> Any:
-            async_request.add_finalize_fn(remover.begin)
+            async_request.add_finalize_fn(functools.partial(saves.after, root))
             return schedule(async_request)
 
         return schedule_async_save
 
-    patch.wrap(training, "save_checkpoint", then_remove, ("iteration",))
+    patch.wrap(training, "save_checkpoint", with_care, ("iteration",))
+    patch.replace(checkpointing, "cleanup_old_non_persistent_checkpoint", lambda *_, **__: None)
     if args.async_save:
         patch.wrap(checkpointing, "schedule_async_save", then_remove_at_its_end, ("async_request",))

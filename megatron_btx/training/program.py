@@ -175,8 +175,7 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     from megatron_btx.engine.async_saves import guard_async_saves
     from megatron_btx.engine.checks.start import checkpoint_to_load
     from megatron_btx.engine.integrity import verify_where_checksums_are
-    from megatron_btx.engine.retention import remove_old_checkpoints
-    from megatron_btx.engine.stale_saves import save_into_empty_folders
+    from megatron_btx.engine.retention import keep_to_its_line
     from megatron_btx.model.freezing import check_optimizers, freeze
     from megatron_btx.training import telemetry
     from megatron_btx.training.bad_steps import ShownLosses, SkippedSteps, begin_record
@@ -189,8 +188,7 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     stopping.standstill_seconds = args.distributed_timeout_minutes * 60
     repairs.install()
     guard_async_saves(args, stopping)
-    save_into_empty_folders(args)
-    remove_old_checkpoints(args)
+    keep_to_its_line(args)
     loaded = checkpoint_to_load(args)
     verify_where_checksums_are(args, resumes=loaded is not None and loaded[1])
     followers = watch_validation(args, options)

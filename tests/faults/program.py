@@ -190,6 +190,33 @@ def bad_loss(step: int) -> None:
     program.forward_step = multiplied
 
 
+def saved_again(step: int) -> None:
+    """A loss of NaN, for which the step before is saved a second time; over its quota or, by a signal, killed."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training import get_args
+
+    begun: list[str] = []
+
+    def strike(_: Any, stream: Any, *__: Any, **___: Any) -> None:
+        name = str(stream.name)
+        if f"iter_{step - 1:07d}" not in name:
+            return
+        if stream.tell() == 0:
+            begun.append(name)
+        # A writer of one save knows the step; one that stays was forked before.
+        if get_args().curr_iteration != step - 1 and begun.count(name) < 2:
+            return
+        if fails_by == "EDQUOT":
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(stream.name))
+        stream.flush()
+        os.environ["FAULT_SIGNAL"] = fails_by
+        _strike()
+
+    fails_by, os.environ["FAULT_SIGNAL"] = os.environ["FAULT_SIGNAL"], "nan"
+    bad_loss(step)
+    _before(filesystem_async, "_write_item", strike)
+
+
 def nothing(_: int) -> None:
     """No fault but those of the environment."""
 
@@ -212,7 +239,7 @@ POINTS = {
     function.__name__: function
     for function in (
         *(in_step, while_saving, before_tracker, while_loading),
-        *(data_gone, data_cut, clock_jumps, quota, writer_gone, bad_loss, nothing),
+        *(data_gone, data_cut, clock_jumps, quota, writer_gone, bad_loss, saved_again, nothing),
     )
 }
 

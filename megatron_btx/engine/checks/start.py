@@ -53,7 +53,6 @@ def check_against_checkpoint(args: argparse.Namespace, groups: TrainedGroups) ->
     """
     loaded = checkpoint_to_load(args)
     args.btx_taken_steps = None
-    _check_non_persistent(args)
     if loaded is not None:
         path, resuming = loaded
         table = MODEL_ARGUMENTS + (NUMERICS_ARGUMENTS if resuming else ())
@@ -120,30 +119,17 @@ def checkpoint_to_load(args: argparse.Namespace) -> tuple[str, bool] | None:
     finds without a tracker, too. Source: ``training/checkpointing.py``, load_checkpoint and _load_base_checkpoint.
     """
     if args.load and (Path(args.load) / TRACKER).is_file():
-        return _iteration_of(args.load, args.ckpt_step), not args.finetune
+        return iteration_of(args.load, args.ckpt_step), not args.finetune
     if args.pretrained_checkpoint:
-        return _iteration_of(args.pretrained_checkpoint, args.ckpt_step), False
+        return iteration_of(args.pretrained_checkpoint, args.ckpt_step), False
     if args.load and args.ckpt_step:
-        return _iteration_of(args.load, args.ckpt_step), not args.finetune
+        return iteration_of(args.load, args.ckpt_step), not args.finetune
     return None
 
 
-def _iteration_of(root: str, step: int | None) -> str:
+def iteration_of(root: str, step: int | None) -> str:
     """The root itself, or the folder of the step that ``--ckpt-step`` asks for; a release has no steps."""
     tracker = Path(root) / TRACKER
     if not step or (tracker.is_file() and tracker.read_bytes()[:40].strip() == RELEASE.encode()):
         return root
     return str(Path(root) / f"iter_{step:07d}")
-
-
-def _check_non_persistent(args: argparse.Namespace) -> None:
-    """Megatron prefers a checkpoint of ``--non-persistent-ckpt-type global`` when it is newer: it passes the list, too.
-
-    Local ones need a library of their own, lie on this node's disk and are held to the list when they are loaded.
-
-    Raises:
-        CheckpointError: something in it is not on the allow-list, or cannot be read.
-    """
-    root = args.non_persistent_global_ckpt_dir or (args.load and str(Path(args.load) / "non_persistent"))
-    if args.non_persistent_ckpt_type == "global" and root and (Path(root) / TRACKER).is_file():
-        TorchDistReader(resolve_iteration(root)).check_objects()

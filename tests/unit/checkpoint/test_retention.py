@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE, TRACKER
-from megatron_btx.checkpoint.retention import find_removable, remove_checkpoint
+from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE, TRACKER, list_iterations, read_tracker
+from megatron_btx.checkpoint.retention import REPLACED, find_removable, make_room, remove_checkpoint
 
 
 @pytest.fixture
@@ -113,3 +114,55 @@ def test_half_removed_it_does_not_load(root, monkeypatch):
         remove_checkpoint(root / "iter_0000002")
     assert not (root / "iter_0000002" / BACKEND_FILE).exists()
     assert (root / "iter_0000002").is_dir()
+
+
+def whole(folder: Path) -> None:
+    """A folder that is taken for a checkpoint; it says which."""
+    folder.mkdir()
+    (folder / BACKEND_FILE).write_text(json.dumps(BACKEND))
+    (folder / "which").write_text(str(folder))
+
+
+def test_what_lies_after_the_line_is_moved_aside(root):
+    """Everything above the start, whole or damaged; half-written it goes. What was there before stays."""
+    (root / "iter_0000008" / BACKEND_FILE).write_text('{"sharded')
+    half = root / "iter_0000012"
+    half.mkdir()
+    (half / "__0_0.distcp").write_text("half")
+    moved = make_room(root, 6, 4)
+    assert steps(moved) == [6, 8, 10] and len({folder.parent for folder in moved}) == 1
+    assert [step for step, _ in list_iterations(root)] == [2, 4]
+    assert make_room(root, 6, 4) == []
+
+
+def test_a_step_that_is_saved_again_keeps_its_first(root):
+    """Also when the second save fails twice, and what it left is damaged or half-written."""
+    whole(root / "iter_0000012")
+    (root / TRACKER).write_text("12")
+    for left in (["__0_0.distcp"], ["__0_0.distcp", BACKEND_FILE]):
+        make_room(root, 12, 12)
+        assert not (root / "iter_0000012").exists()
+        assert (root / REPLACED / "iter_0000012/which").read_text() == str(root / "iter_0000012")
+        assert read_tracker(root / REPLACED) == 12
+        (root / "iter_0000012").mkdir()
+        for name in left:
+            (root / "iter_0000012" / name).write_text(json.dumps(BACKEND))
+    make_room(root, 10, 10)
+    assert [step for step, _ in list_iterations(root / REPLACED)] == [10]
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "gone", "file"])
+def test_nothing_is_written_through_a_link(target, root, tmp_path_factory):
+    """Somebody's folder, behind a relative link with the step's name, is not written over; links to it follow."""
+    other = tmp_path_factory.mktemp("other") / target
+    if target == "elsewhere":
+        whole(other)
+    elif target == "file":
+        other.write_text("a file")
+    link = root / "iter_0000012"
+    link.symlink_to(os.path.relpath(other, root))
+    (root / "best").symlink_to("iter_0000008")
+    moved = make_room(root, 12, 6)
+    assert sorted(steps(moved)) == [8, 10, 12]
+    assert not os.path.lexists(link) and (root / "best").resolve() == moved[0].parent / "iter_0000008"
+    assert (moved[0].parent / link.name).resolve() == other

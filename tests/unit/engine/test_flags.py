@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_btx.engine.checks import useless_flags
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.routing_methods import markdown_table
 from tests import flags_page
@@ -95,3 +97,17 @@ def test_a_program_without_flags(program, said):
         [sys.executable, *program.split()], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and f"error: {said}" in done.stderr
+
+
+def test_the_page_lists_what_is_refused_and_nothing_else():
+    """Each flag of the table is one of the check, and each of the check is in the table."""
+
+    class Given:
+        def __getattr__(self, name: str) -> str:
+            return "NAME"
+
+    checks = (useless_flags._of_other_programs, useless_flags._of_the_budget, useless_flags._that_fail_late)
+    refused = {flag for check in checks for flag, _, _ in check(Given())}
+    page = (REPOSITORY / "docs/running.md").read_text().partition("## Flags that do nothing")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert set(re.findall("`([^`]*)`", " ".join(rows))) == refused

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.engine.checks.layout import check_checkpoint_format
 from megatron_btx.engine.checks.start import check_against_checkpoint, checkpoint_to_load
+from megatron_btx.engine.fallback import choose_checkpoint
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
 from megatron_btx.ground.errors import CheckpointError, InputError
 from megatron_btx.model.groups import TrainedGroups
@@ -206,9 +207,11 @@ def test_every_checkpoint_that_megatron_would_load_is_looked_at(folder, tmp_path
     assert checkpoint_to_load(given) == (str(folder), True)
     (root / "latest_checkpointed_iteration.txt").write_text("release")
     assert checkpoint_to_load(given) == (str(root), True)
-    given.load, given.non_persistent_global_ckpt_dir = None, str(root)
+    given.save, given.ckpt_step, given.load = None, None, str(tmp_path / "run")
+    given.non_persistent_global_ckpt_dir = str(root)
     (root / "latest_checkpointed_iteration.txt").write_text("3")
-    check_against_checkpoint(given, TrainedGroups((), {}, is_tied=False))
+    choose_checkpoint(given)
+    assert checkpoint_to_load(given) == (str(root), True)
     plant(folder, "rng_state", payload(tmp_path))
     with pytest.raises(CheckpointError, match="could run code"):
         check_against_checkpoint(given, TrainedGroups((), {}, is_tied=False))
