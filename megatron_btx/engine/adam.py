@@ -20,6 +20,22 @@ from torch.optim.adamw import adamw
 from megatron_btx.ground.errors import InputError
 
 
+def make_state(optimizer: Any) -> None:
+    """Make the state of Megatron's optimizer that it has not loaded, by its own function for loading: zeros.
+
+    It would come with the first update. Until one is taken (a bad step is skipped, an fp16 scale still falls) a
+    checkpoint would be saved without, which Megatron cannot load.
+
+    Args:
+        optimizer: Megatron's, or None where nothing trains; one that keeps its state otherwise is left alone.
+    """
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(one, "optimizer", None) is None or one.init_state_fn is None:
+            continue
+        if not one.config.use_precision_aware_optimizer:
+            one.init_state_fn(one.optimizer, one.config)
+
+
 class GroupStepAdam(torch.optim.Optimizer):
     """Adam or AdamW over parameter groups that each carry their own integer ``step``."""
 

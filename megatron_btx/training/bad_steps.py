@@ -6,8 +6,10 @@ by itself. Losses it sees only where a loss function shows them, as :class:`Show
 
 **Skipped** with ``--btx-skip-bad-steps``. Megatron skips a step whose optimizer finds an infinity in its gradients
 (``core/optimizer/optimizer.py``, prepare_grads): weights, their state and the schedule stay, and the run goes on with
-the next samples. :class:`SkippedSteps` has it find more. What a router counts in its forward pass is counted: the
-experts' bias and the running loads of ``global_aux_loss``.
+the next samples. :class:`SkippedSteps` has it find more.
+
+Either way a step that is not taken leaves nothing behind: what routers count in their forward pass (the experts' bias,
+the running loads of ``global_aux_loss``) is put back.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import statistics
 from typing import Any
 
 from megatron_btx.engine import patch
+from megatron_btx.engine.adam import make_state
 from megatron_btx.ground.errors import InputError, MachineError
 from megatron_btx.ground.log import say
 from megatron_btx.model.sampling import Step
@@ -33,6 +36,66 @@ SKIPPED_AT_MOST = 10
 """Bad steps in a row after which a run ends: it would only skip what is left."""
 _RESUME_TO_DISAMBIGUATE, _FAILED_VALIDATION = 16, 17
 """Megatron's statuses."""
+
+
+def judge_every_step(args: argparse.Namespace) -> None:
+    """Have the first step of a start judged as every other.
+
+    Megatron lets it pass: it saves with what it finds, and may have no optimizer's state to save before the first
+    update. Here the state is there from the start, and in the first step nothing is saved: what the run began with is.
+
+    Raises:
+        MegatronVersionError: the installed Megatron begins in another way.
+    """
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import training
+
+    def judged(setup: Any) -> Any:
+        @functools.wraps(setup)
+        def setup_model_and_optimizer(*positional: Any, **named: Any) -> Any:
+            model, optimizer, schedule = setup(*positional, **named)
+            make_state(optimizer)
+            machine = get_rerun_state_machine()
+            patch.replace(machine, "first_iteration_complete", True)
+            patch.wrap(machine, "should_checkpoint_and_exit", functools.partial(_saving_progress, args))
+            patch.wrap(machine, "state_save_func", lambda save: lambda: (save(), _copy_counts(model)))
+            patch.wrap(machine, "state_restore_func", _with_counts)
+            return model, optimizer, schedule
+
+        return setup_model_and_optimizer
+
+    patch.wrap(training, "setup_model_and_optimizer", judged)
+
+
+def _saving_progress(args: argparse.Namespace, decide: Any) -> Any:
+    """Megatron's decision to save and to end, which saves only what is not there yet, and somewhere."""
+
+    @functools.wraps(decide)
+    def should_checkpoint_and_exit() -> tuple[bool, bool, int]:
+        saves, ends, status = decide()
+        return saves and bool(args.save) and args.curr_iteration > args.iteration, ends, status
+
+    return should_checkpoint_and_exit
+
+
+def _copy_counts(model: list[Any]) -> list[tuple[Any, Any]]:
+    """Every buffer of a model, with a copy of it: they are small, and routers count in them."""
+    return [(buffer, buffer.clone()) for chunk in model for _, buffer in chunk.named_buffers()]
+
+
+def _with_counts(restore: Any) -> Any:
+    """Megatron's way back to before a step that it takes again, or saves as not taken; the counts go back, too."""
+
+    def restore_state(saved: tuple[Any, list[tuple[Any, Any]]]) -> None:
+        restore(saved[0])
+        _put_back(saved[1])
+
+    return restore_state
+
+
+def _put_back(counts: list[tuple[Any, Any]]) -> None:
+    for buffer, before in counts:
+        buffer.copy_(before)
 
 
 class ShownLosses:
@@ -83,9 +146,11 @@ def explain_exit(status: Any) -> MachineError | None:
         return None
     # Its own lines count one step more.
     found = f"step {get_args().curr_iteration + 1}: {machine.failed_validation_call.caller.message}"
+    if "samples" not in found:
+        found += f", of {_samples(get_args())}"
     if status == _RESUME_TO_DISAMBIGUATE:
         return MachineError(
-            f"{found}, and again when the step was taken a second time; the step before it is saved. Start the same "
+            f"{found}, and again when it was taken a second time; what is saved is of before it. Start the same "
             "command on another GPU to learn whether this one is at fault, or go on over such steps with "
             "--btx-skip-bad-steps"
         )
@@ -95,12 +160,21 @@ def explain_exit(status: Any) -> MachineError | None:
     )
 
 
+def _samples(args: argparse.Namespace) -> str:
+    """The samples of the step that is being taken."""
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
+    first = args.consumed_train_samples
+    return f"samples {first} to {first + get_current_global_batch_size() - 1}"
+
+
 class SkippedSteps(Follower):
     """Lets bad steps change nothing. All ranks decide alike, from the same two numbers."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._total = self._tokens = 0.0
+        self._counts: list[tuple[Any, Any]] = []
         self._skips = False
         self._wrapped = False
 
@@ -112,6 +186,7 @@ class SkippedSteps(Follower):
     def before_step(self, iteration: int, model: list[Any], optimizer: Any) -> None:
         """Begin a step; before the first one, have the optimizer ask."""
         self._total = self._tokens = 0.0
+        self._counts = _copy_counts(model)
         if not self._wrapped:
             self._wrapped = True
             patch.wrap(optimizer, "prepare_grads", functools.partial(self._with_judgement, optimizer))
@@ -130,6 +205,8 @@ class SkippedSteps(Follower):
         def prepare_grads() -> bool:
             found_infinity: bool = prepare()
             self._judge(self._mean_loss(), float(optimizer.get_grad_norm()))
+            if self._skips:
+                _put_back(self._counts)
             return found_infinity or self._skips
 
         return prepare_grads
@@ -149,8 +226,6 @@ class SkippedSteps(Follower):
         Raises:
             InputError: too many in a row are bad.
         """
-        from megatron.core.num_microbatches_calculator import get_current_global_batch_size
-
         record = self._args.btx_taken_steps
         why = find_fault({"loss": loss, "gradient norm": gradient_norm}, record, self._args.btx_spike_sigma)
         self._skips = why is not None
@@ -160,9 +235,7 @@ class SkippedSteps(Follower):
                 record[name] = [*record[name], value][-WINDOW_STEPS:]
             return
         record["skipped in a row"] += 1
-        first = self._args.consumed_train_samples
-        last = first + get_current_global_batch_size() - 1
-        text = f"step {self._args.curr_iteration + 1} (samples {first} to {last}): {why}"
+        text = f"step {self._args.curr_iteration + 1} ({_samples(self._args)}): {why}"
         if record["skipped in a row"] >= SKIPPED_AT_MOST:
             raise InputError(
                 f"{text}; {SKIPPED_AT_MOST} steps in a row are bad, so nothing is learned any more: the run ends. Go "

@@ -179,7 +179,7 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     from megatron_btx.engine.stale_saves import save_into_empty_folders
     from megatron_btx.model.freezing import check_optimizers, freeze
     from megatron_btx.training import telemetry
-    from megatron_btx.training.bad_steps import ShownLosses, SkippedSteps, begin_record
+    from megatron_btx.training.bad_steps import ShownLosses, SkippedSteps, begin_record, judge_every_step
     from megatron_btx.training.hooks import follow_training
     from megatron_btx.training.metrics import write_metrics
     from megatron_btx.training.optimizer import install_lr_multipliers, install_schedule_logging
@@ -194,6 +194,7 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     loaded = checkpoint_to_load(args)
     verify_where_checksums_are(args, resumes=loaded is not None and loaded[1])
     followers = watch_validation(args, options)
+    judge_every_step(args)
     see_loss = ShownLosses(args, step).see
     if args.btx_skip_bad_steps:
         args.btx_taken_steps = begin_record(args.btx_taken_steps)

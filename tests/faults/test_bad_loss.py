@@ -57,6 +57,40 @@ LAYOUTS = {
 }
 
 
+FIRST_STEPS = {
+    # name: ranks, point, ranks that it hits, step that the start begins with, more flags, what is said
+    "a loss": (1, "bad_loss", "0", 5, [], "the loss of samples 16 to 16 is no number (NaN)"),
+    "a gradient of the other rank": (2, "bad_gradient", "1", 5, ["--use-distributed-optimizer"], "found NaN in local"),
+    "a pipeline, its first stage": (2, "bad_gradient", "0", 5, LAYOUTS["pp2"][2], "found NaN in local grad norm"),
+    "experts, bf16": (2, "bad_loss", "1", 5, [*LAYOUTS["ep2"][2], "--bf16"], "the loss of samples 17 to 17"),
+    "a new run": (1, "bad_loss", "0", 1, [], "the loss of samples 0 to 0 is no number (NaN)"),
+}
+
+
+@pytest.mark.parametrize("case", FIRST_STEPS)
+def test_the_first_step_of_a_start_is_judged(case, zygote, corpus, tmp_path):
+    """It is not taken: the checkpoint before stands, and without the fault the run ends as if nothing had been."""
+    ranks, at, hit, first, more, said = FIRST_STEPS[case]
+    moe = "experts" in case
+    arguments = flags(corpus, tmp_path, more, every=4, moe=moe)
+    if first > 1:
+        zygote.run(ranks, [*arguments, "--exit-interval", str(first - 1)], tmp_path / "before")
+        stored = tensors(tmp_path / f"checkpoint/iter_{first - 1:07d}")
+    keep = [*arguments, "--btx-keep-last", "1"]
+    run = zygote.start(ranks, keep, tmp_path / "bad", PROGRAM, fault(at, first, hit, "nan"))
+    zygote.wait(run, expect=None)
+    assert run.codes == [16] * ranks, run.text()[-3000:]
+    assert all(f"error: step {first}: " in line and "samples" in line for line in errors_of(run)), errors_of(run)
+    assert any(said in line for line in errors_of(run)), errors_of(run)
+    if first > 1:
+        left = tensors(tmp_path / f"checkpoint/iter_{first - 1:07d}")
+        assert all(torch.equal(left[name], stored[name]) for name in stored)
+    assert [path.name for path in tmp_path.glob("checkpoint/iter_*")] == ["iter_0000004"] * (first > 1)
+    zygote.run(ranks, arguments, tmp_path / "again")
+    zygote.run(ranks, flags(corpus, tmp_path / "straight", more, every=4, moe=moe), tmp_path / "straight/log")
+    assert read_losses(tmp_path / "metrics.jsonl") == read_losses(tmp_path / "straight/metrics.jsonl")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_skipped_step_changes_nothing(layout, zygote, corpus, tmp_path):
     """Weights and their state are bit for bit those of the step before, the schedule stays, and the run goes on."""
