@@ -21,18 +21,12 @@ from megatron_btx.ground.errors import InputError
 
 
 def make_state(optimizer: Any) -> None:
-    """Make the state of Megatron's optimizer that it has not loaded, by its own function for loading: zeros.
+    """Make the state that Megatron's optimizer would get with its first update: zeros, by its own function.
 
-    It would come with the first update. Until one is taken (a bad step is skipped, an fp16 scale still falls) a
-    checkpoint would be saved without, which Megatron cannot load.
-
-    Args:
-        optimizer: Megatron's, or None where nothing trains; one that keeps its state otherwise is left alone.
+    A checkpoint from before that update (bad steps are skipped, an fp16 scale still falls) could not be loaded without.
     """
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(one, "optimizer", None) is None or one.init_state_fn is None:
-            continue
-        if not one.config.use_precision_aware_optimizer:
+        if one.optimizer and one.init_state_fn and not one.config.use_precision_aware_optimizer:
             one.init_state_fn(one.optimizer, one.config)
 
 

@@ -8,8 +8,7 @@ by itself. Losses it sees only where a loss function shows them, as :class:`Show
 (``core/optimizer/optimizer.py``, prepare_grads): weights, their state and the schedule stay, and the run goes on with
 the next samples. :class:`SkippedSteps` has it find more.
 
-Either way a step that is not taken leaves nothing behind: what routers count in their forward pass (the experts' bias,
-the running loads of ``global_aux_loss``) is put back.
+Either way what routers have counted in such a step is put back: experts' biases, running loads of ``global_aux_loss``.
 """
 
 from __future__ import annotations
@@ -34,68 +33,39 @@ WINDOW_STEPS = 128
 LEAST_STEPS = WINDOW_STEPS // 2
 SKIPPED_AT_MOST = 10
 """Bad steps in a row after which a run ends: it would only skip what is left."""
+SKIPPED_AT_THE_END = 2
+"""Bad steps at a run's end after which nobody knows whether it still learns; one may be a bad batch."""
 _RESUME_TO_DISAMBIGUATE, _FAILED_VALIDATION = 16, 17
 """Megatron's statuses."""
 
 
 def judge_every_step(args: argparse.Namespace) -> None:
-    """Have the first step of a start judged as every other.
+    """Have the first step of a start judged as every other, and put back what a step counted that is not taken.
 
-    Megatron lets it pass: it saves with what it finds, and may have no optimizer's state to save before the first
-    update. Here the state is there from the start, and in the first step nothing is saved: what the run began with is.
-
-    Raises:
-        MegatronVersionError: the installed Megatron begins in another way.
+    Megatron lets the first one pass: the optimizer may have no state yet to be saved with the step before. Here it has
+    one from the start, and nothing is saved then: the run has begun with it.
     """
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import training
 
-    def judged(setup: Any) -> Any:
-        @functools.wraps(setup)
-        def setup_model_and_optimizer(*positional: Any, **named: Any) -> Any:
-            model, optimizer, schedule = setup(*positional, **named)
-            make_state(optimizer)
+    def judged(step: Any) -> Any:
+        @functools.wraps(step)
+        def train_step(forward: Any, data: Any, model: list[Any], optimizer: Any, *rest: Any, **named: Any) -> Any:
             machine = get_rerun_state_machine()
-            patch.replace(machine, "first_iteration_complete", True)
-            patch.wrap(machine, "should_checkpoint_and_exit", functools.partial(_saving_progress, args))
-            patch.wrap(machine, "state_save_func", lambda save: lambda: (save(), _copy_counts(model)))
-            patch.wrap(machine, "state_restore_func", _with_counts)
-            return model, optimizer, schedule
+            is_first = not machine.first_iteration_complete
+            if is_first:
+                make_state(optimizer)
+                patch.replace(machine, "first_iteration_complete", True)
+            counts = [(buffer, buffer.clone()) for chunk in model for _, buffer in chunk.named_buffers()]
+            losses, skipped, saves, *others = step(forward, data, model, optimizer, *rest, **named)
+            if skipped and not args.fp16:  # its scaler skips steps whose forward pass is good
+                for buffer, before in counts:
+                    buffer.copy_(before)
+            return losses, skipped, saves and args.save and not is_first, *others
 
-        return setup_model_and_optimizer
+        return train_step
 
-    patch.wrap(training, "setup_model_and_optimizer", judged)
-
-
-def _saving_progress(args: argparse.Namespace, decide: Any) -> Any:
-    """Megatron's decision to save and to end, which saves only what is not there yet, and somewhere."""
-
-    @functools.wraps(decide)
-    def should_checkpoint_and_exit() -> tuple[bool, bool, int]:
-        saves, ends, status = decide()
-        return saves and bool(args.save) and args.curr_iteration > args.iteration, ends, status
-
-    return should_checkpoint_and_exit
-
-
-def _copy_counts(model: list[Any]) -> list[tuple[Any, Any]]:
-    """Every buffer of a model, with a copy of it: they are small, and routers count in them."""
-    return [(buffer, buffer.clone()) for chunk in model for _, buffer in chunk.named_buffers()]
-
-
-def _with_counts(restore: Any) -> Any:
-    """Megatron's way back to before a step that it takes again, or saves as not taken; the counts go back, too."""
-
-    def restore_state(saved: tuple[Any, list[tuple[Any, Any]]]) -> None:
-        restore(saved[0])
-        _put_back(saved[1])
-
-    return restore_state
-
-
-def _put_back(counts: list[tuple[Any, Any]]) -> None:
-    for buffer, before in counts:
-        buffer.copy_(before)
+    patch.wrap(training, "train_step", judged, ("forward_step_func", "data_iterator", "model", "optimizer"))
 
 
 class ShownLosses:
@@ -174,7 +144,6 @@ class SkippedSteps(Follower):
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._total = self._tokens = 0.0
-        self._counts: list[tuple[Any, Any]] = []
         self._skips = False
         self._wrapped = False
 
@@ -186,7 +155,6 @@ class SkippedSteps(Follower):
     def before_step(self, iteration: int, model: list[Any], optimizer: Any) -> None:
         """Begin a step; before the first one, have the optimizer ask."""
         self._total = self._tokens = 0.0
-        self._counts = _copy_counts(model)
         if not self._wrapped:
             self._wrapped = True
             patch.wrap(optimizer, "prepare_grads", functools.partial(self._with_judgement, optimizer))
@@ -205,8 +173,6 @@ class SkippedSteps(Follower):
         def prepare_grads() -> bool:
             found_infinity: bool = prepare()
             self._judge(self._mean_loss(), float(optimizer.get_grad_norm()))
-            if self._skips:
-                _put_back(self._counts)
             return found_infinity or self._skips
 
         return prepare_grads
@@ -289,6 +255,20 @@ def begin_record(stored: Any) -> dict[str, Any]:
             f"the checkpoint's record of steps (btx_taken_steps) cannot be read ({error!r}); resume without "
             "--btx-skip-bad-steps"
         ) from error
+
+
+def check_end(args: argparse.Namespace) -> None:
+    """Refuse to call a run finished that has skipped its last steps. Raises InputError."""
+    done = getattr(args, "curr_iteration", None)  # None where nothing was left to train
+    record = begin_record(args.btx_taken_steps)
+    skipped = record["skipped in a row"]
+    if done is not None and done + 1 < args.train_iters:
+        return
+    if skipped >= SKIPPED_AT_THE_END or (skipped and not record["loss"]):
+        raise InputError(
+            f"the last {skipped} steps of the run were all skipped as bad, so it is not finished: go back with "
+            "--ckpt-step, lower --lr, look at the data, or see with more --train-iters whether it goes on"
+        )
 
 
 def check(args: argparse.Namespace) -> None:
