@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from megatron_btx.data.readers import Unit
-from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.errors import InputError, MachineError
 
 _UNITS_IN_FLIGHT_PER_WORKER = 4
 
@@ -47,8 +47,8 @@ def in_order[Encoded](
 ) -> Callable[[Iterator[Unit]], Iterator[Encoded]]:
     """A function that encodes units and gives the results in the units' order, here or in worker processes.
 
-    The processes start now and end with the stack. What a worker raises is raised here; a worker that dies is an
-    InputError with the signal.
+    The processes start now and end with the stack. What a worker raises is raised here; a worker that dies is a
+    MachineError with the signal.
     """
     if workers == 1:
         return lambda units: map(encode, units)
@@ -74,7 +74,7 @@ def in_order[Encoded](
                 yield future.result()
         except BrokenProcessPool as error:
             pool.shutdown()  # so that every exit status is known
-            raise InputError(f"a worker was killed ({_cause(processes)}) at {path or 'the start'}{_REMEDY}") from error
+            raise MachineError(f"a worker was killed ({_cause(processes)}) at {path or 'start'}{_REMEDY}") from error
 
     return run
 

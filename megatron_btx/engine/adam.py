@@ -20,6 +20,16 @@ from torch.optim.adamw import adamw
 from megatron_btx.ground.errors import InputError
 
 
+def make_state(optimizer: Any) -> None:
+    """Make the state that Megatron's optimizer would get with its first update: zeros, by its own function.
+
+    A checkpoint from before that update (bad steps are skipped, an fp16 scale still falls) could not be loaded without.
+    """
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if one.optimizer and one.init_state_fn and not one.config.use_precision_aware_optimizer:
+            one.init_state_fn(one.optimizer, one.config)
+
+
 class GroupStepAdam(torch.optim.Optimizer):
     """Adam or AdamW over parameter groups that each carry their own integer ``step``."""
 

@@ -1,23 +1,28 @@
 """``--async-save``: what its writing process may not do to a run.
 
 Megatron's own strategy (``core/dist_checkpointing/strategies/async_utils.py``) hands each save to one process that
-stays. Two things are missing there.
+stays. Three things are missing there.
 
 - Tensors in the host's memory are handed over as they are, and the next step changes them while they are written: all
   of them on the CPU, an offloaded optimizer's on a GPU. Here they are copied first.
 - A training process waits for ever for a writing process that is gone.
+- On a GPU a server forks that process: it outlives a killed rank, and the signal of ``--exit-signal-handler`` ends it
+  before the save that was promised. Here it is a new program, and the rank's own child.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import signal
 import threading
 import time
 from typing import Any
 
 from megatron_btx.engine import patch
+from megatron_btx.engine.cpu import has_gpu
 from megatron_btx.ground.errors import MachineError
+from megatron_btx.ground.orphans import end_with_parent
 from megatron_btx.ground.standstill import AGAIN
 from megatron_btx.ground.stopping import Stopping
 
@@ -36,10 +41,24 @@ def guard_async_saves(args: argparse.Namespace, stopping: Stopping) -> None:
     if not args.async_save or args.async_strategy != "mcore":
         return
     from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+    from megatron.training import initialize
 
     patch.expect(async_utils.PersistentAsyncCaller, "_persistent_process")
     patch.wrap(filesystem_async.FileSystemWriterAsync, "prepare_write_data", _with_copies, ("self", "plan", "planner"))
+    if has_gpu():  # elsewhere it is a fork: see engine/cpu_in_megatron.py
+        patch.wrap(initialize, "init_persistent_async_worker", lambda start: lambda rank, _: start(rank, "spawn"))
+        write = functools.partial(write_until_told, args.exit_signal)
+        patch.replace(async_utils.PersistentAsyncCaller, "async_loop", write)
     threading.Thread(target=_watch_writer, args=(stopping,), name="writer", daemon=True).start()
+
+
+def write_until_told(exit_signal: int, *arguments: Any) -> None:
+    """The writing process as a new program, in which Megatron's own loop is in its place."""
+    signal.signal(exit_signal, signal.SIG_IGN)
+    end_with_parent()
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    PersistentAsyncCaller.async_loop(*arguments)
 
 
 def _with_copies(prepare: Any) -> Any:

@@ -13,7 +13,7 @@ def load_weights(model: list[Any], path: str) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_btx.checkpoint.iterations import resolve_iteration
-    from megatron_btx.engine.restricted_loading import loading_failed
+    from megatron_btx.engine.restricted_loading import cause_of, loading_failed
 
     folder = resolve_iteration(path)
     args = get_args()
@@ -22,4 +22,4 @@ def load_weights(model: list[Any], path: str) -> None:
     try:
         load_checkpoint(model, None, None)
     except (CheckpointException, pickle.UnpicklingError) as failure:
-        raise loading_failed(path, failure) from failure
+        raise loading_failed(path, failure) from cause_of(failure)

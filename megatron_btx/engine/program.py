@@ -25,7 +25,7 @@ from megatron_btx.engine.checks import check_arguments
 from megatron_btx.engine.fallback import check_save_folder, choose_checkpoint
 from megatron_btx.engine.flags import add_btx_arguments
 from megatron_btx.engine.options import Options
-from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
+from megatron_btx.engine.restricted_loading import cause_of, loading_failed, restrict_unpickling
 from megatron_btx.ground import launch
 from megatron_btx.ground.errors import InputError, refused
 from megatron_btx.ground.log import say
@@ -140,7 +140,7 @@ def _parse_and_validate(add: Callable[[ArgumentParser], ArgumentParser]) -> Any:
     except AssertionError as refusal:
         raise refused(refusal) from refusal
     except (CheckpointException, pickle.UnpicklingError) as failure:
-        raise loading_failed("the checkpoint of --use-checkpoint-args", failure) from failure
+        raise loading_failed("the checkpoint of --use-checkpoint-args", failure) from cause_of(failure)
     except (RuntimeError, ValueError, OSError) as failure:
         # Validation ends with building the tokenizer, whose libraries raise what they like for a bad file.
         if any("tokenizers" in frame.filename for frame in traceback.extract_tb(failure.__traceback__)):

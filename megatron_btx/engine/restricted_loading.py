@@ -18,6 +18,7 @@ import io
 import os
 import pickle
 import re
+import textwrap
 from types import ModuleType
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ from megatron_btx.ground.expectations import mismatch
 
 _ALWAYS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _NEVER = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_SAID_AT_MOST = 300
 _ENUM_MODULES = (
     "megatron.core.enums",
     "megatron.core.transformer.enums",
@@ -140,8 +142,9 @@ def loading_failed(path: str, failure: BaseException) -> CheckpointError:
             "Megatron"
         )
     older = _older(path)
+    said = textwrap.shorten(f"{type(cause).__name__}: {cause}", _SAID_AT_MOST)  # it can name every tensor
     return CheckpointError(
-        f"{path}: the checkpoint could not be read: {type(cause).__name__}: {cause}. It holds other state than this "
+        f"{path}: the checkpoint could not be read: {said}. It holds other state than this "
         f"command needs, or is damaged: give the flags it was written with, or an older one with --ckpt-step{older}"
     )
 

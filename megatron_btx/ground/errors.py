@@ -1,12 +1,13 @@
 """The errors of the project: one line each, for the person who can mend it.
 
 A message names what is wrong, where (file, key or tensor), what was found, what was expected, and the
-remedy. Programs print it on stderr and exit with status 2; see :func:`exits_with_one_line`.
+remedy. Programs print it on stderr and exit with status 2, or 1 where a machine failed; see :func:`is_of_the_machine`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import sys
@@ -17,6 +18,11 @@ BAD_INPUT_EXIT_CODE = 2
 MACHINE_EXIT_CODE = 1
 """Nobody's input was bad: a scheduler should start the run again."""
 _LINE_AT_MOST = 4000
+_OF_THE_MACHINE = """
+EIO ESTALE EREMOTEIO EBADMSG EUCLEAN ENOLCK ENXIO ENODEV ENOMEM EAGAIN ENFILE EINTR ECHILD ESRCH EPIPE ECONNRESET
+ECONNABORTED ECONNREFUSED ENOTCONN ESHUTDOWN ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET
+""".split()
+"""A disk, a connection, another process or the system's own tables. All else is for a person, a full disk too."""
 
 
 class BTXError(Exception):
@@ -43,6 +49,26 @@ class MegatronVersionError(BTXError):
     """The installed Megatron does not have the form that a stand-in or an injection relies on."""
 
 
+def is_of_the_machine(error: BaseException | None) -> bool:
+    """Whether a machine failed and nobody's input is bad: this error says so, or one that it was raised from."""
+    while error is not None:
+        if isinstance(error, MachineError | ConnectionError | TimeoutError):
+            return True
+        if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _OF_THE_MACHINE:
+            return True
+        error = error.__cause__
+    return False
+
+
+def as_ours(error: OSError) -> BTXError:
+    """What the system says, as an error of ours."""
+    where = f"{error.filename}: " if error.filename else ""
+    text = f"{where}{error.strerror or error}"
+    if is_of_the_machine(error):
+        return MachineError(f"{text}: a disk, a connection or a process failed; start the same command again")
+    return InputError(text)
+
+
 @contextlib.contextmanager
 def bare_exceptions_as(error_of: Callable[[Exception], Exception]) -> Iterator[None]:
     """Turn the bare ``Exception`` that the ``tokenizers`` library raises for all its errors into one that says more.
@@ -58,28 +84,22 @@ def bare_exceptions_as(error_of: Callable[[Exception], Exception]) -> Iterator[N
 
 
 def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
-    """Wrap a command's main: a BTXError becomes one line on stderr and exit status 2; 1 for a MachineError.
+    """Wrap a command's main: a BTXError or an OSError becomes one line on stderr and exit status 2, or 1.
 
-    OSErrors (a full disk, an unreadable folder) are treated alike, because the person at the keyboard is
-    the one who can mend them; every other exception is a defect of ours and keeps its traceback.
+    :func:`is_of_the_machine` decides. Every other exception is a defect of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapped(*arguments: object, **named: object) -> int:
         try:
             return main(*arguments, **named)
-        except MachineError as error:
-            print_error(str(error))
-            return MACHINE_EXIT_CODE
-        except BTXError as error:
-            print_error(str(error))
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            print_error(f"{where}{error.strerror or error}")
+        except (BTXError, OSError) as error:
+            told = as_ours(error) if isinstance(error, OSError) else error
+            print_error(str(told))
+            return MACHINE_EXIT_CODE if is_of_the_machine(error) else BAD_INPUT_EXIT_CODE
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        return BAD_INPUT_EXIT_CODE
 
     return wrapped
 

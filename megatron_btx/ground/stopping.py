@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from megatron_btx.ground.errors import BTXError, InputError, MachineError, exits_with_one_line
+from megatron_btx.ground.errors import BTXError, InputError, MachineError, exits_with_one_line, is_of_the_machine
 from megatron_btx.ground.standstill import AGAIN, Place, Standstill, describe
 
 _KEY, _SEEN, _PLACE = "megatron_btx/stop", "megatron_btx/stopped", "megatron_btx/place"
@@ -80,8 +80,10 @@ class Stopping:
 
     def leave_all(self, reason: BTXError) -> None:
         """The same from another thread, where the main one may wait for ever; a rank that is alone ends, too."""
+        if self._done.is_set():  # the run is over, or ends with a reason of its own
+            return
         self.stop_all(reason)
-        self._leave(str(reason), isinstance(reason, MachineError), ranks=1)
+        self._leave(str(reason), is_of_the_machine(reason), ranks=1)
 
     def explain(self, failure: RuntimeError) -> MachineError | None:
         """What to say of a collective that failed because another rank is gone; None of any other failure.
@@ -156,7 +158,7 @@ class Stopping:
         Args:
             ranks: how many are there to read it.
         """
-        message = {"reason": str(reason), "is_machine": isinstance(reason, MachineError), "ranks": ranks}
+        message = {"reason": str(reason), "is_machine": is_of_the_machine(reason), "ranks": ranks}
         self._store.set(_KEY, json.dumps(message))
         self._leave(**message)  # type: ignore[arg-type]
 

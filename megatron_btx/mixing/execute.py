@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint.stored import Slot, bytes_of
-from megatron_btx.ground.errors import BTXError, CheckpointError, InputError, KeptError
+from megatron_btx.ground.errors import BTXError, CheckpointError, InputError, KeptError, is_of_the_machine
 from megatron_btx.ground.files import hash_file, write_flushed
 from megatron_btx.ground.manifest import FILE_NAME, versions
 from megatron_btx.mixing import proof, result_manifest
@@ -93,6 +93,8 @@ class Execution:
             try:
                 return step()
             except OSError as error:
+                if is_of_the_machine(error):
+                    raise
                 raise InputError(
                     f"--output {self.target}: cannot be written ({error.strerror or error}); "
                     f"{self.output.size_bytes / 2**20:.1f} MiB are needed there, choose another folder or make room"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from megatron_btx.ground.errors import BTXError, InputError, KeptError
+from megatron_btx.ground.errors import BTXError, KeptError, MachineError, as_ours
 from megatron_btx.ground.launch import Place, find_place
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ _MEETING = datetime.timedelta(minutes=10)
 """How long it waits for all to have started."""
 
 
-class RankLostError(KeptError):
+class RankLostError(KeptError, MachineError):
     """Another process of the run is gone: what all have written stays, for the same command to go on from."""
 
 
@@ -84,10 +84,7 @@ class Ranks:
         except BTXError as error:
             failure = error
         except OSError as error:
-            where = ""
-            if error.filename:
-                where = f"{error.filename}: "
-            failure = InputError(f"{where}{error.strerror or error}")
+            failure = as_ours(error)
         answers = self.gather((value, failure))
         for _, problem in answers:
             if problem is not None:

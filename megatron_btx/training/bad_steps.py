@@ -6,8 +6,9 @@ by itself. Losses it sees only where a loss function shows them, as :class:`Show
 
 **Skipped** with ``--btx-skip-bad-steps``. Megatron skips a step whose optimizer finds an infinity in its gradients
 (``core/optimizer/optimizer.py``, prepare_grads): weights, their state and the schedule stay, and the run goes on with
-the next samples. :class:`SkippedSteps` has it find more. What a router counts in its forward pass is counted: the
-experts' bias and the running loads of ``global_aux_loss``.
+the next samples. :class:`SkippedSteps` has it find more.
+
+Either way what routers have counted in such a step is put back: experts' biases, running loads of ``global_aux_loss``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 from typing import Any
 
 from megatron_btx.engine import patch
+from megatron_btx.engine.adam import make_state
 from megatron_btx.ground.errors import InputError, MachineError
 from megatron_btx.ground.log import say
 from megatron_btx.model.sampling import Step
@@ -31,8 +33,39 @@ WINDOW_STEPS = 128
 LEAST_STEPS = WINDOW_STEPS // 2
 SKIPPED_AT_MOST = 10
 """Bad steps in a row after which a run ends: it would only skip what is left."""
+SKIPPED_AT_THE_END = 2
+"""Bad steps at a run's end after which nobody knows whether it still learns; one may be a bad batch."""
 _RESUME_TO_DISAMBIGUATE, _FAILED_VALIDATION = 16, 17
 """Megatron's statuses."""
+
+
+def judge_every_step(args: argparse.Namespace) -> None:
+    """Have the first step of a start judged as every other, and put back what a step counted that is not taken.
+
+    Megatron lets the first one pass: the optimizer may have no state yet to be saved with the step before. Here it has
+    one from the start, and nothing is saved then: the run has begun with it.
+    """
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import training
+
+    def judged(step: Any) -> Any:
+        @functools.wraps(step)
+        def train_step(forward: Any, data: Any, model: list[Any], optimizer: Any, *rest: Any, **named: Any) -> Any:
+            machine = get_rerun_state_machine()
+            is_first = not machine.first_iteration_complete
+            if is_first:
+                make_state(optimizer)
+                patch.replace(machine, "first_iteration_complete", True)
+            counts = [(buffer, buffer.clone()) for chunk in model for _, buffer in chunk.named_buffers()]
+            losses, skipped, saves, *others = step(forward, data, model, optimizer, *rest, **named)
+            if skipped and not args.fp16:  # its scaler skips steps whose forward pass is good
+                for buffer, before in counts:
+                    buffer.copy_(before)
+            return losses, skipped, saves and args.save and not is_first, *others
+
+        return train_step
+
+    patch.wrap(training, "train_step", judged, ("forward_step_func", "data_iterator", "model", "optimizer"))
 
 
 class ShownLosses:
@@ -83,9 +116,11 @@ def explain_exit(status: Any) -> MachineError | None:
         return None
     # Its own lines count one step more.
     found = f"step {get_args().curr_iteration + 1}: {machine.failed_validation_call.caller.message}"
+    if "samples" not in found:
+        found += f", of {_samples(get_args())}"
     if status == _RESUME_TO_DISAMBIGUATE:
         return MachineError(
-            f"{found}, and again when the step was taken a second time; the step before it is saved. Start the same "
+            f"{found}, and again when it was taken a second time; what is saved is of before it. Start the same "
             "command on another GPU to learn whether this one is at fault, or go on over such steps with "
             "--btx-skip-bad-steps"
         )
@@ -93,6 +128,14 @@ def explain_exit(status: Any) -> MachineError | None:
         f"{found}, and a second time it was otherwise, or another GPU has found the same: the lines above say which. "
         "Start the same command again; it goes on from its last checkpoint"
     )
+
+
+def _samples(args: argparse.Namespace) -> str:
+    """The samples of the step that is being taken."""
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
+    first = args.consumed_train_samples
+    return f"samples {first} to {first + get_current_global_batch_size() - 1}"
 
 
 class SkippedSteps(Follower):
@@ -149,8 +192,6 @@ class SkippedSteps(Follower):
         Raises:
             InputError: too many in a row are bad.
         """
-        from megatron.core.num_microbatches_calculator import get_current_global_batch_size
-
         record = self._args.btx_taken_steps
         why = find_fault({"loss": loss, "gradient norm": gradient_norm}, record, self._args.btx_spike_sigma)
         self._skips = why is not None
@@ -160,9 +201,7 @@ class SkippedSteps(Follower):
                 record[name] = [*record[name], value][-WINDOW_STEPS:]
             return
         record["skipped in a row"] += 1
-        first = self._args.consumed_train_samples
-        last = first + get_current_global_batch_size() - 1
-        text = f"step {self._args.curr_iteration + 1} (samples {first} to {last}): {why}"
+        text = f"step {self._args.curr_iteration + 1} ({_samples(self._args)}): {why}"
         if record["skipped in a row"] >= SKIPPED_AT_MOST:
             raise InputError(
                 f"{text}; {SKIPPED_AT_MOST} steps in a row are bad, so nothing is learned any more: the run ends. Go "
@@ -216,6 +255,20 @@ def begin_record(stored: Any) -> dict[str, Any]:
             f"the checkpoint's record of steps (btx_taken_steps) cannot be read ({error!r}); resume without "
             "--btx-skip-bad-steps"
         ) from error
+
+
+def check_end(args: argparse.Namespace) -> None:
+    """Refuse to call a run finished that has skipped its last steps. Raises InputError."""
+    done = getattr(args, "curr_iteration", None)  # None where nothing was left to train
+    record = begin_record(args.btx_taken_steps)
+    skipped = record["skipped in a row"]
+    if done is not None and done + 1 < args.train_iters:
+        return
+    if skipped >= SKIPPED_AT_THE_END or (skipped and not record["loss"]):
+        raise InputError(
+            f"the last {skipped} steps of the run were all skipped as bad, so it is not finished: go back with "
+            "--ckpt-step, lower --lr, look at the data, or see with more --train-iters whether it goes on"
+        )
 
 
 def check(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from megatron_btx.engine.flags import help_if_asked
 from megatron_btx.engine.program import parse_training
 from megatron_btx.ground.errors import CheckpointError, MachineError, exits_with_one_line, print_error
 from megatron_btx.ground.log import say
-from megatron_btx.ground.orphans import leave_no_orphans
+from megatron_btx.ground.orphans import end_helpers, leave_no_orphans
 from megatron_btx.ground.standstill import AGAIN
 from megatron_btx.ground.stopping import Stopping
 from megatron_btx.model.build import model_config
@@ -67,12 +67,14 @@ def main() -> int:
 
     from megatron_btx.data.training import datasets_for
     from megatron_btx.engine.checks.start import finished
+    from megatron_btx.engine.restricted_loading import cause_of
     from megatron_btx.model.sampling import Step
-    from megatron_btx.training.bad_steps import explain_exit
+    from megatron_btx.training.bad_steps import check_end, explain_exit
 
     step, stopping = Step(), Stopping()
     configuration, see_loss = prepare(step, stopping)
     if done := finished(get_args()):
+        check_end(get_args())
         say(done)
         return 0
     try:
@@ -86,9 +88,10 @@ def main() -> int:
         found = explain_exit(end.code)
         if found is not None:
             print_error(str(found))
-        raise
+        if end.code:
+            raise
     except (CheckpointException, CheckpointingException, pickle.UnpicklingError) as failure:
-        raise _checkpointing_failed(get_args(), failure) from failure
+        raise _checkpointing_failed(get_args(), failure) from cause_of(failure)
     except RuntimeError as failure:
         explained = _explain(failure, stopping)
         if explained is None:
@@ -96,6 +99,8 @@ def main() -> int:
         raise explained from failure
     finally:
         stopping.end()
+        end_helpers()
+    check_end(get_args())
     return 0
 
 
@@ -178,7 +183,7 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     from megatron_btx.engine.retention import keep_to_its_line
     from megatron_btx.model.freezing import check_optimizers, freeze
     from megatron_btx.training import telemetry
-    from megatron_btx.training.bad_steps import ShownLosses, SkippedSteps, begin_record
+    from megatron_btx.training.bad_steps import ShownLosses, SkippedSteps, begin_record, judge_every_step
     from megatron_btx.training.hooks import follow_training
     from megatron_btx.training.metrics import write_metrics
     from megatron_btx.training.optimizer import install_lr_multipliers, install_schedule_logging
@@ -192,6 +197,7 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     loaded = checkpoint_to_load(args)
     verify_where_checksums_are(args, resumes=loaded is not None and loaded[1])
     followers = watch_validation(args, options)
+    judge_every_step(args)
     see_loss = ShownLosses(args, step).see
     if args.btx_skip_bad_steps:
         args.btx_taken_steps = begin_record(args.btx_taken_steps)

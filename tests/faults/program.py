@@ -217,6 +217,23 @@ def saved_again(step: int) -> None:
     _before(filesystem_async, "_write_item", strike)
 
 
+def bad_gradient(step: int) -> None:
+    """One gradient of a step is multiplied by ``FAULT_SIGNAL``, in its first micro-batch; the losses are good."""
+    from megatron.training import get_args
+
+    hooks: list[Any] = []
+
+    def strike(_: Any, model: Any, **__: Any) -> None:
+        is_bad = get_args().curr_iteration == step - 1 and os.environ["RANK"] in os.environ["FAULT_RANKS"].split(",")
+        while hooks:
+            hooks.pop().remove()
+        if is_bad:
+            parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+            hooks.append(parameter.register_hook(lambda gradient: gradient * float(os.environ["FAULT_SIGNAL"])))
+
+    _before(program, "forward_step", strike)
+
+
 def nothing(_: int) -> None:
     """No fault but those of the environment."""
 
@@ -239,7 +256,7 @@ POINTS = {
     function.__name__: function
     for function in (
         *(in_step, while_saving, before_tracker, while_loading),
-        *(data_gone, data_cut, clock_jumps, quota, writer_gone, bad_loss, saved_again, nothing),
+        *(data_gone, data_cut, clock_jumps, quota, writer_gone, bad_loss, bad_gradient, saved_again, nothing),
     )
 }
 

@@ -55,12 +55,105 @@ LAYOUTS = {
     "tp2": (2, "0,1", ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     "ep2": (2, "0", ["--expert-model-parallel-size", "2"]),
 }
+BIASED = ["--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"]
+
+
+FIRST_STEPS = {
+    # name: ranks, point, ranks that it hits, step that the start begins with, more flags, what is said
+    "a loss": (1, "bad_loss", "0", 5, [], "the loss of samples 16 to 16 is no number (NaN)"),
+    "a gradient of the other rank": (2, "bad_gradient", "1", 5, ["--use-distributed-optimizer"], "found NaN in local"),
+    "a pipeline, its first stage": (2, "bad_gradient", "0", 5, LAYOUTS["pp2"][2], "found NaN in local grad norm"),
+    "experts, bf16": (2, "bad_loss", "1", 5, [*LAYOUTS["ep2"][2], "--bf16"], "the loss of samples 17 to 17"),
+    "a new run": (1, "bad_loss", "0", 1, [], "the loss of samples 0 to 0 is no number (NaN)"),
+}
+
+
+@pytest.mark.parametrize("case", FIRST_STEPS)
+def test_the_first_step_of_a_start_is_judged(case, zygote, corpus, tmp_path):
+    """It is not taken: the checkpoint before stands, and without the fault the run ends as if nothing had been."""
+    ranks, at, hit, first, more, said = FIRST_STEPS[case]
+    moe = "experts" in case
+    arguments = flags(corpus, tmp_path, more, every=4, moe=moe)
+    if first > 1:
+        zygote.run(ranks, [*arguments, "--exit-interval", str(first - 1)], tmp_path / "before")
+        stored = tensors(tmp_path / f"checkpoint/iter_{first - 1:07d}")
+    keep = [*arguments, "--btx-keep-last", "1"]
+    run = zygote.start(ranks, keep, tmp_path / "bad", PROGRAM, fault(at, first, hit, "nan"))
+    zygote.wait(run, expect=None)
+    assert run.codes == [16] * ranks, run.text()[-3000:]
+    assert all(f"error: step {first}: " in line and "samples" in line for line in errors_of(run)), errors_of(run)
+    assert any(said in line for line in errors_of(run)), errors_of(run)
+    if first > 1:
+        left = tensors(tmp_path / f"checkpoint/iter_{first - 1:07d}")
+        assert all(torch.equal(left[name], stored[name]) for name in stored)
+    assert [path.name for path in tmp_path.glob("checkpoint/iter_*")] == ["iter_0000004"] * (first > 1)
+    zygote.run(ranks, arguments, tmp_path / "again")
+    zygote.run(ranks, flags(corpus, tmp_path / "straight", more, every=4, moe=moe), tmp_path / "straight/log")
+    assert read_losses(tmp_path / "metrics.jsonl") == read_losses(tmp_path / "straight/metrics.jsonl")
+
+
+STATES = {
+    # name: ranks, more flags, mixture; the first steps are bad
+    "experts, bf16": (2, [*LAYOUTS["ep2"][2], "--bf16"], True),
+    "distributed": (2, DISTRIBUTED, False),
+    "distributed, fully reshardable": (2, [*DISTRIBUTED, *BY_PARAMETER], False),
+    "fp16": (1, ["--fp16", "--initial-loss-scale", "4194304"], False),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_checkpoint_from_before_the_first_step_that_was_taken(case, zygote, corpus, tmp_path):
+    """It has an optimizer's state, of zeros: the run that is resumed from it ends as the one that was not stopped."""
+    ranks, more, moe = STATES[case]
+    environment = fault("bad_loss", 1, "0,1", "nan")
+    if case == "fp16":
+        environment = fault("nothing", 0, "", "")  # its scaler skips steps by itself
+    else:
+        more = [*more, *SKIP]
+    arguments = flags(corpus, tmp_path, more, steps=8, every=1, moe=moe)
+    zygote.run(ranks, arguments, tmp_path / "log", entry=PROGRAM, environment=environment)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "checkpoint/iter_0000001", resumed / "checkpoint/iter_0000001")
+    (resumed / "checkpoint" / TRACKER).write_text("1")
+    zygote.run(ranks, flags(corpus, resumed, more, steps=8, every=8, moe=moe), resumed / "log")
+    left, expected = (tensors(root / "checkpoint/iter_0000008") for root in (resumed, tmp_path))
+    names = [name for name in expected if not name.startswith("optimizer.distributed.dp_group_idx")]  # see BY_PARAMETER
+    assert all(torch.equal(left[name], expected[name]) for name in names)
+    assert not torch.equal(*(tensors(tmp_path / f"checkpoint/iter_000000{step}")[names[0]] for step in (1, 8)))
+
+
+def test_a_run_that_ends_skipping_is_not_finished(zygote, corpus, tmp_path):
+    """Status 2, also of the next start, which has nothing left to train. One bad batch at the end is none of it."""
+    arguments = flags(corpus, tmp_path, SKIP)
+    for log in ("first", "again"):
+        run = zygote.start(1, arguments, tmp_path / log, PROGRAM, fault("bad_loss", -5, "0", "nan"))
+        zygote.wait(run, expect=2)
+        assert ["the last 2 steps of the run were all skipped" in line for line in errors_of(run)] == [True]
+    assert read_tracker(tmp_path / "checkpoint") == 6
+    arguments = flags(corpus, tmp_path / "last", SKIP)
+    zygote.run(1, arguments, tmp_path / "last/log", entry=PROGRAM, environment=fault("bad_loss", 6, "0", "nan"))
+
+
+def test_what_routers_counted_is_put_back(zygote, corpus, tmp_path):
+    """Megatron saves the step before once more, after two passes of the bad one: the experts' biases are of before."""
+    biases = []
+    for folder, steps, at, status in ((tmp_path / "good", 4, "nothing", 0), (tmp_path / "bad", 6, "bad_loss", 16)):
+        run = zygote.start(
+            1, flags(corpus, folder, BIASED, steps, 4, True), folder / "log", PROGRAM, fault(at, 5, "0", "nan")
+        )
+        zygote.wait(run, expect=status)
+        found = tensors(folder / "checkpoint/iter_0000004")
+        biases.append([found[name] for name in found if "expert_bias" in name])
+    assert biases[0] and all(bias.any() for bias in biases[0])
+    assert all(torch.equal(*pair) for pair in zip(*biases, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_skipped_step_changes_nothing(layout, zygote, corpus, tmp_path):
     """Weights and their state are bit for bit those of the step before, the schedule stays, and the run goes on."""
     ranks, hit, more = LAYOUTS[layout]
+    if layout == "ep2":
+        more = [*more, *BIASED]
     arguments = flags(corpus, tmp_path, [*SKIP, *more], every=1, moe=layout == "ep2")
     run = zygote.run(ranks, arguments, tmp_path / "log", entry=PROGRAM, environment=fault("bad_loss", 4, hit, "nan"))
     said = [line for line in run.text().splitlines() if line.startswith("skipped: ")]

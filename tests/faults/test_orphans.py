@@ -10,6 +10,7 @@ import time
 
 import psutil
 
+from megatron_btx.checkpoint.iterations import read_tracker
 from tests import pico
 from tests.distributed.test_launchers import environment
 from tests.runner import REPOSITORY, read_losses
@@ -74,4 +75,47 @@ def test_nothing_is_left_of_a_killed_run(corpus, tmp_path):
     finally:
         for victim in runs:
             for process in processes_of(victim):
+                process.kill()
+
+
+def start_alone(corpus, folder, more=()):
+    """A long run of one process, with readers of data and what writes its checkpoints, that is to save when asked."""
+    folder.mkdir()
+    arguments = pico.train(corpus, 20_000, folder / "metrics.jsonl")
+    arguments += ["--save", str(folder / "checkpoint"), "--save-interval", "2", "--btx-keep-last", "1"]
+    command = [sys.executable, "-m", "megatron_btx.pretrain", *arguments, "--exit-signal-handler", *more]
+    with open(folder / "log", "wb") as log:
+        variables = environment(FAULTS_MARK=folder.name, PYTHONPATH=REPOSITORY, OMP_NUM_THREADS=1)
+        variables["TORCH_COMPILE_DISABLE"] = "1"
+        return subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def test_helpers_that_die_and_helpers_that_are_asked(corpus, tmp_path):
+    """A reader or a collector that is killed ends the run in seconds, with status 1; a signal to all lets it save."""
+    more = {"reader": [], "collector": ["--num-workers", "0"], "asked": ["--async-save"]}
+    runs = {name: start_alone(corpus, tmp_path / name, flags) for name, flags in more.items()}
+    try:
+        for name, run in runs.items():
+            deadline = time.monotonic() + 240
+            while steps_of(tmp_path / name / "metrics.jsonl") < 3:
+                assert run.poll() is None and time.monotonic() < deadline, (tmp_path / name / "log").read_text()
+                time.sleep(0.2)
+        children = {name: psutil.Process(run.pid).children() for name, run in runs.items()}
+        [reader, *_] = [child for child in children["reader"] if child.name() == "pt_data_worker"]
+        [collector] = children["collector"]
+        reader.kill()
+        collector.kill()
+        os.killpg(runs["asked"].pid, signal.SIGTERM)
+        codes = {name: run.wait(90) for name, run in runs.items()}
+        logs = {name: (tmp_path / name / "log").read_text() for name in runs}
+        assert codes == {"reader": 1, "collector": 1, "asked": 0}, logs
+        assert "error: a process that reads the data is gone" in logs["reader"]
+        assert "a disk, a connection or a process failed" in logs["collector"]
+        assert "error: " not in logs["asked"]
+        done = steps_of(tmp_path / "asked" / "metrics.jsonl")
+        assert read_tracker(tmp_path / "asked" / "checkpoint") == done
+        assert not any(processes_of(name) for name in runs)
+    finally:
+        for name in runs:
+            for process in processes_of(name):
                 process.kill()

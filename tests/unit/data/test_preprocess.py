@@ -405,7 +405,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(
     """One line with the signal and the file."""
     monkeypatch.setattr(encoding.Encoder, "encode", lambda self, unit: end())
     capfd.readouterr()
-    assert preprocess.main(arguments(model, [jsonl], tmp_path / "out" / "prefix", "--workers", "2")) == 2
+    assert preprocess.main(arguments(model, [jsonl], tmp_path / "out" / "prefix", "--workers", "2")) == 1
     assert f"a worker was killed {said.format(jsonl)}" in capfd.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
-from megatron_btx.ground.errors import BTXError, CheckpointError, InputError, MegatronVersionError, exits_with_one_line
+from megatron_btx.ground.errors import (
+    BTXError,
+    CheckpointError,
+    InputError,
+    KeptError,
+    MachineError,
+    MegatronVersionError,
+    as_ours,
+    exits_with_one_line,
+)
 
 
 def ending_with(raised: BaseException | None):
@@ -37,6 +47,33 @@ def test_errors_of_the_system_name_the_file(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path / 'missing'}: No such file or directory\n"
     assert ending_with(OSError("some library's own text"))() == 2
     assert capsys.readouterr().err == "error: some library's own text\n"
+
+
+MACHINE = "EPIPE ECONNRESET EIO ESTALE ETIMEDOUT EHOSTUNREACH ENOMEM ENOLCK EBADMSG".split()
+PERSON = "ENOENT EACCES EPERM EISDIR ENOTDIR EROFS ENOSPC EDQUOT EFBIG EMFILE ENAMETOOLONG ENOTEMPTY".split()
+
+
+@pytest.mark.parametrize("name", [*MACHINE, *PERSON])
+def test_who_can_mend_what_the_system_says(name, capsys):
+    """A failing disk, connection or process is tried again, alone and as the cause of an error of ours."""
+    number = getattr(errno, name)
+    said, status = OSError(number, os.strerror(number), "/shared/file"), 1 if name in MACHINE else 2
+    assert ending_with(said)() == status
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: /shared/file: {os.strerror(number)}") and shown.count("\n") == 1
+    assert ("start the same command again" in shown) == (status == 1)
+    for kind in (InputError, CheckpointError, KeptError):
+        outer = kind("the checkpoint cannot be read")
+        outer.__cause__ = ValueError("what a library makes of it")
+        outer.__cause__.__cause__ = said
+        assert ending_with(outer)() == status
+        assert capsys.readouterr().err == "error: the checkpoint cannot be read\n"
+    assert isinstance(as_ours(said), MachineError) == (status == 1)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(), BrokenPipeError(), TimeoutError(), MachineError("x")])
+def test_a_machine_without_a_number(error):
+    assert ending_with(error)() == 1
 
 
 def test_success_says_nothing(capsys):

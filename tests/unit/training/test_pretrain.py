@@ -39,6 +39,7 @@ def save_checkpoint(cause: Exception) -> None:
             r"\. Start the same",
         ),
         (load_checkpoint, KeyError("step"), "read: KeyError: 'step'", "flags it was written with, or an older one"),
+        (load_checkpoint, KeyError("optimizer.state.exp_avg " * 99), r"KeyError: .{200,300}\[...\]", "--ckpt-step"),
         (load_checkpoint, OSError(5, "Input/output error"), "read: OSError", "or an older one with --ckpt-step"),
     ],
 )
