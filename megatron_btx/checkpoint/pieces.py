@@ -9,6 +9,8 @@ from typing import Any
 from megatron_btx.checkpoint.names import ROWS, Dialect, Part, Row
 from megatron_btx.checkpoint.sizes import Sizes
 
+_QK_NORMS = (".q_norm.{kind}", ".k_norm.{kind}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Location:
@@ -66,6 +68,7 @@ class Piece:
     numbers: Mapping[str, Any]
     """layer, expert, kind: those that the name has."""
     required: bool
+    """False where a model of this configuration may lack it: a head that may be tied, a bias that came later."""
 
     def location(self, dialect: Dialect, sizes: Sizes) -> Location | None:
         """Where the piece lies in a dialect; None where the dialect has no name for it."""
@@ -99,10 +102,7 @@ class Piece:
 
 
 def pieces_of(sizes: Sizes) -> Iterator[Piece]:
-    """All pieces a model of these sizes can have, in the order of the table, layer by layer.
-
-    A model may lack biases, norms' biases and what a row calls optional; the checkpoint shows which.
-    """
+    """All pieces of a model of these sizes and parts, in the order of the table, layer by layer."""
     layers_done = False
     for row in ROWS:
         if "{layer}" not in row.piece:
@@ -127,18 +127,31 @@ def _layer_pieces(layer: int, sizes: Sizes) -> Iterator[Piece]:
 def _in_layer(row: Row, sizes: Sizes, mixture: bool) -> bool:
     if ".gate." in row.piece and not sizes.gated:
         return False
+    if row.piece.endswith(_QK_NORMS) and not sizes.qk_norm:
+        return False
     if ".router." in row.piece or ".experts." in row.piece:
         return mixture
     return not (".ffn." in row.piece and mixture)
 
 
 def _pieces(row: Row, sizes: Sizes, numbers: dict[str, Any]) -> Iterator[Piece]:
+    if row.piece == "positions.weight" and not sizes.learned_positions:
+        return
     shape = _shape(row, sizes)
     weight = numbers | {"kind": "weight"}
-    yield Piece(row.piece.format(**weight), shape, row, weight, not row.optional)
-    if "{kind}" in row.piece:
+    yield Piece(row.piece.format(**weight), shape, row, weight, row.piece != "head.weight")
+    if "{kind}" in row.piece and _has_bias(row, sizes):
         bias = numbers | {"kind": "bias"}
-        yield Piece(row.piece.format(**bias), shape[:1], row, bias, False)
+        yield Piece(row.piece.format(**bias), shape[:1], row, bias, ".router." not in row.piece)
+
+
+def _has_bias(row: Row, sizes: Sizes) -> bool:
+    """Whether the norm or linear layer of a row has one (core/transformer/{attention,mlp,moe/router}.py)."""
+    if row.piece.endswith("norm.{kind}"):
+        return sizes.norm_biases
+    if row.part in ("q", "k", "v"):
+        return sizes.qkv_biases
+    return sizes.biases
 
 
 def _shape(row: Row, sizes: Sizes) -> tuple[int, ...]:

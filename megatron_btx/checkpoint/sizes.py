@@ -1,4 +1,4 @@
-"""The sizes of a model, and which of its layers are mixtures: read from Megatron's arguments."""
+"""The sizes and parts of a model, and which of its layers are mixtures: read from Megatron's arguments."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
+
+_VALUE_OF = {argument.name: argument.value for argument in MODEL_ARGUMENTS}
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes that say how a model's tensors are shaped and fused."""
+    """The sizes that say how a model's tensors are shaped and fused, and the parts that not every model has."""
 
     layers: int
     hidden: int
@@ -24,12 +28,23 @@ class Sizes:
     """0 for a dense model."""
     mixture_layers: tuple[bool, ...]
     """For each layer whether it is a mixture of experts."""
+    biases: bool
+    """Of all linear layers."""
+    qkv_biases: bool
+    """Of the query, key and value projections."""
+    norm_biases: bool
+    qk_norm: bool
+    learned_positions: bool
     vocabulary: int | None = None
     positions: int | None = None
 
     @staticmethod
     def of(arguments: Mapping[str, Any]) -> Sizes:
         """The sizes of a model described by Megatron's arguments."""
+
+        def value(name: str) -> Any:
+            return _VALUE_OF[name](arguments)
+
         layers, heads = arguments["num_layers"], arguments["num_attention_heads"]
         groups = heads
         if arguments.get("group_query_attention"):
@@ -49,6 +64,11 @@ class Sizes:
             gated=bool(arguments.get("swiglu") or arguments.get("quick_geglu")),
             experts=experts,
             mixture_layers=mixtures,
+            biases=bool(value("add_bias_linear")),
+            qkv_biases=bool(value("add_bias_linear") or value("add_qkv_bias")),
+            norm_biases=value("normalization") == "LayerNorm",
+            qk_norm=bool(value("qk_layernorm")) and not value("qk_l2_norm"),
+            learned_positions=value("position_embedding_type") == "learned_absolute",
             vocabulary=arguments.get("padded_vocab_size"),
             positions=arguments.get("max_position_embeddings"),
         )

@@ -22,7 +22,7 @@ from megatron_btx.ground.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-EMBEDDING = "embedding.weight"
+EMBEDDING, HEAD = "embedding.weight", "head.weight"
 _HEAD_ROWS = 1024
 
 
@@ -102,15 +102,17 @@ class Source:
             found = []
             for location in piece.locations(self.dialect, self.sizes):
                 if location.key in self.reader.tensors:
-                    found.append(location)
+                    found.append(self._held(piece, location, where))
                     unused.discard(location.key)
-            is_tied_head = tied and piece.name.startswith("head.")
-            if found and is_tied_head:
-                self._check_tied_head(piece, found[0], where)
-            elif found:
-                self.pieces[piece.name] = self._held(piece, found[0], where)
-            elif piece.required or (piece.name == "head.weight" and not tied):
-                self._refuse_missing(piece, where)
+            original, why = EMBEDDING, "though the configuration ties the two"
+            if not (tied and piece.name == HEAD):
+                original, why = piece.name, "though the two are one part of the model"
+                if found:
+                    self.pieces[piece.name] = found.pop(0)
+                elif piece.required or piece.name == HEAD:
+                    self._refuse_missing(piece, where)
+            for copy in found:
+                self._refuse_other_copy(copy, self.pieces[original], why, where)
         self._refuse_unknown(unused, where)
 
     def _refuse_missing(self, piece: Piece, where: str) -> None:
@@ -131,18 +133,16 @@ class Source:
                     raise CheckpointError(f"{where}: {key}: {reason}")
             if not any(re.fullmatch(pattern, key) for pattern in ignored):
                 raise CheckpointError(
-                    f"{where}: {key} is no tensor of the model that its configuration describes; "
-                    "this architecture is not supported"
+                    f"{where}: {key} is no tensor of the model that its configuration describes; correct the "
+                    "configuration if it says too little; else this architecture is not supported"
                 )
 
-    def _check_tied_head(self, piece: Piece, location: Location, where: str) -> None:
-        """Some save the head of tied models too: it must be the embedding, which is what is used."""
-        embedding = self.pieces[EMBEDDING]
-        head = self._held(piece, location, where)
-        if not self._are_equal(head, embedding):
+    def _refuse_other_copy(self, copy: Held, original: Held, why: str, where: str) -> None:
+        """Some save the head of tied models too, or a norm under both its names: what is used must be all there is."""
+        if not self._are_equal(copy, original):
             raise CheckpointError(
-                f"{where}: {location.key} is stored and is not the embedding, though the configuration ties the two; "
-                "say which is meant: untie them in the configuration, or leave the head out"
+                f"{where}: {copy.location.key} is stored and is not {original.location.key}, {why}; say which is "
+                f"meant: correct the configuration, or leave {copy.location.key} out"
             )
 
     def _are_equal(self, left: Held, right: Held) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ _OF_ANOTHER_CLASS = (
 
 def travelling_files(folder: Path) -> dict[str, bytes]:
     """The files of a folder that make tokens and text, as they are."""
-    patterns = (*TOKENIZER_FOLDER_FILES, GENERATION, "chat_template*")
+    patterns = (*TOKENIZER_FOLDER_FILES, GENERATION, "chat_template*", "additional_chat_templates/*.jinja")
     found: set[Path] = set()
     for pattern in patterns:
         found.update(folder.glob(pattern))
     contents = {}
     for file in sorted(found):
         if file.is_file() and file.suffix != ".safetensors" and file.stat().st_size < _SMALL_BYTES:
-            contents[file.name] = file.read_bytes()
+            contents[file.relative_to(folder).as_posix()] = file.read_bytes()
     return contents
 
 
@@ -49,16 +49,14 @@ def has_written_form(files: Mapping[str, bytes], rows: int) -> bool:
     content = _object(files[TOKENIZER_FILE])
     if config.get("tokenizer_class") != CLASS or renumber_added_tokens(content) != content:
         return False
-    if {"auto_map", "added_tokens_decoder", "extra_special_tokens"} & config.keys():
+    if {"auto_map", "extra_special_tokens"} & config.keys() or _without_rowless(content, rows) != content:
+        return False
+    if config.get("added_tokens_decoder", {}) != _added_beside(files, content):
         return False
     prefix = _prefix_space(content)
     if prefix is not None and bool(config.get("add_prefix_space", False)) != prefix:
         return False
-    added = set()
-    for entry in content.get("added_tokens") or []:
-        if entry.get("id", rows) >= rows:
-            return False
-        added.add(str(entry.get("content")))
+    added = {str(entry.get("content")) for entry in content.get("added_tokens") or []}
     return set(_special_tokens(config)) <= added
 
 
@@ -109,17 +107,54 @@ def make_files(
     files = {name: content for name, content in source.items() if name not in _OTHER_READINGS}
     if tokenizer != _object(files.get(TOKENIZER_FILE, b"{}")):
         files[TOKENIZER_FILE] = json.dumps(tokenizer, ensure_ascii=False, indent=1).encode()
+    beside = _added_beside(files, tokenizer)
+    if beside:
+        config = {**config, "added_tokens_decoder": beside}
     files[CONFIG_FILE] = as_json(config)
     return files
 
 
+def _added_beside(files: Iterable[str], tokenizer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The added tokens, for readers of a file that lacks some: llama.cpp's converter goes by tokenizer.model.
+
+    They stand in tokenizer_config.json as transformers 4 writes them; both its versions find nothing new there.
+    """
+    added = tokenizer.get("added_tokens") or []
+    own = {**tokenizer, "added_tokens": []}
+    has_other_base = any(name.endswith(".model") or name in ("vocab.json", "vocab.txt") for name in files)
+    if not has_other_base or all(number_of_token(own, entry.get("content")) is not None for entry in added):
+        return {}
+    return {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in added}
+
+
 def drop_rowless_tokens(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """A tokenizer.json without the added tokens that have no row: their text would become an id no model can read."""
-    result = renumber_added_tokens(tokenizer)
-    added = [entry for entry in result.get("added_tokens") or [] if entry.get("id", 0) < rows]
-    for key, value in (("added_tokens", added), ("truncation", None), ("padding", None)):
-        if key in result:
-            result[key] = value
+    """A tokenizer.json without the tokens that have no row, which would become ids no model can read; cuts no text."""
+    result = _without_rowless(renumber_added_tokens(tokenizer), rows)
+    return result | {key: None for key in ("truncation", "padding") if key in result}
+
+
+def _without_rowless(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A tokenizer.json without the added tokens that have no row, and without any such token around a text."""
+    result = dict(tokenizer)
+    if "added_tokens" in result:
+        result["added_tokens"] = [entry for entry in result["added_tokens"] or [] if entry.get("id", 0) < rows]
+    if isinstance(result.get("post_processor"), dict):
+        result["post_processor"] = _without_rowless_around(result["post_processor"], rows)
+    return result
+
+
+def _without_rowless_around(processor: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A post-processor without the tokens that have no row; one of a kind without a template stays as it is."""
+    result = dict(processor)
+    if isinstance(processor.get("processors"), list):
+        result["processors"] = [_without_rowless_around(part, rows) for part in processor["processors"]]
+    tokens = processor.get("special_tokens")
+    if isinstance(tokens, dict):
+        lost = {name for name, token in tokens.items() if max(token["ids"], default=0) >= rows}
+        result["special_tokens"] = {name: token for name, token in tokens.items() if name not in lost}
+        for form in ("single", "pair"):
+            parts = processor[form]
+            result[form] = [part for part in parts if part.get("SpecialToken", {}).get("id") not in lost]
     return result
 
 
