@@ -38,6 +38,8 @@ class Row:
     """Which rows of the Megatron tensor (and of the fused Hugging Face one) are this piece."""
     also: tuple[str, ...] = ()
     """Other Megatron names: read as well, and written where mixture layers of the other kind look for them."""
+    needs: str = ""
+    """The one of :attr:`Sizes.parts` without which a model has no such piece."""
 
 
 _L = "decoder.layers.{layer}."
@@ -48,7 +50,7 @@ _HF_A = _HF + "self_attn."
 
 ROWS = (
     Row("embedding.weight", "embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-    Row("positions.weight", "embedding.position_embeddings.weight"),
+    Row("positions.weight", "embedding.position_embeddings.weight", needs="positions"),
     Row(
         "layers.{layer}.input_norm.{kind}",
         _L + "self_attention.linear_qkv.layer_norm_{kind}",
@@ -62,11 +64,13 @@ ROWS = (
         "layers.{layer}.attention.q_norm.{kind}",
         _L + "self_attention.q_layernorm.{kind}",
         _HF_A + "q_norm.{kind}",
+        needs="qk norm",
     ),
     Row(
         "layers.{layer}.attention.k_norm.{kind}",
         _L + "self_attention.k_layernorm.{kind}",
         _HF_A + "k_norm.{kind}",
+        needs="qk norm",
     ),
     Row("layers.{layer}.attention.o.{kind}", _L + "self_attention.linear_proj.{kind}", _HF_A + "o_proj.{kind}"),
     # Local mixture layers look for the dense name of this norm, Transformer Engine ones for their own

@@ -9,8 +9,6 @@ from typing import Any
 from megatron_btx.checkpoint.names import ROWS, Dialect, Part, Row
 from megatron_btx.checkpoint.sizes import Sizes
 
-_QK_NORMS = (".q_norm.{kind}", ".k_norm.{kind}")
-
 
 @dataclasses.dataclass(frozen=True)
 class Location:
@@ -68,7 +66,7 @@ class Piece:
     numbers: Mapping[str, Any]
     """layer, expert, kind: those that the name has."""
     required: bool
-    """False where a model of this configuration may lack it: a head that may be tied, a bias that came later."""
+    """False for what a checkpoint of this configuration may lack: routers' biases, which older versions have not."""
 
     def location(self, dialect: Dialect, sizes: Sizes) -> Location | None:
         """Where the piece lies in a dialect; None where the dialect has no name for it."""
@@ -127,31 +125,25 @@ def _layer_pieces(layer: int, sizes: Sizes) -> Iterator[Piece]:
 def _in_layer(row: Row, sizes: Sizes, mixture: bool) -> bool:
     if ".gate." in row.piece and not sizes.gated:
         return False
-    if row.piece.endswith(_QK_NORMS) and not sizes.qk_norm:
-        return False
     if ".router." in row.piece or ".experts." in row.piece:
         return mixture
     return not (".ffn." in row.piece and mixture)
 
 
 def _pieces(row: Row, sizes: Sizes, numbers: dict[str, Any]) -> Iterator[Piece]:
-    if row.piece == "positions.weight" and not sizes.learned_positions:
+    if row.needs and row.needs not in sizes.parts:
         return
     shape = _shape(row, sizes)
     weight = numbers | {"kind": "weight"}
-    yield Piece(row.piece.format(**weight), shape, row, weight, row.piece != "head.weight")
-    if "{kind}" in row.piece and _has_bias(row, sizes):
+    yield Piece(row.piece.format(**weight), shape, row, weight, True)
+    biases = "biases"
+    if row.piece.endswith("norm.{kind}"):
+        biases = "norm biases"
+    elif row.part in ("q", "k", "v"):
+        biases = "qkv biases"
+    if "{kind}" in row.piece and biases in sizes.parts:
         bias = numbers | {"kind": "bias"}
         yield Piece(row.piece.format(**bias), shape[:1], row, bias, ".router." not in row.piece)
-
-
-def _has_bias(row: Row, sizes: Sizes) -> bool:
-    """Whether the norm or linear layer of a row has one (core/transformer/{attention,mlp,moe/router}.py)."""
-    if row.piece.endswith("norm.{kind}"):
-        return sizes.norm_biases
-    if row.part in ("q", "k", "v"):
-        return sizes.qkv_biases
-    return sizes.biases
 
 
 def _shape(row: Row, sizes: Sizes) -> tuple[int, ...]:

@@ -8,8 +8,6 @@ from typing import Any
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
 
-_VALUE_OF = {argument.name: argument.value for argument in MODEL_ARGUMENTS}
-
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -28,23 +26,14 @@ class Sizes:
     """0 for a dense model."""
     mixture_layers: tuple[bool, ...]
     """For each layer whether it is a mixture of experts."""
-    biases: bool
-    """Of all linear layers."""
-    qkv_biases: bool
-    """Of the query, key and value projections."""
-    norm_biases: bool
-    qk_norm: bool
-    learned_positions: bool
+    parts: frozenset[str]
+    """Of what not every model has: "biases" (of linear layers), "qkv biases", "norm biases", "qk norm", "positions"."""
     vocabulary: int | None = None
     positions: int | None = None
 
     @staticmethod
     def of(arguments: Mapping[str, Any]) -> Sizes:
         """The sizes of a model described by Megatron's arguments."""
-
-        def value(name: str) -> Any:
-            return _VALUE_OF[name](arguments)
-
         layers, heads = arguments["num_layers"], arguments["num_attention_heads"]
         groups = heads
         if arguments.get("group_query_attention"):
@@ -64,14 +53,22 @@ class Sizes:
             gated=bool(arguments.get("swiglu") or arguments.get("quick_geglu")),
             experts=experts,
             mixture_layers=mixtures,
-            biases=bool(value("add_bias_linear")),
-            qkv_biases=bool(value("add_bias_linear") or value("add_qkv_bias")),
-            norm_biases=value("normalization") == "LayerNorm",
-            qk_norm=bool(value("qk_layernorm")) and not value("qk_l2_norm"),
-            learned_positions=value("position_embedding_type") == "learned_absolute",
+            parts=_parts(arguments),
             vocabulary=arguments.get("padded_vocab_size"),
             positions=arguments.get("max_position_embeddings"),
         )
+
+
+def _parts(arguments: Mapping[str, Any]) -> frozenset[str]:
+    value = {argument.name: argument.value(arguments) for argument in MODEL_ARGUMENTS}
+    has = {
+        "biases": value["add_bias_linear"],
+        "qkv biases": value["add_bias_linear"] or value["add_qkv_bias"],
+        "norm biases": value["normalization"] == "LayerNorm",
+        "qk norm": value["qk_layernorm"] and not value["qk_l2_norm"],
+        "positions": value["position_embedding_type"] == "learned_absolute",
+    }
+    return frozenset(part for part, there in has.items() if there)
 
 
 def mixture_layers(frequency: int | list[int] | tuple[int, ...] | None, layers: int) -> tuple[bool, ...]:

@@ -99,28 +99,22 @@ class Source:
         where = f"{self.name} ({self.folder})"
         tied = not self.arguments.get("untie_embeddings_and_output_weights")
         for piece in pieces_of(self.sizes):
-            found = []
-            for location in piece.locations(self.dialect, self.sizes):
-                if location.key in self.reader.tensors:
-                    found.append(self._held(piece, location, where))
-                    unused.discard(location.key)
+            locations = list(piece.locations(self.dialect, self.sizes))
+            found = [self._held(piece, place, where) for place in locations if place.key in self.reader.tensors]
+            unused.difference_update(place.key for place in locations)
             original, why = EMBEDDING, "though the configuration ties the two"
             if not (tied and piece.name == HEAD):
                 original, why = piece.name, "though the two are one part of the model"
                 if found:
                     self.pieces[piece.name] = found.pop(0)
-                elif piece.required or piece.name == HEAD:
-                    self._refuse_missing(piece, where)
+                elif piece.required:
+                    key = next((place.key for place in locations), piece.name)
+                    raise CheckpointError(
+                        f"{where}: {key} is missing; its configuration asks for it, so it is incomplete"
+                    )
             for copy in found:
                 self._refuse_other_copy(copy, self.pieces[original], why, where)
         self._refuse_unknown(unused, where)
-
-    def _refuse_missing(self, piece: Piece, where: str) -> None:
-        key = piece.name
-        location = piece.location(self.dialect, self.sizes)
-        if location is not None:
-            key = location.key
-        raise CheckpointError(f"{where}: {key} is missing; its configuration asks for it, so it is incomplete")
 
     def _refuse_unknown(self, unused: set[str], where: str) -> None:
         """Refuse tensors that no row of the table takes."""

@@ -81,7 +81,7 @@ def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, An
 def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None:
     """Refuse parts of a model that the arguments of these families do not say."""
     refuse_unknown_keys(config, family, where)
-    if config.get("hidden_act", "silu") != "silu":
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function in transformers
         raise bad_value(where, "hidden_act", config["hidden_act"], "'silu'", "only gated SiLU models can be converted")
     quantised = config.get("quantization_config") or config.get("compression_config")
     if quantised is not None:

@@ -43,10 +43,10 @@ def has_written_form(files: Mapping[str, bytes], rows: int) -> bool:
     """Whether files are what would be written: the class adds nothing, and every token has a row."""
     if CONFIG_FILE not in files or TOKENIZER_FILE not in files:
         return False
-    if "tekken.json" in files or "added_tokens.json" in files or _object(files.get("special_tokens_map.json", b"{}")):
+    if "tekken.json" in files or "added_tokens.json" in files or object_in(files.get("special_tokens_map.json", b"{}")):
         return False
-    config = _object(files[CONFIG_FILE])
-    content = _object(files[TOKENIZER_FILE])
+    config = object_in(files[CONFIG_FILE])
+    content = object_in(files[TOKENIZER_FILE])
     if config.get("tokenizer_class") != CLASS or renumber_added_tokens(content) != content:
         return False
     if {"auto_map", "extra_special_tokens"} & config.keys() or _without_rowless(content, rows) != content:
@@ -105,7 +105,7 @@ def make_files(
 ) -> dict[str, bytes]:
     """All files of a tokenizer: the source's with these two, without those that could be read in their place."""
     files = {name: content for name, content in source.items() if name not in _OTHER_READINGS}
-    if tokenizer != _object(files.get(TOKENIZER_FILE, b"{}")):
+    if tokenizer != object_in(files.get(TOKENIZER_FILE, b"{}")):
         files[TOKENIZER_FILE] = json.dumps(tokenizer, ensure_ascii=False, indent=1).encode()
     beside = _added_beside(files, tokenizer)
     if beside:
@@ -196,7 +196,7 @@ def special_ids(files: Mapping[str, bytes], rows: int) -> dict[str, int]:
     """bos_token_id, eos_token_id and pad_token_id as the files of a tokenizer say them, those with a row."""
     if CONFIG_FILE not in files or TOKENIZER_FILE not in files:
         return {}
-    config, tokenizer = _object(files[CONFIG_FILE]), _object(files[TOKENIZER_FILE])
+    config, tokenizer = object_in(files[CONFIG_FILE]), object_in(files[TOKENIZER_FILE])
     found = {}
     for name in NAMES:
         if not config.get(name):
@@ -228,7 +228,7 @@ def complete_ids(config: Mapping[str, Any], ids: Mapping[str, Any], rows: int) -
 def generation_file(files: Mapping[str, bytes], ids: Mapping[str, Any], rows: int) -> bytes | None:
     """generation_config.json with the ids of special tokens; None where there is nothing to say."""
     if GENERATION in files:
-        given = _object(files[GENERATION])
+        given = object_in(files[GENERATION])
         made = complete_ids(given, ids, rows)
         if made == given:
             return files[GENERATION]
@@ -249,7 +249,7 @@ def as_json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _object(content: bytes) -> dict[str, Any]:
+def object_in(content: bytes) -> dict[str, Any]:
     """JSON that was read before, so that it is known to be an object."""
     try:
         read = json.loads(content)
