@@ -16,6 +16,8 @@ from megatron_btx.mixing.tokenizer.around import differing_surroundings
 from megatron_btx.mixing.tokenizer.files import object_in, travelling_files
 from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE
 
+_NUMBERS = 4096
+"""Of each matrix, to see whether models resemble each other."""
 _UNRELATED = 0.1
 """A smaller cosine means nothing: that of random numbers is below 0.03 for all but the smallest models."""
 _SAID_AS_ARGUMENT = ("initializer_range", "attention_dropout")
@@ -61,18 +63,21 @@ def _likeness(sources: Sequence[Source]) -> Iterator[str]:
     """A line for each pair whose weights are the same, or have nothing to do with each other.
 
     Branches of one seed keep its directions: their matrices have a cosine far from 0, however long they were trained.
-    It is 0 for models that began from other random numbers. One row of each matrix shows it.
+    It is 0 for models that began from other random numbers. The first rows of each matrix show it.
     """
     import torch
 
     rows = {}
     for source in sources:
-        matrices = [name for name, held in source.pieces.items() if len(held.shape) == 2]
-        rows[source.name] = torch.cat([source.read(name, 0, 1)[0] for name in matrices]).double()
+        shapes = {name: held.shape for name, held in source.pieces.items() if len(held.shape) == 2}
+        some = {name: min(shape[0], max(1, _NUMBERS // shape[1])) for name, shape in shapes.items()}
+        rows[source.name] = torch.cat(
+            [source.read(name, 0, count).reshape(-1) for name, count in some.items()]
+        ).double()
     for (left, one), (right, other) in itertools.combinations(rows.items(), 2):
         cosine = float(one @ other / (one.norm() * other.norm()))
         if torch.equal(one, other):
-            yield f"{left} and {right} have the same first row in every matrix: is one model given twice?"
+            yield f"{left} and {right} have the same first rows in every matrix: is one model given twice?"
         elif abs(cosine) < _UNRELATED:
             yield (
                 f"{left} and {right} do not resemble each other: the first rows of their matrices have a cosine of "

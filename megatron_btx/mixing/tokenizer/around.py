@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_btx.checkpoint.tokenizers.files import UnknownVocabularyError, read_object
@@ -25,15 +25,23 @@ def differing_surroundings(sources: Sequence[Source]) -> dict[str, str]:
     for name, folder in folders.items():
         try:
             if any(settings != said[0] for settings in said):
-                loaded = load_with_transformers(folder)
-                tokens = {number: token for token, number in loaded.get_vocab().items()}
-                before, after = ids_around(loaded)
-                found[name] = " ".join([*map(tokens.__getitem__, before), "TEXT", *map(tokens.__getitem__, after)])
+                found[name] = _show(load_with_transformers(folder), read_object(folder / CONFIG_FILE))
         except InputError:  # said by whoever needs the tokenizer
             continue
     if len(set(found.values())) < 2:
         return {}
     return found
+
+
+def _show(loaded: LoadedTokenizer, config: Mapping[str, object]) -> str:
+    """What stands around a text, and a setting that says otherwise: llama.cpp goes by it where transformers does not."""
+    tokens = {number: token for token, number in loaded.get_vocab().items()}
+    before, after = ids_around(loaded)
+    shown = [*map(tokens.__getitem__, before), "TEXT", *map(tokens.__getitem__, after)]
+    for setting, ids in (("add_bos_token", before), ("add_eos_token", after)):
+        if bool(config.get(setting, ids)) != bool(ids):
+            shown.append(f"({setting} is {config[setting]})")
+    return " ".join(shown)
 
 
 def _settings(folder: Path) -> object:
