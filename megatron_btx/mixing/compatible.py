@@ -91,19 +91,18 @@ def _normalise_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_pieces(first: Source, other: Source, other_dtype: bool) -> None:
+    """Compare pieces of equal configurations: both have the same, and theirs may be of other types or numbers of rows."""
     for name, held in first.pieces.items():
-        key = held.location.key
-        others = other.pieces[name]  # which parts there are, the arguments say, and they are equal
-        compared_axes = slice(0, None)
-        if name.startswith(("embedding.", "head.")):
-            compared_axes = slice(1, None)
+        others = other.pieces[name]
+        axis = int(name.startswith(("embedding.", "head.")))
+        same_shape = held.shape[axis:] == others.shape[axis:]
+        if same_shape and (other_dtype or held.dtype == others.dtype):
+            continue
         remedy = ""
-        if held.shape[compared_axes] == others.shape[compared_axes]:
-            if other_dtype or held.dtype == others.dtype:
-                continue
+        if same_shape:
             remedy = f", or choose one: --take dtype={first.name} (or ={other.name})"
         raise InputError(
-            f"{key}: {list(held.shape)} {held.dtype} in {first.name}, "
+            f"{held.location.key}: {list(held.shape)} {held.dtype} in {first.name}, "
             f"{list(others.shape)} {others.dtype} in {other.name}; all must come from one seed{remedy}"
         )
 
@@ -212,8 +211,7 @@ def _check_union(sources: Sequence[Source], request: Request) -> None:
 
 
 def vocabulary_source(sources: Sequence[Source], request: Request) -> Source:
-    """The source whose tokenizer is the result's: that with the most tokens; of equals the one asked for, or the first
-    of those with the most rows.
+    """The source whose tokenizer is the result's: most tokens, then the one asked for, then most rows, then the first.
 
     A tokenizer can have tokens beyond its model's rows; beside the rows of a larger model they would seem to have one.
     """

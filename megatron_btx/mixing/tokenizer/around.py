@@ -34,7 +34,7 @@ def differing_surroundings(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def _show(loaded: LoadedTokenizer, config: Mapping[str, object]) -> str:
-    """What stands around a text, and a setting that says otherwise: llama.cpp goes by it where transformers does not."""
+    """What stands around a text, and a setting that says otherwise: llama.cpp goes by it, transformers may not."""
     tokens = {number: token for token, number in loaded.get_vocab().items()}
     before, after = ids_around(loaded)
     shown = [*map(tokens.__getitem__, before), "TEXT", *map(tokens.__getitem__, after)]

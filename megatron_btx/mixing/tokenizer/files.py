@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -138,7 +139,9 @@ def _without_rowless(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
     result = dict(tokenizer)
     if "added_tokens" in result:
         result["added_tokens"] = [entry for entry in result["added_tokens"] or [] if entry.get("id", 0) < rows]
-    if isinstance(result.get("post_processor"), dict):
+    with contextlib.suppress(
+        KeyError, TypeError, ValueError, AttributeError
+    ):  # no template: refused where it is loaded
         result["post_processor"] = _without_rowless_around(result["post_processor"], rows)
     return result
 
@@ -148,13 +151,12 @@ def _without_rowless_around(processor: Mapping[str, Any], rows: int) -> dict[str
     result = dict(processor)
     if isinstance(processor.get("processors"), list):
         result["processors"] = [_without_rowless_around(part, rows) for part in processor["processors"]]
-    tokens = processor.get("special_tokens")
-    if isinstance(tokens, dict):
-        lost = {name for name, token in tokens.items() if max(token["ids"], default=0) >= rows}
-        result["special_tokens"] = {name: token for name, token in tokens.items() if name not in lost}
+    if processor.get("type") == "TemplateProcessing":
+        tokens = processor["special_tokens"]
+        result["special_tokens"] = {name: tokens[name] for name in tokens if max(tokens[name]["ids"]) < rows}
         for form in ("single", "pair"):
-            parts = processor[form]
-            result[form] = [part for part in parts if part.get("SpecialToken", {}).get("id") not in lost]
+            kept = {None, *result["special_tokens"]}
+            result[form] = [part for part in processor[form] if part.get("SpecialToken", {}).get("id") in kept]
     return result
 
 
