@@ -91,7 +91,7 @@ def _normalise_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_pieces(first: Source, other: Source, other_dtype: bool) -> None:
-    """Compare pieces of equal configurations: both have the same, and theirs may be of other types or numbers of rows."""
+    """Compare pieces of equal configurations: both have the same, maybe of other types or with other rows."""
     for name, held in first.pieces.items():
         others = other.pieces[name]
         axis = int(name.startswith(("embedding.", "head.")))

@@ -67,13 +67,16 @@ def _likeness(sources: Sequence[Source]) -> Iterator[str]:
     """
     import torch
 
+    if len(sources) < 2:
+        return
     rows = {}
     for source in sources:
-        shapes = {name: held.shape for name, held in source.pieces.items() if len(held.shape) == 2}
-        some = {name: min(shape[0], max(1, _NUMBERS // shape[1])) for name, shape in shapes.items()}
-        rows[source.name] = torch.cat(
-            [source.read(name, 0, count).reshape(-1) for name, count in some.items()]
-        ).double()
+        found = []
+        for name, held in source.pieces.items():
+            if name.startswith("layers.") and len(held.shape) == 2:
+                count = min(held.shape[0], max(1, _NUMBERS // held.shape[1]))
+                found.append(source.read(name, 0, count).reshape(-1))
+        rows[source.name] = torch.cat(found).double()
     for (left, one), (right, other) in itertools.combinations(rows.items(), 2):
         cosine = float(one @ other / (one.norm() * other.norm()))
         if torch.equal(one, other):
