@@ -28,6 +28,8 @@ from megatron_btx.ground.errors import InputError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 """Of transformers 5 and 4."""
+_OTHER_NAMES = {"half": "float16", "float": "float32"}
+"""torch's other names of types, which transformers takes, too."""
 
 
 def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def _stated_dtype(config: Mapping[str, Any]) -> tuple[str, str]:
     """The key that says the weights' type, and what it says; "" where nothing does."""
     for key in _DTYPE_KEYS:
         if config.get(key) is not None:
-            return key, str(config[key])
+            return key, _OTHER_NAMES.get(str(config[key]), str(config[key]))
     return _DTYPE_KEYS[0], ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,11 @@ def _special_tokens(config: Mapping[str, Any]) -> list[str]:
 
 
 def make_config(
-    source: Mapping[str, Any], tokenizer: Mapping[str, Any], tokens: Mapping[str, str], adds: tuple[bool, bool] | None
+    source: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+    tokens: Mapping[str, str],
+    adds: tuple[bool, bool] | None,
+    special: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A tokenizer_config.json.
 
@@ -80,17 +84,20 @@ def make_config(
         tokenizer: the content of the written tokenizer.json.
         tokens: bos_token and so on, those that have a row.
         adds: whether bos stands before and eos after every text, where that is all that is added; else None.
+        special: all special tokens, wherever the source lists them.
     """
     config = dict(source)
     for name in (*_OF_ANOTHER_CLASS, *_ALL_NAMES):
         config.pop(name, None)
     listed = source.get("additional_special_tokens") or source.get("extra_special_tokens") or []
     known = {str(entry["content"]) for entry in tokenizer.get("added_tokens") or []}
-    if isinstance(listed, list):
-        texts = [text_of(token) for token in listed]
-        config["additional_special_tokens"] = [text for text in texts if text in known]
-    if not config.get("additional_special_tokens"):
-        config.pop("additional_special_tokens", None)
+    if not isinstance(listed, list):
+        listed = []
+    texts = list(map(text_of, listed))
+    texts += [text for text in special if text not in (*texts, *tokens.values())]
+    config["additional_special_tokens"] = [text for text in texts if text in known]
+    if not config["additional_special_tokens"]:
+        del config["additional_special_tokens"]
     config |= {"tokenizer_class": CLASS, **tokens}
     config.setdefault("clean_up_tokenization_spaces", False)
     if adds is not None:

@@ -151,7 +151,7 @@ def _config_of(
     adds = None
     if "add_bos_token" in source or "add_eos_token" in source:
         adds = _added_around(loaded, tokens)
-    return tokenizer_files.make_config(source, tokenizer, tokens, adds)
+    return tokenizer_files.make_config(source, tokenizer, tokens, adds, loaded.all_special_tokens)
 
 
 def _added_around(loaded: LoadedTokenizer, tokens: Mapping[str, str]) -> tuple[bool, bool] | None:

@@ -93,6 +93,13 @@ def test_another_name_of_the_activation_is_the_same(tmp_path):
     assert open_source("model", folder).arguments["swiglu"]
 
 
+def test_another_name_of_the_type_is_the_same(tmp_path):
+    """torch and transformers know float32 as float, and float16 as half."""
+    folder = llama_folder(tmp_path / "model", 1)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"torch_dtype": "float"}))
+    assert open_source("model", folder).arguments["params_dtype"] == "float32"
+
+
 def test_an_index_without_its_shards_says_nothing_beside_the_weights(tmp_path):
     """As transformers reads it: the single file, whatever index lies beside it."""
     folder = llama_folder(tmp_path / "model", 1)

@@ -317,6 +317,22 @@ def test_a_configurations_own_ids_win_where_they_have_rows(tmp_path):
     assert generation == {"eos_token_id": [399, 7], "top_k": 4, "bos_token_id": 399}
 
 
+def test_special_tokens_are_kept_wherever_they_are_listed(tmp_path):
+    """As a list of the configuration, as named ones of one's own, or in the older file alone."""
+    added = FOLDERS["added in json"]["tokenizer.json"]
+    for number, (config, files) in enumerate(
+        [
+            ({"additional_special_tokens": ["<|im_start|>"]}, {}),
+            ({"extra_special_tokens": {"start": "<|im_start|>"}}, {}),
+            ({}, {"special_tokens_map.json": {"additional_special_tokens": ["<|im_start|>"]}}),
+        ]
+    ):
+        files = {"tokenizer.json": added, "tokenizer_config.json": FAST | {"eos_token": END} | config} | files
+        folder, _ = result(model(tmp_path / f"a{number}", files), tmp_path / f"out{number}")
+        said = json.loads((folder / "tokenizer_config.json").read_text())
+        assert said["additional_special_tokens"] == ["<|im_start|>"] and said["eos_token"] == END
+
+
 def test_templates_and_added_tokens_reach_every_reader(results, tmp_path):
     """Those of transformers, and who goes by tokenizer.model and what stands beside it: llama.cpp's converter."""
     import transformers
