@@ -38,8 +38,8 @@ class Row:
     """Which rows of the Megatron tensor (and of the fused Hugging Face one) are this piece."""
     also: tuple[str, ...] = ()
     """Other Megatron names: read as well, and written where mixture layers of the other kind look for them."""
-    optional: bool = False
-    """Whether a model can lack it; biases always may be lacking."""
+    needs: str = ""
+    """The one of :attr:`Sizes.parts` without which a model has no such piece."""
 
 
 _L = "decoder.layers.{layer}."
@@ -50,7 +50,7 @@ _HF_A = _HF + "self_attn."
 
 ROWS = (
     Row("embedding.weight", "embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-    Row("positions.weight", "embedding.position_embeddings.weight", optional=True),
+    Row("positions.weight", "embedding.position_embeddings.weight", needs="positions"),
     Row(
         "layers.{layer}.input_norm.{kind}",
         _L + "self_attention.linear_qkv.layer_norm_{kind}",
@@ -64,13 +64,13 @@ ROWS = (
         "layers.{layer}.attention.q_norm.{kind}",
         _L + "self_attention.q_layernorm.{kind}",
         _HF_A + "q_norm.{kind}",
-        optional=True,
+        needs="qk norm",
     ),
     Row(
         "layers.{layer}.attention.k_norm.{kind}",
         _L + "self_attention.k_layernorm.{kind}",
         _HF_A + "k_norm.{kind}",
-        optional=True,
+        needs="qk norm",
     ),
     Row("layers.{layer}.attention.o.{kind}", _L + "self_attention.linear_proj.{kind}", _HF_A + "o_proj.{kind}"),
     # Local mixture layers look for the dense name of this norm, Transformer Engine ones for their own
@@ -115,7 +115,7 @@ ROWS = (
         fused_moe=_HF + "mlp.experts.{expert}.down_proj",
     ),
     Row("final_norm.{kind}", "decoder.final_layernorm.{kind}", "model.norm.{kind}"),
-    Row("head.{kind}", "output_layer.{kind}", "lm_head.{kind}", optional=True),
+    Row("head.weight", "output_layer.weight", "lm_head.weight"),
 )
 """Every piece of every model the project knows."""
 

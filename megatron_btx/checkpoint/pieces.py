@@ -66,6 +66,7 @@ class Piece:
     numbers: Mapping[str, Any]
     """layer, expert, kind: those that the name has."""
     required: bool
+    """False for what a checkpoint of this configuration may lack: routers' biases, which older versions have not."""
 
     def location(self, dialect: Dialect, sizes: Sizes) -> Location | None:
         """Where the piece lies in a dialect; None where the dialect has no name for it."""
@@ -99,10 +100,7 @@ class Piece:
 
 
 def pieces_of(sizes: Sizes) -> Iterator[Piece]:
-    """All pieces a model of these sizes can have, in the order of the table, layer by layer.
-
-    A model may lack biases, norms' biases and what a row calls optional; the checkpoint shows which.
-    """
+    """All pieces of a model of these sizes and parts, in the order of the table, layer by layer."""
     layers_done = False
     for row in ROWS:
         if "{layer}" not in row.piece:
@@ -133,12 +131,19 @@ def _in_layer(row: Row, sizes: Sizes, mixture: bool) -> bool:
 
 
 def _pieces(row: Row, sizes: Sizes, numbers: dict[str, Any]) -> Iterator[Piece]:
+    if row.needs and row.needs not in sizes.parts:
+        return
     shape = _shape(row, sizes)
     weight = numbers | {"kind": "weight"}
-    yield Piece(row.piece.format(**weight), shape, row, weight, not row.optional)
-    if "{kind}" in row.piece:
+    yield Piece(row.piece.format(**weight), shape, row, weight, True)
+    biases = "biases"
+    if row.piece.endswith("norm.{kind}"):
+        biases = "norm biases"
+    elif row.part in ("q", "k", "v"):
+        biases = "qkv biases"
+    if "{kind}" in row.piece and biases in sizes.parts:
         bias = numbers | {"kind": "bias"}
-        yield Piece(row.piece.format(**bias), shape[:1], row, bias, False)
+        yield Piece(row.piece.format(**bias), shape[:1], row, bias, ".router." not in row.piece)
 
 
 def _shape(row: Row, sizes: Sizes) -> tuple[int, ...]:

@@ -100,11 +100,7 @@ def _have_same_weights(folder: Path) -> bool:
         return False
     if one.tensors.keys() != other.tensors.keys():
         return False
-    for name, mine in one.tensors.items():
-        theirs = other.tensors[name]
-        if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype) or not one.has_same_bytes(other, name):
-            return False
-    return True
+    return all(one.has_same(mine, other, other.tensors[name]) for name, mine in one.tensors.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +136,7 @@ class SafetensorsReader:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self._files = Files()
+        self._weight_map: Mapping[str, str] = {}
         if (file or _choose_file(folder)) == INDEX:
             self._open_index()
         else:
@@ -147,9 +144,8 @@ class SafetensorsReader:
 
     def _open_index(self) -> None:
         index = self.folder / INDEX
-        weight_map = _weight_map(self.folder)
-        names = sorted(set(weight_map.values()))
-        self._open_shards(names)
+        self._weight_map = weight_map = _weight_map(self.folder)
+        self._open_shards(sorted(set(weight_map.values())))
         for tensor, file in weight_map.items():
             if tensor not in self.tensors:
                 raise CheckpointError(f"{index}: {tensor} is said to be in {file}, which does not hold it; damaged")
@@ -194,12 +190,21 @@ class SafetensorsReader:
             raise CheckpointError(f"{file}: its header cannot be read ({error!r}); it is damaged") from error
         end = 0
         for entry in entries:
-            if entry.name in self.tensors:
-                raise CheckpointError(f"{file}: {entry.name} is in {self.file_of(entry.name)} as well; damaged")
+            before = self.tensors.get(entry.name)
             self._add(file, entry, 8 + length, end)
             end = entry.extent[1]
+            if before is not None:
+                self._choose_copy(entry.name, before)
         if 8 + length + end != size:
             raise CheckpointError(f"{file}: {size} bytes, but its header names {8 + length + end}; it is truncated")
+
+    def _choose_copy(self, name: str, before: StoredTensor) -> None:
+        """Of a tensor that two shards hold with the same bytes, keep the copy that the index names."""
+        file, other = self.file_of(name), before.blocks[0].file
+        if not self.has_same(self.tensors[name], self, before):
+            raise CheckpointError(f"{self.folder / file}: {name} is in {other} as well, with other numbers; damaged")
+        if self._weight_map.get(name) == other:
+            self.tensors[name] = before
 
     def _add(self, file: Path, entry: _Entry, data_at: int, end: int) -> None:
         """Add a tensor of a file whose numbers begin at ``data_at``; the tensor before ends at ``end``."""
@@ -237,18 +242,18 @@ class SafetensorsReader:
             size_bytes[name] = size_bytes.get(name, 0) + stored.blocks[0].length_bytes
         return sorted(size_bytes, key=lambda name: -size_bytes[name])
 
-    def has_same_bytes(self, other: SafetensorsReader, name: str) -> bool:
-        """Whether a tensor has the same bytes in another reader, whose tensor is of the same shape and dtype."""
-        length = self.tensors[name].blocks[0].length_bytes
-        for start in range(0, length, _STEP_BYTES):
-            count = min(_STEP_BYTES, length - start)
-            if self._bytes_of(name, start, count) != other._bytes_of(name, start, count):
+    def has_same(self, mine: StoredTensor, other: SafetensorsReader, theirs: StoredTensor) -> bool:
+        """Whether a tensor and one of another reader have one shape and dtype, and the same bytes."""
+        if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+            return False
+        for start in range(0, mine.blocks[0].length_bytes, _STEP_BYTES):
+            if self._bytes_of(mine.blocks[0], start) != other._bytes_of(theirs.blocks[0], start):
                 return False
         return True
 
-    def _bytes_of(self, name: str, start: int, count: int) -> bytes:
-        """``count`` bytes of a tensor from its byte ``start`` on."""
-        block = self.tensors[name].blocks[0]
+    def _bytes_of(self, block: Block, start: int) -> bytes:
+        """Some bytes of a tensor from its byte ``start`` on."""
+        count = min(_STEP_BYTES, block.length_bytes - start)
         return self._files.bytes_at(Place(self.folder / block.file, block.position_bytes + start), count)
 
     def files(self) -> list[Path]:

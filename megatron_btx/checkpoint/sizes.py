@@ -1,4 +1,4 @@
-"""The sizes of a model, and which of its layers are mixtures: read from Megatron's arguments."""
+"""The sizes and parts of a model, and which of its layers are mixtures: read from Megatron's arguments."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes that say how a model's tensors are shaped and fused."""
+    """The sizes that say how a model's tensors are shaped and fused, and the parts that not every model has."""
 
     layers: int
     hidden: int
@@ -24,6 +26,8 @@ class Sizes:
     """0 for a dense model."""
     mixture_layers: tuple[bool, ...]
     """For each layer whether it is a mixture of experts."""
+    parts: frozenset[str]
+    """Of what not every model has: "biases" (of linear layers), "qkv biases", "norm biases", "qk norm", "positions"."""
     vocabulary: int | None = None
     positions: int | None = None
 
@@ -49,9 +53,22 @@ class Sizes:
             gated=bool(arguments.get("swiglu") or arguments.get("quick_geglu")),
             experts=experts,
             mixture_layers=mixtures,
+            parts=_parts(arguments),
             vocabulary=arguments.get("padded_vocab_size"),
             positions=arguments.get("max_position_embeddings"),
         )
+
+
+def _parts(arguments: Mapping[str, Any]) -> frozenset[str]:
+    value = {argument.name: argument.value(arguments) for argument in MODEL_ARGUMENTS}
+    has = {
+        "biases": value["add_bias_linear"],
+        "qkv biases": value["add_bias_linear"] or value["add_qkv_bias"],
+        "norm biases": value["normalization"] == "LayerNorm",
+        "qk norm": value["qk_layernorm"] and not value["qk_l2_norm"],
+        "positions": value["position_embedding_type"] == "learned_absolute",
+    }
+    return frozenset(part for part, there in has.items() if there)
 
 
 def mixture_layers(frequency: int | list[int] | tuple[int, ...] | None, layers: int) -> tuple[bool, ...]:

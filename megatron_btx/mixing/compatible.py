@@ -11,6 +11,7 @@ from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.sources import EMBEDDING
 from megatron_btx.mixing.takeable import TAKEABLE, field_with
+from megatron_btx.mixing.tokenizer.around import differing_surroundings
 
 if TYPE_CHECKING:
     from megatron_btx.mixing.sources import Source
@@ -90,27 +91,20 @@ def _normalise_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_pieces(first: Source, other: Source, other_dtype: bool) -> None:
+    """Compare pieces of equal configurations: both have the same, maybe of other types or with other rows."""
     for name, held in first.pieces.items():
-        key = held.location.key
-        others = other.pieces.get(name)
-        if others is None:
-            raise InputError(f"{key}: in {first.name} ({first.folder}), missing in {other.name} ({other.folder})")
-        compared_axes = slice(0, None)
-        if name.startswith(("embedding.", "head.")):
-            compared_axes = slice(1, None)
+        others = other.pieces[name]
+        axis = int(name.startswith(("embedding.", "head.")))
+        same_shape = held.shape[axis:] == others.shape[axis:]
+        if same_shape and (other_dtype or held.dtype == others.dtype):
+            continue
         remedy = ""
-        if held.shape[compared_axes] == others.shape[compared_axes]:
-            if other_dtype or held.dtype == others.dtype:
-                continue
+        if same_shape:
             remedy = f", or choose one: --take dtype={first.name} (or ={other.name})"
         raise InputError(
-            f"{key}: {list(held.shape)} {held.dtype} in {first.name}, "
+            f"{held.location.key}: {list(held.shape)} {held.dtype} in {first.name}, "
             f"{list(others.shape)} {others.dtype} in {other.name}; all must come from one seed{remedy}"
         )
-    for name, held in other.pieces.items():
-        if name not in first.pieces:
-            key = held.location.key
-            raise InputError(f"{key}: in {other.name} ({other.folder}), missing in {first.name} ({first.folder})")
 
 
 def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str, Any]:
@@ -121,8 +115,11 @@ def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str
     if len(sources) > 1:
         _check_sizes(sources, request)
         if not request.allow_other_tokenizer:
-            _check_tokenizers(sources, request.vocabulary_union)
-    chosen = vocabulary_source(sources)
+            _check_tokenizers(sources, request)
+    chosen = vocabulary_source(sources, request)
+    wanted = request.take.get("tokenizer", chosen.name)
+    if chosen.name != wanted:
+        raise InputError(f"--take tokenizer={wanted}: has fewer tokens than that of {chosen.name}; take {chosen.name}")
     arguments: dict[str, Any] = {}
     for name in ("vocab_size", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file"):
         arguments[name] = chosen.arguments.get(name)
@@ -181,14 +178,27 @@ def _all_tokens(tables: Mapping[str, Mapping[int, str]]) -> dict[int, tuple[str,
     return every
 
 
-def _check_tokenizers(sources: Sequence[Source], union: bool) -> None:
+def _check_tokenizers(sources: Sequence[Source], request: Request) -> None:
     stored = {source.name: source.tokenizer_arguments for source in sources}
-    if not union:
+    if request.vocabulary_union:
+        check_vocabulary_union(stored, _REMEDY)
+        _check_union(sources, request)
+    else:
         check_same_tokenizer(stored, _REMEDY)
-        return
-    check_vocabulary_union(stored, _REMEDY)
+    around = differing_surroundings(sources)
+    if around and "tokenizer" not in request.take:
+        listed = ", ".join(f"{shown!r} in {name}" for name, shown in around.items())
+        choices = ", ".join(f"--take tokenizer={name}" for name in around)
+        raise InputError(
+            f"tokenizers differ: what they put around a text is {listed}, and the result can do one of these alone; "
+            f"choose one: {choices}"
+        )
+
+
+def _check_union(sources: Sequence[Source], request: Request) -> None:
+    """Refuse a union in which no tokenizer has every token."""
     tables = {source.name: source.tokens or {} for source in sources}
-    chosen = vocabulary_source(sources)
+    chosen = vocabulary_source(sources, request)
     every = _all_tokens(tables)
     lacking = [number for number in sorted(every) if number not in tables[chosen.name]]
     if lacking:
@@ -200,9 +210,10 @@ def _check_tokenizers(sources: Sequence[Source], union: bool) -> None:
         )
 
 
-def vocabulary_source(sources: Sequence[Source]) -> Source:
-    """The source whose tokenizer is the result's: that with the most tokens, of equals the most rows, then the first.
+def vocabulary_source(sources: Sequence[Source], request: Request) -> Source:
+    """The source whose tokenizer is the result's: most tokens, then the one asked for, then most rows, then the first.
 
     A tokenizer can have tokens beyond its model's rows; beside the rows of a larger model they would seem to have one.
     """
-    return max(sources, key=lambda source: (source.token_count, source.pieces[EMBEDDING].shape[0]))
+    wanted = request.take.get("tokenizer")
+    return max(sources, key=lambda s: (s.token_count, s.name == wanted, s.pieces[EMBEDDING].shape[0]))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.mixing.merge import for_one_rounding
 from megatron_btx.mixing.plan import Plan, PlannedPiece
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def mean_row(plan: Plan, planned: PlannedPiece) -> torch.Tensor:
             for low in range(start, stop, step):
                 rows = planned.operation.rows(plan, planned, low, min(low + step, stop))
                 total += rows.sum(0, dtype=torch.float64)
-        plan.mean_rows[planned.name] = (total / count).to(planned.dtype)
+        plan.mean_rows[planned.name] = for_one_rounding(total / count, planned.dtype).to(planned.dtype)
     return plan.mean_rows[planned.name]
 
 

@@ -80,7 +80,7 @@ def _vocabulary_lines(plan: Plan) -> list[str]:
     lines = [f"  vocabulary of {source.name}: {_vocabulary_of(source)}" for source in plan.sources]
     embedding = next(planned for planned in plan.pieces if planned.name == EMBEDDING)
     rows, new = embedding.shape[0], embedding.new_rows
-    chosen = vocabulary_source(plan.sources)
+    chosen = vocabulary_source(plan.sources, plan.request)
     made = ""
     if new:
         made = f", {new} of them {_NEW_ROWS}"

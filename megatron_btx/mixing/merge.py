@@ -12,6 +12,8 @@ from megatron_btx.mixing.routers import describe_routers, router_rows
 if TYPE_CHECKING:
     import torch
 
+_BEYOND_FP32 = (1 << 29) - 1
+"""The bits of a number in fp64 that fp32 lacks."""
 _SUM_NUMBERS = 1 << 16
 """Means are taken over this many numbers at a time: half a MiB of fp64 stays in the cache of one core."""
 
@@ -180,8 +182,23 @@ def _mean(plan: Plan, planned: PlannedPiece, parts: Sequence[SourceRows], start:
         sum_ = total[: stretch.stop - low].zero_()
         for source, weight in zip(sources, weights, strict=True):
             sum_.add_(source[stretch], alpha=weight)
-        flat[stretch] = sum_.div_(divisor)
+        flat[stretch] = for_one_rounding(sum_.div_(divisor), planned.dtype)
     return result
+
+
+def for_one_rounding(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers in fp64, changed in place so that their conversion to ``dtype`` rounds once.
+
+    torch goes from fp64 to 16 bits by way of fp32, and two roundings can miss the nearest number. So what fp32 has no
+    room for leaves its mark in the last bit that it has (rounding to odd, Boldo and Melquiond 2008).
+    """
+    import torch
+
+    if dtype.itemsize < torch.float32.itemsize:
+        bits = numbers.view(torch.int64)
+        bits |= (bits & _BEYOND_FP32).add_(_BEYOND_FP32)
+        bits &= ~_BEYOND_FP32
+    return numbers
 
 
 def _join(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:

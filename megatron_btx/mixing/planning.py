@@ -13,7 +13,7 @@ from megatron_btx.mixing.compatible import compare_sources
 from megatron_btx.mixing.merge import MOVE, NEW_ROUTERS, ZEROS
 from megatron_btx.mixing.methods import METHODS, Expert, Method
 from megatron_btx.mixing.opening import open_source
-from megatron_btx.mixing.plan import Plan, PlannedPiece, SourceRows
+from megatron_btx.mixing.plan import Operation, Plan, PlannedPiece, SourceRows
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.request_checks import check_request, number_of
 from megatron_btx.mixing.result import dense_arguments, mixture_arguments
@@ -94,7 +94,7 @@ def _expert_ffn(experts: list[Expert], ffn: int, request: Request) -> int:
 def _planned_pieces(
     request: Request, method: Method, sources: Sequence[Source], sizes: Sizes
 ) -> Iterator[PlannedPiece]:
-    """Every piece of the result; which of the optional ones there are, the sources show."""
+    """Every piece of the result; whether it has a head of its own, the sources show."""
     first = sources[0]
     for source in sources:
         if source.name == request.take.get("dtype"):
@@ -108,7 +108,7 @@ def _planned_pieces(
             if origin in first.pieces:
                 yield _expert_piece(piece, origin, experts[piece.numbers["expert"]], sources, first)
         elif experts and ".router." in piece.name:
-            yield from _router_piece(piece, first)
+            yield _router_piece(piece, first)
         elif method.new_routers and piece.name.endswith(".router.weight"):
             yield PlannedPiece(piece, piece.shape, first.pieces[piece.name].dtype, NEW_ROUTERS)
         elif piece.name in first.pieces:
@@ -118,17 +118,16 @@ def _planned_pieces(
             yield planned
 
 
-def _router_piece(piece: Piece, first: Source) -> Iterator[PlannedPiece]:
+def _router_piece(piece: Piece, first: Source) -> PlannedPiece:
     """A new router's weight; and its bias, which Megatron's has where the linear layers have one.
 
     Source: core/transformer/moe/router.py.
     """
-    ffn = f"layers.{piece.numbers['layer']}.ffn."
-    dtype = first.pieces[f"{ffn}down.weight"].dtype
+    dtype = first.pieces[f"layers.{piece.numbers['layer']}.ffn.down.weight"].dtype
+    operation: Operation = ZEROS
     if piece.name.endswith("weight"):
-        yield PlannedPiece(piece, piece.shape, dtype, NEW_ROUTERS)
-    elif f"{ffn}up.bias" in first.pieces:
-        yield PlannedPiece(piece, piece.shape, dtype, ZEROS)
+        operation = NEW_ROUTERS
+    return PlannedPiece(piece, piece.shape, dtype, operation)
 
 
 def _shared_piece(piece: Piece, method: Method, sources: Sequence[Source], dtype: torch.dtype) -> PlannedPiece:

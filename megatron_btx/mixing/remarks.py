@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_btx.checkpoint import safetensors
 from megatron_btx.checkpoint.huggingface.config_writing import PASSED_THROUGH
-from megatron_btx.ground.errors import InputError, bare_exceptions_as
 from megatron_btx.mixing.compatible import vocabulary_source
 from megatron_btx.mixing.plan import Plan
 from megatron_btx.mixing.sources import Source
 from megatron_btx.mixing.takeable import TRAINING_ARGUMENTS
-from megatron_btx.mixing.tokenizer.proof import TOKENIZER_FILE
+from megatron_btx.mixing.tokenizer.around import differing_surroundings
+from megatron_btx.mixing.tokenizer.files import object_in, travelling_files
+from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE
 
+_NUMBERS = 4096
+"""Of each matrix, to see whether models resemble each other."""
+_UNRELATED = 0.1
+"""A smaller cosine means nothing: that of random numbers is below 0.03 for all but the smallest models."""
 _SAID_AS_ARGUMENT = ("initializer_range", "attention_dropout")
 
 
@@ -21,7 +27,7 @@ def remarks(plan: Plan) -> list[str]:
     """One line for each value that sources have in different ways and nobody has decided about."""
     lines = []
     first = plan.sources[0].name
-    owner = vocabulary_source(plan.sources).name
+    owner = vocabulary_source(plan.sources, plan.request).name
     for name in TRAINING_ARGUMENTS:
         values = {source.name: source.arguments.get(name) for source in plan.sources}
         if _differ(values) and name not in plan.request.take:
@@ -36,25 +42,50 @@ def remarks(plan: Plan) -> list[str]:
                 values[name] = config[key]
         if key not in _SAID_AS_ARGUMENT and _differ(values):
             lines.append(f"{_list_values(key, values)}; the result has that of {owner}, whose tokenizer it gets")
-    around = {source.name: _tokens_around_texts(source) for source in plan.sources}
-    if _differ(around):
-        lines.append(f"{_list_values('what a tokenizer puts around a text', around)}; the result has that of {owner}")
-    return lines
+    if plan.request.allow_other_tokenizer:  # else it was refused, or somebody has chosen
+        around = differing_surroundings(plan.sources)
+        if around:
+            listed = _list_values("what a tokenizer puts around a text", around)
+            lines.append(f"{listed}; the result has that of {owner}")
+    if _differ({source.name: _chat_templates(source) for source in plan.sources if source.hf_folder}):
+        lines.append(f"chat templates differ between sources; the result has those of {owner}")
+    return [*lines, *_likeness(plan.sources)]
 
 
-def _tokens_around_texts(source: Source) -> str | None:
-    """The tokens that a tokenizer.json makes of no text; None where there is none, or none that can be read."""
-    folder = source.hf_folder
-    if folder is None or not (folder / TOKENIZER_FILE).is_file():
-        return None
-    from tokenizers import Tokenizer
+def _chat_templates(source: Source) -> object:
+    """A folder's chat templates, wherever they stand."""
+    files = travelling_files(source.hf_folder or source.root)
+    inside = object_in(files.get(CONFIG_FILE, b"")).get("chat_template")
+    return inside, {name: content for name, content in files.items() if "chat_template" in name}
 
-    try:
-        with bare_exceptions_as(lambda error: InputError(str(error))):
-            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    except InputError:  # said by whoever needs it
-        return None
-    return " ".join(tokenizer.encode("").tokens)
+
+def _likeness(sources: Sequence[Source]) -> Iterator[str]:
+    """A line for each pair whose weights are the same, or have nothing to do with each other.
+
+    Branches of one seed keep its directions: their matrices have a cosine far from 0, however long they were trained.
+    It is 0 for models that began from other random numbers. The first rows of each matrix show it.
+    """
+    import torch
+
+    if len(sources) < 2:
+        return
+    rows = {}
+    for source in sources:
+        found = []
+        for name, held in source.pieces.items():
+            if name.startswith("layers.") and len(held.shape) == 2:
+                count = min(held.shape[0], max(1, _NUMBERS // held.shape[1]))
+                found.append(source.read(name, 0, count).reshape(-1))
+        rows[source.name] = torch.cat(found).double()
+    for (left, one), (right, other) in itertools.combinations(rows.items(), 2):
+        cosine = float(one @ other / (one.norm() * other.norm()))
+        if torch.equal(one, other):
+            yield f"{left} and {right} have the same first rows in every matrix: is one model given twice?"
+        elif abs(cosine) < _UNRELATED:
+            yield (
+                f"{left} and {right} do not resemble each other: the first rows of their matrices have a cosine of "
+                f"{cosine:.3f}, those of one seed's branches are far from 0; of other bases no mean is a model"
+            )
 
 
 def _config_of(source: Source) -> Mapping[str, Any]:

@@ -92,7 +92,7 @@ def _tensor_entry(plan: Plan, tensor: LaidOutTensor, blocks: Sequence[Mapping[st
 def _vocabulary(plan: Plan) -> dict[str, Any]:
     """Whose tokenizer the result has, and which of its rows are tokens."""
     planned = next(piece for piece in plan.pieces if piece.name == EMBEDDING)
-    chosen = vocabulary_source(plan.sources)
+    chosen = vocabulary_source(plan.sources, plan.request)
     return {
         "tokenizer_of": chosen.name,
         "known": chosen.tokens is not None,

@@ -109,7 +109,7 @@ def _megatron(plan: Plan, target: Path) -> Output:
 
 def _with_hf_files(plan: Plan, target: Path) -> tuple[dict[str, Any], dict[str, bytes], Mapping[str, Any]]:
     """The result's arguments, the files of Hugging Face's that travel along, and what was proved of its tokenizer."""
-    source = vocabulary_source(plan.sources)
+    source = vocabulary_source(plan.sources, plan.request)
     arguments, folder = dict(plan.arguments), source.hf_folder
     if folder is None:
         return arguments, {}, {"said": "the files that the arguments name"}
@@ -182,7 +182,7 @@ def _extra_states(sizes: Sizes, qk_layernorm: bool, numbered: bool) -> Iterator[
 
 
 def _hugging_face(plan: Plan) -> Output:
-    source = vocabulary_source(plan.sources)
+    source = vocabulary_source(plan.sources, plan.request)
     folder = source.hf_folder
     base = None
     if folder is not None:

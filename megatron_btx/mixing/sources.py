@@ -22,7 +22,7 @@ from megatron_btx.ground.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-EMBEDDING = "embedding.weight"
+EMBEDDING, HEAD = "embedding.weight", "head.weight"
 _HEAD_ROWS = 1024
 
 
@@ -99,26 +99,22 @@ class Source:
         where = f"{self.name} ({self.folder})"
         tied = not self.arguments.get("untie_embeddings_and_output_weights")
         for piece in pieces_of(self.sizes):
-            found = []
-            for location in piece.locations(self.dialect, self.sizes):
-                if location.key in self.reader.tensors:
-                    found.append(location)
-                    unused.discard(location.key)
-            is_tied_head = tied and piece.name.startswith("head.")
-            if found and is_tied_head:
-                self._check_tied_head(piece, found[0], where)
-            elif found:
-                self.pieces[piece.name] = self._held(piece, found[0], where)
-            elif piece.required or (piece.name == "head.weight" and not tied):
-                self._refuse_missing(piece, where)
+            locations = list(piece.locations(self.dialect, self.sizes))
+            found = [self._held(piece, place, where) for place in locations if place.key in self.reader.tensors]
+            unused.difference_update(place.key for place in locations)
+            original, why = EMBEDDING, "though the configuration ties the two"
+            if not (tied and piece.name == HEAD):
+                original, why = piece.name, "though the two are one part of the model"
+                if found:
+                    self.pieces[piece.name] = found.pop(0)
+                elif piece.required:
+                    key = next((place.key for place in locations), piece.name)
+                    raise CheckpointError(
+                        f"{where}: {key} is missing; its configuration asks for it, so it is incomplete"
+                    )
+            for copy in found:
+                self._refuse_other_copy(copy, self.pieces[original], why, where)
         self._refuse_unknown(unused, where)
-
-    def _refuse_missing(self, piece: Piece, where: str) -> None:
-        key = piece.name
-        location = piece.location(self.dialect, self.sizes)
-        if location is not None:
-            key = location.key
-        raise CheckpointError(f"{where}: {key} is missing; its configuration asks for it, so it is incomplete")
 
     def _refuse_unknown(self, unused: set[str], where: str) -> None:
         """Refuse tensors that no row of the table takes."""
@@ -131,18 +127,16 @@ class Source:
                     raise CheckpointError(f"{where}: {key}: {reason}")
             if not any(re.fullmatch(pattern, key) for pattern in ignored):
                 raise CheckpointError(
-                    f"{where}: {key} is no tensor of the model that its configuration describes; "
-                    "this architecture is not supported"
+                    f"{where}: {key} is no tensor of the model that its configuration describes; correct the "
+                    "configuration if it says too little; else this architecture is not supported"
                 )
 
-    def _check_tied_head(self, piece: Piece, location: Location, where: str) -> None:
-        """Some save the head of tied models too: it must be the embedding, which is what is used."""
-        embedding = self.pieces[EMBEDDING]
-        head = self._held(piece, location, where)
-        if not self._are_equal(head, embedding):
+    def _refuse_other_copy(self, copy: Held, original: Held, why: str, where: str) -> None:
+        """Some save the head of tied models too, or a norm under both its names: what is used must be all there is."""
+        if not self._are_equal(copy, original):
             raise CheckpointError(
-                f"{where}: {location.key} is stored and is not the embedding, though the configuration ties the two; "
-                "say which is meant: untie them in the configuration, or leave the head out"
+                f"{where}: {copy.location.key} is stored and is not {original.location.key}, {why}; say which is "
+                f"meant: correct the configuration, or leave {copy.location.key} out"
             )
 
     def _are_equal(self, left: Held, right: Held) -> bool:

@@ -16,6 +16,7 @@ TAKEABLE: dict[str, tuple[str, ...]] = {
     "rope_scaling": _ROPE_SCALING,
     "window_size": ("window_size", "window_attn_skip_freq"),
     "dtype": ("bf16", "fp16", "params_dtype"),
+    "tokenizer": (),  # no argument: whose files the result gets, where experts have the same tokens
     **{name: (name,) for name in TRAINING_ARGUMENTS},
 }
 """What may be taken from one expert, because it shapes no tensor: field, and the arguments it stands for."""

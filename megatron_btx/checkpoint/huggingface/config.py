@@ -28,6 +28,8 @@ from megatron_btx.ground.errors import InputError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 """Of transformers 5 and 4."""
+_OTHER_NAMES = {"half": "float16", "float": "float32"}
+"""torch's other names of types, which transformers takes, too."""
 
 
 def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, An
 def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None:
     """Refuse parts of a model that the arguments of these families do not say."""
     refuse_unknown_keys(config, family, where)
-    if config.get("hidden_act", "silu") != "silu":
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function in transformers
         raise bad_value(where, "hidden_act", config["hidden_act"], "'silu'", "only gated SiLU models can be converted")
     quantised = config.get("quantization_config") or config.get("compression_config")
     if quantised is not None:
@@ -146,7 +148,7 @@ def _stated_dtype(config: Mapping[str, Any]) -> tuple[str, str]:
     """The key that says the weights' type, and what it says; "" where nothing does."""
     for key in _DTYPE_KEYS:
         if config.get(key) is not None:
-            return key, str(config[key])
+            return key, _OTHER_NAMES.get(str(config[key]), str(config[key]))
     return _DTYPE_KEYS[0], ""
 
 

@@ -182,8 +182,8 @@ def contradictions(tables: Mapping[str, Mapping[int, str]]) -> dict[int, str]:
 def _identity(stored: Stored) -> tuple[object, ...]:
     """What tells two tokenizers apart without reading them: kind and bytes; the size where there is nothing to read."""
     place, kind = tokenizer_place(stored), stored.get("tokenizer_type")
-    if place is None:
-        return kind, stored.get("vocab_size")
+    if place is None:  # a folder without a tokenizer says no kind, and Megatron's form of it says "none"
+        return kind or "NullTokenizer", stored.get("vocab_size")
     files = _files(stored)
     if not files:
         return kind, object()  # equal to nothing: what is gone is unknown

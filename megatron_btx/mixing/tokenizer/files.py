@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ _OF_ANOTHER_CLASS = (
 
 def travelling_files(folder: Path) -> dict[str, bytes]:
     """The files of a folder that make tokens and text, as they are."""
-    patterns = (*TOKENIZER_FOLDER_FILES, GENERATION, "chat_template*")
+    patterns = (*TOKENIZER_FOLDER_FILES, GENERATION, "chat_template*", "additional_chat_templates/*.jinja")
     found: set[Path] = set()
     for pattern in patterns:
         found.update(folder.glob(pattern))
     contents = {}
     for file in sorted(found):
         if file.is_file() and file.suffix != ".safetensors" and file.stat().st_size < _SMALL_BYTES:
-            contents[file.name] = file.read_bytes()
+            contents[file.relative_to(folder).as_posix()] = file.read_bytes()
     return contents
 
 
@@ -43,22 +44,20 @@ def has_written_form(files: Mapping[str, bytes], rows: int) -> bool:
     """Whether files are what would be written: the class adds nothing, and every token has a row."""
     if CONFIG_FILE not in files or TOKENIZER_FILE not in files:
         return False
-    if "tekken.json" in files or "added_tokens.json" in files or _object(files.get("special_tokens_map.json", b"{}")):
+    if "tekken.json" in files or "added_tokens.json" in files or object_in(files.get("special_tokens_map.json", b"{}")):
         return False
-    config = _object(files[CONFIG_FILE])
-    content = _object(files[TOKENIZER_FILE])
+    config = object_in(files[CONFIG_FILE])
+    content = object_in(files[TOKENIZER_FILE])
     if config.get("tokenizer_class") != CLASS or renumber_added_tokens(content) != content:
         return False
-    if {"auto_map", "added_tokens_decoder", "extra_special_tokens"} & config.keys():
+    if {"auto_map", "extra_special_tokens"} & config.keys() or _without_rowless(content, rows) != content:
+        return False
+    if config.get("added_tokens_decoder", {}) != _added_beside(files, content):
         return False
     prefix = _prefix_space(content)
     if prefix is not None and bool(config.get("add_prefix_space", False)) != prefix:
         return False
-    added = set()
-    for entry in content.get("added_tokens") or []:
-        if entry.get("id", rows) >= rows:
-            return False
-        added.add(str(entry.get("content")))
+    added = {str(entry.get("content")) for entry in content.get("added_tokens") or []}
     return set(_special_tokens(config)) <= added
 
 
@@ -72,7 +71,11 @@ def _special_tokens(config: Mapping[str, Any]) -> list[str]:
 
 
 def make_config(
-    source: Mapping[str, Any], tokenizer: Mapping[str, Any], tokens: Mapping[str, str], adds: tuple[bool, bool] | None
+    source: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+    tokens: Mapping[str, str],
+    adds: tuple[bool, bool] | None,
+    special: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A tokenizer_config.json.
 
@@ -81,17 +84,20 @@ def make_config(
         tokenizer: the content of the written tokenizer.json.
         tokens: bos_token and so on, those that have a row.
         adds: whether bos stands before and eos after every text, where that is all that is added; else None.
+        special: all special tokens, wherever the source lists them.
     """
     config = dict(source)
     for name in (*_OF_ANOTHER_CLASS, *_ALL_NAMES):
         config.pop(name, None)
     listed = source.get("additional_special_tokens") or source.get("extra_special_tokens") or []
     known = {str(entry["content"]) for entry in tokenizer.get("added_tokens") or []}
-    if isinstance(listed, list):
-        texts = [text_of(token) for token in listed]
-        config["additional_special_tokens"] = [text for text in texts if text in known]
-    if not config.get("additional_special_tokens"):
-        config.pop("additional_special_tokens", None)
+    if not isinstance(listed, list):
+        listed = []
+    texts = list(map(text_of, listed))
+    texts += [text for text in special if text not in (*texts, *tokens.values())]
+    config["additional_special_tokens"] = [text for text in texts if text in known]
+    if not config["additional_special_tokens"]:
+        del config["additional_special_tokens"]
     config |= {"tokenizer_class": CLASS, **tokens}
     config.setdefault("clean_up_tokenization_spaces", False)
     if adds is not None:
@@ -107,19 +113,57 @@ def make_files(
 ) -> dict[str, bytes]:
     """All files of a tokenizer: the source's with these two, without those that could be read in their place."""
     files = {name: content for name, content in source.items() if name not in _OTHER_READINGS}
-    if tokenizer != _object(files.get(TOKENIZER_FILE, b"{}")):
+    if tokenizer != object_in(files.get(TOKENIZER_FILE, b"{}")):
         files[TOKENIZER_FILE] = json.dumps(tokenizer, ensure_ascii=False, indent=1).encode()
+    beside = _added_beside(files, tokenizer)
+    if beside:
+        config = {**config, "added_tokens_decoder": beside}
     files[CONFIG_FILE] = as_json(config)
     return files
 
 
+def _added_beside(files: Iterable[str], tokenizer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The added tokens, for readers of a file that lacks some: llama.cpp's converter goes by tokenizer.model.
+
+    They stand in tokenizer_config.json as transformers 4 writes them; both its versions find nothing new there.
+    """
+    added = tokenizer.get("added_tokens") or []
+    own = {**tokenizer, "added_tokens": []}
+    has_other_base = any(name.endswith(".model") or name in ("vocab.json", "vocab.txt") for name in files)
+    if not has_other_base or all(number_of_token(own, entry.get("content")) is not None for entry in added):
+        return {}
+    return {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in added}
+
+
 def drop_rowless_tokens(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """A tokenizer.json without the added tokens that have no row: their text would become an id no model can read."""
-    result = renumber_added_tokens(tokenizer)
-    added = [entry for entry in result.get("added_tokens") or [] if entry.get("id", 0) < rows]
-    for key, value in (("added_tokens", added), ("truncation", None), ("padding", None)):
-        if key in result:
-            result[key] = value
+    """A tokenizer.json without the tokens that have no row, which would become ids no model can read; cuts no text."""
+    result = _without_rowless(renumber_added_tokens(tokenizer), rows)
+    return result | {key: None for key in ("truncation", "padding") if key in result}
+
+
+def _without_rowless(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A tokenizer.json without the added tokens that have no row, and without any such token around a text."""
+    result = dict(tokenizer)
+    if "added_tokens" in result:
+        result["added_tokens"] = [entry for entry in result["added_tokens"] or [] if entry.get("id", 0) < rows]
+    with contextlib.suppress(
+        KeyError, TypeError, ValueError, AttributeError
+    ):  # no template: refused where it is loaded
+        result["post_processor"] = _without_rowless_around(result["post_processor"], rows)
+    return result
+
+
+def _without_rowless_around(processor: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A post-processor without the tokens that have no row; one of a kind without a template stays as it is."""
+    result = dict(processor)
+    if isinstance(processor.get("processors"), list):
+        result["processors"] = [_without_rowless_around(part, rows) for part in processor["processors"]]
+    if processor.get("type") == "TemplateProcessing":
+        tokens = processor["special_tokens"]
+        result["special_tokens"] = {name: tokens[name] for name in tokens if max(tokens[name]["ids"]) < rows}
+        for form in ("single", "pair"):
+            kept = {None, *result["special_tokens"]}
+            result[form] = [part for part in processor[form] if part.get("SpecialToken", {}).get("id") in kept]
     return result
 
 
@@ -161,7 +205,7 @@ def special_ids(files: Mapping[str, bytes], rows: int) -> dict[str, int]:
     """bos_token_id, eos_token_id and pad_token_id as the files of a tokenizer say them, those with a row."""
     if CONFIG_FILE not in files or TOKENIZER_FILE not in files:
         return {}
-    config, tokenizer = _object(files[CONFIG_FILE]), _object(files[TOKENIZER_FILE])
+    config, tokenizer = object_in(files[CONFIG_FILE]), object_in(files[TOKENIZER_FILE])
     found = {}
     for name in NAMES:
         if not config.get(name):
@@ -193,7 +237,7 @@ def complete_ids(config: Mapping[str, Any], ids: Mapping[str, Any], rows: int) -
 def generation_file(files: Mapping[str, bytes], ids: Mapping[str, Any], rows: int) -> bytes | None:
     """generation_config.json with the ids of special tokens; None where there is nothing to say."""
     if GENERATION in files:
-        given = _object(files[GENERATION])
+        given = object_in(files[GENERATION])
         made = complete_ids(given, ids, rows)
         if made == given:
             return files[GENERATION]
@@ -214,7 +258,7 @@ def as_json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _object(content: bytes) -> dict[str, Any]:
+def object_in(content: bytes) -> dict[str, Any]:
     """JSON that was read before, so that it is known to be an object."""
     try:
         read = json.loads(content)

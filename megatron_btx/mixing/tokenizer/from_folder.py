@@ -12,6 +12,7 @@ from megatron_btx.checkpoint.tokenizers.vocabulary import unknown_reason
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.sources import Source
 from megatron_btx.mixing.tokenizer import files as tokenizer_files
+from megatron_btx.mixing.tokenizer.around import ids_around
 from megatron_btx.mixing.tokenizer.outcome import FLAG, ResultTokenizer, accept, prove
 from megatron_btx.mixing.tokenizer.proof import (
     CONFIG_FILE,
@@ -150,21 +151,14 @@ def _config_of(
     adds = None
     if "add_bos_token" in source or "add_eos_token" in source:
         adds = _added_around(loaded, tokens)
-    return tokenizer_files.make_config(source, tokenizer, tokens, adds)
+    return tokenizer_files.make_config(source, tokenizer, tokens, adds, loaded.all_special_tokens)
 
 
 def _added_around(loaded: LoadedTokenizer, tokens: Mapping[str, str]) -> tuple[bool, bool] | None:
     """Whether bos stands before and eos after a text; None where something else does."""
-    bare = list(loaded("a", add_special_tokens=False)["input_ids"])
-    whole = list(loaded("a", add_special_tokens=True)["input_ids"])
-    heads: list[list[int | None]] = [[]]
-    tails: list[list[int | None]] = [[]]
-    if "bos_token" in tokens:
-        heads.append([loaded.bos_token_id])
-    if "eos_token" in tokens:
-        tails.append([loaded.eos_token_id])
-    for head in heads:
-        for tail in tails:
-            if whole == [*head, *bare, *tail]:
-                return bool(head), bool(tail)
-    return None
+    before, after = ids_around(loaded)
+    if before and ("bos_token" not in tokens or before != [loaded.bos_token_id]):
+        return None
+    if after and ("eos_token" not in tokens or after != [loaded.eos_token_id]):
+        return None
+    return bool(before), bool(after)

@@ -45,17 +45,19 @@ def prove(
         model_config: the result's configuration, where transformers is to be asked, too.
         form: where the files come from, in words.
     """
-    ties = 0
+    ties = compared = 0
     for encode in read_made_files(files, model_config):
-        difference, ties = compare(oracle, encode, texts, rows)
+        difference, ties, compared = compare(oracle, encode, texts, rows)
         if difference is not None:
             return difference
     tokenizers = f"tokenizers {importlib.metadata.version('tokenizers')}"
     tied = ""
     if ties:
         tied = f", {ties} of them up to the order of equally probable pieces"
-    said = f"{form}; {len(texts)} texts get the ids of {oracle.name} in {tokenizers}{tied}"
-    record = {"said": said, "form": form, "texts": len(texts), "ties": ties, "other_ids": 0}
+    if compared < len(texts):
+        tied += f"; {len(texts) - compared} texts hold a token without a row and were not compared"
+    said = f"{form}; {compared} texts get the ids of {oracle.name} in {tokenizers}{tied}"
+    record = {"said": said, "form": form, "texts": compared, "ties": ties, "other_ids": 0}
     record |= {"read_by": oracle.name, "compared_with": tokenizers}
     return ResultTokenizer(files, record, rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -96,25 +97,28 @@ def _show_ids(ids: Sequence[int]) -> str:
     return f"[{shown}]"
 
 
-def compare(oracle: Oracle, encode: Encode, texts: Sequence[str], rows: int) -> tuple[Difference | None, int]:
-    """The first difference of two tokenizers, and how many texts differ by a tie alone.
+def compare(oracle: Oracle, encode: Encode, texts: Sequence[str], rows: int) -> tuple[Difference | None, int, int]:
+    """The first difference of two tokenizers, how many texts differ by a tie alone, and how many were compared.
 
-    A text that holds a token without a row is left out: the model cannot read it.
+    A text that holds a token without a row is left out: the model cannot read it. No such token may stand around one.
     """
     wrong: list[tuple[str, list[int], list[int]]] = []
+    readable = [max(ids, default=0) < rows for ids in oracle.encode(texts, False)]
     ties = 0
     for whole in (False, True):
-        for text, expected, found in zip(texts, oracle.encode(texts, whole), encode(texts, whole), strict=True):
-            if expected == found or max(expected, default=0) >= rows:
+        pairs = zip(texts, oracle.encode(texts, whole), encode(texts, whole), strict=True)
+        for text, given, found in itertools.compress(pairs, readable):
+            expected = [number for number in given if number < rows]
+            if expected == found:
                 continue
             if oracle.ties(expected, found):
                 ties += not whole
                 continue
             wrong.append((text, expected, found))
     if not wrong:
-        return None, ties
+        return None, ties, sum(readable)
     count = len({text for text, _, _ in wrong})
-    return Difference(*wrong[0], count), ties
+    return Difference(*wrong[0], count), ties, sum(readable)
 
 
 def read_tokenizer(content: str, split_special_tokens: bool) -> Encode:
@@ -195,6 +199,7 @@ def read_made_files(files: Mapping[str, bytes], model_config: Mapping[str, Any] 
         return readers
     with tempfile.TemporaryDirectory() as place:
         for name, content in files.items():
+            (Path(place) / name).parent.mkdir(exist_ok=True)
             (Path(place) / name).write_bytes(content)
         (Path(place) / "config.json").write_text(json.dumps(model_config))
         loaded = load_with_transformers(Path(place))

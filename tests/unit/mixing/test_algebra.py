@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_btx.mixing.merge import for_one_rounding
 from tests import pico
-from tests.mixing import mix, rewrite
+from tests.mixing import mix, planned, rewrite
 from tests.unit.mixing.checkpoints import expert_words, same_bits, tensors
+from tests.unit.mixing.folders import CONFIG, HIDDEN, llama_folder, llama_tensors, safetensors_bytes
 
 EXPERTS = "decoder.layers.mlp.experts.experts."
 STACKED = {
@@ -117,6 +121,36 @@ def test_bf16_is_rounded_once(experts, dense, tmp_path):
     for target, key in STACKED.items():
         for place, source in enumerate(sources):
             assert torch.equal(result[target][:, place], source[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_are_rounded_once_too(dtype):
+    """By way of fp32, as torch goes, a mean just beside the middle of two numbers becomes the middle."""
+    step, generator = torch.finfo(dtype).eps, torch.Generator().manual_seed(1)
+    low = 1 + step * torch.randint(0, int(1 / step) - 1, (4096,), generator=generator, dtype=torch.float64)
+    low *= torch.where(torch.rand(4096, generator=generator) < 0.5, -1.0, 1.0)
+    for shift, up in ((2.0**-30, True), (-(2.0**-30), False)):
+        middle = low + low.sign() * step * (0.5 + shift)
+        expected = (low + low.sign() * step * up).to(dtype)
+        assert torch.equal(for_one_rounding(middle.clone(), dtype).to(dtype), expected)
+        assert not torch.equal(middle.to(dtype), expected), "nothing would have been rounded twice"
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan], dtype=torch.float64)
+    assert torch.equal(
+        for_one_rounding(special.clone(), dtype).to(dtype).view(torch.int16), special.to(dtype).view(torch.int16)
+    )
+
+
+def test_a_weighted_mean_of_bf16_is_rounded_once(tmp_path):
+    """Seen in the files: the mean of 1 and the next number, a little above the middle."""
+    folders = {}
+    for name, number in (("a", 1.0), ("b", 1 + 2.0**-7)):
+        folders[name] = llama_folder(tmp_path / name)
+        held = {key: torch.full_like(tensor, number).bfloat16() for key, tensor in llama_tensors().items()}
+        (folders[name] / "model.safetensors").write_bytes(safetensors_bytes(held))
+        (folders[name] / "config.json").write_text(json.dumps(CONFIG | {"torch_dtype": "bfloat16"}))
+    plan, _ = planned(folders, tmp_path / "mix", "hf", method="average", weights={"a": 1.0, "b": 1.00000001})
+    (norm,) = (piece for piece in plan.pieces if piece.name == "final_norm.weight")
+    assert torch.equal(norm.operation.rows(plan, norm, 0, HIDDEN), torch.full((HIDDEN,), 1 + 2.0**-7).bfloat16())
 
 
 def _shaken_bf16(seed: int, key: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,39 @@ def test_equal_sets_of_weights_are_one(tmp_path):
     assert torch.equal(embedding(folder), llama_tensors(1)[EMBEDDING])
 
 
+def test_equal_copies_of_a_tensor_are_one(tmp_path, capsys):
+    """Whichever shard the index names; a copy with other numbers, or of another form, is no copy."""
+    held = llama_tensors(1)
+    shards = {"model-1.safetensors": held, "model-2.safetensors": {EMBEDDING: held[EMBEDDING]}}
+    for number, named in enumerate(shards):
+        folder = llama_folder(tmp_path / f"model{number}", 2)
+        in_shards(folder, shards, dict.fromkeys(held, "model-1.safetensors") | {EMBEDDING: named})
+        if number == 0:  # the second shard must be one of the index's
+            in_shards(
+                folder,
+                shards
+                | {"model-2.safetensors": {EMBEDDING: held[EMBEDDING], "model.norm.weight": held["model.norm.weight"]}},
+                dict.fromkeys(held, "model-1.safetensors") | {"model.norm.weight": "model-2.safetensors"},
+            )
+        assert torch.equal(embedding(folder), held[EMBEDDING])
+    for other in (held[EMBEDDING] + 1, held[EMBEDDING].bfloat16(), held[EMBEDDING][:-1]):
+        in_shards(folder, shards | {"model-2.safetensors": {EMBEDDING: other}})
+        assert f"{EMBEDDING} is in model-1.safetensors as well, with other numbers" in refusal(folder, capsys)
+
+
+def test_another_name_of_the_activation_is_the_same(tmp_path):
+    folder = llama_folder(tmp_path / "model", 1)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"hidden_act": "swish"}))
+    assert open_source("model", folder).arguments["swiglu"]
+
+
+def test_another_name_of_the_type_is_the_same(tmp_path):
+    """torch and transformers know float32 as float, and float16 as half."""
+    folder = llama_folder(tmp_path / "model", 1)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"torch_dtype": "float"}))
+    assert open_source("model", folder).arguments["params_dtype"] == "float32"
+
+
 def test_an_index_without_its_shards_says_nothing_beside_the_weights(tmp_path):
     """As transformers reads it: the single file, whatever index lies beside it."""
     folder = llama_folder(tmp_path / "model", 1)

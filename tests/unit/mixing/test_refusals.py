@@ -77,7 +77,7 @@ OTHER_ARGUMENTS = {
     ),
     "rotary base": ({"rotary_base": 500000}, ["--rotary-base", "10000", "500000", "--take rotary_base=left", "=right"]),
     "rope scaling": ({"use_rope_scaling": True}, ["--use-rope-scaling", "False", "True"]),
-    "normalization": ({"normalization": "LayerNorm"}, ["--normalization", "'RMSNorm'", "'LayerNorm'"]),
+    "norms around one": ({"layernorm_zero_centered_gamma": True}, ["--apply-layernorm-1p", "False", "True"]),
     "window": ({"window_size": (8, 0)}, ["--window-size", "None", "(8, 0)"]),
     "clamped activation": ({"activation_func_clamp_value": 7.0}, ["--activation-func-clamp-value", "None", "7.0"]),
     "offset of the gate": ({"glu_linear_offset": 1.0}, ["--glu-linear-offset", "0.0", "1.0"]),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.mixing.cli import main
-from tests.unit.mixing.checkpoints import expert_words
+from tests.unit.mixing.checkpoints import expert_words, refused
 from tests.unit.mixing.folders import CONFIG, llama_folder
 
 
@@ -50,18 +50,91 @@ def test_equal_experts_get_no_remark(tmp_path, capsys):
     assert "differs:" not in capsys.readouterr().out
 
 
-def test_what_is_put_around_a_text_is_said(tmp_path, capsys):
-    """Ids of a text's own tokens are equal, and one model was trained with a token before each of them."""
-    from tokenizers import Tokenizer, models, processors
+TEMPLATES = {
+    "before and nothing": ("<s> $A", None, {}),
+    "both sides and before": ("<s> $A </s>", "<s> $A", {}),
+    "before and after": ("<s> $A", "$A <s>", {}),
+    "a setting": (None, None, {"add_bos_token": True}),
+    "a setting against a template": ("<s> $A", "<s> $A", {"add_bos_token": True, "add_eos_token": True}),
+}
 
-    folders = {name: llama_folder(tmp_path / name, seed) for seed, name in enumerate(("math", "code"))}
-    for name, folder in folders.items():
-        made = Tokenizer(models.WordLevel({"<s>": 0, "[UNK]": 1, "word": 2}, unk_token="[UNK]"))
-        made.add_special_tokens(["<s>"])
-        if name == "code":
-            made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-        made.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    assert main([*expert_words(folders), "--dry-run", "--output", str(tmp_path / "mix")]) == 0
-    said = "what a tokenizer puts around a text differs: '' in math, '<s>' in code; the result has that of math"
-    assert said in capsys.readouterr().out
+
+def with_tokenizer(folder: Path, template: str | None, **config: object) -> Path:
+    """A folder with a tokenizer of words that puts tokens around a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    made = Tokenizer(models.WordLevel({"<s>": 0, "[UNK]": 1, "word": 2, "</s>": 3}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<s>", "</s>"])
+    if template:
+        used = [(word, made.token_to_id(word)) for word in template.split() if word != "$A"]
+        made.post_processor = processors.TemplateProcessing(template, special_tokens=used)
+    made.save(str(folder / "tokenizer.json"))
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | config))
+    return folder
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_what_is_put_around_a_text_is_compared(case, tmp_path, capsys):
+    """Ids of a text's own tokens are equal, and one model was trained with a token before each of them."""
+    from transformers import AutoTokenizer
+
+    one, other, config = TEMPLATES[case]
+    (tmp_path / "experts").mkdir()
+    math = with_tokenizer(llama_folder(tmp_path / "experts" / "math", 0), one)
+    code = with_tokenizer(llama_folder(tmp_path / "experts" / "code", 1), other, **config)
+    whole = AutoTokenizer.from_pretrained(code)("word")["input_ids"]
+    for number, experts in enumerate(({"math": math, "code": code}, {"code": code, "math": math})):
+        words = [*expert_words(experts), "--output-format", "hf"]
+        message = refused(words, tmp_path / "out", capsys)
+        assert "what they put around a text" in message and "--take tokenizer=code" in message
+        target = tmp_path / f"mix{number}"
+        assert main([*words, "--output", str(target), "--take", "tokenizer=code"]) == 0
+        assert AutoTokenizer.from_pretrained(target)("word")["input_ids"] == whole
+        capsys.readouterr()
+        assert main([*words, "--output", str(tmp_path / "x"), "--allow-other-tokenizer", "--dry-run"]) == 0
+        assert "what a tokenizer puts around a text differs: " in capsys.readouterr().out
+
+
+def test_the_same_around_a_text_in_another_form(tmp_path, capsys):
+    """A setting beside the template says what the template does."""
+    math = with_tokenizer(llama_folder(tmp_path / "math", 0), "<s> $A")
+    code = with_tokenizer(llama_folder(tmp_path / "code", 1), "<s> $A", add_bos_token=True)
+    assert main([*expert_words({"math": math, "code": code}), "--dry-run"]) == 0
+    assert "around a text" not in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_lacks_tokens_cannot_be_taken(tmp_path, capsys):
+    math, code = (
+        with_tokenizer(llama_folder(tmp_path / "e" / name, n), None) for n, name in enumerate(("math", "code"))
+    )
+    content = json.loads((code / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][-1] | {"id": 4, "content": "<tool>"})
+    (code / "tokenizer.json").write_text(json.dumps(content))
+    words = [*expert_words({"math": math, "code": code}), "--vocab", "union"]
+    assert "take code" in refused([*words, "--take", "tokenizer=math"], tmp_path / "out", capsys)
+    assert main([*words, "--take", "tokenizer=code", "--dry-run"]) == 0
+
+
+def test_chat_templates_that_differ_are_said(tmp_path, capsys):
+    folders = {name: with_tokenizer(llama_folder(tmp_path / name, n), None) for n, name in enumerate(("math", "code"))}
+    assert main([*expert_words(folders), "--dry-run"]) == 0
+    assert "chat templates" not in capsys.readouterr().out
+    (folders["code"] / "additional_chat_templates").mkdir()
+    (folders["code"] / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    assert main([*expert_words(folders), "--dry-run"]) == 0
+    assert "chat templates differ between sources; the result has those of math" in capsys.readouterr().out
+
+
+def test_weights_that_are_the_same_or_have_nothing_in_common_are_said(experts, tmp_path, capsys):
+    """A model given twice, under whatever name; models of two bases; branches of one seed get no word."""
+    same, other = llama_folder(tmp_path / "same", 1), llama_folder(tmp_path / "other", 2)
+    folders = {"math": llama_folder(tmp_path / "math", 1), "code": same, "wiki": other}
+    assert main([*expert_words(folders), "--dry-run"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "note: " in line]
+    assert [line.split("note: ")[1].split(":")[0].split(" the same")[0] for line in notes] == [
+        "math and code have", "math and wiki do not resemble each other", "code and wiki do not resemble each other",
+    ]  # fmt: skip
+    assert main([*expert_words(experts), "--dry-run"]) == 0
+    assert "resemble" not in (said := capsys.readouterr().out) and "given twice" not in said

@@ -14,6 +14,7 @@ import torch
 from examples.quickstart.corpora import vocabulary
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing import convert_hf
+from megatron_btx.mixing.tokenizer.files import has_written_form, travelling_files
 from megatron_btx.mixing.tokenizer.texts import texts
 from tests.asked_tokenizers import Asked
 from tests.hugging_face import OLDER, REPOSITORY
@@ -79,7 +80,7 @@ def with_template(content: dict[str, Any]) -> dict[str, Any]:
 
 def model(folder: Path, files: Mapping[str, Any], rows: int = ROWS, **config: object) -> Path:
     """A pico Llama with these files."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     held = llama_tensors()
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         held[key] = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(1))
@@ -123,6 +124,10 @@ def folders() -> dict[str, Files]:
     pairs, llama = byte_pairs(), pieces(normalization_rule_name="identity", remove_extra_whitespaces=False)
     added = pairs | {"added_tokens": [*pairs["added_tokens"], entry(400, "<|im_start|>"), entry(401, "<tool>", False)]}
     rowless = pairs | {"added_tokens": [*pairs["added_tokens"], *(entry(400 + n, f"<x{n}>") for n in range(500))]}
+    begins = with_template(pairs) | {"added_tokens": [*rowless["added_tokens"], entry(900, "<first>")]}
+    begins["post_processor"] = json.loads(
+        json.dumps(begins["post_processor"]).replace(END, "<first>").replace("399", "900")
+    )
     ends = {"bos_token": END, "eos_token": END, "unk_token": END}
     return {
         "model alone": {"tokenizer.model": llama, "tokenizer_config.json": LLAMA},
@@ -158,6 +163,7 @@ def folders() -> dict[str, Files]:
             "tokenizer_config.json": FAST | {"add_prefix_space": True},
         },
         "begins": {"tokenizer.json": with_template(pairs), "tokenizer_config.json": BACKEND},
+        "begins without a row": {"tokenizer.json": begins, "tokenizer_config.json": BACKEND},
         "no rows": {"tokenizer.json": rowless, "tokenizer_config.json": FAST | {"pad_token": "<x499>"}},
     }  # fmt: skip
 
@@ -295,7 +301,9 @@ def test_the_proof_is_recorded(results):
     """How many texts were compared with what, and that nothing differed."""
     for name in CASES:
         record = results.records[name]
-        assert record["texts"] > 150 and record["other_ids"] == 0 and "tokenizers 0." in record["said"], name
+        assert (
+            (record["texts"] > 150 or "row" in name) and record["other_ids"] == 0 and "tokenizers 0." in record["said"]
+        ), name
     assert "sentencepiece 0." in results.records["run bpe"]["read_by"]
 
 
@@ -307,6 +315,48 @@ def test_a_configurations_own_ids_win_where_they_have_rows(tmp_path):
     config, generation = (json.loads((folder / f).read_text()) for f in ("config.json", "generation_config.json"))
     assert config["eos_token_id"] == 5 and config["bos_token_id"] == 399 and "pad_token_id" not in config
     assert generation == {"eos_token_id": [399, 7], "top_k": 4, "bos_token_id": 399}
+
+
+def test_special_tokens_are_kept_wherever_they_are_listed(tmp_path):
+    """As a list of the configuration, as named ones of one's own, or in the older file alone."""
+    added = FOLDERS["added in json"]["tokenizer.json"]
+    for number, (config, files) in enumerate(
+        [
+            ({"additional_special_tokens": ["<|im_start|>"]}, {}),
+            ({"extra_special_tokens": {"start": "<|im_start|>"}}, {}),
+            ({}, {"special_tokens_map.json": {"additional_special_tokens": ["<|im_start|>"]}}),
+        ]
+    ):
+        files = {"tokenizer.json": added, "tokenizer_config.json": FAST | {"eos_token": END} | config} | files
+        folder, _ = result(model(tmp_path / f"a{number}", files), tmp_path / f"out{number}")
+        said = json.loads((folder / "tokenizer_config.json").read_text())
+        assert said["additional_special_tokens"] == ["<|im_start|>"] and said["eos_token"] == END
+
+
+def test_templates_and_added_tokens_reach_every_reader(results, tmp_path):
+    """Those of transformers, and who goes by tokenizer.model and what stands beside it: llama.cpp's converter."""
+    import transformers
+
+    files = FOLDERS["model and added"] | {"chat_template.jinja": "D", "additional_chat_templates/tool_use.jinja": "T"}
+    (tmp_path / "a" / "additional_chat_templates").mkdir(parents=True)
+    source = model(tmp_path / "a", files)
+    for format_, within in (("hf", ""), ("megatron", "huggingface")):
+        _, output = planned({"a": source}, tmp_path / "out", format_, method="copy")
+        for name, content in output.small_files.items():
+            (tmp_path / format_ / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / format_ / name).write_bytes(content)
+        folder = tmp_path / format_ / within
+        assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == {"default": "D", "tool_use": "T"}
+        decoder = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+        assert decoder["600"]["content"] == "<|im_start|>" and decoder["601"]["content"] == "<tool>"
+        own = {
+            str(added["id"]): added["content"]
+            for added in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        }
+        assert {number: added["content"] for number, added in decoder.items()} == own
+    assert has_written_form(travelling_files(tmp_path / "hf"), ROWS), "a second conversion would write other files"
+    for name in ("plain", "run bpe", "added in json"):  # no other reader, or nothing that it lacks
+        assert "added_tokens_decoder" not in json.loads((results.folders[name] / "tokenizer_config.json").read_text())
 
 
 # --- refusals -------------------------------------------------------------------------------------------------

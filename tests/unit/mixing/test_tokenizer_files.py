@@ -60,8 +60,18 @@ def test_ways_that_are_as_probable_are_one():
         ((), tie, False),
     ):
         oracle = Oracle("a model", lambda _texts, _whole: expected, scored)
-        difference, ties = compare(oracle, lambda _texts, _whole, ids=found: ids, ["abcab"], len(pieces))
-        assert ((difference is None), ties) == (is_tie, int(is_tie))
+        difference, ties, compared = compare(oracle, lambda _texts, _whole, ids=found: ids, ["abcab"], len(pieces))
+        assert ((difference is None), ties, compared) == (is_tie, int(is_tie), 1)
+
+
+def test_a_proof_counts_what_it_compared():
+    """A text with a token that has no row is left out, and such a token around a text is none of the result."""
+    rowless = {False: [[1, 9], [2], []], True: [[9, 1, 9], [9, 2], [9]]}
+    for found, wrong in (([[], [2], []], 0), ([[], [9, 2], [9]], 2), ([[], [9, 2], []], 1)):
+        oracle = Oracle("a model", lambda _texts, whole: rowless[whole])
+        read = {False: [[], [2], []], True: found}
+        difference, _, compared = compare(oracle, lambda _texts, whole, ids=read: ids[whole], ["a", "b", "c"], 9)
+        assert compared == 2 and (difference.count if difference else 0) == wrong
 
 
 def test_of_several_ids_those_with_a_row_stay():
