@@ -64,16 +64,16 @@ class TextDataset(gpt_dataset.GPTDataset):
         beside = os.path.join(self.dataset.path_prefix, "cache", "GPTDataset_indices")
         name = hashlib.sha256(made_from.encode()).hexdigest()[:32]
         start = os.path.join(self.config.order_folder or beside, f"{name}-GPTDataset-{self.index_split.name}-")
-        kept = _read(start)
+        kept = read_order(start)
         if kept is not None:
             return kept
         made: tuple[Any, ...] = super()._build_document_sample_shuffle_indices()
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            _keep(start, made, made_from)
+            keep_order(start, made, made_from)
         return made
 
 
-def _read(start: str) -> tuple[Any, ...] | None:
+def read_order(start: str) -> tuple[Any, ...] | None:
     """The arrays, mapped; None where a file is missing, or is not what was written."""
     files = [Path(start + file) for file in _FILES]
     try:
@@ -84,7 +84,7 @@ def _read(start: str) -> tuple[Any, ...] | None:
         return None
 
 
-def _keep(start: str, made: tuple[Any, ...], made_from: str) -> None:
+def keep_order(start: str, made: tuple[Any, ...], made_from: str) -> None:
     """Write the arrays and, last, what they are; where that fails the run goes on with what it has in memory."""
     folder, hashes = os.path.dirname(start), []
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +15,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.training import global_vars
 
-from megatron_btx.data import preprocess
+from megatron_btx.data import preprocess, text_dataset
 from megatron_btx.data.foreign_ids import ForeignIdError, check_batch
 from megatron_btx.data.texts import start_of
 from megatron_btx.data.tokenizers import TokenizerSettings, _namespace
-from megatron_btx.data.training import datasets_for
+from megatron_btx.data.training import check_data_files, datasets_for
+from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.stopping import Stopping
 from megatron_btx.model.step import batches_of
 
@@ -189,3 +192,136 @@ def test_a_number_that_no_token_has_is_no_padding(made, one_process, forgotten, 
         check_batch({name: value[None] for name, value in train[0].items()}, args, training=True)
     with pytest.raises(ForeignIdError, match="holds the token id -1"):
         batches_of(start_of(f"{tmp_path}/d", 2 * LENGTH), "text")
+
+
+NUMBERS = TokenizerSettings("NullTokenizer", vocab_size=96)
+
+
+def write_numbers(prefix: Path, lengths: list[int]) -> Path:
+    """A dataset of documents of these lengths."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for number, length in enumerate(lengths):
+        builder.add_document(torch.arange(number, number + length) % 95, [length])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def orders(data: Path, cache: Path | None, **changes: object) -> list[list[np.ndarray]]:
+    """What a start reads of every split: documents, sequences and their shuffle."""
+    changes = {"data_cache_path": cache and str(cache), **changes}
+    run_of(NUMBERS, data, data, **changes)
+    built = [dataset for dataset in datasets_for(Stopping())([SEQUENCES, 7, 0]) if dataset is not None]
+    return [[np.array(d.document_index), np.array(d.sample_index), np.array(d.shuffle_index)] for d in built]
+
+
+def same(some: list[list[np.ndarray]], others: list[list[np.ndarray]]) -> bool:
+    return all(np.array_equal(a, b) for x, y in zip(some, others, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("place", ["given", "beside"])
+def test_a_dataset_made_again_has_an_order_of_its_own(place, one_process, forgotten, tmp_path: Path):
+    """Whatever lies in the cache; also where size and time of the files are those of the older ones."""
+    cache = tmp_path / "cache" if place == "given" else None
+    data = write_numbers(tmp_path / "d", [30] * 40)
+    first, stamps = orders(data, cache), os.stat(f"{data}.idx")
+    for number, lengths in enumerate(([30] * 10, [30] * 200, [20, 40] * 20)):
+        write_numbers(data, lengths)
+        os.utime(f"{data}.idx", ns=(stamps.st_atime_ns, stamps.st_mtime_ns))
+        found = orders(data, cache)
+        assert not same(found, first) and same(found, orders(data, tmp_path / f"new{number}"))
+    assert os.stat(f"{data}.idx").st_size == stamps.st_size
+    write_numbers(data, [30] * 40)
+    assert same(orders(data, cache), first)
+
+
+def test_the_order_is_megatrons(one_process, forgotten, tmp_path: Path):
+    """A run that began with Megatron's own cache goes on in the same order, and its files do no harm."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.training import get_tokenizer
+
+    one, two = write_numbers(tmp_path / "one", [30, 7] * 40), write_numbers(tmp_path / "two", [50] * 9)
+    blend = {"train_data_path": ["3", str(one), "1", str(two)], "valid_data_path": [str(two)]}
+    run_of(NUMBERS, one, tmp_path / "cache", **blend)
+    ours = datasets_for(Stopping())([SEQUENCES, 7, 0])
+    config = GPTDatasetConfig(
+        random_seed=1, sequence_length=LENGTH, blend_per_split=[([str(one), str(two)], [3, 1]), ([str(two)], None), None],
+        path_to_cache=str(tmp_path / "cache"), tokenizer=get_tokenizer(), reset_position_ids=False,
+        reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=True,
+    )  # fmt: skip
+    for _ in ("made", "read"):
+        theirs = BlendedMegatronDatasetBuilder(GPTDataset, [SEQUENCES, 7, 0], lambda: True, config).build()
+        for mine, stock in zip(ours[:2], theirs[:2], strict=True):
+            assert len(mine) == len(stock)
+            for number in range(len(mine)):
+                assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(stock[number][k])) for k, v in mine[number].items())
+
+
+def damages(file: Path) -> Iterator[None]:
+    """A file as a full disk, a kill or a bad disk leave it."""
+    whole = file.read_bytes()
+    file.unlink()
+    yield
+    for content in (b"", whole[: len(whole) // 2], whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], whole * 2):
+        file.write_bytes(content)
+        yield
+
+
+def test_a_damaged_order_is_made_anew(one_process, forgotten, tmp_path: Path):
+    """Each file, however it was damaged; afterwards all of them are whole."""
+    data, cache = write_numbers(tmp_path / "d", [30] * 40), tmp_path / "cache"
+    first = orders(data, cache)
+    files = {file: file.read_bytes() for file in sorted(cache.iterdir())}
+    assert len(files) == 8
+    for file, whole in files.items():
+        for _ in damages(file):
+            assert same(orders(data, cache), first)
+            assert file.suffix == ".txt" or file.read_bytes() == whole
+    assert sorted(cache.iterdir()) == list(files)
+
+
+def test_killed_while_it_writes(tmp_path: Path):
+    """At each of the moments at which a file gets its name; and several processes at once."""
+    made = (np.arange(40), np.arange(60).reshape(30, 2), np.arange(29)[::-1])
+    replace = os.replace
+
+    def child(start: str, calls: int) -> int:
+        """Write in a process that dies when it gives the last of so many files its name."""
+        process = os.fork()
+        if process:
+            return process
+        left = iter(range(calls - 1, -1, -1))
+
+        def dying(source: str, target: str) -> None:
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = dying
+        text_dataset.keep_order(start, made, "what")
+        os._exit(0)
+
+    for calls in range(1, 5):
+        start = f"{tmp_path}/{calls}-"
+        assert os.waitpid(child(start, calls), 0)[1] == signal.SIGKILL
+        assert text_dataset.read_order(start) is None
+        text_dataset.keep_order(start, made, "what")
+        assert same([text_dataset.read_order(start)], [made])
+    children = [child(f"{tmp_path}/together-", 99) for _ in range(6)]
+    assert [os.waitpid(process, 0)[1] for process in children] == [0] * 6
+    assert same([text_dataset.read_order(f"{tmp_path}/together-")], [made])
+
+
+def test_where_nothing_can_be_written(one_process, forgotten, tmp_path: Path, capsys):
+    """A folder that was asked for is refused before the run; beside the data the order is not kept, and that is said."""
+    data = write_numbers(tmp_path / "d", [30] * 40)
+    (tmp_path / "d").write_text("no folder")
+    first = orders(data, tmp_path / "cache")
+    assert same(orders(data, None), first)
+    assert "the order of sequences cannot be kept there ([Errno 20] Not a directory" in capsys.readouterr().out
+    for place in (tmp_path / "d", tmp_path / "d" / "cache"):
+        args = run_of(NUMBERS, data, place)
+        with pytest.raises(InputError, match=f"--data-cache-path {place}: .* is no folder that can be written to"):
+            check_data_files(args)
