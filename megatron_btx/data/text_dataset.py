@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from megatron_btx.ground.files import hash_file, write_json
 from megatron_btx.ground.log import say
 
 _FILES = ("document_index.npy", "sample_index.npy", "shuffle_index.npy")
-_DESCRIPTION = "description.txt"
+
+for _module in (gpt_dataset, blended_dataset):  # they warn that they keep nothing themselves
+    logging.getLogger(_module.__name__).addFilter(lambda record: "path_to_cache is None" not in record.getMessage())
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,9 @@ class DatasetTokenizer:
     """
 
     eod: int | None
-    pad: int = int(np.iinfo(np.int64).min)
+    pad: int = -(2**63)
     vocab_size: None = None
-    """Datasets say by themselves how many bytes a token has."""
-    unique_identifiers: dict[str, str] = field(default_factory=dict)
-    """Of the order of sequences, which follows from their lengths."""
+    unique_identifiers: str = ""
 
 
 @dataclass
@@ -61,48 +61,37 @@ class TextDataset(gpt_dataset.GPTDataset):
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, ...]:
         lengths = hashlib.sha256(self.dataset.sequence_lengths[self.indices]).hexdigest()
         made_from = f"{version('megatron-core')} {lengths} {self.unique_description}"
-        beside = os.path.join(self.dataset.path_prefix, "cache", "GPTDataset_indices")
-        name = hashlib.sha256(made_from.encode()).hexdigest()[:32]
-        start = os.path.join(self.config.order_folder or beside, f"{name}-GPTDataset-{self.index_split.name}-")
-        kept = read_order(start)
-        if kept is not None:
-            return kept
-        made: tuple[Any, ...] = super()._build_document_sample_shuffle_indices()
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            keep_order(start, made, made_from)
-        return made
+        name = f"{hashlib.sha256(made_from.encode()).hexdigest()[:32]}-GPTDataset-{self.index_split.name}-"
+        folder = self.config.order_folder or f"{self.dataset.path_prefix}/cache/GPTDataset_indices"
+        order = read_order(f"{folder}/{name}")
+        if order is None:
+            order = super()._build_document_sample_shuffle_indices()
+            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                keep_order(f"{folder}/{name}", order, made_from)
+        return order
 
 
 def read_order(start: str) -> tuple[Any, ...] | None:
     """The arrays, mapped; None where a file is missing, or is not what was written."""
-    files = [Path(start + file) for file in _FILES]
     try:
-        if json.loads(Path(start + _DESCRIPTION).read_bytes())["sha256"] != [hash_file(file) for file in files]:
-            return None
-        return tuple(np.load(file, mmap_mode="r") for file in files)
+        hashes = json.loads(Path(f"{start}description.txt").read_bytes())["sha256"]
+        if hashes == [hash_file(Path(start + file)) for file in _FILES]:
+            return tuple(np.load(start + file, mmap_mode="r") for file in _FILES)
     except (OSError, ValueError, LookupError, TypeError):
-        return None
+        pass
+    return None
 
 
-def keep_order(start: str, made: tuple[Any, ...], made_from: str) -> None:
+def keep_order(start: str, order: tuple[Any, ...], made_from: str) -> None:
     """Write the arrays and, last, what they are; where that fails the run goes on with what it has in memory."""
-    folder, hashes = os.path.dirname(start), []
+    folder, hashes = Path(start).parent, []
     try:
-        os.makedirs(folder, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as aside:
-            for file, array in zip(_FILES, made, strict=True):
-                np.save(os.path.join(aside, file), array)
+            for file, array in zip(_FILES, order, strict=True):
+                np.save(f"{aside}/{file}", array)
                 hashes.append(hash_file(Path(aside, file)))
-                os.replace(os.path.join(aside, file), start + file)
-        write_json(Path(start + _DESCRIPTION), {"sha256": hashes, "made_from": made_from})
+                os.replace(f"{aside}/{file}", start + file)
+        write_json(Path(f"{start}description.txt"), {"sha256": hashes, "made_from": made_from})
     except OSError as error:
         say(f"{folder}: the order of sequences cannot be kept there ({error}), and every start makes it anew")
-
-
-def _is_about_keeping(record: logging.LogRecord) -> bool:
-    return "because path_to_cache is None" in record.getMessage()
-
-
-for _module in (gpt_dataset, blended_dataset):
-    # Megatron warns that it keeps nothing itself.
-    logging.getLogger(_module.__name__).addFilter(lambda record: not _is_about_keeping(record))

@@ -247,7 +247,8 @@ def test_the_order_is_megatrons(one_process, forgotten, tmp_path: Path):
     run_of(NUMBERS, one, tmp_path / "cache", **blend)
     ours = datasets_for(Stopping())([SEQUENCES, 7, 0])
     config = GPTDatasetConfig(
-        random_seed=1, sequence_length=LENGTH, blend_per_split=[([str(one), str(two)], [3, 1]), ([str(two)], None), None],
+        random_seed=1, sequence_length=LENGTH,
+        blend_per_split=[([str(one), str(two)], [3, 1]), ([str(two)], None), None],
         path_to_cache=str(tmp_path / "cache"), tokenizer=get_tokenizer(), reset_position_ids=False,
         reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=True,
     )  # fmt: skip
@@ -256,7 +257,9 @@ def test_the_order_is_megatrons(one_process, forgotten, tmp_path: Path):
         for mine, stock in zip(ours[:2], theirs[:2], strict=True):
             assert len(mine) == len(stock)
             for number in range(len(mine)):
-                assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(stock[number][k])) for k, v in mine[number].items())
+                assert all(
+                    torch.equal(torch.as_tensor(v), torch.as_tensor(stock[number][k])) for k, v in mine[number].items()
+                )
 
 
 def damages(file: Path) -> Iterator[None]:
@@ -264,7 +267,13 @@ def damages(file: Path) -> Iterator[None]:
     whole = file.read_bytes()
     file.unlink()
     yield
-    for content in (b"", whole[: len(whole) // 2], whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], whole * 2):
+    for content in (
+        b"",
+        whole[: len(whole) // 2],
+        whole[:-1],
+        whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
+        whole * 2,
+    ):
         file.write_bytes(content)
         yield
 
@@ -315,7 +324,7 @@ def test_killed_while_it_writes(tmp_path: Path):
 
 
 def test_where_nothing_can_be_written(one_process, forgotten, tmp_path: Path, capsys):
-    """A folder that was asked for is refused before the run; beside the data the order is not kept, and that is said."""
+    """A folder that was asked for is refused; beside the data the order is not kept, and that is said."""
     data = write_numbers(tmp_path / "d", [30] * 40)
     (tmp_path / "d").write_text("no folder")
     first = orders(data, tmp_path / "cache")
