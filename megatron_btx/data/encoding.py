@@ -109,12 +109,13 @@ def make_encoder(
         eod = tokenizers.end_of_document(tokenizer, settings)
     from megatron_btx.data.indexed import choose_dtype
 
+    size = tokenizers.count_numbers(tokenizer)
     return Encoder(
         document_ids=DocumentEncoder.of(tokenizer, eod),
         keys=keys,
-        vocab_size=tokenizer.vocab_size,
-        dtype=choose_dtype(tokenizer.vocab_size),
+        vocab_size=size,
+        dtype=choose_dtype(size),
         refuse_record=refuse_record,
-        described=DescribedTokenizer.of(dataclasses.asdict(settings), tokenizer.vocab_size),
+        described=DescribedTokenizer.of(dataclasses.asdict(settings), size),
         draw_seed=draw_seed,
     )

@@ -13,7 +13,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_btx.checkpoint.tokenizers.kinds import refuse_placeholders
 from megatron_btx.ground.errors import InputError, bare_exceptions_as
@@ -110,6 +110,31 @@ class PieceTokenizer:
         return text
 
 
+def count_numbers(tokenizer: Any) -> int:
+    """The highest number of Megatron's tokenizer plus one; where numbers have holes, Megatron counts too few."""
+    numbers = getattr(_library_of(tokenizer), "get_vocab", None)
+    return int(tokenizer.vocab_size) if numbers is None else max(numbers().values(), default=-1) + 1
+
+
+def _library_of(tokenizer: Any) -> Any:
+    """The tokenizer of transformers that is inside, or None."""
+    return getattr(getattr(tokenizer, "_tokenizer", tokenizer), "tokenizer", None)
+
+
+def _refuse_chance(tokenizer: Any) -> None:
+    """Refuse a tokenizer that draws how it cuts a text: each time another dataset, or another loss."""
+    library = _library_of(tokenizer)
+    model = getattr(getattr(library, "backend_tokenizer", None), "model", None)
+    drawn = {name: getattr(model, name, None) for name in ("dropout", "alpha", "nbest_size")}
+    drawn["enable_sampling"] = (getattr(library, "sp_model_kwargs", None) or {}).get("enable_sampling")
+    for name, value in drawn.items():
+        if value:
+            raise InputError(
+                f"--tokenizer-model {library.name_or_path}: cuts texts at random ({name} {value:g}), each time anew; "
+                f"set {name} to null in its tokenizer.json or tokenizer_config.json"
+            )
+
+
 def load(settings: TokenizerSettings) -> Tokenizer:
     """Build the tokenizer that Megatron's training would build from the same flags.
 
@@ -154,7 +179,7 @@ def end_of_document(tokenizer: Tokenizer, settings: TokenizerSettings) -> int:
         InputError: the tokenizer has none (Megatron would write -1, which wraps to a huge id).
     """
     eod = tokenizer.eod
-    if eod is None or not 0 <= eod < tokenizer.vocab_size:
+    if eod is None or not 0 <= eod < count_numbers(tokenizer):
         raise InputError(
             f"--append-eod: the tokenizer {settings.tokenizer_model or settings.tokenizer_type} has no end-of-document"
             f" token (found {eod}); train it with an eos token, or leave the flag out"
@@ -182,7 +207,8 @@ class DocumentEncoder:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, eod: int | None) -> DocumentEncoder:
-        """Look at what the tokenizer makes of an empty text."""
+        """Look at what the tokenizer makes of an empty text. Raises InputError where it cuts at random."""
+        _refuse_chance(tokenizer)
         frame, framed = _ids_or_none(tokenizer, ""), _ids_or_none(tokenizer, "a")
         if not frame or not framed:
             return cls(tokenizer, eod, (), ())

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import _IndexReader
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
@@ -20,7 +19,9 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_btx.data.description import ALLOWANCE, SUFFIX, Tokenizer, check_description
 from megatron_btx.data.foreign_ids import check_batch
 from megatron_btx.data.splits import splits_of
+from megatron_btx.data.text_dataset import DatasetTokenizer, TextDataset, TextDatasetConfig
 from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.files import refuse_unwritable
 from megatron_btx.ground.stopping import Stopping
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
@@ -37,17 +38,17 @@ def datasets_for(stopping: Stopping) -> Any:
         """The datasets, for the numbers of sequences that are wanted for training, validation and test."""
         stopping.watch()
         config = gpt_dataset_config(get_args())
-        return BlendedMegatronDatasetBuilder(GPTDataset, sample_counts, reads_batches, config).build()
+        return BlendedMegatronDatasetBuilder(TextDataset, sample_counts, reads_batches, config).build()
 
     # Every rank calls the provider; reads_batches says which of them build.
     train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
     return train_valid_test_datasets
 
 
-def gpt_dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
+def gpt_dataset_config(args: argparse.Namespace) -> TextDatasetConfig:
     """Megatron's dataset configuration from its arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    return TextDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -56,16 +57,14 @@ def gpt_dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         multiple_validation_sets=args.multiple_validation_sets,
         full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
+        order_folder=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
+        tokenizer=DatasetTokenizer(get_tokenizer().eod),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
         context_parallel_size=args.context_parallel_size,
-        # A pad id that equals the end-of-document id must not hide document ends from the loss.
-        allow_ambiguous_pad_tokens=True,
     )
 
 
@@ -73,8 +72,11 @@ def check_data_files(args: argparse.Namespace) -> None:
     """Refuse missing, empty and damaged datasets before any process group exists.
 
     Raises:
-        InputError: no data at all; or the flag, the prefix and the file that is missing or damaged.
+        InputError: no data at all; or the flag, the prefix and the file that is missing or damaged; or a folder for
+            the order of sequences that cannot be written.
     """
+    if args.data_cache_path:
+        refuse_unwritable(args.data_cache_path, f"--data-cache-path {args.data_cache_path}")
     flags = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
     if not any(getattr(args, flag) for flag in flags) and not args.data_args_path and not args.per_split_data_args_path:
         raise InputError("no training data: give --data-path, or --train-data-path (and --valid-data-path)")

@@ -25,6 +25,7 @@ from megatron_btx.engine.checks import check_arguments
 from megatron_btx.engine.fallback import check_save_folder, choose_checkpoint
 from megatron_btx.engine.flags import add_btx_arguments
 from megatron_btx.engine.options import Options
+from megatron_btx.engine.repairs import count_numbers_of_tokenizers
 from megatron_btx.engine.restricted_loading import cause_of, loading_failed, restrict_unpickling
 from megatron_btx.ground import launch
 from megatron_btx.ground.errors import InputError, refused
@@ -71,6 +72,7 @@ def _parse(
     launch.join(checking="--btx-check" in sys.argv[1:])
     # Before Megatron parses: --use-checkpoint-args makes it load a checkpoint's arguments while it does.
     restrict_unpickling()
+    count_numbers_of_tokenizers()
 
     def add(parser: ArgumentParser) -> ArgumentParser:
         """Our flags, and our checks between Megatron's parsing and its validation."""

@@ -7,6 +7,7 @@ import functools
 from importlib.util import find_spec
 from typing import Any
 
+from megatron_btx.data.tokenizers import count_numbers
 from megatron_btx.engine import patch
 
 
@@ -20,6 +21,15 @@ def install() -> None:
     use_an_optimizer_that_resumes()
     recompute_norms_without_fp8()
     route_without_noise_in_evaluation()
+
+
+def count_numbers_of_tokenizers() -> None:
+    """Give a Hugging Face tokenizer the size that its numbers need, before Megatron counts the rows of the model."""
+    from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
+
+    size = functools.cached_property(count_numbers)
+    size.__set_name__(HuggingFaceTokenizer, "vocab_size")  # batches ask for it
+    patch.replace(HuggingFaceTokenizer, "vocab_size", size)
 
 
 def use_the_shipped_dataset_helper() -> None:

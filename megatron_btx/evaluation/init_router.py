@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.engine.tool import start_tool
 from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.ground.files import refuse_unwritable
 from megatron_btx.ground.log import say
 
 HELD_OUT_EVERY = 5
@@ -122,9 +122,7 @@ def check_output(given: str) -> None:
         beside = output.with_name(output.name + suffix)
         if beside.exists():
             raise InputError(f"{where}: {beside.name} is there already, beside it; move it, or name another folder")
-    above = next(folder for folder in output.parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"{where}: {above} is no folder that can be written to; name another place")
+    refuse_unwritable(str(output.parent), where)
 
 
 def _check_inputs(args: argparse.Namespace) -> dict[str, str]:

@@ -47,6 +47,15 @@ def write_json(file: Path, value: object) -> None:
     write_atomically(file, json.dumps(value, indent=1))
 
 
+def refuse_unwritable(folder: str, where: str) -> None:
+    """Raise InputError for a folder that cannot be written, or cannot be made where there is none."""
+    above = os.path.abspath(folder)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{where}: {above} is no folder that can be written to; name another place")
+
+
 def read_json(file: Path, remedy: str, error: type[InputError] = InputError) -> Any:
     """The value in a JSON file, which may be a stranger's.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.ground.errors import InputError, refused
@@ -25,6 +26,7 @@ def model_config(args: argparse.Namespace, step: Step | None = None) -> Any:
 
     try:
         model = gpt_config_from_args(args)
+        copy.deepcopy(model).finalize()  # as the builder of the model will do, with the last of its checks
     except (AssertionError, ValueError) as refusal:
         raise refused(refusal) from refusal
     # Megatron 0.19 parses this flag and does not pass it on.

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.checkpoint.sizes import mixture_layers
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.log import say
 from megatron_btx.model.groups import TrainedGroups, group_of
@@ -97,6 +98,24 @@ def check_optimizers(args: argparse.Namespace) -> Callable[[list[Any]], list[Any
         return model
 
     return hook
+
+
+def check_stages(args: argparse.Namespace, groups: TrainedGroups) -> None:
+    """Refuse the same before there is a model, where all stages have as many layers. Raises InputError."""
+    pipeline, tensor = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
+    chunks = pipeline * (args.virtual_pipeline_model_parallel_size or 1)
+    spread = args.expert_model_parallel_size > 1 or (args.expert_tensor_parallel_size or tensor) != tensor
+    uneven = args.pipeline_model_parallel_layout or args.num_layers % chunks or args.decoder_first_pipeline_num_layers
+    if not args.num_experts or not spread or uneven or args.decoder_last_pipeline_num_layers:
+        return
+    held: list[set[str]] = [set() for _ in range(pipeline)]
+    for layer, is_mixture in enumerate(mixture_layers(args.moe_layer_freq, args.num_layers)):
+        own = {"experts", "router"} | ({"mlp"} if args.moe_shared_expert_intermediate_size else set())
+        held[layer * chunks // args.num_layers % pipeline] |= {"attention", "norms"} | (own if is_mixture else {"mlp"})
+    held[0].add("embeddings")
+    held[-1].add("embeddings" if groups.is_tied else "head")
+    stages = [{group != "experts" for group in stage - set(groups.frozen)} for stage in held]
+    refuse_optimizers(stages, args.use_distributed_optimizer)
 
 
 def refuse_optimizers(stages: list[set[bool]], distributed: bool) -> None:

@@ -34,12 +34,9 @@ def torch_native_layer_spec(config: GPTModelConfig, vp_stage: int | None = None)
     """The layers of one pipeline stage, for ``GPTModelConfig.transformer_layer_spec``.
 
     Dense and mixture-of-experts models alike; ``moe_layer_freq`` is honoured by Megatron's own block specification.
-
-    Raises:
-        InputError: the configuration needs what only Transformer Engine has.
+    What only Transformer Engine has is refused before (``engine/checks/useless_flags.py``).
     """
     transformer = config.transformer
-    refuse_what_needs_transformer_engine(transformer)
     block = get_gpt_decoder_block_spec(
         transformer,
         use_transformer_engine=False,
@@ -76,19 +73,6 @@ def layer_specs(settings: RouterSettings, step: Step) -> Any:
     return with_our_routers
 
 
-def refuse_what_needs_transformer_engine(config: TransformerConfig) -> None:
-    """Raise InputError for settings that the torch-native layers cannot honour."""
-    remedy = "use --transformer-impl transformer_engine, or leave it out"
-    if config.context_parallel_size > 1:
-        raise InputError(f"--context-parallel-size {config.context_parallel_size}: only Transformer Engine; {remedy}")
-    if config.window_size is not None:
-        raise InputError(f"--window-size {config.window_size}: only Transformer Engine has it here; {remedy}")
-    if config.softmax_type != "vanilla":
-        raise InputError(f"--softmax-type {config.softmax_type}: only Transformer Engine has it here; {remedy}")
-    if config.fp8 or config.fp4:
-        raise InputError(f"fp8 or fp4 training needs Transformer Engine; {remedy}")
-
-
 def _with_torch_parts(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     layer: TransformerLayerSubmodules = spec.submodules
     attention: SelfAttentionSubmodules = layer.self_attention.submodules
@@ -112,11 +96,7 @@ class TorchNorm:
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
-        if config.layernorm_zero_centered_gamma:
-            raise InputError("--apply-layernorm-1p needs Transformer Engine or apex: torch's norms have no such form")
         norms: dict[str, type[torch.nn.Module]] = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
-        if config.normalization not in norms:
-            raise InputError(f"--normalization {config.normalization}: expected one of {', '.join(norms)}")
         norm = norms[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)  # type: ignore[call-arg]
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from megatron_btx.engine.budget import budget_of
 from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
 from megatron_btx.engine.program import parse_training
-from megatron_btx.ground.errors import CheckpointError, MachineError, exits_with_one_line, print_error
+from megatron_btx.ground.errors import CheckpointError, MachineError, exits_with_one_line, print_error, refused
 from megatron_btx.ground.log import say
 from megatron_btx.ground.orphans import end_helpers, leave_no_orphans
 from megatron_btx.ground.standstill import AGAIN
@@ -127,7 +127,7 @@ def check() -> int:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             install_cpu_stand_ins()
             args, _ = checked_arguments()
-            model_config(args)
+            _configuration(args, model_config(args))
     finally:
         logging.disable(logging.NOTSET)
     layout = (
@@ -174,8 +174,6 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     Raises:
         InputError: see :func:`checked_arguments`.
     """
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
     from megatron_btx.engine import repairs
     from megatron_btx.engine.async_saves import guard_async_saves
     from megatron_btx.engine.checks.start import checkpoint_to_load
@@ -215,7 +213,17 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     model.pre_wrap_hooks.append(check_optimizers(args))
     if args.num_experts:
         model.pre_wrap_hooks.append(telemetry.install(args))
-    return pretrain_cfg_container_from_args(args, model), see_loss
+    return _configuration(args, model), see_loss
+
+
+def _configuration(args: argparse.Namespace, model: Any) -> Any:
+    """Megatron's configuration of everything. Raises InputError where Megatron refuses a part of it."""
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    try:
+        return pretrain_cfg_container_from_args(args, model)
+    except (AssertionError, ValueError) as refusal:
+        raise refused(refusal) from refusal
 
 
 def _watch(stopping: Stopping, model: list[Any]) -> list[Any]:
@@ -233,10 +241,12 @@ def checked_arguments() -> tuple[Any, Options]:
     from megatron_btx.data.splits import check_splits
     from megatron_btx.data.training import check_data_files
     from megatron_btx.engine.checks.start import check_against_checkpoint
+    from megatron_btx.model.freezing import check_stages
     from megatron_btx.training import bad_steps, validation
 
     args, options = parse_training(add_training_arguments)
     check_against_checkpoint(args, options.groups)
+    check_stages(args, options.groups)
     check_data_files(args)
     check_splits(args)
     validation.check(args, options)

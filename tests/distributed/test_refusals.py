@@ -293,3 +293,30 @@ def test_a_payload_in_a_runs_own_checkpoint(zygote, corpus, dense, tmp_path):
         line = refusal(zygote, arguments, tmp_path / f"{case}-log", 2)
         assert named in line and "could run code" in line and str(root) in line
     assert not (tmp_path / "ran").exists()
+
+
+LATE = {
+    "a window": (1, "--transformer-impl local --window-size (8,0)"),
+    "norms of another form": (1, "--transformer-impl local --apply-layernorm-1p"),
+    "a warmup without end": (1, "--lr-warmup-iters 4"),
+    "a schedule without its end": (1, "--lr-decay-style WSD"),
+    "an optimizer of others": (1, "--use-precision-aware-optimizer --use-distributed-optimizer"),
+    "the model's own checks": (1, "--recompute-granularity selective --recompute-modules moe_act"),
+    "graphs of the model": (1, "--cuda-graph-impl local --cuda-graph-scope full_iteration"),
+    "nothing but spread experts": (2, "--expert-model-parallel-size 2 --btx-freeze all-but:experts"),
+    "a stage without experts": (
+        4,
+        "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2 --moe-layer-freq [0,0,1,1]",
+    ),
+    "a cache that is a file": (1, "--data-cache-path {corpus}.idx/cache"),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_the_check_refuses_what_the_run_refuses(case, zygote, corpus, tmp_path):
+    """Also what Megatron would say only when model, optimizer and data are there: the same line."""
+    world_size, flags = LATE[case]
+    words = pico.train(corpus, 4, moe=True, cache=tmp_path / "cache") + flags.format(corpus=corpus).split()
+    run = refusal(zygote, words, tmp_path / "run", world_size)
+    check = refusal(zygote, [*words, "--btx-check"], tmp_path / "check", world_size)
+    assert check == run

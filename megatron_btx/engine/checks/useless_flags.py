@@ -6,6 +6,7 @@ The checks read the parsed arguments alone, so that a recipe's stages can be che
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -16,6 +17,8 @@ _OWN_DATA = "these programs train on indexed datasets alone (--train-data-path, 
 _ELSEWHERE = "belongs to a program of Megatron's repository and does nothing here; leave it out"
 _NOT_IN_WHEEL = "needs a module that Megatron's wheel lacks; leave it out"
 _NEEDS_ENGINE = "Megatron 0.19 looks for layers of Transformer Engine, which is not installed; leave it out"
+_ENGINE_ALONE = "only Transformer Engine has it here; use --transformer-impl transformer_engine, or leave it out"
+_NEEDS_OPTIMIZER = "needs an optimizer of Transformer Engine, which is not installed; leave it out"
 
 Refusal = tuple[str, bool, str]
 """A flag, whether it is given where it is of no use, and why, with what to do."""
@@ -27,7 +30,7 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         InputError: names the flag, why, and what to do.
     """
-    for refusals in (_of_other_programs(args), _of_the_budget(args), _that_fail_late(args)):
+    for refusals in (_of_other_programs(args), _of_the_budget(args), _of_the_rates(args), _that_fail_late(args)):
         for flag, given, why in refusals:
             if given:
                 raise InputError(f"{flag}: {why}")
@@ -70,9 +73,35 @@ def _of_the_budget(args: argparse.Namespace) -> Iterator[Refusal]:
     )
 
 
+def _of_the_rates(args: argparse.Namespace) -> Iterator[Refusal]:
+    """What Megatron asserts without a word when the model is there (``core/optimizer_param_scheduler.py``)."""
+    if args.skip_train or args.lr is None:
+        return
+    unit = "iters" if args.train_iters else "samples"
+    steps = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}") or math.inf
+    warmup = getattr(args, f"lr_warmup_{unit}")
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * steps
+    without = args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None
+    yield f"the warmup of {warmup:g} {unit}", warmup >= steps, f"give fewer than the {steps} of the whole schedule"
+    yield "--lr-warmup-init", args.lr_warmup_init > args.lr, f"is above --lr {args.lr:g}; give less"
+    yield "--min-lr", args.min_lr < 0, "is below 0; give 0 or more"
+    yield "--lr-decay-style WSD", without, f"needs --lr-wsd-decay-{unit}, too"
+
+
 def _that_fail_late(args: argparse.Namespace) -> Iterator[Refusal]:
     """What ends in a traceback: at the first evaluation, the first save, or the next start."""
-    without_engine = args.transformer_impl == "local" and find_spec("transformer_engine") is None
+    local, has_engine = args.transformer_impl == "local", find_spec("transformer_engine") is not None
+    without_engine = local and not has_engine
+    yield "--context-parallel-size", local and args.context_parallel_size > 1, _ENGINE_ALONE
+    yield f"--window-size {args.window_size}", local and args.window_size is not None, _ENGINE_ALONE
+    yield f"--softmax-type {args.softmax_type}", local and args.softmax_type != "vanilla", _ENGINE_ALONE
+    yield "--fp8-format", local and bool(args.fp8), _ENGINE_ALONE
+    yield "--fp4-format", local and bool(args.fp4), _ENGINE_ALONE
+    yield "--apply-layernorm-1p", local and args.apply_layernorm_1p, _ENGINE_ALONE
+    has_fused = has_engine or find_spec("apex") is not None
+    yield "--use-precision-aware-optimizer", args.use_precision_aware_optimizer and not has_fused, _NEEDS_OPTIMIZER
+    yield "--optimizer-cuda-graph", args.optimizer_cuda_graph and not has_fused, _NEEDS_OPTIMIZER
     yield "--logits-save-dir", args.logits_save_dir is not None, _NOT_IN_WHEEL
     yield "--logits-load-dir", args.logits_load_dir is not None, _NOT_IN_WHEEL
     yield "--save-activations-interval", args.save_activations_interval is not None and without_engine, _NEEDS_ENGINE

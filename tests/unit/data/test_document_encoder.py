@@ -96,3 +96,56 @@ def test_an_empty_text_of_numbers_is_an_empty_document(tmp_path: Path) -> None:
     settings = TokenizerSettings("NullTokenizer", vocab_size=9)
     summary = preprocess.preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "o"), settings, append_eod=True)
     assert (summary.documents, summary.empty_documents, summary.tokens) == (1, 1, 2)
+
+
+def test_numbers_with_holes(tmp_path: Path) -> None:
+    """A vocabulary is as large as its highest number plus one, for datasets and for the rows of a model."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    from megatron_btx.engine.repairs import count_numbers_of_tokenizers
+
+    words = {"?": 0, "a": 1, "b": 2, "<s>": 5, "</s>": 200}
+    settings = TokenizerSettings("HuggingFaceTokenizer", save(tmp_path / "t", None, words))
+    (tmp_path / "t.jsonl").write_text('{"text": "a b"}\n')
+    flags = ["--input", tmp_path / "t.jsonl", "--output-prefix", tmp_path / "o", "--append-eod"]
+    kind = ["--tokenizer-type", settings.tokenizer_type, "--tokenizer-model", settings.tokenizer_model]
+    assert preprocess.main([str(word) for word in (*flags, *kind)]) == 0
+    assert (tmp_path / "o_text_document.bin").read_bytes() == b"\1\0\2\0\xc8\0"
+    description = json.loads((tmp_path / "o_text_document.dataset.json").read_text())
+    assert (description["vocabulary_size"], description["largest_id"]) == (201, 200)
+    count_numbers_of_tokenizers()
+    assert build_tokenizer(tokenizers._namespace(settings)).vocab_size == tokenizers.load(settings).vocab_size == 201
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("BPE", {"dropout": 0.2}),
+        ("BPE", {"dropout": 1e-6}),
+        ("Unigram", {"alpha": 0.1, "nbest_size": 64}),
+        ("BPE", {"dropout": 0.0}),
+        ("BPE", {"dropout": None}),
+    ],
+)
+def test_a_tokenizer_that_cuts_at_random(kind: str, setting: dict[str, float], tmp_path: Path) -> None:
+    """Refused where datasets are made and where texts are measured; a setting without effect is none."""
+    import transformers
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from tokenizers import Tokenizer, models
+
+    model = models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
+    if kind == "Unigram":
+        model = models.Unigram([("a", -1.0), ("b", -1.0), ("ab", -1.0)], 0)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"] |= setting
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    settings = TokenizerSettings("HuggingFaceTokenizer", str(tmp_path))
+    for tokenizer in (tokenizers.load(settings), build_tokenizer(tokenizers._namespace(settings))):
+        if not any(setting.values()):
+            assert DocumentEncoder.of(tokenizer, None).ids("ab") == [2]
+            continue
+        with pytest.raises(
+            InputError, match=f"{tmp_path}: cuts texts at random \\({next(iter(setting))} .* to null in its"
+        ):
+            DocumentEncoder.of(tokenizer, None)

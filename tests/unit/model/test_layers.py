@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.model.layers import FlashAttention, TorchNorm, refuse_what_needs_transformer_engine
+from megatron_btx.model.layers import FlashAttention, TorchNorm
 
 SEQUENCE, BATCH = 17, 2
 
@@ -115,38 +114,3 @@ def test_norms_are_torchs_and_marked(name, stock, parallel):
     assert torch.equal(norm(x), reference(x)) and not torch.equal(norm(x), stock(32, dtype=torch.float64)(x))
     assert [p for p, _ in norm.named_parameters()] == [p for p, _ in reference.named_parameters()]
     assert all(parameter.sequence_parallel is parallel for parameter in norm.parameters())
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"layernorm_zero_centered_gamma": True}, "--apply-layernorm-1p"),
-        ({"normalization": "L2Norm"}, "--normalization"),
-    ],
-)
-def test_what_norms_refuse(changes, named):
-    settings = config()
-    for name, value in changes.items():
-        setattr(settings, name, value)
-    with pytest.raises(InputError, match=named):
-        TorchNorm(settings, 32)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"context_parallel_size": 2}, "--context-parallel-size 2"),
-        ({"window_size": (8, 0)}, r"--window-size \(8, 0\)"),
-        ({"softmax_type": "learnable"}, "--softmax-type learnable"),
-        ({"fp8": "e4m3"}, "fp8"),
-        ({"fp4": "e2m1"}, "fp4"),
-    ],
-)
-def test_what_needs_transformer_engine(changes, named):
-    settings = config()
-    refuse_what_needs_transformer_engine(settings)
-    for name, value in changes.items():
-        assert name in {field.name for field in dataclasses.fields(settings)}
-        setattr(settings, name, value)
-    with pytest.raises(InputError, match=f"{named}.*--transformer-impl transformer_engine"):
-        refuse_what_needs_transformer_engine(settings)
