@@ -23,29 +23,43 @@ from megatron_btx.pipeline.recipe.flags import Flags
 from megatron_btx.pipeline.stage import Program, Stage
 
 
-def plan_import(name: str, source: Path) -> Stage:
+def plan_import(name: str, source: Path, options: tuple[str, ...] = ()) -> Stage:
     """The stage that makes a Megatron checkpoint of a given model that Megatron cannot start from as it is."""
     output = f"{name}/{CHECKPOINT_FOLDER}"
-    words = ("--method", "copy", "--expert", f"model={source}", "--output", output, "--verify")
+    words = ("--method", "copy", "--expert", f"model={source}", "--output", output, *options, "--verify")
     program = Program("megatron_btx.mixing.cli", words)
-    return Stage(name, program, inputs=(source,), product=CHECKPOINT_FOLDER, settings={"model": source})
+    settings = {"model": source, **_given_options(options)}
+    return Stage(name, program, inputs=(source,), product=CHECKPOINT_FOLDER, settings=settings)
 
 
-def plan_export(model: Model, form: str) -> Stage:
+def _given_options(options: tuple[str, ...]) -> dict[str, Any]:
+    """The converter's options as a setting; none where a recipe gives none."""
+    return {"options": list(options)} if options else {}
+
+
+def plan_export(model: Model, form: str, options: tuple[str, ...] = ()) -> Stage:
     """The stage that writes a model as a Hugging Face folder with its tokenizer, and reads it back.
 
     Args:
         form: as the recipe names it.
     """
     parents, inputs = origins_of([model])
-    words = ("export", "--checkpoint", model.path, "--output", f"{EXPORT_STAGE}/{EXPORTED_FOLDER}", "--verify")
+    words = (
+        "export",
+        "--checkpoint",
+        model.path,
+        "--output",
+        f"{EXPORT_STAGE}/{EXPORTED_FOLDER}",
+        *options,
+        "--verify",
+    )
     return Stage(
         EXPORT_STAGE,
         Program("megatron_btx.mixing.convert_hf", words),
         parents,
         inputs=inputs,
         product=EXPORTED_FOLDER,
-        settings={"model": model.identity(), "form": form},
+        settings={"model": model.identity(), "form": form, **_given_options(options)},
     )
 
 

@@ -13,12 +13,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_btx.ground.errors import InputError
+from megatron_btx.mixing.methods import METHODS
+from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE
+from megatron_btx.mixing.request_checks import number_of
+from megatron_btx.pipeline.budgets import model_shape, padded_vocabulary
 from megatron_btx.pipeline.directory import GENERALIST
 from megatron_btx.pipeline.recipe.ablation import freeze_flags, read_ablation
 from megatron_btx.pipeline.recipe.checks import check_whole
 from megatron_btx.pipeline.recipe.data import choose_domains, read_data
-from megatron_btx.pipeline.recipe.flags import Flags
+from megatron_btx.pipeline.recipe.flags import Flags, FlagValue, number
 from megatron_btx.pipeline.recipe.given import GivenModel, is_loadable, read_models
+from megatron_btx.pipeline.recipe.options import find_method, option_words, pad_rows, read_request, words_of
 from megatron_btx.pipeline.recipe.refusals import describe, refuse, unknown_key
 from megatron_btx.pipeline.recipe.routing import check_balancing, read_routing
 from megatron_btx.pipeline.recipe.schema import Evaluate, Layout, Mix, Recipe, Settings, Training
@@ -31,6 +36,7 @@ from megatron_btx.pipeline.recipe.written import (
 )
 from megatron_btx.pipeline.recipe.yaml_tree import check_values, load_tree
 
+_ROWS, _LAYERS = "padded-vocab-size", "moe-layer-freq"
 _SMALLEST_SHARE = 1e-9
 """No run reads a sequence of less."""
 
@@ -77,10 +83,10 @@ class _Builder:
             finetune = self._training("finetune", written.finetune)
         ablation = None
         if written.ablation is not None and mix is not None:
-            given = {**mix.megatron, **written.training}
+            given = {**mix.megatron, **mix.shape, **written.training}
             if finetune is not None:
                 given |= finetune.megatron
-            ablation = read_ablation(written.ablation, given, mix.routing, len(mix.experts))
+            ablation = read_ablation(written.ablation, given, mix.routing, number(mix.shape, "num-experts"))
         recipe = Recipe(
             file=self.file,
             name=written.name or self._name_of_file(),
@@ -98,6 +104,7 @@ class _Builder:
             evaluate=_read_evaluate(written.evaluate),
             ablation=ablation,
             export=written.export.format if written.export else None,
+            export_options=option_words(written.export) if written.export else (),
             cluster=written.cluster,
             flag_sections=list_flag_sections(written),
             notes=tuple(self.notes),
@@ -131,7 +138,9 @@ class _Builder:
         """The dense model's flags: what the seed says, else the first expert, and what the recipe says."""
         for place, given in self.given.items():
             if place == "seed" or place.startswith("experts."):
-                return {**given.model, **self.written.model}
+                section = self.written.seed if place == "seed" else self.written.experts[place.removeprefix("experts.")]
+                rows = {_ROWS: str(pad_rows(number(given.model, _ROWS), option_words(section)))}
+                return {**given.model, **rows, **self.written.model}
         return self.written.model
 
     def _own_tokenizer(self) -> Flags:
@@ -163,8 +172,10 @@ class _Builder:
             blend = self._blend(f"{place}.blend", section.blend)
         if trains and section.tokens is None:
             refuse(f"{place}.tokens", "missing, expected a whole number of at least 1 (as 300_000)")
-        settings = _read_settings(section)
-        return Training(section.from_, blend, section.tokens or 0, settings.layout, settings.megatron)
+        settings, words = _read_settings(section), option_words(section)
+        if trains and words:
+            refuse(place, f"found {', '.join(words)}, which are of a model's import; leave it out, or add from")
+        return Training(section.from_, blend, section.tokens or 0, settings.layout, settings.megatron, words)
 
     def _blend(self, place: str, shares: Mapping[str, float]) -> Mapping[str, float]:
         """The shares, so that they sum to one."""
@@ -187,16 +198,51 @@ class _Builder:
         names = known if section.experts is None else section.experts
         if section.from_ is None and not set(names) <= set(known):
             refuse("mix.experts", f"found {names!r}, expected a list of some of: {', '.join(known)}")
-        if len(names) < 2 or len(set(names)) < len(names):
+        words = option_words(section)
+        method = find_method(words)
+        if len(names) < method.at_least or len(set(names)) < len(names):
             refuse("mix.experts", f"found {names!r}, expected at least two different experts")
-        routing = read_routing("mix", section, len(names))
+        shape = self._mixture_shape(section, names, words)
+        routing = read_routing("mix", section, number(shape, "num-experts"))
         written = self.written
         flags = {"model": written.model, "training": written.training, "mix.megatron": section.megatron}
         if written.finetune is not None:
             flags["finetune.megatron"] = written.finetune.megatron
         check_balancing(section, routing, flags)
         router_seed = written.random_seed if section.router_seed is None else section.router_seed
-        return Mix(section.from_, tuple(names), router_seed, routing, _mixture_flags(section))
+        return Mix(section.from_, tuple(names), router_seed, routing, _mixture_flags(section), words, shape)
+
+    def _mixture_shape(self, section: MixSection, names: list[str], words: tuple[str, ...]) -> dict[str, FlagValue]:
+        """The flags by which the mixture's model is not the dense one: experts, their width, layers and rows."""
+        if section.from_ is not None:
+            if words_of(words, DIFFERENCES, MIXTURE):
+                refuse(
+                    "mix.from", f"found beside {', '.join(words)}, which a given mixture has behind it; leave it out"
+                )
+            return {"num-experts": len(names)}
+        if _LAYERS in section.megatron:
+            refuse(f"mix.megatron.{_LAYERS}", f"the mix has to know it, too; write it as mix.{_LAYERS}")
+        request, method = read_request(names, words), find_method(words)
+        if method.experts is None:
+            makes = [name for name, row in METHODS.items() if row.experts is not None]
+            refuse("mix.method", f"found {request.method}, expected one that makes a mixture: {', '.join(makes)}")
+        shape: dict[str, FlagValue] = {"num-experts": len(method.experts(len(names), number_of(request)))}
+        model = self._model()
+        if request.chunks:
+            shape["moe-ffn-hidden-size"] = model_shape(model, 1).ffn // request.chunks
+        if request.layer_frequency != 1:
+            shape[_LAYERS] = str(request.layer_frequency).replace(" ", "").replace("(", "[").replace(")", "]")
+        base = padded_vocabulary(model, self.data.vocabulary_size)
+        known = [number(given.model, _ROWS) for name in names for given in self._given_models(name)]
+        rows = pad_rows(max([*known, base or 1]) if len(known) < len(names) else max(known), words)
+        if base is not None and rows != base:
+            shape[_ROWS] = rows
+        return shape
+
+    def _given_models(self, name: str) -> list[GivenModel]:
+        """What is known of an expert of the mix that is given; nothing of one that the run trains."""
+        place = "seed" if name == GENERALIST else f"experts.{name}"
+        return [self.given[place]] if place in self.given else []
 
     def _dense(self) -> tuple[Settings, Settings] | None:
         dense = self.written.baselines.dense
