@@ -5,13 +5,13 @@ data -> ...      import-seed, import-math, ...      finetune -> export
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.pipeline.data_paths import locate
 from megatron_btx.pipeline.directory import (
     CHECKPOINT_FOLDER,
+    CONFIG_FILE,
     DATA_STAGE,
     DATASETS_FILE,
     EXPORT_STAGE,
@@ -67,7 +67,7 @@ def plan_data(data: Data) -> Stage:
     """The stage that makes datasets of the given texts."""
     domains = {name: _describe_text(text) for name, text in data.texts.items()}
     description = {"tokenizer": _plain(data.tokenizer), "domains": domains, "seed": data.seed}
-    words = ("--output", DATA_STAGE, "--workers", str(data.workers), "--description", json.dumps(description))
+    words = ("--output", DATA_STAGE, "--workers", str(data.workers), "--description", f"{DATA_STAGE}/{CONFIG_FILE}")
     return Stage(
         DATA_STAGE,
         Program("megatron_btx.data.datasets", words),
@@ -75,6 +75,7 @@ def plan_data(data: Data) -> Stage:
         product=DATASETS_FILE,
         processes=data.workers,
         settings=_deciding(data),
+        config={"description": description},  # a file, because thousands of texts fill more than a word may hold
     )
 
 
@@ -102,7 +103,7 @@ def _deciding(data: Data) -> dict[str, Any]:
 
 def _describe_text(text: Text) -> dict[str, Any]:
     """A domain in the description that the program reads."""
-    described: dict[str, Any] = dict(text.files)
+    described: dict[str, Any] = {split: list(files) for split, files in text.files.items()}
     if text.shares:
         described["shares"] = dict(text.shares)
     return described

@@ -17,6 +17,14 @@ from megatron_btx.mixing.methods import METHODS, Method
 from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, RESULT, list_options
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.request_checks import check_request
+from megatron_btx.pipeline.directory import (
+    AVERAGE_STAGE,
+    EXPERT_PREFIX,
+    FINETUNE_STAGE,
+    IMPORT_PREFIX,
+    MIX_STAGE,
+    SEED_STAGE,
+)
 from megatron_btx.pipeline.recipe.flags import DERIVED_FLAGS
 from megatron_btx.pipeline.recipe.section import Section
 from megatron_btx.pipeline.recipe.values import absolute_path
@@ -84,6 +92,18 @@ def pad_rows(rows: int, words: Sequence[str]) -> int:
     """Rows of an embedding, made a multiple of what the words say."""
     multiple: int = cli.parser().parse_args(list(words)).pad_vocab_to_multiple_of
     return -(-rows // multiple) * multiple
+
+
+def place_of(stage: str) -> str:
+    """Where a recipe says what a stage does."""
+    name = stage.removeprefix(IMPORT_PREFIX)
+    if stage.startswith((f"{MIX_STAGE}-s", AVERAGE_STAGE)):
+        return MIX_STAGE
+    if stage.startswith(EXPERT_PREFIX):
+        return f"experts.{stage.removeprefix(EXPERT_PREFIX)}"
+    if name != stage and name not in (SEED_STAGE, MIX_STAGE, FINETUNE_STAGE):
+        return f"experts.{name}"
+    return name
 
 
 def say_keys(text: str, place: str) -> str:

@@ -1,0 +1,59 @@
+"""What conversions would be refused for, asked before any of them runs, by programs that must not import torch.
+
+Standard input has command lines of ``btx convert``, and what will be other in the arguments of what they make:
+``{"mix": {"words": ["--expert", "math=models/math", ...], "arguments": {}}}``; the answer is ``{"refused": {"mix":
+"experts differ in ..."}, "said": {"export": ["warning: ..."]}}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.mixing import cli
+
+
+def foresee(words: Sequence[str], arguments: Mapping[str, Any]) -> list[str]:
+    """Plan a conversion and look at a row of every tensor; returns the plan's warnings. Raises InputError."""
+    from megatron_btx.checkpoint.huggingface.servers import server_lines
+    from megatron_btx.checkpoint.safetensors import CONFIG
+    from megatron_btx.mixing.compute import rows_of
+    from megatron_btx.mixing.planning import make_plan
+    from megatron_btx.mixing.sinks import lay_out_result
+
+    options = cli.parser().parse_args(words)
+    plan = make_plan(cli.request_of(options))
+    plan = dataclasses.replace(plan, arguments={**plan.arguments, **arguments})
+    output = lay_out_result(plan, options.output_format, Path(options.output))
+    for planned in plan.pieces:
+        for _ in rows_of(plan, planned, 0, 1):
+            pass
+    if options.output_format != "hf":
+        return []
+    lines = server_lines(json.loads(output.small_files[CONFIG]))
+    return [line.strip() for line in lines if "warning" in line]
+
+
+@exits_with_one_line
+def main() -> int:
+    """Read the command lines from standard input; print what is refused and what is said."""
+    refused: dict[str, str] = {}
+    said: dict[str, list[str]] = {}
+    for name, asked in json.load(sys.stdin).items():
+        try:
+            said[name] = foresee(asked["words"], asked["arguments"])
+        except InputError as error:
+            refused[name] = str(error)
+        except OSError as error:
+            refused[name] = f"{error.filename}: {error.strerror or error}"
+    print(json.dumps({"refused": refused, "said": said}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
