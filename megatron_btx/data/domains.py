@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_btx.data.inputs import Inputs, expand_inputs
+from megatron_btx.data.readers import TEXT_KEY
 from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.files import read_json_object
@@ -34,13 +35,17 @@ _SHARES_TOLERANCE = 1e-6
 class Domain(BaseModel):
     """The text of one domain: files for each split, or files whose documents are drawn for the splits by shares."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", alias_generator=lambda name: name.replace("_", "-"))
 
     train: Paths | None = None
     valid: Paths | None = None
     test: Paths | None = None
     text: Paths | None = None
     shares: dict[Split, float] | None = None
+    json_key: str = TEXT_KEY
+    """Of a record's text, or the column of a Parquet file."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """skip: records that cannot be read are counted and left out."""
 
     def sources(self) -> dict[str, Paths]:
         """ "text", or the splits -> their files, folders or globs."""

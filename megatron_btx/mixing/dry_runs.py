@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,12 @@ from typing import Any
 from megatron_btx.ground.errors import InputError, exits_with_one_line
 from megatron_btx.mixing import cli
 
+_LOOKED_AT_BYTES = 1 << 16
+"""Of every tensor: all of a norm, a few rows of a matrix."""
+
 
 def foresee(words: Sequence[str], arguments: Mapping[str, Any]) -> list[str]:
-    """Plan a conversion and look at a row of every tensor; returns the plan's warnings. Raises InputError."""
+    """Plan a conversion and look at the first rows of every tensor; returns the plan's warnings. Raises InputError."""
     from megatron_btx.checkpoint.huggingface.servers import server_lines
     from megatron_btx.checkpoint.safetensors import CONFIG
     from megatron_btx.mixing.compute import rows_of
@@ -31,8 +35,9 @@ def foresee(words: Sequence[str], arguments: Mapping[str, Any]) -> list[str]:
     plan = dataclasses.replace(plan, arguments={**plan.arguments, **arguments})
     output = lay_out_result(plan, options.output_format, Path(options.output))
     for planned in plan.pieces:
-        for _ in rows_of(plan, planned, 0, 1):
-            pass
+        rows = _LOOKED_AT_BYTES // (planned.dtype.itemsize * math.prod(planned.shape[1:]))
+        for _ in rows_of(plan, planned, 0, min(max(rows, 1), planned.source_rows)):
+            pass  # which refuses what is not finite
     if options.output_format != "hf":
         return []
     lines = server_lines(json.loads(output.small_files[CONFIG]))

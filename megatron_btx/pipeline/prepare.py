@@ -96,6 +96,8 @@ def _deciding(data: Data) -> dict[str, Any]:
         settings["tokenizer-model"] = locate(model)
     for name, text in data.texts.items():
         settings[f"domain {name}"] = [f"{split} {share:g}" for split, share in text.shares.items()]
+        if text.reading:
+            settings[f"domain {name} reading"] = [f"{key} {value}" for key, value in text.reading.items()]
         for split, files in text.files.items():
             settings[f"domain {name} {split}"] = [Path(path) for path in files]
     return settings
@@ -106,7 +108,7 @@ def _describe_text(text: Text) -> dict[str, Any]:
     described: dict[str, Any] = {split: list(files) for split, files in text.files.items()}
     if text.shares:
         described["shares"] = dict(text.shares)
-    return described
+    return {**described, **text.reading}
 
 
 def _plain(flags: Flags) -> dict[str, Any]:

@@ -117,6 +117,8 @@ def say_keys(text: str, place: str) -> str:
         for choice in action.choices or ():
             text = re.sub(rf"{flag} {choice}\b", f"{said}: {choice}", text)
         text = re.sub(flag, said, text)
+    text = text.replace("--description: ", f"{place}.").replace("--json-keys", "json-key")
+    text = re.sub(r"(?<![\w-])--(btx-first-loss-bound)", rf"{place}.megatron.\1", text)
     return re.sub(r"(?<![\w-])--expert(?![\w-])( NAME=PATH)?", f"{place}.experts", text)
 
 

@@ -180,6 +180,10 @@ class TextSection(Section):
     train: Texts | None = None
     valid: Texts | None = None
     test: Texts | None = None
+    json_key: str | None = None
+    """Of a record's text, or the column of a Parquet file (default: text)."""
+    on_bad_record: Literal["stop", "skip"] | None = None
+    """skip: records that cannot be read are counted and left out (default: stop)."""
 
 
 class DomainSection(Section):
