@@ -147,7 +147,7 @@ def _check_owner(inputs: Inputs, place: str, owners: dict[str, str]) -> None:
     for file in inputs.files:
         owner = owners.setdefault(os.path.realpath(file), place)
         if owner != place:
-            raise InputError(f"{place}: {file} is text of {owner}, too; leave it out of one")
+            raise InputError(f"{place}: {file} is text of {owner.rpartition(' ')[2]}, too; leave it out of one")
         if not os.access(file, os.R_OK):
             raise InputError(f"{place}: {file} cannot be read; change its rights, or leave it out")
 

@@ -111,6 +111,8 @@ class _Builder:
             tree=self.tree,
         )
         check_whole(recipe, written)
+        if recipe.evaluate or recipe.ablation:
+            self._check_rows(recipe)
         return recipe
 
     def _read_given(self) -> Mapping[str, GivenModel]:
@@ -238,6 +240,20 @@ class _Builder:
         if base is not None and rows != base:
             shape[_ROWS] = rows
         return shape
+
+    def _check_rows(self, recipe: Recipe) -> None:
+        """Refuse dense models of several sizes, which are evaluated by one program."""
+        rows = {"seed": recipe.model.get(_ROWS)}
+        for name, expert in recipe.experts.items():
+            for given in self._given_models(name):
+                rows[f"experts.{name}"] = pad_rows(number(given.model, _ROWS), expert.options)
+        if recipe.average and recipe.mix:
+            rows["mix"] = recipe.mix.shape.get(_ROWS)
+        different = {str(found) for found in rows.values() if found is not None}
+        if len(different) > 1:
+            found = ", ".join(f"{place} {number}" for place, number in rows.items() if number is not None)
+            remedy = "give each of them one pad-vocab-to-multiple-of, as 128, which makes them equal"
+            refuse("evaluate", f"it takes models of one number of embedding rows, found {found}; {remedy}")
 
     def _given_models(self, name: str) -> list[GivenModel]:
         """What is known of an expert of the mix that is given; nothing of one that the run trains."""
