@@ -131,7 +131,7 @@ def _read_option(action: argparse.Action, value: object) -> Words:
         return Words([flag] if value else [])
     if action.default == []:
         if not isinstance(value, dict):
-            raise ValueError(f"found {value!r}, expected a mapping, as {{NAME: {str(action.metavar)[-1]}}}")
+            raise ValueError(f"found {value!r}, expected a mapping, as {{{str(action.metavar).replace('=', ': ')}}}")
         return Words(f"{flag}={name}={value[name]}" for name in sorted(value))
     text = str(value)
     if isinstance(value, list) and all(isinstance(item, int) for item in value):
