@@ -147,7 +147,8 @@ def _contents(directory: Path, where: str) -> tuple[list[Path], list[Path]]:
                 others.append(path)
     if missing:
         paths = ", ".join(map(str, sorted(missing)[:_NAMED_AT_MOST]))
-        raise InputError(f"{where} {paths}: {len(missing):,} links to files that are not there; fetch or remove them")
+        each = "a link to a file that is not there; fetch it, or remove the link"
+        raise InputError(f"{where} {paths}: {each} ({len(missing):,} in all)")
     return sorted(read), sorted(others)
 
 

@@ -1,8 +1,7 @@
 """What conversions would be refused for, asked before any of them runs, by programs that must not import torch.
 
-Standard input has command lines of ``btx convert``, and what will be other in the arguments of what they make:
-``{"mix": {"words": ["--expert", "math=models/math", ...], "arguments": {}}}``; the answer is ``{"refused": {"mix":
-"experts differ in ..."}, "said": {"export": ["warning: ..."]}}``.
+Standard input has the arguments of :func:`foresee` by name, ``{"mix": {"words": [...], "arguments": {}, ...}}``; the
+answer is ``{"refused": {"mix": "experts differ in ..."}, "said": {"export": ["warning: ..."]}}``.
 """
 
 from __future__ import annotations
@@ -18,14 +17,28 @@ from typing import Any
 from megatron_btx.ground.errors import InputError, exits_with_one_line
 from megatron_btx.mixing import cli
 
+_OTHER_TOKENIZER = "training: {btx-allow-change: tokenizer_model}"
 _LOOKED_AT_BYTES = 1 << 16
 """Of every tensor: all of a norm, a few rows of a matrix."""
 
 
-def foresee(words: Sequence[str], arguments: Mapping[str, Any]) -> list[str]:
-    """Plan a conversion and look at the first rows of every tensor; returns the plan's warnings. Raises InputError."""
+def foresee(
+    words: Sequence[str], arguments: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Plan a conversion and look at the first rows of every tensor; returns what the plan says of servers.
+
+    Args:
+        words: of ``btx convert``.
+        arguments: what will be other in the arguments of the result.
+        tokenizer: arguments of the one that the result is trained and evaluated with; None for none.
+
+    Raises:
+        InputError: what the conversion would be refused for, or the first program that loads its result.
+    """
     from megatron_btx.checkpoint.huggingface.servers import server_lines
     from megatron_btx.checkpoint.safetensors import CONFIG
+    from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer
+    from megatron_btx.mixing.compatible import vocabulary_source
     from megatron_btx.mixing.compute import rows_of
     from megatron_btx.mixing.planning import make_plan
     from megatron_btx.mixing.sinks import lay_out_result
@@ -38,6 +51,10 @@ def foresee(words: Sequence[str], arguments: Mapping[str, Any]) -> list[str]:
         rows = _LOOKED_AT_BYTES // (planned.dtype.itemsize * math.prod(planned.shape[1:]))
         for _ in rows_of(plan, planned, 0, min(max(rows, 1), planned.source_rows)):
             pass  # which refuses what is not finite
+    if tokenizer is not None:
+        own = vocabulary_source(plan.sources).tokenizer_arguments
+        asked = {**tokenizer, "padded_vocab_size": own["padded_vocab_size"]}
+        check_same_tokenizer({"the result": own, "data.tokenizer": asked}, _OTHER_TOKENIZER)
     if options.output_format != "hf":
         return []
     lines = server_lines(json.loads(output.small_files[CONFIG]))
@@ -51,7 +68,7 @@ def main() -> int:
     said: dict[str, list[str]] = {}
     for name, asked in json.load(sys.stdin).items():
         try:
-            said[name] = foresee(asked["words"], asked["arguments"])
+            said[name] = foresee(**asked)
         except InputError as error:
             refused[name] = str(error)
         except OSError as error:

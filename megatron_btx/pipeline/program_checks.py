@@ -79,10 +79,14 @@ def _list_requests(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[st
             flags = recipe.mix.routing.flags({})
             arguments = {"moe_router_pre_softmax": bool(flags.get("moe-router-pre-softmax"))}
         words[EXPORT_STAGE] += ["--output-format", "hf", *recipe.export_options]
-    requests = {}
+    tokenizer = {flag.replace("-", "_"): value for flag, value in recipe.data.tokenizer.items()}
+    may_differ = any("tokenizer_model" in str(flags.get("btx-allow-change")) for flags in recipe.flag_sections.values())
+    requests: dict[str, dict[str, Any]] = {}
     for name, said in words.items():
         if _put_given_models(said):
-            requests[name] = {"words": said, "arguments": arguments if name == EXPORT_STAGE else {}}
+            requests[name] = {"words": said, "arguments": {}, "tokenizer": None if may_differ else tokenizer}
+    if EXPORT_STAGE in requests:
+        requests[EXPORT_STAGE] |= {"arguments": arguments, "tokenizer": None}
     return requests
 
 

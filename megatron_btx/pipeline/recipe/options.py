@@ -109,7 +109,8 @@ def place_of(stage: str) -> str:
 def say_keys(text: str, place: str) -> str:
     """A refusal of the converter's with the recipe's keys in place of the flags: mix.take: {dtype: math}."""
     for key, action in _options(RESULT, DIFFERENCES, MIXTURE).items():
-        said = f"{place}.{DERIVED_FLAGS.get(key, key).rpartition('mix.')[2]}"
+        where = place if key in _options(RESULT) else MIX_STAGE
+        said = f"{where}.{DERIVED_FLAGS.get(key, key).rpartition('mix.')[2]}"
         flag = rf"(?<![\w-])--{key}(?![\w-])"
         if action.nargs == 0:
             text = re.sub(flag, f"{said}: true", text)
