@@ -11,12 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import PlainValidator, create_model
 
-from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing import cli
-from megatron_btx.mixing.methods import METHODS, Method
 from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, RESULT, list_options
-from megatron_btx.mixing.request import Request
-from megatron_btx.mixing.request_checks import check_request
 from megatron_btx.pipeline.directory import (
     AVERAGE_STAGE,
     EXPERT_PREFIX,
@@ -29,6 +25,7 @@ from megatron_btx.pipeline.recipe.flags import DERIVED_FLAGS
 from megatron_btx.pipeline.recipe.section import Section
 from megatron_btx.pipeline.recipe.values import absolute_path
 
+ROWS = "padded-vocab-size"
 _FILE = ".npy"
 """Ends the values that are files."""
 
@@ -74,23 +71,9 @@ def words_of(words: tuple[str, ...], *titles: str) -> tuple[str, ...]:
     return tuple(word for word in words if word.partition("=")[0] in flags)
 
 
-def read_request(experts: Sequence[str], words: Sequence[str]) -> Request:
-    """The request that a mix's keys make, its models left open. Raises InputError in the recipe's own words."""
-    sources = [f"--expert={name}=." for name in experts]
-    try:
-        return check_request(cli.request_of(cli.parser().parse_args([*sources, *words])))
-    except InputError as error:
-        raise InputError(say_keys(str(error), "mix")) from None
-
-
-def find_method(words: Sequence[str]) -> Method:
-    """The way to mix that the words name."""
-    return METHODS[cli.parser().parse_args(list(words)).method]
-
-
 def pad_rows(rows: int, words: Sequence[str]) -> int:
-    """Rows of an embedding, made a multiple of what the words say."""
-    multiple: int = cli.parser().parse_args(list(words)).pad_vocab_to_multiple_of
+    """Rows of an embedding, made a multiple of what the words say; the converter refuses one that is none."""
+    multiple: int = cli.parser().parse_args(list(words)).pad_vocab_to_multiple_of or 1
     return -(-rows // multiple) * multiple
 
 

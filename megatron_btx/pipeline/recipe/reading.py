@@ -13,17 +13,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.mixing.methods import METHODS
-from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE
-from megatron_btx.mixing.request_checks import number_of
-from megatron_btx.pipeline.budgets import model_shape, padded_vocabulary
+from megatron_btx.pipeline.budgets import padded_vocabulary
 from megatron_btx.pipeline.directory import GENERALIST
 from megatron_btx.pipeline.recipe.ablation import freeze_flags, read_ablation
 from megatron_btx.pipeline.recipe.checks import check_whole
 from megatron_btx.pipeline.recipe.data import choose_domains, read_data
-from megatron_btx.pipeline.recipe.flags import Flags, FlagValue, number
+from megatron_btx.pipeline.recipe.flags import Flags, number
 from megatron_btx.pipeline.recipe.given import GivenModel, is_loadable, read_models
-from megatron_btx.pipeline.recipe.options import find_method, option_words, pad_rows, read_request, words_of
+from megatron_btx.pipeline.recipe.mixture import check_rows, known_rows, mixture_shape
+from megatron_btx.pipeline.recipe.options import ROWS, option_words, pad_rows
 from megatron_btx.pipeline.recipe.refusals import describe, refuse, unknown_key
 from megatron_btx.pipeline.recipe.routing import check_balancing, read_routing
 from megatron_btx.pipeline.recipe.schema import Evaluate, Layout, Mix, Recipe, Settings, Training
@@ -36,7 +34,6 @@ from megatron_btx.pipeline.recipe.written import (
 )
 from megatron_btx.pipeline.recipe.yaml_tree import check_values, load_tree
 
-_ROWS, _LAYERS = "padded-vocab-size", "moe-layer-freq"
 _SMALLEST_SHARE = 1e-9
 """No run reads a sequence of less."""
 
@@ -112,7 +109,7 @@ class _Builder:
         )
         check_whole(recipe, written)
         if recipe.evaluate or recipe.ablation:
-            self._check_rows(recipe)
+            check_rows(recipe, self.given)
         return recipe
 
     def _read_given(self) -> Mapping[str, GivenModel]:
@@ -141,7 +138,7 @@ class _Builder:
         for place, given in self.given.items():
             if place == "seed" or place.startswith("experts."):
                 section = self.written.seed if place == "seed" else self.written.experts[place.removeprefix("experts.")]
-                rows = {_ROWS: str(pad_rows(number(given.model, _ROWS), option_words(section)))}
+                rows = {ROWS: str(pad_rows(number(given.model, ROWS), option_words(section)))}
                 return {**given.model, **rows, **self.written.model}
         return self.written.model
 
@@ -201,10 +198,9 @@ class _Builder:
         if section.from_ is None and not set(names) <= set(known):
             refuse("mix.experts", f"found {names!r}, expected a list of some of: {', '.join(known)}")
         words = option_words(section)
-        method = find_method(words)
-        if len(names) < method.at_least or len(set(names)) < len(names):
-            refuse("mix.experts", f"found {names!r}, expected at least two different experts")
-        shape = self._mixture_shape(section, names, words)
+        rows = [known_rows(self.given, name) for name in names]
+        base = padded_vocabulary(self._model(), self.data.vocabulary_size)
+        shape = mixture_shape(section, names, self._model(), base, rows)
         routing = read_routing("mix", section, number(shape, "num-experts"))
         written = self.written
         flags = {"model": written.model, "training": written.training, "mix.megatron": section.megatron}
@@ -213,52 +209,6 @@ class _Builder:
         check_balancing(section, routing, flags)
         router_seed = written.random_seed if section.router_seed is None else section.router_seed
         return Mix(section.from_, tuple(names), router_seed, routing, _mixture_flags(section), words, shape)
-
-    def _mixture_shape(self, section: MixSection, names: list[str], words: tuple[str, ...]) -> dict[str, FlagValue]:
-        """The flags by which the mixture's model is not the dense one: experts, their width, layers and rows."""
-        if section.from_ is not None:
-            if words_of(words, DIFFERENCES, MIXTURE):
-                refuse(
-                    "mix.from", f"found beside {', '.join(words)}, which a given mixture has behind it; leave it out"
-                )
-            return {"num-experts": len(names)}
-        if _LAYERS in section.megatron:
-            refuse(f"mix.megatron.{_LAYERS}", f"the mix has to know it, too; write it as mix.{_LAYERS}")
-        request, method = read_request(names, words), find_method(words)
-        if method.experts is None:
-            makes = [name for name, row in METHODS.items() if row.experts is not None]
-            refuse("mix.method", f"found {request.method}, expected one that makes a mixture: {', '.join(makes)}")
-        shape: dict[str, FlagValue] = {"num-experts": len(method.experts(len(names), number_of(request)))}
-        model = self._model()
-        if request.chunks:
-            shape["moe-ffn-hidden-size"] = model_shape(model, 1).ffn // request.chunks
-        if request.layer_frequency != 1:
-            shape[_LAYERS] = str(request.layer_frequency).replace(" ", "").replace("(", "[").replace(")", "]")
-        base = padded_vocabulary(model, self.data.vocabulary_size)
-        known = [number(given.model, _ROWS) for name in names for given in self._given_models(name)]
-        rows = pad_rows(max([*known, base or 1]) if len(known) < len(names) else max(known), words)
-        if base is not None and rows != base:
-            shape[_ROWS] = rows
-        return shape
-
-    def _check_rows(self, recipe: Recipe) -> None:
-        """Refuse dense models of several sizes, which are evaluated by one program."""
-        rows = {"seed": recipe.model.get(_ROWS)}
-        for name, expert in recipe.experts.items():
-            for given in self._given_models(name):
-                rows[f"experts.{name}"] = pad_rows(number(given.model, _ROWS), expert.options)
-        if recipe.average and recipe.mix:
-            rows["mix"] = recipe.mix.shape.get(_ROWS)
-        different = {str(found) for found in rows.values() if found is not None}
-        if len(different) > 1:
-            found = ", ".join(f"{place} {number}" for place, number in rows.items() if number is not None)
-            remedy = "give each of them one pad-vocab-to-multiple-of, as 128, which makes them equal"
-            refuse("evaluate", f"it takes models of one number of embedding rows, found {found}; {remedy}")
-
-    def _given_models(self, name: str) -> list[GivenModel]:
-        """What is known of an expert of the mix that is given; nothing of one that the run trains."""
-        place = "seed" if name == GENERALIST else f"experts.{name}"
-        return [self.given[place]] if place in self.given else []
 
     def _dense(self) -> tuple[Settings, Settings] | None:
         dense = self.written.baselines.dense
