@@ -52,8 +52,9 @@ missing and leaves alone what is in the queue; btx status RUN shows the jobs, an
 """
 _PLAN_DESCRIPTION = """
 Print the stages of a recipe as a table: what each does and how large it is, with an estimate of the tokens and FLOPs
-of all that is to be trained. Nothing is written, and Megatron is not asked. btx run RECIPE.yaml --dry-run asks it, and
-prints the commands of the stages, too.
+of all that is to be trained. The converter looks at the given models and says what it would refuse; the texts are
+looked for. Nothing is written, and Megatron is not asked. btx run RECIPE.yaml --dry-run asks it, and prints the
+commands of the stages, too.
 """
 _STATUS_DESCRIPTION = """
 Print how far a run is, from what its stages wrote; it may be at work, and nothing is changed. A stage is waiting,
@@ -226,8 +227,8 @@ def _plan_run(arguments: argparse.Namespace, check: bool = True) -> PlannedRun:
         rerun=arguments.rerun,
         use_gpus=not arguments.cpu,
     )
-    if planned.recipe.notes:
-        print(f"# note: {one_line('; '.join(planned.recipe.notes))}", flush=True)
+    for note in planned.notes:
+        print(f"# note: {one_line(note)}", flush=True)
     try:
         if check:
             planned.check()

@@ -16,6 +16,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron_btx.data import readers
 from megatron_btx.data.domains import SPLITS, Description, Domain, find_files, read_description
 from megatron_btx.data.encoding import EncodedUnit, make_encoder
 from megatron_btx.data.inputs import Inputs, listed
-from megatron_btx.data.readers import TEXT_KEY
+from megatron_btx.data.records import BadRecord, Tally
 from megatron_btx.data.sink import Sink, publish_all
 from megatron_btx.data.workers import check_workers, in_order
 from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
@@ -47,10 +48,18 @@ def make_datasets(output: Path, description: Description, workers: int = 1, quie
     """
     check_workers(workers)
     found = find_files(description)
-    encoder = make_encoder(description.tokenizer_settings(), append_eod=True, draw_seed=description.seed)
+    encoder = make_encoder(
+        description.tokenizer_settings(), append_eod=True, refuse_record=_refuse_record, draw_seed=description.seed
+    )
+    bad_records = {name: Tally() for name in description.domains}
     with contextlib.ExitStack() as stack:
-        # The pool starts before the progress bar does: forking a process that runs threads is unsafe.
-        encode_all = in_order(stack, encoder.encode, workers)
+        # The pools start before the progress bar does: forking a process that runs threads is unsafe.
+        encode_all = {}
+        for domain in description.domains.values():
+            if _reading(domain) not in encode_all:
+                refuse = encoder.refuse_record if domain.on_bad_record == "stop" else None
+                own = replace(encoder, keys=(domain.json_key,), refuse_record=refuse)
+                encode_all[_reading(domain)] = in_order(stack, own.encode, workers)
         sinks: dict[tuple[str, str], Sink] = {}
         for name, domain in description.domains.items():
             for split in domain.splits():
@@ -59,24 +68,37 @@ def make_datasets(output: Path, description: Description, workers: int = 1, quie
         total_bytes = sum(inputs.size_bytes() for inputs in found.values())
         progress = stack.enter_context(ByteProgress(title, total_bytes, quiet))
         for (name, source), inputs in found.items():
-            for encoded in encode_all(readers.cut_all(inputs.files, encoder.keys)):
-                _add(encoded, sinks, name, source, description.domains[name])
+            domain = description.domains[name]
+            for encoded in encode_all[_reading(domain)](readers.cut_all(inputs.files, (domain.json_key,))):
+                _add(encoded, sinks, name, source, domain)
+                bad_records[name].merge(encoded.bad_records)
                 progress.advance(encoded.input_bytes)
         _check_made(sinks, found)
         publish_all(sinks.values(), encoder.described, replaces=output / SUMMARY)
     summary = _summarize(description, sinks, found)
+    summary["left_out"] = {name: tally.text() for name, tally in bad_records.items() if tally.counts}
     write_json(output / SUMMARY, summary)
     return summary
 
 
+def _reading(domain: Domain) -> tuple[str, str]:
+    """What the workers of a domain have to know."""
+    return domain.json_key, domain.on_bad_record
+
+
+def _refuse_record(record: BadRecord) -> None:
+    first = "name the right key with json-key, " if record.cause == "no key" else ""
+    raise InputError(f"{record.line()}; {first}mend the record, or leave such records out with on-bad-record: skip")
+
+
 def _add(encoded: EncodedUnit, sinks: Sinks, name: str, source: str, domain: Domain) -> None:
     """Append the documents of a unit to the datasets of their splits, in their order."""
-    ids, lengths = encoded.ids[TEXT_KEY], encoded.lengths[TEXT_KEY]
+    ids, lengths = encoded.ids[domain.json_key], encoded.lengths[domain.json_key]
     if not domain.shares:
         sinks[name, source].add(ids, lengths)
         return
     start = 0
-    for length, drawn in zip(lengths, encoded.draws[TEXT_KEY], strict=True):
+    for length, drawn in zip(lengths, encoded.draws[domain.json_key], strict=True):
         sinks[name, choose_split(drawn, domain.shares)].add(ids[start : start + length], [length])
         start += length
 
@@ -136,6 +158,8 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
         for split, made in splits.items():
             parts.append(f"{split} {made['documents']:,} documents, {made['tokens']:,} tokens")
         print(printable(f"{name}: {'; '.join(parts)}"))
+        if name in summary["left_out"]:
+            print(printable(f"{name}: left out {summary['left_out'][name]}"))
         for source in summary["sources"][name].values():
             if source["not_read"]:
                 print(printable(f"{name}: {listed(map(Path, source['not_read']))}"))

@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_btx.data.inputs import Inputs, expand_inputs
+from megatron_btx.data.readers import TEXT_KEY
 from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.files import read_json_object
@@ -33,13 +35,17 @@ _SHARES_TOLERANCE = 1e-6
 class Domain(BaseModel):
     """The text of one domain: files for each split, or files whose documents are drawn for the splits by shares."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", alias_generator=lambda name: name.replace("_", "-"))
 
     train: Paths | None = None
     valid: Paths | None = None
     test: Paths | None = None
     text: Paths | None = None
     shares: dict[Split, float] | None = None
+    json_key: str = TEXT_KEY
+    """Of a record's text, or the column of a Parquet file."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """skip: records that cannot be read are counted and left out."""
 
     def sources(self) -> dict[str, Paths]:
         """ "text", or the splits -> their files, folders or globs."""
@@ -79,11 +85,14 @@ class Description(BaseModel):
 
 
 def read_description(said: str) -> Description:
-    """The description in a JSON file, or in JSON itself.
+    """The description in a JSON file, in JSON itself, or in the config.yaml of a stage.
 
     Raises:
         InputError: no JSON, or not of the form that this module's head shows; names the place.
     """
+    if said.endswith(".yaml"):
+        with open(said, encoding="utf-8") as file:
+            return check_description(yaml.safe_load(file)["description"])
     if said.lstrip().startswith("{"):
         try:
             return check_description(json.loads(said))
@@ -105,25 +114,42 @@ def check_description(said: Mapping[str, object]) -> Description:
     return description
 
 
-def find_files(description: Description) -> dict[tuple[str, str], Inputs]:
+def find_files(description: Description, where: str = "--description: ") -> dict[tuple[str, str], Inputs]:
     """(domain, "text" or split) -> its files.
 
+    Args:
+        where: what gave the description, for messages.
+
     Raises:
-        InputError: a file does not exist, or stands twice: what a model is tested on would be what it was trained on,
-            or two experts would be the same.
+        InputError: files do not exist, or stand twice: what a model is tested on would be what it was trained on, or
+            two experts would be the same. All are named.
     """
     found: dict[tuple[str, str], Inputs] = {}
     owners: dict[str, str] = {}
+    refused: list[str] = []
     for name, domain in description.domains.items():
         for source, paths in domain.sources().items():
-            place = f"domains.{name}.{source}"
-            inputs = expand_inputs(paths, f"--description: {place}:")
-            for file in inputs.files:
-                owner = owners.setdefault(os.path.realpath(file), place)
-                if owner != place:
-                    raise InputError(f"--description: {place}: {file} is text of {owner}, too; leave it out of one")
-            found[name, source] = inputs
+            place = f"{where}domains.{name}.{source}"
+            try:
+                inputs = found[name, source] = expand_inputs(paths, f"{place}:")
+                _check_owner(inputs, place, owners)
+            except InputError as error:
+                refused.append(str(error))
+            except OSError as error:
+                refused.append(f"{place}: {error.filename}: {error.strerror}")
+    if refused:
+        raise InputError("; ".join(refused))
     return found
+
+
+def _check_owner(inputs: Inputs, place: str, owners: dict[str, str]) -> None:
+    """Refuse a file that cannot be read, or is text of another place, too."""
+    for file in inputs.files:
+        owner = owners.setdefault(os.path.realpath(file), place)
+        if owner != place:
+            raise InputError(f"{place}: {file} is text of {owner.rpartition(' ')[2]}, too; leave it out of one")
+        if not os.access(file, os.R_OK):
+            raise InputError(f"{place}: {file} cannot be read; change its rights, or leave it out")
 
 
 def _check_domain(place: str, name: str, domain: Domain) -> None:

@@ -125,6 +125,7 @@ def _contents(directory: Path, where: str) -> tuple[list[Path], list[Path]]:
     """The files below a directory that are read, and the others; linked directories are entered once."""
     read: list[Path] = []
     others: list[Path] = []
+    missing: list[Path] = []
     entered: set[str] = set()
     for folder, folders, names in os.walk(directory, onerror=_refuse, followlinks=True):
         real = os.path.realpath(folder)
@@ -138,12 +139,16 @@ def _contents(directory: Path, where: str) -> tuple[list[Path], list[Path]]:
             if name.startswith("."):
                 continue
             if path.is_symlink() and not path.exists():
-                raise InputError(f"{where} {path}: a link to a file that is not there; fetch it, or remove the link")
+                missing.append(path)
             about = name.lower().split(".")[0] in _ABOUT_THE_DATA or name.endswith(SUFFIX)
             if form_of(name) is not None and not about and path.is_file():
                 read.append(path)
             else:
                 others.append(path)
+    if missing:
+        paths = ", ".join(map(str, sorted(missing)[:_NAMED_AT_MOST]))
+        each = "a link to a file that is not there; fetch it, or remove the link"
+        raise InputError(f"{where} {paths}: {each} ({len(missing):,} in all)")
     return sorted(read), sorted(others)
 
 

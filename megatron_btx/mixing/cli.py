@@ -9,7 +9,7 @@ from megatron_btx.checkpoint.frequency import layer_frequency
 from megatron_btx.ground.errors import InputError, exits_with_one_line
 from megatron_btx.ground.words import read_pairs, split_pair
 from megatron_btx.mixing.methods import METHODS
-from megatron_btx.mixing.output_options import add_output_options, carry_out
+from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, add_output_options, carry_out, option_group
 from megatron_btx.mixing.request import Request, RouterInit
 
 
@@ -31,6 +31,15 @@ def parser() -> argparse.ArgumentParser:
         "generalist",
     )
     add_output_options(p)
+    _add_mixture(option_group(p, MIXTURE))
+    _add_differences(option_group(p, DIFFERENCES))
+    _add_routers(option_group(p, MIXTURE))
+    p.add_argument("--explain", metavar="TENSOR", help="print where a tensor of the result comes from; write nothing")
+    return p
+
+
+def _add_mixture(p: argparse._ArgumentGroup) -> None:
+    """Which parts make which experts, and in which layers."""
     p.add_argument(
         "--method",
         choices=tuple(METHODS),
@@ -56,13 +65,9 @@ def parser() -> argparse.ArgumentParser:
         help="layers that become mixtures, as Megatron's flag: every FREQ-th from the first, or a list of 0 and 1 as "
         "[0,1,1,0] or ([0]+[1]*3)*2; the others are averaged (default: 1, all)",
     )
-    _add_differences(p)
-    _add_routers(p)
-    p.add_argument("--explain", metavar="TENSOR", help="print where a tensor of the result comes from; write nothing")
-    return p
 
 
-def _add_differences(p: argparse.ArgumentParser) -> None:
+def _add_differences(p: argparse._ArgumentGroup) -> None:
     """What the sources count for, and what of them may differ."""
     p.add_argument(
         "--weight",
@@ -91,7 +96,7 @@ def _add_differences(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_routers(p: argparse.ArgumentParser) -> None:
+def _add_routers(p: argparse._ArgumentGroup) -> None:
     """How new routers start."""
     p.add_argument(
         "--router-init",

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES, tokenizer_files
-from megatron_btx.ground.errors import exits_with_one_line
+from megatron_btx.ground.errors import InputError, exits_with_one_line
 from megatron_btx.mixing.result import dense_arguments, megatron_args_text
 
 if TYPE_CHECKING:
@@ -52,9 +52,15 @@ def main() -> int:
     from megatron_btx.mixing.opening import open_source
 
     found: dict[str, dict[str, Flags]] = {}
+    refused = []
     for name, path in json.load(sys.stdin).items():
-        source = open_source(name, path)
-        found[name] = {"model": model_flags_of(source), "tokenizer": tokenizer_flags_of(source)}
+        try:
+            source = open_source(name, path)
+            found[name] = {"model": model_flags_of(source), "tokenizer": tokenizer_flags_of(source)}
+        except InputError as error:
+            refused.append(f"{name}.from: {error}")
+    if refused:
+        raise InputError("; ".join(refused))
     print(json.dumps(found))
     return 0
 

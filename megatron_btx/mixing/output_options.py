@@ -7,6 +7,26 @@ from pathlib import Path
 
 from megatron_btx.mixing.request import Options, Request
 
+RESULT, DIFFERENCES, MIXTURE = "what the result holds", "what models may differ in", "which mixture is made"
+"""Groups of options that decide a result. A recipe has each of them as a key, under the flag's own name."""
+
+
+def option_group(p: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The group of this title; made where there is none."""
+    for group in p._action_groups:
+        if group.title == title:
+            return group
+    return p.add_argument_group(title)
+
+
+def list_options(p: argparse.ArgumentParser, *titles: str) -> dict[str, argparse.Action]:
+    """The options of these groups by their names, without leading dashes."""
+    found = {}
+    for title in titles:
+        for action in option_group(p, title)._group_actions:
+            found[action.option_strings[0].removeprefix("--")] = action
+    return found
+
 
 def add_output_options(p: argparse.ArgumentParser, output_format: str = "") -> None:
     """Add the flags of :class:`Options` and ``--output`` to a command line.
@@ -31,7 +51,8 @@ def add_output_options(p: argparse.ArgumentParser, output_format: str = "") -> N
         type=int,
         help="threads that read, compute and write, in each process (default: the cores it may use, at most 4)",
     )
-    p.add_argument(
+    result = option_group(p, RESULT)
+    result.add_argument(
         "--pad-vocab-to-multiple-of",
         metavar="N",
         type=int,
@@ -40,7 +61,7 @@ def add_output_options(p: argparse.ArgumentParser, output_format: str = "") -> N
         "is the mean of all tokens' rows, so its probability is below the tokens' average, and belongs to no token "
         "(default: 1, add none)",
     )
-    p.add_argument(
+    result.add_argument(
         "--allow-other-ids",
         action="store_true",
         help="write the tokenizer even where it gives texts other ids than the source's own, or cannot be compared "

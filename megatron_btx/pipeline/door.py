@@ -22,7 +22,7 @@ from megatron_btx.pipeline.directory import (
 from megatron_btx.pipeline.identity import identities
 from megatron_btx.pipeline.machine import Machine
 from megatron_btx.pipeline.planner import plan_stages
-from megatron_btx.pipeline.program_checks import check_with_megatron
+from megatron_btx.pipeline.program_checks import check_inputs, check_with_megatron
 from megatron_btx.pipeline.progress import Progress, Reporter, Silence
 from megatron_btx.pipeline.recipe.flags import MissingFlagError
 from megatron_btx.pipeline.recipe.reading import load_recipe
@@ -82,6 +82,8 @@ class PlannedRun:
     chosen: list[str]
     rerun: Sequence[str]
     use_gpus: bool
+    notes: tuple[str, ...] = ()
+    """What was read otherwise than it is written, and what the converter warns of."""
 
     def chosen_stages(self) -> list[Stage]:
         """The stages that are to run, or are finished already."""
@@ -128,7 +130,7 @@ def plan_run(
     """What :func:`run` with the same arguments would do. Nothing is written.
 
     Raises:
-        InputError: the recipe, the run directory, or the choice of stages.
+        InputError: the recipe, its models and texts, the run directory, or the choice of stages.
     """
     read = load_recipe(recipe, changes)
     try:
@@ -145,7 +147,9 @@ def plan_run(
     for name in rerun:
         if name not in chosen:
             raise InputError(f"--rerun {name}: not among the stages of --only; add it there")
-    return PlannedRun(read, stages, directory, actions, chosen, rerun, use_gpus)
+    due = [name for name in chosen if actions[name].verb in (RUN, RERUN)]
+    notes = (*read.notes, *check_inputs(read, stages, due))
+    return PlannedRun(read, stages, directory, actions, chosen, rerun, use_gpus, notes)
 
 
 def run(

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE, printable
+from megatron_btx.pipeline.recipe.options import place_of, say_keys
 
 _LINES_SHOWN = 15
 _READ_BYTES = 1 << 22
@@ -31,16 +32,17 @@ def read_log(log: Path, offset: int) -> str:
     return ""
 
 
-def failure_message(log: str, code: int) -> tuple[str, int]:
+def failure_message(log: str, code: int, stage: str = "") -> tuple[str, int]:
     """What to show of a failed start's log, and the exit status that it means for btx.
 
-    Bad input (status 2, also when torchrun tells that of a worker) is shown by its one line, anything else by the
+    Bad input (status 2, also when torchrun tells that of a worker) is shown by its one line, with the recipe's keys in
+    place of flags, anything else by the
     end of the log, less torchrun's own report, which is long and hides the reason.
     """
     bad_input = code == BAD_INPUT_EXIT_CODE or bool(re.search(rf"exitcode\s*:\s*{BAD_INPUT_EXIT_CODE}\b", log))
     lines = re.findall(r"^(?:[\w./ -]+: )?error: .*$", log, re.MULTILINE)
     if bad_input and lines:
-        return str(lines[0]), BAD_INPUT_EXIT_CODE
+        return say_keys(str(lines[0]), place_of(stage)), BAD_INPUT_EXIT_CODE
     before_report = re.split(r"^[EW]\d{4} .*torch/distributed/elastic", log, maxsplit=1, flags=re.MULTILINE)[0].rstrip()
     shown = (before_report or log.rstrip()).splitlines()[-_LINES_SHOWN:]
     return textwrap.indent("\n".join(shown), "  ", lambda _: True), 1

@@ -46,13 +46,13 @@ def prepare_folder(stage: Stage, directory: Path, action: Action, manifest: Mapp
     manifests.write_manifest(directory, manifest)
     if not stage.resumable and not stage.only_shows:
         _set_leftovers_aside(directory)
-    write_atomically(directory / CONFIG_FILE, yaml.safe_dump(_settings_of(stage), sort_keys=False))
+    write_atomically(directory / CONFIG_FILE, config_text(stage))
     write_atomically(directory / SCRIPT_FILE, command_script(stage))
 
 
-def _settings_of(stage: Stage) -> dict[str, Any]:
-    """What config.yaml says of a stage."""
-    return {
+def config_text(stage: Stage) -> str:
+    """The config.yaml of a stage."""
+    said = {
         "stage": stage.name,
         "parents": list(stage.parents),
         "processes": stage.processes,
@@ -62,6 +62,7 @@ def _settings_of(stage: Stage) -> dict[str, Any]:
         **stage.config,
         "command": list(stage.command),
     }
+    return yaml.safe_dump(said, sort_keys=False)
 
 
 def _set_leftovers_aside(directory: Path) -> None:

@@ -21,6 +21,8 @@ class Model:
     """The stage that makes or imports it; None when it is given."""
     source: Path | None = None
     """What the stage imports it from."""
+    options: tuple[str, ...] = ()
+    """Words of the converter that imports it."""
 
     @classmethod
     def made_by(cls, stage: str) -> Model:
@@ -28,17 +30,17 @@ class Model:
         return cls(f"{stage}/{CHECKPOINT_FOLDER}", stage)
 
     @classmethod
-    def given_or_made(cls, source: Path | None, stage: str) -> Model:
+    def given_or_made(cls, source: Path | None, stage: str, options: tuple[str, ...] = ()) -> Model:
         """The model given at ``source``, or else the one that ``stage`` makes.
 
-        A given one that Megatron cannot start from is imported by a stage ``import-NAME``.
+        A given one that Megatron cannot start from, or that options change, is imported by a stage ``import-NAME``.
         """
         if source is None:
             return cls.made_by(stage)
-        if is_loadable(source):
+        if is_loadable(source) and not options:
             return cls(str(source), None)
         importing = f"{IMPORT_PREFIX}{stage.removeprefix(EXPERT_PREFIX)}"
-        return cls(f"{importing}/{CHECKPOINT_FOLDER}", importing, source)
+        return cls(f"{importing}/{CHECKPOINT_FOLDER}", importing, source, options)
 
     def as_given(self) -> Model:
         """The model without its import: mixing reads every form."""

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_btx.pipeline.decisions import SKIP, Action
+from megatron_btx.pipeline.directory import IMPORT_PREFIX
 from megatron_btx.pipeline.rows import make_table
 from megatron_btx.pipeline.stage import Program, Stage
 
@@ -86,6 +87,8 @@ def _cells(stage: Stage, action: Action) -> list[str]:
 
 
 def _purpose(stage: Stage) -> str:
+    if stage.name.startswith(IMPORT_PREFIX):
+        return "import a model"
     if isinstance(stage.program, Program):
         return _PURPOSES.get(stage.program.module, stage.program.module)
     return stage.program[0]

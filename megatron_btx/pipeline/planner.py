@@ -10,9 +10,11 @@ A stage whose model is given (``from``) has no node: its children read the given
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megatron_btx.ground.errors import InputError
+from megatron_btx.mixing.output_options import DIFFERENCES, RESULT
 from megatron_btx.pipeline.budgets import batch_tokens, token_weighted, training_steps
 from megatron_btx.pipeline.data_paths import DataPaths
 from megatron_btx.pipeline.directory import (
@@ -41,6 +43,7 @@ from megatron_btx.pipeline.models import Model, origins_of
 from megatron_btx.pipeline.prepare import plan_data, plan_export, plan_import
 from megatron_btx.pipeline.recipe.ablation import Ablation, Variant, stage_name
 from megatron_btx.pipeline.recipe.flags import Flags, merged
+from megatron_btx.pipeline.recipe.options import words_of
 from megatron_btx.pipeline.recipe.schema import Evaluate, Mix, Recipe, Settings, Training
 from megatron_btx.pipeline.stage import Program, Stage, sort_stages
 from megatron_btx.pipeline.training_stages import TrainingJob, merge_given_flags, plan_training
@@ -59,10 +62,10 @@ class _Planner:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.seed = Model.given_or_made(recipe.seed.source, SEED_STAGE)
+        self.seed = Model.given_or_made(recipe.seed.source, SEED_STAGE, recipe.seed.options)
         self.experts: dict[str, Model] = {}
         for name, part in recipe.experts.items():
-            self.experts[name] = Model.given_or_made(part.source, expert_stage(name))
+            self.experts[name] = Model.given_or_made(part.source, expert_stage(name), part.options)
         self.mixture_flags: Flags = {}
         if recipe.mix:
             self.mixture_flags = _mixture_flags(recipe.mix)
@@ -80,7 +83,7 @@ class _Planner:
         imports = []
         for model in (self.seed, *self.experts.values(), self._mixture(), self._finetuned()):
             if model.source is not None and model.stage in loaded:
-                imports.append(plan_import(model.stage, model.source))
+                imports.append(plan_import(model.stage, model.source, model.options))
         return imports
 
     def _stages(self) -> list[Stage]:
@@ -88,7 +91,7 @@ class _Planner:
         recipe = self.recipe
         stages = [*self._data(), *self._seed_and_experts()]
         if recipe.average:
-            stages.append(self._combine(AVERAGE_STAGE, ["--method", "average"]))
+            stages.append(self._combine(AVERAGE_STAGE, _average_words(recipe.mix)))
         if recipe.ablation and recipe.mix and recipe.finetune:
             return [*stages, *self._ablation(recipe.ablation, recipe.mix, recipe.finetune)]
         if recipe.mix and not recipe.mix.source:
@@ -98,7 +101,7 @@ class _Planner:
         if recipe.finetune and not recipe.finetune.source:
             stages.append(self._finetune(recipe.finetune))
         if recipe.export:
-            stages.append(plan_export(self._finetuned(), recipe.export))
+            stages.append(plan_export(self._finetuned(), recipe.export, recipe.export_options))
         if recipe.dense and recipe.finetune:
             stages += self._dense(*recipe.dense, recipe.finetune)
         if recipe.evaluate:
@@ -132,8 +135,13 @@ class _Planner:
         for name, model in models.items():
             words += ["--expert", f"{name}={model.path}"]
             settings[f"expert {name}"] = model.identity()
-        words += ["--output", f"{stage}/{CHECKPOINT_FOLDER}", *options]
+        words += ["--output", f"{stage}/{CHECKPOINT_FOLDER}", *options, "--verify"]
         parents, inputs = origins_of(models.values())
+        for number, option in enumerate(options):
+            flag, _, path = option.partition("=")
+            if path.startswith("/"):  # the routers' rows count by their content
+                settings |= {"options": [*options[:number], flag, *options[number + 1 :]], flag: Path(path)}
+                inputs = (*inputs, Path(path))
         program = Program("megatron_btx.mixing.cli", tuple(words))
         return Stage(stage, program, parents, inputs=inputs, product=CHECKPOINT_FOLDER, settings=settings)
 
@@ -149,13 +157,17 @@ class _Planner:
 
     def _mixture(self) -> Model:
         """What finetuning starts from."""
-        source = self.recipe.mix.source if self.recipe.mix else None
-        return Model.given_or_made(source, MIX_STAGE)
+        mix = self.recipe.mix
+        if mix is None or mix.source is None:
+            return Model.made_by(MIX_STAGE)
+        return Model.given_or_made(mix.source, MIX_STAGE, mix.options)
 
     def _finetuned(self) -> Model:
         """The finished mixture."""
-        source = self.recipe.finetune.source if self.recipe.finetune else None
-        return Model.given_or_made(source, FINETUNE_STAGE)
+        finetune = self.recipe.finetune
+        if finetune is None:
+            return Model.made_by(FINETUNE_STAGE)
+        return Model.given_or_made(finetune.source, FINETUNE_STAGE, finetune.options)
 
     def _finetune(self, finetune: Training) -> Stage:
         """The mixture's training. Where the recipe evaluates, it is watched per domain, and its first loss is bound."""
@@ -269,11 +281,19 @@ def _seeded_mix(seed: int) -> str:
 
 def _mixture_flags(mix: Mix) -> Flags:
     """Flags of the mixture, in finetuning and evaluation alike."""
-    return merged(mix.megatron, {"num-experts": len(mix.experts), **mix.routing.flags(mix.megatron)})
+    return merged(mix.megatron, mix.shape, mix.routing.flags(mix.megatron))
 
 
 def _router_words(mix: Mix, seed: int) -> list[str]:
-    return ["--router-seed", str(seed), "--moe-router-topk", str(mix.routing.top_k)]
+    return ["--router-seed", str(seed), "--moe-router-topk", str(mix.routing.top_k), *mix.options]
+
+
+def _average_words(mix: Mix | None) -> list[str]:
+    """The converter's words for the plain average, of the models that differ as the mix's may."""
+    words = ["--method", "average"]
+    if mix is not None:
+        words += words_of(mix.options, RESULT, DIFFERENCES)
+    return words
 
 
 def _report(module: str, parents: tuple[str, ...], product: str) -> Stage:

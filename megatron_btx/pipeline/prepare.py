@@ -5,13 +5,13 @@ data -> ...      import-seed, import-math, ...      finetune -> export
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.pipeline.data_paths import locate
 from megatron_btx.pipeline.directory import (
     CHECKPOINT_FOLDER,
+    CONFIG_FILE,
     DATA_STAGE,
     DATASETS_FILE,
     EXPORT_STAGE,
@@ -23,29 +23,43 @@ from megatron_btx.pipeline.recipe.flags import Flags
 from megatron_btx.pipeline.stage import Program, Stage
 
 
-def plan_import(name: str, source: Path) -> Stage:
+def plan_import(name: str, source: Path, options: tuple[str, ...] = ()) -> Stage:
     """The stage that makes a Megatron checkpoint of a given model that Megatron cannot start from as it is."""
     output = f"{name}/{CHECKPOINT_FOLDER}"
-    words = ("--method", "copy", "--expert", f"model={source}", "--output", output, "--verify")
+    words = ("--method", "copy", "--expert", f"model={source}", "--output", output, *options, "--verify")
     program = Program("megatron_btx.mixing.cli", words)
-    return Stage(name, program, inputs=(source,), product=CHECKPOINT_FOLDER, settings={"model": source})
+    settings = {"model": source, **_given_options(options)}
+    return Stage(name, program, inputs=(source,), product=CHECKPOINT_FOLDER, settings=settings)
 
 
-def plan_export(model: Model, form: str) -> Stage:
+def _given_options(options: tuple[str, ...]) -> dict[str, Any]:
+    """The converter's options as a setting; none where a recipe gives none."""
+    return {"options": list(options)} if options else {}
+
+
+def plan_export(model: Model, form: str, options: tuple[str, ...] = ()) -> Stage:
     """The stage that writes a model as a Hugging Face folder with its tokenizer, and reads it back.
 
     Args:
         form: as the recipe names it.
     """
     parents, inputs = origins_of([model])
-    words = ("export", "--checkpoint", model.path, "--output", f"{EXPORT_STAGE}/{EXPORTED_FOLDER}", "--verify")
+    words = (
+        "export",
+        "--checkpoint",
+        model.path,
+        "--output",
+        f"{EXPORT_STAGE}/{EXPORTED_FOLDER}",
+        *options,
+        "--verify",
+    )
     return Stage(
         EXPORT_STAGE,
         Program("megatron_btx.mixing.convert_hf", words),
         parents,
         inputs=inputs,
         product=EXPORTED_FOLDER,
-        settings={"model": model.identity(), "form": form},
+        settings={"model": model.identity(), "form": form, **_given_options(options)},
     )
 
 
@@ -53,7 +67,7 @@ def plan_data(data: Data) -> Stage:
     """The stage that makes datasets of the given texts."""
     domains = {name: _describe_text(text) for name, text in data.texts.items()}
     description = {"tokenizer": _plain(data.tokenizer), "domains": domains, "seed": data.seed}
-    words = ("--output", DATA_STAGE, "--workers", str(data.workers), "--description", json.dumps(description))
+    words = ("--output", DATA_STAGE, "--workers", str(data.workers), "--description", f"{DATA_STAGE}/{CONFIG_FILE}")
     return Stage(
         DATA_STAGE,
         Program("megatron_btx.data.datasets", words),
@@ -61,6 +75,7 @@ def plan_data(data: Data) -> Stage:
         product=DATASETS_FILE,
         processes=data.workers,
         settings=_deciding(data),
+        config={"description": description},  # a file, because thousands of texts fill more than a word may hold
     )
 
 
@@ -81,6 +96,8 @@ def _deciding(data: Data) -> dict[str, Any]:
         settings["tokenizer-model"] = locate(model)
     for name, text in data.texts.items():
         settings[f"domain {name}"] = [f"{split} {share:g}" for split, share in text.shares.items()]
+        if text.reading:
+            settings[f"domain {name} reading"] = [f"{key} {value}" for key, value in text.reading.items()]
         for split, files in text.files.items():
             settings[f"domain {name} {split}"] = [Path(path) for path in files]
     return settings
@@ -88,10 +105,10 @@ def _deciding(data: Data) -> dict[str, Any]:
 
 def _describe_text(text: Text) -> dict[str, Any]:
     """A domain in the description that the program reads."""
-    described: dict[str, Any] = dict(text.files)
+    described: dict[str, Any] = {split: list(files) for split, files in text.files.items()}
     if text.shares:
         described["shares"] = dict(text.shares)
-    return described
+    return {**described, **text.reading}
 
 
 def _plain(flags: Flags) -> dict[str, Any]:

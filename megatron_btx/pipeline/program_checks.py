@@ -1,4 +1,4 @@
-"""A recipe's flags and stages under the programs' own checks, before the first stage runs."""
+"""A recipe under the checks of those who will carry it out: Megatron, the converter, the reader of texts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from megatron_btx.data.domains import check_description, find_files
 from megatron_btx.ground.errors import InputError
+from megatron_btx.pipeline.directory import DATA_STAGE, EXPORT_STAGE, MIX_STAGE
 from megatron_btx.pipeline.recipe.flags import Flags, to_argv
+from megatron_btx.pipeline.recipe.options import place_of, say_keys
+from megatron_btx.pipeline.recipe.schema import Recipe
 from megatron_btx.pipeline.stage import Program, Stage
+
+_CONVERTER = "megatron_btx.mixing.cli"
 
 
 def check_with_megatron(
@@ -18,8 +26,7 @@ def check_with_megatron(
 ) -> None:
     """Refuse what the installed Megatron does not know, and what the programs of ``stages`` would refuse themselves.
 
-    Another process does it (:mod:`megatron_btx.training.check_stages`): importing Megatron takes some 10 s and 500 MB,
-    which would stay in this one.
+    Importing Megatron takes some 10 s and 500 MB, which would stay in this process.
 
     Args:
         sections: place in ``file`` -> flags.
@@ -30,14 +37,84 @@ def check_with_megatron(
         "sections": {where: to_argv(flags) for where, flags in sections.items()},
         "stages": {stage.name: (stage.processes, program_words(stage)) for stage in stages},
     }
-    command = [sys.executable, "-P", "-W", "ignore", "-m", "megatron_btx.training.check_stages"]
     environment = os.environ if use_gpus else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    _ask(file, "megatron_btx.training.check_stages", asked, environment)
+
+
+def check_inputs(recipe: Recipe, stages: Sequence[Stage], due: Sequence[str]) -> list[str]:
+    """Refuse models and texts of which a stage that is ``due`` could make nothing; returns the converter's warnings.
+
+    Raises:
+        InputError: everything that is wrong, each with its place in the recipe.
+    """
+    refused: dict[str, list[str]] = {}
+    if DATA_STAGE in due:
+        description = next(stage for stage in stages if stage.name == DATA_STAGE).config["description"]
+        try:
+            find_files(check_description(description), "data.")
+        except InputError as error:
+            refused[str(error)] = [DATA_STAGE]
+    requests = {name: request for name, request in _list_requests(recipe, stages).items() if name in due}
+    answer: dict[str, Any] = {"refused": {}, "said": {}}
+    if requests:
+        answer = json.loads(_ask(recipe.file, "megatron_btx.mixing.dry_runs", requests, os.environ))
+    for name, why in answer["refused"].items():
+        refused.setdefault(say_keys(why, place_of(name)), []).append(name)
+    if refused:
+        listed = [f"stage {', '.join(names)}: {why}" for why, names in refused.items()]
+        raise InputError(f"{recipe.file}: {'; '.join(listed)}")
+    return [f"{name}: {line}" for name, lines in answer["said"].items() for line in lines]
+
+
+def _list_requests(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
+    """Stage -> what it asks of the converter; of the export, what it would ask if finetuning changed no shape."""
+    words = {stage.name: program_words(stage) for stage in stages if _is_conversion(stage)}
+    arguments: dict[str, Any] = {}
+    if recipe.export and recipe.finetune and recipe.mix:
+        source = recipe.finetune.source or recipe.mix.source
+        if source is not None:
+            words[EXPORT_STAGE] = ["--method=copy", "--expert", f"model={source}", "--output", EXPORT_STAGE]
+        elif MIX_STAGE in words:
+            words[EXPORT_STAGE] = list(words[MIX_STAGE])
+            flags = recipe.mix.routing.flags({})
+            arguments = {"moe_router_pre_softmax": bool(flags.get("moe-router-pre-softmax"))}
+        words[EXPORT_STAGE] += ["--output-format", "hf", *recipe.export_options]
+    tokenizer = {flag.replace("-", "_"): value for flag, value in recipe.data.tokenizer.items()}
+    may_differ = any("tokenizer_model" in str(flags.get("btx-allow-change")) for flags in recipe.flag_sections.values())
+    requests: dict[str, dict[str, Any]] = {}
+    for name, said in words.items():
+        if _put_given_models(said):
+            requests[name] = {"words": said, "arguments": {}, "tokenizer": None if may_differ else tokenizer}
+    if EXPORT_STAGE in requests:
+        requests[EXPORT_STAGE] |= {"arguments": arguments, "tokenizer": None}
+    return requests
+
+
+def _is_conversion(stage: Stage) -> bool:
+    return isinstance(stage.program, Program) and stage.program.module == _CONVERTER
+
+
+def _put_given_models(words: list[str]) -> bool:
+    """Put a given model for each that the run makes, which is to be its equal; whether there is one on this disk."""
+    experts = [number + 1 for number, word in enumerate(words) if word == "--expert"]
+    given = [words[number].partition("=")[2] for number in experts if Path(words[number].partition("=")[2]).is_dir()]
+    for number in experts:
+        name, _, path = words[number].partition("=")
+        if path not in given and given:
+            words[number] = f"{name}={given[0]}"
+    return bool(given)
+
+
+def _ask(file: str, module: str, asked: Mapping[str, Any], environment: Mapping[str, str]) -> str:
+    """The answer of a program of ours, in a process of its own. Raises InputError with its one line."""
+    command = [sys.executable, "-P", "-W", "ignore", "-m", module]
     answer = subprocess.run(
         command, input=json.dumps(asked), capture_output=True, text=True, check=False, env=environment
     )
     if answer.returncode:
-        lines = answer.stderr.strip().splitlines() or [f"Megatron's parser ended with status {answer.returncode}"]
+        lines = answer.stderr.strip().splitlines() or [f"{module} ended with status {answer.returncode}"]
         raise InputError(f"{file}: {lines[-1].removeprefix('error: ')}")
+    return answer.stdout
 
 
 def program_words(stage: Stage) -> list[str]:

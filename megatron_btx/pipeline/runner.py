@@ -160,7 +160,7 @@ class Runner:
         killed = killed_by(text, code)
         if killed:
             problem = f"failed: {killed}"
-        message, status = failure_message(text, code)
+        message, status = failure_message(text, code, name)
         self.failure = f"stage {name} {problem}; its log: {log}\n{message}"
         return status
 

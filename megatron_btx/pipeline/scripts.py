@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_btx.pipeline.decisions import RERUN, RESUME, SKIP, Action
-from megatron_btx.pipeline.directory import MANIFEST_FILE, find_free_name
+from megatron_btx.pipeline.directory import CONFIG_FILE, MANIFEST_FILE, find_free_name
+from megatron_btx.pipeline.folder import config_text
 from megatron_btx.pipeline.identity import Identity, identities, manifest_of
 from megatron_btx.pipeline.stage import Stage, command_text, one_line, shell_preparation
 
@@ -47,5 +48,7 @@ def _stage_commands(stage: Stage, action: Action, identity: Identity, directory:
     if action.verb != RESUME:
         manifest = json.dumps(manifest_of(stage, identity, "started by hand", action.rerun))
         commands.append(f"printf '%s\\n' {shlex.quote(manifest)} > {folder}/{MANIFEST_FILE}")
+    if f"{stage.name}/{CONFIG_FILE}" in stage.command:  # printf is no program, so that no word is too long for it
+        commands.append(f"printf '%s' {shlex.quote(config_text(stage))} > {folder}/{CONFIG_FILE}")
     commands.append(f"OMP_NUM_THREADS={stage.threads} {command_text(stage)}")
     return "\n".join(commands)

@@ -16,7 +16,7 @@ def check_whole(recipe: Recipe, written: RecipeSection) -> None:
     """Refuse sections that do not go together. Raises InputError with the place and the remedy."""
     if recipe.finetune and not recipe.mix:
         refuse("finetune", "there is no mix to finetune; add mix: {}")
-    if recipe.mix and not recipe.mix.source and not recipe.experts:
+    if recipe.mix and not recipe.mix.source and not recipe.experts and len(recipe.mix.experts) > 1:
         refuse("mix", "there are no experts to mix; add experts, or mix: {from: PATH}")
     if written.ablation is not None:
         _check_ablation(recipe, written)

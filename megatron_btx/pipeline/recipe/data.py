@@ -31,6 +31,8 @@ class Text:
     """Split -> absolute paths; under "text" those that are split by ``shares``."""
     shares: Mapping[str, float]
     """Split -> share of the documents; empty where every split has its own files."""
+    reading: Mapping[str, str] = field(default_factory=dict)
+    """How records are read, as far as the recipe says it."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,13 @@ def _read_text(place: str, domain: DomainSection, text: TextSection, everywhere:
     if domain.train or domain.valid or domain.test:
         refuse(f"{place}.text", "found beside .bin/.idx files of the same domain; leave one of them out")
     own = _given_splits(text)
+    reading = text.model_dump(by_alias=True, exclude_none=True, include={"json_key", "on_bad_record"})
     if text.files is None:
         if "train" not in own:
             refuse(f"{place}.text", "found no files; expected text: [files or folders], or text: {train: [...], ...}")
         if domain.split is not None:
             refuse(f"{place}.split", "found beside files for every split; leave it out")
-        return Text({split: tuple(files) for split, files in own.items()}, {})
+        return Text({split: tuple(files) for split, files in own.items()}, {}, reading)
     if own:
         refuse(f"{place}.text", f"found files and {next(iter(own))}; expected one list, or a list for every split")
     written = domain.split or everywhere
@@ -133,7 +136,7 @@ def _read_text(place: str, domain: DomainSection, text: TextSection, everywhere:
     if abs(sum(shares.values()) - 1) > 1e-9:
         where = f"{place}.split" if domain.split else "data.split"
         refuse(where, f"found shares that sum to {sum(shares.values()):g}, expected 1")
-    return Text({"text": tuple(text.files)}, shares)
+    return Text({"text": tuple(text.files)}, shares, reading)
 
 
 def _given_splits(section: TextSection | SharesSection) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron_btx.checkpoint.iterations import TRACKER, is_checkpoint
 from megatron_btx.checkpoint.nemo import weights_folder
 from megatron_btx.checkpoint.paths import model_path
 from megatron_btx.checkpoint.safetensors import is_model_folder
+from megatron_btx.checkpoint.tokenizers.kinds import check_kind
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.recipe.flags import Flags
 
@@ -40,11 +41,14 @@ def find_model(text: str) -> Path:
     expected = "expected a Megatron checkpoint (its root, or one iter_ folder) or a Hugging Face model folder"
     try:
         path = weights_folder(model_path(text)).absolute()
+        is_model = not path.is_dir() or is_checkpoint(path) or is_model_folder(path)
+        if not is_model:
+            check_kind(path)  # which knows a LoRA and many others by name
     except InputError as error:
         raise ValueError(str(error)) from None
     if not path.is_dir():
         raise ValueError(f"{path} does not exist; {expected}")
-    if not is_checkpoint(path) and not is_model_folder(path):
+    if not is_model:
         raise ValueError(f"{path} is no model; {expected}")
     return path
 
@@ -71,6 +75,6 @@ def read_models(paths: Mapping[str, Path]) -> dict[str, GivenModel]:
     )
     if answer.returncode:
         lines = answer.stderr.strip().splitlines() or [f"reading the models ended with status {answer.returncode}"]
-        raise InputError(f"from: {lines[-1].removeprefix('error: ')}")
+        raise InputError(lines[-1].removeprefix("error: "))
     found = json.loads(answer.stdout)
     return {name: GivenModel(said["model"], said["tokenizer"]) for name, said in found.items()}

@@ -13,12 +13,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_btx.ground.errors import InputError
+from megatron_btx.pipeline.budgets import padded_vocabulary
 from megatron_btx.pipeline.directory import GENERALIST
 from megatron_btx.pipeline.recipe.ablation import freeze_flags, read_ablation
 from megatron_btx.pipeline.recipe.checks import check_whole
 from megatron_btx.pipeline.recipe.data import choose_domains, read_data
-from megatron_btx.pipeline.recipe.flags import Flags
+from megatron_btx.pipeline.recipe.flags import Flags, number
 from megatron_btx.pipeline.recipe.given import GivenModel, is_loadable, read_models
+from megatron_btx.pipeline.recipe.mixture import check_rows, known_rows, mixture_shape
+from megatron_btx.pipeline.recipe.options import ROWS, option_words, pad_rows
 from megatron_btx.pipeline.recipe.refusals import describe, refuse, unknown_key
 from megatron_btx.pipeline.recipe.routing import check_balancing, read_routing
 from megatron_btx.pipeline.recipe.schema import Evaluate, Layout, Mix, Recipe, Settings, Training
@@ -77,10 +80,10 @@ class _Builder:
             finetune = self._training("finetune", written.finetune)
         ablation = None
         if written.ablation is not None and mix is not None:
-            given = {**mix.megatron, **written.training}
+            given = {**mix.megatron, **mix.shape, **written.training}
             if finetune is not None:
                 given |= finetune.megatron
-            ablation = read_ablation(written.ablation, given, mix.routing, len(mix.experts))
+            ablation = read_ablation(written.ablation, given, mix.routing, number(mix.shape, "num-experts"))
         recipe = Recipe(
             file=self.file,
             name=written.name or self._name_of_file(),
@@ -98,12 +101,15 @@ class _Builder:
             evaluate=_read_evaluate(written.evaluate),
             ablation=ablation,
             export=written.export.format if written.export else None,
+            export_options=option_words(written.export) if written.export else (),
             cluster=written.cluster,
             flag_sections=list_flag_sections(written),
             notes=tuple(self.notes),
             tree=self.tree,
         )
         check_whole(recipe, written)
+        if recipe.evaluate or recipe.ablation:
+            check_rows(recipe, self.given)
         return recipe
 
     def _read_given(self) -> Mapping[str, GivenModel]:
@@ -131,7 +137,9 @@ class _Builder:
         """The dense model's flags: what the seed says, else the first expert, and what the recipe says."""
         for place, given in self.given.items():
             if place == "seed" or place.startswith("experts."):
-                return {**given.model, **self.written.model}
+                section = self.written.seed if place == "seed" else self.written.experts[place.removeprefix("experts.")]
+                rows = {ROWS: str(pad_rows(number(given.model, ROWS), option_words(section)))}
+                return {**given.model, **rows, **self.written.model}
         return self.written.model
 
     def _own_tokenizer(self) -> Flags:
@@ -163,8 +171,10 @@ class _Builder:
             blend = self._blend(f"{place}.blend", section.blend)
         if trains and section.tokens is None:
             refuse(f"{place}.tokens", "missing, expected a whole number of at least 1 (as 300_000)")
-        settings = _read_settings(section)
-        return Training(section.from_, blend, section.tokens or 0, settings.layout, settings.megatron)
+        settings, words = _read_settings(section), option_words(section)
+        if trains and words:
+            refuse(place, f"found {', '.join(words)}, which are of a model's import; leave it out, or add from")
+        return Training(section.from_, blend, section.tokens or 0, settings.layout, settings.megatron, words)
 
     def _blend(self, place: str, shares: Mapping[str, float]) -> Mapping[str, float]:
         """The shares, so that they sum to one."""
@@ -187,16 +197,18 @@ class _Builder:
         names = known if section.experts is None else section.experts
         if section.from_ is None and not set(names) <= set(known):
             refuse("mix.experts", f"found {names!r}, expected a list of some of: {', '.join(known)}")
-        if len(names) < 2 or len(set(names)) < len(names):
-            refuse("mix.experts", f"found {names!r}, expected at least two different experts")
-        routing = read_routing("mix", section, len(names))
+        words = option_words(section)
+        rows = [known_rows(self.given, name) for name in names]
+        base = padded_vocabulary(self._model(), self.data.vocabulary_size)
+        shape = mixture_shape(section, names, self._model(), base, rows)
+        routing = read_routing("mix", section, number(shape, "num-experts"))
         written = self.written
         flags = {"model": written.model, "training": written.training, "mix.megatron": section.megatron}
         if written.finetune is not None:
             flags["finetune.megatron"] = written.finetune.megatron
         check_balancing(section, routing, flags)
         router_seed = written.random_seed if section.router_seed is None else section.router_seed
-        return Mix(section.from_, tuple(names), router_seed, routing, _mixture_flags(section))
+        return Mix(section.from_, tuple(names), router_seed, routing, _mixture_flags(section), words, shape)
 
     def _dense(self) -> tuple[Settings, Settings] | None:
         dense = self.written.baselines.dense

@@ -10,6 +10,7 @@ from megatron_btx.ground.errors import InputError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
+    from pydantic_core import ErrorDetails
 
 _EXPECTED = {
     "int_type": "a whole number, as 300_000",
@@ -50,11 +51,14 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line for the first thing that pydantic refused; a key that nobody knows is likely a slip and goes first."""
+    """One line for all that pydantic refused; a key that nobody knows is likely a slip and goes first."""
     problems = error.errors(include_url=False)
-    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    first = (unknown or problems)[0]
-    place, kind, context = first["loc"], first["type"], first.get("ctx", {})
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    return "; ".join(dict.fromkeys(_describe_one(problem, model) for problem in problems))
+
+
+def _describe_one(problem: ErrorDetails, model: type[BaseModel]) -> str:
+    place, kind, context = problem["loc"], problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         return f"{_dotted(place)}: {unknown_key(str(place[-1]), _keys_at(model, place[:-1]))}"
     if kind == "value_error":
@@ -68,7 +72,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
         expected = f"a mapping with {', '.join(_keys_at(model, place))}"
     else:
         expected = _EXPECTED[kind].format(**{name: _short(value) for name, value in context.items()})
-    return f"{_dotted(place)}: found {_shown(first['input'])}, expected {expected}"
+    return f"{_dotted(place)}: found {_shown(problem['input'])}, expected {expected}"
 
 
 def _short(value: object) -> object:

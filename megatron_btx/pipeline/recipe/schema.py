@@ -38,6 +38,8 @@ class Training:
     tokens: int
     layout: Layout
     megatron: Flags
+    options: tuple[str, ...] = ()
+    """Words of the converter that imports the model."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Mix:
     routing: Routing
     megatron: Flags
     """Flags of the MoE model, for finetuning and evaluation alike; those of its routing not among them."""
+    options: tuple[str, ...]
+    """Words of the converter that mixes the experts, or imports the mixture."""
+    shape: Flags
+    """Flags that follow from them."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ class Recipe:
     """Variants of finetuning; they take the place of the one finetuning stage."""
     export: str | None
     """The form in which the finetuned mixture is written once more: hf, a Hugging Face model folder."""
+    export_options: tuple[str, ...]
+    """Words of the converter that writes it."""
     cluster: ClusterSection
     """What btx submit asks of Slurm."""
     flag_sections: Mapping[str, Flags]

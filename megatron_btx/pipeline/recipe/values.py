@@ -11,7 +11,7 @@ import unicodedata
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
 from megatron_btx.ground.names import check_name
 from megatron_btx.pipeline.directory import GENERALIST, is_set_aside
@@ -113,6 +113,15 @@ def absolute_path(text: object) -> Path:
         raise ValueError(f"found {text!r}, and there is no such home; give the path without ~") from None
 
 
+def _as_whole_number(value: object) -> object:
+    """3.0e+4 and 1e8 are whole numbers; YAML has them as a float and a text."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,2}", value):
+        return _as_whole_number(float(value))
+    return value
+
+
 def _read_model(text: object) -> Path:
     """The folder of a given model."""
     if not isinstance(text, str) or not text:
@@ -125,7 +134,7 @@ def _read_model(text: object) -> Path:
 def _read_text_path(text: object) -> str:
     """The absolute path of a text file, a folder, or a pattern of files."""
     path = absolute_path(text)
-    if not glob.has_magic(str(path)) and not path.exists():
+    if not path.exists() and next(glob.iglob(str(path), recursive=True), None) is None:
         raise ValueError(f"{path} does not exist; expected a text file, or a folder of them; make it, or mend the path")
     return str(path)
 
@@ -147,7 +156,7 @@ def _read_dataset(text: object) -> tuple[float, str]:
 
 
 RandomSeed = Annotated[int, Field(ge=1, le=LARGEST_SEED)]
-Tokens = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, BeforeValidator(_as_whole_number), Field(ge=1)]
 Processes = Annotated[int, Field(ge=1, le=1024)]
 Share = Annotated[float, Field(gt=0, le=LARGEST_SHARE)]
 Blend = dict[str, Share]

@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, RESULT
 from megatron_btx.pipeline.recipe.cluster import ClusterSection
 from megatron_btx.pipeline.recipe.flags import LAYOUT_FLAGS, FlagValue
+from megatron_btx.pipeline.recipe.options import with_options
 from megatron_btx.pipeline.recipe.section import Section
 from megatron_btx.pipeline.recipe.values import (
     Blend,
@@ -84,8 +86,9 @@ class SettingsSection(Section):
     """Flags of this stage alone."""
 
 
+@with_options(RESULT)
 class TrainingSection(SettingsSection):
-    """A stage that trains, or a checkpoint that takes its place."""
+    """A stage that trains, or a checkpoint that takes its place, with the options of its import."""
 
     from_: Model | None = None
     blend: Blend = {}
@@ -101,8 +104,9 @@ class RoutingSection(Section):
     load_balancing: str | None = None
 
 
+@with_options(RESULT, DIFFERENCES, MIXTURE)
 class MixSection(RoutingSection):
-    """The mixing stage, or a mixed checkpoint that takes its place."""
+    """The mixing stage with the converter's options, or a mixed checkpoint that takes its place."""
 
     from_: Model | None = None
     experts: list[str] | None = None
@@ -176,6 +180,10 @@ class TextSection(Section):
     train: Texts | None = None
     valid: Texts | None = None
     test: Texts | None = None
+    json_key: str | None = None
+    """Of a record's text, or the column of a Parquet file (default: text)."""
+    on_bad_record: Literal["stop", "skip"] | None = None
+    """skip: records that cannot be read are counted and left out (default: stop)."""
 
 
 class DomainSection(Section):
@@ -204,6 +212,7 @@ class DataSection(Section):
     ] = {}
 
 
+@with_options(RESULT)
 class ExportSection(Section):
     """The finetuned mixture in another form, read back and compared."""
 

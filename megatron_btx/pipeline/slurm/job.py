@@ -124,7 +124,7 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
     text = read_log(directory / LOG_FILE, read_count(started.get("log offset")) or 0)
     if _BAD_INPUT_OF_TASK in text:
         code = BAD_INPUT_EXIT_CODE
-    message, status = failure_message(text, code)
+    message, status = failure_message(text, code, stage.name)
     killed = killed_by(text, code)
     if status == BAD_INPUT_EXIT_CODE:
         problem = f"failed: {message.partition('error: ')[2]}"

@@ -61,6 +61,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_domain_has_its_own_key_and_its_own_way_with_bad_records(said: Said, tmp_path: Path, workers: int) -> None:
+    (tmp_path / "body.jsonl").write_text('{"body": "1 2"}\nno JSON\n{"text": "3"}\n{"body": "4"}\n')
+    own = {"train": [f"{tmp_path}/body.jsonl"], "json-key": "body", "on-bad-record": "skip"}
+    said["domains"]["code"] = own
+    summary = make(tmp_path / "out", said, workers)
+    assert documents(tmp_path / "out" / "code.train") == [[1, 2, DOCUMENTS], [4, DOCUMENTS]]
+    assert summary["left_out"] == {"code": "2 bad records: 1 not JSON, 1 no key"}
+    assert sum(split["documents"] for split in summary["domains"]["math"].values()) == DOCUMENTS
+    del own["on-bad-record"]
+    with pytest.raises(InputError, match=r"body.jsonl:2: .*leave such records out with on-bad-record: skip"):
+        make(tmp_path / "out", said, workers)
+    own["json-key"] = "title"
+    with pytest.raises(InputError, match=r"body.jsonl:1: no key 'title'.*; name the right key with json-key, "):
+        make(tmp_path / "out", said, workers)
+
+
 def test_every_document_is_whole_in_one_split_and_in_order(said: Said, tmp_path: Path) -> None:
     out = tmp_path / "out"
     summary = make(out, said)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from megatron_btx.pipeline.recipe.given import GivenModel, find_model, is_loadab
 from megatron_btx.pipeline.recipe.reading import parse_recipe
 from megatron_btx.pipeline.stage import Stage
 
-MODEL = {"num-layers": "3", "hidden-size": "32", "num-attention-heads": "4", "seq-length": "64", "swiglu": True}
+MODEL: dict[str, Any] = {"num-layers": "3", "hidden-size": "32", "num-attention-heads": "4", "seq-length": "64"}
+MODEL |= {"swiglu": True, "padded-vocab-size": "96"}
 TOKENIZER = {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": "/models/seed"}
 
 
@@ -113,7 +113,7 @@ def test_texts_become_the_runs_own_datasets(tree: dict[str, Any], tmp_path: Path
     tree["data"]["domains"]["code"]["split"] = {"train": 0.5, "valid": 0.25, "test": 0.25}
     tree["data"] |= {"workers": 3, "seed": 7}
     stages = plan(tree)
-    assert json.loads(values(stages["data"], "description")[0]) == {
+    assert stages["data"].config["description"] == {
         "tokenizer": TOKENIZER,
         "domains": {
             "general": {"text": [f"{tmp_path}/texts/seed"], "shares": {"train": 0.9, "valid": 0.1}},
@@ -192,5 +192,5 @@ def test_forms_of_given_models(tmp_path: Path) -> None:
 
 def test_a_model_that_the_converter_refuses_is_refused_in_its_words(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "poem"}')
-    with pytest.raises(InputError, match=r"^from: seed \(.*poem"):
+    with pytest.raises(InputError, match=r"^seed.from: seed \(.*poem"):
         read_models({"seed": tmp_path})

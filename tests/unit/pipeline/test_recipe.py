@@ -64,7 +64,8 @@ def all_values(stage: Stage, flag: str) -> list[str]:
         ("sead={}", "sead: unknown key; did you mean seed"),
         ("layout={}", "layout: unknown key"),
         ("seed.tokens=0", "seed.tokens: found 0"),
-        ("seed.tokens=1e6", "seed.tokens: found '1e6'"),
+        ("seed.tokens=1e-6", "seed.tokens: found '1e-6'"),
+        ("seed.tokens=2.5", "seed.tokens: found 2.5"),
         ("seed.tokens=true", "seed.tokens: found True"),
         ("seed.tokens=null", "seed.tokens: missing"),
         ("seed.blend={}", "seed.blend: empty"),
@@ -412,8 +413,7 @@ def test_seeds() -> None:
     assert values(stages("mix.router-seed=5")["mix"], "router-seed") == ["5"]
     assert stages()["data"].command == planned["data"].command
     for change, seed in (("data.workers=1", 1234), ("data.seed=5", 5)):
-        (description,) = values(stages(change)["data"], "description")
-        assert json.loads(description)["seed"] == seed
+        assert stages(change)["data"].config["description"]["seed"] == seed
 
 
 def checkpoint(path: Path) -> Path:
