@@ -52,7 +52,7 @@ def foresee(
         for _ in rows_of(plan, planned, 0, min(max(rows, 1), planned.source_rows)):
             pass  # which refuses what is not finite
     if tokenizer is not None:
-        own = vocabulary_source(plan.sources).tokenizer_arguments
+        own = vocabulary_source(plan.sources, plan.request).tokenizer_arguments
         asked = {**tokenizer, "padded_vocab_size": own["padded_vocab_size"]}
         check_same_tokenizer({"the result": own, "data.tokenizer": asked}, _OTHER_TOKENIZER)
     if options.output_format != "hf":

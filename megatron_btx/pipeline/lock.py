@@ -25,8 +25,8 @@ def lock_run(run: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"{run}: another btx run, a job or a command.sh is at work here, or a btx submit; wait, or give another "
-                "--output"
+                f"{run}: another btx run, a job or a command.sh is at work here, or a btx submit; wait, or give "
+                "another --output"
             ) from None
         except OSError:  # a disk without locks
             if kind == fcntl.LOCK_EX:
