@@ -1,8 +1,4 @@
-"""What may go of a root, and what must make room for a new checkpoint.
-
-A run's line is the checkpoint that it started from, those before it, and what it has saved since. Only these count
-among the last K and every M-th.
-"""
+"""What may go of a root, and what is moved aside: a run's line is what it started from, those before, and its saves."""
 
 from __future__ import annotations
 
@@ -43,12 +39,12 @@ def make_room(root: Path, step: int, reached: int) -> list[Path]:
         if _is_leftover(folder) and not folder.is_symlink():
             remove_checkpoint(folder)
             continue
-        links = [path for path in root.iterdir() if path.is_symlink() and path.resolve() == folder.resolve()]
+        others = [path for path in root.iterdir() if path.is_symlink() and path != folder]
+        links = [link for link in others if link.resolve() == folder.resolve()]  # somebody's best one
         moved.append(_move(folder, aside))
         for link in links:
-            if link != folder:  # somebody's best one
-                link.unlink()
-                link.symlink_to(moved[-1].absolute())
+            link.unlink()
+            link.symlink_to(moved[-1].absolute())
     return moved
 
 

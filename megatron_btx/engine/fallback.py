@@ -1,7 +1,7 @@
 """Which of its own checkpoints a run goes on from: the last one, or the one before where that is damaged.
 
-The last may be a non-persistent one, and the one before what a step that was saved again has had before. Both lie in a
-root of their own, which Megatron gets as ``--load``: so all checks and records are of what is loaded.
+The last may be non-persistent, and the one before the first of a step that was saved again. Both lie in a root of their
+own, which Megatron gets as ``--load``: so all checks and records are of what is loaded.
 
 Megatron writes its tracker in place (``training/checkpointing.py``, save_checkpoint): a crash of the machine can leave
 it empty, and data files shorter than they were written. With such a tracker Megatron ends with status 0, and with such
@@ -57,8 +57,7 @@ def choose_checkpoint(args: argparse.Namespace) -> None:
     for place in beside:
         if not (place / TRACKER).is_file():
             continue
-        its_fault = _fault_of(place)
-        if its_fault and own:
+        if own and (its_fault := _fault_of(place)):
             fault = fault or its_fault
         elif step_of(str(place)) >= step:
             say(f"{fault or 'the newest one is not persistent'}; the run goes on from {resolve_iteration(place)}")
@@ -88,11 +87,7 @@ def _saves_where_it_loads(args: argparse.Namespace) -> bool:
 
 
 def check_save_folder(args: argparse.Namespace) -> None:
-    """Refuse to save among checkpoints that a run does not go on from: they would be replaced, and count as its own.
-
-    Raises:
-        InputError: names the last ones.
-    """
+    """Refuse to save among checkpoints that a run does not go on from: they would count as its. Raises InputError."""
     if not args.save or args.skip_train or (_saves_where_it_loads(args) and not args.finetune):
         return
     held = [folder.name for _, folder in list_iterations(Path(args.save)) if is_checkpoint(folder)]

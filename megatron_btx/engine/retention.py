@@ -37,7 +37,8 @@ class _Saves:
         if self._args.async_save and reached == step:  # the same folder may still be written
             training.maybe_finalize_async_save(blocking=True)
         if distributed.get_rank() == 0:
-            self._wait()
+            if self._thread is not None:
+                self._thread.join()
             if moved := make_room(root, step, reached):
                 names = ", ".join(folder.name for folder in moved)
                 say(f"{root}: {names}: not of this run, which goes on from step {reached}; moved to {moved[0].parent}")
@@ -53,7 +54,8 @@ class _Saves:
 
         if distributed.get_rank() != 0:
             return
-        self._wait()
+        if self._thread is not None:
+            self._thread.join()
         last, every = self._args.btx_keep_last, self._args.btx_keep_every
         if root != Path(self._args.save):
             last, every = 1, None  # what Megatron keeps of non-persistent ones
@@ -63,10 +65,6 @@ class _Saves:
         if folders:
             self._thread = threading.Thread(target=_remove, args=(folders,), name="remover")
             self._thread.start()
-
-    def _wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
 
 
 def _remove(folders: list[Path]) -> None:

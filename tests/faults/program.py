@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.training import program
 
 MAIN_PROCESS = os.getpid()
@@ -193,18 +194,11 @@ def bad_loss(step: int) -> None:
 def saved_again(step: int) -> None:
     """A loss of NaN, for which the step before is saved a second time; over its quota or, by a signal, killed."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.training import get_args
-
-    begun: list[str] = []
 
     def strike(_: Any, stream: Any, *__: Any, **___: Any) -> None:
-        name = str(stream.name)
-        if f"iter_{step - 1:07d}" not in name:
-            return
-        if stream.tell() == 0:
-            begun.append(name)
-        # A writer of one save knows the step; one that stays was forked before.
-        if get_args().curr_iteration != step - 1 and begun.count(name) < 2:
+        folder = Path(stream.name).parent
+        tracker = folder.parent / TRACKER
+        if folder.name != f"iter_{step - 1:07d}" or not tracker.exists() or tracker.read_text() != str(step - 1):
             return
         if fails_by == "EDQUOT":
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(stream.name))

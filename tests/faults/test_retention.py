@@ -116,16 +116,12 @@ def test_a_branch_that_was_left_is_neither_counted_nor_gone_back_to(nine, zygote
     assert "the run goes on from the checkpoint of step 6" in run.text()
 
 
-@pytest.mark.parametrize("load", [["--load", "theirs"], ["--load", "theirs", "--finetune"], [], ["--finetune"]])
-def test_checkpoints_of_another_run_are_not_saved_among(load, nine, zygote, corpus, tmp_path):
-    """Whatever is loaded, when it is not what lies in --save: one line, and nothing there has changed."""
+def test_checkpoints_of_another_run_are_not_saved_among(nine, zygote, corpus, tmp_path):
+    """A start from another folder: one line, and nothing there has changed. See tests/unit/engine/test_fallback.py."""
     shutil.copytree(nine / "checkpoint", tmp_path / "checkpoint")
     arguments = run_of(corpus, tmp_path, 12, ["--btx-keep-last", "1", "--override-opt-param-scheduler"])
-    at = arguments.index("--load")
-    if load != ["--finetune"]:
-        del arguments[at : at + 2]
-    more = [str(nine / "checkpoint") if word == "theirs" else word for word in load]
-    run = zygote.run(1, [*arguments, *more], tmp_path / "log", expect=2)
+    arguments[arguments.index("--load") + 1] = str(nine / "checkpoint")
+    run = zygote.run(1, arguments, tmp_path / "log", expect=2)
     assert "iter_0000009" in errors_of(run)[0] and "goes on from none of them" in errors_of(run)[0]
     assert kept(tmp_path) == list(range(1, 10))
 
