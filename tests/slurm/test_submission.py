@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,6 +38,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"no {', '.join(missing())} here: apt-get install slurm-wlm munge"),
     pytest.mark.timeout(300),
 ]
+PACKAGE = Path(__file__).resolve().parents[2]
 CLOSED = "cluster={partition: closed, time: '10', gpu: {gpus-per-task: 0}}"
 NO_PYTHON = "cluster={partition: all, time: '10', python: /no/such/python, gpu: {gpus-per-task: 0}}"
 OPTIONS_OF_A_USER = {
@@ -249,17 +251,16 @@ def test_a_run_is_cancelled_while_it_is_submitted(slurm: Cluster, tmp_path: Path
         assert list(stages_of(planned.directory)) in ([], [stage.name for stage in planned.stages])
 
 
-def test_who_waits_for_a_submission_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_who_waits_for_a_submission_says_so(tmp_path: Path) -> None:
     """It may be one that somebody has stopped."""
+    program = "import pathlib; from megatron_btx.pipeline.lock import take_turn\nwith take_turn(pathlib.Path()): pass"
+    command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(PACKAGE)}
     with take_turn(tmp_path):
-        assert capfd.readouterr().err == ""
-        child = os.fork()
-        if child == 0:
-            with contextlib.suppress(BaseException), take_turn(tmp_path):
-                pass
-            os._exit(0)
-        wait_until(lambda: "is at work in" in capfd.readouterr().err, "its word", 30)
-    os.waitpid(child, 0)
+        waiting = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        assert "is at work in" in waiting.stderr.readline() and waiting.poll() is None
+    assert waiting.wait(timeout=60) == 0
+    waiting.stderr.close()
 
 
 def cancel_quietly(planned: PlannedRun) -> None:
@@ -279,7 +280,7 @@ def test_a_job_that_ends_before_its_stage_begins_is_named(
     assert f"/no/such/python: No such file or directory; its log: {log}" in text
     assert re.search(r"│ seed +│ waiting .*not submitted", text)
     log.unlink()  # as on a full disk
-    assert f"data: no log; its log: {log}" in shown(tmp_path, capsys)
+    assert f"data: nothing said; its log: {log}" in shown(tmp_path, capsys)
     second = submit_closed(tmp_path, only=("data",)).submitted["data"]
     assert re.search(rf"│ data +│ queued .*│ +{second} │ its partition is closed", shown(tmp_path, capsys))
     slurm.run("scancel", str(second))
