@@ -1,7 +1,8 @@
 """One runner at a time in a run directory, or jobs of its stages.
 
-A runner holds the lock alone. The scripts of jobs (pipeline/slurm/script.py) share it, and hold one of their stage. Not
-every shared disk has locks, so the queue is asked as well by btx run, and the manifest by a job.
+A runner holds the lock alone. Jobs, and a command.sh that is called by hand, share it and hold one of their stage
+(``shell_locks`` in stage.py). Not every shared disk has locks, so the queue is asked as well by btx run, and the
+manifest by a job.
 """
 
 from __future__ import annotations
