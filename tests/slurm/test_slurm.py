@@ -381,9 +381,11 @@ def test_every_task_of_an_array_starts_again(world: World) -> None:
     (world.folder / "array" / "checkpoints" / "seed").mkdir(parents=True)
     tracker = "$RUN/latest_checkpointed_iteration.txt"
     launcher.write_text(f'mkdir -p "$RUN"\n[ ! -e "{tracker}" ] || more=50\necho $((50 + ${{more:-0}})) >"{tracker}"\n')
-    small = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=5", "--oversubscribe")
-    batch = str(Path(__file__).parents[2] / "examples" / "slurm" / "experts.sbatch")
-    world.slurm.run("sbatch", *small, f"--chdir={world.folder / 'array'}", batch, STEPS="100", BTX="")
+    batch = Path(__file__).parents[2] / "examples" / "slurm" / "experts.sbatch"
+    shared = world.folder / "array" / "experts.sbatch"
+    shared.write_text(batch.read_text().replace("#SBATCH --exclusive\n", ""))
+    small = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=5")
+    world.slurm.run("sbatch", *small, f"--chdir={shared.parent}", str(shared), STEPS="100", BTX=str(shared.parent))
 
     def steps() -> list[str]:
         return [path.read_text() for path in (world.folder / "array" / "checkpoints").glob("*/latest*")]
