@@ -46,6 +46,14 @@ def test_stops_at_a_bad_loss(value, word, zygote, corpus, tmp_path):
     assert read_tracker(tmp_path / "checkpoint") == 6
 
 
+def test_stops_where_nothing_is_saved(zygote, corpus, tmp_path):
+    """Without --save there is nothing to go on from, and Megatron's own saving would end in a traceback."""
+    arguments = pico.train(corpus, 4)
+    run = zygote.start(1, arguments, tmp_path / "log", PROGRAM, fault("bad_loss", 3, "0", "nan"))
+    zygote.wait(run, expect=16)
+    assert "step 3: the loss of samples 8 to 8" in errors_of(run)[0] and "Traceback" not in run.text()
+
+
 DISTRIBUTED = ["--use-distributed-optimizer"]
 LAYOUTS = {
     "one rank": (1, "0", []),
