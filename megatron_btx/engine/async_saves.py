@@ -47,12 +47,11 @@ def guard_async_saves(args: argparse.Namespace, stopping: Stopping) -> None:
     patch.wrap(filesystem_async.FileSystemWriterAsync, "prepare_write_data", _with_copies, ("self", "plan", "planner"))
     if has_gpu():  # elsewhere it is a fork: see engine/cpu_in_megatron.py
         patch.wrap(initialize, "init_persistent_async_worker", lambda start: lambda rank, _: start(rank, "spawn"))
-        write = functools.partial(write_until_told, args.exit_signal)
-        patch.replace(async_utils.PersistentAsyncCaller, "async_loop", write)
+        patch.replace(async_utils.PersistentAsyncCaller, "async_loop", functools.partial(write, args.exit_signal))
     threading.Thread(target=_watch_writer, args=(stopping,), name="writer", daemon=True).start()
 
 
-def write_until_told(exit_signal: int, *arguments: Any) -> None:
+def write(exit_signal: int, *arguments: Any) -> None:
     """The writing process as a new program, in which Megatron's own loop is in its place."""
     signal.signal(exit_signal, signal.SIG_IGN)
     end_with_parent()

@@ -79,7 +79,7 @@ def add_bad_step_arguments(parser: argparse.ArgumentParser) -> None:
         "--btx-skip-bad-steps",
         action="store_true",
         help="a step whose loss or gradient is NaN or infinite changes nothing, and the run goes on; ten in a row end "
-        "it (default: off)",
+        "it with status 2, and so do the last two (default: off)",
     )
     group.add_argument(
         "--btx-spike-sigma",

@@ -30,7 +30,6 @@ from megatron_btx.ground.expectations import mismatch
 
 _ALWAYS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _NEVER = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-_SAID_AT_MOST = 300
 _ENUM_MODULES = (
     "megatron.core.enums",
     "megatron.core.transformer.enums",
@@ -142,7 +141,7 @@ def loading_failed(path: str, failure: BaseException) -> CheckpointError:
             "Megatron"
         )
     older = _older(path)
-    said = textwrap.shorten(f"{type(cause).__name__}: {cause}", _SAID_AT_MOST)  # it can name every tensor
+    said = textwrap.shorten(f"{type(cause).__name__}: {cause}", 300)  # it can name every tensor
     return CheckpointError(
         f"{path}: the checkpoint could not be read: {said}. It holds other state than this "
         f"command needs, or is damaged: give the flags it was written with, or an older one with --ckpt-step{older}"

@@ -48,6 +48,8 @@ def judge_every_step(args: argparse.Namespace) -> None:
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import training
 
+    buffers: list[Any] = []
+
     def judged(step: Any) -> Any:
         @functools.wraps(step)
         def train_step(forward: Any, data: Any, model: list[Any], optimizer: Any, *rest: Any, **named: Any) -> Any:
@@ -56,12 +58,13 @@ def judge_every_step(args: argparse.Namespace) -> None:
             if is_first:
                 make_state(optimizer)
                 patch.replace(machine, "first_iteration_complete", True)
-            counts = [(buffer, buffer.clone()) for chunk in model for _, buffer in chunk.named_buffers()]
+                buffers.extend(buffer for chunk in model for _, buffer in chunk.named_buffers())
+            counts = [buffer.clone() for buffer in buffers]
             losses, skipped, saves, *others = step(forward, data, model, optimizer, *rest, **named)
             if skipped and not args.fp16:  # its scaler skips steps whose forward pass is good
-                for buffer, before in counts:
+                for buffer, before in zip(buffers, counts, strict=True):
                     buffer.copy_(before)
-            return losses, skipped, saves and args.save and not is_first, *others
+            return losses, skipped, bool(saves and args.save and not is_first), *others
 
         return train_step
 
@@ -262,9 +265,8 @@ def check_end(args: argparse.Namespace) -> None:
     done = getattr(args, "curr_iteration", None)  # None where nothing was left to train
     record = begin_record(args.btx_taken_steps)
     skipped = record["skipped in a row"]
-    if done is not None and done + 1 < args.train_iters:
-        return
-    if skipped >= SKIPPED_AT_THE_END or (skipped and not record["loss"]):
+    ends = done is None or done + 1 >= args.train_iters
+    if ends and (skipped >= SKIPPED_AT_THE_END or (skipped and not record["loss"])):
         raise InputError(
             f"the last {skipped} steps of the run were all skipped as bad, so it is not finished: go back with "
             "--ckpt-step, lower --lr, look at the data, or see with more --train-iters whether it goes on"

@@ -31,7 +31,7 @@ def write_as_told() -> None:
     """The writer of --async-save on a GPU, with another loop in the place of Megatron's."""
     loop = types.SimpleNamespace(async_loop=sleep_long)
     sys.modules[async_utils] = types.SimpleNamespace(PersistentAsyncCaller=loop)
-    async_saves.write_until_told(signal.SIGTERM)
+    async_saves.write(signal.SIGTERM)
 
 
 def start(method: str) -> None:
