@@ -125,9 +125,8 @@ def _refuse_chance(tokenizer: Any) -> None:
     """Refuse a tokenizer that draws how it cuts a text: each time another dataset, or another loss."""
     library = _library_of(tokenizer)
     model = getattr(getattr(library, "backend_tokenizer", None), "model", None)
-    drawn = {name: getattr(model, name, None) for name in ("dropout", "alpha", "nbest_size")}
-    drawn["enable_sampling"] = (getattr(library, "sp_model_kwargs", None) or {}).get("enable_sampling")
-    for name, value in drawn.items():
+    sampling = (getattr(library, "sp_model_kwargs", None) or {}).get("enable_sampling")
+    for name, value in (("dropout", getattr(model, "dropout", None)), ("enable_sampling", sampling)):
         if value:
             raise InputError(
                 f"--tokenizer-model {library.name_or_path}: cuts texts at random ({name} {value:g}), each time anew; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -74,47 +75,39 @@ def _require_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> torch
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
 
 
-def check_optimizers(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:
-    """A hook for ``GPTModelConfig.pre_wrap_hooks``, after freezing: refuse what Megatron trains and cannot resume.
+def check_optimizers(args: argparse.Namespace, groups: TrainedGroups, config: Any) -> None:
+    """Refuse what Megatron trains and cannot resume, before there is a model.
 
     It makes one optimizer of the experts, where they are spread otherwise than the rest (EP > 1, or expert TP other
     than TP), and one of the rest. Its checkpoints of the plain optimizer hold one set of them for all pipeline stages:
     where a stage has another set than the first, 0.19 fails on resuming, or resumes with other numbers and says
     nothing; and it cannot save where experts alone train (``core/optimizer/optimizer.py``, ChainedOptimizer).
 
+    Args:
+        config: Megatron's, of the layers.
+
     Raises:
-        InputError: from the hook, on all ranks, before there is an optimizer.
+        InputError: see :func:`refuse_optimizers`.
     """
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-    def hook(model: list[Any]) -> list[Any]:
-        import torch
-        from megatron.core import mpu
-
-        trained = [parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad]
-        mine = {bool(getattr(parameter, "allreduce", True)) for parameter in trained}
-        stages: list[set[bool]] = [set()] * mpu.get_pipeline_model_parallel_world_size()
-        torch.distributed.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
-        refuse_optimizers(stages, args.use_distributed_optimizer)
-        return model
-
-    return hook
-
-
-def check_stages(args: argparse.Namespace, groups: TrainedGroups) -> None:
-    """Refuse the same before there is a model, where all stages have as many layers. Raises InputError."""
     pipeline, tensor = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
-    chunks = pipeline * (args.virtual_pipeline_model_parallel_size or 1)
+    chunks, layout = args.virtual_pipeline_model_parallel_size, config.pipeline_model_parallel_layout
     spread = args.expert_model_parallel_size > 1 or (args.expert_tensor_parallel_size or tensor) != tensor
-    uneven = args.pipeline_model_parallel_layout or args.num_layers % chunks or args.decoder_first_pipeline_num_layers
-    if not args.num_experts or not spread or uneven or args.decoder_last_pipeline_num_layers:
-        return
+    mixture = {"experts", "router"} | ({"mlp"} if args.moe_shared_expert_intermediate_size else set())
+    layers = iter(mixture_layers(args.moe_layer_freq, args.num_layers))
     held: list[set[str]] = [set() for _ in range(pipeline)]
-    for layer, is_mixture in enumerate(mixture_layers(args.moe_layer_freq, args.num_layers)):
-        own = {"experts", "router"} | ({"mlp"} if args.moe_shared_expert_intermediate_size else set())
-        held[layer * chunks // args.num_layers % pipeline] |= {"attention", "norms"} | (own if is_mixture else {"mlp"})
-    held[0].add("embeddings")
-    held[-1].add("embeddings" if groups.is_tied else "head")
-    stages = [{group != "experts" for group in stage - set(groups.frozen)} for stage in held]
+    held[0] |= {"embeddings"}
+    held[-1] |= {"norms", "embeddings" if groups.is_tied else "head"}
+    for chunk, stage in itertools.product(range(chunks or 1), range(pipeline)):
+        if layout is not None:
+            count = layout.layout[stage][chunk].count(LayerType.decoder)
+        else:
+            count = get_num_layers_to_build(config, chunk if chunks else None, stage)
+        for is_mixture in itertools.islice(layers, count):
+            held[stage] |= {"attention", "norms"} | (mixture if args.num_experts and is_mixture else {"mlp"})
+    stages = [{group != "experts" or not spread for group in own - set(groups.frozen)} for own in held]
     refuse_optimizers(stages, args.use_distributed_optimizer)
 
 

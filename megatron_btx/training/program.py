@@ -126,8 +126,8 @@ def check() -> int:
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             install_cpu_stand_ins()
-            args, _ = checked_arguments()
-            _configuration(args, model_config(args))
+            args, options = checked_arguments()
+            _configuration(args, options, model_config(args))
     finally:
         logging.disable(logging.NOTSET)
     layout = (
@@ -179,7 +179,7 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     from megatron_btx.engine.checks.start import checkpoint_to_load
     from megatron_btx.engine.integrity import verify_where_checksums_are
     from megatron_btx.engine.retention import keep_to_its_line
-    from megatron_btx.model.freezing import check_optimizers, freeze
+    from megatron_btx.model.freezing import freeze
     from megatron_btx.training import telemetry
     from megatron_btx.training.bad_steps import ShownLosses, SkippedSteps, begin_record, judge_every_step
     from megatron_btx.training.hooks import follow_training
@@ -210,16 +210,18 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     model.pre_wrap_hooks.append(functools.partial(_watch, stopping))
     if options.groups.frozen:
         model.pre_wrap_hooks.append(freeze(options.groups, args))
-    model.pre_wrap_hooks.append(check_optimizers(args))
     if args.num_experts:
         model.pre_wrap_hooks.append(telemetry.install(args))
-    return _configuration(args, model), see_loss
+    return _configuration(args, options, model), see_loss
 
 
-def _configuration(args: argparse.Namespace, model: Any) -> Any:
-    """Megatron's configuration of everything. Raises InputError where Megatron refuses a part of it."""
+def _configuration(args: argparse.Namespace, options: Options, model: Any) -> Any:
+    """Megatron's configuration of everything. Raises InputError for a part that Megatron, or its optimizer, refuses."""
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from megatron_btx.model.freezing import check_optimizers
+
+    check_optimizers(args, options.groups, model.transformer)
     try:
         return pretrain_cfg_container_from_args(args, model)
     except (AssertionError, ValueError) as refusal:
@@ -241,12 +243,10 @@ def checked_arguments() -> tuple[Any, Options]:
     from megatron_btx.data.splits import check_splits
     from megatron_btx.data.training import check_data_files
     from megatron_btx.engine.checks.start import check_against_checkpoint
-    from megatron_btx.model.freezing import check_stages
     from megatron_btx.training import bad_steps, validation
 
     args, options = parse_training(add_training_arguments)
     check_against_checkpoint(args, options.groups)
-    check_stages(args, options.groups)
     check_data_files(args)
     check_splits(args)
     validation.check(args, options)

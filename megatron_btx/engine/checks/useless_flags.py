@@ -98,7 +98,7 @@ def _that_fail_late(args: argparse.Namespace) -> Iterator[Refusal]:
     yield f"--softmax-type {args.softmax_type}", local and args.softmax_type != "vanilla", _ENGINE_ALONE
     yield "--fp8-format", local and bool(args.fp8), _ENGINE_ALONE
     yield "--fp4-format", local and bool(args.fp4), _ENGINE_ALONE
-    yield "--apply-layernorm-1p", local and args.apply_layernorm_1p, _ENGINE_ALONE
+    yield "--apply-layernorm-1p", local and args.layernorm_zero_centered_gamma, _ENGINE_ALONE
     has_fused = has_engine or find_spec("apex") is not None
     yield "--use-precision-aware-optimizer", args.use_precision_aware_optimizer and not has_fused, _NEEDS_OPTIMIZER
     yield "--optimizer-cuda-graph", args.optimizer_cuda_graph and not has_fused, _NEEDS_OPTIMIZER

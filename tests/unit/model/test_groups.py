@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_btx.ground.errors import BTXError, InputError
-from megatron_btx.model.freezing import refuse_optimizers
+from megatron_btx.model.freezing import check_optimizers, refuse_optimizers
 from megatron_btx.model.groups import TrainedGroups, group_of, list_groups, resolve_groups
+from tests import pico
 
 NAMES = {
     "embedding.word_embeddings.weight": "embeddings",
@@ -159,3 +160,46 @@ def test_sets_of_optimizers(stages, plain, distributed):
             continue
         with pytest.raises(InputError, match=said):
             refuse_optimizers(stages, is_distributed)
+
+
+LAYERS = "--num-layers 4 --pipeline-model-parallel-size 2 "
+SPREAD = "--expert-model-parallel-size 2 "
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (LAYERS, ""),
+        (LAYERS + SPREAD, ""),
+        (LAYERS + SPREAD + "--moe-layer-freq [0,0,1,1]", "0 trains no experts, 1 trains experts and more"),
+        (LAYERS + "--moe-layer-freq [0,0,1,1]", ""),
+        (
+            LAYERS + SPREAD + "--moe-layer-freq [0,1,0,1] --num-layers-per-virtual-pipeline-stage 1",
+            "0 trains no experts",
+        ),
+        (LAYERS + SPREAD + "--moe-layer-freq [0,1,1,0] --num-layers-per-virtual-pipeline-stage 1", ""),
+        (LAYERS + SPREAD + "--moe-layer-freq [0,1,1,1] --decoder-first-pipeline-num-layers 1", "0 trains no experts"),
+        (
+            LAYERS + SPREAD + "--moe-layer-freq [0,1,1,1] --pipeline-model-parallel-layout Et|tttL",
+            "0 trains no experts",
+        ),
+        (LAYERS + SPREAD + "--btx-freeze all-but:experts,embeddings", "1 trains experts alone"),
+        (LAYERS + "--btx-freeze all-but:embeddings", "1 trains nothing"),
+        ("--btx-freeze all-but:experts " + SPREAD, "nothing but the experts trains"),
+        ("--btx-freeze all-but:experts", ""),
+    ],
+)
+def test_what_each_stage_trains(flags, said):
+    """From the command line alone, for every way to lay layers on stages."""
+    from megatron_btx.model.build import model_config
+    from megatron_btx.training.check_stages import _unwrap_single_values, _validate, megatron_parser
+
+    args = megatron_parser().parse_args([*pico.MODEL, *pico.MOE, *pico.TRAINING, "--train-iters", "4", *flags.split()])
+    args.world_size, args.rank = 4, 0
+    _unwrap_single_values(args)
+    _validate(args)
+    groups = resolve_groups(vars(args))
+    if not said:
+        return check_optimizers(args, groups, model_config(args).transformer)
+    with pytest.raises(InputError, match=said):
+        check_optimizers(args, groups, model_config(args).transformer)
