@@ -8,6 +8,7 @@ itself is restricted, so that nothing depends on which file was looked at before
 - ``torch.load``: PyTorch's own switch for a whole process makes every call a restricted one, whatever the caller says.
   What it may make beside tensors and plain values is our list, Megatron's list and Megatron's enums.
 - ``.metadata``: PyTorch's reader gets our unpickler in place of ``pickle.load``.
+- Extra states of FP8 inside a tensor: Megatron's own unpickler gets stand-ins for NumPy's constructors.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import os
 import pickle
 import re
 import textwrap
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, BinaryIO
 
 from megatron_btx.checkpoint.iterations import list_iterations, resolve_iteration
+from megatron_btx.checkpoint.safe_numpy import numpy_stand_ins
 from megatron_btx.checkpoint.safe_pickle import allowed_globals, load_pickle
 from megatron_btx.engine import patch
 from megatron_btx.ground.errors import CheckpointError
@@ -45,6 +48,7 @@ def restrict_unpickling() -> None:
         MegatronVersionError: this PyTorch does not obey, or reads an index in another way.
     """
     import torch
+    from megatron.core import safe_globals
 
     os.environ.pop(_NEVER, None)  # PyTorch takes one of the two switches
     os.environ[_ALWAYS] = "1"
@@ -56,6 +60,17 @@ def restrict_unpickling() -> None:
     torch.serialization.add_safe_globals([*others, *allowed])
     _expect_refusal()
     _restrict_index()
+    patch.wrap(safe_globals.SafeUnpickler, "find_class", _with_stand_ins, ("self", "module", "name"))
+
+
+def _with_stand_ins(find_class: Callable[..., Any]) -> Callable[..., Any]:
+    """For Megatron's own unpickler, which reads the extra states of FP8: its list has NumPy's constructors as well."""
+
+    def find(self: pickle.Unpickler, module: str, name: str) -> Any:
+        found = find_class(self, module, name)
+        return numpy_stand_ins().get((module, name), found)
+
+    return find
 
 
 def _name(given: Any) -> str:

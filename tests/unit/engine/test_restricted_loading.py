@@ -123,6 +123,17 @@ def test_bytes_are_no_addresses_of_objects(folder, restricted):
             TorchDistReader(folder).check_objects()
 
 
+def test_bytes_are_no_addresses_in_megatrons_own_unpickler(restricted):
+    """It reads the extra states of FP8, and NumPy's own constructor is on its list."""
+    from megatron.core.safe_globals import SafeUnpickler
+
+    for value in (Call(numpy.ndarray, (1,), "O", b"A" * 8), Call(numpy.ndarray, (1,), "u1", b"A" * 8)):
+        with pytest.raises(pickle.UnpicklingError, match="raw addresses"):
+            SafeUnpickler(io.BytesIO(pickle.dumps(value))).load()
+    honest = numpy.arange(3.0)
+    assert (SafeUnpickler(io.BytesIO(pickle.dumps(honest, 4))).load() == honest).all()
+
+
 def test_what_pytorch_cannot_rebuild_is_one_line(folder, restricted):
     """Its restricted form knows fewer containers than ours: nothing of Megatron's holds them."""
     name = plant(folder, "optimizer", collections.defaultdict(list, {"lr": [0.1]}))

@@ -217,7 +217,7 @@ FOLDERS: dict[str, tuple[Damage, list[str]]] = {
     "dtype of no words": (_entry(dtype=["F32"]), [WEIGHTS, ONE, "expected one of"]),
     "no dtype": (_header(lambda header: header[ONE].pop("dtype") and None), [WEIGHTS, "KeyError('dtype')"]),
     "a tensor in two shards": (
-        _sharded(lambda shards, weight_map: shards[SHARDS[1]].update({ONE: shards[SHARDS[0]][ONE]})),
+        _sharded(lambda shards, weight_map: shards[SHARDS[1]].update({ONE: shards[SHARDS[0]][ONE] + 1})),
         [SHARDS[1], ONE, f"is in {SHARDS[0]} as well"],
     ),
     "a shard is missing": (

@@ -236,13 +236,17 @@ EXPORT_REFUSALS = {
     "partial Mixtral": ("llama", {"moe_layer_freq": [0, 1, 0]}, ["moe_layer_freq is [0, 1, 0]", "Mixtral"]),
     "full softmax in Mixtral": ("llama", {"moe_router_pre_softmax": True}, ["moe_router_pre_softmax", "Mixtral"]),
     "sigmoid router": ("llama", {"moe_router_score_function": "sigmoid"}, ["moe_router_score_function is 'sigmoid'"]),
-    "LayerNorm": ("qwen2", {"normalization": "LayerNorm"}, ["normalization is 'LayerNorm'", "'RMSNorm'"]),
-    "learned positions": ("qwen2", {"position_embedding_type": "learned_absolute"}, ["position_embedding_type"]),
+    "LayerNorm": ("qwen2", {"normalization": "LayerNorm"}, ["layer_norm_bias is missing"]),
+    "learned positions": (
+        "qwen2",
+        {"position_embedding_type": "learned_absolute"},
+        ["position_embeddings.weight is missing"],
+    ),
     "half the head rotated": ("qwen2", {"rotary_percent": 0.5}, ["rotary_percent is 0.5"]),
     "layers without rope": ("qwen3", {"no_rope_freq": 3}, ["no_rope_freq"]),
     "two-sided window": ("qwen3", {"window_size": (4, 4)}, ["window_size is (4, 4)"]),
     "clamped activation": ("qwen3", {"activation_func_clamp_value": 7.0}, ["activation_func_clamp_value is 7.0"]),
-    "QK norm and biases": ("qwen3", {"add_qkv_bias": True}, ["add_qkv_bias is True", "qk_layernorm"]),
+    "QK norm and biases": ("qwen3", {"add_qkv_bias": True}, ["linear_qkv.bias is missing"]),
 }
 
 
