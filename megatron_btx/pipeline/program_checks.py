@@ -81,12 +81,13 @@ def _list_requests(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[st
         words[EXPORT_STAGE] += ["--output-format", "hf", *recipe.export_options]
     tokenizer = {flag.replace("-", "_"): value for flag, value in recipe.data.tokenizer.items()}
     may_differ = any("tokenizer_model" in str(flags.get("btx-allow-change")) for flags in recipe.flag_sections.values())
+    loaded = {parent for stage in stages if stage.on_gpu and not may_differ for parent in stage.parents}
     requests: dict[str, dict[str, Any]] = {}
     for name, said in words.items():
         if _put_given_models(said):
-            requests[name] = {"words": said, "arguments": {}, "tokenizer": None if may_differ else tokenizer}
+            requests[name] = {"words": said, "arguments": {}, "tokenizer": tokenizer if name in loaded else None}
     if EXPORT_STAGE in requests:
-        requests[EXPORT_STAGE] |= {"arguments": arguments, "tokenizer": None}
+        requests[EXPORT_STAGE]["arguments"] = arguments
     return requests
 
 

@@ -43,7 +43,10 @@ def mixture_shape(
         refuse("mix.experts", f"found {list(names)!r}, expected at least two different experts")
     if section.from_ is not None:
         if words_of(words, DIFFERENCES, MIXTURE):
-            refuse("mix.from", f"found beside {', '.join(words)}, which a given mixture has behind it; leave it out")
+            refuse(
+                "mix.from",
+                f"found beside {' '.join(words).replace('--', '')}, for a mix that the run makes; leave it out",
+            )
         return {"num-experts": len(names)}
     if _LAYERS in section.megatron:
         refuse(f"mix.megatron.{_LAYERS}", f"the mix has to know it, too; write it as mix.{_LAYERS}")

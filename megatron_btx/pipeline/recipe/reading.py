@@ -173,7 +173,7 @@ class _Builder:
             refuse(f"{place}.tokens", "missing, expected a whole number of at least 1 (as 300_000)")
         settings, words = _read_settings(section), option_words(section)
         if trains and words:
-            refuse(place, f"found {', '.join(words)}, which are of a model's import; leave it out, or add from")
+            refuse(place, f"found {' '.join(words).replace('--', '')}, of a model's import; leave it out, or add from")
         return Training(section.from_, blend, section.tokens or 0, settings.layout, settings.megatron, words)
 
     def _blend(self, place: str, shares: Mapping[str, float]) -> Mapping[str, float]:

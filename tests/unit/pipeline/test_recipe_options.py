@@ -141,7 +141,7 @@ def test_imports_and_the_export_have_keys_too(tree: dict[str, Any], tmp_path: Pa
         ("mix", {"takes": {}}, "mix.takes: unknown key; did you mean take"),
         ("mix", {"verify": True}, "mix.verify: unknown key"),
         ("mix", {"megatron": {"moe-layer-freq": 2}}, "mix.megatron.moe-layer-freq: .*write it as mix.moe-layer-freq"),
-        ("mix", {"from": "models/math", "vocab": "union"}, "mix.from: found beside --vocab=union"),
+        ("mix", {"from": "models/math", "vocab": "union"}, "mix.from: found beside vocab=union"),
         ("experts.math", {"blend": {"math": 1}, "tokens": 1000, "allow-other-ids": True}, "experts.math: .* add from"),
         ("experts.math.pad-vocab-to-multiple-of", 5, "evaluate: .* seed 96, experts.math 100, .* give each of them"),
     ],

@@ -249,15 +249,15 @@ def test_an_error_line_of_an_earlier_start_is_not_shown(tmp_path: Path, capsys: 
 
 
 def test_another_failure_is_not_taken_for_bad_input() -> None:
-    message, status = failure_message("error: a word in passing\nTraceback\nValueError: x\n", 1)
+    message, status = failure_message("error: a word in passing\nTraceback\nValueError: x\n", 1, "seed")
     assert status == 1 and "ValueError: x" in message
 
 
 def test_torchruns_report_does_not_hide_the_reason() -> None:
     report = "W1123 21:07:41 5 lib/torch/distributed/elastic/multiprocessing/api.py:1] closing\n" + "noise\n" * 40
-    message, status = failure_message(f"[rank1]: AssertionError: no sample\n{report}", 1)
+    message, status = failure_message(f"[rank1]: AssertionError: no sample\n{report}", 1, "seed")
     assert status == 1 and message == "  [rank1]: AssertionError: no sample"
-    assert "noise" in failure_message(report, 1)[0]
+    assert "noise" in failure_message(report, 1, "seed")[0]
 
 
 def test_a_killed_rank_is_said_first() -> None:
@@ -269,7 +269,7 @@ def test_a_killed_rank_is_said_first() -> None:
     assert killed_by(progress + report, 1).startswith(
         "a rank was killed by signal 9 (SIGKILL), most likely for want of"
     )
-    message, status = failure_message(progress + report, 1)
+    message, status = failure_message(progress + report, 1, "seed")
     assert status == 1 and message.endswith("  step 39 loss 3.1") and message.count("\n") == 14
     assert killed_by("exitcode  : -15 (pid: 5)", 1) == "a rank was killed by signal 15 (SIGTERM)"
     for code in (-9, 137):

@@ -79,7 +79,7 @@ BTX_STAGE="slurm-$SLURM_JOB_ID:" srun --nodes=1 --ntasks=1 --ntasks-per-node=1 -
     "$python" -m megatron_btx.data.datasets \
     --output data \
     --workers 1 \
-    --description '{"tokenizer": {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": "/inputs/tokenizer.model"}, "domains": {"general": {"text": ["/inputs/general.jsonl"], "shares": {"train": 0.6, "valid": 0.2, "test": 0.2}}, "math": {"text": ["/inputs/math.jsonl"], "shares": {"train": 0.6, "valid": 0.2, "test": 0.2}}}, "seed": 1234}' \
+    --description data/config.yaml \
     >>data/log.txt 2>&1 </dev/null || status=$?
 
 stage end --status "$status" && status=0 || status=$?

@@ -82,6 +82,7 @@ BTX_STAGE="slurm-$SLURM_JOB_ID:" srun --nodes=1 --ntasks=1 --ntasks-per-node=1 -
     --output mix/checkpoint \
     --router-seed 1234 \
     --moe-router-topk 2 \
+    --verify \
     >>mix/log.txt 2>&1 </dev/null || status=$?
 
 stage end --status "$status" && status=0 || status=$?
