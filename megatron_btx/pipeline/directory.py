@@ -184,7 +184,10 @@ def read_last_metrics(path: Path, lines: int) -> list[MetricsLine]:
 
 
 def parse_metrics(text: str) -> list[MetricsLine]:
-    """The readable lines of ``text``; see the module for those that are passed over."""
+    """The readable lines of ``text``; see the module for those that are passed over.
+
+    A line takes back those of later steps before it: of a start whose steps were lost, and are taken again.
+    """
     found: list[MetricsLine] = []
     for line in text.splitlines():
         try:
@@ -192,6 +195,10 @@ def parse_metrics(text: str) -> list[MetricsLine]:
         except (ValueError, RecursionError):
             continue
         if isinstance(content, dict) and read_count(content.get("iteration")) is not None:
+            if content.get("skipped"):
+                content.pop("lm loss", None)
+            while found and found[-1].iteration > content["iteration"]:
+                found.pop()
             found.append(MetricsLine.model_validate(content))
     return found
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_btx.pipeline.decisions import SKIP, Action
-from megatron_btx.pipeline.rows import make_table
+from megatron_btx.pipeline.rows import find_width, make_table
 from megatron_btx.pipeline.stage import Program, Stage
 
 _HEADERS = ("stage", "state", "does", "processes", "steps", "tokens", "FLOPs", "made from")
@@ -23,7 +23,6 @@ _PURPOSES = {
     "megatron_btx.report.ablation": "report",
 }
 """Module of a program -> what a stage of it does."""
-_WIDE_COLUMNS = 10_000
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -65,8 +64,8 @@ def describe_total(stages: Sequence[Stage], actions: Mapping[str, Action]) -> st
 
 
 def render(table: Table) -> str:
-    """The table as plain text, as wide as it is."""
-    console = Console(file=io.StringIO(), width=_WIDE_COLUMNS)
+    """The table as plain text."""
+    console = Console(file=io.StringIO(), width=find_width())
     with console.capture() as captured:
         console.print(table)
     lines = [line.rstrip() for line in captured.get().splitlines()]

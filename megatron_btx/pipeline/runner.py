@@ -151,6 +151,7 @@ class Runner:
             "versions": manifests.versions(),
             "device": device,
             "starts": (earlier.starts or 0) + 1,
+            "started": time.time(),
             "seconds": earlier.seconds or 0.0,
         }
 

@@ -180,8 +180,8 @@ def _training_section(data: RunData) -> Section:
         return Section("Training", ())
     caption = (
         "Training loss of each stage over the tokens it saw, each stage from zero. Strong: moving average over "
-        "about 5 % of the stage; faint: before smoothing. Each panel has its own scales. The curve of an "
-        "unfinished stage ends where the stage did."
+        "about 5 % of the stage; faint: before smoothing. Skipped steps, which trained nothing, are left out. Each "
+        "panel has its own scales. The curve of an unfinished stage ends where the stage did."
     )
     return Section("Training", (Image(CURVES_FIGURE, "Training loss of every stage over tokens", caption),))
 

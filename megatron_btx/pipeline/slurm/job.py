@@ -182,6 +182,7 @@ def _begin_manifest(record: StageRecord, action: Action, earlier: StageManifest)
         "versions": manifests.versions(),
         "device": device,
         "starts": (earlier.starts or 0) + 1,
+        "started": time.time(),
         "seconds": earlier.seconds or 0.0,
     }
 

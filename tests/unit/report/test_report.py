@@ -270,6 +270,23 @@ def test_the_last_line_of_an_iteration_counts_and_torn_lines_do_not(tmp_path: Pa
     assert read_curve(path) == (((1, 3.0), (2, 2.6), (3, 2.2)), 4)
 
 
+def test_a_skipped_step_is_in_no_curve_and_in_no_smoothing(tmp_path: Path) -> None:
+    """It trained nothing: its loss is no number, or far above the others."""
+    run = make_run(tmp_path)
+    before = results(run)
+    lines = [json.loads(line) for line in (run / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if 500 <= line["iteration"] < 503:
+            line |= {"lm loss": math.nan if line["iteration"] < 502 else 90.0, "skipped": 1.0}
+    (run / "finetune" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = results(run)
+    assert found["notes"] == []
+    curve = found["curves"]["finetune"]
+    assert "NaN" not in (*curve["loss"], *curve["smooth"]) and max(curve["smooth"]) < 4
+    assert len(curve["x"]) < len(before["curves"]["finetune"]["x"])
+    assert found["curves"]["dense"] == before["curves"]["dense"]
+
+
 def test_tokens_per_iteration_come_from_the_configuration_of_an_unfinished_stage(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "seed" / "manifest.json").unlink()
