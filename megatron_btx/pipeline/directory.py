@@ -18,7 +18,9 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from megatron_btx.checkpoint.iterations import TRACKER
@@ -124,6 +126,19 @@ def _is_planned(entry: object) -> bool:
         if count is not None and (type(count) is not int or count.bit_length() >= 64):
             return False
     return True
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A mapping that a run wrote as YAML; empty where there is none. Raises InputError when it is broken."""
+    if not file.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: broken YAML ({error}); btx run writes it again") from error
+    if not isinstance(content, dict):
+        return {}
+    return content
 
 
 def read_stage_manifest(directory: Path) -> StageManifest | None:

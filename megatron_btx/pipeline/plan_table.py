@@ -57,7 +57,7 @@ def describe_total(stages: Sequence[Stage], actions: Mapping[str, Action]) -> st
             unknown += 1
     text = f"{_count(due, 'stage')} to run, {tokens:,} tokens to train on"
     if flops:
-        text += f", some {_with_prefix(flops)}FLOPs"
+        text += f", some {with_prefix(flops)} FLOPs"
     if unknown:
         text += f" (without {_count(unknown, 'stage')} whose vocabulary is not known yet)"
     return text
@@ -79,7 +79,7 @@ def _cells(stage: Stage, action: Action) -> list[str]:
     if stage.tokens is not None:
         tokens = f"{stage.tokens:,}"
     if stage.flops is not None:
-        flops = _with_prefix(stage.flops).strip()
+        flops = with_prefix(stage.flops)
     parents = ", ".join(stage.parents)
     return [stage.name, action.verb, _purpose(stage), str(stage.processes), steps, tokens, flops, parents]
 
@@ -96,9 +96,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}s"
 
 
-def _with_prefix(value: float) -> str:
+def with_prefix(value: float) -> str:
     """``value`` with a metric prefix, as "2.5 T"."""
     for size, prefix in _PREFIXES:
         if value >= size:
             return f"{value / size:.3g} {prefix}"
-    return f"{value:.3g} "
+    return f"{value:.3g}"

@@ -15,10 +15,10 @@ from megatron_btx.report.sections import (
     CURVES_FIGURE,
     LOSSES_FIGURE,
     ROUTING_FIGURE,
+    describe_difference,
     facts_table,
     losses_table,
     make_sections,
-    say_difference,
     title_of,
 )
 
@@ -51,7 +51,7 @@ def _draw(data: RunData, curves: list[LossCurve]) -> dict[str, Figure]:
     palette = make_palette(data.models, data.stages)
     figures: dict[str, Figure] = {}
     if data.domains:
-        figures[LOSSES_FIGURE] = draw_losses(list(data.models.values()), data.domains, palette)
+        figures[LOSSES_FIGURE] = draw_losses(list(data.models.values()), data.domains, palette, data.on_split)
     if curves:
         figures[CURVES_FIGURE] = draw_curves(curves, palette)
     if data.mixtures():
@@ -63,11 +63,12 @@ def _printed_blocks(data: RunData, claims: Claims) -> tuple[Block, ...]:
     """The table of losses and the facts, for a terminal."""
     blocks: list[Block] = []
     if data.domains:
-        blocks.append(Paragraph("validation loss, nats per token (lower is better; * lowest of its column)"))
+        stated = f"loss{data.on_split}, nats per token (lower is better; * lowest of its column)"
+        blocks.append(Paragraph(stated))
         blocks.append(losses_table(data, claims))
     else:
         blocks.append(Paragraph("no model was evaluated: no losses to show"))
-    blocks.append(Paragraph(say_difference(claims)))
+    blocks += describe_difference(data, claims)
     if data.marked:
         blocks.append(Bullets(data.marked))
     blocks.append(facts_table(claims.facts))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from megatron_btx.pipeline.plan_table import with_prefix
 from megatron_btx.report.blocks import Bullets, Cell, Section, Table, make_cells
 from megatron_btx.report.budgets import Budgets
 from megatron_btx.report.datasets import Datasets
 from megatron_btx.report.inputs import RunData
-from megatron_btx.report.quantities import ABSENT, count_text, flops_text, total
+from megatron_btx.report.quantities import ABSENT, count_text, total
 from megatron_btx.report.stages import Stage
 
 
@@ -92,7 +93,10 @@ def _sum_known(costs: Iterable[float | None]) -> float | None:
 def _cost_texts(
     tokens: float | None, seconds: float | None, flops: float | None, tokens_per_second: float | None
 ) -> tuple[str, ...]:
-    return count_text(tokens), count_text(seconds, decimals=1), count_text(tokens_per_second), flops_text(flops)
+    operations = ABSENT
+    if flops is not None:
+        operations = with_prefix(flops)
+    return count_text(tokens), count_text(seconds, decimals=1), count_text(tokens_per_second), operations
 
 
 def data_section(datasets: Datasets) -> Section:
@@ -121,7 +125,7 @@ def reading_section(budgets: Budgets) -> Section:
     if budgets.are_equal():
         samples += " The dense model reads as many tokens of each domain, and fewer samples twice."
     items = (
-        "One run with one random seed. At small sizes, losses on small validation sets move by about 0.1 nats between "
+        "One run with one random seed. At small sizes, losses on small sets move by about 0.1 nats between "
         "seeds: read the sign and the size of a difference, and repeat the run before relying on a small one.",
         samples,
         "Losses per token compare models of one tokenizer only. The mean weighs every domain alike, whatever its "

@@ -38,11 +38,7 @@ def make_sections(data: RunData, claims: Claims) -> tuple[Section, ...]:
         _notes_section(data),
         reading_section(claims.budgets),
     ]
-    filled = []
-    for section in sections:
-        if section.blocks:
-            filled.append(section)
-    return tuple(filled)
+    return tuple(section for section in sections if section.blocks)
 
 
 def _opening_section(data: RunData, claims: Claims) -> Section:
@@ -56,14 +52,16 @@ def _lead(data: RunData, claims: Claims) -> str:
     mean = _mean_loss(data, BTX)
     if mean is None:
         return "This run has no finetuned mixture that was evaluated on every domain; the report shows what there is."
-    parts = [f"The finetuned mixture reaches a mean validation loss of {loss_text(mean)} nats per token"]
+    parts = [f"The finetuned mixture reaches a mean loss of {loss_text(mean)} nats per token{data.on_split}"]
     before = _mean_loss(data, SEED)
     if before is not None:
-        parts.append(f"the seed had {loss_text(before)}")
+        parts.append(f"the seed, which was not finetuned, had {loss_text(before)}")
     difference = (claims.difference or {}).get(None)
     if difference is not None and math.isfinite(difference):
         compared = _compare_budgets(claims.budgets)
         parts.append(f"the mixture is {loss_text(abs(difference))} {_side(difference)} the dense model{compared}")
+    elif before is not None:
+        parts.append("no dense model was finetuned beside it, so that nothing says how much of this the mixture gave")
     return "; ".join(parts) + "."
 
 
@@ -101,7 +99,7 @@ def _meanings(data: RunData, claims: Claims) -> dict[str, str]:
         SEED: "the model the experts branched from",
         AVERAGE: f"plain average of {', '.join(parts)}",
         MIX: "the mixture before finetuning",
-        BTX: "the mixture after finetuning",
+        BTX: "the mixture after finetuning, which no model above it had",
         DENSE: dense,
     }
 
@@ -144,33 +142,31 @@ def _count_evaluated(data: RunData, domain: str) -> str:
     return " / ".join(map(count_text, sorted(counts))) or ABSENT
 
 
-def say_difference(claims: Claims) -> str:
-    """What the row of the difference is, or why there is none."""
+def describe_difference(data: RunData, claims: Claims) -> tuple[Paragraph, ...]:
+    """What the row of the difference is, or why there is none; nothing where the recipe asks for none."""
+    text = "btx - dense is shown whatever it is: below zero the mixture is better. Nothing is tuned for it."
     if claims.difference is None:
-        return "btx - dense was not computed, because btx and dense were not both evaluated."
-    return "btx - dense is shown whatever it is: below zero the mixture is better. Nothing is tuned for it."
+        text = "btx - dense was not computed, because btx and dense were not both evaluated."
+        if not data.asks_for(DENSE):
+            return ()
+    return (Paragraph(text),)
 
 
 def _losses_section(data: RunData, claims: Claims) -> Section:
+    title = f"Loss{data.on_split}"
     if not data.domains:
-        return Section("Validation loss", ())
+        return Section(title, ())
     meanings = _meanings(data, claims)
-    meant = []
-    for name in data.models:
-        if name in meanings:
-            meant.append(f"{name}: {meanings[name]}")
-    caption = "Validation loss in nats per token, lower is better; bold: lowest of its column. " + "; ".join(meant)
+    meant = [f"{name}: {meanings[name]}" for name in data.models if name in meanings]
+    caption = f"{title} in nats per token, lower is better; bold: lowest of its column. {'; '.join(meant)}"
     table = losses_table(data, claims)
+    points = "The same numbers as points, as many as fit. Dashed: the seed."
     return Section(
-        "Validation loss",
+        title,
         (
             Table(table.header, table.rows, caption=f"{caption}."),
-            Image(
-                LOSSES_FIGURE,
-                "Validation loss per model and domain",
-                "The same numbers as points, as many as fit. Dashed: the seed.",
-            ),
-            Paragraph(say_difference(claims)),
+            Image(LOSSES_FIGURE, f"{title} per model and domain", points),
+            *describe_difference(data, claims),
         ),
     )
 
@@ -191,7 +187,7 @@ def _routing_section(data: RunData) -> Section:
     if not mixtures:
         return Section("Routing", ())
     caption = (
-        "Share of the routed (token, expert) pairs that each expert gets, per layer, for the validation tokens of "
+        "Share of the routed (token, expert) pairs that each expert gets, per layer, for the evaluated tokens of "
         "each domain, of as many domains as fit. Layers count from the input."
     )
     blocks: list[Block] = [Image(ROUTING_FIGURE, "Share of tokens per expert, layer and domain", caption)]

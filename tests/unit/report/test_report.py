@@ -15,6 +15,7 @@ import pytest
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import own_manifest
 from megatron_btx.report import build as report
+from megatron_btx.report.inputs import read_run
 from megatron_btx.report.stages import read_curve
 from tests.unit.report.example_run import (
     DOMAINS,
@@ -119,6 +120,72 @@ def test_a_run_without_a_dense_baseline_says_so(tmp_path: Path, capsys: pytest.C
     assert "dense" not in results(run)["models"]
 
 
+def test_a_recipe_that_asks_for_no_baseline_hears_of_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor of datasets that it gave, and of nothing else that no stage of its plan would make."""
+    run = write_evaluation(tmp_path, evaluation(tuple(name for name in LOSSES if name not in ("dense", "average"))))
+    (run / "evaluate").rename(run / "evaluate-moe")
+    planned = [{"stage": name} for name in ("evaluate-experts", "finetune", "evaluate-moe")]
+    write_json(run / "plan.json", planned)
+    assert report.main([str(run)]) == 0
+    assert "dense" not in capsys.readouterr().out
+    text = (run / "report" / "report.md").read_text(encoding="utf-8")
+    assert not {"named", "dense", "statement"} & set(re.findall(r"\w+", text.split("## Absent or broken")[1]))
+    write_json(run / "plan.json", [*planned, {"stage": "average"}, {"stage": "dense"}, {"stage": "data"}])
+    notes = " ".join(results(run)["notes"])
+    assert all(word in notes for word in ("named average", "named dense", "No data statement"))
+
+
+def test_every_headline_says_that_what_it_beats_was_not_finetuned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The mixture is the one model that was finetuned, unless a dense one was."""
+    from megatron_btx.report.figures import say_lowest_loss
+
+    run = write_evaluation(tmp_path, evaluation(tuple(name for name in LOSSES if name != "dense")))
+    assert report.main([str(run)]) == 0
+    assert "which was not" in capsys.readouterr().out
+    text = (run / "report" / "report.md").read_text(encoding="utf-8")
+    assert "The finetuned mixture beats the seed, which was not finetuned, on every domain." in text
+    assert "the plain average and every single expert, none of which was finetuned." in text
+    lead = text.split("## ")[0]
+    assert "the seed, which was not finetuned, had 3.134; no dense model was finetuned beside it" in lead
+    data = read_run(run)
+    assert say_lowest_loss(list(data.models.values()), data.domains).endswith("2.396, the only one that was finetuned")
+    assert "btx: the mixture after finetuning, which no model above it had" in text
+    set_loss("average", "general", 0.0)(content := evaluation())
+    with_dense = report.build_report(write_evaluation(tmp_path, content)).page.with_name("report.md").read_text()
+    assert "0.030 above the dense model" in with_dense.split("## ")[0] and "beside it" not in with_dense
+
+
+@pytest.mark.parametrize("split", ["valid", "test", None])
+def test_the_split_stands_wherever_a_loss_does(
+    split: str | None, reported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is the recipe's; a test loss is no validation loss. Without a recipe nobody knows."""
+    on_split = ""
+    if split:
+        on_split = f" on the {split} split"
+        (reported / "recipe.yaml").write_text(f"evaluate: {{split: {split}, tokens: 65536}}\n")
+    if split == "valid":  # which is what a recipe that says nothing means
+        (reported / "recipe.yaml").write_text("evaluate: {tokens: 65536}\n")
+    assert report.main([str(reported)]) == 0
+    printed = capsys.readouterr().out
+    text = (reported / "report" / "report.md").read_text(encoding="utf-8")
+    page = (reported / "report" / "index.html").read_text(encoding="utf-8")
+    assert f"loss{on_split}, nats per token" in printed
+    for shown in (text, page):
+        assert f"2.396 nats per token{on_split};" in shown
+        assert f"Loss{on_split} in nats per token" in shown and f"Loss{on_split} per model and domain" in shown
+    assert f"\n## Loss{on_split}\n" in text
+    for shown in (printed, text, page):
+        assert "validation" not in shown.lower()
+    data = read_run(reported)
+    from megatron_btx.report.figures import draw_losses, make_palette
+
+    figure = draw_losses(list(data.models.values()), data.domains, make_palette(data.models, ()), data.on_split)
+    assert f"loss{on_split}, nats" in figure.get_supxlabel()
+
+
 def test_stages_are_listed_after_what_they_were_made_from(reported_once: Path) -> None:
     text = (reported_once / "report" / "report.md").read_text(encoding="utf-8")
     accounting = text.split("## Accounting")[1].split("## Data")[0]
@@ -127,7 +194,7 @@ def test_stages_are_listed_after_what_they_were_made_from(reported_once: Path) -
     assert len(order) == len(TRAINING) + 2
     assert order.index("data") < order.index("seed") < order.index("expert-math") < order.index("mix")
     assert order.index("mix") < order.index("finetune")
-    assert "| seed | data | 1,024,000 | 113.8 | 9,000 | 2.84e+12 |" in accounting
+    assert "| seed | data | 1,024,000 | 113.8 | 9,000 | 2.84 T |" in accounting
 
 
 def test_page_needs_nothing_outside_itself(reported_once: Path) -> None:
@@ -203,7 +270,7 @@ def test_hostile_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.Cap
     assert any('<script>alert("1")</script>' in text for text in reader.text)
     markdown = (run / "report" / "report.md").read_text(encoding="utf-8")
     assert "<script>" not in markdown and "\x1b" not in markdown
-    table = [line for line in markdown.split("## Validation loss")[1].splitlines() if line.startswith("|")]
+    table = [line for line in markdown.split("## Loss")[1].splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table[:9]} == {len(DOMAINS) + 3}
     assert name in results(run)["domains"]
 

@@ -172,7 +172,7 @@ def test_an_unfinished_stage_counts_as_far_as_it_went(
     found = json.loads((run / "report" / "results.json").read_text())
     assert found["curves"]["seed"]["x"][-1] == 256_000  # of 1,024,000
     text = (run / "report" / "report.md").read_text()
-    assert f"| seed ({said}) | data | 256,000 | 32.0 | 8,000 | 7.11e+11 |" in text
+    assert f"| seed ({said}) | data | 256,000 | 32.0 | 8,000 | 711 G |" in text
     assert f"Stage seed is unfinished: {said}." in text.split("## Facts")[0]
 
 
