@@ -15,13 +15,12 @@ from megatron_btx.pipeline.directory import (
     PLAN_FILE,
     RECIPE_FILE,
     read_metrics,
-    read_plan,
     read_stage_manifest,
     read_yaml,
 )
 from megatron_btx.pipeline.recipe.ablation import stage_name
 from megatron_btx.pipeline.records import StageManifest
-from megatron_btx.report.membership import find_left_out
+from megatron_btx.report.membership import find_left_out, planned_fingerprints
 from megatron_btx.report.quantities import mean
 from megatron_btx.report.stages import Stage, read_stage, say_split
 
@@ -134,7 +133,7 @@ def _read_seeds(run: Path) -> dict[str, tuple[int, ...]]:
             f"{recipe}: ablation: variants and their seeds are not there ({error!r}); expected the recipe that btx run "
             "wrote"
         ) from error
-    planned = _planned_stages(run)
+    planned = planned_fingerprints(run)
     seeds: dict[str, tuple[int, ...]] = {}
     for variant, own in listed.items():
         due = []
@@ -154,14 +153,6 @@ def _list_seeds(section: dict[str, Any]) -> dict[str, list[int]]:
     for variant, settings in section["variants"].items():
         listed[str(variant)] = (settings or {}).get("seeds") or section["seeds"]
     return listed
-
-
-def _planned_stages(run: Path) -> set[str] | None:
-    """Names of the stages that were planned; None without a plan."""
-    plan = read_plan(run)
-    if plan is None:
-        return None
-    return {entry.stage for entry in plan}
 
 
 def _read_manifests(run: Path, stages: Mapping[str, Stage | None]) -> dict[str, StageManifest | None]:

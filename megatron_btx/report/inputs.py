@@ -29,11 +29,10 @@ from megatron_btx.pipeline.directory import (
     SEED_MODEL,
     is_set_aside,
     read_evaluation,
-    read_plan,
     read_yaml,
 )
 from megatron_btx.report.datasets import Datasets, read_datasets
-from megatron_btx.report.membership import find_left_out
+from megatron_btx.report.membership import find_left_out, planned_fingerprints
 from megatron_btx.report.quantities import mean
 from megatron_btx.report.stages import Stage, read_stage, say_split
 
@@ -97,8 +96,8 @@ class RunData:
     """What was left out or went a part of its way only; one sentence each."""
     on_split: str = ""
     """" on the test split", or what the losses are of; empty where nothing says it."""
-    planned: frozenset[str] | None = None
-    """The stages that the recipe asks for; None where nothing says it."""
+    planned: Mapping[str, object] | None = None
+    """By name the stages that the recipe asks for; None where nothing says it."""
 
     def asks_for(self, stage: str) -> bool:
         """Whether the recipe asks for a stage, as far as that is known."""
@@ -143,9 +142,7 @@ def read_run(run: Path) -> RunData:
             "in it; give the directory that btx run made, or run the recipe first"
         )
     strange = []
-    plan, planned = read_plan(run), None
-    if plan is not None:
-        planned = frozenset(entry.stage for entry in plan)
+    planned = planned_fingerprints(run)
     for file in evaluations:
         if file.parent.name not in found and planned is not None:
             strange.append(file.parent.name)

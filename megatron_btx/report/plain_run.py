@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_btx.report.blocks import Block, Bullets, Paragraph
 from megatron_btx.report.claims import Claims, make_claims
 from megatron_btx.report.curves import LossCurve, make_curve
+from megatron_btx.report.datasets import name_path
 from megatron_btx.report.inputs import Model, RunData, read_run
 from megatron_btx.report.report import Files, Report
 from megatron_btx.report.sections import (
@@ -85,6 +86,8 @@ def _number_results(data: RunData, claims: Claims, curves: list[LossCurve]) -> d
         models[name] = _number_model(model, data.domains)
     for stage in data.stages:
         stages[stage.name] = stage.written
+        if stage.written and isinstance(stage.written.get("inputs"), list):
+            stages[stage.name] = {**stage.written, "inputs": list(map(name_path, stage.written["inputs"]))}
     return {
         "run": data.name,
         "domains": data.domains,

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from megatron_btx.pipeline.directory import EXPORT_STAGE, EXPORTED_FOLDER, LOG_FILE
 from megatron_btx.pipeline.plan_table import with_prefix
-from megatron_btx.report.blocks import Bullets, Cell, Section, Table, make_cells
+from megatron_btx.report.blocks import Block, Bullets, Cell, Paragraph, Section, Table, make_cells
 from megatron_btx.report.budgets import Budgets
 from megatron_btx.report.datasets import Datasets
 from megatron_btx.report.inputs import RunData
 from megatron_btx.report.quantities import ABSENT, count_text, total
 from megatron_btx.report.stages import Stage
+
+_EXPORTED = f"{EXPORT_STAGE}/{EXPORTED_FOLDER}"
+_SETTINGS = ("lr", "min-lr", "lr-decay-style", "global-batch-size", "seq-length", "weight-decay", "clip-grad", "seed")
+"""Of a stage that trains, as the report shows them."""
 
 
 def sizes_section(data: RunData) -> Section:
@@ -97,6 +102,34 @@ def _cost_texts(
     if flops is not None:
         operations = with_prefix(flops)
     return count_text(tokens), count_text(seconds, decimals=1), count_text(tokens_per_second), operations
+
+
+def export_section(stages: tuple[Stage, ...]) -> Section:
+    """Where the exported model lies, and how it is loaded."""
+    blocks = []
+    for stage in stages:
+        if stage.name == EXPORT_STAGE and not stage.unfinished:
+            text = f"The finetuned mixture and its tokenizer lie as a Hugging Face model in {_EXPORTED}, in this run's "
+            text += f"folder. Every tensor was read back and verified ({EXPORT_STAGE}/{LOG_FILE}). "
+            text += f'To load both: AutoModelForCausalLM.from_pretrained("{_EXPORTED}") and AutoTokenizer likewise.'
+            blocks.append(Paragraph(text))
+    return Section("Export", tuple(blocks))
+
+
+def settings_section(stages: tuple[Stage, ...]) -> Section:
+    """What the stages that train were set to, and the versions of what made the run."""
+    rows, versions = [], set()
+    for stage in stages:
+        if stage.curve and stage.settings:
+            rows.append(make_cells([stage.name, *(str(stage.settings.get(flag, ABSENT)) for flag in _SETTINGS)]))
+        found = (stage.written or {}).get("versions")
+        if isinstance(found, dict):
+            versions.add(", ".join(f"{name} {version}" for name, version in found.items()))
+    blocks: list[Block] = [Paragraph(f"Made by {version}.") for version in sorted(versions)]
+    if rows:
+        caption = "Megatron's flags. Every setting that decided a stage's result is in results.json, under stages."
+        blocks.insert(0, Table(("stage", *_SETTINGS), tuple(rows), caption=caption))
+    return Section("Settings", tuple(blocks))
 
 
 def data_section(datasets: Datasets) -> Section:

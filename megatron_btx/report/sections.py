@@ -11,7 +11,14 @@ from megatron_btx.report.comparisons import count_home_expert, loss_in, name_mea
 from megatron_btx.report.facts import Fact
 from megatron_btx.report.inputs import AVERAGE, BTX, DENSE, MIX, SEED, Model, RunData
 from megatron_btx.report.quantities import ABSENT, count_text, difference_text, loss_text
-from megatron_btx.report.section_costs import accounting_section, data_section, reading_section, sizes_section
+from megatron_btx.report.section_costs import (
+    accounting_section,
+    data_section,
+    export_section,
+    reading_section,
+    settings_section,
+    sizes_section,
+)
 
 LOSSES_FIGURE, CURVES_FIGURE, ROUTING_FIGURE = "losses.png", "curves.png", "routing.png"
 PAIRS_SHOWN = 28
@@ -32,8 +39,10 @@ def make_sections(data: RunData, claims: Claims) -> tuple[Section, ...]:
         _losses_section(data, claims),
         _training_section(data),
         _routing_section(data),
+        export_section(data.stages),
         sizes_section(data),
         accounting_section(data.stages),
+        settings_section(data.stages),
         data_section(data.datasets),
         _notes_section(data),
         reading_section(claims.budgets),

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import own_manifest
+from megatron_btx.pipeline.plan_table import with_prefix
 from megatron_btx.report import build as report
 from megatron_btx.report.inputs import read_run
 from megatron_btx.report.stages import read_curve
@@ -84,8 +85,8 @@ def test_whole_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["datasets"][1] == {
         "domain": "general", "split": "valid", "documents": 120, "tokens": 61_440, "size_bytes": 245_760
     }  # fmt: skip
-    assert found["sources"]["tokenizer-model"] == "/texts/tokenizer.model"
-    assert found["sources"]["math: valid"] == "1 file(s), 245,760 bytes: /texts/math.valid.jsonl"
+    assert found["sources"]["tokenizer-model"] == "tokenizer.model"
+    assert found["sources"]["math: valid"] == "1 file(s), 245,760 bytes: math.valid.jsonl"
     page = " ".join(read_page(run / "report" / "index.html").text)
     for number in (
         "2.396",
@@ -96,7 +97,7 @@ def test_whole_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFi
         "61,440",
         "8,400,000",
         "0.309",
-        "1 file(s), 245,760 bytes: /texts/math.valid.jsonl",
+        "1 file(s), 245,760 bytes: math.valid.jsonl",
     ):
         assert number in page, number
 
@@ -241,7 +242,8 @@ def test_old_figures_go_and_other_files_stay(reported: Path) -> None:
         (run / name / "metrics.jsonl").unlink()
     report.build_report(run)
     names = {path.name for path in (run / "report").iterdir()}
-    assert names == {"index.html", "report.md", "results.json", "losses.png", "routing.png", "log.txt", "manifest.json"}
+    figures = {"losses.png", "losses.pdf", "routing.png", "routing.pdf"}
+    assert names == {"index.html", "report.md", "results.json", "log.txt", "manifest.json", *figures}
     assert "report" not in results(run)["stages"]
 
 
@@ -254,6 +256,36 @@ def test_a_report_by_hand_marks_its_folder_for_the_run_to_go_on_and_leaves_earli
     (folder / "manifest.json").write_text('{"stage": "report", "status": "finished"}')
     report.build_report(run)
     assert own_manifest(folder, "report").status == "finished"
+
+
+def test_a_report_can_be_passed_on(reported: Path) -> None:
+    """It says where the model lies and how it is loaded, by what it was made, and nothing of whose machine it was."""
+    versions = {"python": "3.12.1", "megatron-core": "0.19.2", "commit": "0123abc"}
+    settings = {"lr": 0.003, "seq-length": 256, "btx-freeze": ["attention"]}
+    made = {"inputs": ["/home/somebody/texts"], "versions": versions, "settings": settings}
+    change(reported / "seed" / "manifest.json", lambda content: content.update(made))
+    write_json(reported / "export" / "manifest.json", {"stage": "export", "status": "finished", "versions": versions})
+    folder = report.build_report(reported).page.parent
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    export = text.split("## Export")[1].split("## ")[0]
+    assert 'from_pretrained("export/model")' in export and "read back and verified" in export
+    shown = text.split("## Settings")[1].split("## ")[0]
+    assert "| seed | 0.003 | – | – | – | 256 | – | – | – |" in shown
+    assert shown.count("Made by python 3.12.1, megatron-core 0.19.2, commit 0123abc.") == 1
+    page, numbers = ((folder / name).read_text(encoding="utf-8") for name in ("index.html", "results.json"))
+    for content in (text, page, numbers):
+        assert not re.search(r"/(home|texts|tmp)/", content)
+    assert json.loads(numbers)["stages"]["seed"]["inputs"] == ["texts"]
+    assert {path.stem for path in folder.glob("*.png")} == {path.stem for path in folder.glob("*.pdf")}
+    assert all(path.read_bytes().startswith(b"%PDF") for path in folder.glob("*.pdf"))
+    change(reported / "export" / "manifest.json", lambda content: content.update(status="failed"))
+    report.build_report(reported)
+    assert "## Export" not in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_flops_are_spelled_as_in_a_plan(reported_once: Path) -> None:
+    text = (reported_once / "report" / "report.md").read_text(encoding="utf-8")
+    assert with_prefix(2.84e12) == "2.84 T" and "| 2.84 T |" in text and "e+1" not in text
 
 
 def test_hostile_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
