@@ -36,13 +36,9 @@ def make_palette(models: Mapping[str, Model], stages: Sequence[Stage]) -> Palett
     names: list[str] = []
     for model in models.values():
         names += model.experts
-    for name, model in models.items():
-        if model.is_expert():
-            names.append(name)
+    names += [name for name, model in models.items() if model.is_expert()]
     names += models
-    for stage in stages:
-        if stage.curve:
-            names.append(stage.name)
+    names += [stage.name for stage in stages if stage.curve]
     return Palette(names)
 
 
@@ -195,10 +191,7 @@ def say_routing(model: Model) -> str:
     moment = _name_moment(model.name)
     if not model.chooses_experts():
         return f"Where tokens go {moment}: soft routing sends each to every expert"
-    distances = []
-    for distance in routing_distances(model).values():
-        if math.isfinite(distance):
-            distances.append(distance)
+    distances = list(filter(math.isfinite, routing_distances(model).values()))
     if not distances:
         return f"Where tokens go {moment}"
     percent = f"{100 * mean(distances):.0f} %"

@@ -175,22 +175,18 @@ def _read_models(evaluations: list[Path], stages: Mapping[str, Stage]) -> dict[s
     models: dict[str, Model] = {}
     sources: dict[str, Path] = {}
     for file in evaluations:
-        top_k = None
-        if file.parent.name in stages:
-            top_k = _read_top_k(stages[file.parent.name])
-        for model in _read_models_in(file, top_k):
+        for model in _read_models_in(file, _read_top_k(stages.get(file.parent.name))):
             if model.name in models:
                 raise InputError(f"{file}: model {model.name!r} is in {sources[model.name]}, too; remove one")
             models[model.name], sources[model.name] = model, file
     return {name: models[name] for name in sorted(models, key=_rank)}
 
 
-def _read_top_k(stage: Stage) -> int | None:
+def _read_top_k(stage: Stage | None) -> int | None:
     """How many experts a token takes, by the settings of the stage that evaluated."""
-    top_k = str(stage.settings.get("moe-router-topk"))  # a text where it is a given mixture's own
-    if not top_k.isdecimal():
-        return None
-    return int(top_k)
+    if stage is not None and str(stage.settings.get("moe-router-topk")).isdecimal():
+        return int(stage.settings["moe-router-topk"])  # from a text where it is a given mixture's own
+    return None
 
 
 def _read_models_in(file: Path, top_k: int | None) -> list[Model]:

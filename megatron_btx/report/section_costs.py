@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from megatron_btx.pipeline.directory import EXPORT_STAGE, EXPORTED_FOLDER, LOG_FILE
+from megatron_btx.pipeline.directory import DATA_STAGE, EXPORT_STAGE, EXPORTED_FOLDER, LOG_FILE
 from megatron_btx.pipeline.plan_table import with_prefix
+from megatron_btx.pipeline.records import read_number
 from megatron_btx.report.blocks import Block, Bullets, Cell, Paragraph, Section, Table, make_cells
 from megatron_btx.report.budgets import Budgets
 from megatron_btx.report.datasets import Datasets
@@ -132,21 +133,38 @@ def settings_section(stages: tuple[Stage, ...]) -> Section:
     return Section("Settings", tuple(blocks))
 
 
-def data_section(datasets: Datasets) -> Section:
-    """The data statement."""
+def data_section(datasets: Datasets, stages: tuple[Stage, ...]) -> Section:
+    """The data statement, and how often each stage read its texts."""
     if not datasets.rows:
         return Section("Data", ())
     rows = []
     for row in datasets.rows:
         sizes = (count_text(row.documents), count_text(row.tokens), count_text(row.size_bytes))
         rows.append(make_cells([row.domain, row.split, *sizes]))
-    blocks = [Table(("domain", "split", "documents", "tokens", "bytes of text"), tuple(rows), 2)]
+    blocks: list[Block] = [Table(("domain", "split", "documents", "tokens", "bytes of text"), tuple(rows), 2)]
+    if epochs := tuple(filter(None, (_say_epochs(stage, datasets) for stage in stages))):
+        blocks.append(Bullets(epochs))
     if datasets.sources:
-        stated = []
-        for key, value in datasets.sources.items():
-            stated.append(make_cells([key, value]))
+        stated = [make_cells(pair) for pair in datasets.sources.items()]
         blocks.append(Table(("made of", "value"), tuple(stated), 2))
     return Section("Data", tuple(blocks))
+
+
+def _say_epochs(stage: Stage, datasets: Datasets) -> str:
+    """How often a stage read each dataset of its blend; empty where that is not known."""
+    blend = stage.settings.get("train-data-path")
+    if not isinstance(blend, list) or not stage.tokens:
+        return ""
+    weights = [read_number(weight) or 0.0 for weight in blend[::2]]
+    shares = dict(zip(map(str, blend[1::2]), weights, strict=False))
+    said = []
+    for row in datasets.rows:
+        share = shares.get(f"{DATA_STAGE}/{row.domain}.{row.split}")
+        if share and row.tokens:
+            said.append(f"{row.domain} {stage.tokens * share / total(weights) / row.tokens:.2f}")
+    if not said:
+        return ""
+    return f"Epochs of {stage.name}, the times that it read a text: {', '.join(said)}."
 
 
 def reading_section(budgets: Budgets) -> Section:

@@ -43,7 +43,7 @@ def make_sections(data: RunData, claims: Claims) -> tuple[Section, ...]:
         sizes_section(data),
         accounting_section(data.stages),
         settings_section(data.stages),
-        data_section(data.datasets),
+        data_section(data.datasets, data.stages),
         _notes_section(data),
         reading_section(claims.budgets),
     ]

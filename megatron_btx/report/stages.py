@@ -103,18 +103,13 @@ class Stage:
 
 def read_stage(folder: Path) -> Stage | None:
     """The stage in ``folder``; None when neither a manifest nor a curve is there."""
-    curve: Curve = ()
-    logged = 0
     if not (folder / MANIFEST_FILE).is_file() and not (folder / METRICS_FILE).is_file():
         return None
-    written = None
-    if (folder / MANIFEST_FILE).is_file():
-        written = read_manifest(folder)
+    written = read_manifest(folder)
     manifest = None
     if written is not None:
         manifest = StageManifest.model_validate(written)
-    if (folder / METRICS_FILE).is_file():
-        curve, logged = read_curve(folder / METRICS_FILE)
+    curve, logged = read_curve(folder / METRICS_FILE)
     config = read_yaml(folder / CONFIG_FILE)
     stated = manifest or StageManifest()
     steps = stated.steps or read_count(config.get("iterations")) or None

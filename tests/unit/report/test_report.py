@@ -16,6 +16,9 @@ from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import own_manifest
 from megatron_btx.pipeline.plan_table import with_prefix
 from megatron_btx.report import build as report
+from megatron_btx.report import section_costs
+from megatron_btx.report.blocks import Bullets
+from megatron_btx.report.datasets import read_datasets
 from megatron_btx.report.inputs import read_run
 from megatron_btx.report.stages import read_curve
 from tests.unit.report.example_run import (
@@ -281,6 +284,18 @@ def test_a_report_can_be_passed_on(reported: Path) -> None:
     change(reported / "export" / "manifest.json", lambda content: content.update(status="failed"))
     report.build_report(reported)
     assert "## Export" not in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_epochs_are_said(tmp_path: Path) -> None:
+    """By the blend, the tokens that were read, and those that are there: 2,100,000 of each domain."""
+    run = make_run(tmp_path)
+    blend = [30, "data/math.train", 10, "data/code.train", 1, "elsewhere"]
+    settings = {"train-data-path": blend[:4]}
+    change(run / "finetune" / "manifest.json", lambda content: content.update(settings=settings, tokens=42_000_000))
+    change(run / "seed" / "manifest.json", lambda content: content.update(settings={"train-data-path": blend[4:]}))
+    data = section_costs.data_section(read_datasets(run / "data" / "datasets.json"), read_run(run).stages)
+    (said,) = [block.items for block in data.blocks if isinstance(block, Bullets)]
+    assert said == ("Epochs of finetune, the times that it read a text: math 15.00, code 5.00.",)
 
 
 def test_flops_are_spelled_as_in_a_plan(reported_once: Path) -> None:
