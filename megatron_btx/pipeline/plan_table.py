@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_btx.data.inputs import expand_inputs
+from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.decisions import SKIP, Action
+from megatron_btx.pipeline.directory import DATA_STAGE, TRAIN_SPLIT
+from megatron_btx.pipeline.recipe.data import Text
 from megatron_btx.pipeline.rows import find_width, make_table
 from megatron_btx.pipeline.stage import Program, Stage
 
@@ -23,6 +30,8 @@ _PURPOSES = {
     "megatron_btx.report.ablation": "report",
 }
 """Module of a program -> what a stage of it does."""
+_BYTES_PER_TOKEN, _EPOCHS_AT_MOST = 4, 4
+"""Of English and code; up to some four epochs repeated text is worth nearly what new text is (arXiv:2305.16264)."""
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -61,6 +70,39 @@ def describe_total(stages: Sequence[Stage], actions: Mapping[str, Action]) -> st
     if unknown:
         text += f" (without {_count(unknown, 'stage')} whose vocabulary is not known yet)"
     return text
+
+
+def describe_repeats(stages: Sequence[Stage], texts: Mapping[str, Text]) -> str:
+    """The texts that stages read many times, by a guess of their tokens from their bytes; empty for none."""
+    sizes: dict[str, float] = {}
+    for domain, text in texts.items():
+        with contextlib.suppress(InputError):  # a text that is not there yet
+            files = expand_inputs(text.files.get(TRAIN_SPLIT) or text.files["text"])
+            share = text.shares.get(TRAIN_SPLIT, 1.0)
+            sizes[f"{DATA_STAGE}/{domain}.{TRAIN_SPLIT}"] = files.size_bytes() * share / _BYTES_PER_TOKEN
+    repeats = []
+    for stage in stages:
+        for name, times in count_epochs(stage.deciding_settings(), stage.tokens, sizes).items():
+            if times > _EPOCHS_AT_MOST:
+                repeats.append(f"{stage.name} reads {Path(name).name} some {times:.0f} times")
+    return f"note: {'; '.join(repeats)} (at {_BYTES_PER_TOKEN} bytes a token)" * bool(repeats)
+
+
+def count_epochs(settings: Mapping[str, Any], tokens: float | None, sizes: Mapping[str, float]) -> dict[str, float]:
+    """How often training reads each dataset of its blend.
+
+    Args:
+        settings: of the stage that trains; others have no blend.
+        sizes: tokens of the datasets that are known.
+    """
+    blend = settings.get("train-data-path")
+    if not isinstance(blend, list) or not tokens:
+        return {}
+    shares = dict(zip(map(str, blend[1::2]), blend[::2], strict=False))
+    whole = sum(map(float, shares.values()))
+    return {
+        name: tokens * float(shares[name]) / whole / size for name, size in sizes.items() if size and name in shares
+    }
 
 
 def render(table: Table) -> str:

@@ -27,7 +27,7 @@ _SPEED_STEPS = 20
 """Steps over which the speed is taken."""
 _WIDE_COLUMNS = 10_000
 """More than any table of a run has."""
-_HEADERS = ("stage", "state", "step", "loss", "tokens/s", "time left", "time")
+HEADERS = ("stage", "state", "step", "loss", "tokens/s", "time left", "time")
 _TEXT_HEADERS = ("stage", "state", "does", "made from", "why")
 _WRAPPED_HEADERS = ("made from", "why")
 
@@ -129,7 +129,7 @@ def make_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str
     grid = WholeTable(*columns, title=Text(printable(title)), title_justify="left", show_edge=False, pad_edge=False)
     for row in texts:
         grid.add_row(*map(Text, row))
-    grid.lines = [printable(title), *(_describe(headers, row) for row in texts)]
+    grid.lines = [printable(title), *(describe_cells(headers, row) for row in texts)]
     return grid
 
 
@@ -140,7 +140,7 @@ def make_progress_table(
     cells = [list(row.cells()) for row in rows]
     for row, further in zip(cells, more, strict=False):
         row.extend(further)
-    return make_table((*_HEADERS, *headers), cells, title)
+    return make_table((*HEADERS, *headers), cells, title)
 
 
 def find_width() -> int:
@@ -151,19 +151,13 @@ def find_width() -> int:
     return _WIDE_COLUMNS
 
 
-def describe_row(row: Row) -> str:
-    """The row as a line, for where there is no table."""
-    return _describe(_HEADERS, row.cells())
-
-
-def _describe(headers: Sequence[str], cells: Sequence[str]) -> str:
+def describe_cells(headers: Sequence[str], cells: Sequence[str]) -> str:
     """A row of a table as a line: "seed: running, step 5/10, loss 3.210"."""
-    name, state, *others = cells
-    parts = [state]
-    for header, cell in zip(headers[2:], others, strict=True):
-        if cell:
-            parts.append(f"{header} {cell}")
-    return f"{name}: {', '.join(parts)}"
+    parts = []
+    for header, cell in zip(headers[1:], cells[1:], strict=True):
+        if cell.strip():
+            parts.append(f"{header} {cell.strip()}".removeprefix("state "))
+    return f"{cells[0].strip()}: {', '.join(parts)}"
 
 
 def _clock(seconds: float) -> str:

@@ -73,10 +73,7 @@ class Outcomes:
 
     def all_seeds(self) -> list[int]:
         """Every seed of some variant."""
-        seeds: set[int] = set()
-        for own in self.seeds.values():
-            seeds.update(own)
-        return sorted(seeds)
+        return sorted(set[int]().union(*self.seeds.values()))
 
 
 def losses_over_seeds(runs: Mapping[int, Outcome], domain: str) -> list[float]:
@@ -157,10 +154,7 @@ def _list_seeds(section: dict[str, Any]) -> dict[str, list[int]]:
 
 def _read_manifests(run: Path, stages: Mapping[str, Stage | None]) -> dict[str, StageManifest | None]:
     """Manifests of the finetunings, and of the stages that they are made from."""
-    manifests: dict[str, StageManifest | None] = {}
-    for name, stage in stages.items():
-        if stage is not None:
-            manifests[name] = stage.manifest
+    manifests = {name: stage.manifest for name, stage in stages.items() if stage is not None}
     for file in sorted(run.glob(f"*/{MANIFEST_FILE}")):
         if file.parent.name not in manifests and file.is_file():
             manifests[file.parent.name] = read_stage_manifest(file.parent)
@@ -196,11 +190,7 @@ def _last_values(file: Path) -> dict[str, float]:
 
 def _values_under(values: Mapping[str, float], prefix: str) -> dict[str, float]:
     """The values whose names begin with ``prefix``, without it."""
-    found = {}
-    for name, value in values.items():
-        if name.startswith(prefix):
-            found[name.removeprefix(prefix)] = value
-    return found
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 def _tabulate_loads(last: Mapping[str, float]) -> list[list[float]]:

@@ -242,9 +242,7 @@ def _check_routing(models: Models) -> Fact:
         f"mean {average:.3f}; smallest {distances[smallest]:.3f} ({' and '.join(smallest)}); "
         f"largest {distances[largest]:.3f} ({' and '.join(largest)})"
     )
-    numbers, verdicts = {}, []
-    for pair, distance in distances.items():
-        numbers[" / ".join(pair)] = distance
-        verdicts.append(is_less(ROUTING_DISTANCE_THRESHOLD, distance))
+    numbers = {" / ".join(pair): distance for pair, distance in distances.items()}
+    verdicts = [is_less(ROUTING_DISTANCE_THRESHOLD, distance) for distance in distances.values()]
     stated = {"threshold": ROUTING_DISTANCE_THRESHOLD, "mean": average, "distances": numbers}
     return Fact(name, text, settle(verdicts, False), detail, stated)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from megatron_btx.ground.errors import InputError
@@ -160,10 +161,7 @@ def read_run(run: Path) -> RunData:
 
 
 def _domains_of(models: Iterable[Model]) -> tuple[str, ...]:
-    domains: dict[str, None] = {}
-    for model in models:
-        domains |= dict.fromkeys(model.losses)
-    return tuple(domains)
+    return tuple(dict.fromkeys(chain.from_iterable(model.losses for model in models)))
 
 
 def _read_models(evaluations: list[Path], stages: Mapping[str, Stage]) -> dict[str, Model]:

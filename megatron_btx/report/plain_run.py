@@ -81,9 +81,8 @@ def _number_results(data: RunData, claims: Claims, curves: list[LossCurve]) -> d
     numbered_curves = {}
     for curve in curves:
         numbered_curves[curve.stage] = {"unit": curve.unit, "x": curve.x, "loss": curve.loss, "smooth": curve.smooth}
-    models, stages = {}, {}
-    for name, model in data.models.items():
-        models[name] = _number_model(model, data.domains)
+    stages = {}
+    models = {name: _number_model(model, data.domains) for name, model in data.models.items()}
     for stage in data.stages:
         stages[stage.name] = stage.written
         if stage.written and isinstance(stage.written.get("inputs"), list):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_btx.pipeline.directory import DATA_STAGE, EXPORT_STAGE, EXPORTED_FOLDER, LOG_FILE
-from megatron_btx.pipeline.plan_table import with_prefix
-from megatron_btx.pipeline.records import read_number
+from megatron_btx.pipeline.plan_table import count_epochs, with_prefix
 from megatron_btx.report.blocks import Block, Bullets, Cell, Paragraph, Section, Table, make_cells
 from megatron_btx.report.budgets import Budgets
 from megatron_btx.report.datasets import Datasets
@@ -142,29 +141,16 @@ def data_section(datasets: Datasets, stages: tuple[Stage, ...]) -> Section:
         sizes = (count_text(row.documents), count_text(row.tokens), count_text(row.size_bytes))
         rows.append(make_cells([row.domain, row.split, *sizes]))
     blocks: list[Block] = [Table(("domain", "split", "documents", "tokens", "bytes of text"), tuple(rows), 2)]
-    if epochs := tuple(filter(None, (_say_epochs(stage, datasets) for stage in stages))):
-        blocks.append(Bullets(epochs))
+    known = {f"{DATA_STAGE}/{row.domain}.{row.split}": row.tokens for row in datasets.rows if row.tokens}
+    for stage in stages:
+        epochs = count_epochs(stage.settings, stage.tokens, known)
+        read = ", ".join(f"{name.removeprefix(f'{DATA_STAGE}/')} {times:.2f}" for name, times in epochs.items())
+        if read:
+            blocks.append(Paragraph(f"Epochs of {stage.name}, the times that it read a text: {read}."))
     if datasets.sources:
         stated = [make_cells(pair) for pair in datasets.sources.items()]
         blocks.append(Table(("made of", "value"), tuple(stated), 2))
     return Section("Data", tuple(blocks))
-
-
-def _say_epochs(stage: Stage, datasets: Datasets) -> str:
-    """How often a stage read each dataset of its blend; empty where that is not known."""
-    blend = stage.settings.get("train-data-path")
-    if not isinstance(blend, list) or not stage.tokens:
-        return ""
-    weights = [read_number(weight) or 0.0 for weight in blend[::2]]
-    shares = dict(zip(map(str, blend[1::2]), weights, strict=False))
-    said = []
-    for row in datasets.rows:
-        share = shares.get(f"{DATA_STAGE}/{row.domain}.{row.split}")
-        if share and row.tokens:
-            said.append(f"{row.domain} {stage.tokens * share / total(weights) / row.tokens:.2f}")
-    if not said:
-        return ""
-    return f"Epochs of {stage.name}, the times that it read a text: {', '.join(said)}."
 
 
 def reading_section(budgets: Budgets) -> Section:

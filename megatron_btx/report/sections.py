@@ -115,9 +115,7 @@ def _meanings(data: RunData, claims: Claims) -> dict[str, str]:
 
 def facts_table(facts: tuple[Fact, ...]) -> Table:
     """A row per fact."""
-    rows = []
-    for fact in facts:
-        rows.append(make_row(Cell(fact.verdict, tone=_TONES[fact.holds]), fact.text, fact.detail))
+    rows = [make_row(Cell(fact.verdict, tone=_TONES[fact.holds]), fact.text, fact.detail) for fact in facts]
     caption = "Computed from this run's numbers: loss of the model, loss of what it is compared with, difference."
     return Table(("verdict", "claim", "numbers"), tuple(rows), 3, caption)
 
@@ -144,10 +142,7 @@ def _loss_row(model: Model, data: RunData, claims: Claims) -> tuple[Cell, ...]:
 
 
 def _count_evaluated(data: RunData, domain: str) -> str:
-    counts = set()
-    for model in data.models.values():
-        if domain in model.tokens:
-            counts.add(model.tokens[domain])
+    counts = {model.tokens[domain] for model in data.models.values() if domain in model.tokens}
     return " / ".join(map(count_text, sorted(counts))) or ABSENT
 
 

@@ -14,8 +14,9 @@ from rich.console import Console
 from megatron_btx import cli
 from megatron_btx.pipeline.decisions import Action
 from megatron_btx.pipeline.machine import Machine
-from megatron_btx.pipeline.plan_table import make_plan_table
+from megatron_btx.pipeline.plan_table import describe_repeats, make_plan_table
 from megatron_btx.pipeline.progress import Silence
+from megatron_btx.pipeline.recipe.data import Text
 from megatron_btx.pipeline.rows import Row, make_progress_table, read_row
 from megatron_btx.pipeline.stage import Stage
 from tests.unit.pipeline.running import run_stages
@@ -105,3 +106,18 @@ def test_status_in_a_narrow_terminal(
     assert cli.main(["status", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "9/1000" in shown and "1.000" in shown and "…" not in shown
+
+
+def test_a_plan_says_which_texts_are_read_many_times(tmp_path: Path) -> None:
+    """4 MB of math are about a million tokens, of which 90 % train; a text that is not there yet is not counted."""
+    (tmp_path / "math.jsonl").write_bytes(b"x" * 4_000_000)
+    (tmp_path / "code.jsonl").write_bytes(b"x" * 4_000_000)
+    shared = Text({"text": (str(tmp_path / "math.jsonl"),)}, {"train": 0.9, "test": 0.1})
+    given = Text({"train": (str(tmp_path / "code.jsonl"),), "test": ("/nowhere",)}, {})
+    texts = {"math": shared, "code": given, "wiki": Text({"train": ("/nowhere",)}, {})}
+    blend = ["0.6", "data/math.train", "0.3", "data/code.train", "0.1", "data/wiki.train"]
+    stages = [Stage("data", ("true",)), Stage("finetune", ("true",), settings={"train-data-path": blend}, tokens=12**7)]
+    said = "note: finetune reads math.train some 24 times; finetune reads code.train some 11 times (at 4 bytes a token)"
+    assert describe_repeats(stages, texts) == said
+    few = [Stage("finetune", ("true",), settings={"train-data-path": blend}, tokens=3_000_000)]
+    assert describe_repeats(few, texts) == ""

@@ -17,7 +17,7 @@ from megatron_btx.pipeline.directory import own_manifest
 from megatron_btx.pipeline.plan_table import with_prefix
 from megatron_btx.report import build as report
 from megatron_btx.report import section_costs
-from megatron_btx.report.blocks import Bullets
+from megatron_btx.report.blocks import Paragraph
 from megatron_btx.report.datasets import read_datasets
 from megatron_btx.report.inputs import read_run
 from megatron_btx.report.stages import read_curve
@@ -294,8 +294,27 @@ def test_epochs_are_said(tmp_path: Path) -> None:
     change(run / "finetune" / "manifest.json", lambda content: content.update(settings=settings, tokens=42_000_000))
     change(run / "seed" / "manifest.json", lambda content: content.update(settings={"train-data-path": blend[4:]}))
     data = section_costs.data_section(read_datasets(run / "data" / "datasets.json"), read_run(run).stages)
-    (said,) = [block.items for block in data.blocks if isinstance(block, Bullets)]
-    assert said == ("Epochs of finetune, the times that it read a text: math 15.00, code 5.00.",)
+    (said,) = [block.text for block in data.blocks if isinstance(block, Paragraph)]
+    assert said == "Epochs of finetune, the times that it read a text: math.train 15.00, code.train 5.00."
+
+
+@pytest.mark.parametrize("width", [40, 80, 100])
+def test_no_number_is_cut_on_a_terminal(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that is wider is a line for every model."""
+    content = evaluation()
+    for model in content["models"].values():
+        model["losses"] |= {f"{domain}-of-the-web": loss + 1 for domain, loss in model["losses"].items()}
+    run = write_evaluation(tmp_path, content)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    report.print_summary(report.summarize(run))
+    shown = words_of(capsys.readouterr().out)
+    for name, losses in LOSSES.items():
+        assert name in shown and all(f"{loss:.3f}" in shown and f"{loss + 1:.3f}" in shown for loss in losses)
+    assert "code-of-the-web" in shown and "…" not in shown
 
 
 def test_flops_are_spelled_as_in_a_plan(reported_once: Path) -> None:
