@@ -239,15 +239,14 @@ def _plan_run(arguments: argparse.Namespace, check: bool = True) -> PlannedRun:
 
 def _describe_plan(planned: PlannedRun) -> str:
     """The table of a plan, the stages that are finished, and the estimate of the rest."""
-    from megatron_btx.pipeline.plan_table import describe_finished, describe_total, make_plan_table, render
+    from megatron_btx.pipeline import plan_table
 
     stages = planned.chosen_stages()
-    lines = [render(make_plan_table(stages, planned.actions, str(planned.directory)))]
-    finished = describe_finished(stages, planned.actions)
-    if finished:
-        lines.append(finished)
-    lines.append(describe_total(stages, planned.actions))
-    return "\n".join(lines)
+    lines = [plan_table.render(plan_table.make_plan_table(stages, planned.actions, str(planned.directory)))]
+    lines.append(plan_table.describe_finished(stages, planned.actions))
+    lines.append(plan_table.describe_total(stages, planned.actions))
+    lines.append(plan_table.describe_repeats(stages, planned.recipe.data.texts))
+    return "\n".join(filter(None, lines))
 
 
 def _refuse_changes(arguments: argparse.Namespace, planned: PlannedRun, error: ChangedStagesError) -> NoReturn:

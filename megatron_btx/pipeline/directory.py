@@ -18,7 +18,9 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from megatron_btx.checkpoint.iterations import TRACKER
@@ -126,6 +128,19 @@ def _is_planned(entry: object) -> bool:
     return True
 
 
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A mapping that a run wrote as YAML; empty where there is none. Raises InputError when it is broken."""
+    if not file.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: broken YAML ({error}); btx run writes it again") from error
+    if not isinstance(content, dict):
+        return {}
+    return content
+
+
 def read_stage_manifest(directory: Path) -> StageManifest | None:
     """The manifest in a stage's folder; None when there is none. Raises InputError when it is not a JSON object."""
     content = manifests.read_manifest(directory)
@@ -184,7 +199,10 @@ def read_last_metrics(path: Path, lines: int) -> list[MetricsLine]:
 
 
 def parse_metrics(text: str) -> list[MetricsLine]:
-    """The readable lines of ``text``; see the module for those that are passed over."""
+    """The readable lines of ``text``; see the module for those that are passed over.
+
+    A line takes back those of later steps before it: of a start whose steps were lost, and are taken again.
+    """
     found: list[MetricsLine] = []
     for line in text.splitlines():
         try:
@@ -192,6 +210,10 @@ def parse_metrics(text: str) -> list[MetricsLine]:
         except (ValueError, RecursionError):
             continue
         if isinstance(content, dict) and read_count(content.get("iteration")) is not None:
+            if content.get("skipped"):
+                content.pop("lm loss", None)
+            while found and found[-1].iteration > content["iteration"]:
+                found.pop()
             found.append(MetricsLine.model_validate(content))
     return found
 

@@ -51,7 +51,7 @@ class RunError(BTXError):
     def __init__(self, outcome: Outcome) -> None:
         self.status = outcome.status
         """Exit status: 1 or 2 (bad input) after a failed stage, 128 + n after signal n."""
-        super().__init__(outcome.failure or f"stopped by signal {outcome.status - 128}")
+        super().__init__(outcome.failure)
 
 
 @dataclass(frozen=True)

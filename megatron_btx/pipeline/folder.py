@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def describe_start(
         "versions": manifests.versions(),
         "device": device,
         "starts": (earlier.starts or 0) + 1,
+        "started": time.time(),
         "seconds": earlier.seconds or 0.0,
     }
 

@@ -1,8 +1,8 @@
 """One runner at a time in a run directory, or jobs of its stages and who submits them.
 
-A runner holds the lock alone. Who submits shares it; so do jobs, and a command.sh that is called by hand, which hold one
-of their stage besides (``shell_locks`` in stage.py). Not every shared disk has locks, so the queue is asked as well by
-btx run, and the manifest by a job.
+A runner holds the lock alone. Who submits shares it; so do jobs, and a command.sh that is called by hand, which hold
+one of their stage besides (``shell_locks`` in stage.py). Not every shared disk has locks, so the queue is asked as well
+by btx run, and the manifest by a job.
 """
 
 from __future__ import annotations

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_btx.data.inputs import expand_inputs
+from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.decisions import SKIP, Action
-from megatron_btx.pipeline.directory import IMPORT_PREFIX
-from megatron_btx.pipeline.rows import make_table
+from megatron_btx.pipeline.directory import DATA_STAGE, IMPORT_PREFIX, TRAIN_SPLIT
+from megatron_btx.pipeline.recipe.data import Text
+from megatron_btx.pipeline.rows import find_width, make_table
 from megatron_btx.pipeline.stage import Program, Stage
 
 _HEADERS = ("stage", "state", "does", "processes", "steps", "tokens", "FLOPs", "made from")
@@ -24,7 +30,8 @@ _PURPOSES = {
     "megatron_btx.report.ablation": "report",
 }
 """Module of a program -> what a stage of it does."""
-_WIDE_COLUMNS = 10_000
+_BYTES_PER_TOKEN, _EPOCHS_AT_MOST = 4, 4
+"""Of English and code; up to some four epochs repeated text is worth nearly what new text is (arXiv:2305.16264)."""
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -59,15 +66,48 @@ def describe_total(stages: Sequence[Stage], actions: Mapping[str, Action]) -> st
             unknown += 1
     text = f"{_count(due, 'stage')} to run, {tokens:,} tokens to train on"
     if flops:
-        text += f", some {_with_prefix(flops)}FLOPs"
+        text += f", some {with_prefix(flops)} FLOPs"
     if unknown:
         text += f" (without {_count(unknown, 'stage')} whose vocabulary is not known yet)"
     return text
 
 
+def describe_repeats(stages: Sequence[Stage], texts: Mapping[str, Text]) -> str:
+    """The texts that stages read many times, by a guess of their tokens from their bytes; empty for none."""
+    sizes: dict[str, float] = {}
+    for domain, text in texts.items():
+        with contextlib.suppress(InputError):  # a text that is not there yet
+            files = expand_inputs(text.files.get(TRAIN_SPLIT) or text.files["text"])
+            share = text.shares.get(TRAIN_SPLIT, 1.0)
+            sizes[f"{DATA_STAGE}/{domain}.{TRAIN_SPLIT}"] = files.size_bytes() * share / _BYTES_PER_TOKEN
+    repeats = []
+    for stage in stages:
+        for name, times in count_epochs(stage.deciding_settings(), stage.tokens, sizes).items():
+            if times > _EPOCHS_AT_MOST:
+                repeats.append(f"{stage.name} reads {Path(name).name} some {times:.0f} times")
+    return f"note: {'; '.join(repeats)} (at {_BYTES_PER_TOKEN} bytes a token)" * bool(repeats)
+
+
+def count_epochs(settings: Mapping[str, Any], tokens: float | None, sizes: Mapping[str, float]) -> dict[str, float]:
+    """How often training reads each dataset of its blend.
+
+    Args:
+        settings: of the stage that trains; others have no blend.
+        sizes: tokens of the datasets that are known.
+    """
+    blend = settings.get("train-data-path")
+    if not isinstance(blend, list) or not tokens:
+        return {}
+    shares = dict(zip(map(str, blend[1::2]), blend[::2], strict=False))
+    whole = sum(map(float, shares.values()))
+    return {
+        name: tokens * float(shares[name]) / whole / size for name, size in sizes.items() if size and name in shares
+    }
+
+
 def render(table: Table) -> str:
-    """The table as plain text, as wide as it is."""
-    console = Console(file=io.StringIO(), width=_WIDE_COLUMNS)
+    """The table as plain text."""
+    console = Console(file=io.StringIO(), width=find_width())
     with console.capture() as captured:
         console.print(table)
     lines = [line.rstrip() for line in captured.get().splitlines()]
@@ -81,7 +121,7 @@ def _cells(stage: Stage, action: Action) -> list[str]:
     if stage.tokens is not None:
         tokens = f"{stage.tokens:,}"
     if stage.flops is not None:
-        flops = _with_prefix(stage.flops).strip()
+        flops = with_prefix(stage.flops)
     parents = ", ".join(stage.parents)
     return [stage.name, action.verb, _purpose(stage), str(stage.processes), steps, tokens, flops, parents]
 
@@ -100,9 +140,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}s"
 
 
-def _with_prefix(value: float) -> str:
+def with_prefix(value: float) -> str:
     """``value`` with a metric prefix, as "2.5 T"."""
     for size, prefix in _PREFIXES:
         if value >= size:
             return f"{value / size:.3g} {prefix}"
-    return f"{value:.3g} "
+    return f"{value:.3g}"

@@ -11,7 +11,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.live import Live
 
-from megatron_btx.pipeline.rows import Row, describe_row, make_progress_table, read_row
+from megatron_btx.pipeline.rows import HEADERS, Row, describe_cells, make_progress_table, read_row
 from megatron_btx.pipeline.stage import Stage
 
 LINE_SECONDS = 15.0
@@ -83,7 +83,7 @@ class Progress:
         for stage in self.stages:
             if self.states[stage.name] == "running" and now - self.last_line[stage.name] > LINE_SECONDS:
                 self.last_line[stage.name] = now
-                _print_line(describe_row(self._row(stage)))
+                _print_line(describe_cells(HEADERS, self._row(stage).cells()))
 
     def _row(self, stage: Stage) -> Row:
         return read_row(self.run / stage.name, stage.name, self.states[stage.name], stage.iterations, stage.tokens)

@@ -82,6 +82,8 @@ class StageManifest(_Record):
     seconds: Number = None
     """Of all its starts."""
     starts: Count = None
+    started: Number = None
+    """When its last start began, in seconds since 1970."""
     rerun: Settings = None
     """The --rerun that began it: its stages and its number."""
 
@@ -115,7 +117,7 @@ class MetricsLine(_Record):
     time: Number = None
     """Seconds since 1970."""
     loss: Number = Field(default=None, alias="lm loss")
-    """Training loss, nats per token; may be NaN."""
+    """Training loss, nats per token; may be NaN. None of a skipped step, which trained nothing."""
 
     def numbers(self) -> Iterator[tuple[str, float]]:
         """(name, value) of every other metric that is a number."""

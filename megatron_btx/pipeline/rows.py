@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Column, Table
 from rich.text import Text
 
 from megatron_btx.ground.errors import InputError, printable
 from megatron_btx.pipeline.directory import (
     METRICS_FILE,
+    read_checkpointed_iteration,
     read_last_metrics,
     read_stage_manifest,
 )
@@ -25,8 +27,9 @@ _SPEED_STEPS = 20
 """Steps over which the speed is taken."""
 _WIDE_COLUMNS = 10_000
 """More than any table of a run has."""
-_HEADERS = ("stage", "state", "step", "loss", "tokens/s", "time left", "time")
+HEADERS = ("stage", "state", "step", "loss", "tokens/s", "time left", "time")
 _TEXT_HEADERS = ("stage", "state", "does", "made from", "why")
+_WRAPPED_HEADERS = ("made from", "why")
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,15 @@ class Row:
 
 def read_row(directory: Path, name: str, state: str, steps: int | None, tokens: int | None) -> Row:
     """The state of a stage from its manifest and the end of its metrics; what cannot be read is left out."""
-    seconds = read_shown_manifest(directory).seconds
+    manifest = read_shown_manifest(directory)
+    seconds = manifest.seconds
     if not steps:
         return Row(name, state, seconds=seconds)
     lines = read_last_metrics(directory / METRICS_FILE, _SPEED_STEPS + 1)
+    if state == "running" and manifest.started is not None:  # what an earlier start logged is of another moment
+        lines = [line for line in lines if (line.time or 0.0) >= manifest.started]
     if not lines:
-        return Row(name, state, steps=steps, seconds=seconds)
+        return Row(name, state, read_checkpointed_iteration(directory), steps, seconds=seconds)
     last = lines[-1]
     speed = left = None
     step_seconds = _median_step_seconds(lines[-_SPEED_STEPS:])
@@ -96,16 +102,34 @@ def _median_step_seconds(lines: Sequence[MetricsLine]) -> float | None:
     return max(0.0, statistics.median(times)) or None
 
 
+class WholeTable(Table):
+    """A table that is a line for every row where it does not fit: rich would cut its cells, down to nothing."""
+
+    lines: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Called by rich when the width is known."""
+        if self.__rich_measure__(console, options.update(max_width=_WIDE_COLUMNS)).minimum <= options.max_width:
+            yield from super().__rich_console__(console, options)  # type: ignore[misc]
+        else:
+            yield from map(Text, self.lines)
+
+
 def make_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
     """Cells as a table for a terminal. They are text: brackets in a name are no markup."""
-    grid = Table(title=Text(printable(title)), title_justify="left")
-    for header in headers:
-        if header in _TEXT_HEADERS:
-            grid.add_column(header, no_wrap=True)
-        else:
-            grid.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        grid.add_row(*[Text(printable(cell)) for cell in row])
+    texts = [[printable(cell) for cell in row] for row in rows]
+    columns = []
+    for header, *cells in zip(headers, *texts, strict=True):
+        column = Column(header)
+        if header not in _WRAPPED_HEADERS:
+            column.no_wrap, column.min_width = True, max(map(cell_len, (header, *cells)))
+        if header not in _TEXT_HEADERS:
+            column.justify = "right"
+        columns.append(column)
+    grid = WholeTable(*columns, title=Text(printable(title)), title_justify="left", show_edge=False, pad_edge=False)
+    for row in texts:
+        grid.add_row(*map(Text, row))
+    grid.lines = [printable(title), *(describe_cells(headers, row) for row in texts)]
     return grid
 
 
@@ -116,25 +140,24 @@ def make_progress_table(
     cells = [list(row.cells()) for row in rows]
     for row, further in zip(cells, more, strict=False):
         row.extend(further)
-    return make_table((*_HEADERS, *headers), cells, title)
+    return make_table((*HEADERS, *headers), cells, title)
 
 
-def print_table(table: Table) -> None:
-    """Print a table: on a terminal within its width, elsewhere whole, because a program or a file reads it."""
+def find_width() -> int:
+    """Of the terminal; elsewhere a table is printed whole, because a program or a file reads it."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDE_COLUMNS)
-    console.print(table)
+    if console.is_terminal:
+        return console.width
+    return _WIDE_COLUMNS
 
 
-def describe_row(row: Row) -> str:
-    """The row as a line, for where there is no table."""
-    name, state, *cells = row.cells()
+def describe_cells(headers: Sequence[str], cells: Sequence[str]) -> str:
+    """A row of a table as a line: "seed: running, step 5/10, loss 3.210"."""
     parts = []
-    for label, cell in zip(("step {}", "loss {}", "{} tokens/s", "{} left", "{} so far"), cells, strict=True):
-        if cell:
-            parts.append(label.format(cell))
-    return f"{name}: {', '.join(parts) or state}"
+    for header, cell in zip(headers[1:], cells[1:], strict=True):
+        if cell.strip():
+            parts.append(f"{header} {cell.strip()}".removeprefix("state "))
+    return f"{cells[0].strip()}: {', '.join(parts)}"
 
 
 def _clock(seconds: float) -> str:

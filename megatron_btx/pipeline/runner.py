@@ -65,6 +65,7 @@ class Runner:
         try:
             while waiting or self.running:
                 if self.signal is not None:
+                    self.failure = f"stopped by {signal.Signals(self.signal).name}; the same command goes on from here"
                     return 128 + self.signal
                 self._start_ready(waiting, actions)
                 status = self._finish_ended()
@@ -242,7 +243,7 @@ class Outcome:
     status: int
     """0; 1 or 2 when a stage failed (2: on bad input); 128 + n when signal n (SIGINT, SIGTERM, SIGHUP) stopped it."""
     failure: str = ""
-    """Which stage failed, why, and the end of its log."""
+    """Which stage failed, why, and the end of its log; or which signal stopped the run."""
 
 
 def execute_stages(

@@ -30,7 +30,7 @@ def report_ablation(run: Path) -> Report:
     def draw() -> dict[str, Figure]:
         from megatron_btx.report.figure_ablation import draw_loads, draw_variants
 
-        return {LOSSES_FIGURE: draw_variants(outcomes.runs), LOAD_FIGURE: draw_loads(outcomes.runs)}
+        return {LOSSES_FIGURE: draw_variants(outcomes.runs, outcomes.on_split), LOAD_FIGURE: draw_loads(outcomes.runs)}
 
     table = _outcomes_table(outcomes)
     printed: list[Block] = [Table(table.header, table.rows), Paragraph(_lead(outcomes))]
@@ -64,7 +64,7 @@ def _outcomes_table(outcomes: Outcomes) -> Table:
             cells = _make_cells(runs, domains)
         rows.append(make_cells([name, *cells]))
     caption = (
-        "Validation loss in nats per token: mean ± sample standard deviation over seeds "
+        f"Loss{outcomes.on_split} in nats per token: mean ± sample standard deviation over seeds "
         f"{', '.join(map(str, outcomes.all_seeds()))}. Dead experts: (layer, expert) cells with under 1 % of an even "
         "load over the last logged interval, one number per seed. Load: smallest and largest share of a layer's "
         "choices that an expert got there."
@@ -104,7 +104,7 @@ def _make_sections(outcomes: Outcomes, table: Table) -> tuple[Section, ...]:
     if outcomes.notes:
         opening.append(Bullets(outcomes.notes))
     experts = len(outcomes.first().loads[0])
-    losses = Image(LOSSES_FIGURE, "Mean validation loss per variant", "Points: one seed each. Bars: mean ± deviation.")
+    losses = Image(LOSSES_FIGURE, "Mean loss per variant", "Points: one seed each. Bars: mean ± deviation.")
     load = Image(
         LOAD_FIGURE,
         "Load per layer and expert of every variant",
@@ -118,4 +118,5 @@ def _lead(outcomes: Outcomes) -> str:
     best = find_best(outcomes)
     if not best:
         return "No variant came to its end on all of its seeds with losses that are finite numbers."
-    return f"Lowest mean loss: {' and '.join(best)}, {_loss_over_seeds(outcomes.runs[best[0]], MEAN)}."
+    lowest = _loss_over_seeds(outcomes.runs[best[0]], MEAN)
+    return f"Lowest mean loss: {' and '.join(best)}, {lowest}{outcomes.on_split}."

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import (
     MANIFEST_FILE,
@@ -17,14 +15,14 @@ from megatron_btx.pipeline.directory import (
     PLAN_FILE,
     RECIPE_FILE,
     read_metrics,
-    read_plan,
     read_stage_manifest,
+    read_yaml,
 )
 from megatron_btx.pipeline.recipe.ablation import stage_name
 from megatron_btx.pipeline.records import StageManifest
-from megatron_btx.report.membership import find_left_out
+from megatron_btx.report.membership import find_left_out, planned_fingerprints
 from megatron_btx.report.quantities import mean
-from megatron_btx.report.stages import Stage, read_stage
+from megatron_btx.report.stages import Stage, read_stage, say_split
 
 MEAN = "mean"
 _LOSS = "lm loss validation "
@@ -57,6 +55,8 @@ class Outcomes:
     """Variant -> all its seeds."""
     notes: tuple[str, ...] = ()
     """Which stages are absent from ``runs``, and why; one sentence each."""
+    on_split: str = ""
+    """" on the test split", or what the losses are of."""
 
     def is_whole(self, variant: str) -> bool:
         """Whether all seeds of a variant came to their end."""
@@ -73,10 +73,7 @@ class Outcomes:
 
     def all_seeds(self) -> list[int]:
         """Every seed of some variant."""
-        seeds: set[int] = set()
-        for own in self.seeds.values():
-            seeds.update(own)
-        return sorted(seeds)
+        return sorted(set[int]().union(*self.seeds.values()))
 
 
 def losses_over_seeds(runs: Mapping[int, Outcome], domain: str) -> list[float]:
@@ -86,8 +83,7 @@ def losses_over_seeds(runs: Mapping[int, Outcome], domain: str) -> list[float]:
 
 def is_ablation(run: Path) -> bool:
     """Whether ``run`` is the directory of an ablation's run."""
-    recipe = run / RECIPE_FILE
-    return recipe.is_file() and bool(_read_recipe(recipe).get("ablation"))
+    return bool(read_yaml(run / RECIPE_FILE).get("ablation"))
 
 
 def read_outcomes(run: Path) -> Outcomes:
@@ -116,17 +112,7 @@ def read_outcomes(run: Path) -> Outcomes:
     if not runs:
         raise InputError(f"{run}: no stage of its ablation has come to its end: {' '.join(notes[:3])}")
     _check_alike(run, runs)
-    return Outcomes(runs, seeds, tuple(notes))
-
-
-def _read_recipe(recipe: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{recipe}: broken YAML ({error}); btx run writes it again") from error
-    if not isinstance(tree, dict):
-        return {}
-    return tree
+    return Outcomes(runs, seeds, tuple(notes), say_split(read_yaml(run / RECIPE_FILE), "ablation"))
 
 
 def _read_seeds(run: Path) -> dict[str, tuple[int, ...]]:
@@ -134,7 +120,7 @@ def _read_seeds(run: Path) -> dict[str, tuple[int, ...]]:
     recipe = run / RECIPE_FILE
     if not recipe.is_file():
         raise InputError(f"{recipe}: does not exist; expected the directory of an ablation's run")
-    section = _read_recipe(recipe).get("ablation")
+    section = read_yaml(recipe).get("ablation")
     if not section:
         raise InputError(f"{recipe}: has no ablation; its report is btx report {run}")
     try:
@@ -144,7 +130,7 @@ def _read_seeds(run: Path) -> dict[str, tuple[int, ...]]:
             f"{recipe}: ablation: variants and their seeds are not there ({error!r}); expected the recipe that btx run "
             "wrote"
         ) from error
-    planned = _planned_stages(run)
+    planned = planned_fingerprints(run)
     seeds: dict[str, tuple[int, ...]] = {}
     for variant, own in listed.items():
         due = []
@@ -166,20 +152,9 @@ def _list_seeds(section: dict[str, Any]) -> dict[str, list[int]]:
     return listed
 
 
-def _planned_stages(run: Path) -> set[str] | None:
-    """Names of the stages that were planned; None without a plan."""
-    plan = read_plan(run)
-    if plan is None:
-        return None
-    return {entry.stage for entry in plan}
-
-
 def _read_manifests(run: Path, stages: Mapping[str, Stage | None]) -> dict[str, StageManifest | None]:
     """Manifests of the finetunings, and of the stages that they are made from."""
-    manifests: dict[str, StageManifest | None] = {}
-    for name, stage in stages.items():
-        if stage is not None:
-            manifests[name] = stage.manifest
+    manifests = {name: stage.manifest for name, stage in stages.items() if stage is not None}
     for file in sorted(run.glob(f"*/{MANIFEST_FILE}")):
         if file.parent.name not in manifests and file.is_file():
             manifests[file.parent.name] = read_stage_manifest(file.parent)
@@ -195,7 +170,7 @@ def _read_outcome(file: Path, stage: Stage | None) -> Outcome | str:
     last = _last_values(file)
     losses = _values_under(last, _LOSS)
     if MEAN not in losses or _DEAD not in last:
-        return "holds no validation loss per domain or no routing, so that it has not come to its end"
+        return "holds no loss per domain or no routing, so that it has not come to its end"
     loads = _tabulate_loads(last)
     if not loads:
         return "logged the load of some experts only, or of none"
@@ -215,11 +190,7 @@ def _last_values(file: Path) -> dict[str, float]:
 
 def _values_under(values: Mapping[str, float], prefix: str) -> dict[str, float]:
     """The values whose names begin with ``prefix``, without it."""
-    found = {}
-    for name, value in values.items():
-        if name.startswith(prefix):
-            found[name.removeprefix(prefix)] = value
-    return found
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 def _tabulate_loads(last: Mapping[str, float]) -> list[list[float]]:

@@ -32,11 +32,8 @@ def best_per_column(models: Mapping[str, Model], domains: tuple[str, ...]) -> di
     """The lowest finite loss per domain, and of the means under None."""
     best = {}
     for column in (*domains, None):
-        finite = []
-        for model in models.values():
-            loss = loss_in(model, column, domains)
-            if loss is not None and math.isfinite(loss):
-                finite.append(loss)
+        losses = [loss_in(model, column, domains) for model in models.values()]
+        finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
         if finite:
             best[column] = min(finite)
     return best

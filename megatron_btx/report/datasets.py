@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def _read_rows(content: dict[str, Any]) -> list[DatasetRow]:
 def _read_sources(content: dict[str, Any]) -> dict[str, str]:
     sources = {}
     for flag, value in content["tokenizer"].items():
-        sources[flag] = str(value)
+        sources[flag] = name_path(value)
     for domain, texts in content["sources"].items():
         for source, text in texts.items():
             said = f"{len(text['files'])} file(s), {text['bytes']:,} bytes"
@@ -73,5 +74,12 @@ def _read_sources(content: dict[str, Any]) -> dict[str, str]:
 def _first_and_last(files: list[str]) -> str:
     """The files, shortened where there are many."""
     if len(files) <= 2:
-        return ", ".join(files)
-    return f"{files[0]}, …, {files[-1]}"
+        return ", ".join(map(name_path, files))
+    return f"{name_path(files[0])}, …, {name_path(files[-1])}"
+
+
+def name_path(value: object) -> str:
+    """A value as text; of a path the last part, because a report is read elsewhere."""
+    if os.path.isabs(text := str(value)):
+        return Path(text).name
+    return text

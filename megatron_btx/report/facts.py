@@ -97,24 +97,14 @@ def is_less(loss: float | None, reference: float | None) -> bool | None:
     return math.isfinite(loss) and loss < reference
 
 
-def are_all(verdicts: Iterable[bool | None]) -> bool | None:
-    """False when one is false, else unknown when one is unknown or there is none, else True."""
+def settle(verdicts: Iterable[bool | None], one: bool) -> bool | None:
+    """What ``one`` of the verdicts settles, else unknown when one is unknown or there is none, else the contrary."""
     seen = list(verdicts)
-    if False in seen:
-        return False
+    if one in seen:
+        return one
     if not seen or None in seen:
         return None
-    return True
-
-
-def is_any(verdicts: Iterable[bool | None]) -> bool | None:
-    """True when one is true, else unknown when one is unknown or there is none, else False."""
-    seen = list(verdicts)
-    if True in seen:
-        return True
-    if not seen or None in seen:
-        return None
-    return False
+    return not one
 
 
 def _name_missing(models: Models, *names: str) -> str:
@@ -126,11 +116,7 @@ def _name_missing(models: Models, *names: str) -> str:
 
 def _single_experts(models: Models) -> dict[str, Model]:
     """The single experts by the name of their home."""
-    experts = {}
-    for name, model in models.items():
-        if model.is_expert():
-            experts[name.removeprefix(EXPERT_PREFIX)] = model
-    return experts
+    return {name.removeprefix(EXPERT_PREFIX): model for name, model in models.items() if model.is_expert()}
 
 
 def _missing_for_experts(models: Models) -> str:
@@ -141,10 +127,7 @@ def _missing_for_experts(models: Models) -> str:
 
 
 def _numbers_of(pairs: Mapping[str, Pair]) -> dict[str, dict[str, float | None]]:
-    numbers = {}
-    for label, pair in pairs.items():
-        numbers[label] = pair.as_numbers()
-    return numbers
+    return {label: pair.as_numbers() for label, pair in pairs.items()}
 
 
 def _check_gain_at_home(models: Models, domains: tuple[str, ...]) -> Fact:
@@ -168,7 +151,7 @@ def _check_gain_at_home(models: Models, domains: tuple[str, ...]) -> Fact:
     if homeless:
         details.append(f"no evaluated domain has the name of {', '.join(homeless)}")
         verdicts.append(None)
-    return Fact(name, text, are_all(verdicts), "; ".join(details), {"expert_against_seed": _numbers_of(pairs)})
+    return Fact(name, text, settle(verdicts, False), "; ".join(details), {"expert_against_seed": _numbers_of(pairs)})
 
 
 def _check_loss_away(models: Models, domains: tuple[str, ...]) -> Fact:
@@ -191,11 +174,12 @@ def _check_loss_away(models: Models, domains: tuple[str, ...]) -> Fact:
         most = max(worse, key=lambda label: pairs[label].difference or 0.0)
         detail += f", most: {pairs[most].describe(most)}"
     numbers = {"expert_against_seed": _numbers_of(pairs), "worse": len(worse)}
-    return Fact(name, text, is_any(verdicts), detail, numbers)
+    return Fact(name, text, settle(verdicts, True), detail, numbers)
 
 
 def _check_btx_against_seed(models: Models, domains: tuple[str, ...]) -> Fact:
-    name, text = "btx_beats_seed_everywhere", "The finetuned mixture beats the seed on every domain."
+    name = "btx_beats_seed_everywhere"
+    text = "The finetuned mixture beats the seed, which was not finetuned, on every domain."
     missing = _name_missing(models, BTX, SEED)
     if missing:
         return Fact(name, text, None, missing)
@@ -204,12 +188,13 @@ def _check_btx_against_seed(models: Models, domains: tuple[str, ...]) -> Fact:
         pair = pairs[domain] = Pair(models[BTX].losses.get(domain), models[SEED].losses.get(domain))
         details.append(pair.describe(domain))
         verdicts.append(pair.is_lower())
-    return Fact(name, text, are_all(verdicts), "; ".join(details), {"btx_against_seed": _numbers_of(pairs)})
+    return Fact(name, text, settle(verdicts, False), "; ".join(details), {"btx_against_seed": _numbers_of(pairs)})
 
 
 def _check_btx_against_its_parts(models: Models, domains: tuple[str, ...]) -> Fact:
     name = "btx_beats_average_and_experts"
-    text = "On the mean over domains the finetuned mixture beats the plain average and every single expert."
+    text = "On the mean over domains the finetuned mixture beats the plain average and every single expert, "
+    text += "none of which was finetuned."
     missing = _name_missing(models, BTX)
     if missing:
         return Fact(name, text, None, missing)
@@ -234,7 +219,7 @@ def _check_btx_against_its_parts(models: Models, domains: tuple[str, ...]) -> Fa
         gaps.append("no evaluation of single experts")
     verdicts += [None] * len(gaps)
     numbers = {"btx_mean_against": _numbers_of(pairs)}
-    return Fact(name, text, are_all(verdicts), "; ".join([*details, *gaps]), numbers)
+    return Fact(name, text, settle(verdicts, False), "; ".join([*details, *gaps]), numbers)
 
 
 def _check_routing(models: Models) -> Fact:
@@ -257,9 +242,7 @@ def _check_routing(models: Models) -> Fact:
         f"mean {average:.3f}; smallest {distances[smallest]:.3f} ({' and '.join(smallest)}); "
         f"largest {distances[largest]:.3f} ({' and '.join(largest)})"
     )
-    numbers, verdicts = {}, []
-    for pair, distance in distances.items():
-        numbers[" / ".join(pair)] = distance
-        verdicts.append(is_less(ROUTING_DISTANCE_THRESHOLD, distance))
+    numbers = {" / ".join(pair): distance for pair, distance in distances.items()}
+    verdicts = [is_less(ROUTING_DISTANCE_THRESHOLD, distance) for distance in distances.values()]
     stated = {"threshold": ROUTING_DISTANCE_THRESHOLD, "mean": average, "distances": numbers}
-    return Fact(name, text, are_all(verdicts), detail, stated)
+    return Fact(name, text, settle(verdicts, False), detail, stated)

@@ -19,7 +19,7 @@ CELLS_WRITTEN = 80
 Runs = Mapping[str, Mapping[int, Outcome]]
 
 
-def draw_variants(variants: Runs) -> Figure:
+def draw_variants(variants: Runs, on_split: str) -> Figure:
     """Mean loss per variant: a point for each seed, and mean ± deviation."""
     figure = new_page(1.0 + 0.38 * len(variants))
     panel = figure.subplots()
@@ -28,7 +28,7 @@ def draw_variants(variants: Runs) -> Figure:
     panel.set_yticks(range(len(variants)), shorten_all(variants, 30))
     panel.invert_yaxis()
     plain_axes(panel, grid="x")
-    panel.set_xlabel("validation loss, mean of domains (nats per token)")
+    panel.set_xlabel(f"loss{on_split}, mean of domains (nats per token)")
     return figure
 
 

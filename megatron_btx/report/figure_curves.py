@@ -43,10 +43,8 @@ def _group_curves(curves: Sequence[LossCurve]) -> dict[str, list[LossCurve]]:
 
 
 def _draw_group(panel: Axes, curves: Sequence[LossCurve], palette: Palette) -> None:
-    units, longest = set(), -math.inf
-    for curve in curves:
-        longest = max(longest, curve.x[-1])
-    scale, prefix = _choose_unit(longest)
+    units = set()
+    scale, prefix = _choose_unit(max(curve.x[-1] for curve in curves))
     for number, curve in enumerate(curves):
         x = [position / scale for position in curve.x]
         colour = palette.colour(curve.stage)
@@ -101,10 +99,7 @@ def _limit_to_bulk(panel: Axes, curves: Sequence[LossCurve]) -> None:
 
 def say_fall(curves: Sequence[LossCurve]) -> str:
     """Whether every stage ended below where it began."""
-    unfallen = []
-    for curve in curves:
-        if not _fell(curve.loss):
-            unfallen.append(shorten(curve.stage))
+    unfallen = [shorten(curve.stage) for curve in curves if not _fell(curve.loss)]
     if unfallen:
         return "Training loss; it did not fall in " + ", ".join(unfallen[:4])
     if len(curves) > 1:

@@ -1,4 +1,4 @@
-"""Figures of a plain run: validation losses and routing. Their titles say what they show, from the numbers."""
+"""Figures of a plain run: losses and routing. Their titles say what they show, from the numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from megatron_btx.report.comparisons import routing_distances
-from megatron_btx.report.inputs import BTX, MIX, SEED, Model
+from megatron_btx.report.inputs import BTX, DENSE, MIX, SEED, Model
 from megatron_btx.report.panels import draw_shares, say_absent
 from megatron_btx.report.quantities import is_usable, loss_text, mean
 from megatron_btx.report.stages import Stage
@@ -36,18 +36,14 @@ def make_palette(models: Mapping[str, Model], stages: Sequence[Stage]) -> Palett
     names: list[str] = []
     for model in models.values():
         names += model.experts
-    for name, model in models.items():
-        if model.is_expert():
-            names.append(name)
+    names += [name for name, model in models.items() if model.is_expert()]
     names += models
-    for stage in stages:
-        if stage.curve:
-            names.append(stage.name)
+    names += [stage.name for stage in stages if stage.curve]
     return Palette(names)
 
 
-def draw_losses(all_models: Sequence[Model], domains: tuple[str, ...], palette: Palette) -> Figure:
-    """Validation loss: one panel per domain, as far as they fit, and one for their mean, one row per model."""
+def draw_losses(all_models: Sequence[Model], domains: tuple[str, ...], palette: Palette, on_split: str) -> Figure:
+    """Losses: one panel per domain, as far as they fit, and one for their mean, one row per model."""
     models = all_models
     if len(models) > MODELS_SHOWN:
         models = sorted(models, key=Model.is_expert)[:MODELS_SHOWN]  # single experts are the many
@@ -71,7 +67,7 @@ def draw_losses(all_models: Sequence[Model], domains: tuple[str, ...], palette: 
     axes.flat[0].set_yticks(range(len(models)), shorten_all(model.name for model in models))
     axes.flat[0].set_ylim(len(models) - 0.5, -0.5)
     set_title(figure, say_lowest_loss(all_models, domains))
-    figure.supxlabel("validation loss, nats per token (lower is better; each panel has its own scale)", fontsize=9)
+    figure.supxlabel(f"loss{on_split}, nats per token (lower is better; each panel has its own scale)", fontsize=9)
     return figure
 
 
@@ -123,14 +119,16 @@ def say_lowest_loss(models: Sequence[Model], domains: tuple[str, ...]) -> str:
             means[model.name] = loss
     finite = {name: loss for name, loss in means.items() if math.isfinite(loss)}
     if not finite:
-        return "Validation loss per model and domain"
+        return "Loss per model and domain"
     lowest = min(finite.values())
     best = [name for name, loss in finite.items() if loss == lowest]
-    measure = "validation loss"
+    measure = "loss"
     if len(domains) > 1:
-        measure = "mean validation loss"
+        measure = "mean loss"
     names = " and ".join(map(shorten, best[:3]))
     message = f"Lowest {measure} of {len(means)} models: {names}, {loss_text(lowest)}"
+    if best == [BTX] and DENSE not in means:
+        message += ", the only one that was finetuned"
     if BTX in finite and BTX not in best:
         message += f" (btx: {loss_text(finite[BTX])})"
     return message
@@ -193,10 +191,7 @@ def say_routing(model: Model) -> str:
     moment = _name_moment(model.name)
     if not model.chooses_experts():
         return f"Where tokens go {moment}: soft routing sends each to every expert"
-    distances = []
-    for distance in routing_distances(model).values():
-        if math.isfinite(distance):
-            distances.append(distance)
+    distances = list(filter(math.isfinite, routing_distances(model).values()))
     if not distances:
         return f"Where tokens go {moment}"
     percent = f"{100 * mean(distances):.0f} %"

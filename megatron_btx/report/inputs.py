@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from megatron_btx.ground.errors import InputError
@@ -19,23 +20,29 @@ from megatron_btx.pipeline.directory import (
     DATA_STAGE,
     DATASETS_FILE,
     DENSE_MODEL,
+    EVALUATE_EXPERTS_STAGE,
     EVALUATION_FILE,
+    EVALUATION_PREFIX,
     EXPERT_PREFIX,
     MIX_MODEL,
+    RECIPE_FILE,
     REPORT_STAGE,
     SEED_MODEL,
     is_set_aside,
     read_evaluation,
-    read_plan,
+    read_yaml,
 )
 from megatron_btx.report.datasets import Datasets, read_datasets
-from megatron_btx.report.membership import find_left_out
+from megatron_btx.report.membership import find_left_out, planned_fingerprints
 from megatron_btx.report.quantities import mean
-from megatron_btx.report.stages import Stage, read_number, read_stage
+from megatron_btx.report.stages import Stage, read_stage, say_split
 
 SEED, AVERAGE, MIX, BTX, DENSE = SEED_MODEL, AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL
 _ORDER = {SEED: 0, AVERAGE: 2, MIX: 3, BTX: 4, DENSE: 5}
 """Models of well-known names in the report's order; single experts stand at 1, all others last."""
+_MIXTURES = f"{EVALUATION_PREFIX}moe"
+_ASKED_BY = {SEED: EVALUATE_EXPERTS_STAGE, AVERAGE: AVERAGE, MIX: _MIXTURES, BTX: _MIXTURES, DENSE: DENSE}
+"""Model -> the stage that a plan has when the recipe wants its losses."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Model:
 
     name: str
     losses: Mapping[str, float]
-    """Validation loss per domain, nats per token; may be NaN."""
+    """Loss per domain, nats per token; may be NaN."""
     tokens: Mapping[str, int]
     """Evaluated tokens per domain."""
     parameters: int | None = None
@@ -70,6 +77,8 @@ class Model:
 
     def chooses_experts(self) -> bool:
         """Whether a token takes some of the experts only. Under soft routing it takes all, and shares say nothing."""
+        if self.parameters and self.active_parameters == self.parameters:
+            return False
         return self.top_k is None or self.top_k < len(self.experts)
 
 
@@ -82,10 +91,18 @@ class RunData:
     domains: tuple[str, ...]
     stages: tuple[Stage, ...]
     datasets: Datasets
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     """What is absent, or broken; one sentence each."""
     marked: tuple[str, ...] = ()
     """What was left out or went a part of its way only; one sentence each."""
+    on_split: str = ""
+    """" on the test split", or what the losses are of; empty where nothing says it."""
+    planned: Mapping[str, object] | None = None
+    """By name the stages that the recipe asks for; None where nothing says it."""
+
+    def asks_for(self, stage: str) -> bool:
+        """Whether the recipe asks for a stage, as far as that is known."""
+        return self.planned is None or stage in self.planned
 
     def mixtures(self) -> list[Model]:
         """The models whose routing was recorded."""
@@ -126,25 +143,25 @@ def read_run(run: Path) -> RunData:
             "in it; give the directory that btx run made, or run the recipe first"
         )
     strange = []
+    planned = planned_fingerprints(run)
     for file in evaluations:
-        if file.parent.name not in found and read_plan(run) is not None:
+        if file.parent.name not in found and planned is not None:
             strange.append(file.parent.name)
-    return RunData(
+    data = RunData(
         run.resolve().name,
         models,
         _domains_of(models.values()),
         tuple(stages),
         datasets,
-        tuple(_notes(models, stages, datasets)),
-        tuple(_marks(reasons, stages, strange)),
+        marked=tuple(_marks(reasons, stages, strange)),
+        on_split=say_split(read_yaml(run / RECIPE_FILE), "evaluate"),
+        planned=planned,
     )
+    return replace(data, notes=tuple(_notes(data)))
 
 
 def _domains_of(models: Iterable[Model]) -> tuple[str, ...]:
-    domains: dict[str, None] = {}
-    for model in models:
-        domains |= dict.fromkeys(model.losses)
-    return tuple(domains)
+    return tuple(dict.fromkeys(chain.from_iterable(model.losses for model in models)))
 
 
 def _read_models(evaluations: list[Path], stages: Mapping[str, Stage]) -> dict[str, Model]:
@@ -156,22 +173,18 @@ def _read_models(evaluations: list[Path], stages: Mapping[str, Stage]) -> dict[s
     models: dict[str, Model] = {}
     sources: dict[str, Path] = {}
     for file in evaluations:
-        top_k = None
-        if file.parent.name in stages:
-            top_k = _read_top_k(stages[file.parent.name])
-        for model in _read_models_in(file, top_k):
+        for model in _read_models_in(file, _read_top_k(stages.get(file.parent.name))):
             if model.name in models:
                 raise InputError(f"{file}: model {model.name!r} is in {sources[model.name]}, too; remove one")
             models[model.name], sources[model.name] = model, file
     return {name: models[name] for name in sorted(models, key=_rank)}
 
 
-def _read_top_k(stage: Stage) -> int | None:
+def _read_top_k(stage: Stage | None) -> int | None:
     """How many experts a token takes, by the settings of the stage that evaluated."""
-    top_k = read_number(stage.settings, "moe-router-topk")
-    if top_k is None:
-        return None
-    return int(top_k)
+    if stage is not None and str(stage.settings.get("moe-router-topk")).isdecimal():
+        return int(stage.settings["moe-router-topk"])  # from a text where it is a given mixture's own
+    return None
 
 
 def _read_models_in(file: Path, top_k: int | None) -> list[Model]:
@@ -208,13 +221,8 @@ def _marks(reasons: Mapping[str, str], stages: list[Stage], strange: list[str]) 
         left_out.setdefault(reason, []).append(name)
     for reason, names in left_out.items():
         yield f"Left out: {', '.join(names)}: {reason}."
-    unfinished: list[Stage] = []
-    finished: list[Stage] = []
-    for stage in stages:
-        if stage.unfinished:
-            unfinished.append(stage)
-        else:
-            finished.append(stage)
+    unfinished = [stage for stage in stages if stage.unfinished]
+    finished = [stage for stage in stages if not stage.unfinished]
     for stage in unfinished:
         yield (
             f"Stage {stage.name} is unfinished: {stage.unfinished}. Its curve, tokens and FLOPs are those up to there."
@@ -227,9 +235,10 @@ def _marks(reasons: Mapping[str, str], stages: list[Stage], strange: list[str]) 
         yield f"{name}/evaluation.json has no manifest: nothing says of which models it is."
 
 
-def _notes(models: Mapping[str, Model], stages: list[Stage], datasets: Datasets) -> Iterator[str]:
+def _notes(data: RunData) -> Iterator[str]:
+    models, stages = data.models, data.stages
     for name in _ORDER:
-        if name not in models:
+        if name not in models and data.asks_for(_ASKED_BY[name]):
             yield f"No evaluation of a model named {name}."
     if not any(map(Model.is_expert, models.values())):
         yield f"No evaluation of single experts (models named {EXPERT_PREFIX}<domain>)."
@@ -247,5 +256,5 @@ def _notes(models: Mapping[str, Model], stages: list[Stage], datasets: Datasets)
             yield f"Stage {stage.name}: the training loss is not a finite number at {broken} iterations."
     if not any(stage.curve for stage in stages):
         yield "No loss curves: no stage of this run trained."
-    if not datasets.rows:
+    if not data.datasets.rows and data.asks_for(DATA_STAGE):
         yield "No data statement (data/datasets.json): the datasets were given, or an older version made them."

@@ -17,13 +17,14 @@ Manifests = Mapping[str, StageManifest | None]
 """Folder -> its manifest; None where it has none, only a curve."""
 
 
-def find_left_out(run: Path, manifests: Manifests) -> dict[str, str]:
+def find_left_out(run: Path, read: Manifests) -> dict[str, str]:
     """Folders whose stage is not of the run's recipe, and why."""
-    planned = _planned_fingerprints(run)
+    planned = planned_fingerprints(run)
+    manifests = {name: manifest or StageManifest() for name, manifest in read.items()}
     reasons: dict[str, str] = {}
     certain: set[str] = set()
     for name, manifest in manifests.items():
-        own = _fingerprint(manifest)
+        own = manifest.fingerprint
         if planned is None:
             continue
         if name not in planned:
@@ -32,58 +33,39 @@ def find_left_out(run: Path, manifests: Manifests) -> dict[str, str]:
             reasons[name] = "made with other settings, or from other stages, than this run's recipe has"
         elif own and planned[name] == own:
             certain.add(name)
-    doubtful: list[str] = []
-    for name, manifest in manifests.items():
-        if name in certain:
-            continue
-        doubtful.append(name)
-        others = _other_parents(manifest, manifests)
+    doubtful = [name for name in manifests if name not in certain]
+    for name in doubtful:
+        others = _other_parents(manifests[name], manifests)
         if others and name not in reasons:
             reasons[name] = f"made from another {', '.join(others)}"
     _leave_out_descendants(doubtful, manifests, reasons)
     return reasons
 
 
-def _planned_fingerprints(run: Path) -> dict[str, str | None] | None:
+def planned_fingerprints(run: Path) -> dict[str, str | None] | None:
     """Stage -> fingerprint, of the run's plan; None without a plan."""
     plan = read_plan(run)
     if plan is None:
         return None
-    fingerprints: dict[str, str | None] = {}
-    for entry in plan:
-        fingerprints[entry.stage] = entry.fingerprint
-    return fingerprints
+    return {entry.stage: entry.fingerprint for entry in plan}
 
 
-def _fingerprint(manifest: StageManifest | None) -> str | None:
-    if manifest is None:
-        return None
-    return manifest.fingerprint
-
-
-def _other_parents(manifest: StageManifest | None, manifests: Manifests) -> list[str]:
+def _other_parents(manifest: StageManifest, manifests: Mapping[str, StageManifest]) -> list[str]:
     """Parents that were another stage when this one was made, by their fingerprints, where both are known."""
-    if manifest is None:
-        return []
     others = []
     for parent, fingerprint_then in manifest.parents.items():
-        fingerprint_now = _fingerprint(manifests.get(parent))
+        fingerprint_now = manifests.get(parent, StageManifest()).fingerprint
         if fingerprint_now and fingerprint_then and fingerprint_now != fingerprint_then:
             others.append(parent)
     return others
 
 
-def _leave_out_descendants(doubtful: list[str], manifests: Manifests, reasons: dict[str, str]) -> None:
+def _leave_out_descendants(
+    doubtful: list[str], manifests: Mapping[str, StageManifest], reasons: dict[str, str]
+) -> None:
     """Add what is made from a stage that is left out, however many stages on."""
     for _ in doubtful:
         for name in doubtful:
-            gone = _absent_parents(manifests[name], reasons)
+            gone = [parent for parent in manifests[name].parents if parent in reasons]
             if gone and name not in reasons:
                 reasons[name] = f"made from {', '.join(gone)}, which is left out"
-
-
-def _absent_parents(manifest: StageManifest | None, reasons: Mapping[str, str]) -> list[str]:
-    """Parents that are left out."""
-    if manifest is None:
-        return []
-    return [parent for parent in manifest.parents if parent in reasons]

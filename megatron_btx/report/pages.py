@@ -18,10 +18,11 @@ from typing import Any
 
 import jinja2
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table as TerminalTable
 from rich.text import Text
 
+from megatron_btx.pipeline.rows import WholeTable, describe_cells
 from megatron_btx.report.blocks import Block, Bullets, Cell, Image, Paragraph, Section, Table
 
 ROWS_KEPT_TOGETHER = 14
@@ -141,20 +142,23 @@ def print_blocks(blocks: Sequence[Block]) -> None:
 
 def _print_table(console: Console, table: Table) -> None:
     """A table of words is wrapped to the width; rows of numbers are not in a log, because a program may read them."""
-    grid = TerminalTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    grid = WholeTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
     has_numbers = table.text_columns < len(table.header)
-    for number, header in enumerate(table.header):
+    headers = [one_line(header) for header in table.header]
+    texts = [[_terminal_cell(cell) for cell in row] for row in table.rows]
+    for number, (header, *cells) in enumerate(zip(headers, *texts, strict=True)):
         if number >= table.text_columns:
-            grid.add_column(Text(one_line(header)), justify="right", no_wrap=True)
+            widest = max(map(cell_len, (header, *map(str, cells)))) + 1  # for a star
+            grid.add_column(Text(header), justify="right", no_wrap=True, min_width=widest)
         elif has_numbers:
-            grid.add_column(Text(one_line(header)), min_width=_NAME_COLUMNS)
+            grid.add_column(Text(header), min_width=_NAME_COLUMNS)
         else:
-            grid.add_column(Text(one_line(header)))
-    for row in table.rows:
-        cells = [_terminal_cell(cell) for cell in row]
+            grid.add_column(Text(header))
+    for row, cells in zip(table.rows, texts, strict=True):
         if has_numbers:
             _leave_room_for_stars(row, cells)
         grid.add_row(*cells)
+    grid.lines = [describe_cells(headers, list(map(str, cells))) for cells in texts]
     if has_numbers and not console.is_terminal:
         console = Console(highlight=False, width=_WIDE_COLUMNS, no_color=True)
     console.print(grid)

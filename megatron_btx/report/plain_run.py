@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 from megatron_btx.report.blocks import Block, Bullets, Paragraph
 from megatron_btx.report.claims import Claims, make_claims
 from megatron_btx.report.curves import LossCurve, make_curve
+from megatron_btx.report.datasets import name_path
 from megatron_btx.report.inputs import Model, RunData, read_run
 from megatron_btx.report.report import Files, Report
 from megatron_btx.report.sections import (
     CURVES_FIGURE,
     LOSSES_FIGURE,
     ROUTING_FIGURE,
+    describe_difference,
     facts_table,
     losses_table,
     make_sections,
-    say_difference,
     title_of,
 )
 
@@ -51,7 +52,7 @@ def _draw(data: RunData, curves: list[LossCurve]) -> dict[str, Figure]:
     palette = make_palette(data.models, data.stages)
     figures: dict[str, Figure] = {}
     if data.domains:
-        figures[LOSSES_FIGURE] = draw_losses(list(data.models.values()), data.domains, palette)
+        figures[LOSSES_FIGURE] = draw_losses(list(data.models.values()), data.domains, palette, data.on_split)
     if curves:
         figures[CURVES_FIGURE] = draw_curves(curves, palette)
     if data.mixtures():
@@ -63,11 +64,12 @@ def _printed_blocks(data: RunData, claims: Claims) -> tuple[Block, ...]:
     """The table of losses and the facts, for a terminal."""
     blocks: list[Block] = []
     if data.domains:
-        blocks.append(Paragraph("validation loss, nats per token (lower is better; * lowest of its column)"))
+        stated = f"loss{data.on_split}, nats per token (lower is better; * lowest of its column)"
+        blocks.append(Paragraph(stated))
         blocks.append(losses_table(data, claims))
     else:
         blocks.append(Paragraph("no model was evaluated: no losses to show"))
-    blocks.append(Paragraph(say_difference(claims)))
+    blocks += describe_difference(data, claims)
     if data.marked:
         blocks.append(Bullets(data.marked))
     blocks.append(facts_table(claims.facts))
@@ -79,11 +81,12 @@ def _number_results(data: RunData, claims: Claims, curves: list[LossCurve]) -> d
     numbered_curves = {}
     for curve in curves:
         numbered_curves[curve.stage] = {"unit": curve.unit, "x": curve.x, "loss": curve.loss, "smooth": curve.smooth}
-    models, stages = {}, {}
-    for name, model in data.models.items():
-        models[name] = _number_model(model, data.domains)
+    stages = {}
+    models = {name: _number_model(model, data.domains) for name, model in data.models.items()}
     for stage in data.stages:
         stages[stage.name] = stage.written
+        if stage.written and isinstance(stage.written.get("inputs"), list):
+            stages[stage.name] = {**stage.written, "inputs": list(map(name_path, stage.written["inputs"]))}
     return {
         "run": data.name,
         "domains": data.domains,

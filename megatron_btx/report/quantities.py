@@ -84,13 +84,6 @@ def count_text(count: float | None, decimals: int = 0) -> str:
     return f"{count:.3e}"
 
 
-def flops_text(flops: float | None) -> str:
-    """Floating-point operations, with a power of ten."""
-    if flops is None:
-        return ABSENT
-    return f"{flops:.2e}"
-
-
 def percent_text(share: float) -> str:
     """A share in percent; what it is where it is no number."""
     if not is_usable(share):

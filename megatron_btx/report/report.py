@@ -49,11 +49,13 @@ def write_report(report: Report, folder: Path) -> None:
 
     Everything is made before anything is written, so that a failure leaves the earlier report as it was.
     """
-    from megatron_btx.report.style import to_png
+    from megatron_btx.report.style import to_pdf, to_png
 
-    images = {name: to_png(figure) for name, figure in report.draw().items()}
+    figures = report.draw()
+    images = {name: to_png(figure) for name, figure in figures.items()}
     contents = {
         **images,
+        **{Path(name).stem + ".pdf": to_pdf(figure) for name, figure in figures.items()},
         report.files.numbers: to_json(report.numbers),
         report.files.text: to_markdown(report.title, report.sections).encode(),
         report.files.page: to_html(report.title, report.sections, images).encode(),
@@ -63,4 +65,5 @@ def write_report(report: Report, folder: Path) -> None:
         write_atomically(folder / name, content)
     for name in report.files.figures:
         if name not in images:
-            (folder / name).unlink(missing_ok=True)
+            for form in (".png", ".pdf"):
+                (folder / name).with_suffix(form).unlink(missing_ok=True)

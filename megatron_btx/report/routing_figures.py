@@ -102,9 +102,7 @@ def draw_shares(models: Models, experts: Sequence[str], key: str = "choices") ->
     if has_dead:
         panels[0][0].set_ylim(0, 1.3)
         note = f" (n × above a bar: n experts under {100 * DEAD_SHARE:g} % of an even share)"
-    handles = []
-    for name in experts:
-        handles.append(Patch(facecolor=palette.colour(name), hatch=palette.hatch(name), edgecolor="white"))
+    handles = [Patch(facecolor=palette.colour(name), hatch=palette.hatch(name), edgecolor="white") for name in experts]
     _add_legend(figure, handles, experts, SHARES[key])
     figure.supxlabel(f"layer{note}", fontsize=9)
     return figure
@@ -215,11 +213,8 @@ def _draw_entropies(
     layers: set[int] = set()
     for label, look in looks.items():
         if label in routed:
-            numbers, heights = [], []
-            for layer, entropy in zip(routed[label]["layers"], routed[label]["entropy"], strict=True):
-                numbers.append(layer + 1)
-                heights.append(entropy / even)
-            panel.plot(numbers, heights, **look)
+            numbers = [layer + 1 for layer in routed[label]["layers"]]
+            panel.plot(numbers, [entropy / even for entropy in routed[label]["entropy"]], **look)
             layers.update(numbers)
     panel.set_ylim(0, 1.05)
     panel.set_xticks(choose_ticks(sorted(layers)))

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from megatron_btx.report.blocks import Bullets, Cell, Section, Table, make_cells
+from megatron_btx.pipeline.directory import DATA_STAGE, EXPORT_STAGE, EXPORTED_FOLDER, LOG_FILE
+from megatron_btx.pipeline.plan_table import count_epochs, with_prefix
+from megatron_btx.report.blocks import Block, Bullets, Cell, Paragraph, Section, Table, make_cells
 from megatron_btx.report.budgets import Budgets
 from megatron_btx.report.datasets import Datasets
 from megatron_btx.report.inputs import RunData
-from megatron_btx.report.quantities import ABSENT, count_text, flops_text, total
+from megatron_btx.report.quantities import ABSENT, count_text, total
 from megatron_btx.report.stages import Stage
+
+_EXPORTED = f"{EXPORT_STAGE}/{EXPORTED_FOLDER}"
+_SETTINGS = ("lr", "min-lr", "lr-decay-style", "global-batch-size", "seq-length", "weight-decay", "clip-grad", "seed")
+"""Of a stage that trains, as the report shows them."""
 
 
 def sizes_section(data: RunData) -> Section:
@@ -92,22 +98,57 @@ def _sum_known(costs: Iterable[float | None]) -> float | None:
 def _cost_texts(
     tokens: float | None, seconds: float | None, flops: float | None, tokens_per_second: float | None
 ) -> tuple[str, ...]:
-    return count_text(tokens), count_text(seconds, decimals=1), count_text(tokens_per_second), flops_text(flops)
+    operations = ABSENT
+    if flops is not None:
+        operations = with_prefix(flops)
+    return count_text(tokens), count_text(seconds, decimals=1), count_text(tokens_per_second), operations
 
 
-def data_section(datasets: Datasets) -> Section:
-    """The data statement."""
+def export_section(stages: tuple[Stage, ...]) -> Section:
+    """Where the exported model lies, and how it is loaded."""
+    blocks = []
+    for stage in stages:
+        if stage.name == EXPORT_STAGE and not stage.unfinished:
+            text = f"The finetuned mixture and its tokenizer lie as a Hugging Face model in {_EXPORTED}, in this run's "
+            text += f"folder. Every tensor was read back and verified ({EXPORT_STAGE}/{LOG_FILE}). "
+            text += f'To load both: AutoModelForCausalLM.from_pretrained("{_EXPORTED}") and AutoTokenizer likewise.'
+            blocks.append(Paragraph(text))
+    return Section("Export", tuple(blocks))
+
+
+def settings_section(stages: tuple[Stage, ...]) -> Section:
+    """What the stages that train were set to, and the versions of what made the run."""
+    rows, versions = [], set()
+    for stage in stages:
+        if stage.curve and stage.settings:
+            rows.append(make_cells([stage.name, *(str(stage.settings.get(flag, ABSENT)) for flag in _SETTINGS)]))
+        found = (stage.written or {}).get("versions")
+        if isinstance(found, dict):
+            versions.add(", ".join(f"{name} {version}" for name, version in found.items()))
+    blocks: list[Block] = [Paragraph(f"Made by {version}.") for version in sorted(versions)]
+    if rows:
+        caption = "Megatron's flags. Every setting that decided a stage's result is in results.json, under stages."
+        blocks.insert(0, Table(("stage", *_SETTINGS), tuple(rows), caption=caption))
+    return Section("Settings", tuple(blocks))
+
+
+def data_section(datasets: Datasets, stages: tuple[Stage, ...]) -> Section:
+    """The data statement, and how often each stage read its texts."""
     if not datasets.rows:
         return Section("Data", ())
     rows = []
     for row in datasets.rows:
         sizes = (count_text(row.documents), count_text(row.tokens), count_text(row.size_bytes))
         rows.append(make_cells([row.domain, row.split, *sizes]))
-    blocks = [Table(("domain", "split", "documents", "tokens", "bytes of text"), tuple(rows), 2)]
+    blocks: list[Block] = [Table(("domain", "split", "documents", "tokens", "bytes of text"), tuple(rows), 2)]
+    known = {f"{DATA_STAGE}/{row.domain}.{row.split}": row.tokens for row in datasets.rows if row.tokens}
+    for stage in stages:
+        epochs = count_epochs(stage.settings, stage.tokens, known)
+        read = ", ".join(f"{name.removeprefix(f'{DATA_STAGE}/')} {times:.2f}" for name, times in epochs.items())
+        if read:
+            blocks.append(Paragraph(f"Epochs of {stage.name}, the times that it read a text: {read}."))
     if datasets.sources:
-        stated = []
-        for key, value in datasets.sources.items():
-            stated.append(make_cells([key, value]))
+        stated = [make_cells(pair) for pair in datasets.sources.items()]
         blocks.append(Table(("made of", "value"), tuple(stated), 2))
     return Section("Data", tuple(blocks))
 
@@ -121,7 +162,7 @@ def reading_section(budgets: Budgets) -> Section:
     if budgets.are_equal():
         samples += " The dense model reads as many tokens of each domain, and fewer samples twice."
     items = (
-        "One run with one random seed. At small sizes, losses on small validation sets move by about 0.1 nats between "
+        "One run with one random seed. At small sizes, losses on small sets move by about 0.1 nats between "
         "seeds: read the sign and the size of a difference, and repeat the run before relying on a small one.",
         samples,
         "Losses per token compare models of one tokenizer only. The mean weighs every domain alike, whatever its "

@@ -11,7 +11,14 @@ from megatron_btx.report.comparisons import count_home_expert, loss_in, name_mea
 from megatron_btx.report.facts import Fact
 from megatron_btx.report.inputs import AVERAGE, BTX, DENSE, MIX, SEED, Model, RunData
 from megatron_btx.report.quantities import ABSENT, count_text, difference_text, loss_text
-from megatron_btx.report.section_costs import accounting_section, data_section, reading_section, sizes_section
+from megatron_btx.report.section_costs import (
+    accounting_section,
+    data_section,
+    export_section,
+    reading_section,
+    settings_section,
+    sizes_section,
+)
 
 LOSSES_FIGURE, CURVES_FIGURE, ROUTING_FIGURE = "losses.png", "curves.png", "routing.png"
 PAIRS_SHOWN = 28
@@ -32,17 +39,15 @@ def make_sections(data: RunData, claims: Claims) -> tuple[Section, ...]:
         _losses_section(data, claims),
         _training_section(data),
         _routing_section(data),
+        export_section(data.stages),
         sizes_section(data),
         accounting_section(data.stages),
-        data_section(data.datasets),
+        settings_section(data.stages),
+        data_section(data.datasets, data.stages),
         _notes_section(data),
         reading_section(claims.budgets),
     ]
-    filled = []
-    for section in sections:
-        if section.blocks:
-            filled.append(section)
-    return tuple(filled)
+    return tuple(section for section in sections if section.blocks)
 
 
 def _opening_section(data: RunData, claims: Claims) -> Section:
@@ -56,14 +61,16 @@ def _lead(data: RunData, claims: Claims) -> str:
     mean = _mean_loss(data, BTX)
     if mean is None:
         return "This run has no finetuned mixture that was evaluated on every domain; the report shows what there is."
-    parts = [f"The finetuned mixture reaches a mean validation loss of {loss_text(mean)} nats per token"]
+    parts = [f"The finetuned mixture reaches a mean loss of {loss_text(mean)} nats per token{data.on_split}"]
     before = _mean_loss(data, SEED)
     if before is not None:
-        parts.append(f"the seed had {loss_text(before)}")
+        parts.append(f"the seed, which was not finetuned, had {loss_text(before)}")
     difference = (claims.difference or {}).get(None)
     if difference is not None and math.isfinite(difference):
         compared = _compare_budgets(claims.budgets)
         parts.append(f"the mixture is {loss_text(abs(difference))} {_side(difference)} the dense model{compared}")
+    elif before is not None:
+        parts.append("no dense model was finetuned beside it, so that nothing says how much of this the mixture gave")
     return "; ".join(parts) + "."
 
 
@@ -101,16 +108,14 @@ def _meanings(data: RunData, claims: Claims) -> dict[str, str]:
         SEED: "the model the experts branched from",
         AVERAGE: f"plain average of {', '.join(parts)}",
         MIX: "the mixture before finetuning",
-        BTX: "the mixture after finetuning",
+        BTX: "the mixture after finetuning, which no model above it had",
         DENSE: dense,
     }
 
 
 def facts_table(facts: tuple[Fact, ...]) -> Table:
     """A row per fact."""
-    rows = []
-    for fact in facts:
-        rows.append(make_row(Cell(fact.verdict, tone=_TONES[fact.holds]), fact.text, fact.detail))
+    rows = [make_row(Cell(fact.verdict, tone=_TONES[fact.holds]), fact.text, fact.detail) for fact in facts]
     caption = "Computed from this run's numbers: loss of the model, loss of what it is compared with, difference."
     return Table(("verdict", "claim", "numbers"), tuple(rows), 3, caption)
 
@@ -137,40 +142,35 @@ def _loss_row(model: Model, data: RunData, claims: Claims) -> tuple[Cell, ...]:
 
 
 def _count_evaluated(data: RunData, domain: str) -> str:
-    counts = set()
-    for model in data.models.values():
-        if domain in model.tokens:
-            counts.add(model.tokens[domain])
+    counts = {model.tokens[domain] for model in data.models.values() if domain in model.tokens}
     return " / ".join(map(count_text, sorted(counts))) or ABSENT
 
 
-def say_difference(claims: Claims) -> str:
-    """What the row of the difference is, or why there is none."""
+def describe_difference(data: RunData, claims: Claims) -> tuple[Paragraph, ...]:
+    """What the row of the difference is, or why there is none; nothing where the recipe asks for none."""
+    text = "btx - dense is shown whatever it is: below zero the mixture is better. Nothing is tuned for it."
     if claims.difference is None:
-        return "btx - dense was not computed, because btx and dense were not both evaluated."
-    return "btx - dense is shown whatever it is: below zero the mixture is better. Nothing is tuned for it."
+        text = "btx - dense was not computed, because btx and dense were not both evaluated."
+        if not data.asks_for(DENSE):
+            return ()
+    return (Paragraph(text),)
 
 
 def _losses_section(data: RunData, claims: Claims) -> Section:
+    title = f"Loss{data.on_split}"
     if not data.domains:
-        return Section("Validation loss", ())
+        return Section(title, ())
     meanings = _meanings(data, claims)
-    meant = []
-    for name in data.models:
-        if name in meanings:
-            meant.append(f"{name}: {meanings[name]}")
-    caption = "Validation loss in nats per token, lower is better; bold: lowest of its column. " + "; ".join(meant)
+    meant = [f"{name}: {meanings[name]}" for name in data.models if name in meanings]
+    caption = f"{title} in nats per token, lower is better; bold: lowest of its column. {'; '.join(meant)}"
     table = losses_table(data, claims)
+    points = "The same numbers as points, as many as fit. Dashed: the seed."
     return Section(
-        "Validation loss",
+        title,
         (
             Table(table.header, table.rows, caption=f"{caption}."),
-            Image(
-                LOSSES_FIGURE,
-                "Validation loss per model and domain",
-                "The same numbers as points, as many as fit. Dashed: the seed.",
-            ),
-            Paragraph(say_difference(claims)),
+            Image(LOSSES_FIGURE, f"{title} per model and domain", points),
+            *describe_difference(data, claims),
         ),
     )
 
@@ -180,8 +180,8 @@ def _training_section(data: RunData) -> Section:
         return Section("Training", ())
     caption = (
         "Training loss of each stage over the tokens it saw, each stage from zero. Strong: moving average over "
-        "about 5 % of the stage; faint: before smoothing. Each panel has its own scales. The curve of an "
-        "unfinished stage ends where the stage did."
+        "about 5 % of the stage; faint: before smoothing. Skipped steps, which trained nothing, are left out. Each "
+        "panel has its own scales. The curve of an unfinished stage ends where the stage did."
     )
     return Section("Training", (Image(CURVES_FIGURE, "Training loss of every stage over tokens", caption),))
 
@@ -191,7 +191,7 @@ def _routing_section(data: RunData) -> Section:
     if not mixtures:
         return Section("Routing", ())
     caption = (
-        "Share of the routed (token, expert) pairs that each expert gets, per layer, for the validation tokens of "
+        "Share of the routed (token, expert) pairs that each expert gets, per layer, for the evaluated tokens of "
         "each domain, of as many domains as fit. Layers count from the input."
     )
     blocks: list[Block] = [Image(ROUTING_FIGURE, "Share of tokens per expert, layer and domain", caption)]

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.manifest import read_manifest
 from megatron_btx.pipeline.directory import (
     CONFIG_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
+    VALID_SPLIT,
     read_checkpointed_iteration,
     read_metrics,
+    read_yaml,
 )
-from megatron_btx.pipeline.records import LARGEST_COUNT, StageManifest
+from megatron_btx.pipeline.records import StageManifest, read_count, read_number
 
 _ENDED_EARLY = {"running": "not finished", "stopped": "stopped", "failed": "failed"}
 """Status -> how a report says it. A killed run leaves "running" behind."""
@@ -45,18 +44,18 @@ class Stage:
     """The manifest as it stands in its file, for programs."""
 
     @property
+    def _stated(self) -> StageManifest:
+        return self.manifest or StageManifest()
+
+    @property
     def parents(self) -> tuple[str, ...]:
         """The stages it is made from."""
-        if self.manifest is None:
-            return ()
-        return tuple(self.manifest.parents)
+        return tuple(self._stated.parents)
 
     @property
     def settings(self) -> Mapping[str, Any]:
         """The settings that decided its result; empty where nothing states them."""
-        if self.manifest is None:
-            return {}
-        return self.manifest.settings or {}
+        return self._stated.settings or {}
 
     @property
     def unfinished(self) -> str:
@@ -77,31 +76,21 @@ class Stage:
     @property
     def tokens(self) -> float | None:
         """What it trained on, up to where an unfinished stage went; None where nothing states it."""
-        if self.manifest is None:
-            return None
-        return self._so_far(self.manifest.tokens)
+        return self._so_far(self._stated.tokens)
 
     @property
     def flops(self) -> float | None:
         """What it computed, up to where an unfinished stage went; None where nothing states it."""
-        if self.manifest is None:
-            return None
-        return self._so_far(self.manifest.flops)
+        return self._so_far(self._stated.flops)
 
     @property
     def seconds(self) -> float | None:
         """What all its starts took; None where nothing states it."""
-        if self.manifest is None:
-            return None
-        return self.manifest.seconds
+        return self._stated.seconds
 
     def count_broken_losses(self) -> int:
         """Iterations whose training loss is not a finite number."""
-        broken = 0
-        for _, loss in self.curve:
-            if not math.isfinite(loss):
-                broken += 1
-        return broken
+        return sum(not math.isfinite(loss) for _, loss in self.curve)
 
     def _so_far(self, stated: float | None) -> float | None:
         """The part of a cost of the whole stage that it has come to."""
@@ -114,29 +103,26 @@ class Stage:
 
 def read_stage(folder: Path) -> Stage | None:
     """The stage in ``folder``; None when neither a manifest nor a curve is there."""
-    curve: Curve = ()
-    logged = 0
     if not (folder / MANIFEST_FILE).is_file() and not (folder / METRICS_FILE).is_file():
         return None
-    written = None
-    if (folder / MANIFEST_FILE).is_file():
-        written = read_manifest(folder)
+    written = read_manifest(folder)
     manifest = None
     if written is not None:
         manifest = StageManifest.model_validate(written)
-    if (folder / METRICS_FILE).is_file():
-        curve, logged = read_curve(folder / METRICS_FILE)
-    config = _read_config(folder / CONFIG_FILE)
-    steps = _stated_steps(manifest) or _whole(read_number(config, "iterations"))
+    curve, logged = read_curve(folder / METRICS_FILE)
+    config = read_yaml(folder / CONFIG_FILE)
+    stated = manifest or StageManifest()
+    steps = stated.steps or read_count(config.get("iterations")) or None
     reached = max(read_checkpointed_iteration(folder), logged) or None
-    per_iteration = _tokens_per_iteration(manifest, config.get("flags"), steps, curve)
+    per_iteration = _tokens_per_iteration(stated, config.get("flags"), steps, curve)
     return Stage(folder.name, manifest, curve, per_iteration, steps, reached, written)
 
 
-def _stated_steps(manifest: StageManifest | None) -> int | None:
-    if manifest is None:
-        return None
-    return manifest.steps
+def say_split(recipe: Mapping[str, Any], section: str) -> str:
+    """Of which split the losses are, by a section of the run's recipe: " on the test split"; empty without one."""
+    if not isinstance(recipe.get(section), dict):
+        return ""
+    return f" on the {recipe[section].get('split', VALID_SPLIT)} split"
 
 
 def read_curve(file: Path) -> tuple[Curve, int]:
@@ -153,51 +139,13 @@ def read_curve(file: Path) -> tuple[Curve, int]:
     return tuple(sorted(losses.items())), last
 
 
-def read_number(content: object, key: str) -> float | None:
-    """A number that a mapping states under ``key``; None where it states none."""
-    if not isinstance(content, Mapping):
-        return None
-    value = content.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # a whole number of 400 digits
-        return math.inf
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    """A stage's config.yaml, as the run wrote it; empty without one."""
-    if not file.is_file():
-        return {}
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: broken YAML ({error}); run the stage again") from error
-    if not isinstance(content, dict):
-        return {}
-    return content
-
-
-def _tokens_per_iteration(
-    manifest: StageManifest | None, flags: object, steps: int | None, curve: Sequence[tuple[int, float]]
-) -> float | None:
-    tokens = None
-    if manifest is not None:
-        tokens = manifest.tokens
-    if tokens and steps:
-        return tokens / steps
-    sequence, batch = read_number(flags, "seq-length"), read_number(flags, "global-batch-size")
-    if sequence and batch:
-        return sequence * batch
-    if manifest is not None and tokens and curve and manifest.status in (None, "finished"):
-        last = curve[-1][0]
-        if last:
-            return tokens / last
+def _tokens_per_iteration(stated: StageManifest, flags: object, steps: int | None, curve: Curve) -> float | None:
+    if stated.tokens and steps:
+        return stated.tokens / steps
+    if isinstance(flags, Mapping):
+        sequence, batch = read_number(flags.get("seq-length")), read_number(flags.get("global-batch-size"))
+        if sequence and batch:
+            return sequence * batch
+    if stated.tokens and curve and curve[-1][0] and stated.status in (None, "finished"):
+        return stated.tokens / curve[-1][0]
     return None
-
-
-def _whole(value: float | None) -> int | None:
-    if value is None or not 0 < value < LARGEST_COUNT:
-        return None
-    return int(value)

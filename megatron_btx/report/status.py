@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
+
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import LOG_FILE, PLAN_FILE, read_plan
 from megatron_btx.pipeline.failure import last_words
 from megatron_btx.pipeline.lock import is_locked
 from megatron_btx.pipeline.records import StageManifest
-from megatron_btx.pipeline.rows import make_progress_table, print_table, read_row, read_shown_manifest
+from megatron_btx.pipeline.rows import find_width, make_progress_table, read_row, read_shown_manifest
 from megatron_btx.pipeline.slurm.status import FOREIGN, HEADERS, JobView, view_jobs, was_submitted
 from megatron_btx.report.membership import find_left_out
 
@@ -37,7 +39,8 @@ def print_status(directory: Path) -> None:
             row = replace(row, seconds=row.seconds + views[entry.stage].seconds)
         rows.append(row)
     more = [views[row.name].cells() for row in rows if row.name in views]
-    print_table(make_progress_table(rows, str(directory), HEADERS if more else (), more))
+    table = make_progress_table(rows, str(directory), HEADERS if more else (), more)
+    Console(width=find_width()).print(table)
     for name, state in states.items():
         log = views.get(name, JobView()).log or directory / name / LOG_FILE
         if state in ("failed", "ended", "interrupted"):

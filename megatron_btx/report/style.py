@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -71,12 +72,21 @@ class Palette:
 
 def to_png(figure: Figure) -> bytes:
     """The picture as a file's content: the same for the same numbers."""
+    return _draw(figure, format="png", metadata={"Software": None})
+
+
+def to_pdf(figure: Figure) -> bytes:
+    """The same for print."""
+    return _draw(figure, format="pdf", metadata={"CreationDate": None})
+
+
+def _draw(figure: Figure, **form: Any) -> bytes:
     content = io.BytesIO()
     dots = min(DOTS_PER_INCH, LARGEST_PIXELS / max(figure.get_size_inches()))
     with warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes; tables and JSON have it in full.
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(content, format="png", dpi=dots, metadata={"Software": None})
+        figure.savefig(content, dpi=dots, **form)
     return content.getvalue()
 
 

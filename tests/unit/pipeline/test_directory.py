@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,18 @@ def test_torn_lines_are_passed_over_by_both_readers(tmp_path: Path) -> None:
     assert directory.read_last_metrics(file, 5) == []
     with pytest.raises(InputError, match="none of its 1 lines"):
         directory.read_metrics(file)
+
+
+def test_steps_that_were_lost_and_steps_that_were_skipped_leave_nothing(tmp_path: Path) -> None:
+    """A kill at step 9 with a checkpoint of step 4: until 9 is reached again, 7 to 9 are of nobody."""
+    file = tmp_path / "metrics.jsonl"
+    steps = [(step, 10.0, 0.0) for step in range(1, 10)] + [(5, 2.0, 0.0), (6, math.nan, 1.0), (7, 3.0, 0.0)]
+    lines = [{"iteration": step, "lm loss": loss, "skipped": skipped} for step, loss, skipped in steps]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for found in (directory.read_metrics(file), directory.read_last_metrics(file, 3)):
+        assert [line.iteration for line in found] == [1, 2, 3, 4, 5, 5, 6, 7]
+        assert [line.loss for line in found[5:]] == [2.0, None, 3.0]
+        assert dict(found[6].numbers())["skipped"] == 1.0
 
 
 def test_an_odd_value_of_a_manifest_is_none_and_hides_no_other(tmp_path: Path) -> None:

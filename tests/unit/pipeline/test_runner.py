@@ -498,7 +498,8 @@ def start_runner(directory: Path) -> subprocess.Popen[bytes]:
         with Progress(run, stages) as progress:
             sys.exit(run_stages(stages, run, Machine((), 2), progress))
     """
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], start_new_session=True)
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
 
 
 def count(directory: Path) -> int:
@@ -517,6 +518,9 @@ def test_a_stopped_runner_leaves_no_process_and_the_next_one_resumes(
     os.kill(runner.pid, number)
     code = runner.wait(WAIT_SECONDS)
     assert code == (-number if number == signal.SIGKILL else 128 + number)
+    said = f"error: stopped by {number.name}; the same command goes on from here\n"
+    assert runner.stderr is not None
+    assert runner.stderr.read().decode() == (said if number != signal.SIGKILL else "")
     wait_for(lambda: not any(alive(pid) for pid in pids), "the end of the stage and its grandchild")
     reached = count(tmp_path)
     assert 3 <= reached < 20

@@ -7,12 +7,14 @@ import math
 import shutil
 
 import pytest
+import yaml
 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.report import build as report
 from megatron_btx.report.ablation import find_best
 from megatron_btx.report.ablation_outcomes import read_outcomes
 from megatron_btx.report.build import main
+from megatron_btx.report.figure_ablation import draw_variants
 from megatron_btx.report.quantities import spread
 
 
@@ -177,6 +179,17 @@ def test_what_is_no_ablation_is_refused(broken, finished):
     }
     with pytest.raises(InputError, match=said[broken]):
         read_outcomes(finished)
+
+
+def test_the_split_of_an_ablation_is_said(finished):
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    recipe["ablation"]["split"] = "test"
+    (finished / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = report.build_report(finished).page.with_name("ablation.md").read_text()
+    assert "on the test split." in text.split("\n")[2] and "Loss on the test split in nats per token" in text
+    assert "validation" not in text.lower()
+    figure = draw_variants(read_outcomes(finished).runs, read_outcomes(finished).on_split)
+    assert figure.axes[0].get_xlabel() == "loss on the test split, mean of domains (nats per token)"
 
 
 def test_one_command_reports_on_both_kinds_of_run(finished, capsys):

@@ -164,6 +164,22 @@ def test_the_routing_of_a_soft_mixture_is_no_fact(top_k: int, holds: bool | None
     assert fact.holds is holds and ("soft routing sends every token" in fact.detail) == (top_k == 4)
 
 
+@pytest.mark.parametrize("said_by", ["a text among the settings", "parameters alone"])
+def test_a_soft_mixture_is_known_as_one_whoever_evaluated_it(said_by: str, tmp_path: Path) -> None:
+    """A given mixture's own flags are texts; an evaluation by hand has no settings, and all parameters at work."""
+    content = evaluation()
+    even_routing(content)
+    run = write_evaluation(tmp_path, content)
+    if said_by == "parameters alone":
+        content["models"]["btx"]["active_parameters"] = content["models"]["btx"]["parameters"]
+        write_evaluation(tmp_path, content)
+    else:
+        settings = {"moe-router-topk": "4", "num-experts": "4"}
+        write_json(run / "evaluate" / "manifest.json", {"status": "finished", "settings": settings})
+    data = read_run(run)
+    assert check_facts(data.models, data.domains)[-1].holds is None
+
+
 def test_difference_to_dense_is_unknown_where_one_was_not_evaluated() -> None:
     models = {"btx": Model("btx", {"a": 1.0, "b": 2.0}, {}), "dense": Model("dense", {"a": 1.5}, {})}
     assert difference_to_dense(models, ("a", "b")) == {"a": -0.5, "b": None, None: None}

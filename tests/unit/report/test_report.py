@@ -14,7 +14,12 @@ import pytest
 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import own_manifest
+from megatron_btx.pipeline.plan_table import with_prefix
 from megatron_btx.report import build as report
+from megatron_btx.report import section_costs
+from megatron_btx.report.blocks import Paragraph
+from megatron_btx.report.datasets import read_datasets
+from megatron_btx.report.inputs import read_run
 from megatron_btx.report.stages import read_curve
 from tests.unit.report.example_run import (
     DOMAINS,
@@ -83,8 +88,8 @@ def test_whole_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["datasets"][1] == {
         "domain": "general", "split": "valid", "documents": 120, "tokens": 61_440, "size_bytes": 245_760
     }  # fmt: skip
-    assert found["sources"]["tokenizer-model"] == "/texts/tokenizer.model"
-    assert found["sources"]["math: valid"] == "1 file(s), 245,760 bytes: /texts/math.valid.jsonl"
+    assert found["sources"]["tokenizer-model"] == "tokenizer.model"
+    assert found["sources"]["math: valid"] == "1 file(s), 245,760 bytes: math.valid.jsonl"
     page = " ".join(read_page(run / "report" / "index.html").text)
     for number in (
         "2.396",
@@ -95,7 +100,7 @@ def test_whole_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFi
         "61,440",
         "8,400,000",
         "0.309",
-        "1 file(s), 245,760 bytes: /texts/math.valid.jsonl",
+        "1 file(s), 245,760 bytes: math.valid.jsonl",
     ):
         assert number in page, number
 
@@ -119,6 +124,72 @@ def test_a_run_without_a_dense_baseline_says_so(tmp_path: Path, capsys: pytest.C
     assert "dense" not in results(run)["models"]
 
 
+def test_a_recipe_that_asks_for_no_baseline_hears_of_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor of datasets that it gave, and of nothing else that no stage of its plan would make."""
+    run = write_evaluation(tmp_path, evaluation(tuple(name for name in LOSSES if name not in ("dense", "average"))))
+    (run / "evaluate").rename(run / "evaluate-moe")
+    planned = [{"stage": name} for name in ("evaluate-experts", "finetune", "evaluate-moe")]
+    write_json(run / "plan.json", planned)
+    assert report.main([str(run)]) == 0
+    assert "dense" not in capsys.readouterr().out
+    text = (run / "report" / "report.md").read_text(encoding="utf-8")
+    assert not {"named", "dense", "statement"} & set(re.findall(r"\w+", text.split("## Absent or broken")[1]))
+    write_json(run / "plan.json", [*planned, {"stage": "average"}, {"stage": "dense"}, {"stage": "data"}])
+    notes = " ".join(results(run)["notes"])
+    assert all(word in notes for word in ("named average", "named dense", "No data statement"))
+
+
+def test_every_headline_says_that_what_it_beats_was_not_finetuned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The mixture is the one model that was finetuned, unless a dense one was."""
+    from megatron_btx.report.figures import say_lowest_loss
+
+    run = write_evaluation(tmp_path, evaluation(tuple(name for name in LOSSES if name != "dense")))
+    assert report.main([str(run)]) == 0
+    assert "which was not" in capsys.readouterr().out
+    text = (run / "report" / "report.md").read_text(encoding="utf-8")
+    assert "The finetuned mixture beats the seed, which was not finetuned, on every domain." in text
+    assert "the plain average and every single expert, none of which was finetuned." in text
+    lead = text.split("## ")[0]
+    assert "the seed, which was not finetuned, had 3.134; no dense model was finetuned beside it" in lead
+    data = read_run(run)
+    assert say_lowest_loss(list(data.models.values()), data.domains).endswith("2.396, the only one that was finetuned")
+    assert "btx: the mixture after finetuning, which no model above it had" in text
+    set_loss("average", "general", 0.0)(content := evaluation())
+    with_dense = report.build_report(write_evaluation(tmp_path, content)).page.with_name("report.md").read_text()
+    assert "0.030 above the dense model" in with_dense.split("## ")[0] and "beside it" not in with_dense
+
+
+@pytest.mark.parametrize("split", ["valid", "test", None])
+def test_the_split_stands_wherever_a_loss_does(
+    split: str | None, reported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is the recipe's; a test loss is no validation loss. Without a recipe nobody knows."""
+    on_split = ""
+    if split:
+        on_split = f" on the {split} split"
+        (reported / "recipe.yaml").write_text(f"evaluate: {{split: {split}, tokens: 65536}}\n")
+    if split == "valid":  # which is what a recipe that says nothing means
+        (reported / "recipe.yaml").write_text("evaluate: {tokens: 65536}\n")
+    assert report.main([str(reported)]) == 0
+    printed = capsys.readouterr().out
+    text = (reported / "report" / "report.md").read_text(encoding="utf-8")
+    page = (reported / "report" / "index.html").read_text(encoding="utf-8")
+    assert f"loss{on_split}, nats per token" in printed
+    for shown in (text, page):
+        assert f"2.396 nats per token{on_split};" in shown
+        assert f"Loss{on_split} in nats per token" in shown and f"Loss{on_split} per model and domain" in shown
+    assert f"\n## Loss{on_split}\n" in text
+    for shown in (printed, text, page):
+        assert "validation" not in shown.lower()
+    data = read_run(reported)
+    from megatron_btx.report.figures import draw_losses, make_palette
+
+    figure = draw_losses(list(data.models.values()), data.domains, make_palette(data.models, ()), data.on_split)
+    assert f"loss{on_split}, nats" in figure.get_supxlabel()
+
+
 def test_stages_are_listed_after_what_they_were_made_from(reported_once: Path) -> None:
     text = (reported_once / "report" / "report.md").read_text(encoding="utf-8")
     accounting = text.split("## Accounting")[1].split("## Data")[0]
@@ -127,7 +198,7 @@ def test_stages_are_listed_after_what_they_were_made_from(reported_once: Path) -
     assert len(order) == len(TRAINING) + 2
     assert order.index("data") < order.index("seed") < order.index("expert-math") < order.index("mix")
     assert order.index("mix") < order.index("finetune")
-    assert "| seed | data | 1,024,000 | 113.8 | 9,000 | 2.84e+12 |" in accounting
+    assert "| seed | data | 1,024,000 | 113.8 | 9,000 | 2.84 T |" in accounting
 
 
 def test_page_needs_nothing_outside_itself(reported_once: Path) -> None:
@@ -174,7 +245,8 @@ def test_old_figures_go_and_other_files_stay(reported: Path) -> None:
         (run / name / "metrics.jsonl").unlink()
     report.build_report(run)
     names = {path.name for path in (run / "report").iterdir()}
-    assert names == {"index.html", "report.md", "results.json", "losses.png", "routing.png", "log.txt", "manifest.json"}
+    figures = {"losses.png", "losses.pdf", "routing.png", "routing.pdf"}
+    assert names == {"index.html", "report.md", "results.json", "log.txt", "manifest.json", *figures}
     assert "report" not in results(run)["stages"]
 
 
@@ -187,6 +259,67 @@ def test_a_report_by_hand_marks_its_folder_for_the_run_to_go_on_and_leaves_earli
     (folder / "manifest.json").write_text('{"stage": "report", "status": "finished"}')
     report.build_report(run)
     assert own_manifest(folder, "report").status == "finished"
+
+
+def test_a_report_can_be_passed_on(reported: Path) -> None:
+    """It says where the model lies and how it is loaded, by what it was made, and nothing of whose machine it was."""
+    versions = {"python": "3.12.1", "megatron-core": "0.19.2", "commit": "0123abc"}
+    settings = {"lr": 0.003, "seq-length": 256, "btx-freeze": ["attention"]}
+    made = {"inputs": ["/home/somebody/texts"], "versions": versions, "settings": settings}
+    change(reported / "seed" / "manifest.json", lambda content: content.update(made))
+    write_json(reported / "export" / "manifest.json", {"stage": "export", "status": "finished", "versions": versions})
+    folder = report.build_report(reported).page.parent
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    export = text.split("## Export")[1].split("## ")[0]
+    assert 'from_pretrained("export/model")' in export and "read back and verified" in export
+    shown = text.split("## Settings")[1].split("## ")[0]
+    assert "| seed | 0.003 | – | – | – | 256 | – | – | – |" in shown
+    assert shown.count("Made by python 3.12.1, megatron-core 0.19.2, commit 0123abc.") == 1
+    page, numbers = ((folder / name).read_text(encoding="utf-8") for name in ("index.html", "results.json"))
+    for content in (text, page, numbers):
+        assert not re.search(r"/(home|texts|tmp)/", content)
+    assert json.loads(numbers)["stages"]["seed"]["inputs"] == ["texts"]
+    assert {path.stem for path in folder.glob("*.png")} == {path.stem for path in folder.glob("*.pdf")}
+    assert all(path.read_bytes().startswith(b"%PDF") for path in folder.glob("*.pdf"))
+    change(reported / "export" / "manifest.json", lambda content: content.update(status="failed"))
+    report.build_report(reported)
+    assert "## Export" not in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_epochs_are_said(tmp_path: Path) -> None:
+    """By the blend, the tokens that were read, and those that are there: 2,100,000 of each domain."""
+    run = make_run(tmp_path)
+    blend = [30, "data/math.train", 10, "data/code.train", 1, "elsewhere"]
+    settings = {"train-data-path": blend[:4]}
+    change(run / "finetune" / "manifest.json", lambda content: content.update(settings=settings, tokens=42_000_000))
+    change(run / "seed" / "manifest.json", lambda content: content.update(settings={"train-data-path": blend[4:]}))
+    data = section_costs.data_section(read_datasets(run / "data" / "datasets.json"), read_run(run).stages)
+    (said,) = [block.text for block in data.blocks if isinstance(block, Paragraph)]
+    assert said == "Epochs of finetune, the times that it read a text: math.train 15.00, code.train 5.00."
+
+
+@pytest.mark.parametrize("width", [40, 80, 100])
+def test_no_number_is_cut_on_a_terminal(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that is wider is a line for every model."""
+    content = evaluation()
+    for model in content["models"].values():
+        model["losses"] |= {f"{domain}-of-the-web": loss + 1 for domain, loss in model["losses"].items()}
+    run = write_evaluation(tmp_path, content)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    report.print_summary(report.summarize(run))
+    shown = words_of(capsys.readouterr().out)
+    for name, losses in LOSSES.items():
+        assert name in shown and all(f"{loss:.3f}" in shown and f"{loss + 1:.3f}" in shown for loss in losses)
+    assert "code-of-the-web" in shown and "…" not in shown
+
+
+def test_flops_are_spelled_as_in_a_plan(reported_once: Path) -> None:
+    text = (reported_once / "report" / "report.md").read_text(encoding="utf-8")
+    assert with_prefix(2.84e12) == "2.84 T" and "| 2.84 T |" in text and "e+1" not in text
 
 
 def test_hostile_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +336,7 @@ def test_hostile_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.Cap
     assert any('<script>alert("1")</script>' in text for text in reader.text)
     markdown = (run / "report" / "report.md").read_text(encoding="utf-8")
     assert "<script>" not in markdown and "\x1b" not in markdown
-    table = [line for line in markdown.split("## Validation loss")[1].splitlines() if line.startswith("|")]
+    table = [line for line in markdown.split("## Loss")[1].splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table[:9]} == {len(DOMAINS) + 3}
     assert name in results(run)["domains"]
 
@@ -268,6 +401,23 @@ def test_the_last_line_of_an_iteration_counts_and_torn_lines_do_not(tmp_path: Pa
         '{"iteration": 4, "grad-norm": 1.0}\n'
     )
     assert read_curve(path) == (((1, 3.0), (2, 2.6), (3, 2.2)), 4)
+
+
+def test_a_skipped_step_is_in_no_curve_and_in_no_smoothing(tmp_path: Path) -> None:
+    """It trained nothing: its loss is no number, or far above the others."""
+    run = make_run(tmp_path)
+    before = results(run)
+    lines = [json.loads(line) for line in (run / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if 500 <= line["iteration"] < 503:
+            line |= {"lm loss": math.nan if line["iteration"] < 502 else 90.0, "skipped": 1.0}
+    (run / "finetune" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = results(run)
+    assert found["notes"] == []
+    curve = found["curves"]["finetune"]
+    assert "NaN" not in (*curve["loss"], *curve["smooth"]) and max(curve["smooth"]) < 4
+    assert len(curve["x"]) < len(before["curves"]["finetune"]["x"])
+    assert found["curves"]["dense"] == before["curves"]["dense"]
 
 
 def test_tokens_per_iteration_come_from_the_configuration_of_an_unfinished_stage(tmp_path: Path) -> None:
