@@ -94,8 +94,8 @@ def _that_fail_late(args: argparse.Namespace) -> Iterator[Refusal]:
     local, has_engine = args.transformer_impl == "local", find_spec("transformer_engine") is not None
     without_engine = local and not has_engine
     yield "--context-parallel-size", local and args.context_parallel_size > 1, _ENGINE_ALONE
-    yield f"--window-size {args.window_size}", local and args.window_size is not None, _ENGINE_ALONE
-    yield f"--softmax-type {args.softmax_type}", local and args.softmax_type != "vanilla", _ENGINE_ALONE
+    yield "--window-size", local and args.window_size is not None, _ENGINE_ALONE
+    yield "--softmax-type", local and args.softmax_type != "vanilla", _ENGINE_ALONE
     yield "--fp8-format", local and bool(args.fp8), _ENGINE_ALONE
     yield "--fp4-format", local and bool(args.fp4), _ENGINE_ALONE
     yield "--apply-layernorm-1p", local and args.layernorm_zero_centered_gamma, _ENGINE_ALONE
