@@ -1,13 +1,15 @@
 """``--async-save``: what its writing process may not do to a run.
 
 Megatron's own strategy (``core/dist_checkpointing/strategies/async_utils.py``) hands each save to one process that
-stays. Three things are missing there.
+stays. Four things are missing there.
 
 - Tensors in the host's memory are handed over as they are, and the next step changes them while they are written: all
   of them on the CPU, an offloaded optimizer's on a GPU. Here they are copied first.
 - A training process waits for ever for a writing process that is gone.
 - On a GPU a server forks that process: it outlives a killed rank, and the signal of ``--exit-signal-handler`` ends it
   before the save that was promised. Here it is a new program, and the rank's own child.
+- It ends with the last step, and the save after that starts another, beside which nothing trains. Here the rank itself
+  writes that one.
 """
 
 from __future__ import annotations
@@ -41,14 +43,28 @@ def guard_async_saves(args: argparse.Namespace, stopping: Stopping) -> None:
     if not args.async_save or args.async_strategy != "mcore":
         return
     from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
-    from megatron.training import initialize
+    from megatron.training import initialize, training
 
     patch.expect(async_utils.PersistentAsyncCaller, "_persistent_process")
     patch.wrap(filesystem_async.FileSystemWriterAsync, "prepare_write_data", _with_copies, ("self", "plan", "planner"))
+    patch.wrap(training, "save_checkpoint", functools.partial(_with_the_last_in_place, args), ("iteration",))
     if has_gpu():  # elsewhere it is a fork: see engine/cpu_in_megatron.py
         patch.wrap(initialize, "init_persistent_async_worker", lambda start: lambda rank, _: start(rank, "spawn"))
         patch.replace(async_utils.PersistentAsyncCaller, "async_loop", functools.partial(write, args.exit_signal))
     threading.Thread(target=_watch_writer, args=(stopping,), name="writer", daemon=True).start()
+
+
+def _with_the_last_in_place(args: argparse.Namespace, save: Any) -> Any:
+    """Megatron's save, which is done in place once the writing process has been told to end."""
+
+    @functools.wraps(save)
+    def save_checkpoint(*given: Any, **named: Any) -> Any:
+        from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+        args.async_save = args.async_save and PersistentAsyncCaller._persistent_process is not None
+        return save(*given, **named)
+
+    return save_checkpoint
 
 
 def write(exit_signal: int, *arguments: Any) -> None:

@@ -32,8 +32,12 @@ def tensors(folder):
 
 
 def test_the_same_checkpoints(zygote, corpus, undisturbed, tmp_path):
-    """Bit for bit those of a run that waited, while the steps went on; and old ones are removed as usual."""
-    run = zygote.run(2, flags(corpus, tmp_path, [*ASYNC, "--btx-keep-last", "2"]), tmp_path / "log")
+    """Bit for bit those of a run that waited, while the steps went on; and old ones are removed as usual.
+
+    The last one is saved after the last step, when Megatron has ended the process that writes.
+    """
+    more = [*ASYNC, "--btx-keep-last", "2", "--save-interval", "4"]
+    run = zygote.run(2, flags(corpus, tmp_path, more), tmp_path / "log")
     assert "scheduled an async checkpoint save at iteration" in run.text()
     assert read_losses(tmp_path / "metrics.jsonl") == read_losses(undisturbed / "metrics.jsonl")
     assert read_tracker(tmp_path / "checkpoint") == STEPS
