@@ -24,6 +24,7 @@ from megatron_btx.engine import patch
 from megatron_btx.engine.checks.resume import step_of
 from megatron_btx.engine.checks.start import iteration_of
 from megatron_btx.ground.errors import CheckpointError, InputError
+from megatron_btx.ground.files import write_atomically
 from megatron_btx.ground.log import say
 
 
@@ -37,6 +38,8 @@ def choose_checkpoint(args: argparse.Namespace) -> None:
     """
     root, own = Path(args.load or ""), _saves_where_it_loads(args) and not args.finetune
     fault, step, beside = None, -1, []
+    if own and not (root / TRACKER).is_file() and not getattr(args, "btx_check", False):
+        _write_missing_tracker(root)
     if args.non_persistent_ckpt_type == "global":
         from megatron.training import checkpointing
 
@@ -88,14 +91,24 @@ def _saves_where_it_loads(args: argparse.Namespace) -> bool:
 
 def check_save_folder(args: argparse.Namespace) -> None:
     """Refuse to save among checkpoints that a run does not go on from: they would count as its. Raises InputError."""
-    if not args.save or args.skip_train or (_saves_where_it_loads(args) and not args.finetune):
+    if not args.save or args.skip_train:
         return
     held = [folder.name for _, folder in list_iterations(Path(args.save)) if is_checkpoint(folder)]
-    if held or is_checkpoint(Path(args.save)):
+    goes_on = _saves_where_it_loads(args) and not args.finetune
+    if not goes_on and (held or is_checkpoint(Path(args.save))):
         raise InputError(
             f"{args.save}: holds checkpoints (see {(held or [TRACKER])[-1]}), and this start goes on from none "
             f"of them; go on with --load {args.save} and without --finetune, or give --save another folder"
         )
+
+    place = args.non_persistent_global_ckpt_dir
+    if place and args.non_persistent_ckpt_type == "global" and is_checkpoint(Path(place)) and _fault_of(place) is None:
+        owner = TorchDistReader(resolve_iteration(place)).arguments().get("save")
+        if owner and os.path.realpath(owner) != os.path.realpath(args.save):
+            raise InputError(
+                f"--non-persistent-global-ckpt-dir {place}: holds checkpoints of the run that saves to {owner}, not to "
+                f"{args.save}; give each run a folder of its own"
+            )
 
 
 def _fault_of(root: str | Path) -> str | None:
@@ -119,6 +132,14 @@ def _newest_whole(root: Path) -> int:
         if _fault_of(folder) is None:
             return step
     return 0
+
+
+def _write_missing_tracker(root: Path) -> None:
+    """Name the newest whole checkpoint where no tracker does: a run would begin anew beside it."""
+    step = next((step for step, folder in reversed(list_iterations(root)) if _fault_of(folder) is None), None)
+    if step is not None:
+        say(f"{root / TRACKER}: does not exist; the run goes on from the checkpoint of step {step}")
+        write_atomically(root / TRACKER, str(step))
 
 
 def _answer_for_the_tracker(tracker: Path, step: int) -> None:

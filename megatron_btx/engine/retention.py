@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.checkpoint.retention import REPLACED, find_removable, make_room, remove_checkpoint
 from megatron_btx.engine import patch
 from megatron_btx.engine.fallback import non_persistent_root
@@ -39,11 +40,21 @@ class _Saves:
         if distributed.get_rank() == 0:
             if self._thread is not None:
                 self._thread.join()
-            if moved := make_room(root, step, reached):
-                names = ", ".join(folder.name for folder in moved)
-                say(f"{root}: {names}: not of this run, which goes on from step {reached}; moved to {moved[0].parent}")
+            if not self._reached:  # the branch that was left has both kinds of checkpoints
+                for other in {Path(self._args.save), non_persistent_root(self._args, self._args.save)} - {root}:
+                    if other.is_dir() and self._make_room(other, reached + 1, reached):
+                        (other / TRACKER).unlink(missing_ok=True)  # it may name one of these
+            self._make_room(root, step, reached)
         distributed.barrier()
         self._reached[root] = step
+
+    def _make_room(self, root: Path, step: int, reached: int) -> bool:
+        """Whether something was moved aside, which is said."""
+        moved = make_room(root, step, reached)
+        if moved:
+            names = ", ".join(folder.name for folder in moved)
+            say(f"{root}: {names}: not of this run, which goes on from step {reached}; moved to {moved[0].parent}")
+        return bool(moved)
 
     def after(self, root: Path) -> None:
         """Begin to remove, after the last removal; call when a checkpoint and its tracker are written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def test_there_are_plain_files_and_files_for_containers() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_what_is_started(file: Path, folder: Path) -> None:
-    assert submit(file, folder, SLURM_ARRAY_TASK_ID="1") == 0
+    exported = {"RUN": "mine", "DATA": "mine"} if file.name.startswith("experts") else {}
+    assert submit(file, folder, SLURM_ARRAY_TASK_ID="1", **exported) == 0
     program = (folder / "program.words").read_text().splitlines()
     assert program[:2] == ["-m", "megatron_btx.pretrain"]
     assert program[-3:] == ["--exit-signal-handler", "--btx-keep-last", "3"]
@@ -131,6 +133,18 @@ def test_slurm_is_asked_for_minutes_and_as_the_file_wants(file: Path, folder: Pa
     assert (folder / "scontrol.words").read_text() == "requeue 17_2\n"
     assert (folder / "leaked").read_text() == ""
     assert "--export=ALL" in (folder / "srun.words").read_text().splitlines()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_two_jobs_do_not_train_into_one_folder(file: Path, folder: Path) -> None:
+    run = folder / "checkpoints" / ("math" if file.name.startswith("experts") else "btx")
+    run.mkdir()
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(AssertionError, match="another job trains here"):
+            submit(file, folder)
+    assert not (folder / "srun.words").exists()
+    assert submit(file, folder) == 0
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
