@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_btx.pipeline.directory import REPORT_STAGE
 from megatron_btx.report.ablation_outcomes import MEAN, Outcome, Outcomes, losses_over_seeds, read_outcomes
 from megatron_btx.report.blocks import Block, Bullets, Cell, Image, Paragraph, Section, Table, make_cells
+from megatron_btx.report.pages import Files, Report
 from megatron_btx.report.quantities import ABSENT, mean, percent_text, spread_text
-from megatron_btx.report.report import Files, Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,8 @@ def report_ablation(run: Path) -> Report:
     printed: list[Block] = [Table(table.header, table.rows), Paragraph(_lead(outcomes))]
     if outcomes.notes:
         printed.append(Bullets(outcomes.notes))
-    return Report("Ablation", _make_sections(outcomes, table), _FILES, draw, outcomes.runs, tuple(printed))
+    sections = _make_sections(outcomes, table)
+    return Report("Ablation", sections, run / REPORT_STAGE, _FILES, draw, outcomes.runs, tuple(printed))
 
 
 def find_best(outcomes: Outcomes) -> list[str]:

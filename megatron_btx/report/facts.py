@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_btx.pipeline.directory import EXPERT_PREFIX
-from megatron_btx.report.comparisons import routing_distances, subtract
-from megatron_btx.report.inputs import AVERAGE, BTX, SEED, Model
+from megatron_btx.report.budgets import Budgets, sum_budgets
+from megatron_btx.report.comparisons import best_per_column, difference_to_dense, routing_distances, subtract
+from megatron_btx.report.inputs import AVERAGE, BTX, SEED, Model, RunData
 from megatron_btx.report.quantities import difference_text, loss_text, mean
 
 ROUTING_DISTANCE_THRESHOLD = 0.05
@@ -77,6 +78,26 @@ class Pair:
     def as_numbers(self) -> dict[str, float | None]:
         """For results.json."""
         return {"loss": self.loss, "reference": self.reference, "difference": self.difference}
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What all sections of a report are written from, beside the inputs."""
+
+    facts: tuple[Fact, ...]
+    best: Mapping[str | None, float]
+    """Lowest finite loss per domain, and of the means under None."""
+    difference: Mapping[str | None, float | None] | None
+    """Loss of btx minus loss of dense, likewise; None without either model."""
+    budgets: Budgets
+
+
+def make_claims(data: RunData) -> Claims:
+    """The claims of a run: everything that its report computes from the inputs, once."""
+    models, domains = data.models, data.domains
+    facts = tuple(check_facts(models, domains))
+    best, difference = best_per_column(models, domains), difference_to_dense(models, domains)
+    return Claims(facts, best, difference, sum_budgets(data.stages))
 
 
 def check_facts(models: Models, domains: tuple[str, ...]) -> list[Fact]:

@@ -6,9 +6,8 @@ import math
 
 from megatron_btx.report.blocks import Block, Bullets, Cell, Image, Paragraph, Section, Table, make_cells, make_row
 from megatron_btx.report.budgets import Budgets, averaged_models
-from megatron_btx.report.claims import Claims
 from megatron_btx.report.comparisons import count_home_expert, loss_in, name_mean_column, routing_distances
-from megatron_btx.report.facts import Fact
+from megatron_btx.report.facts import Claims, Fact
 from megatron_btx.report.inputs import AVERAGE, BTX, DENSE, MIX, SEED, Model, RunData
 from megatron_btx.report.quantities import ABSENT, count_text, difference_text, loss_text
 from megatron_btx.report.section_costs import (
@@ -24,11 +23,6 @@ LOSSES_FIGURE, CURVES_FIGURE, ROUTING_FIGURE = "losses.png", "curves.png", "rout
 PAIRS_SHOWN = 28
 """Of two domains each: all of eight domains."""
 _TONES = {True: "good", False: "bad", None: "unknown"}
-
-
-def title_of(data: RunData) -> str:
-    """The heading of the report."""
-    return f"Branch-Train-MiX report: {data.name}"
 
 
 def make_sections(data: RunData, claims: Claims) -> tuple[Section, ...]:
