@@ -16,7 +16,7 @@ from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.decisions import SKIP, Action
 from megatron_btx.pipeline.directory import DATA_STAGE, IMPORT_PREFIX, TRAIN_SPLIT
 from megatron_btx.pipeline.recipe.data import Text
-from megatron_btx.pipeline.rows import find_width, make_table
+from megatron_btx.pipeline.rows import find_width, make_table, say
 from megatron_btx.pipeline.stage import Program, Stage
 
 _HEADERS = ("stage", "state", "does", "processes", "steps", "tokens", "FLOPs", "made from")
@@ -115,14 +115,8 @@ def render(table: Table) -> str:
 
 
 def _cells(stage: Stage, action: Action) -> list[str]:
-    steps = tokens = flops = ""
-    if stage.iterations is not None:
-        steps = f"{stage.iterations:,}"
-    if stage.tokens is not None:
-        tokens = f"{stage.tokens:,}"
-    if stage.flops is not None:
-        flops = with_prefix(stage.flops)
-    parents = ", ".join(stage.parents)
+    steps, tokens = say(stage.iterations, "{:,}".format), say(stage.tokens, "{:,}".format)
+    flops, parents = say(stage.flops, with_prefix), ", ".join(stage.parents)
     return [stage.name, action.verb, _purpose(stage), str(stage.processes), steps, tokens, flops, parents]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_btx.pipeline.directory import REPORT_STAGE
 from megatron_btx.report.ablation_outcomes import MEAN, Outcome, Outcomes, losses_over_seeds, read_outcomes
-from megatron_btx.report.blocks import Block, Bullets, Cell, Image, Paragraph, Section, Table, make_cells
+from megatron_btx.report.blocks import Block, Cell, Image, Paragraph, Section, Table, make_bullets, make_row
 from megatron_btx.report.pages import Files, Report
 from megatron_btx.report.quantities import ABSENT, mean, percent_text, spread_text
 
@@ -34,11 +34,9 @@ def report_ablation(run: Path) -> Report:
         return {LOSSES_FIGURE: draw_variants(outcomes.runs, outcomes.on_split), LOAD_FIGURE: draw_loads(outcomes.runs)}
 
     table = _outcomes_table(outcomes)
-    printed: list[Block] = [Table(table.header, table.rows), Paragraph(_lead(outcomes))]
-    if outcomes.notes:
-        printed.append(Bullets(outcomes.notes))
+    printed = (Table(table.header, table.rows), Paragraph(_lead(outcomes)), *make_bullets(outcomes.notes))
     sections = _make_sections(outcomes, table)
-    return Report("Ablation", sections, run / REPORT_STAGE, _FILES, draw, outcomes.runs, tuple(printed))
+    return Report("Ablation", sections, run / REPORT_STAGE, _FILES, draw, outcomes.runs, printed)
 
 
 def find_best(outcomes: Outcomes) -> list[str]:
@@ -64,7 +62,7 @@ def _outcomes_table(outcomes: Outcomes) -> Table:
         cells = [ABSENT] * (len(domains) + 3)
         if runs:
             cells = _make_cells(runs, domains)
-        rows.append(make_cells([name, *cells]))
+        rows.append(make_row(name, *cells))
     caption = (
         f"Loss{outcomes.on_split} in nats per token: mean ± sample standard deviation over seeds "
         f"{', '.join(map(str, outcomes.all_seeds()))}. Dead experts: (layer, expert) cells with under 1 % of an even "
@@ -102,9 +100,7 @@ def _load_range(runs: Mapping[int, Outcome]) -> str:
 
 
 def _make_sections(outcomes: Outcomes, table: Table) -> tuple[Section, ...]:
-    opening: list[Block] = [Paragraph(_lead(outcomes), lead=True)]
-    if outcomes.notes:
-        opening.append(Bullets(outcomes.notes))
+    opening: tuple[Block, ...] = (Paragraph(_lead(outcomes), lead=True), *make_bullets(outcomes.notes), table)
     experts = len(outcomes.first().loads[0])
     losses = Image(LOSSES_FIGURE, "Mean loss per variant", "Points: one seed each. Bars: mean ± deviation.")
     load = Image(
@@ -113,7 +109,7 @@ def _make_sections(outcomes: Outcomes, table: Table) -> tuple[Section, ...]:
         "Share of a layer's choices per expert, mean over seeds; layers from top to bottom. "
         f"{percent_text(1 / experts)} is even.",
     )
-    return (Section("", (*opening, table)), Section("Losses", (losses,)), Section("Load", (load,)))
+    return (Section("", opening), Section("Losses", (losses,)), Section("Load", (load,)))
 
 
 def _lead(outcomes: Outcomes) -> str:

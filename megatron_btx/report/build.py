@@ -16,8 +16,7 @@ from megatron_btx.ground.errors import InputError, exits_with_one_line, printabl
 from megatron_btx.pipeline.directory import REPORT_STAGE
 from megatron_btx.report.ablation import report_ablation
 from megatron_btx.report.ablation_outcomes import is_ablation
-from megatron_btx.report.blocks import Block, Bullets, Paragraph
-from megatron_btx.report.curves import LossCurve, make_curve
+from megatron_btx.report.blocks import Block, Paragraph, make_bullets
 from megatron_btx.report.datasets import name_path
 from megatron_btx.report.facts import Claims, make_claims
 from megatron_btx.report.inputs import Model, RunData, read_run
@@ -31,6 +30,7 @@ from megatron_btx.report.sections import (
     losses_table,
     make_sections,
 )
+from megatron_btx.report.stages import LossCurve, make_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,16 +107,12 @@ def _printed_blocks(data: RunData, claims: Claims) -> tuple[Block, ...]:
     """The table of losses and the facts, for a terminal."""
     blocks: list[Block] = []
     if data.domains:
-        stated = f"loss{data.on_split}, nats per token (lower is better; * lowest of its column)"
-        blocks.append(Paragraph(stated))
+        blocks.append(Paragraph(f"loss{data.on_split}, nats per token (lower is better; * lowest of its column)"))
         blocks.append(losses_table(data, claims))
     else:
         blocks.append(Paragraph("no model was evaluated: no losses to show"))
     blocks += describe_difference(data, claims)
-    if data.marked:
-        blocks.append(Bullets(data.marked))
-    blocks.append(facts_table(claims.facts))
-    return tuple(blocks)
+    return (*blocks, *make_bullets(data.marked), facts_table(claims.facts))
 
 
 def _number_results(data: RunData, claims: Claims, curves: list[LossCurve]) -> dict[str, object]:

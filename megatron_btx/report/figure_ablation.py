@@ -9,9 +9,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_btx.report.ablation_outcomes import MEAN, Outcome, losses_over_seeds
-from megatron_btx.report.panels import add_heat_scale, choose_ticks, draw_heat_map, make_panels, write_percent
 from megatron_btx.report.quantities import is_usable, loss_text, mean, spread
-from megatron_btx.report.style import CYCLE, new_page, plain_axes, shorten, shorten_all
+from megatron_btx.report.style import (
+    CYCLE,
+    add_heat_scale,
+    choose_ticks,
+    draw_heat_map,
+    make_panels,
+    new_page,
+    plain_axes,
+    shorten,
+    shorten_all,
+    write_percent,
+)
 
 CELLS_WRITTEN = 80
 """Up to so many cells of a load have their number in the figure; more would lie over each other."""
@@ -77,8 +87,5 @@ def _mean_loads(loads: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]
     """Per layer and expert the mean over the seeds."""
     means = []
     for layer_rows in zip(*loads, strict=True):
-        row = []
-        for shares in zip(*layer_rows, strict=True):
-            row.append(mean(shares))
-        means.append(row)
+        means.append([mean(shares) for shares in zip(*layer_rows, strict=True)])
     return means

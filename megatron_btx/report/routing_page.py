@@ -52,12 +52,7 @@ def write_page(file: Path, texts: Texts, experts: Sequence[str], trained: Collec
 
 
 def _choose_opened(models: Sequence[str], trained: Collection[str]) -> str | None:
-    for model in models:
-        if model in trained:
-            return model
-    if not models:
-        return None
-    return models[0]
+    return next((model for model in models if model in trained), next(iter(models), None))
 
 
 def _pack(routed: Mapping[str, Any]) -> dict[str, Any]:
