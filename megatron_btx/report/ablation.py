@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,11 @@ def report_ablation(run: Path) -> Report:
         return {LOSSES_FIGURE: draw_variants(outcomes.runs, outcomes.on_split), LOAD_FIGURE: draw_loads(outcomes.runs)}
 
     table = _outcomes_table(outcomes)
-    printed = (Table(table.header, table.rows), Paragraph(_lead(outcomes)), *make_bullets(outcomes.notes))
+    printed: tuple[Block, ...] = (
+        Table(table.header, table.rows),
+        Paragraph(_lead(outcomes)),
+        *make_bullets(outcomes.notes),
+    )
     sections = _make_sections(outcomes, table)
     return Report("Ablation", sections, run / REPORT_STAGE, _FILES, draw, outcomes.runs, printed)
 
@@ -80,20 +85,13 @@ def _make_cells(runs: Mapping[int, Outcome], domains: Sequence[str]) -> list[str
             dead.append(ABSENT)
         else:
             dead.append(str(outcome.dead))
-    losses = [_loss_over_seeds(runs, domain) for domain in domains]
+    losses = [spread_text(losses_over_seeds(runs, domain)) for domain in domains]
     return [*losses, ", ".join(dead), _load_range(runs), percent_text(mean(dropped))]
-
-
-def _loss_over_seeds(runs: Mapping[int, Outcome], domain: str) -> str:
-    return spread_text(losses_over_seeds(runs, domain))
 
 
 def _load_range(runs: Mapping[int, Outcome]) -> str:
     """The smallest and the largest load of an expert."""
-    loads: list[float] = []
-    for outcome in runs.values():
-        for layer in outcome.loads:
-            loads += layer
+    loads = list(chain.from_iterable(chain.from_iterable(outcome.loads for outcome in runs.values())))
     if any(map(math.isnan, loads)):
         return "NaN"
     return f"{percent_text(min(loads))} to {percent_text(max(loads))}"
@@ -116,5 +114,5 @@ def _lead(outcomes: Outcomes) -> str:
     best = find_best(outcomes)
     if not best:
         return "No variant came to its end on all of its seeds with losses that are finite numbers."
-    lowest = _loss_over_seeds(outcomes.runs[best[0]], MEAN)
+    lowest = spread_text(losses_over_seeds(outcomes.runs[best[0]], MEAN))
     return f"Lowest mean loss: {' and '.join(best)}, {lowest}{outcomes.on_split}."

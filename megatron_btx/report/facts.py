@@ -252,6 +252,6 @@ def _check_routing(models: Models) -> Fact:
         f"largest {distances[largest]:.3f} ({' and '.join(largest)})"
     )
     numbers = {" / ".join(pair): distance for pair, distance in distances.items()}
-    verdicts = [Pair(distance, ROUTING_DISTANCE_THRESHOLD).is_higher() for distance in distances.values()]
+    verdicts = [Pair(ROUTING_DISTANCE_THRESHOLD, distance).is_lower() for distance in distances.values()]
     stated = {"threshold": ROUTING_DISTANCE_THRESHOLD, "mean": average, "distances": numbers}
     return Fact(name, text, settle(verdicts, False), detail, stated)

@@ -164,10 +164,8 @@ def _write_overlap(overlap: float) -> str:
 def draw_entropy(models: Models, experts: Sequence[str]) -> Figure:
     """Per model: mean entropy of the routing probabilities over the layers, a line per label."""
     labels = _order_labels(models)
-    looks, handles = {}, []
-    for at, label in enumerate(labels):
-        looks[label] = _choose_line(at)
-        handles.append(Line2D([], [], **looks[label]))
+    looks = {label: _choose_line(at) for at, label in enumerate(labels)}
+    handles = [Line2D([], [], **look) for look in looks.values()]
     columns = min(3, len(models))
     figure = new_page(0.4 + 2.4 * math.ceil(len(models) / columns))
     panels = make_panels(figure, len(models), columns, share_y=True)
@@ -217,9 +215,7 @@ def _add_legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str],
     With handles of its own: gathered ones leave out names with an underscore, and what the first panel lacks.
     """
     texts = shorten_all(names, 28)
-    widest = 0.0
-    for text in texts:
-        widest = max(widest, TextPath((0, 0), text, size=LEGEND_POINTS).get_extents().width)
+    widest = max((TextPath((0, 0), text, size=LEGEND_POINTS).get_extents().width for text in texts), default=0.0)
     entry = widest + 6 * LEGEND_POINTS  # its handle and the gaps
     columns = max(1, int(figure.get_figwidth() * POINTS_PER_INCH / entry))
     rows = math.ceil(len(texts) / columns)

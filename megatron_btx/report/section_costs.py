@@ -77,7 +77,7 @@ def _sum_known(costs: Iterable[float | None]) -> float | None:
 
 
 def _cost_texts(
-    tokens: float | None, seconds: float | None, flops: float | None, has_speed: bool = False
+    tokens: float | None, seconds: float | None, flops: float | None, *, has_speed: bool = False
 ) -> tuple[str, ...]:
     speed, operations = None, ABSENT
     if has_speed and tokens and seconds:
