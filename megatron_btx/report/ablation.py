@@ -35,11 +35,8 @@ def report_ablation(run: Path) -> Report:
         return {LOSSES_FIGURE: draw_variants(outcomes.runs, outcomes.on_split), LOAD_FIGURE: draw_loads(outcomes.runs)}
 
     table = _outcomes_table(outcomes)
-    printed: tuple[Block, ...] = (
-        Table(table.header, table.rows),
-        Paragraph(_lead(outcomes)),
-        *make_bullets(outcomes.notes),
-    )
+    bare = Table(table.header, table.rows)
+    printed: tuple[Block, ...] = (bare, Paragraph(_lead(outcomes)), *make_bullets(outcomes.notes))
     sections = _make_sections(outcomes, table)
     return Report("Ablation", sections, run / REPORT_STAGE, _FILES, draw, outcomes.runs, printed)
 

@@ -186,9 +186,7 @@ def _tabulate_loads(last: Mapping[str, float]) -> list[list[float]]:
 
 def _check_alike(run: Path, runs: Mapping[str, Mapping[int, Outcome]]) -> None:
     """Refuse outcomes on other domains, or of other models, which one table cannot show."""
-    shapes = set()
-    for variant in runs.values():
-        for outcome in variant.values():
-            shapes.add((tuple(sorted(outcome.losses)), len(outcome.loads), len(outcome.loads[0])))
+    outcomes = chain.from_iterable(variant.values() for variant in runs.values())
+    shapes = {(tuple(sorted(one.losses)), len(one.loads), len(one.loads[0])) for one in outcomes}
     if len(shapes) > 1:
         raise InputError(f"{run}: its stages differ in their domains, layers or experts; run the ablation again")

@@ -43,12 +43,8 @@ def draw_variants(variants: Runs, on_split: str) -> Figure:
 
 
 def _draw_seeds(panel: Axes, row: int, losses: Sequence[float]) -> None:
-    usable, broken = [], []
-    for loss in losses:
-        if is_usable(loss):
-            usable.append(loss)
-        else:
-            broken.append(loss_text(loss))
+    usable = list(filter(is_usable, losses))
+    broken = [loss_text(loss) for loss in losses if not is_usable(loss)]
     panel.plot(usable, [row] * len(usable), "o", color=CYCLE[0], alpha=0.45, markersize=5, markeredgewidth=0)
     if broken:
         where = panel.get_yaxis_transform()

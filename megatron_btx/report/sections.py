@@ -189,11 +189,8 @@ def _routing_section(data: RunData) -> Section:
     choosing = [model for model in mixtures if model.chooses_experts()]
     if any(map(routing_distances, choosing)):
         blocks.append(_distances_table(choosing))
-    for model in mixtures:
-        sentence = _say_home(model)
-        if sentence:
-            blocks.append(Paragraph(sentence))
-    return Section("Routing", tuple(blocks))
+    sentences = filter(None, map(_say_home, mixtures))
+    return Section("Routing", (*blocks, *map(Paragraph, sentences)))
 
 
 def _distances_table(mixtures: list[Model]) -> Table:

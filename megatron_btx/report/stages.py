@@ -196,12 +196,8 @@ def _smooth(losses: list[float]) -> list[float]:
 
     Its window opens gradually at the start, where the loss falls fastest: a wide one would hide the first value.
     """
-    largest_reach = len(losses) // 40
-    smooth = []
-    for at in range(len(losses)):
-        reach = min(largest_reach, at)
-        smooth.append(mean(losses[at - reach : at + reach + 1]))
-    return smooth
+    reaches = [min(len(losses) // 40, at) for at in range(len(losses))]
+    return [mean(losses[at - reach : at + reach + 1]) for at, reach in enumerate(reaches)]
 
 
 def group_of(stage: str) -> str:
