@@ -270,10 +270,10 @@ def _refuse_changes(arguments: argparse.Namespace, planned: PlannedRun, error: C
 
 def _print_report(directory: Path) -> None:
     """Print the core of a run's report, which its last stage has written; what keeps it from being read is said."""
-    from megatron_btx.report.build import print_summary, summarize
+    from megatron_btx.report.build import make_report, print_core
 
     try:
-        print_summary(summarize(directory))
+        print_core(make_report(directory))
     except InputError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
 

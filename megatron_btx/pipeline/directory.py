@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.ground import manifest as manifests
@@ -71,9 +71,6 @@ IMPORT_PREFIX = "import-"
 SEED_MODEL, AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL = "seed", "average", "mix", "btx", "dense"
 GENERALIST = SEED_MODEL
 """The seed's name among the experts of a mix."""
-MODELS_BEFORE_EXPERTS = (SEED_MODEL,)
-MODELS_AFTER_EXPERTS = (AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL)
-"""Models of an evaluation in the order of a report; the experts stand between the two."""
 TRAIN_SPLIT, VALID_SPLIT, TEST_SPLIT = "train", "valid", "test"
 SPLITS = (TRAIN_SPLIT, VALID_SPLIT, TEST_SPLIT)
 
@@ -104,28 +101,9 @@ def read_plan(run: Path) -> list[PlannedStage] | None:
     if not path.is_file():  # reading a pipe would wait forever
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return TypeAdapter(list[PlannedStage]).validate_python(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(content, list):
-        return None
-    plan: list[PlannedStage] = []
-    for entry in content:
-        if not _is_planned(entry):
-            return None
-        plan.append(PlannedStage.model_validate(entry))
-    return plan
-
-
-def _is_planned(entry: object) -> bool:
-    """Whether it is an entry of a plan: a stage, with its steps and tokens where it trains."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("stage"), str):
-        return False
-    for key in ("steps", "tokens"):
-        count = entry.get(key)
-        if count is not None and (type(count) is not int or count.bit_length() >= 64):
-            return False
-    return True
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

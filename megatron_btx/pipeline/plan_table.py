@@ -16,7 +16,7 @@ from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.decisions import SKIP, Action
 from megatron_btx.pipeline.directory import DATA_STAGE, IMPORT_PREFIX, TRAIN_SPLIT
 from megatron_btx.pipeline.recipe.data import Text
-from megatron_btx.pipeline.rows import find_width, make_table
+from megatron_btx.pipeline.rows import find_width, make_table, say
 from megatron_btx.pipeline.stage import Program, Stage
 
 _HEADERS = ("stage", "state", "does", "processes", "steps", "tokens", "FLOPs", "made from")
@@ -37,10 +37,7 @@ _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3
 
 def make_plan_table(stages: Sequence[Stage], actions: Mapping[str, Action], title: str) -> Table:
     """The stages that have something to do as rows; see :func:`describe_finished` for the others."""
-    rows = []
-    for stage in stages:
-        if actions[stage.name].verb != SKIP:
-            rows.append(_cells(stage, actions[stage.name]))
+    rows = [_cells(stage, actions[stage.name]) for stage in stages if actions[stage.name].verb != SKIP]
     return make_table(_HEADERS, rows, title)
 
 
@@ -54,17 +51,10 @@ def describe_finished(stages: Sequence[Stage], actions: Mapping[str, Action]) ->
 
 def describe_total(stages: Sequence[Stage], actions: Mapping[str, Action]) -> str:
     """The estimate of all that is to be trained."""
-    due = tokens = unknown = 0
-    flops = 0.0
-    for stage in stages:
-        if actions[stage.name].verb == SKIP:
-            continue
-        due += 1
-        tokens += stage.tokens or 0
-        flops += stage.flops or 0.0
-        if stage.tokens and stage.flops is None:
-            unknown += 1
-    text = f"{_count(due, 'stage')} to run, {tokens:,} tokens to train on"
+    due = [stage for stage in stages if actions[stage.name].verb != SKIP]
+    tokens, flops = sum(stage.tokens or 0 for stage in due), sum(stage.flops or 0.0 for stage in due)
+    unknown = sum(bool(stage.tokens) and stage.flops is None for stage in due)
+    text = f"{_count(len(due), 'stage')} to run, {tokens:,} tokens to train on"
     if flops:
         text += f", some {with_prefix(flops)} FLOPs"
     if unknown:
@@ -115,14 +105,8 @@ def render(table: Table) -> str:
 
 
 def _cells(stage: Stage, action: Action) -> list[str]:
-    steps = tokens = flops = ""
-    if stage.iterations is not None:
-        steps = f"{stage.iterations:,}"
-    if stage.tokens is not None:
-        tokens = f"{stage.tokens:,}"
-    if stage.flops is not None:
-        flops = with_prefix(stage.flops)
-    parents = ", ".join(stage.parents)
+    steps, tokens = say(stage.iterations, "{:,}".format), say(stage.tokens, "{:,}".format)
+    flops, parents = say(stage.flops, with_prefix), ", ".join(stage.parents)
     return [stage.name, action.verb, _purpose(stage), str(stage.processes), steps, tokens, flops, parents]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 LARGEST_COUNT = 2**53
 """Whole numbers above it are no counts of anything; floating point does not hold them exactly either."""
@@ -53,6 +53,8 @@ def _read_parents(value: object) -> dict[str, str | None]:
 
 Number = Annotated[float | None, BeforeValidator(read_number)]
 Count = Annotated[int | None, BeforeValidator(read_count)]
+PlannedCount = Annotated[int | None, Field(strict=True, gt=-(2**64), lt=2**64), AfterValidator(read_count)]
+"""Another type or a huge number is of no plan that btx wrote."""
 Text = Annotated[str | None, BeforeValidator(_read_text)]
 Settings = Annotated[dict[str, Any] | None, BeforeValidator(_read_mapping)]
 Parents = Annotated[dict[str, str | None], BeforeValidator(_read_parents)]
@@ -104,8 +106,8 @@ class PlannedStage(_Record):
     """One entry of plan.json."""
 
     stage: str
-    steps: Count = None
-    tokens: Count = None
+    steps: PlannedCount = None
+    tokens: PlannedCount = None
     fingerprint: Text = None
     """None for a stage that only shows what others made."""
 

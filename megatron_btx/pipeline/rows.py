@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -47,18 +47,16 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the order of the table's columns."""
-        step = loss = speed = left = time = ""
-        if self.steps:
-            step = f"{self.step or 0}/{self.steps}"
-        if self.loss is not None:
-            loss = f"{self.loss:.3f}"
-        if self.tokens_per_second is not None:
-            speed = f"{self.tokens_per_second:,.0f}"
-        if self.seconds_left is not None:
-            left = _clock(self.seconds_left)
-        if self.seconds is not None:
-            time = _clock(self.seconds)
-        return (self.name, self.state, step, loss, speed, left, time)
+        step = f"{self.step or 0}/{self.steps}" * bool(self.steps)
+        loss, speed = say(self.loss, "{:.3f}".format), say(self.tokens_per_second, "{:,.0f}".format)
+        return (self.name, self.state, step, loss, speed, say(self.seconds_left, _clock), say(self.seconds, _clock))
+
+
+def say(value: float | None, write: Callable[[float], str]) -> str:
+    """A number as text; empty where there is none."""
+    if value is None:
+        return ""
+    return write(value)
 
 
 def read_row(directory: Path, name: str, state: str, steps: int | None, tokens: int | None) -> Row:

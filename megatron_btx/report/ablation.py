@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_btx.pipeline.directory import REPORT_STAGE
 from megatron_btx.report.ablation_outcomes import MEAN, Outcome, Outcomes, losses_over_seeds, read_outcomes
-from megatron_btx.report.blocks import Block, Bullets, Cell, Image, Paragraph, Section, Table, make_cells
+from megatron_btx.report.blocks import Block, Cell, Image, Paragraph, Section, Table, make_bullets, make_row
+from megatron_btx.report.pages import Files, Report
 from megatron_btx.report.quantities import ABSENT, mean, percent_text, spread_text
-from megatron_btx.report.report import Files, Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,10 +35,10 @@ def report_ablation(run: Path) -> Report:
         return {LOSSES_FIGURE: draw_variants(outcomes.runs, outcomes.on_split), LOAD_FIGURE: draw_loads(outcomes.runs)}
 
     table = _outcomes_table(outcomes)
-    printed: list[Block] = [Table(table.header, table.rows), Paragraph(_lead(outcomes))]
-    if outcomes.notes:
-        printed.append(Bullets(outcomes.notes))
-    return Report("Ablation", _make_sections(outcomes, table), _FILES, draw, outcomes.runs, tuple(printed))
+    bare = Table(table.header, table.rows)
+    printed: tuple[Block, ...] = (bare, Paragraph(_lead(outcomes)), *make_bullets(outcomes.notes))
+    sections = _make_sections(outcomes, table)
+    return Report("Ablation", sections, run / REPORT_STAGE, _FILES, draw, outcomes.runs, printed)
 
 
 def find_best(outcomes: Outcomes) -> list[str]:
@@ -62,7 +64,7 @@ def _outcomes_table(outcomes: Outcomes) -> Table:
         cells = [ABSENT] * (len(domains) + 3)
         if runs:
             cells = _make_cells(runs, domains)
-        rows.append(make_cells([name, *cells]))
+        rows.append(make_row(name, *cells))
     caption = (
         f"Loss{outcomes.on_split} in nats per token: mean ± sample standard deviation over seeds "
         f"{', '.join(map(str, outcomes.all_seeds()))}. Dead experts: (layer, expert) cells with under 1 % of an even "
@@ -80,29 +82,20 @@ def _make_cells(runs: Mapping[int, Outcome], domains: Sequence[str]) -> list[str
             dead.append(ABSENT)
         else:
             dead.append(str(outcome.dead))
-    losses = [_loss_over_seeds(runs, domain) for domain in domains]
+    losses = [spread_text(losses_over_seeds(runs, domain)) for domain in domains]
     return [*losses, ", ".join(dead), _load_range(runs), percent_text(mean(dropped))]
-
-
-def _loss_over_seeds(runs: Mapping[int, Outcome], domain: str) -> str:
-    return spread_text(losses_over_seeds(runs, domain))
 
 
 def _load_range(runs: Mapping[int, Outcome]) -> str:
     """The smallest and the largest load of an expert."""
-    loads: list[float] = []
-    for outcome in runs.values():
-        for layer in outcome.loads:
-            loads += layer
+    loads = list(chain.from_iterable(chain.from_iterable(outcome.loads for outcome in runs.values())))
     if any(map(math.isnan, loads)):
         return "NaN"
     return f"{percent_text(min(loads))} to {percent_text(max(loads))}"
 
 
 def _make_sections(outcomes: Outcomes, table: Table) -> tuple[Section, ...]:
-    opening: list[Block] = [Paragraph(_lead(outcomes), lead=True)]
-    if outcomes.notes:
-        opening.append(Bullets(outcomes.notes))
+    opening: tuple[Block, ...] = (Paragraph(_lead(outcomes), lead=True), *make_bullets(outcomes.notes), table)
     experts = len(outcomes.first().loads[0])
     losses = Image(LOSSES_FIGURE, "Mean loss per variant", "Points: one seed each. Bars: mean ± deviation.")
     load = Image(
@@ -111,12 +104,12 @@ def _make_sections(outcomes: Outcomes, table: Table) -> tuple[Section, ...]:
         "Share of a layer's choices per expert, mean over seeds; layers from top to bottom. "
         f"{percent_text(1 / experts)} is even.",
     )
-    return (Section("", (*opening, table)), Section("Losses", (losses,)), Section("Load", (load,)))
+    return (Section("", opening), Section("Losses", (losses,)), Section("Load", (load,)))
 
 
 def _lead(outcomes: Outcomes) -> str:
     best = find_best(outcomes)
     if not best:
         return "No variant came to its end on all of its seeds with losses that are finite numbers."
-    lowest = _loss_over_seeds(outcomes.runs[best[0]], MEAN)
+    lowest = spread_text(losses_over_seeds(outcomes.runs[best[0]], MEAN))
     return f"Lowest mean loss: {' and '.join(best)}, {lowest}{outcomes.on_split}."

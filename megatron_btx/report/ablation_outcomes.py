@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import (
@@ -93,22 +93,17 @@ def read_outcomes(run: Path) -> Outcomes:
         InputError: no ablation's run, or none of its stages has come to its end.
     """
     seeds = _read_seeds(run)
-    stages: dict[str, Stage | None] = {}
-    for variant, own in seeds.items():
-        for seed in own:
-            name = stage_name(variant, seed)
-            stages[name] = read_stage(run / name)
+    named = {stage_name(variant, seed): (variant, seed) for variant, own in seeds.items() for seed in own}
+    stages = {name: read_stage(run / name) for name in named}
     reasons = find_left_out(run, _read_manifests(run, stages))
     runs: dict[str, dict[int, Outcome]] = {}
     notes: list[str] = []
-    for variant, own in seeds.items():
-        for seed in own:
-            name = stage_name(variant, seed)
-            found = reasons.get(name) or _read_outcome(run / name / METRICS_FILE, stages[name])
-            if isinstance(found, Outcome):
-                runs.setdefault(variant, {})[seed] = found
-            else:
-                notes.append(f"{name}: {found}.")
+    for name, (variant, seed) in named.items():
+        found = reasons.get(name) or _read_outcome(run / name / METRICS_FILE, stages[name])
+        if isinstance(found, Outcome):
+            runs.setdefault(variant, {})[seed] = found
+        else:
+            notes.append(f"{name}: {found}.")
     if not runs:
         raise InputError(f"{run}: no stage of its ablation has come to its end: {' '.join(notes[:3])}")
     _check_alike(run, runs)
@@ -123,33 +118,22 @@ def _read_seeds(run: Path) -> dict[str, tuple[int, ...]]:
     section = read_yaml(recipe).get("ablation")
     if not section:
         raise InputError(f"{recipe}: has no ablation; its report is btx report {run}")
+    planned = planned_fingerprints(run)
+    seeds: dict[str, tuple[int, ...]] = {}
     try:
-        listed = _list_seeds(section)
+        for variant, settings in section["variants"].items():
+            own = (settings or {}).get("seeds") or section["seeds"]
+            due = tuple(seed for seed in own if planned is None or stage_name(variant, seed) in planned)
+            if due:
+                seeds[str(variant)] = due
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(
             f"{recipe}: ablation: variants and their seeds are not there ({error!r}); expected the recipe that btx run "
             "wrote"
         ) from error
-    planned = planned_fingerprints(run)
-    seeds: dict[str, tuple[int, ...]] = {}
-    for variant, own in listed.items():
-        due = []
-        for seed in own:
-            if planned is None or stage_name(variant, seed) in planned:
-                due.append(seed)
-        if due:
-            seeds[variant] = tuple(due)
     if not seeds:
         raise InputError(f"{recipe}: ablation: the run's {PLAN_FILE} has none of its variants; run the recipe again")
     return seeds
-
-
-def _list_seeds(section: dict[str, Any]) -> dict[str, list[int]]:
-    """Variant -> its seeds, as the recipe names them."""
-    listed = {}
-    for variant, settings in section["variants"].items():
-        listed[str(variant)] = (settings or {}).get("seeds") or section["seeds"]
-    return listed
 
 
 def _read_manifests(run: Path, stages: Mapping[str, Stage | None]) -> dict[str, StageManifest | None]:
@@ -167,7 +151,7 @@ def _read_outcome(file: Path, stage: Stage | None) -> Outcome | str:
         return "has not run"
     if stage.unfinished:
         return f"is unfinished, {stage.unfinished}"
-    last = _last_values(file)
+    last = dict(chain.from_iterable(line.numbers() for line in read_metrics(file)))
     losses = _values_under(last, _LOSS)
     if MEAN not in losses or _DEAD not in last:
         return "holds no loss per domain or no routing, so that it has not come to its end"
@@ -178,14 +162,6 @@ def _read_outcome(file: Path, stage: Stage | None) -> Outcome | str:
     if abs(last[_DEAD]) < 2**53:  # not for NaN, which is below nothing
         dead = int(last[_DEAD])
     return Outcome(losses, loads, dead, mean(_values_under(last, _DROPPED).values()))
-
-
-def _last_values(file: Path) -> dict[str, float]:
-    """The last number that was logged under each name."""
-    last: dict[str, float] = {}
-    for line in read_metrics(file):
-        last.update(line.numbers())
-    return last
 
 
 def _values_under(values: Mapping[str, float], prefix: str) -> dict[str, float]:
@@ -210,9 +186,7 @@ def _tabulate_loads(last: Mapping[str, float]) -> list[list[float]]:
 
 def _check_alike(run: Path, runs: Mapping[str, Mapping[int, Outcome]]) -> None:
     """Refuse outcomes on other domains, or of other models, which one table cannot show."""
-    shapes = set()
-    for variant in runs.values():
-        for outcome in variant.values():
-            shapes.add((tuple(sorted(outcome.losses)), len(outcome.loads), len(outcome.loads[0])))
+    outcomes = chain.from_iterable(variant.values() for variant in runs.values())
+    shapes = {(tuple(sorted(one.losses)), len(one.loads), len(one.loads[0])) for one in outcomes}
     if len(shapes) > 1:
         raise InputError(f"{run}: its stages differ in their domains, layers or experts; run the ablation again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,6 +79,6 @@ def make_row(*cells: str | Cell) -> tuple[Cell, ...]:
     return tuple(row)
 
 
-def make_cells(texts: Iterable[str]) -> tuple[Cell, ...]:
-    """A table row of plain strings."""
-    return make_row(*texts)
+def make_bullets(items: tuple[str, ...]) -> tuple[Bullets, ...]:
+    """The sentences as a block; none without a sentence."""
+    return (Bullets(items),) * bool(items)

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from megatron_btx.pipeline.directory import EXPERT_PREFIX
+from megatron_btx.pipeline.directory import (
+    AVERAGE_STAGE,
+    DATA_STAGE,
+    DENSE_DOMAINS_STAGE,
+    DENSE_STAGE,
+    EXPERT_PREFIX,
+    FINETUNE_STAGE,
+    GENERALIST,
+    MIX_STAGE,
+    SEED_STAGE,
+)
 from megatron_btx.report.quantities import total
 from megatron_btx.report.stages import Stage
-
-_SEED = "seed"
 
 
 class Budgets(NamedTuple):
@@ -27,15 +35,13 @@ class Budgets(NamedTuple):
 def sum_budgets(stages: Iterable[Stage]) -> Budgets:
     """The budgets of the finetuned mixture and of the dense baseline."""
     known = {stage.name: stage for stage in stages}
-    return Budgets(_tokens_behind("finetune", known, "mix"), _tokens_behind("dense", known, "dense-domains"))
+    mixture = _tokens_behind(FINETUNE_STAGE, known, MIX_STAGE)
+    return Budgets(mixture, _tokens_behind(DENSE_STAGE, known, DENSE_DOMAINS_STAGE))
 
 
 def averaged_models(stages: Iterable[Stage]) -> tuple[str, ...]:
     """The models that the stage of the plain average took; empty where its manifest does not say."""
-    for stage in stages:
-        if stage.name == "average":
-            return _experts_of(stage)
-    return ()
+    return next((_experts_of(stage) for stage in stages if stage.name == AVERAGE_STAGE), ())
 
 
 def _tokens_behind(name: str, known: Mapping[str, Stage], first: str) -> float | None:
@@ -47,7 +53,7 @@ def _tokens_behind(name: str, known: Mapping[str, Stage], first: str) -> float |
     waiting = [name]
     while waiting:
         stage = waiting.pop()
-        if stage in (_SEED, "data") or stage in line:
+        if stage in (SEED_STAGE, DATA_STAGE) or stage in line:
             continue
         if stage not in known or known[stage].unfinished or not _is_made_here(known[stage]):
             return None
@@ -68,7 +74,7 @@ def _tokens_behind(name: str, known: Mapping[str, Stage], first: str) -> float |
 
 def _is_made_here(stage: Stage) -> bool:
     """Whether all experts of a mix were trained in the run; the budgets of given ones are not known."""
-    return all(name == _SEED or f"{EXPERT_PREFIX}{name}" in stage.parents for name in _experts_of(stage))
+    return all(name == GENERALIST or f"{EXPERT_PREFIX}{name}" in stage.parents for name in _experts_of(stage))
 
 
 def _experts_of(stage: Stage) -> tuple[str, ...]:

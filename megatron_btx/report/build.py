@@ -8,32 +8,34 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
 from megatron_btx.pipeline.directory import REPORT_STAGE
+from megatron_btx.report.ablation import report_ablation
 from megatron_btx.report.ablation_outcomes import is_ablation
-from megatron_btx.report.blocks import Block
-from megatron_btx.report.facts import Fact
-from megatron_btx.report.pages import print_blocks
-from megatron_btx.report.report import Report, write_report
+from megatron_btx.report.blocks import Block, Paragraph, make_bullets
+from megatron_btx.report.datasets import name_path
+from megatron_btx.report.facts import Claims, make_claims
+from megatron_btx.report.inputs import Model, RunData, read_run
+from megatron_btx.report.pages import Files, Report, print_blocks, write_report
+from megatron_btx.report.sections import (
+    CURVES_FIGURE,
+    LOSSES_FIGURE,
+    ROUTING_FIGURE,
+    describe_difference,
+    facts_table,
+    losses_table,
+    make_sections,
+)
+from megatron_btx.report.stages import LossCurve, make_curve
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-@dataclass(frozen=True)
-class Summary:
-    """The core of a report."""
-
-    blocks: tuple[Block, ...]
-    """Table of losses, notes, facts: what a terminal shows."""
-    facts: tuple[Fact, ...]
-    """None for an ablation."""
-    page: Path
-    """The report itself."""
-
-    def are_facts_refuted(self) -> bool:
-        """Whether some fact is false."""
-        return any(fact.holds is False for fact in self.facts)
+_FILES = Files("index.html", "report.md", "results.json", (LOSSES_FIGURE, CURVES_FIGURE, ROUTING_FIGURE))
 
 
 @exits_with_one_line
@@ -45,48 +47,117 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.require_facts and is_ablation(arguments.run):
         raise InputError(f"--require-facts: {arguments.run} is an ablation, which has no facts; leave it out")
-    summary = build_report(arguments.run)
-    print_summary(summary)
-    return int(arguments.require_facts and summary.are_facts_refuted())
+    report = build_report(arguments.run)
+    print_core(report)
+    return int(arguments.require_facts and any(fact.holds is False for fact in report.facts))
 
 
-def build_report(run: Path) -> Summary:
-    """Write ``run``/report/ from the files of its stages, and return what it says in short.
+def build_report(run: Path) -> Report:
+    """Write ``run``/report/ from the files of its stages; raises InputError as :func:`make_report` does.
 
-    Files of the report folder that are not the report's own are left alone.
-
-    Raises:
-        InputError: ``run`` is no run directory, or a file in it is broken; the earlier report then stands as it was.
+    Files of the report folder that are not the report's own are left alone, and all of them after an error.
     """
-    report = _make_report(run)
-    write_report(report, run / REPORT_STAGE)
-    return _summary_of(report, run)
+    report = make_report(run)
+    write_report(report)
+    return report
 
 
-def summarize(run: Path) -> Summary:
-    """What the report of a run says in short, without writing it. Raises InputError as :func:`build_report` does."""
-    return _summary_of(_make_report(run), run)
-
-
-def print_summary(summary: Summary) -> None:
-    """Print the core of a report, and where all of it lies."""
-    print_blocks(summary.blocks)
-    # From wherever the reader stands: a run calls this in its own directory, and repeats the line to its caller.
-    print(f"report: {printable(str(summary.page.resolve()))}")
-
-
-def _make_report(run: Path) -> Report:
+def make_report(run: Path) -> Report:
+    """The report of a run, not written yet. Raises InputError when it is none, or a file in it is broken."""
     if is_ablation(run):
-        from megatron_btx.report.ablation import report_ablation
-
         return report_ablation(run)
-    from megatron_btx.report.plain_run import report_plain_run
+    data = read_run(run)
+    claims = make_claims(data)
+    curves = [make_curve(stage) for stage in data.stages if stage.curve]
+    return Report(
+        f"Branch-Train-MiX report: {data.name}",
+        make_sections(data, claims),
+        run / REPORT_STAGE,
+        _FILES,
+        lambda: _draw(data, curves),
+        _number_results(data, claims, curves),
+        _printed_blocks(data, claims),
+        claims.facts,
+    )
 
-    return report_plain_run(run)
+
+def print_core(report: Report) -> None:
+    """Print the core of a report, and where all of it lies."""
+    print_blocks(report.printed)
+    # From wherever the reader stands: a run calls this in its own directory, and repeats the line to its caller.
+    print(f"report: {printable(str(report.page.resolve()))}")
 
 
-def _summary_of(report: Report, run: Path) -> Summary:
-    return Summary(report.printed, report.facts, run / REPORT_STAGE / report.files.page)
+def _draw(data: RunData, curves: list[LossCurve]) -> dict[str, Figure]:
+    from megatron_btx.report.figure_curves import draw_curves
+    from megatron_btx.report.figures import draw_losses, draw_routing, make_palette
+
+    palette = make_palette(data.models, data.stages)
+    figures: dict[str, Figure] = {}
+    if data.domains:
+        figures[LOSSES_FIGURE] = draw_losses(list(data.models.values()), data.domains, palette, data.on_split)
+    if curves:
+        figures[CURVES_FIGURE] = draw_curves(curves, palette)
+    if data.mixtures():
+        figures[ROUTING_FIGURE] = draw_routing(data.mixtures(), palette)
+    return figures
+
+
+def _printed_blocks(data: RunData, claims: Claims) -> tuple[Block, ...]:
+    """The table of losses and the facts, for a terminal."""
+    blocks: list[Block] = []
+    if data.domains:
+        blocks.append(Paragraph(f"loss{data.on_split}, nats per token (lower is better; * lowest of its column)"))
+        blocks.append(losses_table(data, claims))
+    else:
+        blocks.append(Paragraph("no model was evaluated: no losses to show"))
+    blocks += describe_difference(data, claims)
+    return (*blocks, *make_bullets(data.marked), facts_table(claims.facts))
+
+
+def _number_results(data: RunData, claims: Claims, curves: list[LossCurve]) -> dict[str, object]:
+    """Every number of the report: for results.json."""
+    numbered_curves = {}
+    for curve in curves:
+        numbered_curves[curve.stage] = {"unit": curve.unit, "x": curve.x, "loss": curve.loss, "smooth": curve.smooth}
+    stages = {}
+    models = {name: _number_model(model, data.domains) for name, model in data.models.items()}
+    for stage in data.stages:
+        stages[stage.name] = stage.written
+        if stage.written and isinstance(stage.written.get("inputs"), list):
+            stages[stage.name] = {**stage.written, "inputs": list(map(name_path, stage.written["inputs"]))}
+    return {
+        "run": data.name,
+        "domains": data.domains,
+        "models": models,
+        "btx_minus_dense": _number_difference(claims.difference),
+        "tokens_after_the_seed": claims.budgets._asdict(),
+        "facts": claims.facts,
+        "stages": stages,
+        "curves": numbered_curves,
+        "datasets": data.datasets.rows,
+        "sources": data.datasets.sources,
+        "notes": [*data.marked, *data.notes],
+    }
+
+
+def _number_difference(difference: Mapping[str | None, float | None] | None) -> dict[str, object] | None:
+    if difference is None:
+        return None
+    domains = {domain: value for domain, value in difference.items() if domain is not None}
+    return {"mean": difference[None], "domains": domains}
+
+
+def _number_model(model: Model, domains: tuple[str, ...]) -> dict[str, object]:
+    return {
+        "losses": model.losses,
+        "mean_loss": model.mean_loss(domains),
+        "tokens": model.tokens,
+        "parameters": model.parameters,
+        "active_parameters": model.active_parameters,
+        "experts": model.experts or None,
+        "routing": model.routing,
+    }
 
 
 if __name__ == "__main__":

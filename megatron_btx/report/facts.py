@@ -10,13 +10,15 @@ The dense baseline is no claim: the report says by how much the mixture is above
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_btx.pipeline.directory import EXPERT_PREFIX
-from megatron_btx.report.comparisons import routing_distances, subtract
-from megatron_btx.report.inputs import AVERAGE, BTX, SEED, Model
+from megatron_btx.report.budgets import Budgets, sum_budgets
+from megatron_btx.report.comparisons import best_per_column, difference_to_dense, routing_distances, subtract
+from megatron_btx.report.inputs import AVERAGE, BTX, SEED, Model, RunData
 from megatron_btx.report.quantities import difference_text, loss_text, mean
 
 ROUTING_DISTANCE_THRESHOLD = 0.05
@@ -57,14 +59,17 @@ class Pair:
         return subtract(self.loss, self.reference)
 
     def is_lower(self) -> bool | None:
-        """Whether the loss is below its reference."""
-        return is_less(self.loss, self.reference)
+        """Whether the loss is below its reference; None when that cannot be known."""
+        return self._compare(operator.lt)
 
     def is_higher(self) -> bool | None:
         """Whether the loss is above its reference; one that is not finite is no evidence of that."""
+        return self._compare(operator.gt)
+
+    def _compare(self, relation: Callable[[float, float], bool]) -> bool | None:
         if self.loss is None or self.reference is None or not math.isfinite(self.reference):
             return None
-        return math.isfinite(self.loss) and self.loss > self.reference
+        return math.isfinite(self.loss) and relation(self.loss, self.reference)
 
     def describe(self, label: str) -> str:
         """Both losses and their difference."""
@@ -74,9 +79,25 @@ class Pair:
             f"{label} {loss_text(self.loss)} against {loss_text(self.reference)} ({difference_text(self.difference)})"
         )
 
-    def as_numbers(self) -> dict[str, float | None]:
-        """For results.json."""
-        return {"loss": self.loss, "reference": self.reference, "difference": self.difference}
+
+@dataclass(frozen=True)
+class Claims:
+    """What all sections of a report are written from, beside the inputs."""
+
+    facts: tuple[Fact, ...]
+    best: Mapping[str | None, float]
+    """Lowest finite loss per domain, and of the means under None."""
+    difference: Mapping[str | None, float | None] | None
+    """Loss of btx minus loss of dense, likewise; None without either model."""
+    budgets: Budgets
+
+
+def make_claims(data: RunData) -> Claims:
+    """The claims of a run: everything that its report computes from the inputs, once."""
+    models, domains = data.models, data.domains
+    facts = tuple(check_facts(models, domains))
+    best, difference = best_per_column(models, domains), difference_to_dense(models, domains)
+    return Claims(facts, best, difference, sum_budgets(data.stages))
 
 
 def check_facts(models: Models, domains: tuple[str, ...]) -> list[Fact]:
@@ -88,13 +109,6 @@ def check_facts(models: Models, domains: tuple[str, ...]) -> list[Fact]:
         _check_btx_against_its_parts(models, domains),
         _check_routing(models),
     ]
-
-
-def is_less(loss: float | None, reference: float | None) -> bool | None:
-    """Whether ``loss`` is below ``reference``; None when that cannot be known."""
-    if loss is None or reference is None or not math.isfinite(reference):
-        return None
-    return math.isfinite(loss) and loss < reference
 
 
 def settle(verdicts: Iterable[bool | None], one: bool) -> bool | None:
@@ -127,7 +141,8 @@ def _missing_for_experts(models: Models) -> str:
 
 
 def _numbers_of(pairs: Mapping[str, Pair]) -> dict[str, dict[str, float | None]]:
-    return {label: pair.as_numbers() for label, pair in pairs.items()}
+    """For results.json."""
+    return {label: {**asdict(pair), "difference": pair.difference} for label, pair in pairs.items()}
 
 
 def _check_gain_at_home(models: Models, domains: tuple[str, ...]) -> Fact:
@@ -144,10 +159,8 @@ def _check_gain_at_home(models: Models, domains: tuple[str, ...]) -> Fact:
         missing = "no expert is named like an evaluated domain"
     if missing:
         return Fact(name, text, None, missing)
-    details, verdicts = [], []
-    for home, pair in pairs.items():
-        details.append(pair.describe(home))
-        verdicts.append(pair.is_lower())
+    details = [pair.describe(home) for home, pair in pairs.items()]
+    verdicts = [pair.is_lower() for pair in pairs.values()]
     if homeless:
         details.append(f"no evaluated domain has the name of {', '.join(homeless)}")
         verdicts.append(None)
@@ -164,11 +177,8 @@ def _check_loss_away(models: Models, domains: tuple[str, ...]) -> Fact:
         for domain in domains:
             if domain != home:
                 pairs[f"{home} on {domain}"] = Pair(expert.losses.get(domain), models[SEED].losses.get(domain))
-    worse, verdicts = [], []
-    for label, pair in pairs.items():
-        verdicts.append(pair.is_higher())
-        if pair.is_higher():
-            worse.append(label)
+    verdicts = [pair.is_higher() for pair in pairs.values()]
+    worse = [label for label, pair in pairs.items() if pair.is_higher()]
     detail = f"worse in {len(worse)} of {len(pairs)} cases"
     if worse:
         most = max(worse, key=lambda label: pairs[label].difference or 0.0)
@@ -183,11 +193,10 @@ def _check_btx_against_seed(models: Models, domains: tuple[str, ...]) -> Fact:
     missing = _name_missing(models, BTX, SEED)
     if missing:
         return Fact(name, text, None, missing)
-    pairs, details, verdicts = {}, [], []
-    for domain in domains:
-        pair = pairs[domain] = Pair(models[BTX].losses.get(domain), models[SEED].losses.get(domain))
-        details.append(pair.describe(domain))
-        verdicts.append(pair.is_lower())
+    btx, seed = models[BTX].losses, models[SEED].losses
+    pairs = {domain: Pair(btx.get(domain), seed.get(domain)) for domain in domains}
+    details = [pair.describe(domain) for domain, pair in pairs.items()]
+    verdicts = [pair.is_lower() for pair in pairs.values()]
     return Fact(name, text, settle(verdicts, False), "; ".join(details), {"btx_against_seed": _numbers_of(pairs)})
 
 
@@ -243,6 +252,6 @@ def _check_routing(models: Models) -> Fact:
         f"largest {distances[largest]:.3f} ({' and '.join(largest)})"
     )
     numbers = {" / ".join(pair): distance for pair, distance in distances.items()}
-    verdicts = [is_less(ROUTING_DISTANCE_THRESHOLD, distance) for distance in distances.values()]
+    verdicts = [Pair(ROUTING_DISTANCE_THRESHOLD, distance).is_lower() for distance in distances.values()]
     stated = {"threshold": ROUTING_DISTANCE_THRESHOLD, "mean": average, "distances": numbers}
     return Fact(name, text, settle(verdicts, False), detail, stated)

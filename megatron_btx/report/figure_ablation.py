@@ -9,9 +9,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_btx.report.ablation_outcomes import MEAN, Outcome, losses_over_seeds
-from megatron_btx.report.panels import add_heat_scale, choose_ticks, draw_heat_map, make_panels, write_percent
 from megatron_btx.report.quantities import is_usable, loss_text, mean, spread
-from megatron_btx.report.style import CYCLE, new_page, plain_axes, shorten, shorten_all
+from megatron_btx.report.style import (
+    CYCLE,
+    add_heat_scale,
+    choose_ticks,
+    draw_heat_map,
+    make_panels,
+    new_page,
+    plain_axes,
+    shorten,
+    shorten_all,
+    write_percent,
+)
 
 CELLS_WRITTEN = 80
 """Up to so many cells of a load have their number in the figure; more would lie over each other."""
@@ -33,12 +43,8 @@ def draw_variants(variants: Runs, on_split: str) -> Figure:
 
 
 def _draw_seeds(panel: Axes, row: int, losses: Sequence[float]) -> None:
-    usable, broken = [], []
-    for loss in losses:
-        if is_usable(loss):
-            usable.append(loss)
-        else:
-            broken.append(loss_text(loss))
+    usable = list(filter(is_usable, losses))
+    broken = [loss_text(loss) for loss in losses if not is_usable(loss)]
     panel.plot(usable, [row] * len(usable), "o", color=CYCLE[0], alpha=0.45, markersize=5, markeredgewidth=0)
     if broken:
         where = panel.get_yaxis_transform()
@@ -77,8 +83,5 @@ def _mean_loads(loads: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]
     """Per layer and expert the mean over the seeds."""
     means = []
     for layer_rows in zip(*loads, strict=True):
-        row = []
-        for shares in zip(*layer_rows, strict=True):
-            row.append(mean(shares))
-        means.append(row)
+        means.append([mean(shares) for shares in zip(*layer_rows, strict=True)])
     return means

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron_btx.report.curves import GROUPS, LossCurve
 from megatron_btx.report.quantities import is_usable, mean
+from megatron_btx.report.stages import GROUPS, LossCurve
 from megatron_btx.report.style import INK, Palette, new_page, plain_axes, set_title, shorten
 
 NAMED_CURVES = 16

@@ -11,7 +11,6 @@ from matplotlib.ticker import MaxNLocator
 
 from megatron_btx.report.comparisons import routing_distances
 from megatron_btx.report.inputs import BTX, DENSE, MIX, SEED, Model
-from megatron_btx.report.panels import draw_shares, say_absent
 from megatron_btx.report.quantities import is_usable, loss_text, mean
 from megatron_btx.report.stages import Stage
 from megatron_btx.report.style import (
@@ -19,8 +18,10 @@ from megatron_btx.report.style import (
     INK,
     Figure,
     Palette,
+    draw_shares,
     new_page,
     plain_axes,
+    say_absent,
     set_title,
     shorten,
     shorten_all,

@@ -8,7 +8,7 @@ than none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -113,26 +113,18 @@ def read_run(run: Path) -> RunData:
     """Read the run directory ``run``. Raises InputError when it is none, or when a file in it is broken."""
     if not run.is_dir():
         raise InputError(f"{run}: no such directory; expected a run directory such as runs/quickstart, made by btx run")
-    folders = []
+    folders = [path for path in sorted(run.iterdir()) if path.is_dir() and path.name != REPORT_STAGE]
+    folders = [folder for folder in folders if not is_set_aside(folder.name)]
     found: dict[str, Stage] = {}
-    for folder in sorted(run.iterdir()):
-        if not folder.is_dir() or folder.name == REPORT_STAGE or is_set_aside(folder.name):
-            continue
-        folders.append(folder)
+    for folder in folders:
         stage = read_stage(folder)
         if stage is not None:
             found[folder.name] = stage
     manifests = {name: stage.manifest for name, stage in found.items()}
     reasons = find_left_out(run, manifests)
-    stages: list[Stage] = []
-    evaluations: list[Path] = []
-    for folder in folders:
-        if folder.name in reasons:
-            continue
-        if folder.name in found:
-            stages.append(found[folder.name])
-        if (folder / EVALUATION_FILE).is_file():
-            evaluations.append(folder / EVALUATION_FILE)
+    stages = [stage for name, stage in found.items() if name not in reasons]
+    evaluations = [folder / EVALUATION_FILE for folder in folders if folder.name not in reasons]
+    evaluations = [file for file in evaluations if file.is_file()]
     models = _read_models(evaluations, found)
     datasets = Datasets((), {})
     if DATA_STAGE not in reasons:
@@ -142,15 +134,14 @@ def read_run(run: Path) -> RunData:
             f"{run}: not a run directory: no */manifest.json, */metrics.jsonl, */evaluation.json or data/datasets.json "
             "in it; give the directory that btx run made, or run the recipe first"
         )
-    strange = []
     planned = planned_fingerprints(run)
-    for file in evaluations:
-        if file.parent.name not in found and planned is not None:
-            strange.append(file.parent.name)
+    strange: list[str] = []
+    if planned is not None:
+        strange = [file.parent.name for file in evaluations if file.parent.name not in found]
     data = RunData(
         run.resolve().name,
         models,
-        _domains_of(models.values()),
+        tuple(dict.fromkeys(chain.from_iterable(model.losses for model in models.values()))),
         tuple(stages),
         datasets,
         marked=tuple(_marks(reasons, stages, strange)),
@@ -158,10 +149,6 @@ def read_run(run: Path) -> RunData:
         planned=planned,
     )
     return replace(data, notes=tuple(_notes(data)))
-
-
-def _domains_of(models: Iterable[Model]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(chain.from_iterable(model.losses for model in models)))
 
 
 def _read_models(evaluations: list[Path], stages: Mapping[str, Stage]) -> dict[str, Model]:

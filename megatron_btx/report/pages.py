@@ -1,4 +1,4 @@
-"""The forms of a report: one HTML page that needs nothing beside it, a Markdown file, a terminal, numbers as JSON.
+"""A report, and its forms: one HTML page that needs nothing beside it, a Markdown file, a terminal, numbers as JSON.
 
 Names of domains, models and stages are other people's text. They are escaped here: jinja2 does it in pages, and the
 functions below in Markdown; a terminal gets no control characters.
@@ -12,9 +12,10 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from rich import box
@@ -22,8 +23,14 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from megatron_btx.ground.files import write_atomically
+from megatron_btx.ground.manifest import mark
 from megatron_btx.pipeline.rows import WholeTable, describe_cells
 from megatron_btx.report.blocks import Block, Bullets, Cell, Image, Paragraph, Section, Table
+from megatron_btx.report.facts import Fact
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROWS_KEPT_TOGETHER = 14
 """A table of up to so many rows is not broken over two printed pages."""
@@ -34,6 +41,40 @@ _NAME_COLUMNS = 12
 _WIDE_COLUMNS = 10_000
 """More than any table of a report has."""
 _TONE_STYLES = {"good": "green", "bad": "red", "unknown": "dim", "": ""}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Names of a report's files in its folder."""
+
+    page: str
+    text: str
+    numbers: str
+    figures: tuple[str, ...]
+    """All that it may have; those that a report does not draw are removed."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report of either kind of run, before it is written."""
+
+    title: str
+    sections: tuple[Section, ...]
+    folder: Path
+    """Where it is written: other files there are left alone."""
+    files: Files
+    draw: Callable[[], dict[str, Figure]]
+    """Draws the figures, by file name. Called once, when the report is written: drawing takes seconds."""
+    numbers: object
+    """Everything, for programs."""
+    printed: tuple[Block, ...]
+    """What is shown on a terminal."""
+    facts: tuple[Fact, ...] = ()
+
+    @property
+    def page(self) -> Path:
+        """The report itself."""
+        return self.folder / self.files.page
 
 
 def render_page(template: str, **values: object) -> str:
@@ -197,8 +238,26 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if not isinstance(value, float) or math.isfinite(value):
         return value
-    if math.isnan(value):
-        return "NaN"
-    if value > 0:
-        return "Infinity"
-    return "-Infinity"
+    return json.dumps(value)
+
+
+def write_report(report: Report) -> None:
+    """Write all files of a report. Everything is made before, so that a failure leaves the earlier one as it was."""
+    from megatron_btx.report.style import to_pdf, to_png
+
+    figures = report.draw()
+    images = {name: to_png(figure) for name, figure in figures.items()}
+    contents = {
+        **images,
+        **{Path(name).stem + ".pdf": to_pdf(figure) for name, figure in figures.items()},
+        report.files.numbers: to_json(report.numbers),
+        report.files.text: to_markdown(report.title, report.sections).encode(),
+        report.files.page: to_html(report.title, report.sections, images).encode(),
+    }
+    mark(report.folder, report.folder.name)
+    for name, content in contents.items():
+        write_atomically(report.folder / name, content)
+    for name in report.files.figures:
+        if name not in images:
+            for form in (".png", ".pdf"):
+                (report.folder / name).with_suffix(form).unlink(missing_ok=True)

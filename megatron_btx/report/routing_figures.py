@@ -16,25 +16,8 @@ from matplotlib.textpath import TextPath
 
 from megatron_btx.ground.files import write_atomically
 from megatron_btx.ground.shares import DEAD_SHARE, find_dead_experts, routing_distance
-from megatron_btx.report.panels import (
-    add_heat_scale,
-    choose_ticks,
-    draw_heat_map,
-    make_panels,
-    say_absent,
-)
-from megatron_btx.report.panels import draw_shares as draw_share_panel
-from megatron_btx.report.style import (
-    CYCLE,
-    DASHES,
-    FAINT,
-    PAGE_WIDTH_INCHES,
-    Palette,
-    new_page,
-    shorten,
-    shorten_all,
-    to_png,
-)
+from megatron_btx.report import style
+from megatron_btx.report.style import CYCLE, DASHES, Palette, choose_ticks, make_panels, new_page, shorten, shorten_all
 
 POINTS_PER_INCH = 72
 LEGEND_POINTS = 8.5
@@ -58,10 +41,10 @@ def write_figures(folder: Path, models: Models, experts: Sequence[str]) -> list[
     Everything is drawn before anything is written, and each file is replaced as a whole.
     """
     pictures = {
-        "routing.png": to_png(draw_shares(models, experts, "choices")),
-        "routing-first.png": to_png(draw_shares(models, experts, "first")),
-        "overlap.png": to_png(draw_overlap(models)),
-        "entropy.png": to_png(draw_entropy(models, experts)),
+        "routing.png": style.to_png(draw_shares(models, experts, "choices")),
+        "routing-first.png": style.to_png(draw_shares(models, experts, "first")),
+        "overlap.png": style.to_png(draw_overlap(models)),
+        "entropy.png": style.to_png(draw_entropy(models, experts)),
     }
     for name, picture in pictures.items():
         write_atomically(folder / name, picture)
@@ -76,7 +59,7 @@ def draw_shares(models: Models, experts: Sequence[str], key: str = "choices") ->
     """
     labels, palette = _order_labels(models), Palette(experts)
     layers = _count_layers(models)
-    width = max(PAGE_WIDTH_INCHES, 1.6 + len(models) * max(2.3, 0.072 * layers))  # a bar holds a small digit
+    width = max(style.PAGE_WIDTH_INCHES, 1.6 + len(models) * max(2.3, 0.072 * layers))  # a bar holds a small digit
     height = 0.7 + len(labels) * min(1.5, max(0.8, 48 / len(labels)))
     slot_points = (width - 1.6) / len(models) / layers * POINTS_PER_INCH
     figure = new_page(height, width)
@@ -88,10 +71,10 @@ def draw_shares(models: Models, experts: Sequence[str], key: str = "choices") ->
             panel.spines[["top", "right"]].set_visible(False)
             panel.tick_params(labelsize=7)
             if label not in routed:
-                say_absent(panel, _NOT_MEASURED)
+                style.say_absent(panel, _NOT_MEASURED)
                 continue
             shares_LE = routed[label][key]
-            draw_share_panel(panel, shares_LE, experts, palette, routed[label]["layers"])
+            style.draw_shares(panel, shares_LE, experts, palette, routed[label]["layers"])
             # Counted in what is drawn: an expert may have choices, and no first ones.
             has_dead |= _write_dead_counts(panel, shares_LE, slot_points)
     for panel, name in zip(panels[0], models, strict=True):
@@ -110,11 +93,7 @@ def draw_shares(models: Models, experts: Sequence[str], key: str = "choices") ->
 
 def _count_layers(models: Models) -> int:
     """Layers of the model that has the most."""
-    most = 1
-    for labels in models.values():
-        for routed in labels.values():
-            most = max(most, len(routed["layers"]))
-    return most
+    return max((len(routed["layers"]) for labels in models.values() for routed in labels.values()), default=1) or 1
 
 
 def _write_dead_counts(panel: Axes, shares_LE: Sequence[Sequence[float]], slot_points: float) -> bool:
@@ -150,13 +129,13 @@ def draw_overlap(models: Models) -> Figure:
         panel.set_title(shorten(name, 26), fontsize=9.5)
         own = [label for label in labels if label in routed]
         if not own:
-            say_absent(panel, _NOT_MEASURED)
+            style.say_absent(panel, _NOT_MEASURED)
             continue
-        draw_heat_map(panel, _overlaps(routed, own), _write_overlap, points, is_square=True)
+        style.draw_heat_map(panel, _overlaps(routed, own), _write_overlap, points, is_square=True)
         names = shorten_all(own, 28)
         panel.set_xticks(range(len(own)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=7)
         panel.set_yticks(range(len(own)), names, fontsize=7)
-    add_heat_scale(figure, panels, "overlap of routing, all choices (1: the same)")
+    style.add_heat_scale(figure, panels, "overlap of routing, all choices (1: the same)")
     return figure
 
 
@@ -172,10 +151,7 @@ def _choose_cell(labels: int) -> tuple[float, float]:
 def _overlaps(routed: Mapping[str, Routed], labels: Sequence[str]) -> list[list[float]]:
     rows = []
     for one in labels:
-        row = []
-        for other in labels:
-            row.append(1 - routing_distance(routed[one]["choices"], routed[other]["choices"]))
-        rows.append(row)
+        rows.append([1 - routing_distance(routed[one]["choices"], routed[other]["choices"]) for other in labels])
     return rows
 
 
@@ -188,10 +164,8 @@ def _write_overlap(overlap: float) -> str:
 def draw_entropy(models: Models, experts: Sequence[str]) -> Figure:
     """Per model: mean entropy of the routing probabilities over the layers, a line per label."""
     labels = _order_labels(models)
-    looks, handles = {}, []
-    for at, label in enumerate(labels):
-        looks[label] = _choose_line(at)
-        handles.append(Line2D([], [], **looks[label]))
+    looks = {label: _choose_line(at) for at, label in enumerate(labels)}
+    handles = [Line2D([], [], **look) for look in looks.values()]
     columns = min(3, len(models))
     figure = new_page(0.4 + 2.4 * math.ceil(len(models) / columns))
     panels = make_panels(figure, len(models), columns, share_y=True)
@@ -218,7 +192,7 @@ def _draw_entropies(
             layers.update(numbers)
     panel.set_ylim(0, 1.05)
     panel.set_xticks(choose_ticks(sorted(layers)))
-    panel.grid(axis="y", color=FAINT)
+    panel.grid(axis="y", color=style.FAINT)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=7)
 
@@ -241,9 +215,7 @@ def _add_legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str],
     With handles of its own: gathered ones leave out names with an underscore, and what the first panel lacks.
     """
     texts = shorten_all(names, 28)
-    widest = 0.0
-    for text in texts:
-        widest = max(widest, TextPath((0, 0), text, size=LEGEND_POINTS).get_extents().width)
+    widest = max((TextPath((0, 0), text, size=LEGEND_POINTS).get_extents().width for text in texts), default=0.0)
     entry = widest + 6 * LEGEND_POINTS  # its handle and the gaps
     columns = max(1, int(figure.get_figwidth() * POINTS_PER_INCH / entry))
     rows = math.ceil(len(texts) / columns)

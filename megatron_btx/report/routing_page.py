@@ -30,17 +30,11 @@ def write_page(file: Path, texts: Texts, experts: Sequence[str], trained: Collec
     palette = Palette(experts)
     models: dict[str, dict[str, Any]] = {}
     for model, labels in texts.items():
-        models[model] = {}
-        for label, routed in labels.items():
-            models[model][label] = _pack(routed)
-    colours, hatches = [], []
-    for name in experts:
-        colours.append(palette.colour(name))
-        hatches.append(HATCHES.index(palette.hatch(name)))
+        models[model] = {label: _pack(routed) for label, routed in labels.items()}
     content = {
         "experts": experts,
-        "colours": colours,
-        "hatches": hatches,
+        "colours": list(map(palette.colour, experts)),
+        "hatches": [HATCHES.index(palette.hatch(name)) for name in experts],
         "opened": _choose_opened(list(texts), trained),
         "models": models,
     }
@@ -52,19 +46,12 @@ def write_page(file: Path, texts: Texts, experts: Sequence[str], trained: Collec
 
 
 def _choose_opened(models: Sequence[str], trained: Collection[str]) -> str | None:
-    for model in models:
-        if model in trained:
-            return model
-    if not models:
-        return None
-    return models[0]
+    return next((model for model in models if model in trained), next(iter(models), None))
 
 
 def _pack(routed: Mapping[str, Any]) -> dict[str, Any]:
     """The same with pairs [expert, gate] for the gates above zero, largest first: most of [L, T, E] is zeros."""
-    layers = []
-    for gates_TE in routed["gates"]:
-        layers.append([_pair(gates_E) for gates_E in gates_TE])
+    layers = [list(map(_pair, gates_TE)) for gates_TE in routed["gates"]]
     return {"pieces": routed["pieces"], "layers": routed["layers"], "gates": layers}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from megatron_btx.pipeline.directory import DATA_STAGE, EXPORT_STAGE, EXPORTED_FOLDER, LOG_FILE
 from megatron_btx.pipeline.plan_table import count_epochs, with_prefix
-from megatron_btx.report.blocks import Block, Bullets, Cell, Paragraph, Section, Table, make_cells
+from megatron_btx.report.blocks import Block, Bullets, Cell, Paragraph, Section, Table, make_row
 from megatron_btx.report.budgets import Budgets
 from megatron_btx.report.datasets import Datasets
 from megatron_btx.report.inputs import RunData
@@ -27,7 +27,7 @@ def sizes_section(data: RunData) -> Section:
         return Section("Sizes", ())
     rows = []
     for (parameters, active), names in alike.items():
-        rows.append(make_cells([", ".join(names), count_text(parameters), count_text(active)]))
+        rows.append(make_row(", ".join(names), count_text(parameters), count_text(active)))
     return Section("Sizes", (Table(("models", "parameters", "active per token"), tuple(rows)),))
 
 
@@ -38,15 +38,10 @@ def accounting_section(stages: tuple[Stage, ...]) -> Section:
         return Section("Accounting", ())
     depths = _count_depths(recorded)
     recorded.sort(key=lambda stage: depths[stage.name])
-    rows = []
-    tokens, seconds, flops = [], [], []
-    for stage in recorded:
-        rows.append(_stage_row(stage))
-        tokens.append(stage.tokens)
-        seconds.append(stage.seconds)
-        flops.append(stage.flops)
-    sums = _cost_texts(_sum_known(tokens), _sum_known(seconds), _sum_known(flops), None)
-    rows.append(make_cells(["sum", "", *sums]))
+    rows = list(map(_stage_row, recorded))
+    costs = zip(*((stage.tokens, stage.seconds, stage.flops) for stage in recorded), strict=True)
+    sums = _cost_texts(*map(_sum_known, costs))
+    rows.append(make_row("sum", "", *sums))
     header = ("stage", "made from", "tokens", "seconds", "tokens/s, start included", "FLOPs")
     caption = (
         f"From the manifests; of unfinished stages, tokens and FLOPs up to where they went. {ABSENT}: the stage states "
@@ -57,34 +52,20 @@ def accounting_section(stages: tuple[Stage, ...]) -> Section:
 
 def _count_depths(stages: Sequence[Stage]) -> dict[str, int]:
     """How many stages each one stands behind, by the manifests' parents: the order in which they can have run."""
-    depths: dict[str, int] = {}
-    for stage in stages:
-        depths[stage.name] = 0
+    depths = {stage.name: 0 for stage in stages}
     for _ in stages:
         for stage in stages:
-            depths[stage.name] = _depth_behind(stage, depths)
+            behind = [depths[parent] + 1 for parent in stage.parents if parent in depths and parent != stage.name]
+            depths[stage.name] = max(behind, default=0)
     return depths
 
 
-def _depth_behind(stage: Stage, depths: Mapping[str, int]) -> int:
-    """One more than the deepest of its parents; 0 without any."""
-    depth = 0
-    for parent in stage.parents:
-        if parent in depths and parent != stage.name:
-            depth = max(depth, depths[parent] + 1)
-    return depth
-
-
 def _stage_row(stage: Stage) -> tuple[Cell, ...]:
-    tokens, seconds = stage.tokens, stage.seconds
-    speed = None
-    if tokens and seconds:
-        speed = tokens / seconds
     name = stage.name
     if stage.unfinished:
         name += f" ({stage.unfinished})"
-    costs = _cost_texts(tokens, seconds, stage.flops, speed)
-    return make_cells([name, ", ".join(stage.parents) or ABSENT, *costs])
+    costs = _cost_texts(stage.tokens, stage.seconds, stage.flops, has_speed=True)
+    return make_row(name, ", ".join(stage.parents) or ABSENT, *costs)
 
 
 def _sum_known(costs: Iterable[float | None]) -> float | None:
@@ -96,12 +77,14 @@ def _sum_known(costs: Iterable[float | None]) -> float | None:
 
 
 def _cost_texts(
-    tokens: float | None, seconds: float | None, flops: float | None, tokens_per_second: float | None
+    tokens: float | None, seconds: float | None, flops: float | None, *, has_speed: bool = False
 ) -> tuple[str, ...]:
-    operations = ABSENT
+    speed, operations = None, ABSENT
+    if has_speed and tokens and seconds:
+        speed = tokens / seconds
     if flops is not None:
         operations = with_prefix(flops)
-    return count_text(tokens), count_text(seconds, decimals=1), count_text(tokens_per_second), operations
+    return count_text(tokens), count_text(seconds, decimals=1), count_text(speed), operations
 
 
 def export_section(stages: tuple[Stage, ...]) -> Section:
@@ -121,7 +104,7 @@ def settings_section(stages: tuple[Stage, ...]) -> Section:
     rows, versions = [], set()
     for stage in stages:
         if stage.curve and stage.settings:
-            rows.append(make_cells([stage.name, *(str(stage.settings.get(flag, ABSENT)) for flag in _SETTINGS)]))
+            rows.append(make_row(stage.name, *(str(stage.settings.get(flag, ABSENT)) for flag in _SETTINGS)))
         found = (stage.written or {}).get("versions")
         if isinstance(found, dict):
             versions.add(", ".join(f"{name} {version}" for name, version in found.items()))
@@ -139,7 +122,7 @@ def data_section(datasets: Datasets, stages: tuple[Stage, ...]) -> Section:
     rows = []
     for row in datasets.rows:
         sizes = (count_text(row.documents), count_text(row.tokens), count_text(row.size_bytes))
-        rows.append(make_cells([row.domain, row.split, *sizes]))
+        rows.append(make_row(row.domain, row.split, *sizes))
     blocks: list[Block] = [Table(("domain", "split", "documents", "tokens", "bytes of text"), tuple(rows), 2)]
     known = {f"{DATA_STAGE}/{row.domain}.{row.split}": row.tokens for row in datasets.rows if row.tokens}
     for stage in stages:
@@ -148,7 +131,7 @@ def data_section(datasets: Datasets, stages: tuple[Stage, ...]) -> Section:
         if read:
             blocks.append(Paragraph(f"Epochs of {stage.name}, the times that it read a text: {read}."))
     if datasets.sources:
-        stated = [make_cells(pair) for pair in datasets.sources.items()]
+        stated = [make_row(*pair) for pair in datasets.sources.items()]
         blocks.append(Table(("made of", "value"), tuple(stated), 2))
     return Section("Data", tuple(blocks))
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-from megatron_btx.report.blocks import Block, Bullets, Cell, Image, Paragraph, Section, Table, make_cells, make_row
+from megatron_btx.report.blocks import Block, Cell, Image, Paragraph, Section, Table, make_bullets, make_row
 from megatron_btx.report.budgets import Budgets, averaged_models
-from megatron_btx.report.claims import Claims
 from megatron_btx.report.comparisons import count_home_expert, loss_in, name_mean_column, routing_distances
-from megatron_btx.report.facts import Fact
+from megatron_btx.report.facts import Claims, Fact
 from megatron_btx.report.inputs import AVERAGE, BTX, DENSE, MIX, SEED, Model, RunData
 from megatron_btx.report.quantities import ABSENT, count_text, difference_text, loss_text
 from megatron_btx.report.section_costs import (
@@ -26,11 +25,6 @@ PAIRS_SHOWN = 28
 _TONES = {True: "good", False: "bad", None: "unknown"}
 
 
-def title_of(data: RunData) -> str:
-    """The heading of the report."""
-    return f"Branch-Train-MiX report: {data.name}"
-
-
 def make_sections(data: RunData, claims: Claims) -> tuple[Section, ...]:
     """The whole report in reading order; sections that would be empty are left out."""
     sections = [
@@ -44,17 +38,14 @@ def make_sections(data: RunData, claims: Claims) -> tuple[Section, ...]:
         accounting_section(data.stages),
         settings_section(data.stages),
         data_section(data.datasets, data.stages),
-        _notes_section(data),
+        Section("Absent or broken", make_bullets(data.notes)),
         reading_section(claims.budgets),
     ]
     return tuple(section for section in sections if section.blocks)
 
 
 def _opening_section(data: RunData, claims: Claims) -> Section:
-    blocks: list[Block] = [Paragraph(_lead(data, claims), lead=True)]
-    if data.marked:
-        blocks.append(Bullets(data.marked))
-    return Section("", tuple(blocks))
+    return Section("", (Paragraph(_lead(data, claims), lead=True), *make_bullets(data.marked)))
 
 
 def _lead(data: RunData, claims: Claims) -> str:
@@ -126,9 +117,9 @@ def losses_table(data: RunData, claims: Claims) -> Table:
     rows = [_loss_row(model, data, claims) for model in data.models.values()]
     if claims.difference is not None:
         differences = [difference_text(claims.difference[column]) for column in columns]
-        rows.append(make_cells(["btx - dense", *differences]))
+        rows.append(make_row("btx - dense", *differences))
     counts = [_count_evaluated(data, domain) for domain in data.domains]
-    rows.append(make_cells(["tokens evaluated", *counts, ""]))
+    rows.append(make_row("tokens evaluated", *counts, ""))
     return Table(("model", *data.domains, name_mean_column(data.domains)), tuple(rows))
 
 
@@ -198,11 +189,8 @@ def _routing_section(data: RunData) -> Section:
     choosing = [model for model in mixtures if model.chooses_experts()]
     if any(map(routing_distances, choosing)):
         blocks.append(_distances_table(choosing))
-    for model in mixtures:
-        sentence = _say_home(model)
-        if sentence:
-            blocks.append(Paragraph(sentence))
-    return Section("Routing", tuple(blocks))
+    sentences = filter(None, map(_say_home, mixtures))
+    return Section("Routing", (*blocks, *map(Paragraph, sentences)))
 
 
 def _distances_table(mixtures: list[Model]) -> Table:
@@ -213,7 +201,7 @@ def _distances_table(mixtures: list[Model]) -> Table:
     rows = []
     for pair in list(pairs)[:PAIRS_SHOWN]:
         cells = [loss_text(of_model.get(pair)) for of_model in distances.values()]
-        rows.append(make_cells([" and ".join(pair), *cells]))
+        rows.append(make_row(" and ".join(pair), *cells))
     caption = "Total-variation distance between two domains' expert shares, mean over layers: 0 alike, 1 disjoint."
     if len(rows) < len(pairs):
         caption += f" The first {len(rows)} of {len(pairs)} pairs; results.json has the shares of all."
@@ -232,9 +220,3 @@ def _say_home(model: Model) -> str:
     if home.tied:
         text += f" In {home.tied} no single expert does: the largest shares are equal."
     return text
-
-
-def _notes_section(data: RunData) -> Section:
-    if not data.notes:
-        return Section("Absent or broken", ())
-    return Section("Absent or broken", (Bullets(data.notes),))

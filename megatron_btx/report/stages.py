@@ -11,20 +11,28 @@ from typing import Any
 from megatron_btx.ground.manifest import read_manifest
 from megatron_btx.pipeline.directory import (
     CONFIG_FILE,
+    EXPERT_PREFIX,
     MANIFEST_FILE,
     METRICS_FILE,
+    SEED_STAGE,
     VALID_SPLIT,
     read_checkpointed_iteration,
     read_metrics,
     read_yaml,
 )
 from megatron_btx.pipeline.records import StageManifest, read_count, read_number
+from megatron_btx.report.quantities import mean
 
 _ENDED_EARLY = {"running": "not finished", "stopped": "stopped", "failed": "failed"}
 """Status -> how a report says it. A killed run leaves "running" behind."""
 
 Curve = tuple[tuple[int, float], ...]
 """(iteration, training loss in nats per token), ascending."""
+
+
+MAX_POINTS_PER_CURVE = 400
+GROUPS = (SEED_STAGE, "experts", "mixture and baselines")
+"""The panels of the figure, in order."""
 
 
 @dataclass(frozen=True)
@@ -149,3 +157,53 @@ def _tokens_per_iteration(stated: StageManifest, flags: object, steps: int | Non
     if stated.tokens and curve and curve[-1][0] and stated.status in (None, "finished"):
         return stated.tokens / curve[-1][0]
     return None
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """A loss curve as it is drawn: means over equal runs of iterations, and their moving average."""
+
+    stage: str
+    group: str
+    unit: str
+    """"tokens" or, where a stage does not say how many it saw, "iterations"."""
+    x: tuple[float, ...]
+    loss: tuple[float, ...]
+    smooth: tuple[float, ...]
+    unfinished: bool = False
+    """Whether the stage ended early, and its curve with it."""
+
+
+def make_curve(stage: Stage) -> LossCurve:
+    """Reduce a stage's training loss to at most some hundred points, and smooth it over about 5 % of its length."""
+    size = math.ceil(len(stage.curve) / MAX_POINTS_PER_CURVE)
+    scale, unit = 1.0, "iterations"
+    if stage.tokens_per_iteration:
+        scale, unit = stage.tokens_per_iteration, "tokens"
+    x, losses = [], []
+    for start in range(0, len(stage.curve), size):
+        part = stage.curve[start : start + size]
+        x.append(part[-1][0] * scale)
+        losses.append(mean(loss for _, loss in part))
+    smooth = _smooth(losses)
+    return LossCurve(
+        stage.name, group_of(stage.name), unit, tuple(x), tuple(losses), tuple(smooth), bool(stage.unfinished)
+    )
+
+
+def _smooth(losses: list[float]) -> list[float]:
+    """The moving average.
+
+    Its window opens gradually at the start, where the loss falls fastest: a wide one would hide the first value.
+    """
+    reaches = [min(len(losses) // 40, at) for at in range(len(losses))]
+    return [mean(losses[at - reach : at + reach + 1]) for at, reach in enumerate(reaches)]
+
+
+def group_of(stage: str) -> str:
+    """The panel a training stage is drawn in."""
+    if stage == SEED_STAGE:
+        return GROUPS[0]
+    if stage.startswith(EXPERT_PREFIX):
+        return GROUPS[1]
+    return GROUPS[2]

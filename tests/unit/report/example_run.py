@@ -8,8 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.report.build import make_report
 from megatron_btx.report.pages import to_json
-from megatron_btx.report.plain_run import report_plain_run
 
 DOMAINS = ("general", "math", "code", "knowledge")
 LOSSES = {
@@ -116,7 +116,7 @@ def results(run: Path) -> dict[str, Any]:
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON as the standard has it")
 
-    found: dict[str, Any] = json.loads(to_json(report_plain_run(run).numbers), parse_constant=refuse)
+    found: dict[str, Any] = json.loads(to_json(make_report(run).numbers), parse_constant=refuse)
     return found
 
 

@@ -12,11 +12,9 @@ from megatron_btx import cli
 from megatron_btx.pipeline.records import StageManifest
 from megatron_btx.report import build as report
 from megatron_btx.report.budgets import sum_budgets
-from megatron_btx.report.claims import make_claims
 from megatron_btx.report.inputs import read_run
 from megatron_btx.report.membership import find_left_out
 from megatron_btx.report.pages import to_markdown
-from megatron_btx.report.sections import make_sections, title_of
 from megatron_btx.report.stages import Stage, read_stage
 from tests.unit.report.example_run import (
     DOMAINS,
@@ -61,8 +59,8 @@ def fingerprinted(run: Path, plan: bool = True, **anew: str) -> Path:
 
 def text_of(run: Path) -> str:
     """The report as Markdown, without its figures, whose drawing takes seconds."""
-    data = read_run(run)
-    return to_markdown(title_of(data), make_sections(data, make_claims(data)))
+    made = report.make_report(run)
+    return to_markdown(made.title, made.sections)
 
 
 def test_a_run_of_today_is_shown_whole(tmp_path: Path) -> None:
