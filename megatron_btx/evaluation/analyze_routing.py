@@ -136,8 +136,8 @@ def _check_inputs(args: argparse.Namespace) -> _Inputs:
     """Check the models and texts, and make the folder for the results."""
     from megatron_btx.data.texts import check_texts
     from megatron_btx.engine.checks.start import compare_with_stored
-    from megatron_btx.evaluation.earlier_routing import read_earlier
     from megatron_btx.evaluation.inputs import expert_names
+    from megatron_btx.evaluation.routing import read_earlier
 
     models, data = _names_of(args)
     if not args.num_experts:
