@@ -54,25 +54,19 @@ def describe(routed: Mapping[str, Routed]) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {}
     for label, text in routed.items():
         domain, _, task = label.partition("/")
-        tasks = _tasks_of(domain, routed)
+        tasks = [other for name, other in routed.items() if name.startswith(f"{domain}/")]
         if task and len(tasks) > 1 and domain not in routed and domain not in result:
             result[domain] = _describe_text(_join(tasks))
         result[label] = _describe_text(text)
     return result
 
 
-def _tasks_of(domain: str, routed: Mapping[str, Routed]) -> list[Routed]:
-    return [text for label, text in routed.items() if label.startswith(f"{domain}/")]
-
-
 def _join(texts: Sequence[Routed]) -> Routed:
     """Several texts as one."""
     tokens = sum(text.tokens for text in texts)
     loss = sum(text.loss * text.tokens for text in texts) / tokens
-    layers = []
-    for parts in zip(*(text.layers for text in texts), strict=True):
-        layers.append(add_up(parts))
-    return Routed(loss, tokens, layers)
+    layers = zip(*(text.layers for text in texts), strict=True)
+    return Routed(loss, tokens, list(map(add_up, layers)))
 
 
 def _describe_text(text: Routed) -> dict[str, Any]:
@@ -116,12 +110,8 @@ def overlap(one_LE: list[list[float]], other_LE: list[list[float]]) -> float:
 
 def overlaps(labels: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """The overlap of every two labels of a model."""
-    table: dict[str, dict[str, float]] = {}
-    for one in labels:
-        table[one] = {}
-        for other in labels:
-            table[one][other] = overlap(labels[one]["choices"], labels[other]["choices"])
-    return table
+    choices = {name: label["choices"] for name, label in labels.items()}
+    return {one: {other: overlap(choices[one], choices[other]) for other in choices} for one in choices}
 
 
 def make_table(models: Mapping[str, Any], experts: Sequence[str]) -> str:
@@ -137,20 +127,12 @@ def make_table(models: Mapping[str, Any], experts: Sequence[str]) -> str:
 
 def _table_cells(routed: Mapping[str, Any], experts: Sequence[str]) -> str:
     layers = len(routed["layers"])
-    shares = _mean_over_layers(routed["first"])
+    shares = [sum(of_expert) / layers for of_expert in zip(*routed["first"], strict=True)]
     most = shares.index(max(shares))
     entropy = sum(routed["entropy"]) / layers / math.log(max(len(experts), 2))
     dead = sum(map(len, routed["dead"]))
     dropped = sum(routed["dropped"]) / layers
     return f"{experts[most]:<14} {shares[most]:>7.1%} {entropy:>16.2f} {dead:>5} {dropped:>8.1%}"
-
-
-def _mean_over_layers(shares_LE: Sequence[Sequence[float]]) -> list[float]:
-    """[E]"""
-    means = []
-    for of_expert in zip(*shares_LE, strict=True):
-        means.append(sum(of_expert) / len(shares_LE))
-    return means
 
 
 # --- earlier analyses ----------------------------------------------------------------------------------------
