@@ -167,24 +167,26 @@ def _build_by_megatron(settings: TokenizerSettings) -> Tokenizer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    tokenizer: Tokenizer = build_tokenizer(
-        argparse.Namespace(
-            **asdict(settings),
-            tokenizer_hf_no_use_fast=False,
-            tokenizer_sentencepiece_legacy=False,
-            tokenizer_sentencepiece_ignore_extra_whitespaces=True,
-            trust_remote_code=False,
-            metadata_path=None,
-            special_tokens=None,
-            chat_template=None,
-            vocab_file=None,
-            merge_file=None,
-            pad_vocab_size=False,
-            null_tokenizer_eod_id=None,
-            null_tokenizer_pad_id=-1,
-        )
-    )
+    tokenizer: Tokenizer = build_tokenizer(_namespace(settings))
     return tokenizer
+
+
+def _namespace(settings: TokenizerSettings) -> argparse.Namespace:
+    return argparse.Namespace(
+        **asdict(settings),
+        tokenizer_hf_no_use_fast=False,
+        tokenizer_sentencepiece_legacy=False,
+        tokenizer_sentencepiece_ignore_extra_whitespaces=True,
+        trust_remote_code=False,
+        metadata_path=None,
+        special_tokens=None,
+        chat_template=None,
+        vocab_file=None,
+        merge_file=None,
+        pad_vocab_size=False,
+        null_tokenizer_eod_id=None,
+        null_tokenizer_pad_id=-1,
+    )
 
 
 def end_of_document(tokenizer: Tokenizer, settings: TokenizerSettings) -> int:
