@@ -5,7 +5,7 @@ Axes: ``L`` layers, ``E`` experts, ``S`` sequence, ``B`` batch, ``H`` hidden, ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,7 +80,8 @@ class RoutingCounts:
         """The same as plain numbers."""
         lists = (self.choices_LE, self.first_LE, self.probabilities_LE, self.gates_LE)
         sums = (*lists, self.entropy_L, self.tokens_L, self.wanted_L)
-        return list(map(LayerCounts, *(tensor.tolist() for tensor in sums)))
+        layers: Iterator[tuple[Any, ...]] = zip(*(tensor.tolist() for tensor in sums), strict=True)
+        return [LayerCounts(*layer) for layer in layers]
 
 
 def add_up(parts: Sequence[LayerCounts]) -> LayerCounts:
