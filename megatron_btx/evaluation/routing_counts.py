@@ -5,7 +5,7 @@ Axes: ``L`` layers, ``E`` experts, ``S`` sequence, ``B`` batch, ``H`` hidden, ``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,12 +80,12 @@ class RoutingCounts:
         """The same as plain numbers."""
         lists = (self.choices_LE, self.first_LE, self.probabilities_LE, self.gates_LE)
         sums = (*lists, self.entropy_L, self.tokens_L, self.wanted_L)
-        layers: Iterator[tuple[Any, ...]] = zip(*(tensor.tolist() for tensor in sums), strict=True)
-        return [LayerCounts(*layer) for layer in layers]
+        layers = zip(*(tensor.tolist() for tensor in sums), strict=True)
+        return list(map(LayerCounts._make, layers))
 
 
 def add_up(parts: Sequence[LayerCounts]) -> LayerCounts:
     """The counts of one layer over several texts together."""
     *lists, entropies, tokens, wanted = zip(*parts, strict=True)
     added = ([sum(cells) for cells in zip(*columns, strict=True)] for columns in lists)
-    return LayerCounts(*added, sum(entropies), sum(tokens), sum(wanted))
+    return LayerCounts._make([*added, sum(entropies), sum(tokens), sum(wanted)])
