@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -171,6 +171,24 @@ def _build_by_megatron(settings: TokenizerSettings) -> Tokenizer:
     return tokenizer
 
 
+def _namespace(settings: TokenizerSettings) -> argparse.Namespace:
+    return argparse.Namespace(
+        **asdict(settings),
+        tokenizer_hf_no_use_fast=False,
+        tokenizer_sentencepiece_legacy=False,
+        tokenizer_sentencepiece_ignore_extra_whitespaces=True,
+        trust_remote_code=False,
+        metadata_path=None,
+        special_tokens=None,
+        chat_template=None,
+        vocab_file=None,
+        merge_file=None,
+        pad_vocab_size=False,
+        null_tokenizer_eod_id=None,
+        null_tokenizer_pad_id=-1,
+    )
+
+
 def end_of_document(tokenizer: Tokenizer, settings: TokenizerSettings) -> int:
     """The token that ends a document.
 
@@ -245,24 +263,3 @@ def _ids_or_none(tokenizer: Tokenizer, text: str) -> list[int] | None:
         return _tokenized(tokenizer, text)
     except ValueError:  # the NullTokenizer takes numbers alone
         return None
-
-
-def _namespace(settings: TokenizerSettings) -> argparse.Namespace:
-    return argparse.Namespace(
-        tokenizer_type=settings.tokenizer_type,
-        tokenizer_model=settings.tokenizer_model,
-        vocab_size=settings.vocab_size,
-        tokenizer_hf_no_include_special_tokens=settings.tokenizer_hf_no_include_special_tokens,
-        tokenizer_hf_no_use_fast=False,
-        tokenizer_sentencepiece_legacy=False,
-        tokenizer_sentencepiece_ignore_extra_whitespaces=True,
-        trust_remote_code=False,
-        metadata_path=None,
-        special_tokens=None,
-        chat_template=None,
-        vocab_file=None,
-        merge_file=None,
-        pad_vocab_size=False,
-        null_tokenizer_eod_id=None,
-        null_tokenizer_pad_id=-1,
-    )

@@ -27,6 +27,9 @@ from megatron_btx.ground.errors import CheckpointError, InputError
 from megatron_btx.ground.files import write_atomically
 from megatron_btx.ground.log import say
 
+CHECKSUMS = "integrity.json"
+"""Source: ``core/dist_checkpointing/validation.py``, INTEGRITY_FNAME."""
+
 
 def choose_checkpoint(args: argparse.Namespace) -> None:
     """Point a run at the newest of its own checkpoints that is whole: sets ``args.load`` or ``args.ckpt_step``.
@@ -157,3 +160,29 @@ def _answer_for_the_tracker(tracker: Path, step: int) -> None:
         return read_metadata
 
     patch.wrap(checkpointing, "read_metadata", with_the_chosen, ("tracker_filename",))
+
+
+def verify_where_checksums_are(args: argparse.Namespace, resumes: bool) -> None:
+    """Have Megatron verify a checkpoint that it starts from only where that has checksums.
+
+    With ``--verify-integrity`` it writes them, and verifies every checkpoint that it loads, also that of another stage
+    or of somebody else, which may have none. A run that resumes its own is not let through without.
+
+    Raises:
+        MegatronVersionError: the installed Megatron verifies in another way.
+    """
+    if not args.verify_integrity or resumes:
+        return
+    from megatron.core.dist_checkpointing import serialization
+
+    def if_there(verify: Any) -> Any:
+        @functools.wraps(verify)
+        def verify_integrity_manifest(checkpoint_dir: str) -> None:
+            if (Path(checkpoint_dir) / CHECKSUMS).is_file():
+                verify(checkpoint_dir)
+            else:
+                say(f"{checkpoint_dir}: has no {CHECKSUMS}, so --verify-integrity cannot verify it; it is loaded as is")
+
+        return verify_integrity_manifest
+
+    patch.wrap(serialization, "verify_integrity_manifest", if_there, ("checkpoint_dir",))

@@ -73,14 +73,8 @@ def use_an_optimizer_that_resumes() -> None:
     patch.replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
     patch.replace(distrib_optimizer, "Adam", GroupStepAdam)
 
-    original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
-
-    @functools.wraps(original)
-    def without_gradients(self: Any, *positional: Any, **named: Any) -> Any:
-        with torch.no_grad():
-            return original(self, *positional, **named)
-
-    patch.replace(distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", without_gradients)
+    owner = distrib_optimizer.DistributedOptimizer
+    patch.wrap(owner, "_set_main_param_and_optimizer_states", torch.no_grad())
 
 
 def recompute_norms_without_fp8() -> None:

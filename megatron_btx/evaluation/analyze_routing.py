@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.engine.tool import start_tool
+from megatron_btx.evaluation.inputs import expert_names, inputs_of
 from megatron_btx.ground.errors import InputError, exits_with_one_line
 from megatron_btx.ground.log import say
 
@@ -101,8 +102,8 @@ class _Inputs:
 def main() -> int:
     """Analyse what the command line names; see --help."""
     args, inputs = start_tool(__doc__, add_analysis_arguments, _names_of, _check_inputs)
-    from megatron_btx.engine.loading import load_weights
-    from megatron_btx.evaluation.routing import describe, overlaps
+    from megatron_btx.engine.restricted_loading import load_weights
+    from megatron_btx.evaluation.routing import describe, overlaps, route_label
     from megatron_btx.evaluation.token_routes import route_text
     from megatron_btx.model.build import build_model
 
@@ -112,7 +113,9 @@ def main() -> int:
     texts: dict[str, dict[str, Any]] = {}
     for name, path in inputs.models.items():
         load_weights(model, path)
-        result["models"][name] = describe(_route_labels(model, inputs.data))
+        result["models"][name] = describe(
+            {label: route_label(model, f"{label}: {text}", text) for label, text in inputs.data.items()}
+        )
         result["overlap"][name] = overlaps(result["models"][name])
         texts[name] = {}
         for label, text in inputs.page_texts().items():
@@ -122,22 +125,11 @@ def main() -> int:
     return 0
 
 
-def _route_labels(model: list[Any], data: dict[str, str]) -> dict[str, Any]:
-    """Label -> where its tokens go."""
-    from megatron_btx.evaluation.routing import route_label
-
-    routed = {}
-    for label, prefix in data.items():
-        routed[label] = route_label(model, f"{label}: {prefix}", prefix)
-    return routed
-
-
 def _check_inputs(args: argparse.Namespace) -> _Inputs:
     """Check the models and texts, and make the folder for the results."""
     from megatron_btx.data.texts import check_texts
     from megatron_btx.engine.checks.start import compare_with_stored
-    from megatron_btx.evaluation.earlier_routing import read_earlier
-    from megatron_btx.evaluation.inputs import expert_names
+    from megatron_btx.evaluation.routing import read_earlier
 
     models, data = _names_of(args)
     if not args.num_experts:
@@ -192,8 +184,6 @@ def _write(
 
 
 def _names_of(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
-    from megatron_btx.evaluation.inputs import inputs_of
-
     return inputs_of(args, "route", "a folder")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.engine.tool import start_tool
+from megatron_btx.evaluation.inputs import named_paths
 from megatron_btx.ground.errors import InputError, exits_with_one_line
 from megatron_btx.ground.files import refuse_unwritable
 from megatron_btx.ground.log import say
@@ -73,7 +74,7 @@ def main() -> int:
     args, data = start_tool(__doc__, add_init_arguments, _check_given, _check_inputs)
     import torch
 
-    from megatron_btx.engine.loading import load_weights
+    from megatron_btx.engine.restricted_loading import load_weights
     from megatron_btx.evaluation.router_fit import install_rows, measure, own_rows, refit
     from megatron_btx.mixing.routers import router_rows
     from megatron_btx.model.build import build_model
@@ -104,8 +105,6 @@ def main() -> int:
 
 def _check_given(args: argparse.Namespace) -> None:
     """Raises InputError for what is missing or has another form."""
-    from megatron_btx.evaluation.inputs import named_paths
-
     for flag, value in (("--btx-init-model", args.btx_init_model), ("--btx-init-output", args.btx_init_output)):
         if not value:
             raise InputError(f"{flag} is missing; see tools/init_router.py --help")
@@ -155,7 +154,6 @@ def _check_texts(args: argparse.Namespace, names: list[str]) -> dict[str, str]:
     """Expert -> prefix, in the order of ``names``; there for every expert, with documents enough."""
     from megatron_btx.data.texts import check_documents
     from megatron_btx.data.training import check_descriptions
-    from megatron_btx.evaluation.inputs import named_paths
 
     given = named_paths(args.btx_init_data, "--btx-init-data")
     wrong = sorted(set(given) ^ set(names))
@@ -175,13 +173,8 @@ def _check_texts(args: argparse.Namespace, names: list[str]) -> dict[str, str]:
 
 def split_documents(count: int) -> tuple[list[int], list[int]]:
     """The numbers of the documents to fit on, and of those held out."""
-    fit, held_out = [], []
-    for number in range(count):
-        if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1:
-            held_out.append(number)
-        else:
-            fit.append(number)
-    return fit, held_out
+    held_out = list(range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY))
+    return [number for number in range(count) if number % HELD_OUT_EVERY != HELD_OUT_EVERY - 1], held_out
 
 
 def _texts(data: dict[str, str], documents: int) -> tuple[list[Any], list[Any], dict[str, list[int]]]:

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_btx.engine.loading import load_weights
+from megatron_btx.engine.restricted_loading import load_weights
 from megatron_btx.engine.tool import start_tool
 from megatron_btx.evaluation.inputs import expert_names, inputs_of
 from megatron_btx.evaluation.losses import evaluate_model

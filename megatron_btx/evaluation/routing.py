@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_btx.evaluation.routing_counts import LayerCounts, RoutingCounts, add_up
+from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.shares import find_dead_experts, routing_distance
 
 LISTS = ("layers", "choices", "first", "probabilities", "gates", "entropy", "dropped", "dead")
@@ -51,25 +54,19 @@ def describe(routed: Mapping[str, Routed]) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {}
     for label, text in routed.items():
         domain, _, task = label.partition("/")
-        tasks = _tasks_of(domain, routed)
+        tasks = [other for name, other in routed.items() if name.startswith(f"{domain}/")]
         if task and len(tasks) > 1 and domain not in routed and domain not in result:
             result[domain] = _describe_text(_join(tasks))
         result[label] = _describe_text(text)
     return result
 
 
-def _tasks_of(domain: str, routed: Mapping[str, Routed]) -> list[Routed]:
-    return [text for label, text in routed.items() if label.startswith(f"{domain}/")]
-
-
 def _join(texts: Sequence[Routed]) -> Routed:
     """Several texts as one."""
     tokens = sum(text.tokens for text in texts)
     loss = sum(text.loss * text.tokens for text in texts) / tokens
-    layers = []
-    for parts in zip(*(text.layers for text in texts), strict=True):
-        layers.append(add_up(parts))
-    return Routed(loss, tokens, layers)
+    layers = zip(*(text.layers for text in texts), strict=True)
+    return Routed(loss, tokens, list(map(add_up, layers)))
 
 
 def _describe_text(text: Routed) -> dict[str, Any]:
@@ -113,12 +110,8 @@ def overlap(one_LE: list[list[float]], other_LE: list[list[float]]) -> float:
 
 def overlaps(labels: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """The overlap of every two labels of a model."""
-    table: dict[str, dict[str, float]] = {}
-    for one in labels:
-        table[one] = {}
-        for other in labels:
-            table[one][other] = overlap(labels[one]["choices"], labels[other]["choices"])
-    return table
+    choices = {name: label["choices"] for name, label in labels.items()}
+    return {one: {other: overlap(choices[one], choices[other]) for other in choices} for one in choices}
 
 
 def make_table(models: Mapping[str, Any], experts: Sequence[str]) -> str:
@@ -134,7 +127,7 @@ def make_table(models: Mapping[str, Any], experts: Sequence[str]) -> str:
 
 def _table_cells(routed: Mapping[str, Any], experts: Sequence[str]) -> str:
     layers = len(routed["layers"])
-    shares = _mean_over_layers(routed["first"])
+    shares = [sum(of_expert) / layers for of_expert in zip(*routed["first"], strict=True)]
     most = shares.index(max(shares))
     entropy = sum(routed["entropy"]) / layers / math.log(max(len(experts), 2))
     dead = sum(map(len, routed["dead"]))
@@ -142,9 +135,56 @@ def _table_cells(routed: Mapping[str, Any], experts: Sequence[str]) -> str:
     return f"{experts[most]:<14} {shares[most]:>7.1%} {entropy:>16.2f} {dead:>5} {dropped:>8.1%}"
 
 
-def _mean_over_layers(shares_LE: Sequence[Sequence[float]]) -> list[float]:
-    """[E]"""
-    means = []
-    for of_expert in zip(*shares_LE, strict=True):
-        means.append(sum(of_expert) / len(shares_LE))
-    return means
+# --- earlier analyses ----------------------------------------------------------------------------------------
+
+
+def read_earlier(files: Sequence[Path], names: Sequence[str], experts: list[str]) -> dict[str, Any]:
+    """The models of earlier analyses, by name, to be drawn beside those of a new one.
+
+    Args:
+        names: those of the new analysis, which no earlier model may have.
+
+    Raises:
+        InputError: a file is no routing.json, of other experts, or has a name that is taken.
+    """
+    models: dict[str, Any] = {}
+    for file in files:
+        where = f"--btx-route-beside {file}"
+        found, of_experts = _read_analysis(file, where)
+        if of_experts != experts:
+            raise InputError(f"{where}: its experts are {', '.join(of_experts)}, expected {', '.join(experts)}")
+        for name, routed in found.items():
+            if name in models or name in names:
+                raise InputError(f"{where}: its model {name} is there already; name one of them otherwise")
+            models[name] = routed
+    return models
+
+
+def _read_analysis(file: Path, where: str) -> tuple[dict[str, Any], list[str]]:
+    """The models of one file, and the names of their experts."""
+    try:
+        content = json.loads(file.read_text())
+        models, experts = content["models"], content["experts"]
+        for labels in models.values():
+            for routed in labels.values():
+                _check_numbers(routed, len(experts))
+    except FileNotFoundError:
+        raise InputError(f"{where}: there is no such file") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{where}: is no routing.json of this tool ({error}); analyse that model again") from error
+    return models, experts
+
+
+def _check_numbers(routed: Mapping[str, Any], experts: int) -> None:
+    """Check the numbers of one label against what :func:`describe` writes.
+
+    Raises:
+        ValueError, KeyError or TypeError: one of them is not as it should be.
+    """
+    layers = list(zip(*(routed[name] for name in LISTS), strict=True))
+    if not layers:
+        raise ValueError("it has no layers")
+    for _, choices_E, first_E, probabilities_E, gates_E, *_ in layers:
+        if {len(choices_E), len(first_E), len(probabilities_E), len(gates_E)} != {experts}:
+            raise ValueError("its shares are not one per expert")
+    float(routed["loss"]) + sum(routed["entropy"]) + sum(routed["dropped"])

@@ -78,35 +78,14 @@ class RoutingCounts:
 
     def by_layer(self) -> list[LayerCounts]:
         """The same as plain numbers."""
-        layers = []
-        for layer in range(len(self.buffer)):
-            layers.append(
-                LayerCounts(
-                    self.choices_LE[layer].tolist(),
-                    self.first_LE[layer].tolist(),
-                    self.probabilities_LE[layer].tolist(),
-                    self.gates_LE[layer].tolist(),
-                    self.entropy_L[layer].item(),
-                    self.tokens_L[layer].item(),
-                    self.wanted_L[layer].item(),
-                )
-            )
-        return layers
+        lists = (self.choices_LE, self.first_LE, self.probabilities_LE, self.gates_LE)
+        sums = (*lists, self.entropy_L, self.tokens_L, self.wanted_L)
+        layers = zip(*(tensor.tolist() for tensor in sums), strict=True)
+        return list(map(LayerCounts._make, layers))
 
 
 def add_up(parts: Sequence[LayerCounts]) -> LayerCounts:
     """The counts of one layer over several texts together."""
-    return LayerCounts(
-        _add_lists([part.choices for part in parts]),
-        _add_lists([part.first for part in parts]),
-        _add_lists([part.probabilities for part in parts]),
-        _add_lists([part.gates for part in parts]),
-        sum(part.entropy for part in parts),
-        sum(part.tokens for part in parts),
-        sum(part.wanted for part in parts),
-    )
-
-
-def _add_lists(lists: Sequence[list[float]]) -> list[float]:
-    """Element by element."""
-    return [sum(cells) for cells in zip(*lists, strict=True)]
+    *lists, entropies, tokens, wanted = zip(*parts, strict=True)
+    added = ([sum(cells) for cells in zip(*columns, strict=True)] for columns in lists)
+    return LayerCounts._make([*added, sum(entropies), sum(tokens), sum(wanted)])

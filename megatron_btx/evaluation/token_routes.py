@@ -41,7 +41,7 @@ def route_text(model: list[Any], text: str, is_text: bool) -> dict[str, Any]:
     torch.distributed.all_reduce(gates_LBSE)
     layers = mixtures()
     gates_LTE = gates_LBSE[layers].flatten(1, 2)[:, : len(ids)]
-    return {"pieces": _show_tokens(ids), "layers": layers, "gates": _round(gates_LTE)}
+    return {"pieces": _show_tokens(ids), "layers": layers, "gates": gates_LTE.double().round(decimals=3).tolist()}
 
 
 def _token_ids(text: str, is_text: bool) -> list[int]:
@@ -72,17 +72,6 @@ def _fill_batches(ids: list[int]) -> Any:
     padded = np.resize(np.array(ids, dtype=np.int64), args.micro_batch_size * args.seq_length)
     padded[len(ids) :] = 0
     return np.append(np.tile(padded, repeats), 0)
-
-
-def _round(gates_LTE: Any) -> list[list[list[float]]]:
-    """To 1/1000, as the page shows them."""
-    layers = []
-    for gates_TE in gates_LTE.tolist():
-        tokens = []
-        for gates_E in gates_TE:
-            tokens.append([round(gate, 3) for gate in gates_E])
-        layers.append(tokens)
-    return layers
 
 
 def _show_tokens(ids: list[int]) -> list[str]:

@@ -90,25 +90,6 @@ def find_method(name: str) -> RoutingMethod | None:
     return None
 
 
-def markdown_table() -> str:
-    """The methods as a table for docs/routing.md."""
-    lines = ["| `mix.routing`, `ROUTING` | meaning | flags | drops tokens |", "|---|---|---|---|"]
-    for method in METHODS:
-        words = []
-        for name, value in method.flags(experts=4).items():
-            words.append(f"--{name}" if value is True else f"--{name} {value}")
-        text = " ".join(words)
-        if method.takes_topk:
-            text = text.replace(f"topk {DEFAULT_TOPK}", "topk K")
-        if method.takes_all:
-            text = text.replace("topk 4", "topk N")
-        drops = "no"
-        if method.capacity is not None:
-            drops = "yes"
-        lines.append(f"| `{method.name}` | {method.meaning} | `{text}` | {drops} |")
-    return "\n".join(lines)
-
-
 def launcher_words(given: argparse.Namespace) -> list[str]:
     """The command line of what a launcher's variables ask for.
 

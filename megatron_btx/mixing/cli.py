@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_btx.checkpoint.frequency import layer_frequency
+from megatron_btx.checkpoint.sizes import layer_frequency
 from megatron_btx.ground.errors import InputError, exits_with_one_line
 from megatron_btx.ground.words import read_pairs, split_pair
 from megatron_btx.mixing.methods import METHODS

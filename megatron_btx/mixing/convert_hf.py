@@ -36,33 +36,22 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     from megatron_btx.mixing.door import copy_request
 
-    if options.command == "import":
-        model = _folder_to_import(options.hf_model)
-    else:
-        model = _checkpoint_to_export(options.checkpoint)
-    request = copy_request(model, options.pad_vocab_to_multiple_of, options.allow_other_ids)
+    request = copy_request(_source_of(options), options.pad_vocab_to_multiple_of, options.allow_other_ids)
     return carry_out(request, options)
 
 
-def _folder_to_import(given: str) -> Path:
-    """The folder to import. Raises InputError for a checkpoint of Megatron's; what else it may be is seen later."""
+def _source_of(options: argparse.Namespace) -> Path:
+    """The model to move. Raises InputError for one of the other format; what else it may be is seen later."""
     from megatron_btx.checkpoint.iterations import is_checkpoint
-    from megatron_btx.checkpoint.paths import model_path
-
-    path = model_path(given)
-    if path.is_dir() and is_checkpoint(path):
-        raise InputError(f"{path}: is a Megatron checkpoint; {_DIRECTIONS}")
-    return path
-
-
-def _checkpoint_to_export(given: str) -> Path:
-    """The checkpoint to export. Raises InputError for a folder of Hugging Face's."""
     from megatron_btx.checkpoint.paths import model_path
     from megatron_btx.checkpoint.safetensors import is_model_folder
 
-    path = model_path(given)
-    if path.is_dir() and is_model_folder(path):
-        raise InputError(f"{path}: is a Hugging Face model folder; {_DIRECTIONS}")
+    if options.command == "import":
+        path, is_other, other = model_path(options.hf_model), is_checkpoint, "Megatron checkpoint"
+    else:
+        path, is_other, other = model_path(options.checkpoint), is_model_folder, "Hugging Face model folder"
+    if path.is_dir() and is_other(path):
+        raise InputError(f"{path}: is a {other}; {_DIRECTIONS}")
     return path
 
 

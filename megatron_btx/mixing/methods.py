@@ -57,70 +57,30 @@ class Method:
         return self.shared is AVERAGE
 
 
-def _whole_blocks(sources: int, _: int) -> list[Expert]:
-    return [(Chunk(source),) for source in range(sources)]
-
-
-def _split_blocks(sources: int, chunks: int) -> list[Expert]:
-    experts: list[Expert] = []
-    for source in range(sources):
-        for index in range(chunks):
-            experts.append((Chunk(source, index, chunks),))
-    return experts
-
-
-def _split_names(names: list[str], chunks: int) -> list[str]:
-    found = []
-    for name in names:
-        for index in range(chunks):
-            found.append(f"{name}.{index}")
-    return found
-
-
-def _blended_blocks(sources: int, _: int) -> list[Expert]:
-    experts = []
-    for index in range(sources):
-        chunks = [Chunk(source, index, sources) for source in range(sources)]
-        experts.append(tuple(chunks))
-    return experts
-
-
-def _blended_names(names: list[str], _: int) -> list[str]:
-    return [f"blend.{index}" for index in range(len(names))]
-
-
-def _copied_block(_: int, copies: int) -> list[Expert]:
-    return [(Chunk(0),)] * copies
-
-
-def _copied_names(names: list[str], copies: int) -> list[str]:
-    return [f"{names[0]}.{index}" for index in range(copies)]
-
-
 METHODS: dict[str, Method] = {
     "btx": Method(
         "every source's feed-forward blocks become an expert, bit for bit; the rest is averaged",
         shared=AVERAGE,
-        experts=_whole_blocks,
+        experts=lambda sources, _: [(Chunk(source),) for source in range(sources)],
     ),
     "split": Method(
         "every source's feed-forward blocks are cut in C chunks along F, each an expert; the rest is averaged",
         shared=AVERAGE,
-        experts=_split_blocks,
-        names=_split_names,
+        experts=lambda sources, chunks: [(Chunk(s, i, chunks),) for s in range(sources) for i in range(chunks)],
+        names=lambda names, chunks: [f"{name}.{index}" for name in names for index in range(chunks)],
         number="chunks",
     ),
     "blend": Method(
         "expert n is chunk n of every source, one after the other; the rest is averaged",
         shared=AVERAGE,
-        experts=_blended_blocks,
-        names=_blended_names,
+        experts=lambda sources, _: [tuple(Chunk(s, i, sources) for s in range(sources)) for i in range(sources)],
+        names=lambda names, _: [f"blend.{index}" for index in range(len(names))],
     ),
     "upcycle": Method(
         "one source, whose feed-forward blocks are copied into N equal experts",
         shared=MOVE,
-        experts=_copied_block,
-        names=_copied_names,
+        experts=lambda _, copies: [(Chunk(0),)] * copies,
+        names=lambda names, copies: [f"{names[0]}.{index}" for index in range(copies)],
         at_least=1,
         at_most=1,
         number="copies",

@@ -15,11 +15,7 @@ def dense_arguments(first: Mapping[str, Any]) -> dict[str, Any]:
 
     Only builtin values are kept: newer Megatron versions read arguments under restrictions.
     """
-    plain = {}
-    for name, value in first.items():
-        if _is_plain(value):
-            plain[name] = value
-    return plain | {
+    return {name: value for name, value in first.items() if _is_plain(value)} | {
         "iteration": 0,
         "curr_iteration": 0,
         "consumed_train_samples": 0,
@@ -35,10 +31,7 @@ def mixture_arguments(
 ) -> dict[str, Any]:
     """The arguments of a mixture of the named experts, each of feed-forward size ``ffn``."""
     # What a dense run's launch script may have said of mixtures does not count.
-    routing = {}
-    for argument in MODEL_ARGUMENTS:
-        if argument.moe:
-            routing[argument.name] = argument.default
+    routing = {argument.name: argument.default for argument in MODEL_ARGUMENTS if argument.moe}
     return (
         dense_arguments(first)
         | routing

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_btx.checkpoint.frequency import layer_frequency
-from megatron_btx.checkpoint.sizes import mixture_layers
+from megatron_btx.checkpoint.sizes import layer_frequency, mixture_layers
 from megatron_btx.ground import numbers
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.numbers import ModelShape

@@ -177,7 +177,7 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     from megatron_btx.engine import repairs
     from megatron_btx.engine.async_saves import guard_async_saves
     from megatron_btx.engine.checks.start import checkpoint_to_load
-    from megatron_btx.engine.integrity import verify_where_checksums_are
+    from megatron_btx.engine.fallback import verify_where_checksums_are
     from megatron_btx.engine.retention import keep_to_its_line
     from megatron_btx.model.freezing import freeze
     from megatron_btx.training import telemetry

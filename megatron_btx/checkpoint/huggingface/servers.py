@@ -36,7 +36,7 @@ class Condition:
 
     name: str
     families: tuple[str, ...]
-    holds: Callable[[Config], bool]
+    holds: Callable[[Config], object]
     answers: tuple[Answer, ...]
 
 
@@ -44,22 +44,6 @@ def _chooses(config: Config) -> bool:
     """Whether tokens leave experts out; where they take all, the weights sum to one anyway."""
     experts = config.get("num_local_experts", config.get("num_experts"))
     return bool(config["num_experts_per_tok"] < experts)
-
-
-def _normalises(config: Config) -> bool:
-    return _chooses(config) and bool(config["norm_topk_prob"])
-
-
-def _softmax_first(config: Config) -> bool:
-    return _chooses(config) and not config["norm_topk_prob"]
-
-
-def _has_dense_layers(config: Config) -> bool:
-    return bool(config.get("mlp_only_layers"))
-
-
-def _has_tied_embeddings(config: Config) -> bool:
-    return bool(config["tie_word_embeddings"])
 
 
 def _has_window(config: Config) -> bool:
@@ -74,40 +58,23 @@ def _rope_type(config: Config) -> str:
     return str((config.get("rope_scaling") or {}).get("rope_type", "default"))
 
 
-def _has_scaled_rope(config: Config) -> bool:
-    return _rope_type(config) != "default"
-
-
-def _has_llama3_rope(config: Config) -> bool:
-    return _rope_type(config) == "llama3"
-
-
-def _has_dynamic_rope(config: Config) -> bool:
-    return _rope_type(config) == "dynamic"
-
-
-def _has_own_head_size(config: Config) -> bool:
-    usual = config["hidden_size"] // config["num_attention_heads"]
-    return bool(config.get("head_dim", usual) != usual)
-
-
 CONDITIONS = (
     Condition(
         "top-k, weights normalised (softmax over the chosen)",
         (QWEN2_MOE,),
-        _normalises,
+        lambda config: _chooses(config) and config["norm_topk_prob"],
         (Answer("llama.cpp", OTHER, "it never normalises the weights of Qwen2-MoE's chosen experts"),),
     ),
     Condition(
         "top-k, weights not normalised (softmax over all)",
         (QWEN3_MOE,),
-        _softmax_first,
+        lambda config: _chooses(config) and not config["norm_topk_prob"],
         (Answer("llama.cpp", OTHER, "it always normalises the weights of Qwen3-MoE's chosen experts"),),
     ),
     Condition(
         "dense layers among the mixtures",
         (QWEN2_MOE, QWEN3_MOE),
-        _has_dense_layers,
+        lambda config: config.get("mlp_only_layers"),
         (
             Answer("SGLang", OTHER, "it takes every layer for a mixture and skips the dense layers' tensors"),
             Answer("llama.cpp", REFUSES, "its converter has no names for their tensors"),
@@ -116,7 +83,7 @@ CONDITIONS = (
     Condition(
         "tied embeddings",
         (QWEN2_MOE,),
-        _has_tied_embeddings,
+        lambda config: config["tie_word_embeddings"],
         (
             Answer("SGLang", OTHER, "it leaves the head of a tied mixture unset"),
             Answer("llama.cpp", REFUSES, "it wants Qwen2-MoE's head as a tensor of its own"),
@@ -125,7 +92,7 @@ CONDITIONS = (
     Condition(
         "tied embeddings",
         (QWEN3_MOE, MIXTRAL),
-        _has_tied_embeddings,
+        lambda config: config["tie_word_embeddings"],
         (Answer("SGLang", OTHER, "it leaves the head of a tied mixture unset"),),
     ),
     Condition(
@@ -140,25 +107,25 @@ CONDITIONS = (
     Condition(
         "scaled rotary positions",
         (MIXTRAL,),
-        _has_scaled_rope,
+        lambda config: _rope_type(config) != "default",
         (Answer("SGLang", OTHER, "it does not scale Mixtral's rotary positions"),),
     ),
     Condition(
         "Llama 3's scaled rotary positions",
         (QWEN2_MOE, QWEN3_MOE),
-        _has_llama3_rope,
+        lambda config: _rope_type(config) == "llama3",
         (Answer("llama.cpp", OTHER, "it scales rotary positions in Llama 3's way for Llama's architectures alone"),),
     ),
     Condition(
         "rotary positions scaled by the text's length (dynamic)",
         FAMILIES,
-        _has_dynamic_rope,
+        lambda config: _rope_type(config) == "dynamic",
         (Answer("llama.cpp", OTHER, "it does not scale rotary positions by the text's length"),),
     ),
     Condition(
         "a head size other than hidden size / heads",
         (MIXTRAL,),
-        _has_own_head_size,
+        lambda config: config.get("head_dim") not in (None, config["hidden_size"] // config["num_attention_heads"]),
         (Answer("SGLang", REFUSES, "it takes hidden size / heads for Mixtral's head size"),),
     ),
 )
@@ -173,9 +140,7 @@ def conditions_of(config: Config) -> tuple[Condition, ...]:
 
 def answers_of(config: Config) -> tuple[Answer, ...]:
     """What servers do not follow in a configuration, refusals first."""
-    answers: list[Answer] = []
-    for condition in conditions_of(config):
-        answers += condition.answers
+    answers = (answer for condition in conditions_of(config) for answer in condition.answers)
     return tuple(sorted(answers, key=lambda answer: (answer.outcome != REFUSES, SERVERS.index(answer.server))))
 
 

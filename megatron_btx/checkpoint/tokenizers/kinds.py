@@ -5,7 +5,7 @@ The files decide. Every refusal says how to get a plain model.
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import os
 from pathlib import Path
 
@@ -21,66 +21,45 @@ _NO_WEIGHTS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.
 _NO_WEIGHTS |= {"rng_state.pth", "scaler.pt"}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """One form of a model that is not read."""
-
-    patterns: tuple[str, ...]
-    """Files that show it."""
-    what: str
-    remedy: str
-    """May name ``{folder}`` and ``{found}``, the file's folder in it."""
-
-
-_KINDS = (
-    _Kind(
-        ("pytorch_model_fsdp_*/*.distcp", "*/__0_0.distcp", "pytorch_model_fsdp*.bin"),
+_MERGE = "bring it together first: {}, and put config.json and the tokenizer beside"
+_SAVE_AGAIN = (
+    "load the model with transformers (variant= names one variant of several) and save it with save_pretrained, which "
+    'writes safetensors: python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained({folder!r}, '
+    "torch_dtype='auto').save_pretrained({folder!r} + '-safetensors')\", and copy the tokenizer"
+)
+_PUBLISHED = "take the model's Hugging Face form with safetensors, mostly in a repository of its own"
+_KINDS = {
+    ("pytorch_model_fsdp_*/*.distcp", "*/__0_0.distcp", "pytorch_model_fsdp*.bin"): (
         "so it is what FSDP saves in shards",
-        "bring it together first: accelerate merge-weights {found} {folder}/merged, and put config.json and the "
-        "tokenizer beside",
+        _MERGE.format("accelerate merge-weights {found} {folder}/merged"),
     ),
-    _Kind(
-        ("zero_to_fp32.py", "global_step*/*_states.pt", "*_model_states.pt", "*_optim_states.pt"),
+    ("zero_to_fp32.py", "global_step*/*_states.pt", "*_model_states.pt", "*_optim_states.pt"): (
         "so it is what DeepSpeed saves in shards",
-        "bring it together first: python {folder}/zero_to_fp32.py {folder} {folder}/merged --safe_serialization, and "
-        "put config.json and the tokenizer beside",
+        _MERGE.format("python {folder}/zero_to_fp32.py {folder} {folder}/merged --safe_serialization"),
     ),
-    _Kind(
-        ("consolidated*.safetensors", "consolidated*.pth", "params.json"),
+    ("consolidated*.safetensors", "consolidated*.pth", "params.json"): (
         "so it is in the form of its publisher's own programs",
-        "take the model's Hugging Face form (mostly in a repository of its own, -hf), or convert it with "
-        "transformers' convert_mistral_weights_to_hf.py or convert_llama_weights_to_hf.py",
+        _PUBLISHED,
     ),
-    _Kind(
-        ("model.*.safetensors", "model.safetensors.index.*.json"),
+    ("model.*.safetensors", "model.safetensors.index.*.json"): (
         "which is one variant of the weights under another name",
-        "load the model with transformers and its variant=, and save it with save_pretrained",
+        _SAVE_AGAIN,
     ),
-    _Kind(
-        ("model-*-of-*.safetensors",),
+    ("model-*-of-*.safetensors",): (
         "which is a part of the weights, and no index that names all parts",
         "fetch model.safetensors.index.json, too",
     ),
-    _Kind(
-        ("*.gguf",),
-        "which is in a form for llama.cpp, mostly quantised",
-        "take the model that it was made from, with safetensors",
-    ),
-    _Kind(
-        ("*.bin", "*.pth", "*.pt", "*.ckpt"),
-        "pickled weights, which can run code and are not read",
-        "load the model with transformers and save it with save_pretrained, which writes safetensors: python -c "
-        '"import transformers as t; t.AutoModelForCausalLM.from_pretrained({folder!r}, '
-        "torch_dtype='auto').save_pretrained({folder!r} + '-safetensors')\", and copy the tokenizer",
-    ),
-    _Kind(
-        ("tf_model*.h5", "flax_model*.msgpack", "*.onnx", "onnx/*.onnx"),
+    ("*.gguf",): ("which is in a form for llama.cpp, mostly quantised", _PUBLISHED),
+    ("*.bin", "*.pth", "*.pt", "*.ckpt"): ("pickled weights, which can run code and are not read", _SAVE_AGAIN),
+    ("tf_model*.h5", "flax_model*.msgpack", "*.onnx", "onnx/*.onnx"): (
         "which are weights for another library",
-        "take the model with safetensors, or load it with transformers 4.57 (from_tf or from_flax) and save it with "
-        "save_pretrained",
+        _PUBLISHED,
     ),
-)
-"""Told by files where no plain weights lie; the first that fits counts."""
+}
+"""Files that show a form that is not read, where no plain weights lie: what it is, and the remedy. The first counts.
+
+A remedy may name ``{folder}`` and ``{found}``, the file's folder in it.
+"""
 
 
 def check_kind(folder: Path) -> None:
@@ -94,12 +73,11 @@ def check_kind(folder: Path) -> None:
     _refuse_unfinished(folder)
     if any(os.path.lexists(folder / name) for name in _WEIGHTS):
         return
-    for kind in _KINDS:
-        for pattern in kind.patterns:
-            for file in sorted(folder.glob(pattern)):
-                if file.name not in _NO_WEIGHTS and not (file.parent / "metadata.json").exists():  # else Megatron's
-                    remedy = kind.remedy.format(folder=str(folder), found=file.parent)
-                    raise CheckpointError(f"{folder}: holds {file.relative_to(folder)}, {kind.what}; {remedy}")
+    for patterns, (what, remedy) in _KINDS.items():
+        for file in itertools.chain.from_iterable(sorted(folder.glob(pattern)) for pattern in patterns):
+            if file.name not in _NO_WEIGHTS and not (file.parent / "metadata.json").exists():  # else Megatron's
+                advice = remedy.format(folder=str(folder), found=file.parent)
+                raise CheckpointError(f"{folder}: holds {file.relative_to(folder)}, {what}; {advice}")
 
 
 def refuse_placeholders(place: Path) -> None:

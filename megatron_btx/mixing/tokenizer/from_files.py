@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +19,9 @@ from megatron_btx.mixing.tokenizer.outcome import FLAG, ResultTokenizer, accept,
 from megatron_btx.mixing.tokenizer.proof import (
     CONFIG_FILE,
     Ids,
-    LoadedTokenizer,
     Oracle,
     encode_with_transformers,
-    load_with_transformers,
+    load_files,
 )
 from megatron_btx.mixing.tokenizer.texts import texts as texts_with
 
@@ -150,7 +148,7 @@ def _of_gpt2(source: Source) -> _Made:
             f"beside the checkpoint, or {FLAG} writes none"
         )
     carried = {"vocab.json": Path(vocabulary).read_bytes(), "merges.txt": Path(merges).read_bytes()}
-    loaded = _load_gpt2(carried)
+    loaded = load_files({**carried, CONFIG_FILE: b'{"tokenizer_class": "GPT2Tokenizer"}'}, {"model_type": "gpt2"})
     tokenizer = _byte_level(Path(vocabulary), Path(merges))
     named = {}
     if tokenizer_files.number_of_token(tokenizer, _GPT2_END) is not None:
@@ -159,16 +157,6 @@ def _of_gpt2(source: Source) -> _Made:
     files = tokenizer_files.make_files(carried, tokenizer, config)
     oracle = Oracle(transformers_name(loaded), encode_with_transformers(loaded))
     return _Made(oracle, files, f"tokenizer.json made of {vocabulary} and {merges}", list(named.values()))
-
-
-def _load_gpt2(files: Mapping[str, bytes]) -> LoadedTokenizer:
-    """The tokenizer that transformers makes of GPT-2's two files."""
-    with tempfile.TemporaryDirectory() as place:
-        for name, content in files.items():
-            (Path(place) / name).write_bytes(content)
-        (Path(place) / CONFIG_FILE).write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
-        (Path(place) / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-        return load_with_transformers(Path(place))
 
 
 def _byte_level(vocabulary: Path, merges: Path) -> dict[str, Any]:

@@ -197,10 +197,14 @@ def read_made_files(files: Mapping[str, bytes], model_config: Mapping[str, Any] 
     readers = [read_tokenizer(files[TOKENIZER_FILE].decode(), bool(config.get("split_special_tokens")))]
     if model_config is None:
         return readers
+    return [*readers, encode_with_transformers(load_files(files, model_config))]
+
+
+def load_files(files: Mapping[str, bytes], model_config: Mapping[str, Any]) -> LoadedTokenizer:
+    """As :func:`load_with_transformers`, of files that lie in no folder yet."""
     with tempfile.TemporaryDirectory() as place:
         for name, content in files.items():
             (Path(place) / name).parent.mkdir(exist_ok=True)
             (Path(place) / name).write_bytes(content)
         (Path(place) / "config.json").write_text(json.dumps(model_config))
-        loaded = load_with_transformers(Path(place))
-    return [*readers, encode_with_transformers(loaded)]
+        return load_with_transformers(Path(place))

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_btx.evaluation.earlier_routing import read_earlier
 from megatron_btx.evaluation.inputs import expert_names
-from megatron_btx.evaluation.routing import Routed, describe, describe_layers, overlap, overlaps
+from megatron_btx.evaluation.routing import Routed, describe, describe_layers, overlap, overlaps, read_earlier
 from megatron_btx.evaluation.routing_counts import LayerCounts, RoutingCounts
 from megatron_btx.evaluation.token_routes import pieces_of
 from megatron_btx.ground.errors import InputError
@@ -120,7 +119,7 @@ def test_hostile_text_stays_data(tmp_path):
         ('{"experts": ["a", "b"], "models": ["x"]}', "is no routing.json"),
         (
             '{"experts": ["a", "b"], "models": {"x": {"y": {"loss": 1, "layers": [0]}}}}',
-            "is no routing.json.*'entropy'",
+            "is no routing.json.*'choices'",
         ),
         ('{"experts": ["x"], "models": {}}', "its experts are x, expected a, b"),
         ('{"experts": ["a", "b"], "models": {"btx": {}}}', "btx is there already"),

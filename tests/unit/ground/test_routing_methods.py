@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_btx.ground.routing_methods import METHODS, find_method, markdown_table
+from megatron_btx.ground.routing_methods import find_method
 
 
 def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -51,8 +51,3 @@ def test_refusals(arguments: list[str], message: str) -> None:
     """One line, status 2, and the launcher's variable by name."""
     answer = ask(*arguments)
     assert (answer.returncode, answer.stderr, answer.stdout) == (2, f"error: {message}\n", "")
-
-
-def test_the_table_has_every_method() -> None:
-    """A row each, under two lines of heading."""
-    assert len(markdown_table().splitlines()) == len(METHODS) + 2
