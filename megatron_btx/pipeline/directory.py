@@ -71,9 +71,6 @@ IMPORT_PREFIX = "import-"
 SEED_MODEL, AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL = "seed", "average", "mix", "btx", "dense"
 GENERALIST = SEED_MODEL
 """The seed's name among the experts of a mix."""
-MODELS_BEFORE_EXPERTS = (SEED_MODEL,)
-MODELS_AFTER_EXPERTS = (AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL)
-"""Models of an evaluation in the order of a report; the experts stand between the two."""
 TRAIN_SPLIT, VALID_SPLIT, TEST_SPLIT = "train", "valid", "test"
 SPLITS = (TRAIN_SPLIT, VALID_SPLIT, TEST_SPLIT)
 

@@ -27,7 +27,6 @@ _PURPOSES = {
     "megatron_btx.mixing.convert_hf": "convert",
     "megatron_btx.data.datasets": "make datasets",
     "megatron_btx.report.build": "report",
-    "megatron_btx.report.ablation": "report",
 }
 """Module of a program -> what a stage of it does."""
 _BYTES_PER_TOKEN, _EPOCHS_AT_MOST = 4, 4
