@@ -14,7 +14,7 @@ from megatron_btx.data.domains import check_description, find_files
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import DATA_STAGE, EXPORT_STAGE, MIX_STAGE
 from megatron_btx.pipeline.recipe.flags import Flags, to_argv
-from megatron_btx.pipeline.recipe.options import place_of, say_keys
+from megatron_btx.pipeline.recipe.options import option_words, place_of, say_keys
 from megatron_btx.pipeline.recipe.schema import Recipe
 from megatron_btx.pipeline.stage import Program, Stage
 
@@ -78,7 +78,7 @@ def _list_requests(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[st
             words[EXPORT_STAGE] = list(words[MIX_STAGE])
             flags = recipe.mix.routing.flags({})
             arguments = {"moe_router_pre_softmax": bool(flags.get("moe-router-pre-softmax"))}
-        words[EXPORT_STAGE] += ["--output-format", "hf", *recipe.export_options]
+        words[EXPORT_STAGE] += ["--output-format", "hf", *option_words(recipe.export)]
     tokenizer = {flag.replace("-", "_"): value for flag, value in recipe.data.tokenizer.items()}
     may_differ = any("tokenizer_model" in str(flags.get("btx-allow-change")) for flags in recipe.flag_sections.values())
     loaded = {parent for stage in stages if stage.on_gpu and not may_differ for parent in stage.parents}

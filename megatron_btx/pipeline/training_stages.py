@@ -28,6 +28,7 @@ from megatron_btx.pipeline.recipe.flags import (
     to_argv,
 )
 from megatron_btx.pipeline.recipe.schema import Recipe, Training
+from megatron_btx.pipeline.recipe.written import SettingsSection
 from megatron_btx.pipeline.stage import Program, Stage
 
 TRAINING_PROGRAM = "megatron_btx.pretrain"
@@ -85,14 +86,16 @@ def plan_training(recipe: Recipe, job: TrainingJob) -> Stage:
     )
 
 
-def merge_given_flags(recipe: Recipe, part: Training, model_flags: Flags, last_flags: Flags) -> dict[str, FlagValue]:
-    """The flags that the recipe states for a stage that trains; a later section wins."""
+def merge_given_flags(
+    recipe: Recipe, part: Training | SettingsSection, model_flags: Flags, last_flags: Flags
+) -> dict[str, FlagValue]:
+    """The flags that the recipe states for a stage that trains or evaluates; a later section wins."""
     return merged(
         recipe.model,
         recipe.data.tokenizer,
         model_flags,
         recipe.training,
-        part.layout.flags,
+        part.layout.flags(),
         part.megatron,
         {"seed": recipe.random_seed},
         last_flags,
