@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_btx.pipeline.data_paths import DataPaths, deciding_settings, locate
 from megatron_btx.pipeline.directory import EVALUATION_FILE
-from megatron_btx.pipeline.models import Model
 from megatron_btx.pipeline.recipe.flags import (
     Flags,
     FlagValue,
@@ -18,6 +16,7 @@ from megatron_btx.pipeline.recipe.flags import (
 )
 from megatron_btx.pipeline.recipe.schema import Recipe
 from megatron_btx.pipeline.recipe.written import EvaluateSection
+from megatron_btx.pipeline.sources import DataPaths, Model, deciding_settings, locate
 from megatron_btx.pipeline.stage import Program, Stage
 from megatron_btx.pipeline.training_stages import merge_given_flags
 

@@ -16,7 +16,6 @@ from typing import Any
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.output_options import DIFFERENCES, RESULT
 from megatron_btx.pipeline.budgets import batch_tokens, token_weighted, training_steps
-from megatron_btx.pipeline.data_paths import DataPaths
 from megatron_btx.pipeline.directory import (
     ABLATION_REPORT_FILE,
     AVERAGE_MODEL,
@@ -39,13 +38,13 @@ from megatron_btx.pipeline.directory import (
     SEED_STAGE,
 )
 from megatron_btx.pipeline.evaluation_stages import plan_evaluation
-from megatron_btx.pipeline.models import Model, origins_of
 from megatron_btx.pipeline.prepare import plan_data, plan_export, plan_import
 from megatron_btx.pipeline.recipe.ablation import Ablation, Variant, stage_name
 from megatron_btx.pipeline.recipe.flags import Flags, merged
 from megatron_btx.pipeline.recipe.options import option_words, words_of
 from megatron_btx.pipeline.recipe.schema import Mix, Recipe, Training
 from megatron_btx.pipeline.recipe.written import DenseSection, EvaluateSection
+from megatron_btx.pipeline.sources import DataPaths, Model, origins_of
 from megatron_btx.pipeline.stage import Program, Stage, sort_stages
 from megatron_btx.pipeline.training_stages import TrainingJob, merge_given_flags, plan_training
 

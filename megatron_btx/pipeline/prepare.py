@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.pipeline.data_paths import locate
 from megatron_btx.pipeline.directory import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -17,9 +16,9 @@ from megatron_btx.pipeline.directory import (
     EXPORT_STAGE,
     EXPORTED_FOLDER,
 )
-from megatron_btx.pipeline.models import Model, origins_of
 from megatron_btx.pipeline.recipe.data import Data
 from megatron_btx.pipeline.recipe.flags import merged
+from megatron_btx.pipeline.sources import Model, locate, origins_of
 from megatron_btx.pipeline.stage import Program, Stage
 
 

@@ -73,7 +73,7 @@ def read_data(section: DataSection, own_tokenizer: Flags) -> Data:
             texts[name] = _read_text(f"data.domains.{name}", domain, domain.text, section.split)
     if not texts:
         _check_unused_keys(section)
-    domains = {}
+    domains: dict[str, Splits] = {}
     for name, domain in section.domains.items():
         if name in texts:
             domains[name] = {split: ((1.0, f"{DATA_STAGE}/{name}.{split}"),) for split in texts[name].splits()}
@@ -115,7 +115,7 @@ def _read_text(place: str, domain: DomainSection, text: TextSection, everywhere:
             refuse(f"{place}.text", "found no files; expected text: [files or folders], or text: {train: [...], ...}")
         if domain.split is not None:
             refuse(f"{place}.split", "found beside files for every split; leave it out")
-        return Domain(**own, **reading)
+        return Domain.model_validate({**own, **reading})
     if own:
         refuse(f"{place}.text", f"found files and {next(iter(own))}; expected one list, or a list for every split")
     written = domain.split or everywhere
@@ -125,7 +125,7 @@ def _read_text(place: str, domain: DomainSection, text: TextSection, everywhere:
     if abs(sum(shares.values()) - 1) > 1e-9:
         where = f"{place}.split" if domain.split else "data.split"
         refuse(where, f"found shares that sum to {sum(shares.values()):g}, expected 1")
-    return Domain(text=text.files, shares=shares, **reading)
+    return Domain.model_validate({"text": text.files, "shares": shares, **reading})
 
 
 def _given_splits(section: DomainSection | TextSection | SharesSection) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megatron_btx.data.domains import Domain
 from megatron_btx.pipeline.decisions import Action
 from megatron_btx.pipeline.machine import Machine
 from megatron_btx.pipeline.plan_table import describe_repeats, make_plan_table
-from megatron_btx.pipeline.progress import Silence
+from megatron_btx.pipeline.progress import Reporter
 from megatron_btx.pipeline.rows import Row, make_progress_table, read_row
 from megatron_btx.pipeline.stage import Stage
 from tests.unit.pipeline.running import run_stages
@@ -92,7 +92,7 @@ def test_a_resumed_stage_shows_what_it_does_and_not_what_the_killed_one_did(tmp_
 def test_a_start_says_when_it_began(tmp_path: Path) -> None:
     """btx status, in another process, knows by it what is of this start."""
     before = time.time()
-    assert run_stages([Stage("a", ("true",))], tmp_path, Machine((), 1), Silence()) == 0
+    assert run_stages([Stage("a", ("true",))], tmp_path, Machine((), 1), Reporter()) == 0
     assert before <= json.loads((tmp_path / "a" / "manifest.json").read_text())["started"] <= time.time()
 
 
