@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_btx.pipeline.door import ChangedStagesError, PlannedRun
 
 DISPATCHED = {
+    "cancel": ("megatron_btx.pipeline.slurm.commands", "cancel the jobs of a run in Slurm's queue"),
     "doctor": ("megatron_btx.pipeline.doctor", "what this machine has of what training needs"),
     "report": ("megatron_btx.report.build", "write and print the report of a run directory"),
     "preprocess": ("megatron_btx.data.preprocess", "turn JSONL, text or Parquet files into Megatron's datasets"),
@@ -72,10 +73,6 @@ def main(argv: list[str] | None = None) -> int:
         return int(importlib.import_module(module).main(words[1:]))
     if words and words[0] in PROGRAMS:
         return _call_program(words[0], words[1:])
-    if words and words[0] == "cancel":
-        from megatron_btx.pipeline.slurm.commands import cancel
-
-        return cancel(words[1:])
     arguments = make_parser().parse_args(words)
     if arguments.command == "status":
         from megatron_btx.report.status import print_status
@@ -139,7 +136,6 @@ def make_parser() -> argparse.ArgumentParser:
     plan_command.set_defaults(cpu=False)
     status_command = commands.add_parser("status", help="print how far a run is", description=_STATUS_DESCRIPTION)
     status_command.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/quickstart")
-    commands.add_parser("cancel", help="cancel the jobs of a run in Slurm's queue")
     for name, (_, what) in {**DISPATCHED, **PROGRAMS}.items():
         commands.add_parser(name, help=what)
     return parser

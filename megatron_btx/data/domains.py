@@ -54,9 +54,7 @@ class Domain(BaseModel):
 
     def splits(self) -> list[Split]:
         """The datasets that are made of it."""
-        if self.shares:
-            return [split for split in SPLITS if split in self.shares]
-        return [split for split in SPLITS if split in self.sources()]
+        return [split for split in SPLITS if split in (self.shares or self.sources())]
 
 
 class Description(BaseModel):

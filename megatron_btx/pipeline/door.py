@@ -23,7 +23,7 @@ from megatron_btx.pipeline.identity import identities
 from megatron_btx.pipeline.machine import Machine
 from megatron_btx.pipeline.planner import plan_stages
 from megatron_btx.pipeline.program_checks import check_inputs, check_with_megatron
-from megatron_btx.pipeline.progress import Progress, Reporter, Silence
+from megatron_btx.pipeline.progress import Progress, Reporter
 from megatron_btx.pipeline.recipe.flags import MissingFlagError
 from megatron_btx.pipeline.recipe.reading import load_recipe
 from megatron_btx.pipeline.recipe.schema import Recipe
@@ -184,7 +184,7 @@ def run(
         with Progress(planned.directory, planned.stages) as progress:
             outcome = planned.execute(progress)
     else:
-        outcome = planned.execute(Silence())
+        outcome = planned.execute(Reporter())
     if outcome.status:
         raise RunError(outcome)
     return RunResult(planned.directory, _read_manifests(planned))

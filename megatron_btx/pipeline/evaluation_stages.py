@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_btx.pipeline.data_paths import DataPaths, deciding_settings, locate
 from megatron_btx.pipeline.directory import EVALUATION_FILE
-from megatron_btx.pipeline.models import Model
 from megatron_btx.pipeline.recipe.flags import (
     Flags,
     FlagValue,
     check_layout,
     check_measured,
     measured_batch,
-    merged,
     to_argv,
 )
-from megatron_btx.pipeline.recipe.schema import Evaluate, Recipe
+from megatron_btx.pipeline.recipe.schema import Recipe
+from megatron_btx.pipeline.recipe.written import EvaluateSection
+from megatron_btx.pipeline.sources import DataPaths, Model, deciding_settings, locate
 from megatron_btx.pipeline.stage import Program, Stage
+from megatron_btx.pipeline.training_stages import merge_given_flags
 
 EVALUATION_PROGRAM = "megatron_btx.evaluate"
 _EXPERT_LAYOUT_FLAGS = ("expert-model-parallel-size", "expert-tensor-parallel-size")
+"""Of mixtures alone."""
 
 
 def plan_evaluation(
-    recipe: Recipe, name: str, models: Mapping[str, Model], how: Evaluate, model_flags: Flags | None = None
+    recipe: Recipe, name: str, models: Mapping[str, Model], how: EvaluateSection, model_flags: Flags | None = None
 ) -> Stage:
     """The stage ``name``, which evaluates ``models`` of one architecture.
 
@@ -35,8 +36,9 @@ def plan_evaluation(
     Raises:
         InputError: a layout that does not fit, or fewer tokens than one batch.
     """
-    data, layout = DataPaths(recipe.data), how.settings.layout
-    flags = _merge_flags(recipe, how, model_flags)
+    data, layout = DataPaths(recipe.data), how.layout
+    without: dict[str, FlagValue] = {} if model_flags else dict.fromkeys(_EXPERT_LAYOUT_FLAGS)
+    flags = merge_given_flags(recipe, how, model_flags or {}, without)
     check_layout(name, layout.processes, flags)
     check_measured(name, how.tokens, layout.processes, flags)
     parents, inputs = data.origins(models.values(), recipe.domains, (how.split,))
@@ -55,22 +57,6 @@ def plan_evaluation(
     )
 
 
-def _merge_flags(recipe: Recipe, how: Evaluate, model_flags: Flags | None) -> dict[str, FlagValue]:
-    layout_flags = dict(how.settings.layout.flags)
-    if not model_flags:
-        for name in _EXPERT_LAYOUT_FLAGS:  # of mixtures alone
-            layout_flags.pop(name, None)
-    return merged(
-        recipe.model,
-        recipe.data.tokenizer,
-        model_flags or {},
-        recipe.training,
-        layout_flags,
-        how.settings.megatron,
-        {"seed": recipe.random_seed},
-    )
-
-
 def _evaluation_words(name: str, models: Mapping[str, Model], sets: Mapping[str, str], tokens: int) -> list[str]:
     words: list[str] = []
     for model_name, model in models.items():
@@ -80,9 +66,11 @@ def _evaluation_words(name: str, models: Mapping[str, Model], sets: Mapping[str,
     return [*words, "--btx-eval-tokens", str(tokens), "--btx-eval-output", f"{name}/{EVALUATION_FILE}"]
 
 
-def _deciding(flags: Flags, models: Mapping[str, Model], sets: Mapping[str, str], how: Evaluate) -> dict[str, Any]:
+def _deciding(
+    flags: Flags, models: Mapping[str, Model], sets: Mapping[str, str], how: EvaluateSection
+) -> dict[str, Any]:
     """What decides the losses; of the tokens only whole batches are measured."""
-    batch = measured_batch(how.settings.layout.processes, flags)
+    batch = measured_batch(how.layout.processes, flags)
     settings = deciding_settings({**flags, "btx-eval-tokens": how.tokens // batch * batch}, [])
     settings["models"] = list(models)
     for model_name, model in models.items():

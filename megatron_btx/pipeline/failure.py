@@ -63,21 +63,14 @@ def killed_by(log: str, code: int) -> str:
     """
     ranks = [int(number) for number in re.findall(r"exitcode\s*:\s*-(\d+)\b", log)]
     if ranks:
-        return f"a rank was killed by {_describe_signal(_first_cause(ranks))}"
+        first = next((number for number in ranks if number != signal.SIGTERM), ranks[0])
+        return f"a rank was killed by {_describe_signal(first)}"
     number = code - 128  # as a shell says it
     if code < 0:  # as Python does
         number = -code
     if number in _SIGNALS:
         return f"its process was killed by {_describe_signal(number)}"
     return ""
-
-
-def _first_cause(signals: list[int]) -> int:
-    """The first of the signals by which ranks ended, before those that torchrun sent to the others."""
-    for number in signals:
-        if number != signal.SIGTERM:
-            return number
-    return signals[0]
 
 
 def _describe_signal(number: int) -> str:

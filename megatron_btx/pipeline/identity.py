@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,17 +171,9 @@ class _Absent:
 def _change(name: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = earlier.get(name, _Absent), now.get(name, _Absent)
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        position = _first_difference(old, new)
+        position = next(number for number, value in enumerate(old) if value != new[number])
         return f"{name}: value {position + 1} of {len(new)}: {_shown(old[position])} -> {_shown(new[position])}"
     return f"{name}: {_shown(old)} -> {_shown(new)}"
-
-
-def _first_difference(old: Sequence[Any], new: Sequence[Any]) -> int:
-    """The position of the first value that differs between two unequal lists of one length."""
-    position = 0
-    while old[position] == new[position]:
-        position += 1
-    return position
 
 
 def _shown(value: Any) -> str:

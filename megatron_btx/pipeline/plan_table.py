@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_btx.data.domains import Domain
 from megatron_btx.data.inputs import expand_inputs
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.decisions import SKIP, Action
 from megatron_btx.pipeline.directory import DATA_STAGE, IMPORT_PREFIX, TRAIN_SPLIT
-from megatron_btx.pipeline.recipe.data import Text
 from megatron_btx.pipeline.rows import find_width, make_table, say
 from megatron_btx.pipeline.stage import Program, Stage
 
@@ -27,7 +27,6 @@ _PURPOSES = {
     "megatron_btx.mixing.convert_hf": "convert",
     "megatron_btx.data.datasets": "make datasets",
     "megatron_btx.report.build": "report",
-    "megatron_btx.report.ablation": "report",
 }
 """Module of a program -> what a stage of it does."""
 _BYTES_PER_TOKEN, _EPOCHS_AT_MOST = 4, 4
@@ -62,13 +61,13 @@ def describe_total(stages: Sequence[Stage], actions: Mapping[str, Action]) -> st
     return text
 
 
-def describe_repeats(stages: Sequence[Stage], texts: Mapping[str, Text]) -> str:
+def describe_repeats(stages: Sequence[Stage], texts: Mapping[str, Domain]) -> str:
     """The texts that stages read many times, by a guess of their tokens from their bytes; empty for none."""
     sizes: dict[str, float] = {}
     for domain, text in texts.items():
         with contextlib.suppress(InputError):  # a text that is not there yet
-            files = expand_inputs(text.files.get(TRAIN_SPLIT) or text.files["text"])
-            share = text.shares.get(TRAIN_SPLIT, 1.0)
+            files = expand_inputs(text.train or text.text or [])
+            share = (text.shares or {}).get("train", 1.0)
             sizes[f"{DATA_STAGE}/{domain}.{TRAIN_SPLIT}"] = files.size_bytes() * share / _BYTES_PER_TOKEN
     repeats = []
     for stage in stages:

@@ -16,7 +16,6 @@ from typing import Any
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.output_options import DIFFERENCES, RESULT
 from megatron_btx.pipeline.budgets import batch_tokens, token_weighted, training_steps
-from megatron_btx.pipeline.data_paths import DataPaths
 from megatron_btx.pipeline.directory import (
     ABLATION_REPORT_FILE,
     AVERAGE_MODEL,
@@ -39,12 +38,13 @@ from megatron_btx.pipeline.directory import (
     SEED_STAGE,
 )
 from megatron_btx.pipeline.evaluation_stages import plan_evaluation
-from megatron_btx.pipeline.models import Model, origins_of
 from megatron_btx.pipeline.prepare import plan_data, plan_export, plan_import
 from megatron_btx.pipeline.recipe.ablation import Ablation, Variant, stage_name
 from megatron_btx.pipeline.recipe.flags import Flags, merged
-from megatron_btx.pipeline.recipe.options import words_of
-from megatron_btx.pipeline.recipe.schema import Evaluate, Mix, Recipe, Settings, Training
+from megatron_btx.pipeline.recipe.options import option_words, words_of
+from megatron_btx.pipeline.recipe.schema import Mix, Recipe, Training
+from megatron_btx.pipeline.recipe.written import DenseSection, EvaluateSection
+from megatron_btx.pipeline.sources import DataPaths, Model, origins_of
 from megatron_btx.pipeline.stage import Program, Stage, sort_stages
 from megatron_btx.pipeline.training_stages import TrainingJob, merge_given_flags, plan_training
 
@@ -89,7 +89,8 @@ class _Planner:
     def _stages(self) -> list[Stage]:
         """All stages but the imports."""
         recipe = self.recipe
-        stages = [*self._data(), *self._seed_and_experts()]
+        stages = [plan_data(recipe.data)] if recipe.data.are_made() else []
+        stages += self._seed_and_experts()
         if recipe.average:
             stages.append(self._combine(AVERAGE_STAGE, _average_words(recipe.mix)))
         if recipe.ablation and recipe.mix and recipe.finetune:
@@ -101,18 +102,12 @@ class _Planner:
         if recipe.finetune and not recipe.finetune.source:
             stages.append(self._finetune(recipe.finetune))
         if recipe.export:
-            stages.append(plan_export(self._finetuned(), recipe.export, recipe.export_options))
+            stages.append(plan_export(self._finetuned(), recipe.export.format, option_words(recipe.export)))
         if recipe.dense and recipe.finetune:
-            stages += self._dense(*recipe.dense, recipe.finetune)
+            stages += self._dense(recipe.dense, recipe.finetune)
         if recipe.evaluate:
             stages += self._evaluate_combined(recipe.evaluate)
         return stages
-
-    def _data(self) -> list[Stage]:
-        """The stage that makes the run's data; none where all data are given."""
-        if not self.recipe.data.are_made():
-            return []
-        return [plan_data(self.recipe.data)]
 
     def _seed_and_experts(self) -> list[Stage]:
         """The stages of those that are not given."""
@@ -177,20 +172,20 @@ class _Planner:
         job = TrainingJob(FINETUNE_STAGE, finetune, self._mixture(), flags, after=(EVALUATE_EXPERTS_STAGE,))
         return self._train(job)
 
-    def _watching_flags(self, how: Evaluate) -> Flags:
+    def _watching_flags(self, how: EvaluateSection) -> Flags:
         """Flags of finetuning: loss per domain on the text that the experts are evaluated on, and their bound."""
         data = DataPaths(self.recipe.data)
         words = tuple(f"{domain}={data.evaluation_prefix(domain, how.split)}" for domain in self.recipe.domains)
         bound = f"{EVALUATE_EXPERTS_STAGE}/{EVALUATION_FILE}"
         return {"btx-valid-data": words, "btx-valid-tokens": how.tokens, "btx-first-loss-bound": bound}
 
-    def _dense(self, on_domains: Settings, on_mixture: Settings, finetune: Training) -> list[Stage]:
+    def _dense(self, dense: DenseSection, finetune: Training) -> list[Stage]:
         """The seed continued on as many tokens of each domain as the mixture saw: its experts', then finetuning's."""
         experts = [self._as_trained(expert_stage(name), part, {}) for name, part in self._mixed_experts().items()]
         finetuned = self._as_trained(FINETUNE_STAGE, finetune, self.mixture_flags)
         blend, tokens = token_weighted(experts)
-        domains = Training(None, blend, tokens, on_domains.layout, on_domains.megatron)
-        mixture = Training(None, finetuned.blend, finetuned.tokens, on_mixture.layout, on_mixture.megatron)
+        domains = Training(None, blend, tokens, dense.domains.layout, dense.domains.megatron)
+        mixture = Training(None, finetuned.blend, finetuned.tokens, dense.mixture.layout, dense.mixture.megatron)
         return [
             self._train(TrainingJob(DENSE_DOMAINS_STAGE, domains, self.seed)),
             self._train(TrainingJob(DENSE_STAGE, mixture, Model.made_by(DENSE_DOMAINS_STAGE))),
@@ -213,7 +208,7 @@ class _Planner:
         flags = merge_given_flags(self.recipe, part, model_flags, {})
         return replace(part, tokens=training_steps(stage, part.tokens, flags) * batch_tokens(flags))
 
-    def _evaluate_combined(self, how: Evaluate) -> list[Stage]:
+    def _evaluate_combined(self, how: EvaluateSection) -> list[Stage]:
         """The losses of the baselines and the mixtures, and the report of all evaluations."""
         recipe = self.recipe
         stages: list[Stage] = []
@@ -232,9 +227,9 @@ class _Planner:
         if mixtures:
             stages.append(plan_evaluation(recipe, f"{EVALUATION_PREFIX}moe", mixtures, how, self.mixture_flags))
         parents = (EVALUATE_EXPERTS_STAGE, *(stage.name for stage in stages))
-        return [*stages, _report("megatron_btx.report.build", parents, REPORT_FILE)]
+        return [*stages, _report(parents, REPORT_FILE)]
 
-    def _evaluate_experts(self, how: Evaluate) -> Stage:
+    def _evaluate_experts(self, how: EvaluateSection) -> Stage:
         """The losses of the seed and the experts, which bound the mixture's first."""
         models = {GENERALIST: self.seed}
         for name, model in self.experts.items():
@@ -243,18 +238,17 @@ class _Planner:
 
     def _ablation(self, ablation: Ablation, mix: Mix, finetune: Training) -> list[Stage]:
         """A mix for every seed, finetuned by every variant; the experts' losses, which bound its first; the report."""
-        evaluation = Evaluate(ablation.split, ablation.valid_tokens, Settings())
-        stages = [self._evaluate_experts(evaluation)]
+        stages = [self._evaluate_experts(ablation.evaluation)]
         finetunings: list[str] = []
         for seed in ablation.seeds():
             stages.append(self._combine(_seeded_mix(seed), _router_words(mix, seed)))
             for variant in ablation.variants:
                 if seed in variant.seeds:
-                    stages.append(self._variant(variant, seed, finetune, evaluation))
+                    stages.append(self._variant(variant, seed, finetune, ablation.evaluation))
                     finetunings.append(stages[-1].name)
-        return [*stages, _report("megatron_btx.report.build", tuple(finetunings), ABLATION_REPORT_FILE)]
+        return [*stages, _report(tuple(finetunings), ABLATION_REPORT_FILE)]
 
-    def _variant(self, variant: Variant, seed: int, finetune: Training, evaluation: Evaluate) -> Stage:
+    def _variant(self, variant: Variant, seed: int, finetune: Training, evaluation: EvaluateSection) -> Stage:
         """One finetuning, measured after its last step alone unless the recipe says more."""
         part = replace(finetune, source=None, tokens=variant.tokens or finetune.tokens)
         return self._train(
@@ -296,6 +290,7 @@ def _average_words(mix: Mix | None) -> list[str]:
     return words
 
 
-def _report(module: str, parents: tuple[str, ...], product: str) -> Stage:
+def _report(parents: tuple[str, ...], product: str) -> Stage:
     """The stage that writes the report of the run directory."""
-    return Stage(REPORT_STAGE, Program(module, (".",)), parents, product=product, settings={}, only_shows=True)
+    program = Program("megatron_btx.report.build", (".",))
+    return Stage(REPORT_STAGE, program, parents, product=product, settings={}, only_shows=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.pipeline.data_paths import locate
 from megatron_btx.pipeline.directory import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -17,9 +16,9 @@ from megatron_btx.pipeline.directory import (
     EXPORT_STAGE,
     EXPORTED_FOLDER,
 )
-from megatron_btx.pipeline.models import Model, origins_of
-from megatron_btx.pipeline.recipe.data import Data, Text
-from megatron_btx.pipeline.recipe.flags import Flags
+from megatron_btx.pipeline.recipe.data import Data
+from megatron_btx.pipeline.recipe.flags import merged
+from megatron_btx.pipeline.sources import Model, locate, origins_of
 from megatron_btx.pipeline.stage import Program, Stage
 
 
@@ -44,15 +43,8 @@ def plan_export(model: Model, form: str, options: tuple[str, ...] = ()) -> Stage
         form: as the recipe names it.
     """
     parents, inputs = origins_of([model])
-    words = (
-        "export",
-        "--checkpoint",
-        model.path,
-        "--output",
-        f"{EXPORT_STAGE}/{EXPORTED_FOLDER}",
-        *options,
-        "--verify",
-    )
+    output = f"{EXPORT_STAGE}/{EXPORTED_FOLDER}"
+    words = ("export", "--checkpoint", model.path, "--output", output, *options, "--verify")
     return Stage(
         EXPORT_STAGE,
         Program("megatron_btx.mixing.convert_hf", words),
@@ -65,13 +57,13 @@ def plan_export(model: Model, form: str, options: tuple[str, ...] = ()) -> Stage
 
 def plan_data(data: Data) -> Stage:
     """The stage that makes datasets of the given texts."""
-    domains = {name: _describe_text(text) for name, text in data.texts.items()}
-    description = {"tokenizer": _plain(data.tokenizer), "domains": domains, "seed": data.seed}
+    domains = {name: text.model_dump(by_alias=True, exclude_unset=True) for name, text in data.texts.items()}
+    description = {"tokenizer": merged(data.tokenizer), "domains": domains, "seed": data.seed}
     words = ("--output", DATA_STAGE, "--workers", str(data.workers), "--description", f"{DATA_STAGE}/{CONFIG_FILE}")
     return Stage(
         DATA_STAGE,
         Program("megatron_btx.data.datasets", words),
-        inputs=_text_paths(data),
+        inputs=tuple(Path(path) for text in data.texts.values() for paths in text.sources().values() for path in paths),
         product=DATASETS_FILE,
         processes=data.workers,
         settings=_deciding(data),
@@ -79,38 +71,17 @@ def plan_data(data: Data) -> Stage:
     )
 
 
-def _text_paths(data: Data) -> tuple[Path, ...]:
-    """Every text file, folder or pattern."""
-    found: list[Path] = []
-    for text in data.texts.values():
-        for files in text.files.values():
-            found += [Path(path) for path in files]
-    return tuple(found)
-
-
 def _deciding(data: Data) -> dict[str, Any]:
     """What decides the datasets; texts and a tokenizer from outside count by their content."""
-    settings: dict[str, Any] = {"seed": data.seed, **_plain(data.tokenizer)}
+    settings: dict[str, Any] = {"seed": data.seed, **merged(data.tokenizer)}
     model = data.tokenizer.get("tokenizer-model")
     if isinstance(model, str):
         settings["tokenizer-model"] = locate(model)
     for name, text in data.texts.items():
-        settings[f"domain {name}"] = [f"{split} {share:g}" for split, share in text.shares.items()]
-        if text.reading:
-            settings[f"domain {name} reading"] = [f"{key} {value}" for key, value in text.reading.items()]
-        for split, files in text.files.items():
+        settings[f"domain {name}"] = [f"{split} {share:g}" for split, share in (text.shares or {}).items()]
+        reading = text.model_dump(by_alias=True, exclude_unset=True, include={"json_key", "on_bad_record"})
+        if reading:
+            settings[f"domain {name} reading"] = [f"{key} {value}" for key, value in reading.items()]
+        for split, files in text.sources().items():
             settings[f"domain {name} {split}"] = [Path(path) for path in files]
     return settings
-
-
-def _describe_text(text: Text) -> dict[str, Any]:
-    """A domain in the description that the program reads."""
-    described: dict[str, Any] = {split: list(files) for split, files in text.files.items()}
-    if text.shares:
-        described["shares"] = dict(text.shares)
-    return {**described, **text.reading}
-
-
-def _plain(flags: Flags) -> dict[str, Any]:
-    """Flags as JSON has them, less those that are taken back."""
-    return {name: value for name, value in flags.items() if value is not None and value is not False}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ from megatron_btx.data.domains import check_description, find_files
 from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.directory import DATA_STAGE, EXPORT_STAGE, MIX_STAGE
 from megatron_btx.pipeline.recipe.flags import Flags, to_argv
-from megatron_btx.pipeline.recipe.options import place_of, say_keys
+from megatron_btx.pipeline.recipe.given import ask
+from megatron_btx.pipeline.recipe.options import option_words, place_of, say_keys
 from megatron_btx.pipeline.recipe.schema import Recipe
 from megatron_btx.pipeline.stage import Program, Stage
 
@@ -38,7 +37,7 @@ def check_with_megatron(
         "stages": {stage.name: (stage.processes, program_words(stage)) for stage in stages},
     }
     environment = os.environ if use_gpus else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    _ask(file, "megatron_btx.training.check_stages", asked, environment)
+    ask("megatron_btx.training.check_stages", asked, environment, f"{file}: ")
 
 
 def check_inputs(recipe: Recipe, stages: Sequence[Stage], due: Sequence[str]) -> list[str]:
@@ -57,7 +56,7 @@ def check_inputs(recipe: Recipe, stages: Sequence[Stage], due: Sequence[str]) ->
     requests = {name: request for name, request in _list_requests(recipe, stages).items() if name in due}
     answer: dict[str, Any] = {"refused": {}, "said": {}}
     if requests:
-        answer = json.loads(_ask(recipe.file, "megatron_btx.mixing.dry_runs", requests, os.environ))
+        answer = json.loads(ask("megatron_btx.mixing.dry_runs", requests, place=f"{recipe.file}: "))
     for name, why in answer["refused"].items():
         refused.setdefault(say_keys(why, place_of(name)), []).append(name)
     if refused:
@@ -68,7 +67,10 @@ def check_inputs(recipe: Recipe, stages: Sequence[Stage], due: Sequence[str]) ->
 
 def _list_requests(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
     """Stage -> what it asks of the converter; of the export, what it would ask if finetuning changed no shape."""
-    words = {stage.name: program_words(stage) for stage in stages if _is_conversion(stage)}
+    words: dict[str, list[str]] = {}
+    for stage in stages:
+        if isinstance(stage.program, Program) and stage.program.module == _CONVERTER:
+            words[stage.name] = list(stage.program.words)
     arguments: dict[str, Any] = {}
     if recipe.export and recipe.finetune and recipe.mix:
         source = recipe.finetune.source or recipe.mix.source
@@ -78,7 +80,7 @@ def _list_requests(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[st
             words[EXPORT_STAGE] = list(words[MIX_STAGE])
             flags = recipe.mix.routing.flags({})
             arguments = {"moe_router_pre_softmax": bool(flags.get("moe-router-pre-softmax"))}
-        words[EXPORT_STAGE] += ["--output-format", "hf", *recipe.export_options]
+        words[EXPORT_STAGE] += ["--output-format", "hf", *option_words(recipe.export)]
     tokenizer = {flag.replace("-", "_"): value for flag, value in recipe.data.tokenizer.items()}
     may_differ = any("tokenizer_model" in str(flags.get("btx-allow-change")) for flags in recipe.flag_sections.values())
     loaded = {parent for stage in stages if stage.on_gpu and not may_differ for parent in stage.parents}
@@ -91,10 +93,6 @@ def _list_requests(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[st
     return requests
 
 
-def _is_conversion(stage: Stage) -> bool:
-    return isinstance(stage.program, Program) and stage.program.module == _CONVERTER
-
-
 def _put_given_models(words: list[str]) -> bool:
     """Put a given model for each that the run makes, which is to be its equal; whether there is one on this disk."""
     experts = [number + 1 for number, word in enumerate(words) if word == "--expert"]
@@ -104,18 +102,6 @@ def _put_given_models(words: list[str]) -> bool:
         if path not in given and given:
             words[number] = f"{name}={given[0]}"
     return bool(given)
-
-
-def _ask(file: str, module: str, asked: Mapping[str, Any], environment: Mapping[str, str]) -> str:
-    """The answer of a program of ours, in a process of its own. Raises InputError with its one line."""
-    command = [sys.executable, "-P", "-W", "ignore", "-m", module]
-    answer = subprocess.run(
-        command, input=json.dumps(asked), capture_output=True, text=True, check=False, env=environment
-    )
-    if answer.returncode:
-        lines = answer.stderr.strip().splitlines() or [f"{module} ended with status {answer.returncode}"]
-        raise InputError(f"{file}: {lines[-1].removeprefix('error: ')}")
-    return answer.stdout
 
 
 def program_words(stage: Stage) -> list[str]:

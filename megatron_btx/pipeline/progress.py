@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -19,15 +18,8 @@ LINE_SECONDS = 15.0
 _TABLE_SECONDS = 1.0
 
 
-class Reporter(Protocol):
-    """Who is told what happens to the stages of a run."""
-
-    def set(self, stage: str, state: str, why: str = "") -> None: ...
-    def update(self) -> None: ...
-
-
-class Silence:
-    """Tells nobody."""
+class Reporter:
+    """Who is told what happens to the stages of a run; this one tells nobody."""
 
     def set(self, stage: str, state: str, why: str = "") -> None:
         """A stage changes its state."""
@@ -36,7 +28,7 @@ class Silence:
         """Another turn of the runner."""
 
 
-class Progress:
+class Progress(Reporter):
     """Shows a run while it goes on. Use as a context manager; call :meth:`update` often, it paces itself."""
 
     def __init__(self, run: Path, stages: Sequence[Stage]) -> None:

@@ -88,6 +88,11 @@ def command_text(stage: Stage) -> str:
     words = [shlex.quote(word) for word in stage.command]
     if stage.command[0] == PYTHON:
         words[0] = '"$python"'
+    return flag_per_line(words)
+
+
+def flag_per_line(words: Iterable[str]) -> str:
+    """Words for a shell as one command, every flag in a line with its values."""
     lines: list[str] = []
     for word in words:
         if not lines or word.startswith("--"):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_btx.pipeline.budgets import batch_tokens, padded_vocabulary, training_flops, training_steps
-from megatron_btx.pipeline.data_paths import DataPaths, deciding_settings
 from megatron_btx.pipeline.directory import (
     CHECKPOINT_FOLDER,
     DATA_CACHE_FOLDER,
@@ -16,7 +15,6 @@ from megatron_btx.pipeline.directory import (
     TRAIN_SPLIT,
     VALID_SPLIT,
 )
-from megatron_btx.pipeline.models import Model
 from megatron_btx.pipeline.recipe.flags import (
     Flags,
     FlagValue,
@@ -28,6 +26,8 @@ from megatron_btx.pipeline.recipe.flags import (
     to_argv,
 )
 from megatron_btx.pipeline.recipe.schema import Recipe, Training
+from megatron_btx.pipeline.recipe.written import SettingsSection
+from megatron_btx.pipeline.sources import DataPaths, Model, deciding_settings
 from megatron_btx.pipeline.stage import Program, Stage
 
 TRAINING_PROGRAM = "megatron_btx.pretrain"
@@ -85,14 +85,16 @@ def plan_training(recipe: Recipe, job: TrainingJob) -> Stage:
     )
 
 
-def merge_given_flags(recipe: Recipe, part: Training, model_flags: Flags, last_flags: Flags) -> dict[str, FlagValue]:
-    """The flags that the recipe states for a stage that trains; a later section wins."""
+def merge_given_flags(
+    recipe: Recipe, part: Training | SettingsSection, model_flags: Flags, last_flags: Flags
+) -> dict[str, FlagValue]:
+    """The flags that the recipe states for a stage that trains or evaluates; a later section wins."""
     return merged(
         recipe.model,
         recipe.data.tokenizer,
         model_flags,
         recipe.training,
-        part.layout.flags,
+        part.layout.flags(),
         part.megatron,
         {"seed": recipe.random_seed},
         last_flags,
@@ -112,13 +114,9 @@ def _schedule_flags(given: Flags, steps: int) -> Flags:
     flags: dict[str, FlagValue] = {"train-iters": steps}
     if "lr-decay-iters" not in given and "lr-decay-samples" not in given:
         flags["lr-decay-iters"] = steps
-    if not _states_warmup(given):
+    if not any(name.startswith("lr-warmup-") and name != "lr-warmup-init" for name in given):
         flags["lr-warmup-fraction"] = WARMUP_FRACTION
     return flags
-
-
-def _states_warmup(given: Flags) -> bool:
-    return any(name.startswith("lr-warmup-") and name != "lr-warmup-init" for name in given)
 
 
 def _data_flags(data: DataPaths, blend: Mapping[str, float], given: Flags) -> Flags:
@@ -149,7 +147,4 @@ def _estimate_flops(recipe: Recipe, flags: Flags, tokens: int) -> float | None:
 
 def _writable(flags: Flags) -> dict[str, Any]:
     """``flags`` as config.yaml keeps them."""
-    writable: dict[str, Any] = {}
-    for name, value in flags.items():
-        writable[name] = list(value) if isinstance(value, tuple) else value
-    return writable
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}

@@ -25,7 +25,7 @@ from megatron_btx.pipeline.directory import read_checkpointed_iteration, read_la
 from megatron_btx.pipeline.door import PlannedRun, plan_run
 from megatron_btx.pipeline.lock import lock_run
 from megatron_btx.pipeline.processes import marked
-from megatron_btx.pipeline.progress import Silence
+from megatron_btx.pipeline.progress import Reporter
 from megatron_btx.pipeline.slurm.queue import Job, list_jobs
 from megatron_btx.pipeline.slurm.record import script_path
 from megatron_btx.pipeline.slurm.submission import Submission, render_scripts, submit, write_scripts
@@ -275,7 +275,7 @@ def test_a_job_that_meets_its_time_limit_saves_and_goes_on(world: World, runs: d
     assert lines == list(range(1, lines[-1] + 1)), "a step is missing or stands twice"
     assert submit_run(run, *LIMITED, only=("expert-math",)).kept == {"expert-math": job.number}
     with pytest.raises(InputError, match=f"expert-math \\(job {job.number}\\)"):
-        plan_run(RECIPE, run, changes=LIMITED).execute(Silence())
+        plan_run(RECIPE, run, changes=LIMITED).execute(Reporter())
     others = {name: jobs_of(runs[name]) for name in ("twice", "killed")}
     assert f"expert-math: job {job.number} cancelled" in answer(btx("cancel", str(run)))
     wait_until(lambda: not list_jobs(run), "the cancelled job to be gone")

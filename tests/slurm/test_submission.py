@@ -23,9 +23,10 @@ from megatron_btx.pipeline.door import PlannedRun, plan_run
 from megatron_btx.pipeline.identity import identities
 from megatron_btx.pipeline.lock import take_turn
 from megatron_btx.pipeline.machine import Machine
-from megatron_btx.pipeline.progress import Silence
+from megatron_btx.pipeline.progress import Reporter
 from megatron_btx.pipeline.runner import execute_stages
-from megatron_btx.pipeline.slurm.commands import cancel, submit_run
+from megatron_btx.pipeline.slurm.commands import main as cancel
+from megatron_btx.pipeline.slurm.commands import submit_run
 from megatron_btx.pipeline.slurm.queue import COMMENT_LETTERS, list_jobs
 from megatron_btx.pipeline.slurm.submission import Submission, submit
 from megatron_btx.pipeline.stage import Stage
@@ -214,7 +215,7 @@ def test_a_run_and_a_submission_in_the_same_moment(slurm: Cluster, tmp_path: Pat
         planned = plan_closed(tmp_path / str(number), only=("data",))
         stages = [Stage("data", ("sleep", "0.5"), product=".")]
         run = replace(planned, stages=stages, actions=decide(stages, planned.directory), use_gpus=False)
-        said = at_once(lambda run=run: run.execute(Silence()), lambda planned=planned: submit(planned))
+        said = at_once(lambda run=run: run.execute(Reporter()), lambda planned=planned: submit(planned))
         assert said.count("") == 1 and "at work here" in "".join(said), said
         assert bool(stages_of(planned.directory)) == (said[1] == "")
 
@@ -359,4 +360,4 @@ def test_a_submission_that_slurm_does_not_hear_leaves_nothing(
         submit_closed(tmp_path / "run")
     assert not (tmp_path / "run" / "slurm").exists()
     stages = [Stage("data", ("true",), product=".")]
-    assert execute_stages(stages, tmp_path / "run", Machine([], 1), Silence()).status == 0
+    assert execute_stages(stages, tmp_path / "run", Machine([], 1), Reporter()).status == 0

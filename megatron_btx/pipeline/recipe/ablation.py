@@ -9,14 +9,11 @@ shuffles the data; the experts are trained once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from megatron_btx.pipeline.recipe.flags import Flags, FlagValue
 from megatron_btx.pipeline.recipe.refusals import refuse
 from megatron_btx.pipeline.recipe.routing import Routing, check_balancing, read_routing
-
-if TYPE_CHECKING:
-    from megatron_btx.pipeline.recipe.written import AblationSection, VariantSection
+from megatron_btx.pipeline.recipe.written import AblationSection, EvaluateSection, VariantSection
 
 
 @dataclass(frozen=True)
@@ -36,9 +33,8 @@ class Ablation:
     """What is compared, and the text it is compared on."""
 
     variants: tuple[Variant, ...]
-    split: str
-    valid_tokens: int
-    """Tokens per domain, measured after the last step."""
+    evaluation: EvaluateSection
+    """Of every variant, after its last step."""
 
     def seeds(self) -> list[int]:
         """Every seed that some variant uses."""
@@ -74,7 +70,7 @@ def read_ablation(section: AblationSection, given: Flags, base: Routing, experts
         if variant.seeds is not None:
             own_seeds = _read_seeds(f"{place}.seeds", variant.seeds)
         variants.append(Variant(name, own_seeds, variant.tokens, flags))
-    return Ablation(tuple(variants), section.split, section.tokens)
+    return Ablation(tuple(variants), EvaluateSection(split=section.split, tokens=section.tokens))
 
 
 def freeze_flags(variant: VariantSection) -> dict[str, FlagValue]:

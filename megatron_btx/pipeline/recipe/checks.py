@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from megatron_btx.pipeline.directory import GENERALIST
 from megatron_btx.pipeline.recipe.refusals import refuse
-from megatron_btx.pipeline.recipe.schema import Evaluate, Mix, Recipe
+from megatron_btx.pipeline.recipe.schema import Mix, Recipe
 
 if TYPE_CHECKING:
-    from megatron_btx.pipeline.recipe.written import RecipeSection
+    from megatron_btx.pipeline.recipe.written import EvaluateSection, RecipeSection
 
 
 def check_whole(recipe: Recipe, written: RecipeSection) -> None:
@@ -65,7 +65,7 @@ def _check_dense(recipe: Recipe) -> None:
             refuse(place, "baselines.dense is derived from its blend and tokens; state both beside from")
 
 
-def _check_evaluation_sets(recipe: Recipe, evaluate: Evaluate) -> None:
+def _check_evaluation_sets(recipe: Recipe, evaluate: EvaluateSection) -> None:
     for domain in recipe.domains:
         prefixes = recipe.data.domains[domain].get(evaluate.split, ())
         if len(prefixes) != 1:

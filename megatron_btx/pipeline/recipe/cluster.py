@@ -27,17 +27,15 @@ _TIME = re.compile(r"[0-9]{1,6}|[0-9]{1,6}(:[0-9]{2}){2}|[0-9]{1,6}-[0-9]{1,6}(:
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def _check_word(text: str) -> str:
-    """A name of Slurm's: an account, a partition, a QoS."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+@:,-]*", text):
-        raise ValueError(f"found {text!r}, expected a name of letters, digits and _ . + @ : , - (not first)")
-    return text
+def _form(pattern: str, expected: str) -> AfterValidator:
+    """A text of one form."""
 
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"found {text!r}, expected {expected}")
+        return text
 
-def _check_constraint(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_\[(][A-Za-z0-9_.&|!*()\[\],-]*", text):
-        raise ValueError(f"found {text!r}, expected features of nodes, as a100&nvlink")
-    return text
+    return AfterValidator(check)
 
 
 def seconds_of(time: str) -> int:
@@ -52,12 +50,6 @@ def seconds_of(time: str) -> int:
 def _check_time(text: str) -> str:
     if not _TIME.fullmatch(text) or not seconds_of(text):
         raise ValueError(f"found {text!r}, expected minutes, HH:MM:SS or DAYS-HH:MM:SS, above 0 and in quotes")
-    return text
-
-
-def _check_memory(text: str) -> str:
-    if not re.fullmatch(r"[0-9]{1,9}[KMGT]|0", text):
-        raise ValueError(f"found {text!r}, expected memory of a node with its unit, as 64G; 0 is all of it")
     return text
 
 
@@ -82,7 +74,12 @@ def _check_environment(given: dict[str, str]) -> dict[str, str]:
     return given
 
 
-Word = Annotated[str, AfterValidator(_check_word)]
+Word = Annotated[
+    str, _form(r"[A-Za-z0-9_][A-Za-z0-9_.+@:,-]*", "a name of letters, digits and _ . + @ : , - (not first)")
+]
+"""A name of Slurm's: an account, a partition, a QoS."""
+Constraint = Annotated[str, _form(r"[A-Za-z0-9_\[(][A-Za-z0-9_.&|!*()\[\],-]*", "features of nodes, as a100&nvlink")]
+Memory = Annotated[str, _form(r"[0-9]{1,9}[KMGT]|0", "memory of a node with its unit, as 64G; 0 is all of it")]
 Line = Annotated[str, AfterValidator(_check_one_line)]
 Count = Annotated[int, Field(ge=1, le=10_000)]
 
@@ -94,7 +91,7 @@ class ResourcesSection(Section):
     partition: Word | None = None
     qos: Word | None = None
     reservation: Word | None = None
-    constraint: Annotated[str, AfterValidator(_check_constraint)] | None = None
+    constraint: Constraint | None = None
     time: Annotated[str, AfterValidator(_check_time)] | None = None
     """Time limit (default: the partition's)."""
     nodes: Count | None = None
@@ -105,7 +102,7 @@ class ResourcesSection(Section):
     """Of a stage that uses GPUs (default: 1); 0 where the cluster has none."""
     cpus_per_task: Count | None = None
     """(default: the stage's threads; of a stage that uses no GPU also the data's workers)"""
-    memory: Annotated[str, AfterValidator(_check_memory)] | None = None
+    memory: Memory | None = None
     """Of each node."""
     exclusive: bool | None = None
     """Whether no other job may use its nodes."""

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.tokenizers.vocabulary import read_vocabulary
+from megatron_btx.data.domains import Domain
 from megatron_btx.pipeline.directory import DATA_STAGE, SPLITS
 from megatron_btx.pipeline.recipe.flags import Flags
 from megatron_btx.pipeline.recipe.refusals import refuse
@@ -24,18 +25,6 @@ _SEED = 1234
 
 
 @dataclass(frozen=True)
-class Text:
-    """Text of one domain that the run makes datasets of."""
-
-    files: Mapping[str, tuple[str, ...]]
-    """Split -> absolute paths; under "text" those that are split by ``shares``."""
-    shares: Mapping[str, float]
-    """Split -> share of the documents; empty where every split has its own files."""
-    reading: Mapping[str, str] = field(default_factory=dict)
-    """How records are read, as far as the recipe says it."""
-
-
-@dataclass(frozen=True)
 class Data:
     """Domains whose datasets or texts are given."""
 
@@ -44,8 +33,8 @@ class Data:
     domains: Mapping[str, Splits]
     """Prefixes of datasets that the run makes are relative to its folder."""
     tokenizer: Flags
-    texts: Mapping[str, Text] = field(default_factory=dict)
-    """Of those domains whose datasets the run makes."""
+    texts: Mapping[str, Domain] = field(default_factory=dict)
+    """Of those domains whose datasets the run makes; their paths are absolute."""
     seed: int = _SEED
     """Draws which documents go to which split."""
 
@@ -84,10 +73,10 @@ def read_data(section: DataSection, own_tokenizer: Flags) -> Data:
             texts[name] = _read_text(f"data.domains.{name}", domain, domain.text, section.split)
     if not texts:
         _check_unused_keys(section)
-    domains = {}
+    domains: dict[str, Splits] = {}
     for name, domain in section.domains.items():
         if name in texts:
-            domains[name] = _made_splits(name, texts[name])
+            domains[name] = {split: ((1.0, f"{DATA_STAGE}/{name}.{split}"),) for split in texts[name].splits()}
         else:
             domains[name] = _read_splits(f"data.domains.{name}", domain)
     tokenizer = _read_tokenizer(section, own_tokenizer)
@@ -115,7 +104,7 @@ def choose_domains(listed: list[str] | None, names: tuple[str, ...]) -> tuple[st
     return tuple(listed)
 
 
-def _read_text(place: str, domain: DomainSection, text: TextSection, everywhere: SharesSection | None) -> Text:
+def _read_text(place: str, domain: DomainSection, text: TextSection, everywhere: SharesSection | None) -> Domain:
     """Text that is split by shares, or has files for each split."""
     if domain.train or domain.valid or domain.test:
         refuse(f"{place}.text", "found beside .bin/.idx files of the same domain; leave one of them out")
@@ -126,7 +115,7 @@ def _read_text(place: str, domain: DomainSection, text: TextSection, everywhere:
             refuse(f"{place}.text", "found no files; expected text: [files or folders], or text: {train: [...], ...}")
         if domain.split is not None:
             refuse(f"{place}.split", "found beside files for every split; leave it out")
-        return Text({split: tuple(files) for split, files in own.items()}, {}, reading)
+        return Domain.model_validate({**own, **reading})
     if own:
         refuse(f"{place}.text", f"found files and {next(iter(own))}; expected one list, or a list for every split")
     written = domain.split or everywhere
@@ -136,22 +125,12 @@ def _read_text(place: str, domain: DomainSection, text: TextSection, everywhere:
     if abs(sum(shares.values()) - 1) > 1e-9:
         where = f"{place}.split" if domain.split else "data.split"
         refuse(where, f"found shares that sum to {sum(shares.values()):g}, expected 1")
-    return Text({"text": tuple(text.files)}, shares, reading)
+    return Domain.model_validate({"text": text.files, "shares": shares, **reading})
 
 
-def _given_splits(section: TextSection | SharesSection) -> dict[str, Any]:
+def _given_splits(section: DomainSection | TextSection | SharesSection) -> dict[str, Any]:
     """What a section gives for each split: files, or a share."""
-    given = {}
-    for split in SPLITS:
-        value = getattr(section, split)
-        if value is not None:
-            given[split] = value
-    return given
-
-
-def _made_splits(domain: str, text: Text) -> Splits:
-    """The datasets that the run will make of a domain's text."""
-    return {split: ((1.0, f"{DATA_STAGE}/{domain}.{split}"),) for split in (text.shares or text.files)}
+    return section.model_dump(include=set(SPLITS), exclude_none=True)
 
 
 def _read_splits(place: str, domain: DomainSection) -> Splits:
@@ -159,12 +138,7 @@ def _read_splits(place: str, domain: DomainSection) -> Splits:
         refuse(f"{place}.split", "only for text, of which the run makes datasets; leave it out")
     if domain.train is None:
         refuse(f"{place}.train", "missing, expected a list of prefixes of .bin/.idx files; or text: [files or folders]")
-    splits = {"train": tuple(domain.train)}
-    if domain.valid is not None:
-        splits["valid"] = tuple(domain.valid)
-    if domain.test is not None:
-        splits["test"] = tuple(domain.test)
-    return splits
+    return {split: tuple(prefixes) for split, prefixes in _given_splits(domain).items()}
 
 
 def _read_tokenizer(section: DataSection, own: Flags) -> Flags:

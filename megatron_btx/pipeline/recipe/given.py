@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_btx.checkpoint.iterations import TRACKER, is_checkpoint
 from megatron_btx.checkpoint.nemo import weights_folder
@@ -66,15 +67,17 @@ def read_models(paths: Mapping[str, Path]) -> dict[str, GivenModel]:
     Raises:
         InputError: a model that the converter would refuse, in its words.
     """
+    found = json.loads(ask("megatron_btx.mixing.model_flags", {name: str(path) for name, path in paths.items()}))
+    return {name: GivenModel(said["model"], said["tokenizer"]) for name, said in found.items()}
+
+
+def ask(module: str, asked: Mapping[str, Any], environment: Mapping[str, str] | None = None, place: str = "") -> str:
+    """The answer of a program of ours, in a process of its own. Raises InputError with its one line."""
+    command = [sys.executable, "-P", "-W", "ignore", "-m", module]
     answer = subprocess.run(
-        [sys.executable, "-P", "-W", "ignore", "-m", "megatron_btx.mixing.model_flags"],
-        input=json.dumps({name: str(path) for name, path in paths.items()}),
-        capture_output=True,
-        text=True,
-        check=False,
+        command, input=json.dumps(asked), capture_output=True, text=True, check=False, env=environment
     )
     if answer.returncode:
-        lines = answer.stderr.strip().splitlines() or [f"reading the models ended with status {answer.returncode}"]
-        raise InputError(lines[-1].removeprefix("error: "))
-    found = json.loads(answer.stdout)
-    return {name: GivenModel(said["model"], said["tokenizer"]) for name, said in found.items()}
+        lines = answer.stderr.strip().splitlines() or [f"{module} ended with status {answer.returncode}"]
+        raise InputError(place + lines[-1].removeprefix("error: "))
+    return answer.stdout

@@ -24,16 +24,18 @@ from megatron_btx.pipeline.recipe.mixture import check_rows, known_rows, mixture
 from megatron_btx.pipeline.recipe.options import ROWS, option_words, pad_rows
 from megatron_btx.pipeline.recipe.refusals import describe, refuse, unknown_key
 from megatron_btx.pipeline.recipe.routing import check_balancing, read_routing
-from megatron_btx.pipeline.recipe.schema import Evaluate, Layout, Mix, Recipe, Settings, Training
+from megatron_btx.pipeline.recipe.schema import Mix, Recipe, Training
+from megatron_btx.pipeline.recipe.section import Section
 from megatron_btx.pipeline.recipe.written import (
-    EvaluateSection,
+    LayoutSection,
     MixSection,
     RecipeSection,
-    SettingsSection,
     TrainingSection,
+    VariantSection,
 )
 from megatron_btx.pipeline.recipe.yaml_tree import check_values, load_tree
 
+_FLAG_SECTIONS = ("tokenizer", "model", "training", "megatron")
 _SMALLEST_SHARE = 1e-9
 """No run reads a sequence of less."""
 
@@ -64,7 +66,7 @@ class _Builder:
     def __init__(self, written: RecipeSection, file: str, tree: Mapping[str, Any]) -> None:
         self.written, self.file, self.tree = written, file, tree
         self.given = self._read_given()
-        self.data = read_data(written.data, self._own_tokenizer())
+        self.data = read_data(written.data, self.given["seed"].tokenizer if "seed" in self.given else {})
         self.domains = choose_domains(written.domains, self.data.names())
         self.notes: list[str] = []
 
@@ -97,11 +99,10 @@ class _Builder:
             mix=mix,
             finetune=finetune,
             average=written.baselines.average,
-            dense=self._dense(),
-            evaluate=_read_evaluate(written.evaluate),
+            dense=written.baselines.dense,
+            evaluate=written.evaluate,
             ablation=ablation,
-            export=written.export.format if written.export else None,
-            export_options=option_words(written.export) if written.export else (),
+            export=written.export,
             cluster=written.cluster,
             flag_sections=list_flag_sections(written),
             notes=tuple(self.notes),
@@ -142,12 +143,6 @@ class _Builder:
                 return {**given.model, **rows, **self.written.model}
         return self.written.model
 
-    def _own_tokenizer(self) -> Flags:
-        """The given seed's own tokenizer; empty where there is none."""
-        if "seed" not in self.given:
-            return {}
-        return self.given["seed"].tokenizer
-
     def _name_of_file(self) -> str:
         """The run's name where the recipe gives none; checked as a given one is."""
         checked = RecipeSection.model_validate({"name": Path(self.file).stem})
@@ -171,10 +166,10 @@ class _Builder:
             blend = self._blend(f"{place}.blend", section.blend)
         if trains and section.tokens is None:
             refuse(f"{place}.tokens", "missing, expected a whole number of at least 1 (as 300_000)")
-        settings, words = _read_settings(section), option_words(section)
+        words = option_words(section)
         if trains and words:
             refuse(place, f"found {' '.join(words).replace('--', '')}, of a model's import; leave it out, or add from")
-        return Training(section.from_, blend, section.tokens or 0, settings.layout, settings.megatron, words)
+        return Training(section.from_, blend, section.tokens or 0, section.layout, section.megatron, words)
 
     def _blend(self, place: str, shares: Mapping[str, float]) -> Mapping[str, float]:
         """The shares, so that they sum to one."""
@@ -210,12 +205,6 @@ class _Builder:
         router_seed = written.random_seed if section.router_seed is None else section.router_seed
         return Mix(section.from_, tuple(names), router_seed, routing, _mixture_flags(section), words, shape)
 
-    def _dense(self) -> tuple[Settings, Settings] | None:
-        dense = self.written.baselines.dense
-        if dense is None:
-            return None
-        return _read_settings(dense.domains), _read_settings(dense.mixture)
-
 
 def _mixture_flags(section: MixSection) -> Flags:
     """The mixture's flags; its routers are mixed for fp32, which training has to be told."""
@@ -225,40 +214,21 @@ def _mixture_flags(section: MixSection) -> Flags:
     return flags
 
 
-def _read_settings(section: SettingsSection) -> Settings:
-    layout = section.layout
-    return Settings(Layout(layout.processes, layout.threads, layout.flags()), section.megatron)
-
-
-def _read_evaluate(section: EvaluateSection | None) -> Evaluate | None:
-    if section is None:
-        return None
-    return Evaluate(section.split, section.tokens, _read_settings(section))
-
-
-def list_flag_sections(written: RecipeSection) -> dict[str, Flags]:
+def list_flag_sections(written: Section, place: str = "") -> dict[str, Flags]:
     """Place in the recipe -> the flags that are written there, for the check of their names by Megatron's parser."""
-    stages: dict[str, SettingsSection] = {"seed": written.seed}
-    stages |= {f"experts.{name}": expert for name, expert in written.experts.items()}
-    if written.finetune is not None:
-        stages["finetune"] = written.finetune
-    if written.baselines.dense is not None:
-        stages["baselines.dense.domains"] = written.baselines.dense.domains
-        stages["baselines.dense.mixture"] = written.baselines.dense.mixture
-    if written.evaluate is not None:
-        stages["evaluate"] = written.evaluate
-    sections: dict[str, Flags] = {
-        "data.tokenizer": written.data.tokenizer,
-        "model": written.model,
-        "training": written.training,
-    }
-    if written.mix is not None:
-        sections["mix.megatron"] = written.mix.megatron
-    if written.ablation is not None:
-        for name, variant in written.ablation.variants.items():
-            sections[f"ablation.variants.{name}.megatron"] = variant.megatron
-            sections[f"ablation.variants.{name}.freeze"] = freeze_flags(variant)
-    for place, stage in stages.items():
-        sections[f"{place}.layout"] = stage.layout.flags()
-        sections[f"{place}.megatron"] = stage.megatron
-    return {place: flags for place, flags in sections.items() if flags}
+    sections: dict[str, Flags] = {}
+    for name, field in type(written).model_fields.items():
+        value, below = getattr(written, name), f"{place}{field.alias}"
+        if isinstance(value, LayoutSection):
+            sections[below] = value.flags()
+        elif isinstance(value, Section):
+            sections |= list_flag_sections(value, f"{below}.")
+        elif name in _FLAG_SECTIONS:
+            sections[below] = value
+        elif isinstance(value, dict):
+            for key, section in value.items():
+                if isinstance(section, Section):
+                    sections |= list_flag_sections(section, f"{below}.{key}.")
+    if isinstance(written, VariantSection):
+        sections[f"{place}freeze"] = freeze_flags(written)
+    return {where: flags for where, flags in sections.items() if flags}

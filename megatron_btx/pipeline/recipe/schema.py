@@ -1,12 +1,13 @@
 """The recipe as the planner reads it: typed, checked, with every default filled in.
 
-What may stand in the YAML file is in written.py; reading.py makes the one of the other.
+What may stand in the YAML file is in written.py; reading.py makes the one of the other. A section that needs nothing
+but itself is taken as it is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,7 @@ from megatron_btx.pipeline.recipe.cluster import ClusterSection
 from megatron_btx.pipeline.recipe.data import Data
 from megatron_btx.pipeline.recipe.flags import Flags
 from megatron_btx.pipeline.recipe.routing import Routing
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one stage is spread over this machine."""
-
-    processes: int = 1
-    threads: int = 1
-    """OMP_NUM_THREADS of each process; on the CPU a stage takes processes x threads cores."""
-    flags: Flags = field(default_factory=dict)
+from megatron_btx.pipeline.recipe.written import DenseSection, EvaluateSection, ExportSection, LayoutSection
 
 
 @dataclass(frozen=True)
@@ -36,7 +28,7 @@ class Training:
     blend: Mapping[str, float]
     """Domain -> share; sums to one. May be empty only for a given checkpoint."""
     tokens: int
-    layout: Layout
+    layout: LayoutSection
     megatron: Flags
     options: tuple[str, ...] = ()
     """Words of the converter that imports the model."""
@@ -59,24 +51,6 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Layout and flags of a stage whose data and budget are derived."""
-
-    layout: Layout = field(default_factory=Layout)
-    megatron: Flags = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Loss per domain of every model."""
-
-    split: str
-    tokens: int
-    """Tokens per domain."""
-    settings: Settings
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A whole recipe, checked as far as one can without Megatron and without looking at the machine."""
 
@@ -92,15 +66,11 @@ class Recipe:
     mix: Mix | None
     finetune: Training | None
     average: bool
-    dense: tuple[Settings, Settings] | None
-    """Settings of the dense baseline on the experts' data, then on finetuning's mixture."""
-    evaluate: Evaluate | None
+    dense: DenseSection | None
+    evaluate: EvaluateSection | None
     ablation: Ablation | None
     """Variants of finetuning; they take the place of the one finetuning stage."""
-    export: str | None
-    """The form in which the finetuned mixture is written once more: hf, a Hugging Face model folder."""
-    export_options: tuple[str, ...]
-    """Words of the converter that writes it."""
+    export: ExportSection | None
     cluster: ClusterSection
     """What btx submit asks of Slurm."""
     flag_sections: Mapping[str, Flags]

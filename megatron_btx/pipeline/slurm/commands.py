@@ -49,7 +49,7 @@ def _describe(stage: str, result: Submission) -> str:
 
 
 @exits_with_one_line
-def cancel(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """``btx cancel``: cancel the jobs of a run, or of some of its stages."""
     parser = argparse.ArgumentParser(
         prog="btx cancel",

@@ -29,7 +29,7 @@ from megatron_btx.pipeline.folder import describe_start, prepare_folder
 from megatron_btx.pipeline.records import StageManifest, read_count
 from megatron_btx.pipeline.runner import MANIFEST_SECONDS, find_problem
 from megatron_btx.pipeline.slurm.queue import SlurmError, list_jobs
-from megatron_btx.pipeline.slurm.record import StageRecord, read_record
+from megatron_btx.pipeline.slurm.record import StageRecord, read_record, read_started
 from megatron_btx.pipeline.slurm.script import DONE_BEFORE, INTERRUPTED
 from megatron_btx.pipeline.stage import Stage
 
@@ -113,7 +113,7 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
     manifest = own_manifest(directory, stage.name)
     if manifest is None:
         raise InputError(f"{directory}: the folder of the running stage is gone")
-    started = _started(manifest)
+    started = read_started(manifest)
     content = manifest.model_dump() | {"exit": code}
     content["seconds"] = round((manifest.seconds or 0.0) + max(0.0, time.time() - started.get("time", time.time())), 3)
     problem = find_problem(stage, directory, code)
@@ -188,7 +188,7 @@ def _check_alone(run: Path, stage: Stage) -> None:
     manifest = own_manifest(run / stage.name, stage.name)
     if manifest is None or manifest.status != "running":
         return
-    number = _started(manifest).get("job")
+    number = read_started(manifest).get("job")
     is_made = False
     if number not in (None, _job_number()):
         with contextlib.suppress(SlurmError):  # asked from within a container, or while the controller is away
@@ -204,7 +204,7 @@ def _check_alone(run: Path, stage: Stage) -> None:
 def _describe_start(stage: Stage, directory: Path, earlier: StageManifest) -> dict[str, Any]:
     """What the manifest says of this start: job, moment, step, and how many before it saved nothing."""
     stalled = 0
-    before = _started(earlier)
+    before = read_started(earlier)
     if before.get("job") == _job_number():
         stalled = _count_stalled(stage, directory, before)
     return {
@@ -227,13 +227,6 @@ def _saved_step(stage: Stage, directory: Path) -> int:
     if not stage.resumable:
         return 0
     return read_checkpointed_iteration(directory)
-
-
-def _started(manifest: StageManifest) -> dict[str, Any]:
-    found = (manifest.model_extra or {}).get("slurm")
-    if isinstance(found, dict):
-        return dict(found)
-    return {}
 
 
 def _job_number() -> str:

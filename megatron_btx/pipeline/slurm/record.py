@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.files import read_json_object, write_atomically
 from megatron_btx.pipeline.identity import Identity
-from megatron_btx.pipeline.stage import Program, Stage
+from megatron_btx.pipeline.records import StageManifest
+from megatron_btx.pipeline.stage import Stage
 
 SLURM_FOLDER = "slurm"
 """Of a run: scripts, records and logs of its jobs."""
 NOTE_SUFFIX = ".job"
 """Of the file beside a script that holds the number of the job last submitted; for btx status alone."""
 _REMEDY = "btx submit writes it again"
-_COUNTS = ("processes", "threads", "iterations", "tokens", "flops")
-_FLAGS = ("on_gpu", "resumable", "only_shows")
 
 
 @dataclass(frozen=True)
@@ -37,71 +38,26 @@ class StageRecord:
 
 
 def script_path(run: Path, stage: str) -> Path:
-    """The script of a stage's job."""
+    """The script of a stage's job; its record, its log and its note lie beside it."""
     return run / SLURM_FOLDER / f"{stage}.sh"
 
 
-def log_path(run: Path, stage: str) -> Path:
-    """What a job's script itself said; what its program says is in the stage's log."""
-    return run / SLURM_FOLDER / f"{stage}.log"
-
-
-def record_path(run: Path, stage: str) -> Path:
-    """The record of a stage's job."""
-    return run / SLURM_FOLDER / f"{stage}.json"
-
-
 def write_record(run: Path, record: StageRecord) -> None:
-    """Write a stage's record."""
-    stage = record.stage
-    program = stage.program
-    content: dict[str, Any] = {"stage": stage.name}
-    if isinstance(program, Program):
-        content["program"] = [program.module, list(program.words), program.is_distributed]
-    else:
-        content["command"] = list(program)
-    for name in (*_COUNTS, *_FLAGS, "product"):
-        content[name] = getattr(stage, name)
-    content |= {
-        "made from": list(stage.parents),
-        "after": list(stage.after),
-        "inputs": [str(path) for path in stage.inputs],
-        "config": dict(stage.config),
-        "settings": dict(record.identity.settings),
-        "identities": dict(record.identity.parents),
-        "fingerprint": record.identity.fingerprint,
-        "parents": dict(record.parents),
-        "rerun": record.rerun,
-        "is rerun": record.is_rerun,
-    }
-    write_atomically(record_path(run, stage.name), json.dumps(content, indent=1) + "\n")
+    """Write a stage's record, without the settings that its identity has already."""
+    content = asdict(replace(record, stage=replace(record.stage, settings=None)))
+    text = json.dumps(content, indent=1, default=str)  # paths
+    write_atomically(run / SLURM_FOLDER / f"{record.stage.name}.json", text + "\n")
 
 
 def read_record(run: Path, name: str) -> StageRecord:
     """The record of a stage. Raises InputError where there is none, or one of another form."""
-    path = record_path(run, name)
-    content = read_json_object(path, _REMEDY)
+    path = run / SLURM_FOLDER / f"{name}.json"
     try:
-        program: Program | tuple[str, ...]
-        if "program" in content:
-            module, words, is_distributed = content["program"]
-            program = Program(module, tuple(words), is_distributed)
-        else:
-            program = tuple(content["command"])
-        stage = Stage(
-            content["stage"],
-            program,
-            parents=tuple(content["made from"]),
-            after=tuple(content["after"]),
-            inputs=tuple(Path(text) for text in content["inputs"]),
-            product=content["product"],
-            config=content["config"],
-            **{key: content[key] for key in (*_COUNTS, *_FLAGS)},
-        )
-        identity = Identity(content["settings"], content["identities"], content["fingerprint"])
-        return StageRecord(stage, identity, content["parents"], content["rerun"], content["is rerun"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not the record of a stage ({error}); {_REMEDY}") from None
+        return TypeAdapter(StageRecord).validate_python(read_json_object(path, _REMEDY))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: not the record of a stage ({place}: {first['msg']}); {_REMEDY}") from None
 
 
 def read_waited_for(run: Path, name: str) -> tuple[str, ...]:
@@ -110,3 +66,9 @@ def read_waited_for(run: Path, name: str) -> tuple[str, ...]:
         return tuple(read_record(run, name).parents)
     except (InputError, OSError):
         return ()
+
+
+def read_started(manifest: StageManifest) -> dict[str, Any]:
+    """What a job wrote of its start; empty for a stage that none began."""
+    found = (manifest.model_extra or {}).get("slurm")
+    return dict(found) if isinstance(found, dict) else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_btx.ground.errors import InputError
@@ -11,7 +11,7 @@ from megatron_btx.pipeline.recipe.cluster import ClusterSection, seconds_of
 from megatron_btx.pipeline.stage import Program, Stage
 
 _TASKS_PER_NODE = 8
-_SIGNAL_SECONDS, _RETRIES = 90, 3
+_AS_ASKED = ("signal_seconds", "retries", "container_image", "container_mounts", "python", "data_cache", "environment")
 _KIND_OF_ROOM = {"data": "data", "mixing": "mix", "report": "report", "evaluate": "evaluate"}
 """Second part of a program's module -> kind of stage."""
 
@@ -26,12 +26,12 @@ class Resources:
     cpus_per_task: int
     gpus_per_node: int
     """0 for none."""
-    signal_seconds: int
-    retries: int
+    signal_seconds: int = 90
+    retries: int = 3
     options: Mapping[str, str | None] = field(default_factory=dict)
     """Long options of sbatch that are passed on as they are, as account and time; None for one without a value."""
     container_image: str | None = None
-    container_mounts: tuple[str, ...] = ()
+    container_mounts: Sequence[str] = ()
     python: str | None = None
     data_cache: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -65,25 +65,20 @@ def find_resources(cluster: ClusterSection, stage: Stage, workers: int = 1) -> R
         options["mem"] = asked["memory"]
     if asked.get("exclusive"):
         options["exclusive"] = None
-    signal_seconds = asked.get("signal_seconds", _SIGNAL_SECONDS)
-    if stage.resumable and "time" in asked and signal_seconds >= seconds_of(asked["time"]):
-        told = f"would be told to save {signal_seconds} s before the end of its time of {asked['time']!r}"
-        raise InputError(f"cluster: stage {stage.name} {told}; change time or signal-seconds")
-    return Resources(
+    resources = Resources(
         nodes=nodes,
         tasks_per_node=tasks_per_node,
         tasks=stage.processes,
         cpus_per_task=asked.get("cpus_per_task", cpus),
         gpus_per_node=gpus,
-        signal_seconds=signal_seconds,
-        retries=asked.get("retries", _RETRIES),
         options=options,
-        container_image=asked.get("container_image"),
-        container_mounts=tuple(asked.get("container_mounts", ())),
-        python=asked.get("python"),
-        data_cache=asked.get("data_cache"),
-        environment=asked.get("environment", {}),
+        **{name: asked[name] for name in _AS_ASKED if name in asked},
     )
+    seconds = resources.signal_seconds
+    if stage.resumable and "time" in asked and seconds >= seconds_of(asked["time"]):
+        told = f"would be told to save {seconds} s before the end of its time of {asked['time']!r}"
+        raise InputError(f"cluster: stage {stage.name} {told}; change time or signal-seconds")
+    return resources
 
 
 def kind_of(stage: Stage) -> str:

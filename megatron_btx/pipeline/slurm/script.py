@@ -15,7 +15,7 @@ from megatron_btx.ground.errors import InputError
 from megatron_btx.pipeline.slurm.queue import COMMENT_LETTERS, job_name
 from megatron_btx.pipeline.slurm.record import SLURM_FOLDER
 from megatron_btx.pipeline.slurm.resources import Resources
-from megatron_btx.pipeline.stage import PYTHON, Program, Stage, one_line, shell_locks, shell_preparation
+from megatron_btx.pipeline.stage import PYTHON, Program, Stage, flag_per_line, one_line, shell_locks, shell_preparation
 
 DONE_BEFORE, INTERRUPTED = 10, 75
 """What the first step of a job says when there is nothing to do, and the last one when the job should start again."""
@@ -174,20 +174,13 @@ def _srun_words(resources: Resources) -> list[str]:
 
 def _command(stage: Stage, resources: Resources) -> str:
     """The stage's program, a flag per line; one task of srun is one process of it."""
-    if isinstance(stage.program, Program):
-        words = ['"$python"', "-m", stage.program.module]
-        given = list(stage.program.words)
-    else:
-        words, given = [], list(stage.program)
-    words += [shlex.quote(word) for word in given]
+    words: list[str] = []
+    given = stage.program
+    if isinstance(given, Program):
+        words, given = ['"$python"', "-m", given.module], given.words
+    words += map(shlex.quote, given)
     if stage.resumable:
         words.append("--exit-signal-handler")
         if resources.data_cache is not None:
             words += ["--data-cache-path", shlex.quote(resources.data_cache)]
-    lines: list[str] = []
-    for word in words:
-        if not lines or word.startswith("--"):
-            lines.append(word)
-        else:
-            lines[-1] += f" {word}"
-    return " \\\n    ".join(lines)
+    return flag_per_line(words)

@@ -6,13 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_btx.ground.errors import printable
 from megatron_btx.pipeline.directory import MANIFEST_FILE
 from megatron_btx.pipeline.records import StageManifest, read_number
 from megatron_btx.pipeline.slurm.queue import Job, SlurmError, list_jobs
-from megatron_btx.pipeline.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, log_path, read_waited_for, script_path
+from megatron_btx.pipeline.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, read_started, read_waited_for, script_path
 
 HEADERS = ("job", "why")
 FOREIGN = "{0}: job {1} is in the queue, and the recipe has no such stage; btx cancel {2} --only {0}"
@@ -94,7 +93,7 @@ def _view_live(
 
 def _count_seconds(manifest: StageManifest) -> float:
     """How long the start that runs now has run; 0 where it is not known."""
-    began = read_number(_started(manifest).get("time"))
+    began = read_number(read_started(manifest).get("time"))
     if manifest.status != "running" or began is None:
         return 0.0
     return max(0.0, time.time() - began)
@@ -105,13 +104,13 @@ def _view_ended(run: Path, stage: str, manifest: StageManifest) -> JobView:
     number = _last_job(manifest)
     if manifest.is_finished:
         return JobView(number=number)
-    log = log_path(run, stage)
+    log = script_path(run, stage).with_suffix(".log")
     submitted = _read_unbegun(run, stage)
     if submitted not in ("", number) or (manifest.status is None and log.is_file()):
         return JobView("ended", submitted, "failed, or cancelled, before its stage began; btx submit goes on", log=log)
     if manifest.status is None:
         return JobView("waiting", number, "not submitted")
-    started = _started(manifest)
+    started = read_started(manifest)
     problem = ""
     if started and manifest.status in _FAILED:
         problem = f"{started.get('problem', '')}; "
@@ -174,12 +173,4 @@ def _join(names: Sequence[str]) -> str:
 
 
 def _last_job(manifest: StageManifest) -> str:
-    return str(_started(manifest).get("job", ""))
-
-
-def _started(manifest: StageManifest) -> dict[str, Any]:
-    """What a job wrote of its start; empty for a stage that none began."""
-    found = (manifest.model_extra or {}).get("slurm")
-    if isinstance(found, dict):
-        return found
-    return {}
+    return str(read_started(manifest).get("job", ""))

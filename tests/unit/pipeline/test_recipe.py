@@ -24,7 +24,8 @@ from megatron_btx.pipeline.door import list_planned
 from megatron_btx.pipeline.identity import identities
 from megatron_btx.pipeline.planner import plan_stages
 from megatron_btx.pipeline.recipe.reading import load_recipe, parse_recipe
-from megatron_btx.pipeline.recipe.schema import Layout, Recipe, Training
+from megatron_btx.pipeline.recipe.schema import Recipe, Training
+from megatron_btx.pipeline.recipe.written import LayoutSection
 from megatron_btx.pipeline.recipe.yaml_tree import load_tree
 from megatron_btx.pipeline.scripts import shell_script
 from megatron_btx.pipeline.stage import Stage, command_script
@@ -330,7 +331,9 @@ def test_a_dense_baseline_of_experts_of_unknown_data_is_refused(tmp_path: Path) 
 
 
 def test_token_weighting_is_by_tokens() -> None:
-    parts = [Training(None, blend, tokens, Layout(), {}) for blend, tokens in (({"a": 1.0}, 300), ({"b": 1.0}, 100))]
+    parts = [
+        Training(None, blend, tokens, LayoutSection(), {}) for blend, tokens in (({"a": 1.0}, 300), ({"b": 1.0}, 100))
+    ]
     assert token_weighted(parts) == ({"a": 0.75, "b": 0.25}, 400)
 
 

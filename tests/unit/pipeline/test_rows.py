@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 
 from megatron_btx import cli
+from megatron_btx.data.domains import Domain
 from megatron_btx.pipeline.decisions import Action
 from megatron_btx.pipeline.machine import Machine
 from megatron_btx.pipeline.plan_table import describe_repeats, make_plan_table
-from megatron_btx.pipeline.progress import Silence
-from megatron_btx.pipeline.recipe.data import Text
+from megatron_btx.pipeline.progress import Reporter
 from megatron_btx.pipeline.rows import Row, make_progress_table, read_row
 from megatron_btx.pipeline.stage import Stage
 from tests.unit.pipeline.running import run_stages
@@ -92,7 +92,7 @@ def test_a_resumed_stage_shows_what_it_does_and_not_what_the_killed_one_did(tmp_
 def test_a_start_says_when_it_began(tmp_path: Path) -> None:
     """btx status, in another process, knows by it what is of this start."""
     before = time.time()
-    assert run_stages([Stage("a", ("true",))], tmp_path, Machine((), 1), Silence()) == 0
+    assert run_stages([Stage("a", ("true",))], tmp_path, Machine((), 1), Reporter()) == 0
     assert before <= json.loads((tmp_path / "a" / "manifest.json").read_text())["started"] <= time.time()
 
 
@@ -112,9 +112,9 @@ def test_a_plan_says_which_texts_are_read_many_times(tmp_path: Path) -> None:
     """4 MB of math are about a million tokens, of which 90 % train; a text that is not there yet is not counted."""
     (tmp_path / "math.jsonl").write_bytes(b"x" * 4_000_000)
     (tmp_path / "code.jsonl").write_bytes(b"x" * 4_000_000)
-    shared = Text({"text": (str(tmp_path / "math.jsonl"),)}, {"train": 0.9, "test": 0.1})
-    given = Text({"train": (str(tmp_path / "code.jsonl"),), "test": ("/nowhere",)}, {})
-    texts = {"math": shared, "code": given, "wiki": Text({"train": ("/nowhere",)}, {})}
+    shared = Domain(text=[str(tmp_path / "math.jsonl")], shares={"train": 0.9, "test": 0.1})
+    given = Domain(train=[str(tmp_path / "code.jsonl")], test=["/nowhere"])
+    texts = {"math": shared, "code": given, "wiki": Domain(train=["/nowhere"])}
     blend = ["0.6", "data/math.train", "0.3", "data/code.train", "0.1", "data/wiki.train"]
     stages = [Stage("data", ("true",)), Stage("finetune", ("true",), settings={"train-data-path": blend}, tokens=12**7)]
     said = "note: finetune reads math.train some 24 times; finetune reads code.train some 11 times (at 4 bytes a token)"
