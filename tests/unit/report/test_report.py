@@ -310,7 +310,7 @@ def test_no_number_is_cut_on_a_terminal(
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb")
-    report.print_summary(report.summarize(run))
+    report.print_core(report.make_report(run))
     shown = words_of(capsys.readouterr().out)
     for name, losses in LOSSES.items():
         assert name in shown and all(f"{loss:.3f}" in shown and f"{loss + 1:.3f}" in shown for loss in losses)
