@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_btx.ground import manifest as manifests
 from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE, InputError, exits_with_one_line, printable
+from megatron_btx.ground.files import refuse_unusual
 from megatron_btx.pipeline import processes
 from megatron_btx.pipeline.decisions import KEEP, RERUN, SKIP, decide_start
 from megatron_btx.pipeline.directory import LOG_FILE, own_manifest, read_checkpointed_iteration
@@ -30,7 +31,7 @@ from megatron_btx.pipeline.records import StageManifest, read_count
 from megatron_btx.pipeline.runner import MANIFEST_SECONDS, find_problem
 from megatron_btx.pipeline.slurm.queue import SlurmError, list_jobs
 from megatron_btx.pipeline.slurm.record import StageRecord, read_record, read_started
-from megatron_btx.pipeline.slurm.script import DONE_BEFORE, INTERRUPTED
+from megatron_btx.pipeline.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED
 from megatron_btx.pipeline.stage import Stage
 
 _FAILED_TASK = "Exited with exit code "
@@ -95,6 +96,7 @@ def begin(run: Path, record: StageRecord, retries: int) -> int:
     if stage.on_gpu and os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1", "NoDevFiles"):
         device = "gpu"
     manifest = describe_start(stage, record.identity, action, earlier, device) | {"slurm": started}
+    refuse_unusual(directory / LOG_FILE)
     prepare_folder(stage, directory, action, manifest)
     with (directory / LOG_FILE).open("ab") as log:
         line = f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {action.verb}: job {started['job']} of Slurm\n"
@@ -106,7 +108,7 @@ def begin(run: Path, record: StageRecord, retries: int) -> int:
 
 
 def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
-    """Note how a program ended; 0, :data:`INTERRUPTED` where the job should start again, or the job's exit status."""
+    """Note how a program ended; 0, :data:`INTERRUPTED` where the job should start again, :data:`GIVEN_UP`, or 2."""
     stage = record.stage
     directory = run / stage.name
     processes.end_marked(f"slurm-{_job_number()}:")  # Slurm does not find all where it follows no cgroups
@@ -145,9 +147,10 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
     manifests.write_manifest(directory, content | {"status": status_word, "slurm": started})
     if goes_on:
         return INTERRUPTED
-    if status != BAD_INPUT_EXIT_CODE:
-        _say(f"{stalled} starts in a row saved no further step; not started again")
-    return status
+    if status == BAD_INPUT_EXIT_CODE:
+        return status
+    _say(f"{stalled} starts in a row saved no further step; not started again")
+    return GIVEN_UP
 
 
 def _was_asked_to_end(text: str, code: int) -> bool:
