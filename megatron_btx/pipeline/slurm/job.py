@@ -21,7 +21,6 @@ from typing import Any
 
 from megatron_btx.ground import manifest as manifests
 from megatron_btx.ground.errors import BAD_INPUT_EXIT_CODE, InputError, exits_with_one_line, printable
-from megatron_btx.ground.files import refuse_unusual
 from megatron_btx.pipeline import processes
 from megatron_btx.pipeline.decisions import KEEP, RERUN, SKIP, decide_start
 from megatron_btx.pipeline.directory import LOG_FILE, own_manifest, read_checkpointed_iteration
@@ -96,7 +95,6 @@ def begin(run: Path, record: StageRecord, retries: int) -> int:
     if stage.on_gpu and os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1", "NoDevFiles"):
         device = "gpu"
     manifest = describe_start(stage, record.identity, action, earlier, device) | {"slurm": started}
-    refuse_unusual(directory / LOG_FILE)
     prepare_folder(stage, directory, action, manifest)
     with (directory / LOG_FILE).open("ab") as log:
         line = f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {action.verb}: job {started['job']} of Slurm\n"

@@ -65,8 +65,7 @@ start_again() {{
     echo "Slurm starts it not again ($said); btx submit goes on from its last step" >&2
 }}
 
-# A begin or an end that was killed, or that a disk failed, had no bad input. The next begin counts a start; one that
-# does not come so far is counted by Slurm alone.
+# A begin or an end that was killed had no bad input. A begin counts the starts before it, and Slurm those without one.
 leave() {{ # leave STATUS STARTS
     case "$1" in
         {done_before}) exit 0 ;;
