@@ -95,7 +95,7 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
     def wrapped(*arguments: object, **named: object) -> int:
         try:
             status = main(*arguments, **named)
-            sys.stdout.flush()
+            print(end="", flush=True)  # while it can be said
             return status
         except (BTXError, OSError) as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
@@ -114,10 +114,10 @@ def _nobody_reads() -> bool:
     """Whether who read our output has left, as head does; then the rest of it goes nowhere."""
     asked = select.poll()
     asked.register(1, 0)
-    if not any(event & select.POLLERR for _, event in asked.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left when it ends
-    return True
+    is_gone = bool(asked.poll(0))
+    if is_gone:  # Python writes what is left when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return is_gone
 
 
 def printable(text: str) -> str:

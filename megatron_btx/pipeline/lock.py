@@ -55,6 +55,6 @@ def is_locked(run: Path, name: str = LOCK_FILE) -> bool:
     try:
         with (run / name).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+    except OSError as error:
+        return isinstance(error, BlockingIOError)  # not on a disk without locks
     return False

@@ -11,8 +11,6 @@ from megatron_btx.pipeline.recipe.cluster import ClusterSection, seconds_of
 from megatron_btx.pipeline.stage import Program, Stage
 
 _TASKS_PER_NODE = 8
-_SIGNAL_EARLIER_SECONDS = 60
-"""Slurm may send the signal so much before it is due."""
 _AS_ASKED = ("signal_seconds", "retries", "container_image", "container_mounts", "python", "data_cache", "environment")
 _KIND_OF_ROOM = {"data": "data", "mixing": "mix", "report": "report", "evaluate": "evaluate"}
 """Second part of a program's module -> kind of stage."""
@@ -77,7 +75,7 @@ def find_resources(cluster: ClusterSection, stage: Stage, workers: int = 1) -> R
         **{name: asked[name] for name in _AS_ASKED if name in asked},
     )
     seconds = resources.signal_seconds
-    if stage.resumable and "time" in asked and seconds + _SIGNAL_EARLIER_SECONDS > seconds_of(asked["time"]):
+    if stage.resumable and "time" in asked and seconds + 60 > seconds_of(asked["time"]):
         told = f"would be told to save {seconds} s, or a minute more, before the end of its time of {asked['time']!r}"
         raise InputError(f"cluster: stage {stage.name} {told}; change time or signal-seconds")
     return resources

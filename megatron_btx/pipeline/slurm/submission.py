@@ -151,7 +151,9 @@ def _check_alone(run: Path, due: Sequence[Stage], jobs: Sequence[Job]) -> None:
     for stage in due:
         refuse_unusual(script_path(run, stage.name).with_suffix(".log"))  # Slurm itself would write on
         if stage.name not in running and is_locked(run, f".{stage.name}.lock"):
-            raise InputError(f"{run}: stage {stage.name} is made by a command.sh; wait for it, or end it first")
+            raise InputError(
+                f"{run}: stage {stage.name} is at work, by hand or as another's job; wait, or end it first"
+            )
 
 
 def _list_due(planned: PlannedRun) -> list[Stage]:

@@ -4,6 +4,7 @@ what Slurm answers and when, what its caller exported, and what somebody put int
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -327,15 +328,18 @@ def test_a_planted_log_is_not_written_to(
     assert f"{log}: is a link, or no regular file, and is not written to" in capsys.readouterr().err
 
 
-def test_a_stage_that_is_made_by_hand_gets_no_job(desk: Desk) -> None:
+def test_a_stage_that_is_made_by_hand_gets_no_job(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its job would fail at once, and what depends on it never start."""
     due = [Stage("seed", Program("module"))]
     running = [Job(7, "seed", "RUNNING", "1:00", "N/A", "None", "abc")]
     _check_alone(desk.run, due, [])
     process = desk.begin_and_hold()
-    with pytest.raises(InputError, match=r"stage seed is made by a command\.sh; wait for it"):
+    with pytest.raises(InputError, match="stage seed is at work, by hand or as another's job; wait"):
         _check_alone(desk.run, due, [])
     _check_alone(desk.run, due, running)  # it is its job
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", lambda *_: os.stat("/no/locks/here"))
+        _check_alone(desk.run, due, [])
     (desk.run / "hold").unlink()
     assert desk.ended(process)[0] == 0
     (desk.run / "slurm" / "seed.log").symlink_to(desk.folder / "victim")
