@@ -103,6 +103,10 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
             told = as_ours(error) if isinstance(error, OSError) else error
             print_error(str(told))
             return MACHINE_EXIT_CODE if is_of_the_machine(error) else BAD_INPUT_EXIT_CODE
+        except SystemExit as error:
+            if not isinstance(error.__context__, BrokenPipeError):  # rich says it so
+                raise
+            return 128 + signal.SIGPIPE
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
