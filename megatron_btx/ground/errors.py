@@ -10,6 +10,8 @@ import contextlib
 import errno
 import functools
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -92,16 +94,34 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(*arguments: object, **named: object) -> int:
         try:
-            return main(*arguments, **named)
+            status = main(*arguments, **named)
+            print(end="", flush=True)  # while it can be said
+            return status
         except (BTXError, OSError) as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                return 128 + signal.SIGPIPE
             told = as_ours(error) if isinstance(error, OSError) else error
             print_error(str(told))
             return MACHINE_EXIT_CODE if is_of_the_machine(error) else BAD_INPUT_EXIT_CODE
+        except SystemExit as error:
+            if not isinstance(error.__context__, BrokenPipeError):  # rich says it so
+                raise
+            return 128 + signal.SIGPIPE
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
 
     return wrapped
+
+
+def _nobody_reads() -> bool:
+    """Whether who read our output has left, as head does; then the rest of it goes nowhere."""
+    asked = select.poll()
+    asked.register(1, 0)
+    is_gone = bool(asked.poll(0))
+    if is_gone:  # Python writes what is left when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return is_gone
 
 
 def printable(text: str) -> str:

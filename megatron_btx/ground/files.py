@@ -47,6 +47,12 @@ def write_json(file: Path, value: object) -> None:
     write_atomically(file, json.dumps(value, indent=1))
 
 
+def refuse_unusual(file: Path) -> None:
+    """Raise InputError for a link, a pipe or the like, where a stranger's folder should have a file to write on."""
+    if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+        raise InputError(f"{file}: is a link, or no regular file, and is not written to; remove it")
+
+
 def refuse_unwritable(folder: str, where: str) -> None:
     """Raise InputError for a folder that cannot be written, or cannot be made where there is none."""
     above = os.path.abspath(folder)

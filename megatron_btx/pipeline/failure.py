@@ -25,7 +25,9 @@ _KILLED_FOR: dict[int, str] = {
 
 
 def read_log(log: Path, offset: int) -> str:
-    """What was written into a log behind ``offset``: of much the end, and nothing where it is gone."""
+    """What was written into a log behind ``offset``: of much the end, and nothing where it is gone or no file."""
+    if not log.is_file():  # opening a pipe would wait forever
+        return ""
     with contextlib.suppress(FileNotFoundError), log.open("rb") as stream:
         stream.seek(max(offset, os.fstat(stream.fileno()).st_size - _READ_BYTES))
         return stream.read().decode("utf-8", "replace")

@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from megatron_btx.ground import manifest as manifests
-from megatron_btx.ground.files import write_atomically
+from megatron_btx.ground.files import refuse_unusual, write_atomically
 from megatron_btx.pipeline.decisions import RERUN, Action
 from megatron_btx.pipeline.directory import (
     CONFIG_FILE,
+    LOG_FILE,
     SCRIPT_FILE,
     STAGE_RECORDS,
     find_free_name,
@@ -45,6 +46,7 @@ def prepare_folder(stage: Stage, directory: Path, action: Action, manifest: Mapp
     if action.verb == RERUN:
         directory.rename(find_free_name(directory))
     directory.mkdir(parents=True, exist_ok=True)
+    refuse_unusual(directory / LOG_FILE)
     manifests.write_manifest(directory, manifest)
     if not stage.resumable and not stage.only_shows:
         _set_leftovers_aside(directory)

@@ -48,13 +48,13 @@ def take_turn(folder: Path) -> Iterator[None]:
         yield
 
 
-def is_locked(run: Path) -> bool:
+def is_locked(run: Path, name: str = LOCK_FILE) -> bool:
     """Whether a runner is at work in ``run``; writes nothing, because a run may be looked at that is not ours."""
-    if not (run / LOCK_FILE).is_file():  # opening a pipe would wait forever
+    if not (run / name).is_file():  # opening a pipe would wait forever
         return False
     try:
-        with (run / LOCK_FILE).open("rb") as lock:
+        with (run / name).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+    except OSError as error:
+        return isinstance(error, BlockingIOError)  # not on a disk without locks
     return False

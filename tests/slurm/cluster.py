@@ -147,6 +147,13 @@ class Cluster:
     def _socket(self) -> Path:
         return self.folder / "munge" / "socket"
 
+    def _write_epilog(self) -> Path:
+        """What a node does after a job: while the file ``slow`` lies in the folder, for seconds, as real sites do."""
+        epilog = self.folder / "epilog"
+        epilog.write_text(f"#!/bin/sh\n[ ! -e {self.folder}/slow ] || sleep 6\n")
+        epilog.chmod(0o755)
+        return epilog
+
     def _write_configuration(self) -> None:
         controller, first, second = _free_ports(3)
         user = pwd.getpwuid(os.getuid()).pw_name
@@ -172,6 +179,7 @@ class Cluster:
             "SlurmdParameters=config_overrides",
             "SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2",
             "ReturnToService=2",
+            f"Epilog={self._write_epilog()}",
             "KillWait=10",
             # A job of the partition "urgent" takes the nodes of others, which have 30 seconds to save and leave.
             "PreemptType=preempt/partition_prio",

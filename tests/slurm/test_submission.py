@@ -27,7 +27,14 @@ from megatron_btx.pipeline.progress import Reporter
 from megatron_btx.pipeline.runner import execute_stages
 from megatron_btx.pipeline.slurm.commands import main as cancel
 from megatron_btx.pipeline.slurm.commands import submit_run
-from megatron_btx.pipeline.slurm.queue import COMMENT_LETTERS, list_jobs
+from megatron_btx.pipeline.slurm.queue import (
+    COMMENT_LETTERS,
+    cancel_jobs,
+    check_no_jobs,
+    job_name,
+    list_jobs,
+    submit_script,
+)
 from megatron_btx.pipeline.slurm.submission import Submission, submit
 from megatron_btx.pipeline.stage import Stage
 from megatron_btx.report.status import print_status
@@ -295,6 +302,44 @@ def test_a_job_that_ends_before_its_stage_begins_is_named(
     text = shown(tmp_path, capsys)
     assert re.search(r"│ data +│ failed ", text), "what btx run did afterwards is not shown"
     assert f"data: OSError: no room; its log: {tmp_path}/data/log.txt" in text
+
+
+def test_a_job_that_is_ending_may_start_again(
+    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While its nodes clear up nobody begins beside it, and a cancel is the end of it."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "plan.json").write_text("[]")
+    script = tmp_path / "slurm" / "seed.sh"
+    script.write_text(f"#!/bin/bash\n#SBATCH --job-name={job_name(tmp_path, 'seed')}\nsleep 60\n")
+
+    def states() -> list[str]:
+        return [job.state for job in list_jobs(tmp_path)]
+
+    slow = slurm.folder / "slow"
+    slow.touch()
+    try:
+        number = submit_script(script, [])
+        wait_until(lambda: states() == ["RUNNING"], "the job to run")
+        slurm.run("scontrol", "requeue", str(number))
+        wait_until(lambda: states() == ["COMPLETING"], "its nodes to clear up")
+        with pytest.raises(InputError, match=rf"jobs of Slurm are at work here: seed \(job {number}\)"):
+            check_no_jobs(tmp_path)
+        assert f"cleared up after seed (job {number})" in capsys.readouterr().err
+        wait_until(lambda: states() == ["RUNNING"], "the job to run again")
+        slurm.run("scontrol", "requeue", str(number))
+        wait_until(lambda: states() == ["COMPLETING"], "its nodes to clear up")
+        assert cancel([str(tmp_path)]) == 0 and f"seed: job {number} cancelled" in capsys.readouterr().out
+        assert cancel([str(tmp_path)]) == 0, "one that really ends is cancelled without harm"
+        check_no_jobs(tmp_path)
+        assert states() == []
+    finally:
+        slow.unlink()
+    fixed = slurm.run("sbatch", "--parsable", "--no-requeue", str(script)).strip()
+    wait_until(lambda: states() == ["RUNNING"], "the job to run")
+    with pytest.raises(RuntimeError, match="disabled"):  # so RUN/slurm/STAGE.sh knows that it need not ask again
+        slurm.run("scontrol", "requeue", fixed)
+    cancel_jobs(list_jobs(tmp_path))
 
 
 def test_jobs_of_stages_that_the_recipe_no_longer_has_are_said(

@@ -6,6 +6,7 @@ another line or another option is refused here. It names an interpreter, and may
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ KINDS = ("cpu", "gpu", "data", "seed", "experts", "mix", "finetune", "dense", "e
 FOREIGN_NAMES = re.compile(r"(SLURMD?|SBATCH|SQUEUE|SCANCEL|SCONTROL|SALLOC|SRUN|SINFO|SACCT|BTX)_")
 """Begins the variables by which Slurm's commands and our scripts know a job, or take options."""
 _SECRET = re.compile(
-    r"(?i)(?<!_p)key|token(?!iz)|secret|passw|passph|creden|(pass|pwd|auth|creds?|jwt|cookie|(^|_)(pat|sas|pin))\d*(_|$)"
+    r"(?i)(?<!_p)key|token(?!iz)|secret|passw|passph|creden|authoriz|bearer|session|sessid|(pass|pwd|auth|creds?|jwt|cookies?|(^|_)(pat|sas|pin|pw|tok))\d*(_|$)"
 )
 _PASSWORD = re.compile(r"://[^/\s@]*:[^/\s]*@")
 _TIME = re.compile(r"[0-9]{1,6}|[0-9]{1,6}(:[0-9]{2}){2}|[0-9]{1,6}-[0-9]{1,6}(:[0-9]{2}){0,2}")
@@ -54,8 +55,11 @@ def _check_time(text: str) -> str:
 
 
 def _check_one_line(text: str) -> str:
-    if not text or text.startswith("-") or _CONTROL.search(text) or _PASSWORD.search(text):
-        raise ValueError(f"found {text!r}, expected one line that begins with no dash and holds no password")
+    text = os.path.expanduser(text)  # it will stand between quotes
+    if not text or text.startswith(("-", "~")) or _CONTROL.search(text) or _PASSWORD.search(text):
+        raise ValueError(
+            f"found {text!r}, expected one line that begins with no dash, nor ~ of nobody, and holds no password"
+        )
     return text
 
 
@@ -63,7 +67,7 @@ def _check_environment(given: dict[str, str]) -> dict[str, str]:
     for name, value in given.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise RefusedKeyError(name, "not the name of a variable; expected letters, digits and underscores")
-        if FOREIGN_NAMES.match(name):
+        if FOREIGN_NAMES.match(name) or name in ("python", "IFS", "SECONDS"):
             raise RefusedKeyError(name, "a variable of Slurm or of the scripts; what a job asks for has its own keys")
         if _SECRET.search(name) or _PASSWORD.search(value):
             raise RefusedKeyError(

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{arguments.run}: no {PLAN_FILE} in it; expected a run directory")
     known = [entry.stage for entry in read_plan(arguments.run) or ()]
     with take_turn(arguments.run / SLURM_FOLDER):  # a btx submit that is at work would go on submitting
-        jobs = [job for job in list_jobs(arguments.run) if job.is_active]
+        jobs = list_jobs(arguments.run)  # one that is ending may start again
         if arguments.only:
             jobs = [job for job in jobs if job.stage in arguments.only]
         found = [*known, *[job.stage for job in jobs]]  # a stage that the recipe no longer has may have a job

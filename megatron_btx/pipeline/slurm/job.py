@@ -30,7 +30,7 @@ from megatron_btx.pipeline.records import StageManifest, read_count
 from megatron_btx.pipeline.runner import MANIFEST_SECONDS, find_problem
 from megatron_btx.pipeline.slurm.queue import SlurmError, list_jobs
 from megatron_btx.pipeline.slurm.record import StageRecord, read_record, read_started
-from megatron_btx.pipeline.slurm.script import DONE_BEFORE, INTERRUPTED
+from megatron_btx.pipeline.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED
 from megatron_btx.pipeline.stage import Stage
 
 _FAILED_TASK = "Exited with exit code "
@@ -106,7 +106,7 @@ def begin(run: Path, record: StageRecord, retries: int) -> int:
 
 
 def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
-    """Note how a program ended; 0, :data:`INTERRUPTED` where the job should start again, or the job's exit status."""
+    """Note how a program ended; 0, :data:`INTERRUPTED` where the job should start again, :data:`GIVEN_UP`, or 2."""
     stage = record.stage
     directory = run / stage.name
     processes.end_marked(f"slurm-{_job_number()}:")  # Slurm does not find all where it follows no cgroups
@@ -145,9 +145,10 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
     manifests.write_manifest(directory, content | {"status": status_word, "slurm": started})
     if goes_on:
         return INTERRUPTED
-    if status != BAD_INPUT_EXIT_CODE:
-        _say(f"{stalled} starts in a row saved no further step; not started again")
-    return status
+    if status == BAD_INPUT_EXIT_CODE:
+        return status
+    _say(f"{stalled} starts in a row saved no further step; not started again")
+    return GIVEN_UP
 
 
 def _was_asked_to_end(text: str, code: int) -> bool:

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +50,7 @@ class Job:
 
     @property
     def is_active(self) -> bool:
-        """Whether it waits or runs; not while Slurm clears up after it."""
+        """Whether it waits or runs; not while Slurm clears up after it, which it does before it starts one again."""
         return self.state != _ENDING
 
     @property
@@ -89,6 +91,19 @@ def list_jobs(run: Path) -> list[Job]:
     return sorted(jobs, key=lambda job: job.number)
 
 
+def list_settled(run: Path) -> list[Job]:
+    """As :func:`list_jobs`; what is ending is waited for, because it may start again afterwards."""
+    for turn in range(_TIMEOUT_SECONDS // 2):
+        jobs = list_jobs(run)
+        ending = ", ".join(f"{job.stage} (job {job.number})" for job in jobs if not job.is_active)
+        if not ending:
+            return jobs
+        if not turn:
+            print(f"waiting until Slurm has cleared up after {ending}", file=sys.stderr, flush=True)
+        time.sleep(2)
+    raise SlurmError(f"{run}: Slurm still clears up after {ending}, which may start again; try again later")
+
+
 def submit_script(script: Path, after: Iterable[int]) -> int:
     """Submit a script whose job starts when those of ``after`` have done their work; its number.
 
@@ -125,7 +140,7 @@ def check_no_jobs(run: Path) -> None:
             f"{run}: was submitted to Slurm, which cannot be asked here (no squeue), so its jobs may be at work; go on "
             f"where it can, or, when none is left, remove {run / 'slurm'}"
         )
-    active = [f"{job.stage} (job {job.number})" for job in list_jobs(run) if job.is_active]
+    active = [f"{job.stage} (job {job.number})" for job in list_settled(run)]
     if active:
         raise InputError(f"{run}: jobs of Slurm are at work here: {', '.join(active)}; wait, or btx cancel {run}")
 
@@ -152,7 +167,7 @@ def _make_environment() -> dict[str, str]:
     """What Slurm's commands and jobs inherit: nothing of a job around this process, no options, which beat a recipe."""
     environment = without_launcher(os.environ)
     environment = {name: value for name, value in environment.items() if not FOREIGN_NAMES.match(name)}
-    for name in ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"):
+    for name in ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "BTX_PYTHON"):
         if name in os.environ:
             environment[name] = os.environ[name]
     return environment

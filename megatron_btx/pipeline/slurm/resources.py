@@ -75,8 +75,8 @@ def find_resources(cluster: ClusterSection, stage: Stage, workers: int = 1) -> R
         **{name: asked[name] for name in _AS_ASKED if name in asked},
     )
     seconds = resources.signal_seconds
-    if stage.resumable and "time" in asked and seconds >= seconds_of(asked["time"]):
-        told = f"would be told to save {seconds} s before the end of its time of {asked['time']!r}"
+    if stage.resumable and "time" in asked and seconds + 60 > seconds_of(asked["time"]):
+        told = f"would be told to save {seconds} s, or a minute more, before the end of its time of {asked['time']!r}"
         raise InputError(f"cluster: stage {stage.name} {told}; change time or signal-seconds")
     return resources
 

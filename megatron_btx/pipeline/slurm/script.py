@@ -17,8 +17,9 @@ from megatron_btx.pipeline.slurm.record import SLURM_FOLDER
 from megatron_btx.pipeline.slurm.resources import Resources
 from megatron_btx.pipeline.stage import PYTHON, Program, Stage, flag_per_line, one_line, shell_locks, shell_preparation
 
-DONE_BEFORE, INTERRUPTED = 10, 75
-"""What the first step of a job says when there is nothing to do, and the last one when the job should start again."""
+DONE_BEFORE, INTERRUPTED, GIVEN_UP = 10, 75, 76
+"""What the first step of a job says when there is nothing to do, and the last one when the job should start again, or
+did so too often; what fails in another way says the second, too."""
 _SAFE_PATH = re.compile(r"[\w./+=@:,~-]+")
 
 _IN_CONTAINER = '"${in_container[@]}"'
@@ -47,32 +48,45 @@ stage() {{ # stage begin|end [STATUS]: what is written before and after the prog
 # Nothing else asks for it: one request per job. Dependent jobs go on waiting for this one. The controller may be away
 # for minutes. A task of an array is named as squeue names it: its number can be that of the whole array.
 start_again() {{
-    local job state
-    while [ "$SECONDS" -lt "$1" ]; do
+    local job state said="squeue or scontrol does not answer, or is missing"
+    while type -P squeue scontrol >/dev/null && [ "$SECONDS" -lt "$1" ]; do
         read -r _ job state <<<"$(timeout 20 squeue --noheader --array --jobs="$SLURM_JOB_ID" --format="%A %i %T" |
             grep "^$SLURM_JOB_ID ")"
         case "$state" in
-            RUNNING) ! timeout 20 scontrol requeue "$job" || return ;;
+            RUNNING)
+                said=$(timeout 20 scontrol requeue "$job" 2>&1) && return
+                [[ "$said" != *disabled* ]] || break # for good: it was submitted with --no-requeue
+                ;;
             "" | SIGNALING | STOPPED | SUSPENDED) ;;
             *) return ;; # cancelled, or taken back by Slurm itself
         esac
         sleep 5
     done
-    echo "Slurm starts it not again; btx submit goes on from its last step" >&2
+    echo "Slurm starts it not again ($said); btx submit goes on from its last step" >&2
+}}
+
+# A begin or an end that was killed had no bad input. A begin counts the starts before it, and Slurm those without one.
+leave() {{ # leave STATUS STARTS
+    case "$1" in
+        {done_before}) exit 0 ;;
+        {given_up}) exit 1 ;;
+        0 | 2 | 126 | 127) exit "$1" ;;
+    esac
+    if [ "$2" -ge {retries} ]; then echo "not started again after $2 starts; btx submit goes on" >&2
+    else start_again "$((SECONDS + 600))"; fi
+    exit {interrupted}
 }}
 
 status=0
 stage begin || status=$?
-if [ "$status" -eq {done_before} ]; then exit 0; fi
-if [ "$status" -ne 0 ]; then exit "$status"; fi
+if [ "$status" -ne 0 ]; then leave "$status" "${{SLURM_RESTART_COUNT:-0}}"; fi
 
 BTX_STAGE="slurm-$SLURM_JOB_ID:" {srun} \\
     {command} \\
     >>{log} 2>&1 </dev/null || status=$?
 
 stage end --status "$status" && status=0 || status=$?
-[ "$status" -ne {interrupted} ] || start_again "$((SECONDS + 600))"
-exit "$status"
+leave "$status" -1
 """
 
 
@@ -104,6 +118,7 @@ def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: st
         name=name,
         fingerprint=shlex.quote(fingerprint),
         done_before=DONE_BEFORE,
+        given_up=GIVEN_UP,
         interrupted=INTERRUPTED,
         srun=" ".join(_srun_words(resources)),
         command=_command(stage, resources),

@@ -124,7 +124,7 @@ def _read_unbegun(run: Path, stage: str) -> str:
     note, manifest = script_path(run, stage).with_suffix(NOTE_SUFFIX), run / stage / MANIFEST_FILE
     if not note.is_file() or (manifest.is_file() and manifest.stat().st_mtime > note.stat().st_mtime):
         return ""
-    return note.read_text(encoding="utf-8")
+    return printable(note.read_text(encoding="utf-8", errors="replace"))
 
 
 def _explain(run: Path, job: Job, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]) -> str:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.files import write_atomically
+from megatron_btx.ground.files import refuse_unusual, write_atomically
 from megatron_btx.pipeline.decisions import RERUN, SKIP, Action, decide
 from megatron_btx.pipeline.door import PlannedRun
 from megatron_btx.pipeline.identity import Identity, identities
-from megatron_btx.pipeline.lock import lock_run, take_turn
+from megatron_btx.pipeline.lock import is_locked, lock_run, take_turn
 from megatron_btx.pipeline.recipe.cluster import ClusterSection
-from megatron_btx.pipeline.slurm.queue import COMMENT_LETTERS, Job, SlurmError, cancel_jobs, list_jobs, submit_script
+from megatron_btx.pipeline.slurm.queue import COMMENT_LETTERS, Job, SlurmError, cancel_jobs, list_settled, submit_script
 from megatron_btx.pipeline.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, StageRecord, script_path, write_record
 from megatron_btx.pipeline.slurm.resources import find_resources
 from megatron_btx.pipeline.slurm.script import check_run_path, render_script
@@ -80,14 +80,15 @@ def submit(planned: PlannedRun) -> Submission:
         InputError: a runner or another version of a stage is at work in the run directory, or Slurm refuses.
     """
     run = planned.directory
-    list_jobs(run)  # where Slurm does not answer, a run stays one that btx run may take
+    list_settled(run)  # where Slurm does not answer, a run stays one that btx run may take
     (run / SLURM_FOLDER).mkdir(parents=True, exist_ok=True)
     known = identities(planned.stages)
     with lock_run(run, fcntl.LOCK_SH), take_turn(run / SLURM_FOLDER):
-        jobs = [job for job in list_jobs(run) if job.is_active]
+        jobs = list_settled(run)
         # Checks by Megatron take seconds since the plan. What ended meanwhile has no job any more, and is finished.
         planned = replace(planned, actions=decide(planned.stages, run, planned.rerun))
         _check_running(jobs, planned.actions, known)
+        _check_alone(run, _list_due(planned), jobs)
         result = Submission(finished=[stage.name for stage in planned.chosen_stages() if _is_done(planned, stage)])
         result.foreign = [job for job in jobs if job.stage not in known]
         write_scripts(planned, render_scripts(planned))
@@ -141,6 +142,17 @@ def _check_running(jobs: Sequence[Job], actions: Mapping[str, Action], known: Ma
         if not _will_do(job, known[job.stage]) or actions[job.stage].verb == RERUN:
             raise InputError(
                 f"stage {job.stage}: job {job.number} is running with other settings; wait, or cancel it first"
+            )
+
+
+def _check_alone(run: Path, due: Sequence[Stage], jobs: Sequence[Job]) -> None:
+    """Refuse a stage that somebody makes by hand: its job would end at once, and what depends on it never start."""
+    running = {job.stage for job in jobs if job.is_running}
+    for stage in due:
+        refuse_unusual(script_path(run, stage.name).with_suffix(".log"))  # Slurm itself would write on
+        if stage.name not in running and is_locked(run, f".{stage.name}.lock"):
+            raise InputError(
+                f"{run}: stage {stage.name} is at work, by hand or as another's job; wait, or end it first"
             )
 
 

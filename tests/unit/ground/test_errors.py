@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -79,6 +81,22 @@ def test_a_machine_without_a_number(error):
 def test_success_says_nothing(capsys):
     assert ending_with(None)() == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("write", ["print", "sys.stdout.write", "__import__('rich').print"])
+def test_who_stops_reading_is_no_failure(write):
+    """As head does: whether it leaves while we write, or before what is left is written at the end."""
+    program = (
+        "import sys; from megatron_btx.ground.errors import exits_with_one_line\n"
+        "@exits_with_one_line\n"
+        f"def main():\n    sys.stdin.read(); {write}('x' * 9000); {write}('x' * 9); return 0\n"
+        "sys.exit(main())"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 def test_interrupted(capsys):

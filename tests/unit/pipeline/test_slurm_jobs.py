@@ -4,9 +4,11 @@ what Slurm answers and when, what its caller exported, and what somebody put int
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +29,8 @@ from megatron_btx.pipeline.slurm import job
 from megatron_btx.pipeline.slurm.queue import Job
 from megatron_btx.pipeline.slurm.record import StageRecord, write_record
 from megatron_btx.pipeline.slurm.resources import find_resources
-from megatron_btx.pipeline.slurm.script import INTERRUPTED, render_script
+from megatron_btx.pipeline.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED, render_script
+from megatron_btx.pipeline.slurm.submission import _check_alone
 from megatron_btx.pipeline.stage import Program, Stage, command_script
 from tests.unit.pipeline.test_slurm_scripts import FINGERPRINT
 
@@ -47,10 +50,10 @@ while [[ "$1" == --* ]]; do shift; done
 exec "$@"
 """
 PYTHON = """#!/bin/bash
-# "stage begin" is counted, "stage end" leaves with the status in ENDS, and a program waits for "hold" to go.
+# "stage begin" is counted and does BEGINS, "stage end" does ENDS, and a program waits for "hold" to go.
 case " $* " in
-    *" begin "*) echo "$(basename "$PWD")" >>begun ;;
-    *" end "*) exit "${ENDS:-0}" ;;
+    *" begin "*) echo "$(basename "$PWD")" >>begun; eval "${BEGINS:-}" ;;
+    *" end "*) eval "${ENDS:-}" ;;
     *) while [ -e hold ]; do /bin/sleep .05; done ;;
 esac
 """
@@ -138,7 +141,7 @@ AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; ex
 )
 def test_a_job_starts_again_whatever_slurm_says_first(answers: list[str], requeued: list[str], desk: Desk) -> None:
     desk.answers(*answers)
-    status, said = desk.ended(desk.start(ENDS=str(INTERRUPTED)))
+    status, said = desk.ended(desk.start(ENDS=f"exit {INTERRUPTED}"))
     assert (status, desk.requeued()) == (INTERRUPTED, requeued), said
 
 
@@ -146,14 +149,60 @@ def test_what_slurm_refuses_for_a_moment_is_asked_again(desk: Desk) -> None:
     refuses = desk.folder / "bin" / "scontrol"
     refuses.write_text(f'{SCONTROL}[ "$(wc -l <"$(dirname "$0")/../requeued")" -eq 3 ]\n')
     desk.answers("echo '7 7 RUNNING'")
-    assert desk.ended(desk.start(ENDS=str(INTERRUPTED)))[0] == INTERRUPTED
+    assert desk.ended(desk.start(ENDS=f"exit {INTERRUPTED}"))[0] == INTERRUPTED
     assert desk.requeued() == ["requeue 7"] * 3
+
+
+@pytest.mark.parametrize(
+    ("variables", "status", "is_requeued"),
+    [
+        ({"BEGINS": "kill -9 $$"}, INTERRUPTED, True),
+        ({"BEGINS": "exit 143"}, INTERRUPTED, True),
+        ({"BEGINS": "exit 1", "SLURM_RESTART_COUNT": "2"}, INTERRUPTED, True),
+        ({"BEGINS": "exit 1", "SLURM_RESTART_COUNT": "3"}, INTERRUPTED, False),
+        ({"BEGINS": "exit 2"}, 2, False),
+        ({"BEGINS": f"exit {DONE_BEFORE}", "SLURM_RESTART_COUNT": "9"}, 0, False),
+        ({"ENDS": "kill -9 $$"}, INTERRUPTED, True),
+        ({"ENDS": "exit 1", "SLURM_RESTART_COUNT": "9"}, INTERRUPTED, True),
+        ({"ENDS": "exit 2"}, 2, False),
+        ({"ENDS": f"exit {GIVEN_UP}"}, 1, False),
+    ],
+    ids=lambda value: " ".join(value.values()) if isinstance(value, dict) else "",
+)
+def test_a_begin_or_an_end_that_a_machine_failed_starts_again(
+    variables: dict[str, str], status: int, is_requeued: bool, desk: Desk
+) -> None:
+    """Or those that wait for the job would wait for ever; a begin so often that it does not go on for ever."""
+    desk.answers("echo '7 7 RUNNING'")
+    ended, said = desk.ended(desk.start(**variables))
+    assert (ended, desk.requeued()) == (status, ["requeue 7"] * is_requeued), said
+    assert ("not started again after 3 starts" in said) == (variables.get("SLURM_RESTART_COUNT") == "3")
+
+
+@pytest.mark.parametrize("name", ["squeue", "scontrol"])
+def test_a_node_without_slurms_commands_is_given_back_at_once(name: str, desk: Desk) -> None:
+    (desk.folder / "bin" / name).unlink()
+    for tool in ("bash", "flock", "grep", "env", "cat", "basename", "dirname"):
+        (desk.folder / "bin" / tool).symlink_to(str(shutil.which(tool)))
+    desk.answers("echo '7 7 RUNNING'")
+    ended, said = desk.ended(desk.start(ENDS=f"exit {INTERRUPTED}", PATH=str(desk.folder / "bin")))
+    assert ended == INTERRUPTED and said.count("\n") == 1, said
+    assert said.startswith("Slurm starts it not again (squeue or scontrol does not answer, or is missing)")
+
+
+def test_a_job_that_was_submitted_not_to_be_requeued_ends_at_once(desk: Desk) -> None:
+    refusal = "Requested operation is presently disabled for job 7"
+    (desk.folder / "bin" / "scontrol").write_text(f"{SCONTROL}echo '{refusal}' >&2; exit 1\n")
+    desk.answers("echo '7 7 RUNNING'")
+    ended, said = desk.ended(desk.start(ENDS=f"exit {INTERRUPTED}"))
+    assert ended == INTERRUPTED and len(desk.requeued()) == 1
+    assert said == f"Slurm starts it not again ({refusal}); btx submit goes on from its last step\n"
 
 
 def test_what_a_caller_exported_for_slurm_is_not_in_a_job(desk: Desk) -> None:
     exported = {"SQUEUE_STATES": "COMPLETED", "SQUEUE_FORMAT2": "JobID", "SCONTROL_ALL": "1", "SBATCH_ARRAY_INX": "0-1"}
     desk.answers("echo '7 7 RUNNING'")
-    desk.ended(desk.start(ENDS=str(INTERRUPTED), SRUN_EXPORT_ENV="NONE", SLURM_CLUSTERS="other", **exported))
+    desk.ended(desk.start(ENDS=f"exit {INTERRUPTED}", SRUN_EXPORT_ENV="NONE", SLURM_CLUSTERS="other", **exported))
     assert desk.requeued() == ["requeue 7"] and (desk.folder / "leaked").read_text() == ""
 
 
@@ -262,6 +311,42 @@ def test_without_locks_a_runner_is_known_by_what_it_writes(
     assert ("a btx run or another job makes it" in capsys.readouterr().err) == is_alive
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_planted_log_is_not_written_to(
+    kind: str, desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = make_record(desk.run, monkeypatch)
+    log, victim = desk.run / "seed" / "log.txt", desk.folder / "victim"
+    victim.touch()
+    earlier = {"stage": "seed", "status": "failed", "fingerprint": words[3]}
+    (desk.run / "seed" / "manifest.json").write_text(json.dumps(earlier))
+    if kind == "pipe":
+        os.mkfifo(log)
+    else:
+        log.symlink_to(victim)
+    assert job.main(words) == 2 and victim.read_bytes() == b""
+    assert f"{log}: is a link, or no regular file, and is not written to" in capsys.readouterr().err
+
+
+def test_a_stage_that_is_made_by_hand_gets_no_job(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its job would fail at once, and what depends on it never start."""
+    due = [Stage("seed", Program("module"))]
+    running = [Job(7, "seed", "RUNNING", "1:00", "N/A", "None", "abc")]
+    _check_alone(desk.run, due, [])
+    process = desk.begin_and_hold()
+    with pytest.raises(InputError, match="stage seed is at work, by hand or as another's job; wait"):
+        _check_alone(desk.run, due, [])
+    _check_alone(desk.run, due, running)  # it is its job
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", lambda *_: os.stat("/no/locks/here"))
+        _check_alone(desk.run, due, [])
+    (desk.run / "hold").unlink()
+    assert desk.ended(process)[0] == 0
+    (desk.run / "slurm" / "seed.log").symlink_to(desk.folder / "victim")
+    with pytest.raises(InputError, match=r"seed\.log: is a link"):
+        _check_alone(desk.run, due, [])
+
+
 def plant(folder: Path) -> None:
     """Modules and programs that say so when they run: of names that every Python, and every script, looks for."""
     code = f"open({str(folder / 'ran')!r}, 'a').write(__name__)\nraise SystemExit(0)\n"
@@ -346,6 +431,8 @@ def test_a_log_that_is_gone_or_cut_is_an_empty_one(tmp_path: Path) -> None:
 
     log = tmp_path / "log.txt"
     assert read_log(log, 5) == ""
+    os.mkfifo(tmp_path / "pipe")
+    assert read_log(tmp_path / "pipe", 0) == ""
     log.write_text("before|after")
     assert (read_log(log, 7), read_log(log, 100)) == ("after", "")
     with log.open("a") as stream:

@@ -21,11 +21,11 @@ from megatron_btx.pipeline.planner import plan_stages
 from megatron_btx.pipeline.recipe.cluster import ClusterSection, seconds_of
 from megatron_btx.pipeline.recipe.reading import load_recipe
 from megatron_btx.pipeline.rows import read_shown_manifest
-from megatron_btx.pipeline.slurm import job, queue
+from megatron_btx.pipeline.slurm import commands, job, queue
 from megatron_btx.pipeline.slurm.queue import Job, list_jobs
 from megatron_btx.pipeline.slurm.record import StageRecord, read_record, write_record
 from megatron_btx.pipeline.slurm.resources import find_resources, kind_of
-from megatron_btx.pipeline.slurm.script import DONE_BEFORE, INTERRUPTED, check_run_path, render_script
+from megatron_btx.pipeline.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED, check_run_path, render_script
 from megatron_btx.pipeline.slurm.status import view_jobs
 from megatron_btx.pipeline.stage import Program, Stage
 from megatron_btx.report.status import print_status
@@ -175,11 +175,23 @@ def refused_variables(names: str, value: str = "x") -> dict[str, str]:
     return found
 
 
+def test_a_home_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands between quotes in a script, where a shell leaves it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    section = ClusterSection.model_validate(
+        {"python": "~/v/python", "data-cache": "~/c", "container-mounts": ["~/d:/d"]}
+    )
+    assert (section.python, section.data_cache) == ("/home/me/v/python", "/home/me/c")
+    assert section.container_mounts == ["/home/me/d:/d"]
+    with pytest.raises(ValidationError, match="~ of nobody"):
+        ClusterSection.model_validate({"python": "~no-such-user/python"})
+
+
 def test_variables_by_which_a_job_is_known_are_refused() -> None:
     """With another job's number a step would run in that job's nodes, and requeue it."""
     names = """SLURM_JOB_ID SLURM_JOBID SLURM_STEP_ID SLURM_CONF SLURM_CLUSTERS SLURM_NTASKS SLURMD_NODENAME
         SLURM_EXPORT_ENV SBATCH_PARTITION SQUEUE_STATES SCANCEL_STATE SCONTROL_ALL SALLOC_QOS SRUN_CPUS_PER_TASK
-        BTX_STAGE BTX_PYTHON BTX_ANYTHING"""
+        python IFS BTX_STAGE BTX_PYTHON BTX_ANYTHING"""
     found = refused_variables(names)
     assert sorted(found) == sorted(names.split())
     assert all("a variable of Slurm or of the scripts" in why for why in found.values())
@@ -189,14 +201,15 @@ def test_variables_by_which_a_job_is_known_are_refused() -> None:
 def test_variables_that_may_be_secrets_are_refused() -> None:
     names = """SSHPASS DB_PWD PGPASS PGPASSWORD HF_AUTH OPENAI_PAT GH_PAT HF_TOKEN HF_TOKEN2 AWS_SECRET_ACCESS_KEY
         WANDB_API_KEY APIKEY MYSQL_PWD REDIS_PASS SMTP_PASS1 GPG_PASSPHRASE AZURE_SAS SESSION_COOKIE SLACK_JWT GCP_CREDS
-        GOOGLE_APPLICATION_CREDENTIALS hf_auth db_pwd CURL_USERPWD CARD_PIN"""
+        GOOGLE_APPLICATION_CREDENTIALS hf_auth db_pwd CURL_USERPWD CARD_PIN AUTHORIZATION
+        HTTP_AUTHORIZATION DB_PW SESSION SESSION_ID PHPSESSID GH_TOK COOKIES MY_BEARER"""
     found = refused_variables(names)
     assert sorted(found) == sorted(names.split())
     assert all("may be a secret" in why for why in found.values())
     assert sorted(refused_variables("HTTPS_PROXY A", "http://me:word@host:3128")) == ["A", "HTTPS_PROXY"]
     assert refused_variables("HTTPS_PROXY", "http://host:3128") == refused_variables("A", "s3://me@host/a:b") == {}
     harmless = """TOKENIZERS_PARALLELISM NCCL_IB_PKEY PATH XAUTHORITY AUTHOR_NAME PASSES COMPATIBLE PATTERN
-        OMPI_MCA_pin NCCL_PATH SASHA CREDITS"""
+        OMPI_MCA_pin NCCL_PATH SASHA CREDITS COMPRESSION PWM STOKES"""
     assert sorted(refused_variables(harmless)) == ["OMPI_MCA_pin"]
 
 
@@ -218,10 +231,10 @@ def test_a_time_limit_is_what_slurm_makes_of_it(time: str, seconds: int) -> None
 
 def test_a_job_that_would_be_told_to_save_when_it_starts_is_refused(inputs: Path) -> None:
     """Where both numbers are known; what cannot save is told nothing."""
-    for change in ("cluster.time='1'", "cluster={time: '2', finetune: {signal-seconds: 120}}"):
-        with pytest.raises(InputError, match=r"cluster: stage (seed|finetune) would be told to save \d+ s before"):
+    for change in ("cluster.time='2'", "cluster={time: '3', finetune: {signal-seconds: 121}}"):
+        with pytest.raises(InputError, match=r"cluster: stage (seed|finetune) would be told to save \d+ s, or"):
             scripts(change)
-    assert len(scripts("cluster={time: '1', gpu: {time: '2'}}")) == len(scripts("cluster={signal-seconds: 3600}"))
+    assert len(scripts("cluster={time: '1', gpu: {time: '3'}}")) == len(scripts("cluster={signal-seconds: 3600}"))
 
 
 HOSTILE = "a\n#SBATCH --uid=0\n$(touch ran)`touch ran`'\"; touch ran; \\ -x"
@@ -358,7 +371,7 @@ def test_a_job_that_saved_a_step_starts_again_and_one_that_did_not_gives_up(worl
         assert world.manifest()["status"] == "stopped"
         assert world.manifest()["slurm"]["problem"] == f"ended at iteration {step} of 10"
     assert world.call("begin") == 0 and world.call("end", 1) == INTERRUPTED
-    assert world.call("begin") == 0 and world.call("end", 137) == 1
+    assert world.call("begin") == 0 and world.call("end", 137) == GIVEN_UP
     assert world.manifest()["status"] == "failed" and "SIGKILL" in world.manifest()["slurm"]["problem"]
     assert world.manifest()["starts"] == 5
 
@@ -405,7 +418,7 @@ def test_what_a_machine_may_have_done_is_tried_again(status: int, world: JobWorl
     """A rank that hung, and a step that Megatron wants taken again elsewhere; as often as retries say."""
     world.finish_data()
     assert world.call("begin") == 0 and world.call("end", status, "error: the run has stood still\n") == INTERRUPTED
-    assert world.call("begin") == 0 and world.call("end", status) == 1
+    assert world.call("begin") == 0 and world.call("end", status) == GIVEN_UP
 
 
 def test_a_job_of_other_settings_does_not_begin(world: JobWorld, capsys: pytest.CaptureFixture[str]) -> None:
@@ -432,17 +445,49 @@ def test_a_queue_is_read_by_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
 
 
+@pytest.mark.parametrize("then", ["PENDING", "", "COMPLETING"])
+def test_a_job_that_is_ending_is_waited_for(
+    then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may start again: it is COMPLETING while its nodes clear up, and PENDING afterwards."""
+    (tmp_path / "slurm").mkdir()
+    clock = [0.0]
+    monkeypatch.setattr(queue.shutil, "which", lambda name: name)
+    monkeypatch.setattr(queue.time, "sleep", lambda seconds: clock.append(clock[-1] + seconds))
+
+    def answer(*words: str) -> str:
+        state = "COMPLETING" if clock[-1] < 20 else then
+        return f"7|{state}|1:00|N/A|None|abc|{queue.job_name(tmp_path, 'seed')}\n" if state else ""
+
+    monkeypatch.setattr(queue, "_call", answer)
+    if then:
+        said = {"PENDING": r"at work here: seed \(job 7\)", "COMPLETING": r"clears up after seed \(job 7\)"}
+        with pytest.raises(InputError, match=said[then]):
+            queue.check_no_jobs(tmp_path)
+    else:
+        queue.check_no_jobs(tmp_path)
+    assert clock[-1] >= 20 and capsys.readouterr().err.count("waiting until Slurm has cleared up") == 1
+
+
+def test_a_cancel_takes_back_what_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plan.json").write_text("[]")
+    asked = []
+    monkeypatch.setattr(commands, "list_jobs", lambda run: [Job(7, "seed", "COMPLETING", "", "N/A", "None", "abc")])
+    monkeypatch.setattr(commands, "cancel_jobs", lambda jobs: asked.extend(job.number for job in jobs))
+    assert commands.main([str(tmp_path)]) == 0 and asked == [7]
+
+
 def test_a_job_that_is_submitted_from_within_a_job_is_none_of_its_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sbatch").write_text(f"#!/bin/bash\nenv >{tmp_path}/env\necho '7;cluster'\n")
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CONF", "RANK", "MINE"):
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CONF", "RANK", "MINE", "BTX_PYTHON", "BTX_STAGE"):
         monkeypatch.setenv(name, "9")
     assert queue.submit_script(tmp_path / "a.sh", [3, 1]) == 7
     lines = (tmp_path / "env").read_text().splitlines()
-    assert "MINE=9" in lines and "SLURM_CONF=9" in lines
+    assert "MINE=9" in lines and "BTX_PYTHON=9" in lines and "BTX_STAGE=9" not in lines and "SLURM_CONF=9" in lines
     assert "RANK=9" not in lines and "SLURM_CPUS_PER_TASK=9" not in lines
 
 
@@ -489,6 +534,18 @@ def test_a_status_counts_the_time_of_a_running_job(
     monkeypatch.setattr("megatron_btx.pipeline.slurm.status.list_jobs", lambda run: found)
     print_status(world.run)
     assert " 3:00:" in capsys.readouterr().out
+
+
+def test_a_status_reads_no_more_than_it_can(
+    world: JobWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run may come from anybody."""
+    (world.run / "plan.json").write_text(json.dumps([{"stage": "train", "steps": 10}]))
+    os.mkfifo(world.run / "slurm" / "train.log")
+    (world.run / "slurm" / "train.job").write_bytes(b"\xff\xfe\x1b[2J")
+    monkeypatch.setattr("megatron_btx.pipeline.slurm.status.list_jobs", lambda run: [])
+    print_status(world.run)
+    assert "train: nothing said; its log: " in capsys.readouterr().out
 
 
 def test_a_machine_without_slurm_says_so(tmp_path: Path) -> None:

@@ -58,24 +58,38 @@ stage() { # stage begin|end [STATUS]: what is written before and after the progr
 # Nothing else asks for it: one request per job. Dependent jobs go on waiting for this one. The controller may be away
 # for minutes. A task of an array is named as squeue names it: its number can be that of the whole array.
 start_again() {
-    local job state
-    while [ "$SECONDS" -lt "$1" ]; do
+    local job state said="squeue or scontrol does not answer, or is missing"
+    while type -P squeue scontrol >/dev/null && [ "$SECONDS" -lt "$1" ]; do
         read -r _ job state <<<"$(timeout 20 squeue --noheader --array --jobs="$SLURM_JOB_ID" --format="%A %i %T" |
             grep "^$SLURM_JOB_ID ")"
         case "$state" in
-            RUNNING) ! timeout 20 scontrol requeue "$job" || return ;;
+            RUNNING)
+                said=$(timeout 20 scontrol requeue "$job" 2>&1) && return
+                [[ "$said" != *disabled* ]] || break # for good: it was submitted with --no-requeue
+                ;;
             "" | SIGNALING | STOPPED | SUSPENDED) ;;
             *) return ;; # cancelled, or taken back by Slurm itself
         esac
         sleep 5
     done
-    echo "Slurm starts it not again; btx submit goes on from its last step" >&2
+    echo "Slurm starts it not again ($said); btx submit goes on from its last step" >&2
+}
+
+# A begin or an end that was killed had no bad input. A begin counts the starts before it, and Slurm those without one.
+leave() { # leave STATUS STARTS
+    case "$1" in
+        10) exit 0 ;;
+        76) exit 1 ;;
+        0 | 2 | 126 | 127) exit "$1" ;;
+    esac
+    if [ "$2" -ge 5 ]; then echo "not started again after $2 starts; btx submit goes on" >&2
+    else start_again "$((SECONDS + 600))"; fi
+    exit 75
 }
 
 status=0
 stage begin || status=$?
-if [ "$status" -eq 10 ]; then exit 0; fi
-if [ "$status" -ne 0 ]; then exit "$status"; fi
+if [ "$status" -ne 0 ]; then leave "$status" "${SLURM_RESTART_COUNT:-0}"; fi
 
 BTX_STAGE="slurm-$SLURM_JOB_ID:" srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 --export=ALL --kill-on-bad-exit=1 \
     "$python" -m megatron_btx.pretrain \
@@ -118,5 +132,4 @@ BTX_STAGE="slurm-$SLURM_JOB_ID:" srun --nodes=1 --ntasks=1 --ntasks-per-node=1 -
     >>expert-math/log.txt 2>&1 </dev/null || status=$?
 
 stage end --status "$status" && status=0 || status=$?
-[ "$status" -ne 75 ] || start_again "$((SECONDS + 600))"
-exit "$status"
+leave "$status" -1
