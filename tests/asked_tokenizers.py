@@ -38,7 +38,7 @@ class Asked:
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
     def answer(self) -> dict[str, Any]:
-        """Wait for the answer: the version, and for each folder its ``ids``, ``special`` tokens, ``names`` and ``side``."""
+        """Wait for the answer: the version, and each folder's ``ids``, ``special`` tokens, ``names`` and ``side``."""
         _, said = self._process.communicate(timeout=280)
         assert self._process.returncode == 0, said[-3000:]
         return dict(json.loads(self._answer.read_text()))
