@@ -21,6 +21,7 @@ for folder in asked["folders"]:
     t = transformers.AutoTokenizer.from_pretrained(folder)
     ids = [[t.encode(x, add_special_tokens=whole) for x in asked["texts"]] for whole in (False, True)]
     answer[folder] = {"ids": ids, "special": [t.bos_token_id, t.eos_token_id, t.pad_token_id]}
+    answer[folder] |= {"names": list(t("a")), "side": t.padding_side}
 json.dump(answer, open(sys.argv[2], "w"))
 """
 
@@ -37,7 +38,7 @@ class Asked:
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
     def answer(self) -> dict[str, Any]:
-        """Wait for the answer: the version, and for each folder its ``ids`` and ``special`` tokens."""
+        """Wait for the answer: the version, and each folder's ``ids``, ``special`` tokens, ``names`` and ``side``."""
         _, said = self._process.communicate(timeout=280)
         assert self._process.returncode == 0, said[-3000:]
         return dict(json.loads(self._answer.read_text()))

@@ -11,7 +11,7 @@ from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.sources import EMBEDDING
 from megatron_btx.mixing.takeable import TAKEABLE, field_with
-from megatron_btx.mixing.tokenizer.around import differing_surroundings
+from megatron_btx.mixing.tokenizer.around import differing_readings
 
 if TYPE_CHECKING:
     from megatron_btx.mixing.sources import Source
@@ -185,13 +185,15 @@ def _check_tokenizers(sources: Sequence[Source], request: Request) -> None:
         _check_union(sources, request)
     else:
         check_same_tokenizer(stored, _REMEDY)
-    around = differing_surroundings(sources)
-    if around and "tokenizer" not in request.take:
-        listed = ", ".join(f"{shown!r} in {name}" for name, shown in around.items())
-        choices = ", ".join(f"--take tokenizer={name}" for name in around)
+    if "tokenizer" in request.take:
+        return
+    differing = differing_readings(sources)
+    if differing:
+        what, shown = differing
+        listed = ", ".join(f"{value!r} in {name}" for name, value in shown.items())
+        choices = ", ".join(f"--take tokenizer={name}" for name in shown)
         raise InputError(
-            f"tokenizers differ: what they put around a text is {listed}, and the result can do one of these alone; "
-            f"choose one: {choices}"
+            f"tokenizers differ: {what} is {listed}, and the result can do one of these alone; choose one: {choices}"
         )
 
 

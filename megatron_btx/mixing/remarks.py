@@ -12,7 +12,7 @@ from megatron_btx.mixing.compatible import vocabulary_source
 from megatron_btx.mixing.plan import Plan
 from megatron_btx.mixing.sources import Source
 from megatron_btx.mixing.takeable import TRAINING_ARGUMENTS
-from megatron_btx.mixing.tokenizer.around import differing_surroundings
+from megatron_btx.mixing.tokenizer.around import differing_readings
 from megatron_btx.mixing.tokenizer.files import object_in, travelling_files
 from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE
 
@@ -43,10 +43,9 @@ def remarks(plan: Plan) -> list[str]:
         if key not in _SAID_AS_ARGUMENT and _differ(values):
             lines.append(f"{_list_values(key, values)}; the result has that of {owner}, whose tokenizer it gets")
     if plan.request.allow_other_tokenizer:  # else it was refused, or somebody has chosen
-        around = differing_surroundings(plan.sources)
-        if around:
-            listed = _list_values("what a tokenizer puts around a text", around)
-            lines.append(f"{listed}; the result has that of {owner}")
+        differing = differing_readings(plan.sources)
+        if differing:
+            lines.append(f"{_list_values(*differing)}; the result has that of {owner}")
     if _differ({source.name: _chat_templates(source) for source in plan.sources if source.hf_folder}):
         lines.append(f"chat templates differ between sources; the result has those of {owner}")
     return [*lines, *_likeness(plan.sources)]

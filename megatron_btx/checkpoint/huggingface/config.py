@@ -29,7 +29,7 @@ from megatron_btx.ground.errors import InputError
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 """Of transformers 5 and 4."""
 _OTHER_NAMES = {"half": "float16", "float": "float32"}
-"""torch's other names of types, which transformers takes, too."""
+"""torch's other names of types, which transformers takes, too, as it does torch.float32."""
 
 
 def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -148,7 +148,8 @@ def _stated_dtype(config: Mapping[str, Any]) -> tuple[str, str]:
     """The key that says the weights' type, and what it says; "" where nothing does."""
     for key in _DTYPE_KEYS:
         if config.get(key) is not None:
-            return key, _OTHER_NAMES.get(str(config[key]), str(config[key]))
+            name = str(config[key]).removeprefix("torch.")
+            return key, _OTHER_NAMES.get(name, name)
     return _DTYPE_KEYS[0], ""
 
 
@@ -173,6 +174,8 @@ def _window(filled: Mapping[str, Any], family: Family, layers: int, where: str) 
     """Megatron's (keys before, keys after) of a sliding window that all layers have; None for full attention."""
     if family.window == "none" or (family.window == "own" and filled.get("sliding_window") is None):
         return None
+    if family.model_type == "mistral" and filled.get("layer_types") == ["full_attention"] * layers:
+        return None  # AutoModel of transformers 4 and 5 goes by the kinds of layers
     if family.window == "switched" and not _every_layer_slides(filled, family, layers, where):
         return None
     return int(check_number(where, "sliding_window", filled.get("sliding_window"), COUNT)) - 1, 0

@@ -38,6 +38,8 @@ def refuse_unknown_keys(config: Mapping[str, Any], family: Family, where: str) -
         InputError: names the key and its value.
     """
     remedy = "convert a model without it, or take the key away if the model was trained without it"
+    if config.get("is_causal", True) is not True:
+        raise bad_value(where, "is_causal", config["is_causal"], "true, as Megatron attends to the past alone", remedy)
     for key, value in config.items():
         neutral = _neutral_values(key)
         if neutral and value not in neutral:

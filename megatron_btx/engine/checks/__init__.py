@@ -11,7 +11,7 @@ from megatron_btx.engine.checks.training import check_bias, check_evaluation_int
 from megatron_btx.engine.checks.useless_flags import check_flags
 from megatron_btx.engine.options import Options, resolve_options
 
-CHECKS = (check_flags, check_checkpoint_format, check_layout, check_routing)
+CHECKS = (check_checkpoint_format, check_layout, check_routing, check_flags)
 """Checks of the parsed arguments alone that every program makes, in their order."""
 TRAINING_CHECKS = (check_budget, check_evaluation_interval, check_seed, check_bias, check_retention)
 """Those that training makes after them."""

@@ -19,6 +19,7 @@ _NOT_IN_WHEEL = "needs a module that Megatron's wheel lacks; leave it out"
 _NEEDS_ENGINE = "Megatron 0.19 looks for layers of Transformer Engine, which is not installed; leave it out"
 _ENGINE_ALONE = "only Transformer Engine has it here; use --transformer-impl transformer_engine, or leave it out"
 _NEEDS_OPTIMIZER = "needs an optimizer of Transformer Engine, which is not installed; leave it out"
+_NEEDS_DEEP_EP = "needs the package deep_ep, which is not installed; use alltoall"
 
 Refusal = tuple[str, bool, str]
 """A flag, whether it is given where it is of no use, and why, with what to do."""
@@ -98,6 +99,10 @@ def _that_fail_late(args: argparse.Namespace) -> Iterator[Refusal]:
     yield "--softmax-type", local and args.softmax_type != "vanilla", _ENGINE_ALONE
     yield "--fp8-format", local and bool(args.fp8), _ENGINE_ALONE
     yield "--fp4-format", local and bool(args.fp4), _ENGINE_ALONE
+    yield "--multi-latent-attention", local and args.multi_latent_attention, _ENGINE_ALONE
+    yield "--moe-router-fusion", args.moe_router_fusion and not has_engine, _NEEDS_ENGINE
+    deep = args.moe_token_dispatcher_type == "flex" and args.moe_flex_dispatcher_backend != "ncclep"
+    yield "--moe-token-dispatcher-type flex", deep and find_spec("deep_ep") is None, _NEEDS_DEEP_EP
     yield "--apply-layernorm-1p", local and args.layernorm_zero_centered_gamma, _ENGINE_ALONE
     has_fused = has_engine or find_spec("apex") is not None
     yield "--use-precision-aware-optimizer", args.use_precision_aware_optimizer and not has_fused, _NEEDS_OPTIMIZER

@@ -1,36 +1,62 @@
-"""What tokenizers put before and after a text: with one table and one way to cut, ids differ by it all the same."""
+"""Where tokenizers with one table and one way to cut, as their files say it, give a text other ids all the same."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_btx.checkpoint.tokenizers.files import UnknownVocabularyError, read_object
 from megatron_btx.checkpoint.tokenizers.vocabulary import tokenizer_files
-from megatron_btx.ground.errors import InputError
+from megatron_btx.ground.errors import InputError, bare_exceptions_as
 from megatron_btx.mixing.sources import Source
-from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE, TOKENIZER_FILE, LoadedTokenizer, load_with_transformers
+from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE, LoadedTokenizer, load_with_transformers
+from megatron_btx.mixing.tokenizer.texts import texts as texts_with
 
-_SETTINGS = ("tokenizer_class", "auto_map", "add_bos_token", "add_eos_token", "bos_token", "eos_token", "legacy")
+_NO_IDS = ("chat_template", "model_max_length", "padding_side", "truncation_side", "name_or_path", "processor_class")
+"""Settings of a tokenizer_config.json that decide no id of a text."""
+_SHOWN = 60
 
 
-def differing_surroundings(sources: Sequence[Source]) -> dict[str, str]:
-    """What the tokenizer of each source puts around a text, where some differ; empty where all do the same.
+def differing_readings(sources: Sequence[Source]) -> tuple[str, dict[str, str]] | None:
+    """In what the tokenizers of sources differ, in words, with what each does; None where all do the same.
 
-    A template says it, or a setting, or a class by itself: where their files differ, transformers is asked.
+    A template says it, a setting, a flag of a token, or a class by itself: where their files differ, transformers is
+    asked, for what it puts around a text and for the ids of some hundred texts.
     """
-    folders = {s.name: s.hf_folder for s in sources if s.hf_folder is not None and tokenizer_files(s.hf_folder)}
+    folders = {s: s.hf_folder for s in sources if s.hf_folder is not None and tokenizer_files(s.hf_folder)}
     said = list(map(_settings, folders.values()))
-    found: dict[str, str] = {}
-    for name, folder in folders.items():
-        try:
+    loaded: dict[Source, LoadedTokenizer] = {}
+    around: dict[str, str] = {}
+    for source, folder in folders.items():
+        with contextlib.suppress(InputError):  # said by whoever needs the tokenizer
             if any(settings != said[0] for settings in said):
-                found[name] = _show(load_with_transformers(folder), read_object(folder / CONFIG_FILE))
-        except InputError:  # said by whoever needs the tokenizer
-            continue
-    if len(set(found.values())) < 2:
-        return {}
-    return found
+                tokenizer = load_with_transformers(folder)
+                around[source.name] = _show(tokenizer, read_object(folder / CONFIG_FILE))
+                loaded[source] = tokenizer
+    if len(set(around.values())) > 1:
+        return "what they put around a text", around
+    if len(loaded) > 1:
+        return _first_text(loaded)
+    return None
+
+
+def _first_text(loaded: Mapping[Source, LoadedTokenizer]) -> tuple[str, dict[str, str]] | None:
+    """The first text that some cut into other tokens, though all have each of these tokens."""
+    marked: dict[str, None] = {}
+    tables = []
+    for source, tokenizer in loaded.items():
+        marked |= dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()])
+        tables.append(set(source.tokens or tokenizer.get_vocab().values()))
+    common = set.intersection(*tables)
+    for text in texts_with([*marked, *map(str.swapcase, marked)], at_most=2 * len(marked)):
+        ids = {}
+        for source, tokenizer in loaded.items():
+            with contextlib.suppress(InputError), bare_exceptions_as(lambda error: InputError(str(error))):
+                ids[source.name] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(set(map(tuple, ids.values()))) > 1 and all(map(common.issuperset, ids.values())):
+            return f"the ids of the text {text[:_SHOWN]!r}", {name: str(found)[:_SHOWN] for name, found in ids.items()}
+    return None
 
 
 def _show(loaded: LoadedTokenizer, config: Mapping[str, object]) -> str:
@@ -46,12 +72,14 @@ def _show(loaded: LoadedTokenizer, config: Mapping[str, object]) -> str:
 
 def _settings(folder: Path) -> object:
     """Whatever in a folder's files can decide it."""
+    files = {file.name: file.read_bytes() for file in tokenizer_files(folder) if file.name != CONFIG_FILE}
     try:
-        named = read_object(folder / "special_tokens_map.json") | read_object(folder / CONFIG_FILE)
-        template = read_object(folder / TOKENIZER_FILE).get("post_processor")
+        config, model = read_object(folder / CONFIG_FILE), read_object(folder / "config.json")
     except UnknownVocabularyError:
         return folder
-    return template, (folder / TOKENIZER_FILE).is_file(), [named.get(key) for key in _SETTINGS]
+    for name in _NO_IDS:
+        config.pop(name, None)
+    return files, config, model.get("model_type")
 
 
 def ids_around(loaded: LoadedTokenizer) -> tuple[list[int], list[int]]:

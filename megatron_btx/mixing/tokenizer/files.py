@@ -100,6 +100,7 @@ def make_config(
         del config["additional_special_tokens"]
     config |= {"tokenizer_class": CLASS, **tokens}
     config.setdefault("clean_up_tokenization_spaces", False)
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # transformers 4 has a third for this class
     if adds is not None:
         config |= {"add_bos_token": adds[0], "add_eos_token": adds[1]}
     prefix = _prefix_space(tokenizer)

@@ -126,6 +126,8 @@ def _candidates(
     if backend is not None and hasattr(backend, "to_str"):
         made = json.loads(backend.to_str())
         form = f"tokenizer.json made of what {transformers_name(loaded)} reads in {folder}"
+        if TOKENIZER_FILE in files:
+            form += ", which gives other ids than the tokenizer.json there: another version may give others again"
         found.append((form, tokenizer_files.drop_rowless_tokens(made, rows)))
     if not found:
         raise InputError(
@@ -148,6 +150,8 @@ def _config_of(
         if number is not None and number < rows:
             tokens[name] = str(token)
     source = json.loads(files.get(CONFIG_FILE, b"{}"))
+    if loaded.padding_side != "right":  # some classes pad on the left without saying so
+        source["padding_side"] = loaded.padding_side
     adds = None
     if "add_bos_token" in source or "add_eos_token" in source:
         adds = _added_around(loaded, tokens)

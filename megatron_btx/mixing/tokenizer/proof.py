@@ -33,6 +33,7 @@ class LoadedTokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     all_special_tokens: Sequence[str]
+    padding_side: str
 
     def __call__(self, text: str, add_special_tokens: bool) -> Mapping[str, Sequence[int]]:
         """``input_ids`` and more of a text."""

@@ -79,6 +79,7 @@ UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
     "clipped projections": ({"clip_qkv": 8.0}, "clip_qkv is 8.0"),
     "layers without positions": ({"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\]"),
     "chunks": ({"attention_chunk_size": 8192}, "attention_chunk_size is 8192"),
+    "attention both ways": ({"is_causal": False}, "is_causal is False, expected true"),
     "half rotated": ({"rotary_pct": 0.25}, "rotary_pct is 0.25"),
     "a window of a Llama": ({"sliding_window": 4096}, "sliding_window is 4096, expected none"),
     "windows by layer": (
@@ -115,6 +116,8 @@ def test_keys_without_effect_are_passed_over():
     harmless = {
         "final_logit_softcapping": None,
         "logit_scale": 1.0,
+        "is_causal": True,
+        "torch_dtype": "torch.float32",
         "residual_multiplier": 1,
         "no_rope_layers": [],
         "sliding_window": None,

@@ -296,6 +296,14 @@ def test_what_only_hugging_face_can_run_is_refused_for_megatron():
         refuse_for_megatron(read(BASES["mixtral"] | {"num_experts_per_tok": 1}), WHERE)
 
 
+def test_kinds_of_layers_turn_a_window_off():
+    """AutoModel takes a class for Mistral that goes by layer_types; for Mixtral sliding_window alone says it."""
+    kinds = {"sliding_window": 8, "layer_types": ["full_attention"] * BASES["mistral"]["num_hidden_layers"]}
+    written = config_from_arguments(read(BASES["mistral"] | kinds), BASES["mistral"] | kinds)
+    assert read(BASES["mistral"] | kinds)["window_size"] is None and read(written)["window_size"] is None
+    assert written["sliding_window"] is None and set(written.get("layer_types") or ()) <= {"full_attention"}
+
+
 def test_windows_and_dense_layers_round_trip():
     """Every family that has them says them in a way that transformers reads as meant."""
     for model_type, base in BASES.items():

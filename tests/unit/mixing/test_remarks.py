@@ -94,7 +94,7 @@ def test_what_is_put_around_a_text_is_compared(case, tmp_path, capsys):
         assert AutoTokenizer.from_pretrained(target)("word")["input_ids"] == whole
         capsys.readouterr()
         assert main([*words, "--output", str(tmp_path / "x"), "--allow-other-tokenizer", "--dry-run"]) == 0
-        assert "what a tokenizer puts around a text differs: " in capsys.readouterr().out
+        assert "what they put around a text differs: " in capsys.readouterr().out
 
 
 def test_the_same_around_a_text_in_another_form(tmp_path, capsys):
@@ -103,6 +103,68 @@ def test_the_same_around_a_text_in_another_form(tmp_path, capsys):
     code = with_tokenizer(llama_folder(tmp_path / "code", 1), "<s> $A", add_bos_token=True)
     assert main([*expert_words({"math": math, "code": code}), "--dry-run"]) == 0
     assert "around a text" not in capsys.readouterr().out
+
+
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+CUTS = {
+    "blanks taken by a token": ({"lstrip": True, "rstrip": True}, {}),
+    "a token that is a word of its own": ({"single_word": True}, {}),
+    "special tokens that are text": ({}, {"split_special_tokens": True}),
+    "a word that a setting makes a token": ({}, {"added_tokens_decoder": {"2": FLAGS | {"content": "word"}}}),
+    "a class that builds its own": ({}, {"tokenizer_class": "Qwen2Tokenizer"}),
+}
+
+
+def byte_level(folder: Path, flags: dict[str, bool], **config: object) -> Path:
+    """A folder with a byte-level tokenizer whose first cut is not Qwen's."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = ["</s>", "12", "word", "<t>", "\u0120", *"ab12xword<>t/s"]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    made = Tokenizer(models.BPE(vocabulary, [("1", "2")]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["</s>", AddedToken("<t>", normalized=False, **flags)])
+    made.save(str(folder / "tokenizer.json"))
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | config))
+    return folder
+
+
+@pytest.mark.parametrize("case", CUTS)
+def test_texts_that_are_cut_otherwise_are_refused(case, tmp_path, capsys):
+    """The tables are equal, and so are the files' rules: transformers is asked."""
+    from transformers import AutoTokenizer
+
+    flags, config = CUTS[case]
+    (tmp_path / "experts").mkdir()
+    math = byte_level(llama_folder(tmp_path / "experts" / "math", 0), {})
+    code = byte_level(llama_folder(tmp_path / "experts" / "code", 1), flags, **config)
+    text = "a <t> b<t>b <t> 12 xwordx"
+    ids = AutoTokenizer.from_pretrained(code)(text)["input_ids"]
+    assert ids != AutoTokenizer.from_pretrained(math)(text)["input_ids"]
+    for number, experts in enumerate(({"math": math, "code": code}, {"code": code, "math": math})):
+        words = [*expert_words(experts), "--output-format", "hf"]
+        message = refused(words, tmp_path / "out", capsys)
+        assert "tokenizers differ: " in message and "--take tokenizer=code" in message
+        target = tmp_path / f"mix{number}"
+        assert main([*words, "--output", str(target), "--take", "tokenizer=code"]) == 0
+        assert AutoTokenizer.from_pretrained(target)(text)["input_ids"] == ids
+    capsys.readouterr()
+    assert main([*words, "--dry-run", "--allow-other-tokenizer"]) == 0
+    assert "the ids of the text " in capsys.readouterr().out
+
+
+def test_equal_tokenizers_in_other_words_are_mixed(tmp_path, capsys):
+    """Other bytes, a chat template, flags that change no ids, a larger table: nothing is cut otherwise."""
+    math = byte_level(llama_folder(tmp_path / "math", 0), {})
+    code = byte_level(llama_folder(tmp_path / "code", 1), {}, chat_template="x", add_prefix_space=False)
+    content = json.loads((code / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][-1] | {"id": content["added_tokens"][-1]["id"] + 1})
+    content["added_tokens"][-1]["content"] = "<tool>"
+    assert main([*expert_words({"math": math, "code": code}), "--dry-run"]) == 0
+    (code / "tokenizer.json").write_text(json.dumps(content))
+    assert main([*expert_words({"math": math, "code": code}), "--dry-run", "--vocab", "union"]) == 0
+    assert "tokenizers differ" not in capsys.readouterr().out
 
 
 def test_a_tokenizer_that_lacks_tokens_cannot_be_taken(tmp_path, capsys):
