@@ -49,17 +49,17 @@ def compare_sources(sources: Sequence[Source], request: Request) -> dict[str, An
 
 def _check_arguments(first: Source, other: Source, taken: set[str], request: Request) -> None:
     left, right = _normalise_arguments(first.arguments), _normalise_arguments(other.arguments)
-    found = [(argument.name, argument.flag, x, y) for argument, x, y in differences(left, right)]
+    found = [(argument.name, x, y) for argument, x, y in differences(left, right)]
     scaling, other_scaling = left.get("hf_rope_scaling"), right.get("hf_rope_scaling")
     if scaling != other_scaling:
-        found.append(("hf_rope_scaling", "rope_scaling", scaling, other_scaling))
+        found.append(("hf_rope_scaling", scaling, other_scaling))
     listed = []
     choices = []
     all_can_be_taken = True
-    for name, flag, x, y in found:
+    for name, x, y in found:
         if name in taken or name in _VOCABULARY:
             continue
-        listed.append(f"{name} ({flag}): {x!r} in {first.name}, {y!r} in {other.name}")
+        listed.append(f"{name}: {x!r} in {first.name}, {y!r} in {other.name}")
         field = field_with(name)
         all_can_be_taken = all_can_be_taken and field is not None
         choice = f"--take {field}={first.name}"
@@ -119,7 +119,9 @@ def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str
     chosen = vocabulary_source(sources, request)
     wanted = request.take.get("tokenizer", chosen.name)
     if chosen.name != wanted:
-        raise InputError(f"--take tokenizer={wanted}: has fewer tokens than that of {chosen.name}; take {chosen.name}")
+        raise InputError(
+            f"--take tokenizer={wanted}: has none or fewer tokens than that of {chosen.name}; take {chosen.name}"
+        )
     arguments: dict[str, Any] = {}
     for name in ("vocab_size", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file"):
         arguments[name] = chosen.arguments.get(name)
@@ -213,7 +215,7 @@ def _check_union(sources: Sequence[Source], request: Request) -> None:
 def vocabulary_source(sources: Sequence[Source], request: Request) -> Source:
     """The source whose tokenizer is the result's: most tokens, then the one asked for, then most rows, then the first.
 
-    A tokenizer can have tokens beyond its model's rows; beside the rows of a larger model they would seem to have one.
+    One without a tokenizer, whose tokens are its rows, has it only where none has one. A tokenizer can have tokens beyond its model's rows; beside the rows of a larger model they would seem to have one.
     """
     wanted = request.take.get("tokenizer")
-    return max(sources, key=lambda s: (s.token_count, s.name == wanted, s.pieces[EMBEDDING].shape[0]))
+    return max(sources, key=lambda s: (s.has_tokenizer, s.token_count, s.name == wanted, s.pieces[EMBEDDING].shape[0]))
