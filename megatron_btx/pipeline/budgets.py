@@ -28,7 +28,8 @@ def training_steps(stage: str, tokens: int, flags: Flags) -> int:
     if tokens < one_step:
         raise InputError(
             f"stage {stage}: a budget of {tokens} tokens is less than one global batch "
-            f"({flags['global-batch-size']} x {flags['seq-length']} = {one_step} tokens); raise tokens of {place_of(stage)}"
+            f"({flags['global-batch-size']} x {flags['seq-length']} = {one_step} tokens); "
+            f"raise tokens of {place_of(stage)}"
         )
     return round(tokens / one_step)
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from megatron_btx.pipeline.recipe.written import MixSection
 
 _LAYERS = "moe-layer-freq"
-_STEP = 128  # suits every tensor parallel size up to it
 
 
 def mixture_shape(
@@ -94,8 +93,8 @@ def check_rows(recipe: Recipe, given: Mapping[str, GivenModel]) -> None:
 
 
 def _equal_rows(rows: Sequence[int]) -> str:
-    """What makes models of these numbers of rows equal."""
-    for multiple in range(_STEP, MULTIPLE_AT_MOST + 1, _STEP):
+    """What makes models of these numbers of rows equal; 128 suits every tensor parallel size up to it."""
+    for multiple in range(128, MULTIPLE_AT_MOST + 1, 128):
         padded = {-(-found // multiple) * multiple for found in rows}
         if len(padded) == 1:
             return f"give each of them pad-vocab-to-multiple-of: {multiple}, which makes it {padded.pop()}"
