@@ -111,9 +111,7 @@ def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str
     chosen = vocabulary_source(sources, request)
     wanted = request.take.get("tokenizer", chosen.name)
     if chosen.name != wanted:
-        raise InputError(
-            f"--take tokenizer={wanted}: has none or fewer tokens than that of {chosen.name}; take {chosen.name}"
-        )
+        raise InputError(f"--take tokenizer={wanted}: has fewer tokens than {chosen.name}, or none; take {chosen.name}")
     arguments: dict[str, Any] = {}
     for name in ("vocab_size", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file"):
         arguments[name] = chosen.arguments.get(name)

@@ -102,14 +102,11 @@ def _refuse_not_finite(plan: Plan, planned: PlannedPiece, start: int, stop: int)
 
     for part in planned.parts:
         source = plan.sources[part.source]
-        remedy = f"Take an earlier iteration of {source.name}"
-        if source.is_hugging_face:
-            remedy = "Fetch or save that file again; if it was trained to this, take an earlier state"
         held = source.pieces[part.piece]
         for row in range(held.shape[0]):
             if not bool(torch.isfinite(source.read(part.piece, row, row + 1)).all()):
                 raise CheckpointError(
                     f"{source.name} ({source.folder}): {held.location.key}: {part.piece} holds NaN or infinite numbers "
-                    f"(row {row}); a mix of it would give nothing else. {remedy}"
+                    f"(row {row}); a mix of it would give nothing else. Fetch it again, or take an earlier state"
                 )
     raise CheckpointError(f"{planned.name}: rows {start} to {stop}: sums overflow {planned.dtype}; use a wider dtype")

@@ -24,10 +24,7 @@ _SAID_AS_ARGUMENT = ("initializer_range", "attention_dropout")
 
 
 def remarks(plan: Plan, stand_ins: Sequence[str] = ()) -> list[str]:
-    """One line for each value that sources have in different ways and nobody has decided about.
-
-    ``stand_ins`` are sources that another model stands for, which so resembles itself.
-    """
+    """One line for each value of sources that differs and nobody has decided about; of stand-ins, no likeness."""
     lines = []
     if len(plan.sources) > 1 and not any(source.has_tokenizer for source in plan.sources):
         lines.append("no source has a tokenizer's files: the sizes of the vocabularies alone are compared")

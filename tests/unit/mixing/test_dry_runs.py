@@ -60,7 +60,10 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "dtype": (_to_bf16, r"torch.float32 in seed, .* torch.bfloat16 in other; .*mix\.take: \{dtype: seed\}"),
     "tied": (_tie, r"configuration: untie_embeddings_and_output_weights: True in seed, False in other"),
     "rotary": (_turn_faster, r"configuration: rotary_base: .*mix\.take: \{rotary_base: seed\} \(or =other\)"),
-    "nan": (_break, r"model\.norm\.weight: .* holds NaN or infinite numbers .*Fetch or save that file again"),
+    "nan": (
+        _break,
+        r"model\.norm\.weight: .* holds NaN or infinite numbers .*Fetch it again, or take an earlier state",
+    ),
     "width": (_widen, r"ffn_hidden_size|intermediate_size"),
     "rows": (_add_token, r"."),
     "bare": (lambda config, numbers: None, r"no tokenizer comes with it.*mix\.allow-other-tokenizer: true"),
