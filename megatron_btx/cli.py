@@ -240,6 +240,7 @@ def _describe_plan(planned: PlannedRun) -> str:
     stages = planned.chosen_stages()
     lines = [plan_table.render(plan_table.make_plan_table(stages, planned.actions, str(planned.directory)))]
     lines.append(plan_table.describe_finished(stages, planned.actions))
+    lines.append(plan_table.describe_kept(stages, planned.actions))
     lines.append(plan_table.describe_total(stages, planned.actions))
     lines.append(plan_table.describe_repeats(stages, planned.recipe.data.texts))
     return "\n".join(filter(None, lines))

@@ -49,28 +49,20 @@ def compare_sources(sources: Sequence[Source], request: Request) -> dict[str, An
 
 def _check_arguments(first: Source, other: Source, taken: set[str], request: Request) -> None:
     left, right = _normalise_arguments(first.arguments), _normalise_arguments(other.arguments)
-    found = [(argument.name, argument.flag, x, y) for argument, x, y in differences(left, right)]
+    found = [(argument.name, x, y) for argument, x, y in differences(left, right)]
     scaling, other_scaling = left.get("hf_rope_scaling"), right.get("hf_rope_scaling")
     if scaling != other_scaling:
-        found.append(("hf_rope_scaling", "rope_scaling", scaling, other_scaling))
-    listed = []
-    choices = []
-    all_can_be_taken = True
-    for name, flag, x, y in found:
-        if name in taken or name in _VOCABULARY:
-            continue
-        listed.append(f"{name} ({flag}): {x!r} in {first.name}, {y!r} in {other.name}")
-        field = field_with(name)
-        all_can_be_taken = all_can_be_taken and field is not None
-        choice = f"--take {field}={first.name}"
-        if choice not in choices:
-            choices.append(choice)
-    if not listed:
+        found.append(("hf_rope_scaling", scaling, other_scaling))
+    found = [(name, x, y) for name, x, y in found if name not in taken | _VOCABULARY]
+    if not found:
         return
+    listed = "; ".join(f"{name}: {x!r} in {first.name}, {y!r} in {other.name}" for name, x, y in found)
+    fields = dict.fromkeys(field_with(name) for name, _, _ in found)
     remedy = "all must come from one seed"
-    if all_can_be_taken:
-        remedy += f", or choose a value: {' '.join(choices)} (or ={other.name})"
-    raise InputError(f"experts differ in their configuration: {'; '.join(listed)}; {remedy}")
+    if None not in fields:
+        choices = " ".join(f"--take {field}={first.name}" for field in fields)
+        remedy += f", or choose a value: {choices} (or ={other.name})"
+    raise InputError(f"experts differ in their configuration: {listed}; {remedy}")
 
 
 def _normalise_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +111,7 @@ def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str
     chosen = vocabulary_source(sources, request)
     wanted = request.take.get("tokenizer", chosen.name)
     if chosen.name != wanted:
-        raise InputError(f"--take tokenizer={wanted}: has fewer tokens than that of {chosen.name}; take {chosen.name}")
+        raise InputError(f"--take tokenizer={wanted}: has fewer tokens than {chosen.name}, or none; take {chosen.name}")
     arguments: dict[str, Any] = {}
     for name in ("vocab_size", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file"):
         arguments[name] = chosen.arguments.get(name)
@@ -215,7 +207,8 @@ def _check_union(sources: Sequence[Source], request: Request) -> None:
 def vocabulary_source(sources: Sequence[Source], request: Request) -> Source:
     """The source whose tokenizer is the result's: most tokens, then the one asked for, then most rows, then the first.
 
-    A tokenizer can have tokens beyond its model's rows; beside the rows of a larger model they would seem to have one.
+    One without a tokenizer, whose tokens are its rows, comes last. A tokenizer can have tokens beyond its model's rows;
+    beside the rows of a larger model they would seem to have one.
     """
     wanted = request.take.get("tokenizer")
-    return max(sources, key=lambda s: (s.token_count, s.name == wanted, s.pieces[EMBEDDING].shape[0]))
+    return max(sources, key=lambda s: (s.has_tokenizer, s.token_count, s.name == wanted, s.pieces[EMBEDDING].shape[0]))

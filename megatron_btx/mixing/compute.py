@@ -107,6 +107,6 @@ def _refuse_not_finite(plan: Plan, planned: PlannedPiece, start: int, stop: int)
             if not bool(torch.isfinite(source.read(part.piece, row, row + 1)).all()):
                 raise CheckpointError(
                     f"{source.name} ({source.folder}): {held.location.key}: {part.piece} holds NaN or infinite numbers "
-                    f"(row {row}); a mix of it would give nothing else. Take an earlier iteration of {source.name}"
+                    f"(row {row}); a mix of it would give nothing else. Fetch it again, or take an earlier state"
                 )
     raise CheckpointError(f"{planned.name}: rows {start} to {stop}: sums overflow {planned.dtype}; use a wider dtype")

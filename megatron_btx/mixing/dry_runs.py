@@ -23,14 +23,18 @@ _LOOKED_AT_BYTES = 1 << 16
 
 
 def foresee(
-    words: Sequence[str], arguments: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = None
+    words: Sequence[str],
+    arguments: Mapping[str, Any],
+    tokenizer: Mapping[str, Any] | None = None,
+    stand_ins: Sequence[str] = (),
 ) -> list[str]:
-    """Plan a conversion and look at the first rows of every tensor; returns what the plan says of servers.
+    """Plan a conversion and look at the first rows of every tensor; returns the notes and warnings of the plan.
 
     Args:
         words: of ``btx convert``.
         arguments: what will be other in the arguments of the result.
         tokenizer: arguments of the one that the result is trained and evaluated with; None for none.
+        stand_ins: experts that are yet to be trained, for which another model is given.
 
     Raises:
         InputError: what the conversion would be refused for, or the first program that loads its result.
@@ -40,7 +44,9 @@ def foresee(
     from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer
     from megatron_btx.mixing.compatible import vocabulary_source
     from megatron_btx.mixing.compute import rows_of
+    from megatron_btx.mixing.describe import router_text
     from megatron_btx.mixing.planning import make_plan
+    from megatron_btx.mixing.remarks import remarks
     from megatron_btx.mixing.sinks import lay_out_result
 
     options = cli.parser().parse_args(words)
@@ -55,10 +61,10 @@ def foresee(
         own = vocabulary_source(plan.sources, plan.request).tokenizer_arguments
         asked = {**tokenizer, "padded_vocab_size": own["padded_vocab_size"]}
         check_same_tokenizer({"the result": own, "data.tokenizer": asked}, _OTHER_TOKENIZER)
-    if options.output_format != "hf":
-        return []
-    lines = server_lines(json.loads(output.small_files[CONFIG]))
-    return [line.strip() for line in lines if "warning" in line]
+    lines = router_text(plan)
+    if options.output_format == "hf":
+        lines += server_lines(json.loads(output.small_files[CONFIG]))
+    return [*remarks(plan, stand_ins), *(line.strip() for line in lines if "warning" in line)]
 
 
 @exits_with_one_line

@@ -23,9 +23,11 @@ _UNRELATED = 0.1
 _SAID_AS_ARGUMENT = ("initializer_range", "attention_dropout")
 
 
-def remarks(plan: Plan) -> list[str]:
-    """One line for each value that sources have in different ways and nobody has decided about."""
+def remarks(plan: Plan, stand_ins: Sequence[str] = ()) -> list[str]:
+    """One line for each value of sources that differs and nobody has decided about; of stand-ins, no likeness."""
     lines = []
+    if len(plan.sources) > 1 and not any(source.has_tokenizer for source in plan.sources):
+        lines.append("no source has a tokenizer's files: the sizes of the vocabularies alone are compared")
     first = plan.sources[0].name
     owner = vocabulary_source(plan.sources, plan.request).name
     for name in TRAINING_ARGUMENTS:
@@ -48,7 +50,7 @@ def remarks(plan: Plan) -> list[str]:
             lines.append(f"{_list_values(*differing)}; the result has that of {owner}")
     if _differ({source.name: _chat_templates(source) for source in plan.sources if source.hf_folder}):
         lines.append(f"chat templates differ between sources; the result has those of {owner}")
-    return [*lines, *_likeness(plan.sources)]
+    return [*lines, *_likeness([source for source in plan.sources if source.name not in stand_ins])]
 
 
 def _chat_templates(source: Source) -> object:

@@ -13,7 +13,7 @@ from megatron_btx.mixing.takeable import field_of
 
 _EXPERTS_AT_MOST = 4096
 """A slip of the keyboard would take all memory before anything else could refuse it."""
-_MULTIPLE_AT_MOST = 1 << 16
+MULTIPLE_AT_MOST = 1 << 16
 _NO_NAME = "/\\ \t,:"
 """Characters that no expert's name has: names stand in lists, in paths, and in NAME=PATH."""
 
@@ -33,9 +33,9 @@ def check_request(request: Request) -> Request:
     _check_names(names, request.method, method)
     _check_number(request, method)
     _check_router(request.router)
-    if not 1 <= request.pad_vocabulary <= _MULTIPLE_AT_MOST:
+    if not 1 <= request.pad_vocabulary <= MULTIPLE_AT_MOST:
         raise InputError(
-            f"--pad-vocab-to-multiple-of {request.pad_vocabulary}: expected 1 to {_MULTIPLE_AT_MOST}; 128 suits every "
+            f"--pad-vocab-to-multiple-of {request.pad_vocabulary}: expected 1 to {MULTIPLE_AT_MOST}; 128 suits every "
             "tensor parallel size up to 128"
         )
     _check_weights(request, method, names)
@@ -63,7 +63,7 @@ def _check_names(names: Sequence[str], method_name: str, method: Method) -> None
             f"{len(names)} expert given, at least {method.at_least} needed for {method_name}; repeat --expert NAME=PATH"
         )
     if method.at_most is not None and len(names) > method.at_most:
-        raise InputError(f"{len(names)} experts given, {method_name} takes {method.at_most}; leave the others out")
+        raise InputError(f"--expert: {len(names)} given, {method_name} takes {method.at_most}; leave the others out")
 
 
 def _check_number(request: Request, method: Method) -> None:

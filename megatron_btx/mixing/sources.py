@@ -16,7 +16,7 @@ from megatron_btx.checkpoint.pieces import Location, Piece, pieces_of
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.checkpoint.tokenizer_path import HF_FOLDER
-from megatron_btx.checkpoint.tokenizers.vocabulary import Vocabulary, read_vocabulary
+from megatron_btx.checkpoint.tokenizers.vocabulary import Vocabulary, read_vocabulary, tokenizer_place
 from megatron_btx.ground.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -208,6 +208,11 @@ class Source:
             folder = self.root / HF_FOLDER
         rows = self.pieces[EMBEDDING].shape[0]
         return {**self.arguments, "hf_folder": folder, "padded_vocab_size": rows}
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether files of a tokenizer belong to it."""
+        return tokenizer_place(self.tokenizer_arguments) is not None
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary | None:

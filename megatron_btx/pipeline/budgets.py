@@ -11,6 +11,7 @@ from megatron_btx.ground import numbers
 from megatron_btx.ground.errors import InputError
 from megatron_btx.ground.numbers import ModelShape
 from megatron_btx.pipeline.recipe.flags import Flags, number
+from megatron_btx.pipeline.recipe.options import place_of
 
 if TYPE_CHECKING:
     from megatron_btx.pipeline.recipe.schema import Training
@@ -27,7 +28,8 @@ def training_steps(stage: str, tokens: int, flags: Flags) -> int:
     if tokens < one_step:
         raise InputError(
             f"stage {stage}: a budget of {tokens} tokens is less than one global batch "
-            f"({flags['global-batch-size']} x {flags['seq-length']} = {one_step} tokens); raise its tokens"
+            f"({flags['global-batch-size']} x {flags['seq-length']} = {one_step} tokens); "
+            f"raise tokens of {place_of(stage)}"
         )
     return round(tokens / one_step)
 
@@ -115,5 +117,7 @@ def _mixture_layers(flags: Flags, layers: int) -> int:
     else:
         pattern = mixture_layers(list(frequency), layers)
     if len(pattern) != layers:
-        raise InputError(f"--moe-layer-freq names {len(pattern)} layers, num-layers {layers}; let it name every layer")
+        raise InputError(
+            f"mix.moe-layer-freq: names {len(pattern)} layers, num-layers {layers}; let it name every layer"
+        )
     return sum(pattern)

@@ -135,10 +135,11 @@ def plan_run(
     read = load_recipe(recipe, changes)
     try:
         stages = plan_stages(read)
-    except MissingFlagError:
-        # What is missing may be there with a slip in its name, which says more.
-        check_with_megatron(read.file, read.flag_sections, use_gpus=use_gpus)
-        raise
+    except InputError as error:
+        if isinstance(error, MissingFlagError):
+            # What is missing may be there with a slip in its name, which says more.
+            check_with_megatron(read.file, read.flag_sections, use_gpus=use_gpus)
+        raise InputError(f"{read.file}: {error}") from None
     directory = Path(output or RUNS_FOLDER / read.name).resolve()
     check_run(directory)
     actions = decide(stages, directory, rerun)

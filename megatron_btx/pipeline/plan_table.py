@@ -14,10 +14,10 @@ from rich.table import Table
 from megatron_btx.data.domains import Domain
 from megatron_btx.data.inputs import expand_inputs
 from megatron_btx.ground.errors import InputError
-from megatron_btx.pipeline.decisions import SKIP, Action
+from megatron_btx.pipeline.decisions import KEEP, SKIP, Action, list_kept
 from megatron_btx.pipeline.directory import DATA_STAGE, IMPORT_PREFIX, TRAIN_SPLIT
 from megatron_btx.pipeline.rows import find_width, make_table, say
-from megatron_btx.pipeline.stage import Program, Stage
+from megatron_btx.pipeline.stage import Program, Stage, one_line
 
 _HEADERS = ("stage", "state", "does", "processes", "steps", "tokens", "FLOPs", "made from")
 _PURPOSES = {
@@ -48,9 +48,16 @@ def describe_finished(stages: Sequence[Stage], actions: Mapping[str, Action]) ->
     return f"finished: {', '.join(finished)}"
 
 
+def describe_kept(stages: Sequence[Stage], actions: Mapping[str, Action]) -> str:
+    """What keep means for the stages that it is said of, in one line; empty for none."""
+    kept = [f"{name}: {one_line(why)}" for name, why in list_kept(actions, [stage.name for stage in stages]).items()]
+    meaning = "made otherwise, so btx run would stop; name them in --rerun, or give another --output"
+    return f"keep: {meaning} ({'; '.join(kept)})" * bool(kept)
+
+
 def describe_total(stages: Sequence[Stage], actions: Mapping[str, Action]) -> str:
     """The estimate of all that is to be trained."""
-    due = [stage for stage in stages if actions[stage.name].verb != SKIP]
+    due = [stage for stage in stages if actions[stage.name].verb not in (SKIP, KEEP)]
     tokens, flops = sum(stage.tokens or 0 for stage in due), sum(stage.flops or 0.0 for stage in due)
     unknown = sum(bool(stage.tokens) and stage.flops is None for stage in due)
     text = f"{_count(len(due), 'stage')} to run, {tokens:,} tokens to train on"

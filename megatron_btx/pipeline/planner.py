@@ -197,7 +197,7 @@ class _Planner:
         for name in mixed:
             if name != GENERALIST and name not in self.recipe.experts:
                 raise InputError(
-                    f"{self.recipe.file}: baselines.dense: the mix has {name}, which is no expert of the recipe, so "
+                    f"baselines.dense: the mix has {name}, which is no expert of the recipe, so "
                     "that its data are not known; name it under experts with its from, blend and tokens, or leave "
                     "dense out"
                 )

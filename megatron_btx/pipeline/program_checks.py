@@ -62,7 +62,10 @@ def check_inputs(recipe: Recipe, stages: Sequence[Stage], due: Sequence[str]) ->
     if refused:
         listed = [f"stage {', '.join(names)}: {why}" for why, names in refused.items()]
         raise InputError(f"{recipe.file}: {'; '.join(listed)}")
-    return [f"{name}: {line}" for name, lines in answer["said"].items() for line in lines]
+    said: dict[str, list[str]] = {}
+    for name, line in ((name, line) for name, lines in answer["said"].items() for line in lines):
+        said.setdefault(say_keys(line, place_of(name)), []).append(name)
+    return [f"{', '.join(names)}: {line}" for line, names in said.items()]
 
 
 def _list_requests(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
@@ -86,22 +89,25 @@ def _list_requests(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[st
     loaded = {parent for stage in stages if stage.on_gpu and not may_differ for parent in stage.parents}
     requests: dict[str, dict[str, Any]] = {}
     for name, said in words.items():
-        if _put_given_models(said):
-            requests[name] = {"words": said, "arguments": {}, "tokenizer": tokenizer if name in loaded else None}
+        stand_ins = _put_given_models(said)
+        if stand_ins is not None:
+            requests[name] = {"words": said, "arguments": {}, "stand_ins": stand_ins}
+            requests[name]["tokenizer"] = tokenizer if name in loaded else None
     if EXPORT_STAGE in requests:
         requests[EXPORT_STAGE]["arguments"] = arguments
     return requests
 
 
-def _put_given_models(words: list[str]) -> bool:
-    """Put a given model for each that the run makes, which is to be its equal; whether there is one on this disk."""
-    experts = [number + 1 for number, word in enumerate(words) if word == "--expert"]
-    given = [words[number].partition("=")[2] for number in experts if Path(words[number].partition("=")[2]).is_dir()]
-    for number in experts:
-        name, _, path = words[number].partition("=")
-        if path not in given and given:
-            words[number] = f"{name}={given[0]}"
-    return bool(given)
+def _put_given_models(words: list[str]) -> list[str] | None:
+    """Put a given model for each that the run makes, its equal; returns their names, None for none on this disk."""
+    experts = {number + 1: words[number + 1].partition("=") for number, word in enumerate(words) if word == "--expert"}
+    given = [path for _, _, path in experts.values() if Path(path).is_dir()]
+    if not given:
+        return None
+    stand_ins = {name: number for number, (name, _, path) in experts.items() if path not in given}
+    for name, number in stand_ins.items():
+        words[number] = f"{name}={given[0]}"
+    return list(stand_ins)
 
 
 def program_words(stage: Stage) -> list[str]:

@@ -96,9 +96,9 @@ def number(flags: Flags, name: str, default: int | None = None) -> int:
     value = flags.get(name, default)
     expected = "expected a whole number above zero (model, training, megatron)"
     if value is None:
-        raise MissingFlagError(f"--{name} is not given; {expected}")
+        raise MissingFlagError(f"{name} is not given; {expected}")
     if isinstance(value, bool) or not str(value).isdecimal() or int(str(value)) < 1:
-        raise InputError(f"--{name} is {value!r}; {expected}")
+        raise InputError(f"{name} is {value!r}; {expected}")
     return int(str(value))
 
 

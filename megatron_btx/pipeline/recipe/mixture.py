@@ -9,7 +9,7 @@ from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing import cli
 from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE
-from megatron_btx.mixing.request_checks import check_request, number_of
+from megatron_btx.mixing.request_checks import MULTIPLE_AT_MOST, check_request, number_of
 from megatron_btx.pipeline.budgets import model_shape
 from megatron_btx.pipeline.directory import GENERALIST, MIX_STAGE
 from megatron_btx.pipeline.recipe.flags import Flags, FlagValue, number
@@ -88,5 +88,14 @@ def check_rows(recipe: Recipe, given: Mapping[str, GivenModel]) -> None:
         rows["mix"] = recipe.mix.shape.get(ROWS)
     if len({str(found) for found in rows.values() if found is not None}) > 1:
         listed = ", ".join(f"{place} {found}" for place, found in rows.items() if found is not None)
-        remedy = "give each of them one pad-vocab-to-multiple-of, as 128, which makes them equal"
-        refuse("evaluate", f"it takes models of one number of embedding rows, found {listed}; {remedy}")
+        own = [known_rows(given, name) or number(recipe.model, ROWS) for name in (GENERALIST, *recipe.experts)]
+        refuse("evaluate", f"it takes models of one number of embedding rows, found {listed}; {_equal_rows(own)}")
+
+
+def _equal_rows(rows: Sequence[int]) -> str:
+    """What makes models of these numbers of rows equal; 128 suits every tensor parallel size up to it."""
+    for multiple in range(128, MULTIPLE_AT_MOST + 1, 128):
+        padded = {-(-found // multiple) * multiple for found in rows}
+        if len(padded) == 1:
+            return f"give each of them pad-vocab-to-multiple-of: {multiple}, which makes it {padded.pop()}"
+    return f"no pad-vocab-to-multiple-of up to {MULTIPLE_AT_MOST} makes them equal; leave evaluate out"

@@ -583,7 +583,7 @@ def test_mixtures_and_strange_pairs(dense, model, tmp_path, capsys):
         message = refused([*expert_words({"a": model, "b": mixture}), *more], tmp_path / "out", capsys)
         assert "b (" in message and "mixture of 2 experts" in message and "dense" in message
     message = refused(expert_words({"a": model, "b": dense}), tmp_path / "out", capsys)
-    assert "experts differ in their configuration" in message and "--hidden-size" in message
+    assert "experts differ in their configuration" in message and "hidden_size: " in message
     message = refused(expert_words({"a": dense, "b": model}), tmp_path / "out", capsys)
     assert "experts differ in their configuration" in message
 

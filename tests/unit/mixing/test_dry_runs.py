@@ -58,9 +58,12 @@ def _add_token(config: dict[str, Any], numbers: Numbers) -> None:
 
 FAULTS: dict[str, tuple[Edit, str]] = {
     "dtype": (_to_bf16, r"torch.float32 in seed, .* torch.bfloat16 in other; .*mix\.take: \{dtype: seed\}"),
-    "tied": (_tie, r"untie-embeddings-and-output-weights\): True in seed, False in other"),
-    "rotary": (_turn_faster, r"rotary_base .*mix\.take: \{rotary_base: seed\} \(or =other\)"),
-    "nan": (_break, r"model\.norm\.weight: .* holds NaN or infinite numbers"),
+    "tied": (_tie, r"configuration: untie_embeddings_and_output_weights: True in seed, False in other"),
+    "rotary": (_turn_faster, r"configuration: rotary_base: .*mix\.take: \{rotary_base: seed\} \(or =other\)"),
+    "nan": (
+        _break,
+        r"model\.norm\.weight: .* holds NaN or infinite numbers .*Fetch it again, or take an earlier state",
+    ),
     "width": (_widen, r"ffn_hidden_size|intermediate_size"),
     "rows": (_add_token, r"."),
     "bare": (lambda config, numbers: None, r"no tokenizer comes with it.*mix\.allow-other-tokenizer: true"),
@@ -90,7 +93,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_a_mix_would_refuse_is_foreseen(fault: str, models: Path) -> None:
     words = ["--expert", f"seed={models}/seed", "--expert", f"other={models / fault}", "--output", "result"]
     if fault == "rows":  # of padding, which no token has
-        assert foresee(words, {}) == []
+        (note,) = foresee(words, {})
+        assert note.startswith("seed and other have the same first rows in every matrix: is one model given twice?")
+        assert foresee(words, {}, stand_ins=["other"]) == []
         return
     with pytest.raises(InputError) as refusal:
         foresee(words, {})
@@ -104,6 +109,20 @@ def test_another_tokenizer_than_that_of_the_data_is_foreseen(models: Path) -> No
     assert foresee(words, {}, tokenizer) == []
     with pytest.raises(InputError, match=r"tokenizers .*training: \{btx-allow-change: tokenizer_model\}"):
         foresee(words, {}, {"tokenizer_type": "NullTokenizer", "vocab_size": 258})
+
+
+@pytest.mark.parametrize("order", [("bare", "seed"), ("seed", "bare")])
+def test_a_result_has_a_tokenizer_where_one_expert_has(order: tuple[str, str], models: Path) -> None:
+    words = [word for name in order for word in ("--expert", f"{name}={models / name}")]
+    tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": f"{models}/seed"}
+    foresee([*words, "--allow-other-tokenizer", "--output", "result"], {}, tokenizer)
+
+
+def test_sizes_alone_are_said_to_be_compared(models: Path) -> None:
+    words = [word for name in ("one", "two") for word in ("--expert", f"{name}={models}/bare")]
+    sizes, twice = foresee([*words, "--output", "result"], {})
+    assert sizes == "no source has a tokenizer's files: the sizes of the vocabularies alone are compared"
+    assert "one model given twice" in twice
 
 
 @pytest.fixture
@@ -142,3 +161,12 @@ def test_every_refusal_is_said_once_with_all_its_stages_and_then_a_server_that_w
     tree["mix"]["take"] = {"dtype": "seed"}
     (warning,) = check(tree)
     assert warning.startswith("export: warning: llama.cpp computes another model: it never normalises")
+
+
+def test_what_a_mix_is_noted_for_is_said_once_with_its_stages(tree: dict[str, Any]) -> None:
+    """Of models that are given: what is trained here is its seed's equal until then."""
+    tree["mix"] |= {"router-std": 40.0}
+    note, routing, server = check(tree)
+    assert note.startswith("average, mix, export: seed and math have the same first rows in every matrix")
+    assert routing.startswith("mix, export: warning: routing starts") and "a smaller mix.router-std (the" in routing
+    assert server.startswith("export: warning: llama.cpp")

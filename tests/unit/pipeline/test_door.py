@@ -51,6 +51,19 @@ def test_a_failed_stage_and_a_changed_one_raise(cheap: dict[str, str], tmp_path:
     assert list(changed.value.changed) == ["a"]
 
 
+def test_a_plan_says_what_keep_means_and_counts_no_kept_stage(
+    cheap: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    door.run(RECIPE, tmp_path / "run", use_gpus=False)
+    cheap["b"] = "cat a/out a/out > b/out"
+    assert cli.main(["plan", str(RECIPE), "--output", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("0 stages to run, 0 tokens")
+    assert re.match(
+        r"keep: made otherwise, so btx run would stop; name them in --rerun, or .* another --output \(b: ", said[-2]
+    )
+
+
 def test_a_plan_is_a_table_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert cli.main(["plan", str(RECIPE), "--output", str(run)]) == 0

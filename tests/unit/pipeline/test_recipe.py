@@ -136,7 +136,7 @@ def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: s
         ("seed.layout={processes: 2, expert-model-parallel-size: 2}", "2 for a dense model"),
         ("seed.megatron.micro-batch-size=4", "size 4 with micro-batch-size 4 on DP 2; .*; lower micro-batch-size or"),
         ("model.num-attention-heads=3", "stage seed"),
-        ("training.global-batch-size=null", "--global-batch-size is not given"),
+        ("training.global-batch-size=null", "global-batch-size is not given"),
         ("training.save-interval=null", "stage seed: no save-interval; put it under training"),
         ("experts.math.megatron.save-interval=0", "--save-interval is 0"),
         ("evaluate.layout={processes: 2}", "stage evaluate-experts: .* micro-batch-size 4 on DP 2"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_btx.data.domains import read_description
 from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing import cli
 from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, RESULT, list_options
+from megatron_btx.pipeline import door
 from megatron_btx.pipeline.decisions import RUN, Action
 from megatron_btx.pipeline.failure import failure_message
 from megatron_btx.pipeline.folder import prepare_folder
@@ -23,10 +25,12 @@ from megatron_btx.pipeline.identity import identities
 from megatron_btx.pipeline.plan_table import make_plan_table, render
 from megatron_btx.pipeline.planner import plan_stages
 from megatron_btx.pipeline.program_checks import check_inputs
+from megatron_btx.pipeline.recipe import reading
+from megatron_btx.pipeline.recipe.given import GivenModel
 from megatron_btx.pipeline.recipe.reading import parse_recipe
 from megatron_btx.pipeline.recipe.written import MixSection
 from megatron_btx.pipeline.scripts import shell_script
-from tests.unit.pipeline.test_given import plan, tree, values
+from tests.unit.pipeline.test_given import MODEL, TOKENIZER, plan, tree, values
 
 __all__ = ["tree"]
 
@@ -143,7 +147,11 @@ def test_imports_and_the_export_have_keys_too(tree: dict[str, Any], tmp_path: Pa
         ("mix", {"megatron": {"moe-layer-freq": 2}}, "mix.megatron.moe-layer-freq: .*write it as mix.moe-layer-freq"),
         ("mix", {"from": "models/math", "vocab": "union"}, "mix.from: found beside vocab=union"),
         ("experts.math", {"blend": {"math": 1}, "tokens": 1000, "allow-other-ids": True}, "experts.math: .* add from"),
-        ("experts.math.pad-vocab-to-multiple-of", 5, "evaluate: .* seed 96, experts.math 100, .* give each of them"),
+        (
+            *("experts.math.pad-vocab-to-multiple-of", 5),
+            "evaluate: .* seed 96, experts.math 100, .* give each of them pad-vocab-to-multiple-of: 128, .* it 128$",
+        ),
+        ("mix", {"method": "upcycle", "copies": 2}, "mix.experts: 4 given, upcycle takes 1; leave the others out"),
     ],
 )
 def test_what_an_option_cannot_be(place: str, value: object, said: str, tree: dict[str, Any]) -> None:
@@ -154,6 +162,49 @@ def test_what_an_option_cannot_be(place: str, value: object, said: str, tree: di
     section[last] = value
     with pytest.raises(InputError, match=f"^r.yaml: {said}"):
         parse_recipe(tree, "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rows", "multiple", "padded"),
+    [((384, 386), 256, 512), ((32_000, 32_002), 384, 32_256), ((128_256, 128_258), 512, 128_512), ((96, 90_000), 0, 0)],
+)
+def test_the_padding_that_makes_added_tokens_fit_is_named(
+    rows: tuple[int, int], multiple: int, padded: int, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that divides the seed's own rows leaves them as they are, and never makes them equal to larger ones."""
+
+    def read(paths: Mapping[str, Path]) -> dict[str, GivenModel]:
+        sizes = {place: rows[place == "experts.math"] for place in paths}
+        return {place: GivenModel(MODEL | {"padded-vocab-size": str(size)}, TOKENIZER) for place, size in sizes.items()}
+
+    monkeypatch.setattr(reading, "read_models", read)
+    with pytest.raises(InputError) as refusal:
+        parse_recipe(tree, "r.yaml")
+    if not multiple:
+        assert str(refusal.value).endswith(
+            "no pad-vocab-to-multiple-of up to 65536 makes them equal; leave evaluate out"
+        )
+        return
+    assert f"pad-vocab-to-multiple-of: {multiple}, which makes it {padded}" in str(refusal.value)
+    for section in (tree["seed"], *tree["experts"].values(), tree["mix"]):
+        section["pad-vocab-to-multiple-of"] = multiple
+    assert {values(stage, "padded-vocab-size")[0] for stage in plan(tree).values() if stage.on_gpu} == {str(padded)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mix": {"moe-layer-freq": [0, 1, 1, 1]}}, "mix.moe-layer-freq: names 4 layers, num-layers 3"),
+        ({"finetune": {"blend": {"math": 1}, "tokens": 100}}, "stage finetune: .* raise tokens of finetune$"),
+    ],
+)
+def test_what_the_planner_refuses_has_the_file_and_no_flag(
+    change: dict[str, Any], said: str, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree | change))
+    with pytest.raises(InputError, match=f"^r.yaml: {said}") as refusal:
+        door.plan_run("r.yaml", tmp_path / "run")
+    assert "--" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
