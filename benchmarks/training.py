@@ -95,7 +95,9 @@ def training_bytes(shape: Shape, moe: bool, micro_batch: int) -> float:
     18 bytes per parameter (bf16 weight, fp32 gradient, master weight and two moments); activations as the local layers
     keep them, and half of it again for what kernels need in between.
     """
-    parameters = numbers.matrix_weights(shape.model(moe))
+    model = shape.model(moe)
+    parameters = numbers.attention_weights(model) + 2 * model.hidden * model.vocabulary
+    parameters += numbers.feed_forward_weights(model, model.mixtures * model.experts)
     used = TOPK if moe else 1
     per_token_layer = 2 * (8 * shape.hidden + used * (3 * shape.ffn + 2 * shape.hidden))
     activations = micro_batch * shape.seq_length * (shape.layers * per_token_layer + 12 * shape.vocabulary)

@@ -75,12 +75,6 @@ def multiplied_weights(shape: ModelShape) -> int:
     return attention_weights(shape) + feed_forward + shape.hidden * shape.vocabulary
 
 
-def matrix_weights(shape: ModelShape) -> int:
-    """All weights of the model's matrices, input and output embedding counted apart."""
-    feed_forward = feed_forward_weights(shape, shape.mixtures * shape.experts)
-    return attention_weights(shape) + feed_forward + 2 * shape.hidden * shape.vocabulary
-
-
 def training_flops(shape: ModelShape, tokens: int, sequence: int) -> float:
     """Floating-point operations of forward and backward for ``tokens`` tokens; recomputation would not count.
 

@@ -284,23 +284,23 @@ def test_a_job_that_ends_before_its_stage_begins_is_named(
     wait_until(lambda: not list_jobs(tmp_path), "the job to end")
     log = tmp_path / "slurm" / "data.log"
     text = shown(tmp_path, capsys)
-    assert re.search(rf"│ data +│ ended .*│ +{number} │ failed, or cancelled, before its stage began; btx submit", text)
+    assert re.search(rf"\ndata +│ ended .*│ +{number} │ failed, or cancelled, before its stage began; btx submit", text)
     assert f"/no/such/python: No such file or directory; its log: {log}" in text
-    assert re.search(r"│ seed +│ waiting .*not submitted", text)
+    assert re.search(r"\nseed +│ waiting .*not submitted", text)
     log.unlink()  # as on a full disk
     assert f"data: nothing said; its log: {log}" in shown(tmp_path, capsys)
     second = submit_closed(tmp_path, only=("data",)).submitted["data"]
-    assert re.search(rf"│ data +│ queued .*│ +{second} │ its partition is closed", shown(tmp_path, capsys))
+    assert re.search(rf"\ndata +│ queued .*│ +{second} │ its partition is closed", shown(tmp_path, capsys))
     slurm.run("scancel", str(second))
     wait_until(lambda: not list_jobs(tmp_path), "the job to be gone")
-    assert re.search(rf"│ data +│ ended .*│ +{second} │", shown(tmp_path, capsys))
+    assert re.search(rf"\ndata +│ ended .*│ +{second} │", shown(tmp_path, capsys))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text('{"status": "failed", "exit": 1}')
     (tmp_path / "data" / "log.txt").write_text(
         "== 1: run\nValueError: old\n== 2: run\nTraceback:\nOSError: no room\nsrun: x\n"
     )
     text = shown(tmp_path, capsys)
-    assert re.search(r"│ data +│ failed ", text), "what btx run did afterwards is not shown"
+    assert re.search(r"\ndata +│ failed ", text), "what btx run did afterwards is not shown"
     assert f"data: OSError: no room; its log: {tmp_path}/data/log.txt" in text
 
 

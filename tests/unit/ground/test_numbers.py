@@ -7,7 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_btx.ground.numbers import ModelShape, matrix_weights, multiplied_weights, training_flops
+from megatron_btx.ground.numbers import (
+    ModelShape,
+    attention_weights,
+    feed_forward_weights,
+    multiplied_weights,
+    training_flops,
+)
 
 DENSE = ModelShape(layers=3, hidden=64, heads=4, groups=2, channels=16, ffn=176, gated=True, vocabulary=256)
 MIXTURE = dataclasses.replace(DENSE, mixtures=2, experts=4, topk=2, expert_ffn=96, shared_ffn=32)
@@ -83,7 +89,8 @@ def test_the_same_as_was_counted(experts: int) -> None:
     masked_half = 2 * tokens * shape.layers * SEQUENCE * shape.heads * shape.channels
     assert counter.get_total_flops() - masked_half == training_flops(shape, tokens, SEQUENCE) / 3
     weights = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
-    assert weights == matrix_weights(shape)
+    feed_forward = feed_forward_weights(shape, shape.mixtures * shape.experts)
+    assert weights == attention_weights(shape) + feed_forward + 2 * shape.hidden * shape.vocabulary
 
 
 def test_sampled_routing_takes_all_experts_once() -> None:
