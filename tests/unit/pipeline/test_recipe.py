@@ -138,7 +138,7 @@ def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: s
         ("model.num-attention-heads=3", "stage seed"),
         ("training.global-batch-size=null", "global-batch-size is not given"),
         ("training.save-interval=null", "stage seed: no save-interval; put it under training"),
-        ("experts.math.megatron.save-interval=0", "--save-interval is 0"),
+        ("experts.math.megatron.save-interval=0", "save-interval is 0"),
         ("evaluate.layout={processes: 2}", "stage evaluate-experts: .* micro-batch-size 4 on DP 2"),
         ("model.num-layers=9007199254740993", "9007199254740993 layers; expected at most 10000"),
         ("evaluate.tokens=1000", "stage evaluate-experts: 1000 tokens per domain are fewer than .*4 sequences = 1024"),
