@@ -344,7 +344,7 @@ WORDS: dict[str, tuple[str, list[str]]] = {
     "split without chunks": ("--method split", ["--chunks is missing"]),
     "copies of no upcycling": ("--copies 2", ["--method btx", "does not apply"]),
     "copies and chunks": ("--copies 2 --chunks 2", ["--chunks", "--copies", "one of them"]),
-    "upcycling of two": ("--method upcycle --copies 4", ["2 experts given", "upcycle takes 1"]),
+    "upcycling of two": ("--method upcycle --copies 4", ["--expert: 2 given", "upcycle takes 1"]),
     "frequency of the wrong length": ("--moe-layer-freq [1,0,1]", ["[1,0,1]", "expected 2 numbers"]),
     "frequency of no mixture": ("--moe-layer-freq [0,0]", ["[0,0]", "at least one 1"]),
     "frequency of twos": ("--moe-layer-freq [2,1]", ["[2,1]", "0 or 1"]),

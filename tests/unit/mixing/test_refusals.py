@@ -73,23 +73,23 @@ def test_the_tool_itself(tmp_path):
 OTHER_ARGUMENTS = {
     "norm epsilon": (
         {"layernorm_epsilon": 1e-6},
-        ["layernorm_epsilon", "--norm-epsilon", "1e-05", "1e-06", "--take layernorm_epsilon=left"],
+        ["layernorm_epsilon", "1e-05", "1e-06", "--take layernorm_epsilon=left"],
     ),
-    "rotary base": ({"rotary_base": 500000}, ["--rotary-base", "10000", "500000", "--take rotary_base=left", "=right"]),
-    "rope scaling": ({"use_rope_scaling": True}, ["--use-rope-scaling", "False", "True"]),
-    "norms around one": ({"layernorm_zero_centered_gamma": True}, ["--apply-layernorm-1p", "False", "True"]),
-    "window": ({"window_size": (8, 0)}, ["--window-size", "None", "(8, 0)"]),
-    "clamped activation": ({"activation_func_clamp_value": 7.0}, ["--activation-func-clamp-value", "None", "7.0"]),
-    "offset of the gate": ({"glu_linear_offset": 1.0}, ["--glu-linear-offset", "0.0", "1.0"]),
-    "layers without rope": ({"no_rope_freq": 4}, ["--no-rope-freq", "None", "4"]),
-    "layers without window": ({"window_attn_skip_freq": 2}, ["--window-attn-skip-freq", "None", "2"]),
-    "mup": ({"use_mup": True}, ["--use-mup", "False", "True"]),
+    "rotary base": ({"rotary_base": 500000}, ["rotary_base", "10000", "500000", "--take rotary_base=left", "=right"]),
+    "rope scaling": ({"use_rope_scaling": True}, ["use_rope_scaling", "False", "True"]),
+    "norms around one": ({"layernorm_zero_centered_gamma": True}, ["layernorm_zero_centered_gamma", "False", "True"]),
+    "window": ({"window_size": (8, 0)}, ["window_size", "None", "(8, 0)"]),
+    "clamped activation": ({"activation_func_clamp_value": 7.0}, ["activation_func_clamp_value", "None", "7.0"]),
+    "offset of the gate": ({"glu_linear_offset": 1.0}, ["glu_linear_offset", "0.0", "1.0"]),
+    "layers without rope": ({"no_rope_freq": 4}, ["no_rope_freq", "None", "4"]),
+    "layers without window": ({"window_attn_skip_freq": 2}, ["window_attn_skip_freq", "None", "2"]),
+    "mup": ({"use_mup": True}, ["use_mup", "False", "True"]),
 }
 
 
 @pytest.mark.parametrize("case", list(OTHER_ARGUMENTS))
 def test_other_model_arguments(case, dense, tmp_path, capsys):
-    """Equal shapes, another function: the flag, both values and both names."""
+    """Equal shapes, another function: the argument, both values and both names."""
     arguments, named = OTHER_ARGUMENTS[case]
     (tmp_path / "sources").mkdir()
     other = rewrite(dense, tmp_path / "sources" / "other", arguments=arguments)
