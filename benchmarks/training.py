@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.ground import numbers
-from megatron_btx.ground.numbers import ModelShape
+from megatron_btx.cost import flops as numbers
+from megatron_btx.cost.flops import ModelShape
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

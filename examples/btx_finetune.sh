@@ -70,7 +70,7 @@ if [ "${BALANCING:-}" = paper ]; then
 fi
 not_negative "${AUX_LOSS:-0.01}" || fail "AUX_LOSS=$AUX_LOSS: expected zero or a number above it"
 check_python
-routing="$("$PYTHON" -m megatron_btx.ground.routing_methods --routing="${ROUTING:-top-k}" --experts="$experts" \
+routing="$("$PYTHON" -m megatron_btx.common.routing_methods --routing="${ROUTING:-top-k}" --experts="$experts" \
     --topk="${TOPK:-}" --capacity="${CAPACITY:-}" --balancing="${BALANCING:-}" --aux-loss="${AUX_LOSS:-}")" || exit
 mapfile -t ROUTING_FLAGS <<<"$routing"
 FLAGS+=("${ROUTING_FLAGS[@]}")

@@ -10,29 +10,36 @@ From Python (docs/python.md has an example of each):
 - ``convert(model)``: one model between Hugging Face and Megatron.
 - ``evaluate(models, texts)``: loss per domain, and who is routed where.
 - ``load_recipe(file)`` and ``run(recipe)``: a whole pipeline from a YAML file.
+- ``InputError``, ``RunError``, ``ChangedStagesError``: what they raise.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_btx.evaluation.door import evaluate as evaluate
-    from megatron_btx.mixing.door import convert as convert
-    from megatron_btx.mixing.door import mix as mix
-    from megatron_btx.pipeline.door import run as run
-    from megatron_btx.pipeline.recipe.reading import load_recipe as load_recipe
+    from megatron_btx.common.errors import InputError as InputError
+    from megatron_btx.evaluation.api import evaluate as evaluate
+    from megatron_btx.mixing.api import convert as convert
+    from megatron_btx.mixing.api import mix as mix
+    from megatron_btx.recipe.load import load_recipe as load_recipe
+    from megatron_btx.runner.api import ChangedStagesError as ChangedStagesError
+    from megatron_btx.runner.api import RunError as RunError
+    from megatron_btx.runner.api import run as run
 
 __version__ = "0.1.0"
-__all__ = ["convert", "evaluate", "load_recipe", "mix", "run"]
+__all__ = ["ChangedStagesError", "InputError", "RunError", "convert", "evaluate", "load_recipe", "mix", "run"]
 
 _HOMES = {
-    "convert": "mixing.door",
-    "evaluate": "evaluation.door",
-    "load_recipe": "pipeline.recipe.reading",
-    "mix": "mixing.door",
-    "run": "pipeline.door",
+    "ChangedStagesError": "runner.api",
+    "InputError": "common.errors",
+    "RunError": "runner.api",
+    "convert": "mixing.api",
+    "evaluate": "evaluation.api",
+    "load_recipe": "recipe.load",
+    "mix": "mixing.api",
+    "run": "runner.api",
 }
-"""Where each function is: imported when it is asked for, so that a command's --help answers at once."""
+"""Where each of them is: imported when it is asked for, so that a command's --help answers at once."""
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""``btx``: one door to every command. ``btx NAME`` is a module with a main; recipes and runs are handled here.
+"""``btx``: every command. ``btx NAME`` is a module with a main; recipes and runs are handled here.
 
 Nothing here imports torch or Megatron, and a command's module is imported when it is called, so that help and status
 answer at once.
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_btx import __version__
-from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
+from megatron_btx.common.errors import InputError, exits_with_one_line, printable
 
 if TYPE_CHECKING:
-    from megatron_btx.pipeline.door import ChangedStagesError, PlannedRun
+    from megatron_btx.runner.api import ChangedStagesError, PlannedRun
 
 DISPATCHED = {
-    "cancel": ("megatron_btx.pipeline.slurm.commands", "cancel the jobs of a run in Slurm's queue"),
-    "doctor": ("megatron_btx.pipeline.doctor", "what this machine has of what training needs"),
+    "cancel": ("megatron_btx.slurm.commands", "cancel the jobs of a run in Slurm's queue"),
+    "doctor": ("megatron_btx.doctor", "what this machine has of what training needs"),
     "report": ("megatron_btx.report.build", "write and print the report of a run directory"),
     "preprocess": ("megatron_btx.data.preprocess", "turn JSONL, text or Parquet files into Megatron's datasets"),
     "datasets": ("megatron_btx.data.datasets", "turn the texts of several domains into the datasets of a run"),
@@ -176,9 +176,9 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """``btx run``: plan the recipe, check it, and run it or print its commands."""
-    from megatron_btx.pipeline.directory import REPORT_STAGE
-    from megatron_btx.pipeline.progress import Progress
-    from megatron_btx.pipeline.scripts import as_comment, shell_script
+    from megatron_btx.recipe.names import REPORT_STAGE
+    from megatron_btx.runner.progress import Progress
+    from megatron_btx.runner.scripts import as_comment, shell_script
 
     planned = _plan_run(arguments)
     if arguments.dry_run:
@@ -198,8 +198,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def submit(arguments: argparse.Namespace) -> int:
     """``btx submit``: plan the recipe, check it, and make its stages jobs of Slurm or print their scripts."""
-    from megatron_btx.pipeline.scripts import as_comment
-    from megatron_btx.pipeline.slurm.commands import show_scripts, submit_run
+    from megatron_btx.runner.scripts import as_comment
+    from megatron_btx.slurm.commands import show_scripts, submit_run
 
     planned = _plan_run(arguments)
     if arguments.dry_run:
@@ -212,8 +212,8 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def _plan_run(arguments: argparse.Namespace, check: bool = True) -> PlannedRun:
     """The run that the command line asks for; what was read otherwise than it is written is said."""
-    from megatron_btx.pipeline.door import ChangedStagesError, plan_run
-    from megatron_btx.pipeline.stage import one_line
+    from megatron_btx.plan.stage import one_line
+    from megatron_btx.runner.api import ChangedStagesError, plan_run
 
     planned = plan_run(
         arguments.recipe,
@@ -235,7 +235,7 @@ def _plan_run(arguments: argparse.Namespace, check: bool = True) -> PlannedRun:
 
 def _describe_plan(planned: PlannedRun) -> str:
     """The table of a plan, the stages that are finished, and the estimate of the rest."""
-    from megatron_btx.pipeline import plan_table
+    from megatron_btx.runner import plan_table
 
     stages = planned.chosen_stages()
     lines = [plan_table.render(plan_table.make_plan_table(stages, planned.actions, str(planned.directory)))]
@@ -248,7 +248,7 @@ def _describe_plan(planned: PlannedRun) -> str:
 
 def _refuse_changes(arguments: argparse.Namespace, planned: PlannedRun, error: ChangedStagesError) -> NoReturn:
     """Say what changed in which stage, and the command that would run them again. Always raises InputError."""
-    from megatron_btx.pipeline.stage import one_line
+    from megatron_btx.plan.stage import one_line
 
     for name, why in error.changed.items():
         print(f"{name}: {one_line(why)}", file=sys.stderr, flush=True)

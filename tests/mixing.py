@@ -14,9 +14,9 @@ from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.planning import make_plan
-from megatron_btx.mixing.proof import check_against_sources
 from megatron_btx.mixing.request import Request
-from megatron_btx.mixing.sinks import lay_out_result
+from megatron_btx.mixing.verify import check_against_sources
+from megatron_btx.mixing.writers import lay_out_result
 
 
 def mix(experts: dict[str, Path], output: Path, *more: str) -> Path:

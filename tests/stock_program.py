@@ -24,10 +24,10 @@ def main() -> int:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_btx.data.training import datasets_for
+    from megatron_btx.distributed.abort import Stopping
     from megatron_btx.engine import repairs
     from megatron_btx.engine.flags import add_btx_arguments
     from megatron_btx.engine.options import resolve_options
-    from megatron_btx.ground.stopping import Stopping
     from megatron_btx.model.routers import settings_from, with_routers
     from megatron_btx.model.sampling import Step
     from megatron_btx.model.step import forward_step

@@ -141,7 +141,6 @@ def main() -> None:
     import megatron.training.training
     import torch  # noqa: F401
 
-    from megatron_btx.checkpoint.tokenizers import comparison  # noqa: F401
     from megatron_btx.data import texts, training  # noqa: F401
     from megatron_btx.model import layers  # noqa: F401
     from megatron_btx.training import (

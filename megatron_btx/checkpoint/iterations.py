@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_btx.ground.errors import CheckpointError
-from megatron_btx.ground.files import read_json_object
+from megatron_btx.common.errors import CheckpointError
+from megatron_btx.common.files import read_json_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"

@@ -18,8 +18,8 @@ import yaml
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
 from megatron_btx.checkpoint.huggingface.families import COUNT, MEGATRON_LLAMA3, POSITIVE, check_number
 from megatron_btx.checkpoint.safe_pickle import UNREADABLE
-from megatron_btx.checkpoint.tokenizers.vocabulary import tokenizer_files
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
+from megatron_btx.tokenizers.vocabulary import tokenizer_files
 
 BRIDGE_FILE = "run_config.yaml"
 _NEMO_FILE = Path("context") / "model.yaml"

@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CACHED = "models--"

@@ -16,7 +16,7 @@ import pickle
 from typing import TYPE_CHECKING, Any, BinaryIO, SupportsIndex
 
 from megatron_btx.checkpoint.safe_numpy import numpy_stand_ins
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorProperties

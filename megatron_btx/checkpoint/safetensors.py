@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.stored import Block, Files, Place, StoredTensor, read_box, read_slice
-from megatron_btx.ground.errors import CheckpointError
-from megatron_btx.ground.files import read_json_object
+from megatron_btx.common.errors import CheckpointError
+from megatron_btx.common.files import read_json_object
 
 if TYPE_CHECKING:
     import torch

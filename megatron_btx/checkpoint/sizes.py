@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 
 _LAYERS_BELOW = 10_000
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_btx.ground.errors import CheckpointError, KeptError
+from megatron_btx.common.errors import CheckpointError, KeptError
 
 if TYPE_CHECKING:
     import torch

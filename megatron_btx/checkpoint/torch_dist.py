@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_btx.checkpoint.safe_pickle import load_pickle
 from megatron_btx.checkpoint.stored import Block, Files, Place, StoredTensor, read_box, read_slice
 from megatron_btx.checkpoint.torch_record import RecordedTensor, load_torch, locate_tensor
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron_btx.checkpoint.safe_pickle import UNREADABLE, AllowListUnpickler, first_line, unpickle
 from megatron_btx.checkpoint.stored import Files, Place
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch

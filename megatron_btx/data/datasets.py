@@ -20,6 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.common.errors import InputError, exits_with_one_line, printable
+from megatron_btx.common.files import ByteProgress, write_json
 from megatron_btx.data import readers
 from megatron_btx.data.domains import SPLITS, Description, Domain, find_files, read_description
 from megatron_btx.data.encoding import EncodedUnit, make_encoder
@@ -27,8 +29,6 @@ from megatron_btx.data.inputs import Inputs, listed
 from megatron_btx.data.records import BadRecord, Tally
 from megatron_btx.data.sink import Sink, publish_all
 from megatron_btx.data.workers import check_workers, in_order
-from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
-from megatron_btx.ground.files import ByteProgress, write_json
 
 SUMMARY = "datasets.json"
 

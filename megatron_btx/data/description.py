@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.tokenizers.segmentation import rule_fingerprints
-from megatron_btx.checkpoint.tokenizers.vocabulary import Vocabulary, read_vocabulary
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
+from megatron_btx.tokenizers.segmentation import rule_fingerprints
+from megatron_btx.tokenizers.vocabulary import Vocabulary, read_vocabulary
 
 SUFFIX = ".dataset.json"
 ALLOWANCE = "dataset_tokenizer"

@@ -18,12 +18,12 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megatron_btx.common.errors import InputError
+from megatron_btx.common.files import read_json_object
+from megatron_btx.common.names import check_name
 from megatron_btx.data.inputs import Inputs, expand_inputs
 from megatron_btx.data.readers import TEXT_KEY
 from megatron_btx.data.tokenizers import TokenizerSettings
-from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.files import read_json_object
-from megatron_btx.ground.names import check_name
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.data import readers, tokenizers
 from megatron_btx.data.description import Tokenizer as DescribedTokenizer
 from megatron_btx.data.records import BadRecord, Tally
 from megatron_btx.data.tokenizers import DocumentEncoder, TokenizerSettings
-from megatron_btx.ground.errors import InputError
 
 if TYPE_CHECKING:
     import numpy

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from megatron.training import get_tokenizer
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.data.description import ALLOWANCE
 from megatron_btx.data.splits import splits_of
-from megatron_btx.ground.errors import InputError
 
 _SHOWN = 3
 

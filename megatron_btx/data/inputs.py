@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.data import compression
 from megatron_btx.data.description import SUFFIX
-from megatron_btx.ground.errors import InputError
 
 
 class Form(enum.StrEnum):

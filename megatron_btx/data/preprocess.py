@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_btx.common.errors import InputError, exits_with_one_line, printable
+from megatron_btx.common.files import ByteProgress
 from megatron_btx.data import readers, tokenizers
 from megatron_btx.data.encoding import make_encoder
 from megatron_btx.data.inputs import ENDINGS, expand_inputs, listed
@@ -22,8 +24,6 @@ from megatron_btx.data.records import BadRecord, Tally
 from megatron_btx.data.sink import Sink, publish_all
 from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.data.workers import check_workers, in_order
-from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
-from megatron_btx.ground.files import ByteProgress
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.indexed_dataset import _IndexReader
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 
 _SHARES = re.compile(r"[\d.,:;/\s()\[\]]*", re.ASCII)
 """Plain numbers, parted in any usual way."""

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from megatron.core.datasets import blended_dataset, gpt_dataset
 
-from megatron_btx.ground.files import hash_file, write_json
-from megatron_btx.ground.log import say
+from megatron_btx.common.files import hash_file, write_json
+from megatron_btx.common.log import say
 
 _FILES = ("document_index.npy", "sample_index.npy", "shuffle_index.npy")
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.data import readers
 from megatron_btx.data.inputs import form_of
 from megatron_btx.data.tokenizers import DocumentEncoder
 from megatron_btx.data.training import check_descriptions, check_indexed_dataset
-from megatron_btx.ground.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

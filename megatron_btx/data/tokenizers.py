@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_btx.checkpoint.tokenizers.kinds import refuse_placeholders
-from megatron_btx.ground.errors import InputError, bare_exceptions_as
+from megatron_btx.checkpoint.unsupported import refuse_placeholders
+from megatron_btx.common.errors import InputError, bare_exceptions_as
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer")
 

@@ -16,13 +16,13 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_btx.common.errors import InputError
+from megatron_btx.common.files import refuse_unwritable
 from megatron_btx.data.description import ALLOWANCE, SUFFIX, Tokenizer, check_description
 from megatron_btx.data.foreign_ids import check_batch
 from megatron_btx.data.splits import splits_of
 from megatron_btx.data.text_dataset import DatasetTokenizer, TextDataset, TextDatasetConfig
-from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.files import refuse_unwritable
-from megatron_btx.ground.stopping import Stopping
+from megatron_btx.distributed.abort import Stopping
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
 

@@ -13,8 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from megatron_btx.common.errors import InputError, MachineError
 from megatron_btx.data.readers import Unit
-from megatron_btx.ground.errors import InputError, MachineError
 
 _UNITS_IN_FLIGHT_PER_WORKER = 4
 

@@ -17,7 +17,7 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 
 
 def make_state(optimizer: Any) -> None:

@@ -21,12 +21,12 @@ import threading
 import time
 from typing import Any
 
+from megatron_btx.common.errors import MachineError
+from megatron_btx.distributed.abort import Stopping
+from megatron_btx.distributed.hang_detector import AGAIN
+from megatron_btx.distributed.process_cleanup import end_with_parent
 from megatron_btx.engine import patch
 from megatron_btx.engine.cpu import has_gpu
-from megatron_btx.ground.errors import MachineError
-from megatron_btx.ground.orphans import end_with_parent
-from megatron_btx.ground.standstill import AGAIN
-from megatron_btx.ground.stopping import Stopping
 
 _LOOK_EVERY_SECONDS = 1.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 
 
 def check_budget(args: argparse.Namespace) -> None:

@@ -20,12 +20,12 @@ from typing import Any
 from megatron_btx.checkpoint.iterations import TRACKER, is_checkpoint, list_iterations, read_tracker, resolve_iteration
 from megatron_btx.checkpoint.retention import REPLACED
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.common.errors import CheckpointError, InputError
+from megatron_btx.common.files import write_atomically
+from megatron_btx.common.log import say
 from megatron_btx.engine import patch
 from megatron_btx.engine.checks.resume import step_of
 from megatron_btx.engine.checks.start import iteration_of
-from megatron_btx.ground.errors import CheckpointError, InputError
-from megatron_btx.ground.files import write_atomically
-from megatron_btx.ground.log import say
 
 CHECKSUMS = "integrity.json"
 """Source: ``core/dist_checkpointing/validation.py``, INTEGRITY_FNAME."""

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.words import read_pairs
+from megatron_btx.common.cli_args import read_pairs
+from megatron_btx.common.errors import InputError
 from megatron_btx.model.groups import TrainedGroups, resolve_groups
 
 

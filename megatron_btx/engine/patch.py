@@ -1,7 +1,7 @@
 """The only way to replace something of Megatron's or PyTorch's, and the list of what was replaced.
 
 What is replaced must be there in the form that its stand-in was written for
-(:mod:`megatron_btx.ground.expectations`). Most calls of :func:`replace` and :func:`wrap` are in cpu.py
+(:mod:`megatron_btx.common.version_guard`). Most calls of :func:`replace` and :func:`wrap` are in cpu.py
 and cpu_in_megatron.py (without a GPU), in repairs.py (always) and in the training room (what follows a step).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_btx.ground.expectations import describe_attribute, expect, expect_parameters
+from megatron_btx.common.version_guard import describe_attribute, expect, expect_parameters
 
 __all__ = ["expect", "expect_parameters", "list_replaced", "replace", "wrap"]
 

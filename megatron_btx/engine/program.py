@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_btx.checkpoint.iterations import is_checkpoint, resolve_iteration, root_of
-from megatron_btx.checkpoint.tokenizer_path import locate_tokenizer
-from megatron_btx.checkpoint.tokenizers.kinds import refuse_placeholders
-from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.checkpoint.unsupported import refuse_placeholders
+from megatron_btx.common.errors import InputError, refused
+from megatron_btx.common.log import say
+from megatron_btx.distributed import launcher as launch
 from megatron_btx.engine import patch
 from megatron_btx.engine.checks import check_arguments
 from megatron_btx.engine.fallback import check_save_folder, choose_checkpoint
@@ -27,9 +28,8 @@ from megatron_btx.engine.flags import add_btx_arguments
 from megatron_btx.engine.options import Options
 from megatron_btx.engine.repairs import count_numbers_of_tokenizers
 from megatron_btx.engine.restricted_loading import cause_of, loading_failed, restrict_unpickling
-from megatron_btx.ground import launch
-from megatron_btx.ground.errors import InputError, refused
-from megatron_btx.ground.log import say
+from megatron_btx.tokenizers.path import locate_tokenizer
+from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES
 
 _MODEL_FLAGS = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 """What Megatron's validation asks for of every model."""
@@ -59,7 +59,7 @@ def parse_training(extra: Callable[[ArgumentParser], ArgumentParser] | None = No
 
     Raises:
         InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on. Or this
-            process is one of several and cannot know its place; see :mod:`megatron_btx.ground.launch`.
+            process is one of several and cannot know its place; see :mod:`megatron_btx.distributed.launcher`.
     """
     return _parse(extra, None, trains=True)
 

@@ -27,9 +27,9 @@ from typing import Any, BinaryIO
 from megatron_btx.checkpoint.iterations import list_iterations, resolve_iteration
 from megatron_btx.checkpoint.safe_numpy import numpy_stand_ins
 from megatron_btx.checkpoint.safe_pickle import allowed_globals, load_pickle
+from megatron_btx.common.errors import CheckpointError
+from megatron_btx.common.version_guard import mismatch
 from megatron_btx.engine import patch
-from megatron_btx.ground.errors import CheckpointError
-from megatron_btx.ground.expectations import mismatch
 
 _ALWAYS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _NEVER = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"

@@ -15,9 +15,9 @@ from typing import Any
 
 from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.checkpoint.retention import REPLACED, find_removable, make_room, remove_checkpoint
+from megatron_btx.common.log import say
 from megatron_btx.engine import patch
 from megatron_btx.engine.fallback import non_persistent_root
-from megatron_btx.ground.log import say
 
 
 class _Saves:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.engine.tool import start_tool
+from megatron_btx.common.errors import InputError, exits_with_one_line
+from megatron_btx.common.log import say
+from megatron_btx.engine.bootstrap import start_tool
 from megatron_btx.evaluation.inputs import expert_names, inputs_of
-from megatron_btx.ground.errors import InputError, exits_with_one_line
-from megatron_btx.ground.log import say
 
 _ROUTING_FLAGS = ("moe_router_topk", "moe_router_pre_softmax", "moe_expert_capacity_factor", "btx_sample_top1")
 """Flags that decide how tokens are routed; routing.json holds them."""
@@ -168,8 +168,8 @@ def _write(
         texts: model -> label -> the tokens that the page colours.
         trained: models whose routers were trained; the page opens on the first.
     """
+    from megatron_btx.common.files import write_json
     from megatron_btx.evaluation.routing import make_table
-    from megatron_btx.ground.files import write_json
     from megatron_btx.report.routing_figures import write_figures
     from megatron_btx.report.routing_page import write_page
 

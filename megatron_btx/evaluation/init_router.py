@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.engine.tool import start_tool
+from megatron_btx.common.errors import InputError, exits_with_one_line
+from megatron_btx.common.files import refuse_unwritable
+from megatron_btx.common.log import say
+from megatron_btx.engine.bootstrap import start_tool
 from megatron_btx.evaluation.inputs import named_paths
-from megatron_btx.ground.errors import InputError, exits_with_one_line
-from megatron_btx.ground.files import refuse_unwritable
-from megatron_btx.ground.log import say
 
 HELD_OUT_EVERY = 5
 """Every fifth document is held out."""
@@ -245,8 +245,8 @@ def _write(model: str, rows_LEH: Any, report: dict[str, Any], output: Path) -> N
     """The checkpoint with the new rows, written and proved by the mixing engine."""
     import numpy as np
 
-    from megatron_btx.ground.files import write_atomically, write_json
-    from megatron_btx.mixing.door import mix
+    from megatron_btx.common.files import write_atomically, write_json
+    from megatron_btx.mixing.api import mix
 
     rows_file = output.with_name(output.name + ROWS_SUFFIX)
     output.parent.mkdir(parents=True, exist_ok=True)

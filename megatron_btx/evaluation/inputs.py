@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.words import read_pairs
+from megatron_btx.common.cli_args import read_pairs
+from megatron_btx.common.errors import InputError
 
 
 def inputs_of(args: argparse.Namespace, kind: str, output: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -16,7 +16,7 @@ def evaluate_model(model: list[Any], data: dict[str, str], path: str) -> dict[st
     """Losses, token counts, parameter counts and routing of one loaded model."""
     from megatron.training import get_args
 
-    from megatron_btx.mixing.opening import open_source
+    from megatron_btx.mixing.loader import open_source
 
     source = open_source("the model", path)
     args = get_args()

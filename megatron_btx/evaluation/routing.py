@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_btx.common.errors import InputError
+from megatron_btx.common.shares import find_dead_experts, routing_distance
 from megatron_btx.evaluation.routing_counts import LayerCounts, RoutingCounts, add_up
-from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.shares import find_dead_experts, routing_distance
 
 LISTS = ("layers", "choices", "first", "probabilities", "gates", "entropy", "dropped", "dead")
 """What routing.json holds of a label, an entry per mixture layer each; see :func:`describe`."""

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from megatron_btx.checkpoint.sizes import layer_frequency
-from megatron_btx.ground.errors import InputError, exits_with_one_line
-from megatron_btx.ground.words import read_pairs, split_pair
+from megatron_btx.common.cli_args import read_pairs, split_pair
+from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, add_output_options, carry_out, option_group
 from megatron_btx.mixing.request import Request, RouterInit

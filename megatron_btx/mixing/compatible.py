@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS, differences
-from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer, check_vocabulary_union, contradictions
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
+from megatron_btx.mixing.overrides import TAKEABLE, field_with
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.sources import EMBEDDING
-from megatron_btx.mixing.takeable import TAKEABLE, field_with
 from megatron_btx.mixing.tokenizer.around import differing_readings
+from megatron_btx.tokenizers.comparison import check_same_tokenizer, check_vocabulary_union, contradictions
 
 if TYPE_CHECKING:
     from megatron_btx.mixing.sources import Source

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
 from megatron_btx.mixing.merge import for_one_rounding
 from megatron_btx.mixing.plan import Plan, PlannedPiece
 

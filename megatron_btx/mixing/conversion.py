@@ -1,4 +1,4 @@
-"""One conversion: planned when it is made, written when it is asked to. The door and the commands stand on it."""
+"""One conversion: planned when it is made, written when it is asked to. The Python API and the commands stand on it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.files import ByteProgress
-from megatron_btx.ground.manifest import read_manifest
-from megatron_btx.mixing import proof
+from megatron_btx.common.errors import InputError
+from megatron_btx.common.files import ByteProgress
+from megatron_btx.common.manifest import read_manifest
+from megatron_btx.mixing import verify as proof
 from megatron_btx.mixing.describe import explain, plan_text, router_text
 from megatron_btx.mixing.execute import Execution, default_workers, refuse_output
 from megatron_btx.mixing.plan import Plan
 from megatron_btx.mixing.planning import make_plan
 from megatron_btx.mixing.ranks import Ranks
 from megatron_btx.mixing.request import Options, Request
-from megatron_btx.mixing.sinks import FORMATS, Output, lay_out_result
+from megatron_btx.mixing.writers import FORMATS, Output, lay_out_result
 
 _WORKERS_AT_MOST = 256
 _NO_OUTPUT = Path("result")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.mixing.output_options import add_output_options, carry_out
 
 _DIRECTIONS = "import takes a Hugging Face model folder, export a Megatron checkpoint"
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Plan, print, write and verify; see --help."""
     options = parser().parse_args(argv)
-    from megatron_btx.mixing.door import copy_request
+    from megatron_btx.mixing.api import copy_request
 
     request = copy_request(_source_of(options), options.pad_vocab_to_multiple_of, options.allow_other_ids)
     return carry_out(request, options)

@@ -10,17 +10,17 @@ from collections.abc import Iterator, Sequence
 from megatron_btx.checkpoint.arguments import model_flags
 from megatron_btx.checkpoint.huggingface.servers import server_lines
 from megatron_btx.checkpoint.safetensors import CONFIG
-from megatron_btx.checkpoint.tokenizers.vocabulary import unknown_reason
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.compatible import vocabulary_source
 from megatron_btx.mixing.compute import STEP_BYTES
 from megatron_btx.mixing.layout import Fill, LaidOutTensor
 from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.plan import Plan, PlannedPiece, SourceRows
-from megatron_btx.mixing.remarks import remarks
+from megatron_btx.mixing.plan_warnings import remarks
 from megatron_btx.mixing.routers import describe_routers, router_rows, starting_route
-from megatron_btx.mixing.sinks import Output
 from megatron_btx.mixing.sources import EMBEDDING, Source
+from megatron_btx.mixing.writers import Output
+from megatron_btx.tokenizers.vocabulary import unknown_reason
 
 _NEW_ROWS = "new rows, each the mean of all tokens' rows"
 _TENSOR_PARALLEL_SIZES = (2, 4, 8)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.mixing import cli
 
 _OTHER_TOKENIZER = "training: {btx-allow-change: tokenizer_model}"
@@ -41,13 +41,13 @@ def foresee(
     """
     from megatron_btx.checkpoint.huggingface.servers import server_lines
     from megatron_btx.checkpoint.safetensors import CONFIG
-    from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer
     from megatron_btx.mixing.compatible import vocabulary_source
     from megatron_btx.mixing.compute import rows_of
     from megatron_btx.mixing.describe import router_text
+    from megatron_btx.mixing.plan_warnings import remarks
     from megatron_btx.mixing.planning import make_plan
-    from megatron_btx.mixing.remarks import remarks
-    from megatron_btx.mixing.sinks import lay_out_result
+    from megatron_btx.mixing.writers import lay_out_result
+    from megatron_btx.tokenizers.comparison import check_same_tokenizer
 
     options = cli.parser().parse_args(words)
     plan = make_plan(cli.request_of(options))

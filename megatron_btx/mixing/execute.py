@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint.stored import Slot, bytes_of
-from megatron_btx.ground.errors import BTXError, CheckpointError, InputError, KeptError, is_of_the_machine
-from megatron_btx.ground.files import hash_file, write_flushed
-from megatron_btx.ground.manifest import FILE_NAME, versions
-from megatron_btx.mixing import proof, result_manifest
+from megatron_btx.common.errors import BTXError, CheckpointError, InputError, KeptError, is_of_the_machine
+from megatron_btx.common.files import hash_file, write_flushed
+from megatron_btx.common.manifest import FILE_NAME, versions
+from megatron_btx.mixing import result_manifest
+from megatron_btx.mixing import verify as proof
 from megatron_btx.mixing.compute import rows_of
 from megatron_btx.mixing.layout import Task
 from megatron_btx.mixing.plan import Plan
-from megatron_btx.mixing.proof import Progress
 from megatron_btx.mixing.ranks import Ranks
 from megatron_btx.mixing.request import Request
-from megatron_btx.mixing.rows_proof import check_token_rows
-from megatron_btx.mixing.sinks import Output
-from megatron_btx.mixing.workplace import Workplace
+from megatron_btx.mixing.staging import Workplace
+from megatron_btx.mixing.verify import Progress
+from megatron_btx.mixing.verify_vocab import check_token_rows
+from megatron_btx.mixing.writers import Output
 
 _NOTED_BYTES = 4 << 30
 """With several ranks, written blocks are flushed and noted after about this many bytes each."""

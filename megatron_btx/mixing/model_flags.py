@@ -10,9 +10,9 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FILES, tokenizer_files
-from megatron_btx.ground.errors import InputError, exits_with_one_line
+from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.mixing.result import dense_arguments, megatron_args_text
+from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES, tokenizer_files
 
 if TYPE_CHECKING:
     from megatron_btx.mixing.sources import Source
@@ -49,7 +49,7 @@ def tokenizer_flags_of(source: Source) -> Flags:
 @exits_with_one_line
 def main() -> int:
     """Read names and paths from standard input; print what the models there are."""
-    from megatron_btx.mixing.opening import open_source
+    from megatron_btx.mixing.loader import open_source
 
     found: dict[str, dict[str, Flags]] = {}
     refused = []

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from megatron_btx.checkpoint.pieces import Piece, pieces_of
 from megatron_btx.checkpoint.sizes import Sizes
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.compatible import compare_sources
+from megatron_btx.mixing.loader import open_source
 from megatron_btx.mixing.merge import MOVE, NEW_ROUTERS, ZEROS
 from megatron_btx.mixing.methods import METHODS, Expert, Method
-from megatron_btx.mixing.opening import open_source
 from megatron_btx.mixing.plan import Operation, Plan, PlannedPiece, SourceRows
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.request_checks import check_request, number_of

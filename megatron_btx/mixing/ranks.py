@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from megatron_btx.ground.errors import BTXError, KeptError, MachineError, as_ours
-from megatron_btx.ground.launch import Place, find_place
+from megatron_btx.common.errors import BTXError, KeptError, MachineError, as_ours
+from megatron_btx.distributed.launcher import Place, find_place
 
 T = TypeVar("T")
 

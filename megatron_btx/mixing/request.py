@@ -1,4 +1,4 @@
-"""What a user asks of a conversion: plain records, filled by the command line or by :mod:`megatron_btx.mixing.door`.
+"""What a user asks of a conversion: plain records, filled by the command line or by :mod:`megatron_btx.mixing.api`.
 
 Nothing here imports torch, so that a command line can be read and refused at once.
 """

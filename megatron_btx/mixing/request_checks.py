@@ -6,10 +6,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.methods import METHODS, Method
+from megatron_btx.mixing.overrides import field_of
 from megatron_btx.mixing.request import Request, RouterInit
-from megatron_btx.mixing.takeable import field_of
 
 _EXPERTS_AT_MOST = 4096
 """A slip of the keyboard would take all memory before anything else could refuse it."""

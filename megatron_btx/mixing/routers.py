@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_btx.checkpoint.safe_pickle import UNREADABLE
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.request import RouterInit
 
 if TYPE_CHECKING:

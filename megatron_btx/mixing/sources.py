@@ -15,9 +15,9 @@ from megatron_btx.checkpoint.names import IGNORED_HF, IGNORED_MEGATRON, REFUSED_
 from megatron_btx.checkpoint.pieces import Location, Piece, pieces_of
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
-from megatron_btx.checkpoint.tokenizer_path import HF_FOLDER
-from megatron_btx.checkpoint.tokenizers.vocabulary import Vocabulary, read_vocabulary, tokenizer_place
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
+from megatron_btx.tokenizers.path import HF_FOLDER
+from megatron_btx.tokenizers.vocabulary import Vocabulary, read_vocabulary, tokenizer_place
 
 if TYPE_CHECKING:
     import torch

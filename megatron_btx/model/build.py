@@ -6,7 +6,7 @@ import argparse
 import copy
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.ground.errors import InputError, refused
+from megatron_btx.common.errors import InputError, refused
 
 if TYPE_CHECKING:
     from megatron_btx.model.sampling import Step

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.sizes import mixture_layers
-from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.log import say
+from megatron_btx.common.errors import InputError
+from megatron_btx.common.log import say
 from megatron_btx.model.groups import TrainedGroups, group_of
 
 if TYPE_CHECKING:

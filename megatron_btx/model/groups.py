@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_btx.checkpoint.sizes import mixture_layers
-from megatron_btx.ground.errors import BTXError, InputError
-from megatron_btx.ground.words import split_pair
+from megatron_btx.common.cli_args import split_pair
+from megatron_btx.common.errors import BTXError, InputError
 
 GROUPS: dict[str, str] = {
     "experts": "the feed-forward blocks of the experts",

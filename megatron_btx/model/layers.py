@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.model.routers import RouterSettings, with_routers
 from megatron_btx.model.sampling import Step
 
@@ -34,7 +34,7 @@ def torch_native_layer_spec(config: GPTModelConfig, vp_stage: int | None = None)
     """The layers of one pipeline stage, for ``GPTModelConfig.transformer_layer_spec``.
 
     Dense and mixture-of-experts models alike; ``moe_layer_freq`` is honoured by Megatron's own block specification.
-    What only Transformer Engine has is refused before (``engine/checks/useless_flags.py``).
+    What only Transformer Engine has is refused before (``engine/checks/unsupported_flags.py``).
     """
     transformer = config.transformer
     block = get_gpt_decoder_block_spec(

@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_btx.checkpoint.sizes import mixture_layers
-from megatron_btx.ground.expectations import expect, expect_parameters, mismatch
+from megatron_btx.common.version_guard import expect, expect_parameters, mismatch
 from megatron_btx.model.sampling import Annealing, Step, gumbel_noise
 
 

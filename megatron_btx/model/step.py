@@ -7,12 +7,12 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-    from megatron_btx.ground.stopping import Stopping
+    from megatron_btx.distributed.abort import Stopping
     from megatron_btx.model.sampling import Step
 
 

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_btx.pipeline.directory import REPORT_STAGE
+from megatron_btx.recipe.names import REPORT_STAGE
 from megatron_btx.report.ablation_outcomes import MEAN, Outcome, Outcomes, losses_over_seeds, read_outcomes
 from megatron_btx.report.blocks import Block, Cell, Image, Paragraph, Section, Table, make_bullets, make_row
 from megatron_btx.report.pages import Files, Report

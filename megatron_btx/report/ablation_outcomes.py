@@ -8,21 +8,14 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from megatron_btx.ground.errors import InputError
-from megatron_btx.pipeline.directory import (
-    MANIFEST_FILE,
-    METRICS_FILE,
-    PLAN_FILE,
-    RECIPE_FILE,
-    read_metrics,
-    read_stage_manifest,
-    read_yaml,
-)
-from megatron_btx.pipeline.recipe.ablation import stage_name
-from megatron_btx.pipeline.records import StageManifest
-from megatron_btx.report.membership import find_left_out, planned_fingerprints
+from megatron_btx.common.errors import InputError
+from megatron_btx.recipe.ablation import stage_name
+from megatron_btx.recipe.names import MANIFEST_FILE, METRICS_FILE, PLAN_FILE, RECIPE_FILE
 from megatron_btx.report.quantities import mean
 from megatron_btx.report.stages import Stage, read_stage, say_split
+from megatron_btx.report.stale import find_left_out, planned_fingerprints
+from megatron_btx.runner.run_dir import read_metrics, read_stage_manifest, read_yaml
+from megatron_btx.runner.schemas import StageManifest
 
 MEAN = "mean"
 _LOSS = "lm loss validation "

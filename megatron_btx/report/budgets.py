@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from megatron_btx.pipeline.directory import (
+from megatron_btx.recipe.names import (
     AVERAGE_STAGE,
     DATA_STAGE,
     DENSE_DOMAINS_STAGE,

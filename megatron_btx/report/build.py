@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_btx.ground.errors import InputError, exits_with_one_line, printable
-from megatron_btx.pipeline.directory import REPORT_STAGE
+from megatron_btx.common.errors import InputError, exits_with_one_line, printable
+from megatron_btx.recipe.names import REPORT_STAGE
 from megatron_btx.report.ablation import report_ablation
 from megatron_btx.report.ablation_outcomes import is_ablation
 from megatron_btx.report.blocks import Block, Paragraph, make_bullets

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import NamedTuple
 
-from megatron_btx.ground.shares import routing_distance
+from megatron_btx.common.shares import routing_distance
 from megatron_btx.report.inputs import BTX, DENSE, Model
 
 _SAME_SHARE = 1e-12

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.files import read_json_object
+from megatron_btx.common.errors import InputError
+from megatron_btx.common.files import read_json_object
 
 _REMEDY = "run the stage that writes it again"
 _ALL_SPLITS = "text"

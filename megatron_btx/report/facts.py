@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_btx.pipeline.directory import EXPERT_PREFIX
+from megatron_btx.recipe.names import EXPERT_PREFIX
 from megatron_btx.report.budgets import Budgets, sum_budgets
 from megatron_btx.report.comparisons import best_per_column, difference_to_dense, routing_distances, subtract
 from megatron_btx.report.inputs import AVERAGE, BTX, SEED, Model, RunData

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from megatron_btx.ground.errors import InputError
-from megatron_btx.pipeline.directory import (
+from megatron_btx.common.errors import InputError
+from megatron_btx.recipe.names import (
     AVERAGE_MODEL,
     BTX_MODEL,
     DATA_STAGE,
@@ -29,13 +29,12 @@ from megatron_btx.pipeline.directory import (
     REPORT_STAGE,
     SEED_MODEL,
     is_set_aside,
-    read_evaluation,
-    read_yaml,
 )
 from megatron_btx.report.datasets import Datasets, read_datasets
-from megatron_btx.report.membership import find_left_out, planned_fingerprints
 from megatron_btx.report.quantities import mean
 from megatron_btx.report.stages import Stage, read_stage, say_split
+from megatron_btx.report.stale import find_left_out, planned_fingerprints
+from megatron_btx.runner.run_dir import read_evaluation, read_yaml
 
 SEED, AVERAGE, MIX, BTX, DENSE = SEED_MODEL, AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL
 _ORDER = {SEED: 0, AVERAGE: 2, MIX: 3, BTX: 4, DENSE: 5}

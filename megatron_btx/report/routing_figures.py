@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.textpath import TextPath
 
-from megatron_btx.ground.files import write_atomically
-from megatron_btx.ground.shares import DEAD_SHARE, find_dead_experts, routing_distance
+from megatron_btx.common.files import write_atomically
+from megatron_btx.common.shares import DEAD_SHARE, find_dead_experts, routing_distance
 from megatron_btx.report import style
 from megatron_btx.report.style import CYCLE, DASHES, Palette, choose_ticks, make_panels, new_page, shorten, shorten_all
 

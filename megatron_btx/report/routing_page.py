@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from megatron_btx.ground.files import write_atomically
+from megatron_btx.common.files import write_atomically
 from megatron_btx.report.pages import render_page
 from megatron_btx.report.style import HATCHES, Palette
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from megatron_btx.pipeline.directory import DATA_STAGE, EXPORT_STAGE, EXPORTED_FOLDER, LOG_FILE
-from megatron_btx.pipeline.plan_table import count_epochs, with_prefix
+from megatron_btx.recipe.names import DATA_STAGE, EXPORT_STAGE, EXPORTED_FOLDER, LOG_FILE
 from megatron_btx.report.blocks import Block, Bullets, Cell, Paragraph, Section, Table, make_row
 from megatron_btx.report.budgets import Budgets
 from megatron_btx.report.datasets import Datasets
 from megatron_btx.report.inputs import RunData
 from megatron_btx.report.quantities import ABSENT, count_text, total
 from megatron_btx.report.stages import Stage
+from megatron_btx.runner.plan_table import count_epochs, with_prefix
 
 _EXPORTED = f"{EXPORT_STAGE}/{EXPORTED_FOLDER}"
 _SETTINGS = ("lr", "min-lr", "lr-decay-style", "global-batch-size", "seq-length", "weight-decay", "clip-grad", "seed")

@@ -8,20 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.ground.manifest import read_manifest
-from megatron_btx.pipeline.directory import (
-    CONFIG_FILE,
-    EXPERT_PREFIX,
-    MANIFEST_FILE,
-    METRICS_FILE,
-    SEED_STAGE,
-    VALID_SPLIT,
-    read_checkpointed_iteration,
-    read_metrics,
-    read_yaml,
-)
-from megatron_btx.pipeline.records import StageManifest, read_count, read_number
+from megatron_btx.common.manifest import read_manifest
+from megatron_btx.recipe.names import CONFIG_FILE, EXPERT_PREFIX, MANIFEST_FILE, METRICS_FILE, SEED_STAGE, VALID_SPLIT
 from megatron_btx.report.quantities import mean
+from megatron_btx.runner.run_dir import read_checkpointed_iteration, read_metrics, read_yaml
+from megatron_btx.runner.schemas import StageManifest, read_count, read_number
 
 _ENDED_EARLY = {"running": "not finished", "stopped": "stopped", "failed": "failed"}
 """Status -> how a report says it. A killed run leaves "running" behind."""

@@ -19,7 +19,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from megatron_btx.pipeline.directory import EXPERT_PREFIX
+from megatron_btx.recipe.names import EXPERT_PREFIX
 from megatron_btx.report.quantities import is_usable
 
 PAGE_WIDTH_INCHES = 9.0

@@ -19,10 +19,10 @@ import math
 import statistics
 from typing import Any
 
+from megatron_btx.common.errors import InputError, MachineError
+from megatron_btx.common.log import say
 from megatron_btx.engine import patch
 from megatron_btx.engine.adam import make_state
-from megatron_btx.ground.errors import InputError, MachineError
-from megatron_btx.ground.log import say
 from megatron_btx.model.sampling import Step
 from megatron_btx.training.hooks import Follower
 

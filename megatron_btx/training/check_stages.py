@@ -16,10 +16,10 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_btx.common.cli_args import read_pairs
+from megatron_btx.common.errors import InputError, exits_with_one_line, refused
 from megatron_btx.engine.checks import check_arguments
 from megatron_btx.engine.options import Options
-from megatron_btx.ground.errors import InputError, exits_with_one_line, refused
-from megatron_btx.ground.words import read_pairs
 from megatron_btx.training.validation import check_masked_alike
 
 

@@ -22,15 +22,15 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.common.errors import CheckpointError, MachineError, exits_with_one_line, print_error, refused
+from megatron_btx.common.log import say
+from megatron_btx.distributed.abort import Stopping
+from megatron_btx.distributed.hang_detector import AGAIN
+from megatron_btx.distributed.process_cleanup import end_helpers, leave_no_orphans
 from megatron_btx.engine.budget import budget_of
 from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
 from megatron_btx.engine.program import parse_training
-from megatron_btx.ground.errors import CheckpointError, MachineError, exits_with_one_line, print_error, refused
-from megatron_btx.ground.log import say
-from megatron_btx.ground.orphans import end_helpers, leave_no_orphans
-from megatron_btx.ground.standstill import AGAIN
-from megatron_btx.ground.stopping import Stopping
 from megatron_btx.model.build import model_config
 from megatron_btx.model.step import forward_step
 

@@ -13,8 +13,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_btx.common.shares import DEAD_SHARE
 from megatron_btx.engine import patch
-from megatron_btx.ground.shares import DEAD_SHARE
 
 
 def install(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:

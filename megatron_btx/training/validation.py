@@ -12,10 +12,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.common.errors import InputError
+from megatron_btx.common.log import say, say_from_last_rank
 from megatron_btx.engine import patch
 from megatron_btx.engine.options import Options
-from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.log import say, say_from_last_rank
 from megatron_btx.training.hooks import Follower
 
 TAG = "lm loss validation"

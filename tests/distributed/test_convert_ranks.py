@@ -30,7 +30,7 @@ LAST = "BTX_TEST_WRONG"
 def main() -> int:
     """The converter's main, with what the environment asks for: on the last rank alone, or srun's variables on all."""
     from megatron_btx.mixing.cli import main as honest
-    from megatron_btx.mixing.workplace import Workplace
+    from megatron_btx.mixing.staging import Workplace
 
     wrong, is_last = os.environ.get(LAST), int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     if "SLURM_JOB_ID" in os.environ:

@@ -11,8 +11,8 @@ import torch
 
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.common.errors import InputError
 from megatron_btx.evaluation.init_router import check_output
-from megatron_btx.ground.errors import InputError
 from tests import pico
 from tests.mixing import mix
 from tests.runner import Zygote

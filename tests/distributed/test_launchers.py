@@ -66,7 +66,7 @@ def teller(tmp_path: Path) -> Path:
     script = tmp_path / "teller"
     names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
     tell = f"json.dumps([sys.argv[1:], {{n: os.environ[n] for n in {names} if n in os.environ}}])"
-    table = '["-m", "megatron_btx.ground.routing_methods"]'
+    table = '["-m", "megatron_btx.common.routing_methods"]'
     ask = f"if sys.argv[1:3] == {table}: os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     script.write_text(f"#!{sys.executable}\nimport json, os, sys\n{ask}\nprint({tell})\n")
     script.chmod(0o755)

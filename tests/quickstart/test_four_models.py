@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_btx.pipeline.recipe.given import read_models
+from megatron_btx.recipe.from_checkpoint import read_models
 from tests import hugging_face
 from tests.runner import REPOSITORY
 

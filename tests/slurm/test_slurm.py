@@ -20,15 +20,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_btx.ground.errors import InputError
-from megatron_btx.pipeline.directory import read_checkpointed_iteration, read_last_metrics, read_stage_manifest
-from megatron_btx.pipeline.door import PlannedRun, plan_run
-from megatron_btx.pipeline.lock import lock_run
-from megatron_btx.pipeline.processes import marked
-from megatron_btx.pipeline.progress import Reporter
-from megatron_btx.pipeline.slurm.queue import Job, list_jobs
-from megatron_btx.pipeline.slurm.record import script_path
-from megatron_btx.pipeline.slurm.submission import Submission, render_scripts, submit, write_scripts
+from megatron_btx.common.errors import InputError
+from megatron_btx.runner.api import PlannedRun, plan_run
+from megatron_btx.runner.lock import lock_run
+from megatron_btx.runner.processes import marked
+from megatron_btx.runner.progress import Reporter
+from megatron_btx.runner.run_dir import read_checkpointed_iteration, read_last_metrics, read_stage_manifest
+from megatron_btx.runner.slurm_queue import Job, list_jobs
+from megatron_btx.slurm.record import script_path
+from megatron_btx.slurm.submission import Submission, render_scripts, submit, write_scripts
 from tests.slurm.cluster import Cluster, cluster, missing
 from tests.slurm.inputs import write_inputs
 

@@ -17,17 +17,17 @@ from pathlib import Path
 import pytest
 
 from megatron_btx import cli
-from megatron_btx.ground.errors import BTXError, InputError
-from megatron_btx.pipeline.decisions import decide
-from megatron_btx.pipeline.door import PlannedRun, plan_run
-from megatron_btx.pipeline.identity import identities
-from megatron_btx.pipeline.lock import take_turn
-from megatron_btx.pipeline.machine import Machine
-from megatron_btx.pipeline.progress import Reporter
-from megatron_btx.pipeline.runner import execute_stages
-from megatron_btx.pipeline.slurm.commands import main as cancel
-from megatron_btx.pipeline.slurm.commands import submit_run
-from megatron_btx.pipeline.slurm.queue import (
+from megatron_btx.common.errors import BTXError, InputError
+from megatron_btx.plan.fingerprint import identities
+from megatron_btx.plan.stage import Stage
+from megatron_btx.report.status import print_status
+from megatron_btx.runner.api import PlannedRun, plan_run
+from megatron_btx.runner.decisions import decide
+from megatron_btx.runner.local import execute_stages
+from megatron_btx.runner.lock import take_turn
+from megatron_btx.runner.machine import Machine
+from megatron_btx.runner.progress import Reporter
+from megatron_btx.runner.slurm_queue import (
     COMMENT_LETTERS,
     cancel_jobs,
     check_no_jobs,
@@ -35,9 +35,9 @@ from megatron_btx.pipeline.slurm.queue import (
     list_jobs,
     submit_script,
 )
-from megatron_btx.pipeline.slurm.submission import Submission, submit
-from megatron_btx.pipeline.stage import Stage
-from megatron_btx.report.status import print_status
+from megatron_btx.slurm.commands import main as cancel
+from megatron_btx.slurm.commands import submit_run
+from megatron_btx.slurm.submission import Submission, submit
 from tests.slurm.cluster import Cluster, cluster, missing
 from tests.slurm.inputs import write_inputs
 from tests.slurm.test_slurm import RECIPE, TWO_EXPERTS, wait_until
@@ -152,7 +152,7 @@ def test_a_dry_run_writes_nothing(
     """Neither beside jobs of other settings, which read the records there, nor where no run is yet."""
     run, fresh = tmp_path / "run", tmp_path / "fresh"
     submit_closed(run)
-    monkeypatch.setattr("megatron_btx.pipeline.door.check_with_megatron", lambda *_: None)  # ten seconds each
+    monkeypatch.setattr("megatron_btx.runner.api.check_with_megatron", lambda *_: None)  # ten seconds each
     before = content_of(tmp_path), content_of(Path.cwd())
     for command, folder in (("submit", run), ("submit", fresh), ("run", run), ("run", fresh), ("plan", fresh)):
         words = [command, RECIPE, "--output", str(folder), "--set", CLOSED, "seed.tokens=1024"]
@@ -261,7 +261,7 @@ def test_a_run_is_cancelled_while_it_is_submitted(slurm: Cluster, tmp_path: Path
 
 def test_who_waits_for_a_submission_says_so(tmp_path: Path) -> None:
     """It may be one that somebody has stopped."""
-    program = "import pathlib; from megatron_btx.pipeline.lock import take_turn\nwith take_turn(pathlib.Path()): pass"
+    program = "import pathlib; from megatron_btx.runner.lock import take_turn\nwith take_turn(pathlib.Path()): pass"
     command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(PACKAGE)}
     with take_turn(tmp_path):
         waiting = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)

@@ -22,8 +22,8 @@ from typing import Any
 
 from examples.quickstart.corpora import code, general, knowledge, math_problems, sources, vocabulary
 from examples.quickstart.corpora.split import Group, split
-from megatron_btx.ground.errors import InputError, exits_with_one_line
-from megatron_btx.ground.files import hash_file
+from megatron_btx.common.errors import InputError, exits_with_one_line
+from megatron_btx.common.files import hash_file
 
 RECORD = "texts.json"
 TOKENIZER = "tokenizer.model"

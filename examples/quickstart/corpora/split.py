@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 
 SPLITS = ("train", "valid", "test")
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 
 MIN_VOCABULARY = 512
 """256 byte pieces, the three special ones, the characters of the text, and room for some words."""

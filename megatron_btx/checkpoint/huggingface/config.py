@@ -24,7 +24,7 @@ from megatron_btx.checkpoint.huggingface.families import (
 )
 from megatron_btx.checkpoint.huggingface.keys import refuse_unknown_keys
 from megatron_btx.checkpoint.huggingface.rope import as_int, read_rope, scaling_arguments
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 """Of transformers 5 and 4."""

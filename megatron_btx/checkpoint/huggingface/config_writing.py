@@ -23,7 +23,7 @@ from megatron_btx.checkpoint.huggingface.families import (
 )
 from megatron_btx.checkpoint.huggingface.rope import foreign_llama3, scaling_arguments
 from megatron_btx.checkpoint.sizes import mixture_layers
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 
 _TRANSLATED = frozenset(row.argument for row in ROWS) | {
     "group_query_attention", "add_position_embedding", "rotary_base", "rotary_seq_len_interpolation_factor",

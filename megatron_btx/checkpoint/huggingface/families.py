@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
 
 _OUTER = ("module.", "_forward_module.", "base_model.model.", "language_model.")
 """Words before the name: certain where every tensor has them."""

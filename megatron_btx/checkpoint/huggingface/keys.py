@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_btx.checkpoint.huggingface.families import Family, bad_value
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 
 _READ = frozenset(
     "rope_theta rope_scaling rope_parameters partial_rotary_factor sliding_window use_sliding_window "

@@ -18,7 +18,7 @@ from megatron_btx.checkpoint.names import Row
 from megatron_btx.checkpoint.pieces import Piece
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint.iterations import RELEASE, resolve_iteration
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.model.groups import TrainedGroups, resolve_groups
 
 _MODEL_LAYOUT = {

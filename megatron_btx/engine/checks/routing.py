@@ -10,8 +10,8 @@ import argparse
 import math
 
 from megatron_btx.checkpoint.sizes import mixture_layers
+from megatron_btx.common.errors import InputError
 from megatron_btx.engine.flags import SAMPLE_DECAY, SAMPLE_MIN_TEMPERATURE
-from megatron_btx.ground.errors import InputError
 
 CHOOSING_TYPES = {"sinkhorn", "quantile_balancing"}
 """Values of --moe-router-load-balancing-type that are no loss: they choose the experts themselves."""

@@ -1,7 +1,7 @@
 """The checkpoint that a run starts from: which one it is, and whether it fits the given arguments.
 
 Refused are another model, routing or numerics (the tables of :mod:`megatron_btx.checkpoint.arguments`) and another
-vocabulary (:mod:`megatron_btx.checkpoint.tokenizers.comparison`).
+vocabulary (:mod:`megatron_btx.tokenizers.comparison`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from megatron_btx.checkpoint.arguments import (
     differences,
 )
 from megatron_btx.checkpoint.iterations import RELEASE, TRACKER, resolve_iteration, root_of
-from megatron_btx.checkpoint.tokenizer_path import locate_tokenizer
-from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.common.errors import InputError
 from megatron_btx.engine.budget import budget_of
 from megatron_btx.engine.checks.resume import check_resume, step_of
-from megatron_btx.ground.errors import InputError
 from megatron_btx.model.groups import TrainedGroups
+from megatron_btx.tokenizers.comparison import check_same_tokenizer
+from megatron_btx.tokenizers.path import locate_tokenizer
 
 
 def finished(args: argparse.Namespace) -> str | None:

@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_btx.checkpoint.tokenizers.files import UnknownVocabularyError, read_object
-from megatron_btx.checkpoint.tokenizers.vocabulary import tokenizer_files
-from megatron_btx.ground.errors import InputError, bare_exceptions_as
+from megatron_btx.common.errors import InputError, bare_exceptions_as
 from megatron_btx.mixing.sources import Source
 from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE, LoadedTokenizer, load_with_transformers
 from megatron_btx.mixing.tokenizer.texts import texts as texts_with
+from megatron_btx.tokenizers.files import UnknownVocabularyError, read_object
+from megatron_btx.tokenizers.vocabulary import tokenizer_files
 
 _NO_IDS = ("chat_template", "model_max_length", "padding_side", "truncation_side", "name_or_path", "processor_class")
 """Settings of a tokenizer_config.json that decide no id of a text."""

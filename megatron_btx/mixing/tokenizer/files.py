@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.tokenizers.files import UnknownVocabularyError
-from megatron_btx.checkpoint.tokenizers.vocabulary import TOKENIZER_FOLDER_FILES, with_added
 from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE, TOKENIZER_FILE
+from megatron_btx.tokenizers.files import UnknownVocabularyError
+from megatron_btx.tokenizers.vocabulary import TOKENIZER_FOLDER_FILES, with_added
 
 CLASS = "PreTrainedTokenizerFast"
 """Known to transformers 4.57 and 5, and adds nothing to tokenizer.json; others build a tokenizer of their own."""

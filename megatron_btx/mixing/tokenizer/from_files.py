@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.tokenizers import sentencepiece as sentencepiece_tokenizer
-from megatron_btx.checkpoint.tokenizers.files import with_old_megatrons_tokens
-from megatron_btx.ground.errors import InputError, bare_exceptions_as
+from megatron_btx.common.errors import InputError, bare_exceptions_as
 from megatron_btx.mixing.sources import Source
 from megatron_btx.mixing.tokenizer import files as tokenizer_files
 from megatron_btx.mixing.tokenizer.from_folder import config_to_ask, transformers_name
@@ -24,6 +22,8 @@ from megatron_btx.mixing.tokenizer.proof import (
     load_files,
 )
 from megatron_btx.mixing.tokenizer.texts import texts as texts_with
+from megatron_btx.tokenizers import sentencepiece as sentencepiece_tokenizer
+from megatron_btx.tokenizers.files import with_old_megatrons_tokens
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

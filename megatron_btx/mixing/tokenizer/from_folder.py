@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.tokenizers.vocabulary import unknown_reason
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.sources import Source
 from megatron_btx.mixing.tokenizer import files as tokenizer_files
 from megatron_btx.mixing.tokenizer.around import ids_around
@@ -25,6 +24,7 @@ from megatron_btx.mixing.tokenizer.proof import (
     read_tokenizer,
 )
 from megatron_btx.mixing.tokenizer.texts import texts as texts_with
+from megatron_btx.tokenizers.vocabulary import unknown_reason
 
 _BUILDS_ITS_OWN = ("qwen2",)
 """Model types for which transformers 5 takes the class of its own table, whatever the tokenizer's files say."""

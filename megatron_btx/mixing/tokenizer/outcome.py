@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.tokenizer import files as tokenizer_files
 from megatron_btx.mixing.tokenizer.proof import Difference, Oracle, compare, read_made_files
 

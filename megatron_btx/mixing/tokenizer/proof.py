@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
-from megatron_btx.ground.errors import InputError, bare_exceptions_as
+from megatron_btx.common.errors import InputError, bare_exceptions_as
 
 Ids = list[list[int]]
 Encode = Callable[[Sequence[str], bool], Ids]

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.tokenizers.vocabulary import tokenizer_place
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.sources import EMBEDDING, Source
 from megatron_btx.mixing.tokenizer import files as tokenizer_files
 from megatron_btx.mixing.tokenizer.from_files import file_tokenizer
 from megatron_btx.mixing.tokenizer.from_folder import folder_tokenizer
 from megatron_btx.mixing.tokenizer.outcome import FLAG, ResultTokenizer
+from megatron_btx.tokenizers.vocabulary import tokenizer_place
 
 
 def result_tokenizer(source: Source, model_config: Mapping[str, Any], allow_other_ids: bool) -> ResultTokenizer:

@@ -12,9 +12,9 @@ from megatron_btx.checkpoint.arguments import (
     differences,
     model_flags,
 )
-from megatron_btx.checkpoint.tokenizers.comparison import check_same_tokenizer
+from megatron_btx.common.errors import InputError
 from megatron_btx.engine.flags import add_routing_arguments
-from megatron_btx.ground.errors import InputError
+from megatron_btx.tokenizers.comparison import check_same_tokenizer
 
 
 @pytest.fixture(scope="module")

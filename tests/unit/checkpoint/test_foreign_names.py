@@ -11,8 +11,8 @@ import torch
 
 from megatron_btx.checkpoint.huggingface.config import arguments_from_config
 from megatron_btx.checkpoint.huggingface.foreign_names import unwrap_names
-from megatron_btx.ground.errors import CheckpointError, InputError
-from megatron_btx.mixing.opening import open_source
+from megatron_btx.common.errors import CheckpointError, InputError
+from megatron_btx.mixing.loader import open_source
 from tests.unit.mixing.folders import CONFIG, llama_folder, llama_tensors, safetensors_bytes
 
 WRAPPED = {

@@ -12,7 +12,7 @@ from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS, differences
 from megatron_btx.checkpoint.huggingface.config import arguments_from_config
 from megatron_btx.checkpoint.huggingface.config_writing import config_from_arguments, refuse_for_megatron
 from megatron_btx.checkpoint.huggingface.families import FAMILIES, Family
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from tests.public_configurations import MIXTURES, PUBLIC, pico
 
 WHERE = "model/config.json"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.checkpoint.paths import hub_cache, model_path
-from megatron_btx.ground.errors import CheckpointError
-from megatron_btx.mixing.opening import open_source
+from megatron_btx.common.errors import CheckpointError
+from megatron_btx.mixing.loader import open_source
 from tests.unit.mixing.folders import llama_folder
 
 

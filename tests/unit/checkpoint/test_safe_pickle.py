@@ -18,7 +18,7 @@ import torch
 from megatron_btx.checkpoint.safe_pickle import load_pickle
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.checkpoint.torch_record import load_torch
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
 from tests.hostile import Call
 
 FLIPS = 400
@@ -52,7 +52,7 @@ def little_memory() -> Iterator[None]:
         ("torch.hub", "load"),
         ("numpy", "load"),
         ("megatron.training", "x.y"),
-        ("megatron_btx.ground.errors", "os.system"),
+        ("megatron_btx.common.errors", "os.system"),
         ("importlib", "import_module"),
     ],
 )

@@ -21,7 +21,7 @@ from megatron_btx.checkpoint.stored import Files, Place, bytes_of, read_box
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout, record_frame
 from megatron_btx.checkpoint.torch_record import locate_tensor
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
 from tests.mixing import write_checkpoint
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_btx.checkpoint.tokenizers.sentencepiece import convert
+from megatron_btx.common.errors import InputError
 from megatron_btx.data import preprocess
 from megatron_btx.data.description import SUFFIX, Tokenizer, check_description, read_description
 from megatron_btx.data.inputs import expand_inputs
 from megatron_btx.data.tokenizers import TokenizerSettings
-from megatron_btx.ground.errors import InputError
+from megatron_btx.tokenizers.sentencepiece import convert
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 SIZE = 34

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.data import preprocess, tokenizers
 from megatron_btx.data.tokenizers import DocumentEncoder, TokenizerSettings
-from megatron_btx.ground.errors import InputError
 
 BOS, EOS, A, B, UNKNOWN = range(5)
 WORDS = {"<s>": BOS, "</s>": EOS, "a": A, "b": B, "?": UNKNOWN}

@@ -14,8 +14,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.data.splits import Dataset, check_splits, splits_of, wanted_sequences
-from megatron_btx.ground.errors import InputError
 
 LENGTH = 16
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.data import texts
 from megatron_btx.data.texts import check_documents, check_texts
-from megatron_btx.ground.errors import InputError
 from tests import pico
 
 

@@ -8,8 +8,8 @@ import io
 import pytest
 import torch
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.engine.adam import GroupStepAdam
-from megatron_btx.ground.errors import InputError
 
 STEPS = 20
 SETTINGS = {

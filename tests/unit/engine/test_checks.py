@@ -6,8 +6,8 @@ import argparse
 
 import pytest
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.engine.checks import check_arguments
-from megatron_btx.ground.errors import InputError
 from tests import pico
 
 SAMPLE = "--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1 "

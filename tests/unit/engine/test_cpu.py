@@ -48,8 +48,8 @@ def run(zygote: Zygote, check: str, tmp_path) -> str:
 
 
 def check_missing(module_name: str, name: str) -> None:
+    from megatron_btx.common.errors import MegatronVersionError
     from megatron_btx.engine import cpu
-    from megatron_btx.ground.errors import MegatronVersionError
 
     cpu.has_gpu = lambda: False
     delattr(importlib.import_module(module_name), name)
@@ -62,8 +62,8 @@ def check_missing(module_name: str, name: str) -> None:
 
 
 def check_signature(module_name: str, name: str) -> None:
+    from megatron_btx.common.errors import MegatronVersionError
     from megatron_btx.engine import cpu
-    from megatron_btx.ground.errors import MegatronVersionError
 
     cpu.has_gpu = lambda: False
     setattr(importlib.import_module(module_name), name, lambda something, entirely, different: None)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.engine.checks import useless_flags
-from megatron_btx.ground.errors import InputError
-from megatron_btx.ground.routing_methods import DEFAULT_TOPK, METHODS
+from megatron_btx.common.errors import InputError
+from megatron_btx.common.routing_methods import DEFAULT_TOPK, METHODS
+from megatron_btx.engine.checks import unsupported_flags as useless_flags
 from tests import flags_page
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_btx.common.errors import MegatronVersionError
 from megatron_btx.engine import patch
-from megatron_btx.ground.errors import MegatronVersionError
 
 
 def owner() -> SimpleNamespace:

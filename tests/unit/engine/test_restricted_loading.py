@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.common.errors import CheckpointError, InputError
 from megatron_btx.engine.checks.layout import check_checkpoint_format
 from megatron_btx.engine.checks.start import check_against_checkpoint, checkpoint_to_load
 from megatron_btx.engine.fallback import choose_checkpoint
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
-from megatron_btx.ground.errors import CheckpointError, InputError
 from megatron_btx.model.groups import TrainedGroups
 from tests.hostile import Call, byte_entries, payload, plant, read_index
 from tests.mixing import write_checkpoint

@@ -7,9 +7,9 @@ from argparse import Namespace
 
 import pytest
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.engine.checks import start
 from megatron_btx.engine.checks.start import compare_with_stored
-from megatron_btx.ground.errors import InputError
 
 
 def test_a_change_is_offered_only_where_the_weights_fit(monkeypatch):

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.evaluation.inputs import expert_names
 from megatron_btx.evaluation.routing import Routed, describe, describe_layers, overlap, overlaps, read_earlier
 from megatron_btx.evaluation.routing_counts import LayerCounts, RoutingCounts
 from megatron_btx.evaluation.token_routes import pieces_of
-from megatron_btx.ground.errors import InputError
 from megatron_btx.report.routing_page import write_page
 
 

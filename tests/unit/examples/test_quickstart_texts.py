@@ -21,8 +21,8 @@ import pytest
 
 from examples.quickstart.corpora import build, code, general, knowledge, math_problems, vocabulary, wordings
 from examples.quickstart.corpora.split import SPLITS
+from megatron_btx.common.errors import InputError
 from megatron_btx.data import tokenizers
-from megatron_btx.ground.errors import InputError
 
 SETTINGS = build.Settings(seed=7, vocab_size=700, scale=0.1)
 COMMAND = ["--seed", "7", "--vocab-size", "700", "--scale", "0.1"]

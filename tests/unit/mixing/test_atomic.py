@@ -18,10 +18,10 @@ import pytest
 
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.request import RouterInit
-from megatron_btx.mixing.workplace import Workplace
+from megatron_btx.mixing.staging import Workplace
 from tests.mixing import mix, planned, verify
 from tests.unit.mixing.checkpoints import expert_words, refused, same_bits, tensors
 

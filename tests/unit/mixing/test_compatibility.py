@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_btx.checkpoint.tokenizers.vocabulary import known_vocabulary
 from megatron_btx.mixing import cli, convert_hf
+from megatron_btx.tokenizers.vocabulary import known_vocabulary
 from tests.hugging_face import (
     Older,
     assert_equal_logits,

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.dry_runs import foresee
-from megatron_btx.pipeline.planner import plan_stages
-from megatron_btx.pipeline.program_checks import check_inputs
-from megatron_btx.pipeline.recipe.options import say_keys
-from megatron_btx.pipeline.recipe.reading import parse_recipe
+from megatron_btx.plan.checks import check_inputs
+from megatron_btx.plan.planner import plan_stages
+from megatron_btx.recipe.load import parse_recipe
+from megatron_btx.recipe.options import say_keys
 from tests import hugging_face
 from tests.quickstart.test_four_models import make_tokenizer
 

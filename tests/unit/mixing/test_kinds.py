@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.data.tokenizers import TokenizerSettings
-from megatron_btx.ground.errors import InputError
 from megatron_btx.mixing import convert_hf
-from megatron_btx.mixing.opening import open_source
+from megatron_btx.mixing.loader import open_source
 from tests.hugging_face import VOCABULARY, logits
 from tests.unit.mixing.folders import CONFIG, in_shards, llama_folder, llama_tensors, safetensors_bytes
 

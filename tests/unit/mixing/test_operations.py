@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_btx.mixing.door import mix
+from megatron_btx.mixing.api import mix
 from megatron_btx.mixing.methods import METHODS, Method
 from megatron_btx.mixing.plan import Operation, Plan, PlannedPiece
 from tests.hugging_face import tensors

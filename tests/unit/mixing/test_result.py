@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_btx.ground.errors import CheckpointError
+from megatron_btx.common.errors import CheckpointError
 from megatron_btx.mixing.cli import main
-from megatron_btx.mixing.proof import check_manifest
 from megatron_btx.mixing.request import RouterInit
-from megatron_btx.mixing.workplace import Workplace
+from megatron_btx.mixing.staging import Workplace
+from megatron_btx.mixing.verify import check_manifest
 from tests import pico
 from tests.mixing import mix, planned, rewrite, verify
 from tests.unit.mixing.checkpoints import byte_entry, expert_words, index, refused, tensors

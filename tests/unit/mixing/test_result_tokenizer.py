@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from examples.quickstart.corpora import vocabulary
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.mixing import convert_hf
 from megatron_btx.mixing.tokenizer.files import has_written_form, travelling_files
 from megatron_btx.mixing.tokenizer.texts import texts
@@ -376,7 +376,7 @@ def test_templates_and_added_tokens_reach_every_reader(results, tmp_path):
 
 def test_other_ids_are_refused_and_shown(results, tmp_path, monkeypatch):
     """The first text, both lists, how many; with the flag it is written, and the record says so."""
-    from megatron_btx.checkpoint.tokenizers import sentencepiece as sentencepiece_tokenizer
+    from megatron_btx.tokenizers import sentencepiece as sentencepiece_tokenizer
 
     monkeypatch.setattr(sentencepiece_tokenizer, "_normaliser", lambda *given: None)
     source = results.place / "runs" / "bpe"

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from megatron_btx.checkpoint.iterations import resolve_iteration
-from megatron_btx.checkpoint.tokenizers.vocabulary import known_vocabulary
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
-from megatron_btx.mixing import compute, convert_hf, merge, rows_proof
+from megatron_btx.mixing import compute, convert_hf, merge
+from megatron_btx.mixing import verify_vocab as rows_proof
 from megatron_btx.mixing.cli import main
-from megatron_btx.mixing.opening import open_source
+from megatron_btx.mixing.loader import open_source
 from megatron_btx.mixing.sources import Source
+from megatron_btx.tokenizers.vocabulary import known_vocabulary
 from tests.hugging_face import config_of, loaded, tensors
 from tests.mixing import mix, rewrite
 from tests.unit.mixing.checkpoints import expert_words, refused

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.ground.errors import BTXError, InputError
+from megatron_btx.common.errors import BTXError, InputError
 from megatron_btx.model.freezing import check_optimizers, refuse_optimizers
 from megatron_btx.model.groups import TrainedGroups, group_of, list_groups, resolve_groups
 from tests import pico

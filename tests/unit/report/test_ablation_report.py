@@ -9,7 +9,7 @@ import shutil
 import pytest
 import yaml
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.report import build as report
 from megatron_btx.report.ablation import find_best
 from megatron_btx.report.ablation_outcomes import read_outcomes

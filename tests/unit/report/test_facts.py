@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.ground.errors import InputError
+from megatron_btx.common.errors import InputError
 from megatron_btx.report.comparisons import difference_to_dense, routing_distances
 from megatron_btx.report.facts import check_facts
 from megatron_btx.report.inputs import Model, read_run

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.ground.errors import InputError
-from megatron_btx.pipeline.directory import own_manifest
-from megatron_btx.pipeline.plan_table import with_prefix
+from megatron_btx.common.errors import InputError
 from megatron_btx.report import build as report
 from megatron_btx.report import section_costs
 from megatron_btx.report.blocks import Paragraph
 from megatron_btx.report.datasets import read_datasets
 from megatron_btx.report.inputs import read_run
 from megatron_btx.report.stages import read_curve
+from megatron_btx.runner.plan_table import with_prefix
+from megatron_btx.runner.run_dir import own_manifest
 from tests.unit.report.example_run import (
     DOMAINS,
     LOSSES,

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from megatron_btx import cli
-from megatron_btx.pipeline.records import StageManifest
 from megatron_btx.report import build as report
 from megatron_btx.report.budgets import sum_budgets
 from megatron_btx.report.inputs import read_run
-from megatron_btx.report.membership import find_left_out
 from megatron_btx.report.pages import to_markdown
 from megatron_btx.report.stages import Stage, read_stage
+from megatron_btx.report.stale import find_left_out
+from megatron_btx.runner.schemas import StageManifest
 from tests.unit.report.example_run import (
     DOMAINS,
     EXPERTS,

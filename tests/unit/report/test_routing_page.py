@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from markupsafe import escape
 
-from megatron_btx.ground.files import write_atomically, write_json
+from megatron_btx.common.files import write_atomically, write_json
 from megatron_btx.report.routing_page import write_page
 from tests.unit.report.test_routing_figures import full_disk
 

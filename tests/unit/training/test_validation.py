@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.checkpoint.iterations import TRACKER
+from megatron_btx.common.errors import InputError
 from megatron_btx.engine.options import resolve_options
-from megatron_btx.ground.errors import InputError
 from megatron_btx.training import validation
 from tests import pico
 

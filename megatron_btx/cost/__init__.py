@@ -1,0 +1,1 @@
+"""Formulas, each once: parameters, FLOPs, bytes, and which layouts fit."""

@@ -1,0 +1,1 @@
+"""The processes of one run: who is who, who hangs, how all end."""

@@ -1,0 +1,140 @@
+"""Proof of a result: its files compared with their manifest, and what was written with what the rules give."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_btx.common.errors import CheckpointError
+from megatron_btx.common.manifest import FILE_NAME
+from megatron_btx.mixing.compute import rows_of
+from megatron_btx.mixing.layout import Task
+from megatron_btx.mixing.plan import Plan
+from megatron_btx.mixing.result_manifest import (
+    STEP_BYTES,
+    Stretch,
+    describe_frame,
+    own_hash,
+    read_result_manifest,
+    stretches_by_file,
+)
+from megatron_btx.mixing.writers import Output
+
+Progress = Callable[[int], None]
+"""Called with the bytes done since the last call."""
+_DAMAGED = (KeyError, TypeError, AttributeError, ValueError, OverflowError)
+
+
+def _ignore_progress(done_bytes: int) -> None:
+    pass
+
+
+def carries_manifest(root: Path, folder: Path) -> bool:
+    """Whether a folder has a manifest that :func:`check_manifest` can check: of what is read from ``folder`` in it.
+
+    Training that goes on in the folder of a result adds iterations of its own, which no manifest describes.
+    """
+    manifest = read_result_manifest(root)
+    if manifest is None:
+        return False
+    name, files = str(folder.relative_to(root)), manifest.get("files")
+    honest = isinstance(files, dict) and own_hash(manifest) == manifest.get("manifest_sha256")
+    return not honest or name == "." or any(file.startswith(f"{name}/") for file in manifest["files"])
+
+
+def manifest_bytes(folder: Path) -> int:
+    """How many bytes :func:`check_manifest` reads."""
+    manifest = read_result_manifest(folder)
+    if manifest is None:
+        return 0
+    try:
+        return sum(int(entry["bytes"]) for entry in manifest["files"].values())
+    except _DAMAGED as error:
+        raise CheckpointError(f"{folder / FILE_NAME}: is damaged ({error!r}); make the result again") from error
+
+
+def check_manifest(folder: Path, progress: Progress = _ignore_progress) -> int:
+    """Compare every byte of a result with its manifest; returns the number of tensors.
+
+    Raises:
+        CheckpointError: no manifest, or names the tensor or file that differs.
+    """
+    remedy = "make it again"
+    manifest = read_result_manifest(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder; give that of a result")
+    if manifest is None:
+        raise CheckpointError(f"{folder}: has no {FILE_NAME} with hashes of its tensors, so it cannot be checked")
+    try:
+        if own_hash(manifest) != manifest["manifest_sha256"]:
+            raise CheckpointError(f"{folder / FILE_NAME}: was changed after it was written; {remedy}")
+        _refuse_additional(folder, {FILE_NAME, *manifest["files"]})
+        stretches = stretches_by_file(manifest)
+        for name, entry in manifest["files"].items():
+            file = folder / name
+            if not file.is_file():
+                raise CheckpointError(f"{file}: is named in {FILE_NAME} and does not exist; {remedy}")
+            if file.stat().st_size != entry["bytes"]:
+                raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {entry['bytes']} were written; {remedy}")
+            if describe_frame(file, stretches.get(name, [])) != entry:
+                raise CheckpointError(f"{file}: differs from what was written, outside of its tensors; {remedy}")
+            _check_stretches(file, stretches.get(name, []), remedy, progress)
+        return len(manifest["tensors"])
+    except _DAMAGED as error:
+        raise CheckpointError(f"{folder / FILE_NAME}: is damaged ({error!r}); {remedy}") from error
+
+
+def _refuse_additional(folder: Path, named: set[str]) -> None:
+    """Refuse files that were not written: one more can change what is read (an index, a tokenizer, a common.pt)."""
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if name not in named and (file.is_symlink() or not file.is_dir()):
+            raise CheckpointError(f"{file}: was not written with the rest, {FILE_NAME} does not name it; move it away")
+
+
+def _check_stretches(file: Path, stretches: Sequence[Stretch], remedy: str, progress: Progress) -> None:
+    with file.open("rb") as opened:
+        for stretch in stretches:
+            digest, left = hashlib.sha256(), stretch.length
+            opened.seek(stretch.position)
+            while left and (piece := opened.read(min(left, STEP_BYTES))):
+                digest.update(piece)
+                left -= len(piece)
+                progress(len(piece))
+            if digest.hexdigest() != stretch.sha256:
+                raise CheckpointError(f"{file}: {stretch.tensor}: differs from what was written; {remedy}")
+
+
+def check_against_sources(plan: Plan, output: Output, folder: Path) -> Callable[[Task, Progress], None]:
+    """Open a written result; returns the check of one task: all its numbers against what the rules give.
+
+    Raises:
+        CheckpointError: from here: the result has other tensors than planned; from the check: names what differs.
+    """
+    import torch
+
+    reader = output.reader(folder)
+    planned = {tensor.name for tensor in output.tensors}
+    if planned != set(reader.tensors):
+        odd = sorted(planned ^ set(reader.tensors))[0]
+        raise CheckpointError(f"{folder}: {odd}: planned and stored tensors differ; convert again")
+
+    def check(task: Task, progress: Progress) -> None:
+        block = task.block
+        # The fills follow each other along the first axis after the leading ones.
+        axis = len(block.sizes) - len(block.fills[0].planned.shape)
+        row = block.offsets[axis]
+        for fill in block.fills:
+            for rows in rows_of(plan, fill.planned, fill.start, fill.stop):
+                offsets = (*block.offsets[:axis], row, *block.offsets[axis + 1 :])
+                sizes = (*block.sizes[:axis], rows.shape[0], *block.sizes[axis + 1 :])
+                found = reader.read(block.tensor, offsets, sizes)
+                if not torch.equal(found.reshape(-1).view(torch.uint8), rows.reshape(-1).view(torch.uint8)):
+                    raise CheckpointError(
+                        f"{folder}: {block.tensor} at {list(offsets)} differs from its sources; convert again"
+                    )
+                row += rows.shape[0]
+                progress(rows.numel() * rows.element_size())
+
+    return check

@@ -1,0 +1,175 @@
+"""The vocabulary's rows of a written result, checked by another road than the one that made them.
+
+Comparing a result with what its rules give cannot see a wrong rule. Here every row is looked at by its token: the
+tokenizer that was *written* tells the token of each row, every source's tokenizer tells where that token is in the
+source, and the mean over the sources that know it must be what is stored, wherever they have it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_btx.checkpoint.safetensors import SafetensorsReader
+from megatron_btx.checkpoint.stored import Reader
+from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.common.errors import CheckpointError
+from megatron_btx.mixing.plan import Plan, PlannedPiece
+from megatron_btx.mixing.sources import Source
+from megatron_btx.mixing.writers import Output
+from megatron_btx.tokenizers.path import HF_FOLDER
+from megatron_btx.tokenizers.vocabulary import read_vocabulary
+
+if TYPE_CHECKING:
+    import torch
+
+_ROWS = 1024
+
+
+def check_token_rows(plan: Plan, output: Output, folder: Path) -> str:
+    """Compare every row of embedding and head with the rows of its token; returns what was checked, in words.
+
+    Where a tokenizer is not known, or the user does not want them compared, there is nothing to look rows up by.
+
+    Raises:
+        CheckpointError: names the token whose row is not the mean over the models that know it, or that has no row.
+    """
+    tables = [source.tokens for source in plan.sources]
+    if plan.request.allow_other_tokenizer or None in tables:
+        return "the vocabulary's rows were not looked up by token: " + _why_not(plan)
+    reader = output.reader(folder)
+    written = _written_tokens(reader, folder)
+    if written is None:
+        raise CheckpointError(f"{folder}: the tokenizer that was written cannot be read; convert again")
+    _check_complete(plan.sources, written, folder)
+    for tensor in output.tensors:
+        planned = tensor.blocks[0].fills[0].planned
+        if planned.has_token_rows:
+            _check_tensor(plan, planned, reader, tensor.name, written)
+    if len(plan.sources) == 1:
+        return f"all rows of {len(written)} tokens are the model's own"
+    return f"all rows of {len(written)} tokens are the means over the models that know the token"
+
+
+def _why_not(plan: Plan) -> str:
+    if plan.request.allow_other_tokenizer:
+        return "--allow-other-tokenizer"
+    unknown = [source.name for source in plan.sources if source.tokens is None]
+    return f"the tokenizer of {unknown[0]} is not known"
+
+
+def _written_tokens(reader: Reader, folder: Path) -> Mapping[int, str] | None:
+    """The table of the result's own files."""
+    if isinstance(reader, SafetensorsReader):
+        stored: dict[str, Any] = {"hf_folder": folder}
+    else:
+        assert isinstance(reader, TorchDistReader)
+        stored = reader.arguments() | {"hf_folder": None}
+        if (folder / HF_FOLDER).is_dir():
+            stored["hf_folder"] = folder / HF_FOLDER
+    vocabulary = read_vocabulary(stored)
+    if vocabulary is None:
+        return None
+    return vocabulary.tokens
+
+
+def _check_complete(sources: Sequence[Source], written: Mapping[int, str], folder: Path) -> None:
+    for source in sources:
+        for number, token in (source.tokens or {}).items():
+            if written.get(number) != token:
+                raise CheckpointError(
+                    f"{folder}: the tokenizer that was written says token {number} is {written.get(number)!r}, it is "
+                    f"{token!r} in {source.name}; convert again"
+                )
+
+
+def _check_tensor(plan: Plan, planned: PlannedPiece, reader: Reader, name: str, written: Mapping[int, str]) -> None:
+    import torch
+
+    places = [_by_token(source, planned) for source in plan.sources]
+    rest = planned.shape[1:]
+    had = planned.source_rows
+    known: set[str] = set()
+    for place in places:
+        known.update(place)
+    total, count = torch.zeros(rest, dtype=torch.float64), 0
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        return reader.read(name, (start, *(0,) * len(rest)), (stop - start, *rest))
+
+    for low in range(0, had, _ROWS):
+        numbers = [number for number in range(low, min(low + _ROWS, had)) if written.get(number) in known]
+        if not numbers:
+            continue
+        found = _rows_at(read, numbers)
+        expected = _expected(plan, planned, places, [written[number] for number in numbers])
+        wrong = _first_unequal(found, expected)
+        if wrong is not None:
+            number = numbers[wrong]
+            raise CheckpointError(
+                f"{name}: row {number} ({written[number]!r}) is not the mean over the models that know this token; "
+                "this is a defect of the converter, please report it"
+            )
+        total += found.sum(0, dtype=torch.float64)
+        count += len(numbers)
+    if planned.new_rows and count:
+        new = read(had, planned.shape[0])
+        if _first_unequal(new, (total / count).to(planned.dtype).expand_as(new)) is not None:
+            raise CheckpointError(f"{name}: rows from {had} on are not the mean of the tokens' rows; convert again")
+
+
+def _by_token(source: Source, planned: PlannedPiece) -> dict[str, int]:
+    """Where each token is in a source's piece."""
+    held = source.pieces.get(planned.name)
+    if held is None or source.tokens is None:
+        return {}
+    return {token: number for number, token in source.tokens.items() if number < held.shape[0]}
+
+
+def _expected(
+    plan: Plan, planned: PlannedPiece, places: Sequence[Mapping[str, int]], tokens: Sequence[str]
+) -> torch.Tensor:
+    """The weighted mean of each token's rows, wherever the sources have them: [tokens, ...]."""
+    import torch
+
+    known = torch.zeros(len(places), len(tokens), dtype=torch.bool)
+    for mine, place in zip(known, places, strict=True):
+        mine[:] = torch.tensor([token in place for token in tokens])
+    weights = torch.tensor(plan.weights, dtype=torch.float64)[:, None] * known
+    # A token that only models of weight zero know is theirs all the same.
+    weights = torch.where(weights.sum(0) > 0, weights, known.double())
+    total = torch.zeros(len(tokens), *planned.shape[1:], dtype=torch.float64)
+    for source, place, mine, weight in zip(plan.sources, places, known, weights, strict=True):
+        if not bool(mine.any()):
+            continue
+        numbers = [place[token] for token in tokens if token in place]
+        rows = _rows_at(functools.partial(source.read, planned.name), numbers)
+        total[mine] += rows.double() * weight[mine].view(-1, *(1,) * (rows.dim() - 1))
+    return (total / weights.sum(0).view(-1, *(1,) * (total.dim() - 1))).to(planned.dtype)
+
+
+def _rows_at(read: Callable[[int, int], torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """The rows of these numbers, in their order: one reading for each run of numbers that follow each other."""
+    import torch
+
+    parts, first = [], 0
+    for index in range(1, len(numbers) + 1):
+        if index == len(numbers) or numbers[index] != numbers[index - 1] + 1:
+            parts.append(read(numbers[first], numbers[index - 1] + 1))
+            first = index
+    return torch.cat(parts)
+
+
+def _first_unequal(found: torch.Tensor, expected: torch.Tensor) -> int | None:
+    """The first row that differs by more than one rounding: this sum has another order, a wrong mean is far off."""
+    import torch
+
+    unit = torch.finfo(found.dtype)
+    close = (found.double() - expected.double()).abs() <= expected.double().abs() * unit.eps + unit.tiny
+    same = close | (found == expected) | (found.isnan() & expected.isnan())
+    wrong = ~same.flatten(1).all(dim=1)
+    if not bool(wrong.any()):
+        return None
+    return int(torch.nonzero(wrong)[0])

@@ -1,1 +1,0 @@
-"""Recipes: what to train, mix and evaluate, as a graph of stages, run on this machine."""

@@ -1,0 +1,87 @@
+"""The stages around training: texts are made into datasets, given models imported, the finetuned mixture exported.
+
+data -> ...      import-seed, import-math, ...      finetune -> export
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.plan.sources import Model, locate, origins_of
+from megatron_btx.plan.stage import Program, Stage
+from megatron_btx.recipe.data import Data
+from megatron_btx.recipe.flags import merged
+from megatron_btx.recipe.names import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    DATA_STAGE,
+    DATASETS_FILE,
+    EXPORT_STAGE,
+    EXPORTED_FOLDER,
+)
+
+
+def plan_import(name: str, source: Path, options: tuple[str, ...] = ()) -> Stage:
+    """The stage that makes a Megatron checkpoint of a given model that Megatron cannot start from as it is."""
+    output = f"{name}/{CHECKPOINT_FOLDER}"
+    words = ("--method", "copy", "--expert", f"model={source}", "--output", output, *options, "--verify")
+    program = Program("megatron_btx.mixing.cli", words)
+    settings = {"model": source, **_given_options(options)}
+    return Stage(name, program, inputs=(source,), product=CHECKPOINT_FOLDER, settings=settings)
+
+
+def _given_options(options: tuple[str, ...]) -> dict[str, Any]:
+    """The converter's options as a setting; none where a recipe gives none."""
+    return {"options": list(options)} if options else {}
+
+
+def plan_export(model: Model, form: str, options: tuple[str, ...] = ()) -> Stage:
+    """The stage that writes a model as a Hugging Face folder with its tokenizer, and reads it back.
+
+    Args:
+        form: as the recipe names it.
+    """
+    parents, inputs = origins_of([model])
+    output = f"{EXPORT_STAGE}/{EXPORTED_FOLDER}"
+    words = ("export", "--checkpoint", model.path, "--output", output, *options, "--verify")
+    return Stage(
+        EXPORT_STAGE,
+        Program("megatron_btx.mixing.convert_hf", words),
+        parents,
+        inputs=inputs,
+        product=EXPORTED_FOLDER,
+        settings={"model": model.identity(), "form": form, **_given_options(options)},
+    )
+
+
+def plan_data(data: Data) -> Stage:
+    """The stage that makes datasets of the given texts."""
+    domains = {name: text.model_dump(by_alias=True, exclude_unset=True) for name, text in data.texts.items()}
+    description = {"tokenizer": merged(data.tokenizer), "domains": domains, "seed": data.seed}
+    words = ("--output", DATA_STAGE, "--workers", str(data.workers), "--description", f"{DATA_STAGE}/{CONFIG_FILE}")
+    return Stage(
+        DATA_STAGE,
+        Program("megatron_btx.data.datasets", words),
+        inputs=tuple(Path(path) for text in data.texts.values() for paths in text.sources().values() for path in paths),
+        product=DATASETS_FILE,
+        processes=data.workers,
+        settings=_deciding(data),
+        config={"description": description},  # a file, because thousands of texts fill more than a word may hold
+    )
+
+
+def _deciding(data: Data) -> dict[str, Any]:
+    """What decides the datasets; texts and a tokenizer from outside count by their content."""
+    settings: dict[str, Any] = {"seed": data.seed, **merged(data.tokenizer)}
+    model = data.tokenizer.get("tokenizer-model")
+    if isinstance(model, str):
+        settings["tokenizer-model"] = locate(model)
+    for name, text in data.texts.items():
+        settings[f"domain {name}"] = [f"{split} {share:g}" for split, share in (text.shares or {}).items()]
+        reading = text.model_dump(by_alias=True, exclude_unset=True, include={"json_key", "on_bad_record"})
+        if reading:
+            settings[f"domain {name} reading"] = [f"{key} {value}" for key, value in reading.items()]
+        for split, files in text.sources().items():
+            settings[f"domain {name} {split}"] = [Path(path) for path in files]
+    return settings

@@ -1,0 +1,101 @@
+"""The model that a mix makes: what a recipe's keys of the converter make other than in the dense models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_btx.common.errors import InputError
+from megatron_btx.mixing import cli
+from megatron_btx.mixing.methods import METHODS
+from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE
+from megatron_btx.mixing.request_checks import MULTIPLE_AT_MOST, check_request, number_of
+from megatron_btx.recipe.budgets import model_shape
+from megatron_btx.recipe.errors import refuse
+from megatron_btx.recipe.flags import Flags, FlagValue, number
+from megatron_btx.recipe.from_checkpoint import GivenModel
+from megatron_btx.recipe.names import GENERALIST, MIX_STAGE
+from megatron_btx.recipe.options import ROWS, option_words, pad_rows, say_keys, words_of
+
+if TYPE_CHECKING:
+    from megatron_btx.recipe.schema import Recipe
+    from megatron_btx.recipe.sections import MixSection
+
+_LAYERS = "moe-layer-freq"
+
+
+def mixture_shape(
+    section: MixSection, names: Sequence[str], model: Flags, base: int | None, rows: Sequence[int | None]
+) -> dict[str, FlagValue]:
+    """The flags by which the mixture is not the dense model: its experts, their width, its layers and rows.
+
+    Args:
+        base: rows of the dense model's embedding.
+        rows: of each source's; None for one that the run trains.
+
+    Raises:
+        InputError: the place in the recipe, and what the converter would refuse.
+    """
+    words = option_words(section)
+    asked = cli.parser().parse_args([*(f"--expert={name}=." for name in names), *words])
+    method = METHODS[asked.method]
+    if len(names) < method.at_least or len(set(names)) < len(names):
+        refuse("mix.experts", f"found {list(names)!r}, expected at least two different experts")
+    if section.from_ is not None:
+        if words_of(words, DIFFERENCES, MIXTURE):
+            refuse(
+                "mix.from",
+                f"found beside {' '.join(words).replace('--', '')}, for a mix that the run makes; leave it out",
+            )
+        return {"num-experts": len(names)}
+    if _LAYERS in section.megatron:
+        refuse(f"mix.megatron.{_LAYERS}", f"the mix has to know it, too; write it as mix.{_LAYERS}")
+    if method.experts is None:
+        makes = [name for name, row in METHODS.items() if row.experts is not None]
+        refuse("mix.method", f"found {asked.method}, expected one that makes a mixture: {', '.join(makes)}")
+    try:
+        request = check_request(cli.request_of(asked))
+    except InputError as error:
+        raise InputError(say_keys(str(error), MIX_STAGE)) from None
+    shape: dict[str, FlagValue] = {"num-experts": len(method.experts(len(names), number_of(request)))}
+    if request.chunks:
+        shape["moe-ffn-hidden-size"] = model_shape(model, 1).ffn // request.chunks
+    if request.layer_frequency != 1:
+        shape[_LAYERS] = str(request.layer_frequency).replace(" ", "").replace("(", "[").replace(")", "]")
+    known = [base if found is None else found for found in rows]
+    most = pad_rows(max(found or 0 for found in known), words)
+    if base is not None and most != base:
+        shape[ROWS] = most
+    return shape
+
+
+def known_rows(given: Mapping[str, GivenModel], expert: str) -> int | None:
+    """Rows of the embedding of an expert that is given; None for one that the run trains, or that nobody has read."""
+    place = "seed" if expert == GENERALIST else f"experts.{expert}"
+    if place not in given:
+        return None
+    return number(given[place].model, ROWS)
+
+
+def check_rows(recipe: Recipe, given: Mapping[str, GivenModel]) -> None:
+    """Refuse dense models of several sizes, which one program evaluates."""
+    rows = {"seed": recipe.model.get(ROWS)}
+    for name, expert in recipe.experts.items():
+        known = known_rows(given, name)
+        if known is not None:
+            rows[f"experts.{name}"] = pad_rows(known, expert.options)
+    if recipe.average and recipe.mix:
+        rows["mix"] = recipe.mix.shape.get(ROWS)
+    if len({str(found) for found in rows.values() if found is not None}) > 1:
+        listed = ", ".join(f"{place} {found}" for place, found in rows.items() if found is not None)
+        own = [known_rows(given, name) or number(recipe.model, ROWS) for name in (GENERALIST, *recipe.experts)]
+        refuse("evaluate", f"it takes models of one number of embedding rows, found {listed}; {_equal_rows(own)}")
+
+
+def _equal_rows(rows: Sequence[int]) -> str:
+    """What makes models of these numbers of rows equal; 128 suits every tensor parallel size up to it."""
+    for multiple in range(128, MULTIPLE_AT_MOST + 1, 128):
+        padded = {-(-found // multiple) * multiple for found in rows}
+        if len(padded) == 1:
+            return f"give each of them pad-vocab-to-multiple-of: {multiple}, which makes it {padded.pop()}"
+    return f"no pad-vocab-to-multiple-of up to {MULTIPLE_AT_MOST} makes them equal; leave evaluate out"

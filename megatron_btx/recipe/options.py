@@ -1,0 +1,131 @@
+"""The converter's options as keys of a recipe: every flag that decides a result, under its own name, declared once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import PlainValidator, create_model
+
+from megatron_btx.mixing import cli
+from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, RESULT, list_options
+from megatron_btx.recipe.flags import DERIVED_FLAGS
+from megatron_btx.recipe.names import AVERAGE_STAGE, EXPERT_PREFIX, FINETUNE_STAGE, IMPORT_PREFIX, MIX_STAGE, SEED_STAGE
+from megatron_btx.recipe.section import Section
+from megatron_btx.recipe.values import absolute_path
+
+ROWS = "padded-vocab-size"
+_FILE = ".npy"
+"""Ends the values that are files."""
+
+
+class Words(tuple[str, ...]):
+    """What one key says, as words of the converter's command line."""
+
+    __slots__ = ()
+
+
+@cache
+def _options(*titles: str) -> Mapping[str, argparse.Action]:
+    return list_options(cli.parser(), *titles)
+
+
+def with_options[S: Section](*titles: str) -> Callable[[type[S]], type[S]]:
+    """Give a section the converter's options of these groups as keys, but those that it has itself."""
+
+    def extend(section: type[S]) -> type[S]:
+        fields: dict[str, Any] = {}
+        for key, action in _options(*titles).items():
+            name = key.replace("-", "_")
+            if key not in DERIVED_FLAGS and name not in section.model_fields:
+                fields[name] = (Annotated[Any, PlainValidator(partial(_read_option, action))], None)
+        return create_model(section.__name__, __base__=section, __module__=section.__module__, **fields)
+
+    return extend
+
+
+def option_words(section: Section) -> tuple[str, ...]:
+    """What the section's keys say to the converter; nothing where they say its defaults."""
+    words: list[str] = []
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Words):
+            words += value
+    return tuple(words)
+
+
+def words_of(words: tuple[str, ...], *titles: str) -> tuple[str, ...]:
+    """Those of the words that are options of these groups."""
+    flags = {f"--{key}" for key in _options(*titles)}
+    return tuple(word for word in words if word.partition("=")[0] in flags)
+
+
+def pad_rows(rows: int, words: Sequence[str]) -> int:
+    """Rows of an embedding, made a multiple of what the words say; the converter refuses one that is none."""
+    multiple: int = cli.parser().parse_args(list(words)).pad_vocab_to_multiple_of or 1
+    return -(-rows // multiple) * multiple
+
+
+def place_of(stage: str) -> str:
+    """Where a recipe says what a stage does."""
+    name = stage.removeprefix(IMPORT_PREFIX)
+    if stage.startswith((f"{MIX_STAGE}-s", AVERAGE_STAGE)):
+        return MIX_STAGE
+    if stage.startswith(EXPERT_PREFIX):
+        return f"experts.{stage.removeprefix(EXPERT_PREFIX)}"
+    if name != stage and name not in (SEED_STAGE, MIX_STAGE, FINETUNE_STAGE):
+        return f"experts.{name}"
+    return name
+
+
+def say_keys(text: str, place: str) -> str:
+    """A refusal of the converter's with the recipe's keys in place of the flags: mix.take: {dtype: math}."""
+    for key, action in _options(RESULT, DIFFERENCES, MIXTURE).items():
+        where = place if key in _options(RESULT) else MIX_STAGE
+        said = f"{where}.{DERIVED_FLAGS.get(key, key).rpartition('mix.')[2]}"
+        flag = rf"(?<![\w-])--{key}(?![\w-])"
+        if action.nargs == 0:
+            text = re.sub(flag, f"{said}: true", text)
+        text = re.sub(rf"{flag} (\w+)=(\w[\w.-]*)", rf"{said}: {{\1: \2}}", text)
+        for choice in action.choices or ():
+            text = re.sub(rf"{flag} {choice}\b", f"{said}: {choice}", text)
+        text = re.sub(flag, said, text)
+    text = text.replace("--description: ", f"{place}.").replace("--json-keys", "json-key")
+    text = re.sub(r"(?<![\w-])--(btx-first-loss-bound)", rf"{place}.megatron.\1", text)
+    return re.sub(r"(?<![\w-])--expert(?![\w-])( NAME=PATH)?", f"{place}.experts", text)
+
+
+def _read_option(action: argparse.Action, value: object) -> Words:
+    """The words that a key's value is on the command line. Raises ValueError with what is expected."""
+    flag = action.option_strings[0]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"found {value!r}, expected true or false")
+        return Words([flag] if value else [])
+    if action.default == []:
+        if not isinstance(value, dict):
+            raise ValueError(f"found {value!r}, expected a mapping, as {{{str(action.metavar).replace('=', ': ')}}}")
+        return Words(f"{flag}={name}={value[name]}" for name in sorted(value))
+    text = str(value)
+    if isinstance(value, list) and all(isinstance(item, int) for item in value):
+        text = text.replace(" ", "")
+    elif isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"found {value!r}, expected a value for {flag}")
+    if action.choices and text not in action.choices:
+        raise ValueError(f"found {value!r}, expected one of {', '.join(action.choices)}")
+    if callable(action.type):
+        try:
+            action.type(text)
+        except ValueError:
+            raise ValueError(f"found {value!r}, expected a number") from None
+    if text.endswith(_FILE):
+        text = str(absolute_path(text))
+        if not Path(text).is_file():
+            raise ValueError(f"{text} does not exist; make it, or mend the path")
+    if text == str(action.default):
+        return Words()
+    return Words([f"{flag}={text}"])

@@ -1,0 +1,249 @@
+"""What a recipe may say: a model for every section, with the keys, ranges and defaults.
+
+Keys are written with dashes. Whatever is not listed here is refused, and null means "not given". What follows from
+several sections together is checked where the typed recipe is made of them, in reading.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, RESULT
+from megatron_btx.recipe.cluster import ClusterSection
+from megatron_btx.recipe.flags import LAYOUT_FLAGS, FlagValue
+from megatron_btx.recipe.options import with_options
+from megatron_btx.recipe.section import Section
+from megatron_btx.recipe.values import (
+    Blend,
+    Datasets,
+    DomainName,
+    Model,
+    Processes,
+    RandomSeed,
+    RunName,
+    Texts,
+    TokenizerFlags,
+    Tokens,
+    VariantName,
+    WrittenFlags,
+    WrittenValue,
+    check_names_differ,
+)
+
+
+def _fill_empty(named: object) -> object:
+    """A section that says nothing (``top2:``) is there all the same."""
+    if not isinstance(named, dict):
+        return named
+    return {name: {} if settings is None else settings for name, settings in named.items()}
+
+
+def _as_text_section(text: object) -> object:
+    """``text: PATH`` and ``text: [PATH, ...]`` are files that are split by shares."""
+    if isinstance(text, str):
+        return {"files": [text]}
+    if isinstance(text, list):
+        return {"files": text}
+    return text
+
+
+def _as_export_section(export: object) -> object:
+    """``export: true`` takes every default."""
+    if export is True:
+        return {}
+    return None if export is False else export
+
+
+class LayoutSection(Section):
+    """How one stage is spread over this machine; all but the first two are Megatron's flags."""
+
+    processes: Processes = 1
+    threads: Processes = 1
+    """OMP_NUM_THREADS of each process."""
+    tensor_model_parallel_size: WrittenValue = None
+    pipeline_model_parallel_size: WrittenValue = None
+    context_parallel_size: WrittenValue = None
+    expert_model_parallel_size: WrittenValue = None
+    expert_tensor_parallel_size: WrittenValue = None
+    num_layers_per_virtual_pipeline_stage: WrittenValue = None
+    num_virtual_stages_per_pipeline_rank: WrittenValue = None
+    sequence_parallel: WrittenValue = None
+    use_distributed_optimizer: WrittenValue = None
+
+    def flags(self) -> dict[str, FlagValue]:
+        """Those of :data:`LAYOUT_FLAGS` that are given."""
+        given = self.model_dump(by_alias=True, exclude_unset=True)
+        return {name: given[name] for name in LAYOUT_FLAGS if name in given}
+
+
+class SettingsSection(Section):
+    """Layout and flags of a stage."""
+
+    layout: LayoutSection = LayoutSection()
+    megatron: WrittenFlags = {}
+    """Flags of this stage alone."""
+
+
+@with_options(RESULT)
+class TrainingSection(SettingsSection):
+    """A stage that trains, or a checkpoint that takes its place, with the options of its import."""
+
+    from_: Model | None = None
+    blend: Blend = {}
+    tokens: Tokens | None = None
+    """The stage's budget, rounded to whole batches."""
+
+
+class RoutingSection(Section):
+    """How a mixture routes; see routing.py."""
+
+    routing: str | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    load_balancing: str | None = None
+
+
+@with_options(RESULT, DIFFERENCES, MIXTURE)
+class MixSection(RoutingSection):
+    """The mixing stage with the converter's options, or a mixed checkpoint that takes its place."""
+
+    from_: Model | None = None
+    experts: list[str] | None = None
+    """Names in the order of the mixture, ``seed`` among them (default: every expert, then the seed)."""
+    router_seed: Annotated[int, Field(ge=0)] | None = None
+    """Draws the routers (default: random-seed)."""
+    megatron: WrittenFlags = {}
+    """Flags of the mixture, for finetuning and evaluation alike."""
+
+
+class DenseSection(Section):
+    """The dense baseline: on the experts' data, then on finetuning's mixture."""
+
+    domains: SettingsSection = SettingsSection()
+    mixture: SettingsSection = SettingsSection()
+
+
+class BaselinesSection(Section):
+    """What the mixture is compared with."""
+
+    average: bool = False
+    """The plain average of the mix's sources."""
+    dense: DenseSection | None = None
+
+
+class EvaluateSection(SettingsSection):
+    """Loss per domain of every model."""
+
+    split: Literal["valid", "test"] = "valid"
+    tokens: Tokens
+    """Per domain."""
+
+
+class VariantSection(RoutingSection):
+    """What differs from mix and finetune."""
+
+    freeze: list[str] | None = None
+    """Groups of parameters; another spelling of megatron: {btx-freeze: ...}, and an empty list takes that back."""
+    tokens: Tokens | None = None
+    """Of its finetuning (default: as finetune)."""
+    megatron: WrittenFlags = {}
+    seeds: Annotated[list[RandomSeed], Field(min_length=1)] | None = None
+    """(default: those of the ablation)"""
+
+
+class AblationSection(Section):
+    """Variants of finetuning from the same experts."""
+
+    seeds: Annotated[list[RandomSeed], Field(min_length=1)] | None = None
+    """Each draws the routers of a mix and shuffles the data of its finetuning, in every variant."""
+    split: Literal["valid", "test"] = "valid"
+    tokens: Tokens = 65_536
+    """Per domain, measured after the last step."""
+    variants: Annotated[
+        dict[VariantName, VariantSection], BeforeValidator(_fill_empty), AfterValidator(check_names_differ)
+    ] = {}
+
+
+class SharesSection(Section):
+    """How the documents of a text are split: shares that sum to 1."""
+
+    train: Annotated[float, Field(gt=0, le=1)]
+    valid: Annotated[float, Field(gt=0, le=1)] | None = None
+    test: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class TextSection(Section):
+    """Text of one domain: files that are split by shares, or files for each split."""
+
+    files: Texts | None = None
+    train: Texts | None = None
+    valid: Texts | None = None
+    test: Texts | None = None
+    json_key: str | None = None
+    """Of a record's text, or the column of a Parquet file (default: text)."""
+    on_bad_record: Literal["stop", "skip"] | None = None
+    """skip: records that cannot be read are counted and left out (default: stop)."""
+
+
+class DomainSection(Section):
+    """One domain: datasets that are given, or text that the run makes datasets of."""
+
+    train: Datasets | None = None
+    valid: Datasets | None = None
+    test: Datasets | None = None
+    text: Annotated[TextSection | None, BeforeValidator(_as_text_section)] = None
+    split: SharesSection | None = None
+    """Of text (default: data.split)."""
+
+
+class DataSection(Section):
+    """Domains whose datasets or texts are given."""
+
+    workers: Processes = 2
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Draws which documents of a text go to which split (default: 1234)."""
+    tokenizer: TokenizerFlags = {}
+    """Megatron's tokenizer flags, of given data (default: the given seed's own tokenizer)."""
+    split: SharesSection | None = None
+    """Of all texts that state none of their own."""
+    domains: Annotated[
+        dict[DomainName, DomainSection], BeforeValidator(_fill_empty), AfterValidator(check_names_differ)
+    ] = {}
+
+
+@with_options(RESULT)
+class ExportSection(Section):
+    """The finetuned mixture in another form, read back and compared."""
+
+    format: Literal["hf"] = "hf"
+    """A Hugging Face model folder with its tokenizer."""
+
+
+class RecipeSection(Section):
+    """A whole recipe."""
+
+    name: RunName | None = None
+    """Of the run's folder (default: the file's)."""
+    random_seed: RandomSeed = 1234
+    """Of every training stage, and of the mix's routers unless mix.router-seed is given."""
+    data: DataSection = DataSection()
+    model: WrittenFlags = {}
+    """Flags of the dense model, for every stage (default: those of the given seed, else of the first given expert)."""
+    training: WrittenFlags = {}
+    """Flags of every stage that trains or evaluates."""
+    domains: list[str] | None = None
+    """Those that are evaluated, in this order (default: all)."""
+    seed: TrainingSection = TrainingSection()
+    experts: Annotated[dict[str, TrainingSection], BeforeValidator(_fill_empty)] = {}
+    """Home domain -> the expert."""
+    mix: MixSection | None = None
+    finetune: TrainingSection | None = None
+    baselines: BaselinesSection = BaselinesSection()
+    evaluate: EvaluateSection | None = None
+    export: Annotated[ExportSection | None, BeforeValidator(_as_export_section)] = None
+    """Of the finetuned mixture; true for every default."""
+    ablation: AblationSection | None = None
+    """Variants of finetuning; they take the place of the one finetuning stage."""
+    cluster: ClusterSection = ClusterSection()
+    """What btx submit asks of Slurm; btx run takes no notice of it."""

@@ -1,0 +1,214 @@
+"""The YAML of a recipe as one mapping: included files, changes from the command line, and nothing read by mistake.
+
+What YAML takes in silence is refused with its line: a key that stands twice, 010 (which is 8), 1:30 (which is 90).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from megatron_btx.common.errors import InputError
+
+_INTEGER_BITS_AT_MOST = 63
+_PLACES_OF_NAMES = (".experts", ".data.domains", ".ablation.variants")
+"""Sections whose keys are names, which may be those of settings."""
+_DEPTH_AT_MOST = 30
+_VALUES_AT_MOST = 100_000
+"""What aliases repeat counted as often: a few lines of them can stand for more than any memory holds."""
+
+Tree = dict[str, Any]
+"""A YAML mapping; its values are what YAML has, so that no narrower type is true of them."""
+
+
+def load_tree(file: Path, changes: Sequence[str] = ()) -> Tree:
+    """The YAML mapping in ``file`` with ``changes`` (dotted KEY=VALUE, the value read as YAML) applied.
+
+    Raises:
+        InputError: the file or the change, the line as far as it is known, and what was found.
+    """
+    tree = _copy_without_aliases(_read_with_included(file, ()), str(file))
+    if not isinstance(tree, dict):
+        raise InputError(f"{file}: found {type(tree).__name__}, expected a mapping")
+    for change in changes:
+        name = f"--set {change}"
+        value = _parse(change.partition("=")[2], name)
+        _apply_change(tree, change, _copy_without_aliases(value, name))
+    return tree
+
+
+def check_values(node: object, place: str = "") -> None:
+    """Refuse keys that are no texts, and values that no command line or computation could take.
+
+    Raises:
+        InputError: the place in the recipe and what stands there.
+    """
+    if isinstance(node, dict):
+        for key, value in node.items():
+            below = f"{place}.{key}" if place else str(key)
+            _check_key(key, value, below)
+            check_values(value, below)
+    elif isinstance(node, list):
+        for value in node:
+            check_values(value, place)
+    elif isinstance(node, float) and not math.isfinite(node):
+        raise InputError(f"{place}: found {node}, expected a finite number")
+    elif isinstance(node, int) and node.bit_length() > _INTEGER_BITS_AT_MOST:
+        found = f"found a number of {node.bit_length()} bits"
+        raise InputError(f"{place}: {found}, expected at most {_INTEGER_BITS_AT_MOST}")
+    elif isinstance(node, str) and re.search(r"[\x00\ud800-\udfff]", node):
+        raise InputError(f"{place}: found {node!r}, which no command line can hold; write another text")
+
+
+def _check_key(key: object, value: object, place: str) -> None:
+    """Refuse 1, yes and 2026-01-01, which are no texts for YAML, and {math:1}, which it reads as a name."""
+    if not isinstance(key, str):
+        raise InputError(f"{place}: YAML reads this name as {type(key).__name__} {key!r}; put it in quotes")
+    colon = re.fullmatch(r"([^\s:]+):(\S+)", key)
+    if value is None and colon:
+        remedy = f"write a blank behind the colon, as {colon[1]}: {colon[2]}"
+        raise InputError(f"{place}: YAML reads {key!r} as a name without a value; {remedy}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses what YAML 1.1 takes in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping. Raises InputError for a key that stands twice, of which the last one would win."""
+        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys: list[object] = []
+        for key_node in written:
+            key = self.construct_object(key_node, deep=True)
+            if key in keys:
+                raise InputError(f"{_line_of(key_node)}: the key {key!r} stands twice; keep one")
+            keys.append(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
+        """A number. Raises InputError for 010 and 1:30, which are 8 and 90."""
+        octal = False
+        if node.tag.endswith(":int"):
+            value: int | float = self.construct_yaml_int(node)
+            octal = re.fullmatch(r"[-+]?0[0-9_]+", node.value) is not None
+        else:
+            value = self.construct_yaml_float(node)
+        if octal or ":" in node.value:
+            remedy = "write a number without leading zeros and colons, a text in quotes"
+            raise InputError(f"{_line_of(node)}: found {node.value}, which YAML reads as {value}; {remedy}")
+        return value
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_decimal)
+
+
+def _line_of(node: yaml.Node) -> str:
+    return f"{node.start_mark.name}: line {node.start_mark.line + 1}"
+
+
+def _parse(text: str | IO[str], name: str) -> object:
+    """The content of a YAML text. Raises InputError with ``name`` and, as far as it is known, the line."""
+    try:
+        loader = _Loader(text)
+        loader.name = name
+        content: object = loader.get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates that are none, bytes no UTF-8
+        raise InputError(f"{name}: not readable as YAML: {error}") from error
+    return content
+
+
+def _copy_without_aliases(tree: object, name: str) -> object:
+    """A copy in which what aliases repeat lies in several places, so that a change of one is none of the others.
+
+    Raises:
+        InputError: it would be too large, or hold itself.
+    """
+    return _copy_node(tree, name, 0, iter(range(_VALUES_AT_MOST)))
+
+
+def _copy_node(node: object, name: str, depth: int, left: Iterator[int]) -> object:
+    if next(left, None) is None:
+        raise InputError(f"{name}: more than {_VALUES_AT_MOST:,} values, counting what its aliases repeat")
+    if depth > _DEPTH_AT_MOST:
+        raise InputError(f"{name}: nested too deeply; an anchor may hold an alias of itself")
+    if isinstance(node, dict):
+        return {key: _copy_node(value, name, depth + 1, left) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_copy_node(value, name, depth + 1, left) for value in node]
+    return node
+
+
+def _read_with_included(file: Path, including: tuple[Path, ...]) -> object:
+    """The mapping in ``file``, laid over that of the file it names under ``include`` (relative to itself).
+
+    Mappings are merged key by key, anything else is replaced, and so is a blend, whose shares belong together. Null
+    takes a key back.
+    """
+    if file.resolve() in including:
+        circle = " includes ".join(map(str, (*including[including.index(file.resolve()) :], file.resolve())))
+        raise InputError(f"include: a circle: {circle}; leave one of these includes out")
+    if not file.exists():
+        raise InputError(f"{file}: there is no such recipe; give a recipe's path, as examples/recipes/quickstart.yaml")
+    with file.open(encoding="utf-8") as stream:
+        tree = _parse(stream, str(file))
+    if not isinstance(tree, dict):
+        if not including:
+            return tree
+        found = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise InputError(f"{file}: found {found}, expected a mapping, because {including[-1]} includes it")
+    if "include" not in tree:
+        return tree
+    base = _included_file(file, tree.pop("include"))
+    included = _read_with_included(base, (*including, file.resolve()))
+    assert isinstance(included, dict)
+    # The name says where the run lies. Another recipe is another run, or it would go on in the folder of the first.
+    included.pop("name", None)
+    return _laid_over(included, tree, "")
+
+
+def _included_file(file: Path, name: object) -> Path:
+    """The recipe that ``file`` includes. Raises InputError where there is none."""
+    base = file.parent / str(name)
+    if isinstance(name, str) and not base.exists():
+        raise InputError(f"{file}: include: {base} does not exist; give the path of a recipe, relative to this one")
+    if not isinstance(name, str) or not base.is_file():
+        raise InputError(f"{file}: include: found {name!r}, expected a recipe file, relative to this one")
+    return base
+
+
+def _laid_over(base: object, over: object, place: str) -> object:
+    """``over``, with the keys of ``base`` that it leaves out where both are mappings."""
+    if not isinstance(base, dict) or not isinstance(over, dict):
+        return over
+    laid = dict(base)
+    for key, value in over.items():
+        is_blend = key == "blend" and place not in _PLACES_OF_NAMES
+        if not is_blend:
+            value = _laid_over(base.get(key), value, f"{place}.{key}")
+        _put(laid, key, value)
+    return laid
+
+
+def _put(mapping: Tree, key: str, value: object) -> None:
+    """Set a key; null takes a whole section or variant out, as if it had never been written."""
+    if value is None and isinstance(mapping.get(key), dict):
+        del mapping[key]
+    else:
+        mapping[key] = value
+
+
+def _apply_change(tree: Tree, change: str, value: object) -> None:
+    """Set the place that a dotted KEY=VALUE names. Raises InputError where a recipe cannot have such a place."""
+    key, equals, _ = change.partition("=")
+    *outer, last = key.split(".")
+    section: object = tree
+    for part in outer:
+        section = section.setdefault(part, {}) if isinstance(section, dict) else None
+    if not equals or not all((*outer, last)) or len(outer) > _DEPTH_AT_MOST or not isinstance(section, dict):
+        raise InputError(f"--set {change}: expected KEY=VALUE, KEY being the dotted place of a setting in the recipe")
+    _put(section, last, value)

@@ -1,0 +1,1 @@
+"""A run's directory, what it does with each stage, and the runner on this machine."""

@@ -1,0 +1,241 @@
+"""What a run does with each stage now: skip it, run it, let it go on, run it again, or keep it and stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.common.errors import InputError
+from megatron_btx.plan.fingerprint import Identity, identities
+from megatron_btx.plan.stage import Stage
+from megatron_btx.recipe.names import CHECKPOINT_FOLDER
+from megatron_btx.runner.run_dir import own_manifest
+from megatron_btx.runner.schemas import StageManifest
+
+_SHOWN_AT_MOST, _SETTINGS_SHOWN = 60, 4
+SKIP, RUN, RESUME, RERUN, KEEP = "skip", "run", "resume", "rerun", "keep"
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a run does with a stage."""
+
+    verb: str
+    """skip, run (in an empty folder), resume (from what is there), rerun (set the old folder aside, then run), or
+    keep (what is there is of other settings and is worth something: the run stops)."""
+    why: str
+    rerun: Mapping[str, Any] | None = None
+    """The --rerun that began the stage or begins it now, for its manifest; None for none."""
+
+
+def decide(stages: Sequence[Stage], run: Path, rerun: Sequence[str] = ()) -> dict[str, Action]:
+    """What would happen to each stage now; ``rerun`` are those that are to run again whatever is there.
+
+    When the same stages are named after a stop, that --rerun goes on: what it had begun resumes, what it had finished
+    is skipped, and what it had not reached runs again.
+
+    Raises:
+        InputError: a folder is in the way that no stage of this name made, or ``rerun`` names no stage.
+    """
+    _check_names("--rerun", rerun, stages)
+    known = identities(stages)
+    found = {stage.name: own_manifest(run / stage.name, stage.name) for stage in stages}
+    asked = _name_rerun(rerun, found, known)
+    actions: dict[str, Action] = {}
+    for stage in stages:
+        manifest = found[stage.name]
+        action = decide_stage(stage, known[stage.name], run / stage.name, manifest)
+        began = None
+        if manifest is not None:
+            began = manifest.rerun
+        parents_stay = all(actions[parent].verb == SKIP for parent in stage.parents)
+        if stage.name in rerun:
+            if manifest is not None:
+                action = _decide_rerun(action, goes_on=began == asked and parents_stay)
+            began = asked
+        if stage.only_shows and not parents_stay:
+            action = Action(RUN, "shows what runs before it")
+        actions[stage.name] = replace(action, rerun=began)
+    return actions
+
+
+def decide_start(
+    stage: Stage, identity: Identity, directory: Path, rerun: Mapping[str, Any] | None, is_rerun: bool
+) -> Action:
+    """What happens to one stage that starts now, whose parents are finished.
+
+    Args:
+        rerun: the --rerun that it starts for.
+        is_rerun: whether that one names the stage.
+
+    Raises:
+        InputError: something else lies in its folder.
+    """
+    manifest = own_manifest(directory, stage.name)
+    action = decide_stage(stage, identity, directory, manifest)
+    if stage.only_shows:
+        action = Action(RUN, "shows what ran before it")
+    if is_rerun and manifest is not None:
+        action = _decide_rerun(action, goes_on=manifest.rerun == rerun)
+    return replace(action, rerun=rerun)
+
+
+def decide_stage(stage: Stage, identity: Identity, directory: Path, manifest: StageManifest | None) -> Action:
+    """What an unasked run does with a stage in whose folder ``manifest`` lies; None for an empty folder or none."""
+    if manifest is None:
+        return Action(RUN, "not done yet")
+    difference = differences(manifest, identity)
+    if difference and stage.only_shows:
+        return Action(RUN, "shown anew")
+    if difference:
+        if manifest.is_finished or has_trained(stage, directory):
+            return Action(KEEP, difference)
+        return Action(RERUN, difference)
+    if manifest.is_finished and (directory / stage.product).exists():
+        return Action(SKIP, "finished")
+    if manifest.is_finished and not stage.only_shows:
+        return Action(KEEP, f"finished, but its {stage.product} is gone")
+    if stage.resumable:
+        return Action(RESUME, "unfinished, goes on from its last checkpoint")
+    return Action(RUN, "unfinished")
+
+
+def has_trained(stage: Stage, directory: Path) -> bool:
+    """Whether an unfinished stage left a checkpoint."""
+    checkpoint = directory / CHECKPOINT_FOLDER
+    if not stage.resumable or not checkpoint.exists():
+        return False
+    return not checkpoint.is_dir() or any(checkpoint.iterdir())
+
+
+def _decide_rerun(action: Action, goes_on: bool) -> Action:
+    """What happens to a stage of --rerun that would see ``action`` without it; ``goes_on``: this rerun began it.
+
+    What is made from a stage that runs now was not begun after that one, and does not go on.
+    """
+    if goes_on and action.verb == SKIP:
+        return Action(SKIP, "finished since this --rerun began")
+    if goes_on and action.verb in (RESUME, RUN):
+        return action
+    return Action(RERUN, "as --rerun asks")
+
+
+def _name_rerun(
+    rerun: Sequence[str], found: Mapping[str, StageManifest | None], known: Mapping[str, Identity]
+) -> dict[str, Any]:
+    """This --rerun as manifests remember it: the last one of the same stages where that is not done, else a new one."""
+    names = sorted(set(rerun))
+    latest = {"stages": names, "number": _last_rerun(found, names)}
+    begun = finished = 0
+    is_unchanged = True
+    for name in names:
+        manifest = found[name]
+        if manifest is None or manifest.rerun != latest:
+            continue
+        begun += 1
+        finished += int(manifest.is_finished)
+        if manifest.fingerprint != known[name].fingerprint:
+            is_unchanged = False
+    if begun and is_unchanged and finished < len(names):
+        return latest
+    return {"stages": names, "number": 1 + _last_rerun(found, found)}
+
+
+def _last_rerun(found: Mapping[str, StageManifest | None], names: Iterable[str]) -> int:
+    """The number of the last rerun that began one of the stages; 0 for none."""
+    last = 0
+    for name in names:
+        manifest = found[name]
+        if manifest is not None:
+            last = max(last, manifest.rerun_number)
+    return last
+
+
+def check_chosen(stages: Sequence[Stage], actions: Mapping[str, Action], chosen: Sequence[str]) -> None:
+    """Refuse a choice (--only) of stages that are none, or whose parents are not finished.
+
+    Raises:
+        InputError: the stage, and what it lacks.
+    """
+    _check_names("--only", chosen, stages)
+    for stage in stages:
+        if stage.name not in chosen:
+            continue
+        for parent in stage.waits_for():
+            if parent not in chosen and actions[parent].verb != SKIP:
+                raise InputError(f"--only {stage.name}: it needs {parent}, {_explain_lack(actions[parent])}")
+
+
+def _explain_lack(action: Action) -> str:
+    """Why a parent that is not chosen cannot be read, and what to do."""
+    if action.verb == KEEP:
+        return f"which was made otherwise ({action.why}); add it to --only and to --rerun"
+    return "which is not finished; add it to --only"
+
+
+def list_kept(actions: Mapping[str, Action], chosen: Sequence[str]) -> dict[str, str]:
+    """The ``chosen`` stages for whose sake a run stops, and why."""
+    return {name: action.why for name, action in actions.items() if action.verb == KEEP and name in chosen}
+
+
+def _check_names(flag: str, names: Sequence[str], stages: Sequence[Stage]) -> None:
+    known = [stage.name for stage in stages]
+    for name in names:
+        if name not in known:
+            raise InputError(f"{flag} {name}: no such stage; expected some of: {', '.join(known)}")
+
+
+def differences(manifest: StageManifest, now: Identity) -> str:
+    """What differs between the stage that ``manifest`` describes and the one planned now; empty for nothing."""
+    if manifest.fingerprint == now.fingerprint:
+        return ""
+    if manifest.settings is None:
+        return "its manifest states no settings (an earlier version made it), so that they cannot be compared"
+    shown = _list_changes(manifest.settings, now.settings)
+    parents = _list_other_parents(manifest.parents, now.parents)
+    if parents:
+        shown.append(f"made from another {', '.join(parents)}")
+    return "; ".join(shown) or "the order of its parents"
+
+
+def _list_changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The first settings that differ, and how many more do."""
+    changed = []
+    for name in {**earlier, **now}:
+        if earlier.get(name, _Absent) != now.get(name, _Absent):
+            changed.append(name)
+    shown = [_change(name, earlier, now) for name in changed[:_SETTINGS_SHOWN]]
+    if len(changed) > _SETTINGS_SHOWN:
+        shown.append(f"and {len(changed) - _SETTINGS_SHOWN} more settings")
+    return shown
+
+
+def _list_other_parents(earlier: Mapping[str, str | None], now: Mapping[str, str]) -> list[str]:
+    """Parents of other content than now, then those that are none now."""
+    changed = [name for name, fingerprint in now.items() if earlier.get(name) != fingerprint]
+    return changed + [name for name in earlier if name not in now]
+
+
+class _Absent:
+    """Stands for a setting that is not given."""
+
+
+def _change(name: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    old, new = earlier.get(name, _Absent), now.get(name, _Absent)
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        position = next(number for number, value in enumerate(old) if value != new[number])
+        return f"{name}: value {position + 1} of {len(new)}: {_shown(old[position])} -> {_shown(new[position])}"
+    return f"{name}: {_shown(old)} -> {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    if value is _Absent:
+        return "not given"
+    text = str(value)
+    if isinstance(value, list):
+        text = " ".join(map(str, value))
+    if len(text) > _SHOWN_AT_MOST:
+        return f"{text[:_SHOWN_AT_MOST]} ..."
+    return text

@@ -1,0 +1,281 @@
+"""The local runner: a graph of subprocesses with manifests.
+
+A stage's directory holds config.yaml, command.sh (what is executed), log.txt, manifest.json and its product. Finished
+stages are skipped, stopped ones go on; where what decides a result has changed, the run stops before it begins. Nothing
+is removed (:mod:`megatron_btx.runner.stage_dir`), and whatever ends the runner, no process stays behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.common import manifest as manifests
+from megatron_btx.common.errors import InputError
+from megatron_btx.common.files import write_atomically
+from megatron_btx.plan.fingerprint import identities
+from megatron_btx.plan.stage import Stage
+from megatron_btx.recipe.names import LOG_FILE, SCRIPT_FILE, TRACKER_FILE
+from megatron_btx.runner import processes
+from megatron_btx.runner.decisions import RERUN, SKIP, Action, check_chosen, decide, list_kept
+from megatron_btx.runner.failure import failure_message, killed_by, read_log
+from megatron_btx.runner.lock import lock_run
+from megatron_btx.runner.machine import Machine
+from megatron_btx.runner.progress import Reporter
+from megatron_btx.runner.run_dir import check_run, read_stage_manifest
+from megatron_btx.runner.schemas import StageManifest
+from megatron_btx.runner.slurm_queue import check_no_jobs
+from megatron_btx.runner.stage_dir import describe_start, prepare_folder
+
+POLL_SECONDS = 0.2
+MANIFEST_SECONDS = 15.0
+"""Between two writings of a running stage's seconds, which a SIGKILL would lose."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Runner:
+    """Runs the stages of one run directory; see :func:`execute_stages`."""
+
+    def __init__(self, stages: Sequence[Stage], run: Path, machine: Machine, reporter: Reporter) -> None:
+        self.stages = {stage.name: stage for stage in stages}
+        self.run, self.machine, self.reporter = run, machine, reporter
+        self.identities = identities(stages)
+        self.session = f"{processes.mark_of(run)}{uuid.uuid4().hex}"
+        self.running: dict[str, _Running] = {}
+        self.signal: int | None = None
+        self.failure = ""
+
+    def execute(self, actions: Mapping[str, Action], chosen: Sequence[str]) -> int:
+        """Run the ``chosen`` stages; 0, or the exit status after a failure or a signal."""
+        waiting = self._list_due(actions, chosen)
+        try:
+            while waiting or self.running:
+                if self.signal is not None:
+                    self.failure = f"stopped by {signal.Signals(self.signal).name}; the same command goes on from here"
+                    return 128 + self.signal
+                self._start_ready(waiting, actions)
+                status = self._finish_ended()
+                if status:
+                    return status
+                self._keep_time()
+                self.reporter.update()
+                time.sleep(POLL_SECONDS)
+            return 0
+        finally:
+            self._stop_all()
+
+    def _list_due(self, actions: Mapping[str, Action], chosen: Sequence[str]) -> list[str]:
+        """The stages that have something to do, the most urgent first; the others are reported as skipped."""
+        for name in self.stages:
+            if name not in chosen:
+                self.reporter.set(name, "skipped", "not in --only")
+            elif actions[name].verb == SKIP:
+                self.reporter.set(name, "skipped", actions[name].why)
+        return [name for name in self._by_urgency() if name in chosen and actions[name].verb != SKIP]
+
+    def _start_ready(self, waiting: list[str], actions: Mapping[str, Action]) -> None:
+        """Start what waits for nothing and has room, and take it out of ``waiting``."""
+        ready = [name for name in waiting if self._can_start(self.stages[name], waiting)]
+        for name in ready:
+            if self.machine.needs(self.stages[name]) <= len(self.machine.free):
+                waiting.remove(name)
+                self._start(self.stages[name], actions[name])
+
+    def _finish_ended(self) -> int:
+        """Take in the stages that have ended; 0, or the runner's exit status after one that failed."""
+        for name in list(self.running):
+            if self.running[name].process.poll() is not None:
+                status = self._finish(name)
+                if status:
+                    return status
+        return 0
+
+    def on_signal(self, number: int, _: object) -> None:
+        """Note a signal; the loop ends at its next turn, and the children with it."""
+        self.signal = number
+
+    def _by_urgency(self) -> list[str]:
+        """Stages in the order of the longest chain of work that waits behind them (tokens per process)."""
+        urgency: dict[str, float] = {}
+        for stage in reversed(self.stages.values()):
+            behind = [urgency[child.name] for child in self.stages.values() if stage.name in child.waits_for()]
+            urgency[stage.name] = (stage.tokens or 0) / stage.processes + max(behind, default=0.0)
+        return sorted(self.stages, key=lambda name: -urgency[name])
+
+    def _can_start(self, stage: Stage, waiting: Sequence[str]) -> bool:
+        return not any(parent in waiting or parent in self.running for parent in stage.waits_for())
+
+    def _start(self, stage: Stage, action: Action) -> None:
+        directory = self.run / stage.name
+        earlier = StageManifest()
+        if action.verb != RERUN:
+            earlier = read_stage_manifest(directory) or earlier
+        device = "cpu"
+        if self.machine.gpus and stage.on_gpu:
+            device = "gpu"
+        manifest = describe_start(stage, self.identities[stage.name], action, earlier, device)
+        prepare_folder(stage, directory, action, manifest)
+        taken = self.machine.take(stage)
+        mark = {processes.MARK_VARIABLE: f"{self.session}:{stage.name}:"}
+        with (directory / LOG_FILE).open("ab") as log:
+            log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {action.verb}: bash {SCRIPT_FILE}\n".encode())
+            log.flush()
+            offset = log.tell()  # before the start: the stage shares our file's position and moves it
+            process = subprocess.Popen(
+                ["bash", SCRIPT_FILE],
+                cwd=directory,
+                env={**os.environ, **self.machine.environment(taken), **mark},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.running[stage.name] = _Running(process, manifest, taken, offset, manifest["seconds"])
+        self.reporter.set(stage.name, "running", f"{action.verb}: {action.why}")
+
+    def _finish(self, name: str) -> int:
+        """Take in an ended stage; 0 when it did its work, else the runner's exit status."""
+        stage, running = self.stages[name], self.running[name]
+        code = running.process.returncode
+        problem = find_problem(stage, self.run / name, code)
+        if not problem:
+            self._close(name, "finished")
+            return 0
+        self._close(name, "failed")
+        log = self.run / name / LOG_FILE
+        text = read_log(log, running.log_offset)
+        killed = killed_by(text, code)
+        if killed:
+            problem = f"failed: {killed}"
+        message, status = failure_message(text, code, name)
+        self.failure = f"stage {name} {problem}; its log: {log}\n{message}"
+        return status
+
+    def _close(self, name: str, status: str) -> None:
+        """A stage's process has ended, or has to: end what is left of it, note its status, free its slots."""
+        running = self.running[name]
+        processes.end_marked(f"{self.session}:{name}:")
+        running.process.wait()
+        running.manifest |= {"status": status, "seconds": running.total_seconds(), "exit": running.process.returncode}
+        del self.running[name]
+        self.machine.give_back(running.taken)
+        with contextlib.suppress(FileNotFoundError):  # somebody removed the run under us: nothing to note, still stop
+            manifests.write_manifest(self.run / name, running.manifest)
+        self.reporter.set(name, status, f"{running.manifest['seconds']:.0f} s")
+
+    def _keep_time(self) -> None:
+        for name, running in self.running.items():
+            if time.monotonic() - running.written > MANIFEST_SECONDS:
+                running.written = time.monotonic()
+                manifests.write_manifest(self.run / name, running.manifest | {"seconds": running.total_seconds()})
+
+    def _stop_all(self) -> None:
+        if self.running:
+            processes.end_marked(f"{self.session}:")
+        for name in list(self.running):
+            self._close(name, "stopped")
+
+
+@dataclass
+class _Running:
+    """A stage that was started."""
+
+    process: subprocess.Popen[bytes]
+    manifest: dict[str, Any]
+    taken: list[str]
+    log_offset: int
+    earlier_seconds: float
+
+    def __post_init__(self) -> None:
+        self.started = self.written = time.monotonic()
+
+    def total_seconds(self) -> float:
+        """Seconds of all its starts."""
+        return round(self.earlier_seconds + time.monotonic() - self.started, 3)
+
+
+def find_problem(stage: Stage, directory: Path, code: int) -> str:
+    """Why a stage that ended with status ``code`` is not finished; empty when it is."""
+    if code:
+        return f"ended with status {code}"
+    product = directory / stage.product
+    if not product.exists():
+        return f"ended without its product {stage.product}"
+    if stage.iterations is not None and stage.product == TRACKER_FILE:
+        reached = product.read_text(encoding="utf-8").strip()
+        if reached != str(stage.iterations):
+            return f"ended at iteration {reached} of {stage.iterations}"
+    return ""
+
+
+@contextlib.contextmanager
+def _handle_signals(runner: Runner) -> Iterator[None]:
+    """Let a signal that would end this process stop the run first."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+        for number in _SIGNALS:
+            before[number] = signal.signal(number, runner.on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    status: int
+    """0; 1 or 2 when a stage failed (2: on bad input); 128 + n when signal n (SIGINT, SIGTERM, SIGHUP) stopped it."""
+    failure: str = ""
+    """Which stage failed, why, and the end of its log; or which signal stopped the run."""
+
+
+def execute_stages(
+    stages: Sequence[Stage],
+    run: Path,
+    machine: Machine,
+    reporter: Reporter,
+    only: Sequence[str] = (),
+    records: Mapping[str, str] | None = None,
+    rerun: Sequence[str] = (),
+) -> Outcome:
+    """Run ``stages`` (parents first) in the directory ``run``; ``only`` some of them when given.
+
+    Args:
+        records: name -> text of files that are written into ``run`` first.
+        rerun: stages that run again whatever is there, once; their old folders stay beside them, dated.
+
+    Raises:
+        InputError: the run directory is in use or not ours, a stage needs GPUs that are not there, the parents of
+            ``only`` are not finished, or a stage would have to be kept (see :class:`Action`).
+    """
+    run = run.resolve()
+    check_run(run)
+    run.mkdir(parents=True, exist_ok=True)
+    with lock_run(run):
+        check_no_jobs(run)  # a btx submit that began before has submitted its jobs by now
+        processes.end_marked(processes.mark_of(run))  # of an earlier run whose guard was killed as well
+        actions = decide(stages, run, rerun)
+        chosen = list(only) or [stage.name for stage in stages]
+        check_chosen(stages, actions, chosen)
+        changed = list_kept(actions, chosen)
+        if changed:
+            raise InputError(f"{run}: made otherwise: {changed}; run these stages again by name, or in another folder")
+        machine.check([stage for stage in stages if stage.name in chosen and actions[stage.name].verb != SKIP])
+        for name, text in (records or {}).items():
+            write_atomically(run / name, text)
+        runner = Runner(stages, run, machine, reporter)
+        with processes.guard(f"{runner.session}:"), _handle_signals(runner):
+            status = runner.execute(actions, chosen)
+        return Outcome(status, runner.failure)

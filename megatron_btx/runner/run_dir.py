@@ -1,0 +1,217 @@
+"""The files of a run and their forms, written and read here only.
+
+    RUN/plan.json  recipe.yaml  .lock  data/datasets.json
+    RUN/STAGE/config.yaml  command.sh  log.txt  manifest.json  metrics.jsonl  evaluation.json  checkpoint/
+
+One rule for what cannot be read. A file that is not there is None or empty. A number that is none is None. A line of
+metrics.jsonl that is no JSON object with an iteration is passed over: a kill tears the last one, and the resumed run
+writes it again behind. Anything else that is broken is an InputError, which names the file. What the files hold is in
+records.py.
+
+Nothing here needs torch or Megatron.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_btx.common import manifest as manifests
+from megatron_btx.common.errors import InputError
+from megatron_btx.common.files import read_json_object
+from megatron_btx.recipe.names import LOCK_FILE, PLAN_FILE, RECIPE_FILE, TRACKER_FILE
+from megatron_btx.runner.schemas import (
+    Evaluation,
+    MetricsLine,
+    ModelEvaluation,
+    PlannedStage,
+    StageManifest,
+    read_count,
+)
+
+_TAIL_BYTES, _TAIL_BYTES_AT_MOST = 2**15, 2**26
+_TAIL_GROWTH = 8
+
+
+def find_free_name(directory: Path) -> Path:
+    """A free name beside ``directory``, to keep it under: its own with the time."""
+    stem = f"{directory.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    path = directory.with_name(stem)
+    number = 2
+    while os.path.lexists(path):
+        path = directory.with_name(f"{stem}-{number}")
+        number += 1
+    return path
+
+
+def read_plan(run: Path) -> list[PlannedStage] | None:
+    """The plan of the run directory ``run``; None when what lies there is none."""
+    path = run / PLAN_FILE
+    if not path.is_file():  # reading a pipe would wait forever
+        return None
+    try:
+        return TypeAdapter(list[PlannedStage]).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A mapping that a run wrote as YAML; empty where there is none. Raises InputError when it is broken."""
+    if not file.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: broken YAML ({error}); btx run writes it again") from error
+    if not isinstance(content, dict):
+        return {}
+    return content
+
+
+def read_stage_manifest(directory: Path) -> StageManifest | None:
+    """The manifest in a stage's folder; None when there is none. Raises InputError when it is not a JSON object."""
+    content = manifests.read_manifest(directory)
+    if content is None:
+        return None
+    return StageManifest.model_validate(content)
+
+
+def read_checkpointed_iteration(directory: Path) -> int:
+    """The iteration of the last checkpoint in a stage's folder; 0 when there is none."""
+    tracker = directory / TRACKER_FILE
+    if not tracker.is_file():  # reading a pipe would wait forever
+        return 0
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if text.isascii() and text.isdecimal() and len(text) < 16:
+        return int(text)
+    return 0
+
+
+def read_metrics(path: Path) -> list[MetricsLine]:
+    """All lines of a metrics.jsonl, in the file's order; of two for one iteration the later one counts.
+
+    Raises:
+        InputError: it has lines, and none of them can be read.
+    """
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = parse_metrics(text)
+    if text.strip() and not lines:
+        written = len(text.strip().splitlines())
+        raise InputError(f"{path}: none of its {written} lines is a JSON object with an iteration; remove it, rerun")
+    return lines
+
+
+def read_last_metrics(path: Path, lines: int) -> list[MetricsLine]:
+    """At least the last ``lines`` of a metrics.jsonl, or all where it has fewer; what cannot be read is left out.
+
+    The window grows until it holds them: a line of a wide mixture has 20 KB and more. A first line that the window
+    cuts is a torn one.
+    """
+    if not path.is_file():  # opening a pipe would wait forever
+        return []
+    window = _TAIL_BYTES
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            while True:
+                stream.seek(max(0, size - window))
+                found = parse_metrics(stream.read().decode("utf-8", "replace"))
+                if len(found) >= lines or window >= size or window > _TAIL_BYTES_AT_MOST:
+                    return found
+                window *= _TAIL_GROWTH
+    except OSError:
+        return []
+
+
+def parse_metrics(text: str) -> list[MetricsLine]:
+    """The readable lines of ``text``; see the module for those that are passed over.
+
+    A line takes back those of later steps before it: of a start whose steps were lost, and are taken again.
+    """
+    found: list[MetricsLine] = []
+    for line in text.splitlines():
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(content, dict) and read_count(content.get("iteration")) is not None:
+            if content.get("skipped"):
+                content.pop("lm loss", None)
+            while found and found[-1].iteration > content["iteration"]:
+                found.pop()
+            found.append(MetricsLine.model_validate(content))
+    return found
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """The evaluation in ``path``.
+
+    Raises:
+        InputError: it is not in the form of an evaluation.
+    """
+    content = read_json_object(path, "run the stage that writes it again")
+    if not isinstance(content.get("models"), dict):
+        raise InputError(f"{path}: no mapping 'models'; expected an evaluation.json; evaluate the run again")
+    models = {str(name): _read_model(path, str(name), entry) for name, entry in content["models"].items()}
+    experts = [str(expert) for expert in content.get("experts") or ()] or None
+    masked = content.get("eod_mask_loss")
+    if not isinstance(masked, bool):
+        masked = None
+    return Evaluation(models=models, experts=experts, eod_mask_loss=masked)
+
+
+def _read_model(path: Path, name: str, entry: object) -> ModelEvaluation:
+    try:
+        return ModelEvaluation.model_validate(entry)
+    except (ValidationError, RecursionError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise InputError(
+            f"{path}: model {name!r} is not in the form of an evaluation ({reason}); evaluate the run again"
+        ) from None
+
+
+def own_manifest(directory: Path, name: str) -> StageManifest | None:
+    """The manifest of stage ``name`` in ``directory``; None for an empty folder or none.
+
+    Raises:
+        InputError: something else lies there, which we did not make and will not touch.
+    """
+    if not directory.is_dir():
+        if os.path.lexists(directory):
+            raise InputError(f"{directory}: is no folder; a stage of this name needs one there: move it away")
+        return None
+    content = manifests.read_manifest(directory)
+    if content is not None and content.get("stage") == name and "status" in content:
+        return StageManifest.model_validate(content)
+    if content is None and all(manifests.is_unwritten(path) for path in directory.iterdir()):
+        return None
+    found = "no manifest.json"
+    if content is not None:
+        found = f"a manifest.json that is not of a stage {name}"
+    raise InputError(f"{directory}: not made by btx run ({found}); move it away, or give another --output")
+
+
+def check_run(run: Path) -> None:
+    """Refuse a run directory in which files of a run's names lie that no run wrote, because they would be replaced.
+
+    Raises:
+        InputError: the file.
+    """
+    if os.path.lexists(run) and not run.is_dir():
+        raise InputError(f"{run}: is no folder; give another --output")
+    if (run / LOCK_FILE).exists() or read_plan(run) is not None:
+        return
+    for path in (run / PLAN_FILE, run / RECIPE_FILE):
+        if os.path.lexists(path):
+            raise InputError(f"{path}: not written by btx run, which would replace it; give another --output")

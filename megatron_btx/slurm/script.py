@@ -1,0 +1,201 @@
+"""The batch script of a stage: what Slurm is asked for, and the commands, to be read, edited and submitted by hand.
+
+Nothing of a recipe stands in it unquoted. Values of ``#SBATCH`` lines have a form that cannot hold a blank or a line
+break (:mod:`megatron_btx.recipe.cluster`), and sbatch reads such lines only before the first command.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from megatron_btx.common.errors import InputError
+from megatron_btx.plan.stage import PYTHON, Program, Stage, flag_per_line, one_line, shell_locks, shell_preparation
+from megatron_btx.runner.slurm_queue import COMMENT_LETTERS, job_name
+from megatron_btx.slurm.record import SLURM_FOLDER
+from megatron_btx.slurm.resources import Resources
+
+DONE_BEFORE, INTERRUPTED, GIVEN_UP = 10, 75, 76
+"""What the first step of a job says when there is nothing to do, and the last one when the job should start again, or
+did so too often; what fails in another way says the second, too."""
+_SAFE_PATH = re.compile(r"[\w./+=@:,~-]+")
+
+_IN_CONTAINER = '"${in_container[@]}"'
+
+_START = """
+# What a caller exported for Slurm's commands would change what they do and answer here.
+unset "${{!SQUEUE_@}}" "${{!SBATCH_@}}" "${{!SCONTROL_@}}" "${{!SRUN_@}}" SLURM_CLUSTERS SLURM_STD{{IN,OUT,ERR}}MODE
+unset SLURM_LABELIO SLURM_TIMELIMIT SLURM_WORKING_DIR SLURM_REMOTE_CWD
+[ -n "${{SLURM_JOB_ID:-}}" ] || {{ echo "error: this is no job of Slurm; submit it with sbatch" >&2; exit 2; }}
+cd -- {run} || exit 2
+{preparation}
+export OMP_NUM_THREADS={threads}
+{exports}{container}
+{locks}
+
+# At the end of its time, or before other jobs take its nodes, Slurm tells the steps of this job: the program saves and
+# leaves. This shell goes on, so that the job starts again.
+trap : TERM
+
+stage() {{ # stage begin|end [STATUS]: what is written before and after the program
+    {stage}"$python" -m megatron_btx.slurm.job \\
+        "$1" {name} \\
+        --fingerprint {fingerprint} --retries {retries} "${{@:2}}"
+}}
+
+# Nothing else asks for it: one request per job. Dependent jobs go on waiting for this one. The controller may be away
+# for minutes. A task of an array is named as squeue names it: its number can be that of the whole array.
+start_again() {{
+    local job state said="squeue or scontrol does not answer, or is missing"
+    while type -P squeue scontrol >/dev/null && [ "$SECONDS" -lt "$1" ]; do
+        read -r _ job state <<<"$(timeout 20 squeue --noheader --array --jobs="$SLURM_JOB_ID" --format="%A %i %T" |
+            grep "^$SLURM_JOB_ID ")"
+        case "$state" in
+            RUNNING)
+                said=$(timeout 20 scontrol requeue "$job" 2>&1) && return
+                [[ "$said" != *disabled* ]] || break # for good: it was submitted with --no-requeue
+                ;;
+            "" | SIGNALING | STOPPED | SUSPENDED) ;;
+            *) return ;; # cancelled, or taken back by Slurm itself
+        esac
+        sleep 5
+    done
+    echo "Slurm starts it not again ($said); btx submit goes on from its last step" >&2
+}}
+
+# A begin or an end that was killed had no bad input. A begin counts the starts before it, and Slurm those without one.
+leave() {{ # leave STATUS STARTS
+    case "$1" in
+        {done_before}) exit 0 ;;
+        {given_up}) exit 1 ;;
+        0 | 2 | 126 | 127) exit "$1" ;;
+    esac
+    if [ "$2" -ge {retries} ]; then echo "not started again after $2 starts; btx submit goes on" >&2
+    else start_again "$((SECONDS + 600))"; fi
+    exit {interrupted}
+}}
+
+status=0
+stage begin || status=$?
+if [ "$status" -ne 0 ]; then leave "$status" "${{SLURM_RESTART_COUNT:-0}}"; fi
+
+BTX_STAGE="slurm-$SLURM_JOB_ID:" {srun} \\
+    {command} \\
+    >>{log} 2>&1 </dev/null || status=$?
+
+stage end --status "$status" && status=0 || status=$?
+leave "$status" -1
+"""
+
+
+def check_run_path(run: Path) -> None:
+    """Refuse a run directory whose path Slurm's own lines could not hold.
+
+    Raises:
+        InputError: the path.
+    """
+    if not _SAFE_PATH.fullmatch(str(run)):
+        raise InputError(
+            f"{str(run)!r}: btx submit needs a path of letters, digits and . _ + = @ : , ~ - /, which Slurm reads as "
+            "it is; give another --output"
+        )
+
+
+def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: str) -> str:
+    """The script of the job of ``stage`` in the run directory ``run``."""
+    python = resources.python or (PYTHON if resources.container_image else sys.executable)
+    name = shlex.quote(stage.name)
+    body = _START.format(
+        run=shlex.quote(str(run)),
+        threads=stage.threads,
+        exports="".join(f"export {key}={shlex.quote(value)}\n" for key, value in resources.environment.items()),
+        container=_container_lines(resources, run),
+        stage=_begin_short_command(resources),
+        preparation=shell_preparation(python),
+        locks=shell_locks(stage.name),
+        name=name,
+        fingerprint=shlex.quote(fingerprint),
+        done_before=DONE_BEFORE,
+        given_up=GIVEN_UP,
+        interrupted=INTERRUPTED,
+        srun=" ".join(_srun_words(resources)),
+        command=_command(stage, resources),
+        log=f"{name}/log.txt",
+        retries=resources.retries,
+    )
+    return "\n".join([*_header(stage, resources, run, fingerprint), body])
+
+
+def _header(stage: Stage, resources: Resources, run: Path, fingerprint: str) -> list[str]:
+    """The lines that Slurm reads."""
+    options: dict[str, str | int | None] = {
+        "job-name": job_name(run, stage.name),
+        "chdir": str(run),
+        "output": f"{SLURM_FOLDER}/{stage.name}.log",
+        "open-mode": "append",
+        **resources.options,
+        "nodes": resources.nodes,
+        "ntasks-per-node": resources.tasks_per_node,
+        "cpus-per-task": resources.cpus_per_task,
+    }
+    if resources.gpus_per_node:
+        options["gpus-per-node"] = resources.gpus_per_node
+    if stage.resumable:
+        options["signal"] = f"TERM@{resources.signal_seconds}"
+    options["comment"] = fingerprint[:COMMENT_LETTERS]
+    options["requeue"] = None
+    options["dependency"] = "singleton"  # a second job of this name waits until this one has ended
+    lines = ["#!/usr/bin/env bash"]
+    for option, value in options.items():
+        lines.append(f"#SBATCH --{option}" if value is None else f"#SBATCH --{option}={value}")
+    waits = ", ".join(stage.waits_for()) or "nothing"
+    lines.append(
+        f"# Stage {one_line(stage.name)}, which needs {one_line(waits)}. Submit it by hand with: sbatch THIS_FILE"
+    )
+    lines.append("set -uo pipefail")
+    return lines
+
+
+def _container_lines(resources: Resources, run: Path) -> str:
+    """The options by which a step runs in a container, an array of the script; nothing without one."""
+    if resources.container_image is None:
+        return ""
+    if re.search("[:,]", str(run)):
+        raise InputError(f"{run}: a container's mounts are told apart by : and ,; give another --output")
+    mounts = ",".join((f"{run}:{run}", *resources.container_mounts))
+    options = [f"--container-image={resources.container_image}", f"--container-mounts={mounts}"]
+    options.append(f"--container-workdir={run}")
+    lines = [f"    {shlex.quote(option)}\n" for option in options]
+    return f"in_container=(\n{''.join(lines)})\n"
+
+
+def _begin_short_command(resources: Resources) -> str:
+    """What stands before a short command, so that it runs where the program runs; nothing without a container."""
+    if resources.container_image is None:
+        return ""
+    return f"srun --nodes=1 --ntasks=1 --export=ALL {_IN_CONTAINER} "
+
+
+def _srun_words(resources: Resources) -> list[str]:
+    words = ["srun", f"--nodes={resources.nodes}", f"--ntasks={resources.tasks}"]
+    words += [f"--ntasks-per-node={resources.tasks_per_node}", f"--cpus-per-task={resources.cpus_per_task}"]
+    words += ["--export=ALL", "--kill-on-bad-exit=1"]  # some sites export nothing to a job, nor then to its steps
+    if resources.container_image is not None:
+        words.append(f"\\\n    {_IN_CONTAINER}")
+    return words
+
+
+def _command(stage: Stage, resources: Resources) -> str:
+    """The stage's program, a flag per line; one task of srun is one process of it."""
+    words: list[str] = []
+    given = stage.program
+    if isinstance(given, Program):
+        words, given = ['"$python"', "-m", given.module], given.words
+    words += map(shlex.quote, given)
+    if stage.resumable:
+        words.append("--exit-signal-handler")
+        if resources.data_cache is not None:
+            words += ["--data-cache-path", shlex.quote(resources.data_cache)]
+    return flag_per_line(words)

@@ -1,0 +1,176 @@
+"""Where the jobs of a run stand, in words: what btx status shows of Slurm's queue."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_btx.common.errors import printable
+from megatron_btx.recipe.names import MANIFEST_FILE
+from megatron_btx.runner.schemas import StageManifest, read_number
+from megatron_btx.runner.slurm_queue import Job, SlurmError, list_jobs
+from megatron_btx.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, read_started, read_waited_for, script_path
+
+HEADERS = ("job", "why")
+FOREIGN = "{0}: job {1} is in the queue, and the recipe has no such stage; btx cancel {2} --only {0}"
+_REASONS = {
+    "None": "not looked at yet",
+    "Resources": "no free nodes",
+    "Priority": "other jobs go first",
+    "BeginTime": "starts again",
+    "JobHeldUser": "held; scontrol release {number}",
+    "JobHeldAdmin": "held by an administrator",
+    "QOS": "as much at once as the QoS allows ({reason})",
+    "Assoc": "as much at once as the account may have ({reason})",
+    "PartitionTimeLimit": "more time than its partition allows; change cluster.time",
+    "PartitionNodeLimit": "more nodes than its partition has; change the layout or cluster.partition",
+    "Partition": "its partition is closed; wait, or change cluster.partition",
+    "ReqNodeNotAvail": "its nodes are down or reserved",
+}
+"""How Slurm's reason begins -> what it means; the first counts."""
+_FAILED = ("failed", "stopped", "interrupted")
+
+
+@dataclass(frozen=True)
+class JobView:
+    """What is shown of a stage's job."""
+
+    state: str | None = None
+    """In place of the state that the manifest says; None for that one."""
+    number: str = ""
+    why: str = ""
+    """What it waits for, or how long it may still run."""
+    seconds: float = 0.0
+    """Of the start that runs now, which the manifest does not count yet."""
+    log: Path | None = None
+    """What the script of a job said that ended without a word in the manifest."""
+
+    def cells(self) -> tuple[str, ...]:
+        """In the order of :data:`HEADERS`."""
+        return (self.number, self.why)
+
+
+def was_submitted(run: Path) -> bool:
+    """Whether a run was ever submitted."""
+    return (run / SLURM_FOLDER).is_dir()
+
+
+def view_jobs(run: Path, manifests: Mapping[str, StageManifest]) -> tuple[dict[str, JobView], str]:
+    """Stage -> its job as it is shown, and why the queue could not be asked; empty when it could.
+
+    Args:
+        manifests: of all stages of the run. Another stage is in the answer if it has a job.
+    """
+    try:
+        jobs = list_jobs(run)
+    except SlurmError as error:
+        return {name: JobView(number=_last_job(manifest)) for name, manifest in manifests.items()}, str(error)
+    live: dict[str, Job] = {}
+    for job in jobs:
+        live.setdefault(job.stage, job)
+    views = {name: JobView(number=str(job.number)) for name, job in live.items()}
+    for name, manifest in manifests.items():
+        if name in live:
+            views[name] = _view_live(run, live[name], manifest, manifests, live)
+        else:
+            views[name] = _view_ended(run, name, manifest)
+    return views, ""
+
+
+def _view_live(
+    run: Path, job: Job, manifest: StageManifest, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]
+) -> JobView:
+    number = str(job.number)
+    if not job.is_active:
+        return JobView(None if manifest.is_finished else "ending", number)
+    if job.is_running:
+        state = "running" if job.state == "RUNNING" else job.state.lower()
+        return JobView(state, number, f"may run {job.time_left} more", _count_seconds(manifest))
+    return JobView("queued", number, _explain(run, job, manifests, live))
+
+
+def _count_seconds(manifest: StageManifest) -> float:
+    """How long the start that runs now has run; 0 where it is not known."""
+    began = read_number(read_started(manifest).get("time"))
+    if manifest.status != "running" or began is None:
+        return 0.0
+    return max(0.0, time.time() - began)
+
+
+def _view_ended(run: Path, stage: str, manifest: StageManifest) -> JobView:
+    """A stage without a job."""
+    number = _last_job(manifest)
+    if manifest.is_finished:
+        return JobView(number=number)
+    log = script_path(run, stage).with_suffix(".log")
+    submitted = _read_unbegun(run, stage)
+    if submitted not in ("", number) or (manifest.status is None and log.is_file()):
+        return JobView("ended", submitted, "failed, or cancelled, before its stage began; btx submit goes on", log=log)
+    if manifest.status is None:
+        return JobView("waiting", number, "not submitted")
+    started = read_started(manifest)
+    problem = ""
+    if started and manifest.status in _FAILED:
+        problem = f"{started.get('problem', '')}; "
+    elif started:
+        return JobView(number=number, why="gone without a word; btx submit goes on", log=log)
+    return JobView(number=number, why=f"{printable(problem)}btx submit goes on")
+
+
+def _read_unbegun(run: Path, stage: str) -> str:
+    """The job that was submitted for a stage after all that is written of it; empty for none."""
+    note, manifest = script_path(run, stage).with_suffix(NOTE_SUFFIX), run / stage / MANIFEST_FILE
+    if not note.is_file() or (manifest.is_file() and manifest.stat().st_mtime > note.stat().st_mtime):
+        return ""
+    return printable(note.read_text(encoding="utf-8", errors="replace"))
+
+
+def _explain(run: Path, job: Job, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]) -> str:
+    """Why a job waits."""
+    waited_for = _list_unfinished(run, job.stage, manifests)
+    missing = _find_missing(run, job.stage, manifests, live)
+    if missing:
+        return f"cannot start without {_join(missing)}; btx submit goes on"
+    if job.reason == "Dependency" or job.never_starts:
+        return f"waits for {_join(waited_for)}"
+    meanings = [meaning for start, meaning in _REASONS.items() if job.reason.startswith(start)]
+    meaning = (*meanings, job.reason)[0].format(number=job.number, reason=job.reason)
+    if job.reason == "BeginTime" and job.begins != "N/A":
+        meaning += f" at {job.begins.replace('T', ' ')}"
+    return meaning
+
+
+def _list_unfinished(run: Path, stage: str, manifests: Mapping[str, StageManifest]) -> list[str]:
+    """The stages that one waits for itself."""
+    unfinished = []
+    for parent in read_waited_for(run, stage):
+        if parent not in manifests or not manifests[parent].is_finished:
+            unfinished.append(parent)
+    return unfinished
+
+
+def _find_missing(run: Path, stage: str, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]) -> list[str]:
+    """The stages, near or far, that one waits for and that have no job: most likely they failed."""
+    missing: list[str] = []
+    seen = {stage}
+    waiting = [stage]
+    while waiting:
+        for parent in _list_unfinished(run, waiting.pop(), manifests):
+            if parent in seen:
+                continue
+            seen.add(parent)
+            if parent in live:
+                waiting.append(parent)
+            else:
+                missing.append(parent)
+    return missing
+
+
+def _join(names: Sequence[str]) -> str:
+    return ", ".join(names) or "an earlier job of its own"
+
+
+def _last_job(manifest: StageManifest) -> str:
+    return str(read_started(manifest).get("job", ""))

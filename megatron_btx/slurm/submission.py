@@ -1,0 +1,173 @@
+"""A planned run becomes jobs of Slurm: what is missing is submitted, and what stands in the queue is left there.
+
+Submissions take turns, and no runner begins meanwhile. There is no list of jobs, because a shared disk may lose it. The
+queue decides: a job's name says of which stage it is, and two of one name never run at once (``singleton``), so that on
+a disk that loses locks, too, a second job only finds its stage finished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from megatron_btx.common.errors import InputError
+from megatron_btx.common.files import refuse_unusual, write_atomically
+from megatron_btx.plan.fingerprint import Identity, identities
+from megatron_btx.plan.stage import Stage
+from megatron_btx.recipe.cluster import ClusterSection
+from megatron_btx.runner.api import PlannedRun
+from megatron_btx.runner.decisions import RERUN, SKIP, Action, decide
+from megatron_btx.runner.lock import is_locked, lock_run, take_turn
+from megatron_btx.runner.slurm_queue import COMMENT_LETTERS, Job, SlurmError, cancel_jobs, list_settled, submit_script
+from megatron_btx.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, StageRecord, script_path, write_record
+from megatron_btx.slurm.resources import find_resources
+from megatron_btx.slurm.script import check_run_path, render_script
+
+
+@dataclass
+class Submission:
+    """What became of each stage."""
+
+    submitted: dict[str, int] = field(default_factory=dict)
+    """Stage -> number of the job that was submitted for it."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Stage -> number of the job that stood in the queue already."""
+    finished: list[str] = field(default_factory=list)
+    replaced: dict[str, list[int]] = field(default_factory=dict)
+    """Stage -> the jobs that were cancelled for the one that was submitted."""
+    foreign: list[Job] = field(default_factory=list)
+    """Jobs of the run whose stages the recipe does not have."""
+
+    def number_of(self, stage: str) -> int | None:
+        """The job that a stage waits for; None for one that is finished."""
+        return self.submitted.get(stage, self.kept.get(stage))
+
+
+def render_scripts(planned: PlannedRun) -> dict[str, str]:
+    """Stage -> its script, of those that have something to do.
+
+    Raises:
+        InputError: the run's path, or a stage that does not fit on its nodes.
+    """
+    check_run_path(planned.directory)
+    known = identities(planned.stages)
+    cluster: ClusterSection = planned.recipe.cluster
+    scripts = {}
+    for stage in _list_due(planned):
+        resources = find_resources(cluster, stage, planned.recipe.data.workers)
+        scripts[stage.name] = render_script(stage, resources, planned.directory, known[stage.name].fingerprint)
+    return scripts
+
+
+def write_scripts(planned: PlannedRun, scripts: Mapping[str, str]) -> None:
+    """Write the scripts and records of the jobs into the run's folder, and what the run is planned to be."""
+    run = planned.directory
+    (run / SLURM_FOLDER).mkdir(parents=True, exist_ok=True)
+    for name, text in planned.records().items():
+        write_atomically(run / name, text)
+    known = identities(planned.stages)
+    for stage in _list_due(planned):
+        write_record(run, _make_record(planned, stage, known))
+        write_atomically(script_path(run, stage.name), scripts[stage.name])
+
+
+def submit(planned: PlannedRun) -> Submission:
+    """Submit what is missing; the scripts are written before.
+
+    Raises:
+        InputError: a runner or another version of a stage is at work in the run directory, or Slurm refuses.
+    """
+    run = planned.directory
+    list_settled(run)  # where Slurm does not answer, a run stays one that btx run may take
+    (run / SLURM_FOLDER).mkdir(parents=True, exist_ok=True)
+    known = identities(planned.stages)
+    with lock_run(run, fcntl.LOCK_SH), take_turn(run / SLURM_FOLDER):
+        jobs = list_settled(run)
+        # Checks by Megatron take seconds since the plan. What ended meanwhile has no job any more, and is finished.
+        planned = replace(planned, actions=decide(planned.stages, run, planned.rerun))
+        _check_running(jobs, planned.actions, known)
+        _check_alone(run, _list_due(planned), jobs)
+        result = Submission(finished=[stage.name for stage in planned.chosen_stages() if _is_done(planned, stage)])
+        result.foreign = [job for job in jobs if job.stage not in known]
+        write_scripts(planned, render_scripts(planned))
+        for stage in _list_due(planned):
+            mine = [job for job in jobs if job.stage == stage.name]
+            _submit_stage(run, stage, known[stage.name], mine, result)
+    return result
+
+
+def _submit_stage(run: Path, stage: Stage, identity: Identity, jobs: Sequence[Job], result: Submission) -> None:
+    """Submit a stage unless one of ``jobs``, those that stand in the queue for it, will do it."""
+    is_anew = any(parent in result.submitted for parent in stage.waits_for())
+    kept = None
+    for job in jobs:
+        if kept is None and _will_do(job, identity) and not (is_anew and not job.is_running):
+            kept = job
+    cancel_jobs([job for job in jobs if job is not kept])
+    if kept is not None:
+        result.kept[stage.name] = kept.number
+        return
+    after = []
+    for parent in stage.waits_for():
+        number = result.number_of(parent)
+        if number is not None:
+            after.append(number)
+    try:
+        number = submit_script(script_path(run, stage.name), after)
+    except SlurmError as error:
+        raise SlurmError(f"stage {stage.name}: {error}{_say_submitted(run, result)}") from None
+    write_atomically(script_path(run, stage.name).with_suffix(NOTE_SUFFIX), str(number))
+    result.submitted[stage.name] = number
+    result.replaced[stage.name] = [job.number for job in jobs]
+
+
+def _say_submitted(run: Path, result: Submission) -> str:
+    """What stands in the queue when Slurm refuses the next stage."""
+    if not result.submitted:
+        return ""
+    return f"; in the queue: {', '.join(result.submitted)}; btx submit goes on, btx cancel {run} takes them back"
+
+
+def _will_do(job: Job, identity: Identity) -> bool:
+    return job.fingerprint == identity.fingerprint[:COMMENT_LETTERS] and not job.never_starts
+
+
+def _check_running(jobs: Sequence[Job], actions: Mapping[str, Action], known: Mapping[str, Identity]) -> None:
+    """Refuse to submit while a stage runs that would have to run otherwise."""
+    for job in jobs:
+        if not job.is_running or job.stage not in known:
+            continue
+        if not _will_do(job, known[job.stage]) or actions[job.stage].verb == RERUN:
+            raise InputError(
+                f"stage {job.stage}: job {job.number} is running with other settings; wait, or cancel it first"
+            )
+
+
+def _check_alone(run: Path, due: Sequence[Stage], jobs: Sequence[Job]) -> None:
+    """Refuse a stage that somebody makes by hand: its job would end at once, and what depends on it never start."""
+    running = {job.stage for job in jobs if job.is_running}
+    for stage in due:
+        refuse_unusual(script_path(run, stage.name).with_suffix(".log"))  # Slurm itself would write on
+        if stage.name not in running and is_locked(run, f".{stage.name}.lock"):
+            raise InputError(
+                f"{run}: stage {stage.name} is at work, by hand or as another's job; wait, or end it first"
+            )
+
+
+def _list_due(planned: PlannedRun) -> list[Stage]:
+    return [stage for stage in planned.chosen_stages() if not _is_done(planned, stage)]
+
+
+def _is_done(planned: PlannedRun, stage: Stage) -> bool:
+    return planned.actions[stage.name].verb == SKIP
+
+
+def _make_record(planned: PlannedRun, stage: Stage, known: Mapping[str, Identity]) -> StageRecord:
+    shown = {other.name for other in planned.stages if other.only_shows}
+    parents: dict[str, str | None] = {}
+    for parent in stage.waits_for():
+        parents[parent] = None if parent in shown else known[parent].fingerprint
+    rerun = planned.actions[stage.name].rerun
+    return StageRecord(stage, known[stage.name], parents, rerun, stage.name in planned.rerun)

@@ -1,0 +1,228 @@
+"""What decides ids besides the vocabulary: two tokenizers with one table can cut the same text into other tokens.
+
+A byte-pair tokenizer cuts by the order of its merges, a Unigram tokenizer by its scores, and both after a normaliser
+and a first cut into words. Files of different form tell different parts of this; what both tell is compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.common.errors import InputError
+from megatron_btx.tokenizers.files import read_object
+from megatron_btx.tokenizers.sentencepiece_model import NORMAL, ModelPiece, read_model
+from megatron_btx.tokenizers.vocabulary import Vocabulary
+
+_JSON_PARTS = {"normalizer": "normaliser", "pre_tokenizer": "first cut into words"}
+_SETTINGS = {
+    **dict.fromkeys(("byte_fallback", "ignore_merges", "fuse_unk", "unk_token", "unk_id", "dropout")),
+    **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix")),
+    "max_input_chars_per_word": 100,
+}
+"""Settings of a model in tokenizer.json that decide ids, with what holds where they are not given (None: nothing)."""
+
+
+def first_difference(
+    left: Vocabulary,
+    right: Vocabulary,
+    merges: tuple[object, object] = (None, None),
+    among: Mapping[int, str] | None = None,
+) -> str | None:
+    """The first rule in which two tokenizers differ, in words; None where no difference is known.
+
+    Args:
+        merges: the files of merges that stored arguments name, for tokenizers that are no folders.
+        among: the tokens that both have, where one has more: only rules of these are compared.
+    """
+    one, other = _rules(left, merges[0]), _rules(right, merges[1])
+    if among is not None:
+        one, other = _rules_among(one, other, among), _rules_among(other, one, among)
+    for name in one:
+        if name in other and not _alike(one[name], other[name]):
+            return _describe(name, one[name], other[name])
+    return None
+
+
+def rule_fingerprints(vocabulary: Vocabulary, merges: object = None) -> dict[str, str]:
+    """Every rule that a tokenizer's files tell, as a short hash by its name: what two name alike can be compared.
+
+    Scores of special pieces mean nothing and differ from form to form, so that scores have a name for each form.
+
+    Args:
+        merges: the file of merges that stored arguments name, for tokenizers that are no folders.
+    """
+    rules = _rules(vocabulary, merges)
+    if vocabulary.base.name == "tokenizer.json" and "scores" in rules:
+        rules["scores in tokenizer.json"] = rules.pop("scores")
+    return {name: _fingerprint(value) for name, value in rules.items()}
+
+
+def _fingerprint(value: object) -> str:
+    if isinstance(value, list) and any(isinstance(entry, float) for entry in value):
+        # Scores: to the precision of the files, and without those of special pieces, which are 0 or none.
+        value = [(number, struct.pack("<f", score).hex()) for number, score in enumerate(value) if score]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _alike(one: object, other: object) -> bool:
+    """Equal; scores to the precision of the files, and those of special pieces (None) with any."""
+    if not isinstance(one, list) or not isinstance(other, list) or len(one) != len(other):
+        return bool(one == other)
+    return all(map(_alike_entries, one, other))
+
+
+def _alike_entries(one: object, other: object) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one is None or other is None or bool(one == other)
+
+
+def _describe(name: str, one: object, other: object) -> str:
+    if not isinstance(one, list) or not isinstance(other, list):
+        return f"their {name} ({_short(one)} and {_short(other)})"
+    for number, (left, right) in enumerate(zip(one, other, strict=False)):
+        if not _alike_entries(left, right):
+            return f"their {name} (number {number} is {left!r} and {right!r})"
+    return f"their {name} (there are {len(one)} and {len(other)})"
+
+
+def _short(value: object) -> str:
+    text = value
+    if not isinstance(text, str):
+        text = json.dumps(value)
+    if len(text) > 120:
+        return f"{text[:120]}..."
+    return text
+
+
+def _rules(vocabulary: Vocabulary, merges: object) -> dict[str, Any]:
+    """The rules that a tokenizer's files tell, by the name they have in a refusal."""
+    base = vocabulary.base
+    if base.name == "tokenizer.json":
+        return _rules_of_json(base)
+    if base.suffix in (".json", ".txt"):
+        file = base.parent / "merges.txt"
+        if merges:
+            file = Path(str(merges))
+        if file.is_file():
+            return {"merges": _read_merges(file)}
+        return {}
+    return _rules_of_sentencepiece(base)
+
+
+def _rules_among(rules: Mapping[str, Any], others: Mapping[str, Any], tokens: Mapping[int, str]) -> dict[str, Any]:
+    """What rules say of some tokens: other tokens have merges, scores and places of their own."""
+    kept = {name: value for name, value in rules.items() if name != "files"}
+    if "merges" in kept:
+        texts = set(tokens.values())
+        kept["merges"] = [pair for pair in kept["merges"] if "".join(pair) in texts]
+    if "scores" in kept:
+        scores = [None] * (max(tokens, default=-1) + 1)
+        for number, score in enumerate(kept["scores"]):
+            if number in tokens:
+                scores[number] = score
+        kept["scores"] = scores
+    if "order of pieces" in kept:  # a token can be a piece of one and added to the other
+        pieces = tokens.keys() & set(others.get("order of pieces", ()))
+        kept["order of pieces"] = [number for number in kept["order of pieces"] if number in pieces]
+    return kept
+
+
+def _rules_of_json(file: Path) -> dict[str, Any]:
+    content = read_object(file)
+    model = content["model"]
+    rules: dict[str, Any] = {}
+    if model.get("type"):
+        rules["kind"] = model["type"]
+    settings = {}
+    for key, usual in _SETTINGS.items():
+        if model.get(key) not in (None, "", False, usual):
+            settings[key] = model[key]
+    if settings or model.get("type"):
+        rules["model settings"] = settings
+    if isinstance(model.get("merges"), list):
+        rules["merges"] = list(map(_pair, model["merges"]))
+    if isinstance(model.get("vocab"), list):
+        rules["scores"] = list(map(_score, model["vocab"]))
+    for part, name in _JSON_PARTS.items():
+        rules[name] = _canonical(content.get(part))
+    return rules
+
+
+def _score(entry: Sequence[Any]) -> Any:
+    """The score of a Unigram model's [token, score]; None where there is none."""
+    if len(entry) < 2:
+        return None
+    return entry[1]
+
+
+def _canonical(part: object) -> object:
+    """A part of tokenizer.json with what its writers leave out or spell in an older way."""
+    if not isinstance(part, dict):
+        return part
+    filled = dict(part)
+    filled.pop("str_rep", None)
+    for key in ("normalizers", "pretokenizers"):
+        if isinstance(filled.get(key), list):
+            filled[key] = list(map(_canonical, filled[key]))
+    if filled.get("type") == "ByteLevel":
+        filled = {"add_prefix_space": True, "trim_offsets": True, "use_regex": True} | filled
+    if filled.get("type") == "Metaspace":
+        scheme = "never"
+        if filled.pop("add_prefix_space", True):
+            scheme = "always"
+        filled = {"prepend_scheme": scheme, "split": True} | filled
+    return filled
+
+
+def _read_merges(file: Path) -> list[tuple[str, str]]:
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [_pair(line) for line in lines if line.strip() and not line.startswith("#version")]
+
+
+def _pair(merge: object) -> tuple[str, str]:
+    """A merge, written as one text or as two."""
+    words = merge
+    if not isinstance(words, list):
+        words = str(merge).split(" ")
+    if not words:
+        return "", ""
+    return str(words[0]), " ".join(map(str, words[1:]))
+
+
+def _rules_of_sentencepiece(file: Path) -> dict[str, Any]:
+    """From the model's protocol buffer; nothing for a tiktoken file, whose table says it all."""
+    content = file.read_bytes()
+    try:
+        model = read_model(content)
+    except ModuleNotFoundError:  # without protobuf only equal files are known to be equal
+        return {"files": hashlib.sha256(content).hexdigest()[:16]}
+    except InputError:
+        return {}
+    kind = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}[model.trainer_spec.model_type]
+    rules: dict[str, Any] = {"kind": kind}
+    if kind == "Unigram":
+        rules["scores"] = list(map(_score_of_piece, model.pieces))
+    else:  # a score says which merge comes first, its number means nothing
+        scores = [piece.score for piece in model.pieces]
+        rules["order of pieces"] = sorted(range(len(scores)), key=lambda number: -scores[number])
+    spec = model.normalizer_spec
+    return rules | {
+        "SentencePiece normaliser": hashlib.sha256(spec.precompiled_charsmap).hexdigest()[:16],
+        "SentencePiece dummy prefix": bool(spec.add_dummy_prefix),
+        "SentencePiece removal of blanks": bool(spec.remove_extra_whitespaces),
+        "SentencePiece escaping of blanks": bool(spec.escape_whitespaces),
+    }
+
+
+def _score_of_piece(piece: ModelPiece) -> float | None:
+    """The score of an ordinary piece; those of special pieces mean nothing."""
+    if piece.type == NORMAL:
+        return piece.score
+    return None

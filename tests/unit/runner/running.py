@@ -1,0 +1,27 @@
+"""Running stages as ``btx run`` does: a failure is printed, and the exit status returned."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_btx.plan.stage import Stage
+from megatron_btx.runner.local import execute_stages
+from megatron_btx.runner.machine import Machine
+from megatron_btx.runner.progress import Reporter
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    run: Path,
+    machine: Machine,
+    reporter: Reporter,
+    only: Sequence[str] = (),
+    records: Mapping[str, str] | None = None,
+    rerun: Sequence[str] = (),
+) -> int:
+    outcome = execute_stages(stages, run, machine, reporter, only, records, rerun)
+    if outcome.failure:
+        print(f"error: {outcome.failure}", file=sys.stderr, flush=True)
+    return outcome.status
