@@ -45,7 +45,6 @@ from megatron_btx.recipe.section import Section
 from megatron_btx.recipe.sections import (
     AblationSection,
     DataMatchedSection,
-    LayoutSection,
     MixSection,
     OneStageSection,
     RecipeSection,
@@ -203,7 +202,7 @@ class Expansion:
         section = self.sections.mix
         assert section is not None
         if section.from_ is None:
-            return {"moe-router-dtype": "fp32", **section.megatron}
+            return dict(section.megatron) | {"moe-router-dtype": section.megatron.get("moe-router-dtype", "fp32")}
         return section.megatron
 
     def router_words(self, seed: int) -> tuple[str, ...]:
@@ -381,7 +380,8 @@ def _average(expansion: Expansion, section: Section) -> Iterable[ModelSpec]:
 def _dense(expansion: Expansion, section: DataMatchedSection) -> Iterable[ModelSpec]:
     """The seed continued on as many tokens of each domain as the mixture saw."""
     domains, mixture = expansion.budgets_of_mixture("dense")
-    first, second = section.domains or SettingsSection(), section.mixture or SettingsSection()
+    as_finetuned = dense_settings(expansion)
+    first, second = section.domains or as_finetuned, section.mixture or as_finetuned
     make = Train(SEED_MODEL, first.layout, first.megatron, cluster="dense")
     yield ModelSpec(DENSE_DOMAINS_STAGE, DENSE_DOMAINS_STAGE, make, "dense-domains", budget=domains)
     make = Train(DENSE_DOMAINS_STAGE, second.layout, second.megatron, cluster="dense")
@@ -397,8 +397,8 @@ def _average_finetuned(expansion: Expansion, section: OneStageSection) -> Iterab
     if AVERAGE_MODEL not in expansion.rows:
         expansion.add(_average(expansion, Section()))
     flags = expansion.rows[AVERAGE_MODEL].flags
-    settings = SettingsSection(layout=section.layout or finetune.layout, megatron=section.megatron)
-    layout, megatron = as_dense(settings.layout), {**without_experts(finetune.megatron), **section.megatron}
+    settings = dense_settings(expansion)
+    layout, megatron = section.layout or settings.layout, {**settings.megatron, **section.megatron}
     budget = expansion.consumed(FINETUNE_STAGE, btx.budget, finetune, btx.flags)
     name = "average-finetuned"
     make = Train(AVERAGE_MODEL, layout, megatron, cluster="dense")
@@ -436,14 +436,14 @@ def _upcycled(expansion: Expansion, section: DataMatchedSection) -> Iterable[Mod
         start = name
 
 
-def as_dense(layout: LayoutSection) -> LayoutSection:
-    """A mixture's layout without what only experts have."""
-    return layout.model_copy(update={"expert_model_parallel_size": None, "expert_tensor_parallel_size": None})
-
-
-def without_experts(flags: Flags) -> Flags:
-    """The flags of finetuning that a dense model has, too."""
-    return {name: value for name, value in flags.items() if not name.startswith(_OF_MIXTURES)}
+def dense_settings(expansion: Expansion) -> SettingsSection:
+    """Layout and flags of finetuning without what only mixtures have."""
+    finetune = expansion.sections.finetune
+    assert finetune is not None
+    without = {"expert_model_parallel_size": None, "expert_tensor_parallel_size": None}
+    layout = finetune.layout.model_copy(update=without)
+    megatron = {name: value for name, value in finetune.megatron.items() if not name.startswith(_OF_MIXTURES)}
+    return SettingsSection.model_construct(layout=layout, megatron=megatron)
 
 
 def has_given_experts(recipe: Recipe) -> bool:

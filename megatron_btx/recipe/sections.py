@@ -143,7 +143,9 @@ class DataMatchedSection(Section):
     """A baseline that is trained on what the mixture saw of each domain: its experts' data, then finetuning's."""
 
     domains: SettingsSection | None = None
+    """(default: as finetune, of a dense model without what only mixtures have)"""
     mixture: SettingsSection | None = None
+    """(default: likewise)"""
 
 
 class EvaluateSection(SettingsSection):
