@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_btx.runner.api import ChangedStagesError, PlannedRun
 
 DISPATCHED = {
-    "cancel": ("megatron_btx.slurm.commands", "cancel the jobs of a run in Slurm's queue"),
+    "cancel": ("megatron_btx.slurm.submission", "cancel the jobs of a run in Slurm's queue"),
     "doctor": ("megatron_btx.doctor", "what this machine has of what training needs"),
     "report": ("megatron_btx.report.build", "write and print the report of a run directory"),
     "preprocess": ("megatron_btx.data.preprocess", "turn JSONL, text or Parquet files into Megatron's datasets"),
@@ -177,8 +177,8 @@ def plan(arguments: argparse.Namespace) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """``btx run``: plan the recipe, check it, and run it or print its commands."""
     from megatron_btx.recipe.names import REPORT_STAGE
-    from megatron_btx.runner.progress import Progress
     from megatron_btx.runner.scripts import as_comment, shell_script
+    from megatron_btx.runner.tables import Progress
 
     planned = _plan_run(arguments)
     if arguments.dry_run:
@@ -199,7 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
 def submit(arguments: argparse.Namespace) -> int:
     """``btx submit``: plan the recipe, check it, and make its stages jobs of Slurm or print their scripts."""
     from megatron_btx.runner.scripts import as_comment
-    from megatron_btx.slurm.commands import show_scripts, submit_run
+    from megatron_btx.slurm.submission import show_scripts, submit_run
 
     planned = _plan_run(arguments)
     if arguments.dry_run:
@@ -235,14 +235,14 @@ def _plan_run(arguments: argparse.Namespace, check: bool = True) -> PlannedRun:
 
 def _describe_plan(planned: PlannedRun) -> str:
     """The table of a plan, the stages that are finished, and the estimate of the rest."""
-    from megatron_btx.runner import plan_table
+    from megatron_btx.runner import tables
 
     stages = planned.chosen_stages()
-    lines = [plan_table.render(plan_table.make_plan_table(stages, planned.actions, str(planned.directory)))]
-    lines.append(plan_table.describe_finished(stages, planned.actions))
-    lines.append(plan_table.describe_kept(stages, planned.actions))
-    lines.append(plan_table.describe_total(stages, planned.actions))
-    lines.append(plan_table.describe_repeats(stages, planned.recipe.data.texts))
+    lines = [tables.render(tables.make_plan_table(stages, planned.actions, str(planned.directory)))]
+    lines.append(tables.describe_finished(stages, planned.actions))
+    lines.append(tables.describe_kept(stages, planned.actions))
+    lines.append(tables.describe_total(stages, planned.actions))
+    lines.append(tables.describe_repeats(stages, planned.recipe.data.texts))
     return "\n".join(filter(None, lines))
 
 

@@ -13,9 +13,13 @@ Nothing here needs torch or Megatron.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +219,46 @@ def check_run(run: Path) -> None:
     for path in (run / PLAN_FILE, run / RECIPE_FILE):
         if os.path.lexists(path):
             raise InputError(f"{path}: not written by btx run, which would replace it; give another --output")
+
+
+@contextlib.contextmanager
+def lock_run(run: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold the run directory for a runner, or by LOCK_SH for those that submit. Raises InputError when others do."""
+    with (run / LOCK_FILE).open("a") as lock:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{run}: another btx run, a job or a command.sh is at work here, or a btx submit; wait, or give "
+                "another --output"
+            ) from None
+        except OSError:  # a disk without locks
+            if kind == fcntl.LOCK_EX:
+                raise
+        yield
+
+
+@contextlib.contextmanager
+def take_turn(folder: Path) -> Iterator[None]:
+    """Wait until nobody else holds ``folder``, and hold it; a disk without locks, or without room, keeps nobody."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            lock = stack.enter_context((folder / LOCK_FILE).open("a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another btx submit is at work in {folder.parent}; waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def is_locked(run: Path, name: str = LOCK_FILE) -> bool:
+    """Whether a runner is at work in ``run``; writes nothing, because a run may be looked at that is not ours."""
+    if not (run / name).is_file():  # opening a pipe would wait forever
+        return False
+    try:
+        with (run / name).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)  # not on a disk without locks
+    return False

@@ -13,7 +13,7 @@ from megatron_btx.plan.stage import Stage, command_text, one_line, shell_prepara
 from megatron_btx.recipe.names import CONFIG_FILE, MANIFEST_FILE
 from megatron_btx.runner.decisions import RERUN, RESUME, SKIP, Action
 from megatron_btx.runner.run_dir import find_free_name
-from megatron_btx.runner.stage_dir import config_text
+from megatron_btx.runner.stage_run import config_text
 
 
 def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directory: Path) -> str:

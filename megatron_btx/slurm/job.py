@@ -25,12 +25,11 @@ from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.names import LOG_FILE
 from megatron_btx.runner import processes
 from megatron_btx.runner.decisions import KEEP, RERUN, SKIP, decide_start
-from megatron_btx.runner.failure import failure_message, killed_by, read_log
 from megatron_btx.runner.local import MANIFEST_SECONDS, find_problem
 from megatron_btx.runner.run_dir import own_manifest, read_checkpointed_iteration
 from megatron_btx.runner.schemas import StageManifest, read_count
 from megatron_btx.runner.slurm_queue import SlurmError, list_jobs
-from megatron_btx.runner.stage_dir import describe_start, prepare_folder
+from megatron_btx.runner.stage_run import describe_start, failure_message, killed_by, prepare_folder, read_log
 from megatron_btx.slurm.record import StageRecord, read_record, read_started
 from megatron_btx.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED
 

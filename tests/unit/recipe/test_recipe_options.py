@@ -26,10 +26,9 @@ from megatron_btx.recipe.load import parse_recipe
 from megatron_btx.recipe.sections import MixSection
 from megatron_btx.runner import api
 from megatron_btx.runner.decisions import RUN, Action
-from megatron_btx.runner.failure import failure_message
-from megatron_btx.runner.plan_table import make_plan_table, render
 from megatron_btx.runner.scripts import shell_script
-from megatron_btx.runner.stage_dir import prepare_folder
+from megatron_btx.runner.stage_run import failure_message, prepare_folder
+from megatron_btx.runner.tables import make_plan_table, render
 from tests.unit.recipe.test_from_checkpoint import MODEL, TOKENIZER, plan, tree, values
 
 __all__ = ["tree"]

@@ -17,7 +17,7 @@ from megatron_btx.recipe.load import load_recipe
 from megatron_btx.runner import api
 from megatron_btx.runner import local as runner
 from megatron_btx.runner.decisions import decide
-from megatron_btx.runner.machine import Machine
+from megatron_btx.runner.local import Machine
 from tests.unit.runner.running import run_stages
 
 RECIPE = Path(__file__).parents[3] / "examples" / "recipes" / "quickstart.yaml"

@@ -15,10 +15,8 @@ from megatron_btx import cli
 from megatron_btx.data.domains import Domain
 from megatron_btx.plan.stage import Stage
 from megatron_btx.runner.decisions import Action
-from megatron_btx.runner.machine import Machine
-from megatron_btx.runner.plan_table import describe_repeats, make_plan_table
-from megatron_btx.runner.progress import Reporter
-from megatron_btx.runner.progress_table import Row, make_progress_table, read_row
+from megatron_btx.runner.local import Machine
+from megatron_btx.runner.tables import Reporter, Row, describe_repeats, make_plan_table, make_progress_table, read_row
 from tests.unit.runner.running import run_stages
 
 ROWS = [

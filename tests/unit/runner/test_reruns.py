@@ -14,7 +14,7 @@ import pytest
 from megatron_btx.plan.stage import Stage
 from megatron_btx.runner import local as runner
 from megatron_btx.runner.decisions import decide
-from megatron_btx.runner.machine import Machine
+from megatron_btx.runner.local import Machine
 from megatron_btx.runner.scripts import shell_script
 from tests.unit.runner.running import run_stages
 

@@ -26,7 +26,7 @@ from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.stage import Program, Stage, command_script
 from megatron_btx.recipe import from_checkpoint as given
 from megatron_btx.recipe.cluster import ClusterSection
-from megatron_btx.runner.lock import is_locked, lock_run
+from megatron_btx.runner.run_dir import is_locked, lock_run
 from megatron_btx.runner.slurm_queue import Job
 from megatron_btx.slurm import job
 from megatron_btx.slurm.record import StageRecord, write_record
@@ -428,7 +428,7 @@ def test_a_run_whose_path_a_list_of_mounts_could_not_hold_is_refused() -> None:
 
 
 def test_a_log_that_is_gone_or_cut_is_an_empty_one(tmp_path: Path) -> None:
-    from megatron_btx.runner.failure import read_log
+    from megatron_btx.runner.stage_run import read_log
 
     log = tmp_path / "log.txt"
     assert read_log(log, 5) == ""

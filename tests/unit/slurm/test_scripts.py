@@ -23,9 +23,9 @@ from megatron_btx.recipe.cluster import ClusterSection, seconds_of
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.report.status import print_status
 from megatron_btx.runner import slurm_queue as queue
-from megatron_btx.runner.progress_table import read_shown_manifest
 from megatron_btx.runner.slurm_queue import Job, list_jobs
-from megatron_btx.slurm import commands, job
+from megatron_btx.runner.tables import read_shown_manifest
+from megatron_btx.slurm import job, submission
 from megatron_btx.slurm.record import StageRecord, read_record, write_record
 from megatron_btx.slurm.resources import find_resources, kind_of
 from megatron_btx.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED, check_run_path, render_script
@@ -473,9 +473,9 @@ def test_a_job_that_is_ending_is_waited_for(
 def test_a_cancel_takes_back_what_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan.json").write_text("[]")
     asked = []
-    monkeypatch.setattr(commands, "list_jobs", lambda run: [Job(7, "seed", "COMPLETING", "", "N/A", "None", "abc")])
-    monkeypatch.setattr(commands, "cancel_jobs", lambda jobs: asked.extend(job.number for job in jobs))
-    assert commands.main([str(tmp_path)]) == 0 and asked == [7]
+    monkeypatch.setattr(submission, "list_jobs", lambda run: [Job(7, "seed", "COMPLETING", "", "N/A", "None", "abc")])
+    monkeypatch.setattr(submission, "cancel_jobs", lambda jobs: asked.extend(job.number for job in jobs))
+    assert submission.main([str(tmp_path)]) == 0 and asked == [7]
 
 
 def test_a_job_that_is_submitted_from_within_a_job_is_none_of_its_tasks(
