@@ -28,7 +28,9 @@ def plan_import(name: str, source: Path, options: tuple[str, ...] = ()) -> Stage
     words = ("--method", "copy", "--expert", f"model={source}", "--output", output, *options, "--verify")
     program = Program("megatron_btx.mixing.cli", words)
     settings = {"model": source, **_given_options(options)}
-    return Stage(name, program, inputs=(source,), product=CHECKPOINT_FOLDER, settings=settings)
+    return Stage(
+        name, program, inputs=(source,), product=CHECKPOINT_FOLDER, settings=settings, kind="import", cluster="mix"
+    )
 
 
 def _given_options(options: tuple[str, ...]) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def plan_export(model: Model, form: str, options: tuple[str, ...] = ()) -> Stage
         inputs=inputs,
         product=EXPORTED_FOLDER,
         settings={"model": model.identity(), "form": form, **_given_options(options)},
+        kind="export",
     )
 
 
@@ -66,6 +69,7 @@ def plan_data(data: Data) -> Stage:
         inputs=tuple(Path(path) for text in data.texts.values() for paths in text.sources().values() for path in paths),
         product=DATASETS_FILE,
         processes=data.workers,
+        kind="data",
         settings=_deciding(data),
         config={"description": description},  # a file, because thousands of texts fill more than a word may hold
     )

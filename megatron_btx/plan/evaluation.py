@@ -54,6 +54,7 @@ def plan_evaluation(
         processes=layout.processes,
         threads=layout.threads,
         on_gpu=True,
+        kind="evaluate",
     )
 
 

@@ -113,10 +113,10 @@ class _Planner:
         """The stages of those that are not given."""
         stages = []
         if not self.recipe.seed.source:
-            stages.append(self._train(TrainingJob(SEED_STAGE, self.recipe.seed)))
+            stages.append(self._train(TrainingJob(SEED_STAGE, self.recipe.seed, cluster="seed")))
         for name, expert in self.recipe.experts.items():
             if not expert.source:
-                stages.append(self._train(TrainingJob(expert_stage(name), expert, self.seed)))
+                stages.append(self._train(TrainingJob(expert_stage(name), expert, self.seed, cluster="experts")))
         return stages
 
     def _train(self, job: TrainingJob) -> Stage:
@@ -138,7 +138,7 @@ class _Planner:
                 settings |= {"options": [*options[:number], flag, *options[number + 1 :]], flag: Path(path)}
                 inputs = (*inputs, Path(path))
         program = Program("megatron_btx.mixing.cli", tuple(words))
-        return Stage(stage, program, parents, inputs=inputs, product=CHECKPOINT_FOLDER, settings=settings)
+        return Stage(stage, program, parents, inputs=inputs, product=CHECKPOINT_FOLDER, settings=settings, kind="mix")
 
     def _mixed_models(self) -> dict[str, Model]:
         names = (*self.experts, GENERALIST)
@@ -187,8 +187,8 @@ class _Planner:
         domains = Training(None, blend, tokens, dense.domains.layout, dense.domains.megatron)
         mixture = Training(None, finetuned.blend, finetuned.tokens, dense.mixture.layout, dense.mixture.megatron)
         return [
-            self._train(TrainingJob(DENSE_DOMAINS_STAGE, domains, self.seed)),
-            self._train(TrainingJob(DENSE_STAGE, mixture, Model.made_by(DENSE_DOMAINS_STAGE))),
+            self._train(TrainingJob(DENSE_DOMAINS_STAGE, domains, self.seed, cluster="dense")),
+            self._train(TrainingJob(DENSE_STAGE, mixture, Model.made_by(DENSE_DOMAINS_STAGE), cluster="dense")),
         ]
 
     def _mixed_experts(self) -> dict[str, Training]:
@@ -293,4 +293,4 @@ def _average_words(mix: Mix | None) -> list[str]:
 def _report(parents: tuple[str, ...], product: str) -> Stage:
     """The stage that writes the report of the run directory."""
     program = Program("megatron_btx.report.build", (".",))
-    return Stage(REPORT_STAGE, program, parents, product=product, settings={}, only_shows=True)
+    return Stage(REPORT_STAGE, program, parents, product=product, settings={}, only_shows=True, kind="report")

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+Kind = Literal["data", "import", "train", "mix", "export", "evaluate", "report"]
 PYTHON = "python"
 """Stands for the interpreter in a stage's command; scripts take this one unless $BTX_PYTHON names another."""
 
@@ -55,6 +56,12 @@ class Stage:
     """Whether each process takes a GPU where there are GPUs."""
     resumable: bool = False
     """Whether the command continues from what an earlier, stopped start left; else that is set aside first."""
+    kind: Kind = "train"
+    """What it does: resources, tables and the report go by it."""
+    cluster: str = ""
+    """Its section of the recipe's ``cluster``, beside cpu or gpu; "" for that of its kind."""
+    model: str = ""
+    """The row of the table of models that it makes; "" for none."""
     only_shows: bool = False
     """Whether it only shows what other stages made: it is made again, in place, whenever they change."""
     iterations: int | None = None

@@ -49,6 +49,8 @@ class TrainingJob:
     """Flags that win over all others."""
     after: tuple[str, ...] = ()
     """Stages whose files it reads, which only bound its first step."""
+    cluster: str = "finetune"
+    """Its section of the recipe's ``cluster``."""
 
 
 def plan_training(recipe: Recipe, job: TrainingJob) -> Stage:
@@ -78,6 +80,7 @@ def plan_training(recipe: Recipe, job: TrainingJob) -> Stage:
         threads=part.layout.threads,
         on_gpu=True,
         resumable=True,
+        cluster=job.cluster,
         iterations=steps,
         tokens=tokens,
         flops=_estimate_flops(recipe, flags, tokens),
