@@ -212,8 +212,8 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def _plan_run(arguments: argparse.Namespace, check: bool = True) -> PlannedRun:
     """The run that the command line asks for; what was read otherwise than it is written is said."""
-    from megatron_btx.plan.stage import one_line
     from megatron_btx.runner.api import ChangedStagesError, plan_run
+    from megatron_btx.runner.scripts import one_line
 
     planned = plan_run(
         arguments.recipe,
@@ -248,7 +248,7 @@ def _describe_plan(planned: PlannedRun) -> str:
 
 def _refuse_changes(arguments: argparse.Namespace, planned: PlannedRun, error: ChangedStagesError) -> NoReturn:
     """Say what changed in which stage, and the command that would run them again. Always raises InputError."""
-    from megatron_btx.plan.stage import one_line
+    from megatron_btx.runner.scripts import one_line
 
     for name, why in error.changed.items():
         print(f"{name}: {one_line(why)}", file=sys.stderr, flush=True)

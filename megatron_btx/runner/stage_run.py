@@ -12,18 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_btx.common import manifest as manifests
 from megatron_btx.common.errors import BAD_INPUT_EXIT_CODE, printable
 from megatron_btx.common.files import refuse_unusual, write_atomically
 from megatron_btx.plan.fingerprint import Identity, manifest_of
-from megatron_btx.plan.stage import Stage, command_script
+from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.names import CONFIG_FILE, LOG_FILE, SCRIPT_FILE, STAGE_RECORDS
 from megatron_btx.recipe.options import place_of, say_keys
 from megatron_btx.runner.decisions import RERUN, Action
 from megatron_btx.runner.run_dir import find_free_name
 from megatron_btx.runner.schemas import StageManifest
+from megatron_btx.runner.scripts import command_script, config_text
 
 
 def describe_start(
@@ -54,21 +53,6 @@ def prepare_folder(stage: Stage, directory: Path, action: Action, manifest: Mapp
         _set_leftovers_aside(directory)
     write_atomically(directory / CONFIG_FILE, config_text(stage))
     write_atomically(directory / SCRIPT_FILE, command_script(stage))
-
-
-def config_text(stage: Stage) -> str:
-    """The config.yaml of a stage."""
-    said = {
-        "stage": stage.name,
-        "parents": list(stage.parents),
-        "processes": stage.processes,
-        "threads": stage.threads,
-        "iterations": stage.iterations,
-        "tokens": stage.tokens,
-        **stage.config,
-        "command": list(stage.command),
-    }
-    return yaml.safe_dump(said, sort_keys=False)
 
 
 def _set_leftovers_aside(directory: Path) -> None:

@@ -23,11 +23,12 @@ from rich.text import Text
 from megatron_btx.common.errors import InputError, printable
 from megatron_btx.data.domains import Domain
 from megatron_btx.data.inputs import expand_inputs
-from megatron_btx.plan.stage import Program, Stage, one_line
+from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe.names import DATA_STAGE, IMPORT_PREFIX, METRICS_FILE, TRAIN_SPLIT
 from megatron_btx.runner.decisions import KEEP, SKIP, Action, list_kept
 from megatron_btx.runner.run_dir import read_checkpointed_iteration, read_last_metrics, read_stage_manifest
 from megatron_btx.runner.schemas import MetricsLine, StageManifest
+from megatron_btx.runner.scripts import one_line
 
 _SPEED_STEPS = 20
 """Steps over which the speed is taken."""

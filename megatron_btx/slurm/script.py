@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.plan.stage import PYTHON, Program, Stage, flag_per_line, one_line, shell_locks, shell_preparation
+from megatron_btx.plan.stage import PYTHON, Program, Stage
+from megatron_btx.runner.scripts import flag_per_line, one_line, shell_locks, shell_preparation
 from megatron_btx.runner.slurm_queue import COMMENT_LETTERS, job_name
 from megatron_btx.slurm.record import SLURM_FOLDER
 from megatron_btx.slurm.resources import Resources

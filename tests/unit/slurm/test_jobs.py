@@ -23,10 +23,11 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.evaluation import api
 from megatron_btx.plan import checks as program_checks
 from megatron_btx.plan.fingerprint import identities
-from megatron_btx.plan.stage import Program, Stage, command_script
+from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe import from_checkpoint as given
 from megatron_btx.recipe.cluster import ClusterSection
 from megatron_btx.runner.run_dir import is_locked, lock_run
+from megatron_btx.runner.scripts import command_script
 from megatron_btx.runner.slurm_queue import Job
 from megatron_btx.slurm import job
 from megatron_btx.slurm.record import StageRecord, write_record
