@@ -235,10 +235,11 @@ def _plan_run(arguments: argparse.Namespace, check: bool = True) -> PlannedRun:
 
 def _describe_plan(planned: PlannedRun) -> str:
     """The table of a plan, the stages that are finished, and the estimate of the rest."""
+    from megatron_btx.common.table import render
     from megatron_btx.runner import tables
 
     stages = planned.chosen_stages()
-    lines = [tables.render(tables.make_plan_table(stages, planned.actions, str(planned.directory)))]
+    lines = [render(tables.make_plan_table(stages, planned.actions, str(planned.directory)))]
     lines.append(tables.describe_finished(stages, planned.actions))
     lines.append(tables.describe_kept(stages, planned.actions))
     lines.append(tables.describe_total(stages, planned.actions))

@@ -19,20 +19,17 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_btx.common import manifest as manifests
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import write_atomically
-from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.stage import Stage
-from megatron_btx.recipe.names import LOG_FILE, SCRIPT_FILE, TRACKER_FILE
+from megatron_btx.recipe.names import LOG_FILE, SCRIPT_FILE
 from megatron_btx.runner import processes
-from megatron_btx.runner.decisions import RERUN, SKIP, Action, check_chosen, decide, list_kept
-from megatron_btx.runner.run_dir import check_run, lock_run, read_stage_manifest
-from megatron_btx.runner.schemas import StageManifest
+from megatron_btx.runner.decisions import SKIP, Action, check_chosen, decide, list_kept, make_records
+from megatron_btx.runner.run_dir import check_run, lock_run
+from megatron_btx.runner.schemas import StageRecord
 from megatron_btx.runner.slurm_queue import check_no_jobs
-from megatron_btx.runner.stage_run import describe_start, failure_message, killed_by, prepare_folder, read_log
+from megatron_btx.runner.stage_run import Failure, StageRun
 from megatron_btx.runner.tables import Reporter
 
 POLL_SECONDS = 0.2
@@ -44,10 +41,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Runner:
     """Runs the stages of one run directory; see :func:`execute_stages`."""
 
-    def __init__(self, stages: Sequence[Stage], run: Path, machine: Machine, reporter: Reporter) -> None:
-        self.stages = {stage.name: stage for stage in stages}
+    def __init__(self, records: Mapping[str, StageRecord], run: Path, machine: Machine, reporter: Reporter) -> None:
+        self.records = records
+        self.stages = {name: record.stage for name, record in records.items()}
         self.run, self.machine, self.reporter = run, machine, reporter
-        self.identities = identities(stages)
         self.session = f"{processes.mark_of(run)}{uuid.uuid4().hex}"
         self.running: dict[str, _Running] = {}
         self.signal: int | None = None
@@ -114,68 +111,56 @@ class Runner:
         return not any(parent in waiting or parent in self.running for parent in stage.waits_for())
 
     def _start(self, stage: Stage, action: Action) -> None:
-        directory = self.run / stage.name
-        earlier = StageManifest()
-        if action.verb != RERUN:
-            earlier = read_stage_manifest(directory) or earlier
         device = "cpu"
         if self.machine.gpus and stage.on_gpu:
             device = "gpu"
-        manifest = describe_start(stage, self.identities[stage.name], action, earlier, device)
-        prepare_folder(stage, directory, action, manifest)
+        stage_run = StageRun(self.run, self.records[stage.name])
+        stage_run.begin(action, device, f"bash {SCRIPT_FILE}")
         taken = self.machine.take(stage)
         mark = {processes.MARK_VARIABLE: f"{self.session}:{stage.name}:"}
-        with (directory / LOG_FILE).open("ab") as log:
-            log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {action.verb}: bash {SCRIPT_FILE}\n".encode())
-            log.flush()
-            offset = log.tell()  # before the start: the stage shares our file's position and moves it
+        with (stage_run.directory / LOG_FILE).open("ab") as log:
             process = subprocess.Popen(
                 ["bash", SCRIPT_FILE],
-                cwd=directory,
+                cwd=stage_run.directory,
                 env={**os.environ, **self.machine.environment(taken), **mark},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.running[stage.name] = _Running(process, manifest, taken, offset, manifest["seconds"])
+        self.running[stage.name] = _Running(process, stage_run, taken, time.monotonic())
         self.reporter.set(stage.name, "running", f"{action.verb}: {action.why}")
 
     def _finish(self, name: str) -> int:
         """Take in an ended stage; 0 when it did its work, else the runner's exit status."""
-        stage, running = self.stages[name], self.running[name]
-        code = running.process.returncode
-        problem = find_problem(stage, self.run / name, code)
-        if not problem:
-            self._close(name, "finished")
+        failure = self._close(name)
+        if failure is None:
             return 0
-        self._close(name, "failed")
-        log = self.run / name / LOG_FILE
-        text = read_log(log, running.log_offset)
-        killed = killed_by(text, code)
-        if killed:
-            problem = f"failed: {killed}"
-        message, status = failure_message(text, code, name)
-        self.failure = f"stage {name} {problem}; its log: {log}\n{message}"
-        return status
+        self.failure = f"stage {name} {failure.problem}; its log: {self.run / name / LOG_FILE}\n{failure.message}"
+        return failure.status
 
-    def _close(self, name: str, status: str) -> None:
-        """A stage's process has ended, or has to: end what is left of it, note its status, free its slots."""
-        running = self.running[name]
+    def _close(self, name: str, status: str = "") -> Failure | None:
+        """A stage's process has ended, or has to: end what is left of it, note its status, free its slots.
+
+        Without a ``status`` its end decides between finished and failed.
+        """
+        running = self.running.pop(name)
         processes.end_marked(f"{self.session}:{name}:")
-        running.process.wait()
-        running.manifest |= {"status": status, "seconds": running.total_seconds(), "exit": running.process.returncode}
-        del self.running[name]
+        code = running.process.wait()
         self.machine.give_back(running.taken)
+        failure = running.stage_run.find_failure(code)
+        if not status:
+            status = "failed" if failure else "finished"
         with contextlib.suppress(FileNotFoundError):  # somebody removed the run under us: nothing to note, still stop
-            manifests.write_manifest(self.run / name, running.manifest)
-        self.reporter.set(name, status, f"{running.manifest['seconds']:.0f} s")
+            running.stage_run.end(code, status)
+        self.reporter.set(name, status, f"{running.stage_run.manifest.seconds:.0f} s")
+        return failure
 
     def _keep_time(self) -> None:
-        for name, running in self.running.items():
+        for running in self.running.values():
             if time.monotonic() - running.written > MANIFEST_SECONDS:
                 running.written = time.monotonic()
-                manifests.write_manifest(self.run / name, running.manifest | {"seconds": running.total_seconds()})
+                running.stage_run.keep_time()
 
     def _stop_all(self) -> None:
         if self.running:
@@ -189,31 +174,10 @@ class _Running:
     """A stage that was started."""
 
     process: subprocess.Popen[bytes]
-    manifest: dict[str, Any]
+    stage_run: StageRun
     taken: list[str]
-    log_offset: int
-    earlier_seconds: float
-
-    def __post_init__(self) -> None:
-        self.started = self.written = time.monotonic()
-
-    def total_seconds(self) -> float:
-        """Seconds of all its starts."""
-        return round(self.earlier_seconds + time.monotonic() - self.started, 3)
-
-
-def find_problem(stage: Stage, directory: Path, code: int) -> str:
-    """Why a stage that ended with status ``code`` is not finished; empty when it is."""
-    if code:
-        return f"ended with status {code}"
-    product = directory / stage.product
-    if not product.exists():
-        return f"ended without its product {stage.product}"
-    if stage.iterations is not None and stage.product == TRACKER_FILE:
-        reached = product.read_text(encoding="utf-8").strip()
-        if reached != str(stage.iterations):
-            return f"ended at iteration {reached} of {stage.iterations}"
-    return ""
+    written: float
+    """When its manifest was written last."""
 
 
 @contextlib.contextmanager
@@ -274,7 +238,7 @@ def execute_stages(
         machine.check([stage for stage in stages if stage.name in chosen and actions[stage.name].verb != SKIP])
         for name, text in (records or {}).items():
             write_atomically(run / name, text)
-        runner = Runner(stages, run, machine, reporter)
+        runner = Runner(make_records(stages, actions, rerun), run, machine, reporter)
         with processes.guard(f"{runner.session}:"), _handle_signals(runner):
             status = runner.execute(actions, chosen)
         return Outcome(status, runner.failure)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import yaml
 
-from megatron_btx.plan.fingerprint import Identity, identities, manifest_of
+from megatron_btx.plan.fingerprint import Identity, identities
 from megatron_btx.plan.stage import PYTHON, Stage
 from megatron_btx.recipe.names import CONFIG_FILE, MANIFEST_FILE
 from megatron_btx.runner.decisions import RERUN, RESUME, SKIP, Action
 from megatron_btx.runner.run_dir import find_free_name
+from megatron_btx.runner.schemas import StageManifest
 
 
 def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directory: Path) -> str:
@@ -48,7 +49,7 @@ def _stage_commands(stage: Stage, action: Action, identity: Identity, directory:
         aside = find_free_name(directory / stage.name).name
         commands.insert(0, f"mv {folder} {shlex.quote(aside)}")
     if action.verb != RESUME:
-        manifest = json.dumps(manifest_of(stage, identity, "started by hand", action.rerun))
+        manifest = json.dumps(StageManifest.of_stage(stage, identity, "started by hand", action.rerun).content())
         commands.append(f"printf '%s\\n' {shlex.quote(manifest)} > {folder}/{MANIFEST_FILE}")
     if f"{stage.name}/{CONFIG_FILE}" in stage.command:  # printf is no program, so that no word is too long for it
         commands.append(f"printf '%s' {shlex.quote(config_text(stage))} > {folder}/{CONFIG_FILE}")
@@ -108,7 +109,7 @@ export PYTHONSAFEPATH=1"""
 
 
 def shell_locks(name: str) -> str:
-    """What keeps a script in the run's folder from making a stage that somebody else makes; see lock.py."""
+    """What keeps a script in the run's folder from making a stage that somebody else makes; see run_dir.py."""
     return f"""\
 # Who works here holds a lock: one btx run the folder, or one script each stage. It ends with him, however he ends.
 # flock leaves with 3 where another holds it, and with something else on a disk that has no locks.
@@ -131,10 +132,14 @@ def one_line(text: str) -> str:
 
 
 def command_script(stage: Stage) -> str:
-    """The stage's command.sh: exactly what the runner executes, and what a person can call from anywhere."""
+    """The stage's command.sh: what btx run executes, and what a person can call from anywhere.
+
+    A job of Slurm executes its own script, which starts the same program as one task for each process.
+    """
     return (
         "#!/usr/bin/env bash\n"
-        f"# Stage {one_line(stage.name)}. Relative paths count from the run directory, the parent of this script's.\n"
+        f"# Stage {one_line(stage.name)} on one machine. btx run executes this, a job of Slurm one of ../slurm;\n"
+        "# log.txt says which it was. Relative paths count from the run directory, the parent of this script's.\n"
         "set -euo pipefail\n"
         "unset CDPATH\n"  # with it, cd would look for the folder elsewhere first
         'cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."\n'

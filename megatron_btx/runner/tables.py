@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console
 from rich.live import Live
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Table
 
-from megatron_btx.common.errors import InputError, printable
+from megatron_btx.common.errors import InputError
+from megatron_btx.common.table import describe_cells, make_table
 from megatron_btx.data.domains import Domain
 from megatron_btx.data.inputs import expand_inputs
-from megatron_btx.plan.stage import Program, Stage
-from megatron_btx.recipe.names import DATA_STAGE, IMPORT_PREFIX, METRICS_FILE, TRAIN_SPLIT
+from megatron_btx.plan.stage import Stage
+from megatron_btx.recipe.names import DATA_STAGE, METRICS_FILE, TRAIN_SPLIT
 from megatron_btx.runner.decisions import KEEP, SKIP, Action, list_kept
 from megatron_btx.runner.run_dir import read_checkpointed_iteration, read_last_metrics, read_stage_manifest
 from megatron_btx.runner.schemas import MetricsLine, StageManifest
@@ -32,11 +30,7 @@ from megatron_btx.runner.scripts import one_line
 
 _SPEED_STEPS = 20
 """Steps over which the speed is taken."""
-_WIDE_COLUMNS = 10_000
-"""More than any table of a run has."""
 HEADERS = ("stage", "state", "step", "loss", "tokens/s", "time left", "time")
-_TEXT_HEADERS = ("stage", "state", "does", "made from", "why")
-_WRAPPED_HEADERS = ("made from", "why")
 
 
 @dataclass(frozen=True)
@@ -107,37 +101,6 @@ def _median_step_seconds(lines: Sequence[MetricsLine]) -> float | None:
     return max(0.0, statistics.median(times)) or None
 
 
-class WholeTable(Table):
-    """A table that is a line for every row where it does not fit: rich would cut its cells, down to nothing."""
-
-    lines: Sequence[str] = ()
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Called by rich when the width is known."""
-        if self.__rich_measure__(console, options.update(max_width=_WIDE_COLUMNS)).minimum <= options.max_width:
-            yield from super().__rich_console__(console, options)  # type: ignore[misc]
-        else:
-            yield from map(Text, self.lines)
-
-
-def make_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
-    """Cells as a table for a terminal. They are text: brackets in a name are no markup."""
-    texts = [[printable(cell) for cell in row] for row in rows]
-    columns = []
-    for header, *cells in zip(headers, *texts, strict=True):
-        column = Column(header)
-        if header not in _WRAPPED_HEADERS:
-            column.no_wrap, column.min_width = True, max(map(cell_len, (header, *cells)))
-        if header not in _TEXT_HEADERS:
-            column.justify = "right"
-        columns.append(column)
-    grid = WholeTable(*columns, title=Text(printable(title)), title_justify="left", show_edge=False, pad_edge=False)
-    for row in texts:
-        grid.add_row(*map(Text, row))
-    grid.lines = [printable(title), *(describe_cells(headers, row) for row in texts)]
-    return grid
-
-
 def make_progress_table(
     rows: Sequence[Row], title: str, headers: Sequence[str] = (), more: Sequence[Sequence[str]] = ()
 ) -> Table:
@@ -146,23 +109,6 @@ def make_progress_table(
     for row, further in zip(cells, more, strict=False):
         row.extend(further)
     return make_table((*HEADERS, *headers), cells, title)
-
-
-def find_width() -> int:
-    """Of the terminal; elsewhere a table is printed whole, because a program or a file reads it."""
-    console = Console()
-    if console.is_terminal:
-        return console.width
-    return _WIDE_COLUMNS
-
-
-def describe_cells(headers: Sequence[str], cells: Sequence[str]) -> str:
-    """A row of a table as a line: "seed: running, step 5/10, loss 3.210"."""
-    parts = []
-    for header, cell in zip(headers[1:], cells[1:], strict=True):
-        if cell.strip():
-            parts.append(f"{header} {cell.strip()}".removeprefix("state "))
-    return f"{cells[0].strip()}: {', '.join(parts)}"
 
 
 def _clock(seconds: float) -> str:
@@ -176,15 +122,16 @@ def _clock(seconds: float) -> str:
 
 
 _HEADERS = ("stage", "state", "does", "processes", "steps", "tokens", "FLOPs", "made from")
-_PURPOSES = {
-    "megatron_btx.pretrain": "train",
-    "megatron_btx.evaluate": "evaluate",
-    "megatron_btx.mixing.cli": "combine models",
-    "megatron_btx.mixing.convert_hf": "convert",
-    "megatron_btx.data.datasets": "make datasets",
-    "megatron_btx.report.build": "report",
+_PURPOSES: Mapping[str, str] = {
+    "data": "make datasets",
+    "import": "import a model",
+    "train": "train",
+    "mix": "combine models",
+    "export": "convert",
+    "evaluate": "evaluate",
+    "report": "report",
 }
-"""Module of a program -> what a stage of it does."""
+"""Kind of a stage -> what it does."""
 _BYTES_PER_TOKEN, _EPOCHS_AT_MOST = 4, 4
 """Of English and code; up to some four epochs repeated text is worth nearly what new text is (arXiv:2305.16264)."""
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -257,27 +204,10 @@ def count_epochs(settings: Mapping[str, Any], tokens: float | None, sizes: Mappi
     }
 
 
-def render(table: Table) -> str:
-    """The table as plain text."""
-    console = Console(file=io.StringIO(), width=find_width())
-    with console.capture() as captured:
-        console.print(table)
-    lines = [line.rstrip() for line in captured.get().splitlines()]
-    return "\n".join(lines)
-
-
 def _cells(stage: Stage, action: Action) -> list[str]:
     steps, tokens = say(stage.iterations, "{:,}".format), say(stage.tokens, "{:,}".format)
     flops, parents = say(stage.flops, with_prefix), ", ".join(stage.parents)
-    return [stage.name, action.verb, _purpose(stage), str(stage.processes), steps, tokens, flops, parents]
-
-
-def _purpose(stage: Stage) -> str:
-    if stage.name.startswith(IMPORT_PREFIX):
-        return "import a model"
-    if isinstance(stage.program, Program):
-        return _PURPOSES.get(stage.program.module, stage.program.module)
-    return stage.program[0]
+    return [stage.name, action.verb, _PURPOSES[stage.kind], str(stage.processes), steps, tokens, flops, parents]
 
 
 def _count(number: int, noun: str) -> str:

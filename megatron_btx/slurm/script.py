@@ -14,13 +14,14 @@ from pathlib import Path
 from megatron_btx.common.errors import InputError
 from megatron_btx.plan.stage import PYTHON, Program, Stage
 from megatron_btx.runner.scripts import flag_per_line, one_line, shell_locks, shell_preparation
-from megatron_btx.runner.slurm_queue import COMMENT_LETTERS, job_name
-from megatron_btx.slurm.record import SLURM_FOLDER
+from megatron_btx.runner.slurm_queue import COMMENT_LETTERS, SLURM_FOLDER, job_name
 from megatron_btx.slurm.resources import Resources
 
 DONE_BEFORE, INTERRUPTED, GIVEN_UP = 10, 75, 76
 """What the first step of a job says when there is nothing to do, and the last one when the job should start again, or
 did so too often; what fails in another way says the second, too."""
+NOTE_SUFFIX = ".job"
+"""Of the file beside a script that holds the number of the job last submitted; for btx status alone."""
 _SAFE_PATH = re.compile(r"[\w./+=@:,~-]+")
 
 _IN_CONTAINER = '"${in_container[@]}"'
@@ -89,6 +90,11 @@ BTX_STAGE="slurm-$SLURM_JOB_ID:" {srun} \\
 stage end --status "$status" && status=0 || status=$?
 leave "$status" -1
 """
+
+
+def script_path(run: Path, stage: str) -> Path:
+    """The script of a stage's job; its record, its log and its note lie beside it."""
+    return run / SLURM_FOLDER / f"{stage}.sh"
 
 
 def check_run_path(run: Path) -> None:

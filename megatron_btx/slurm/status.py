@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_btx.common.errors import printable
+from megatron_btx.common.errors import InputError, printable
 from megatron_btx.recipe.names import MANIFEST_FILE
-from megatron_btx.runner.schemas import StageManifest, read_number
-from megatron_btx.runner.slurm_queue import Job, SlurmError, list_jobs
-from megatron_btx.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, read_started, read_waited_for, script_path
+from megatron_btx.runner.schemas import StageManifest
+from megatron_btx.runner.slurm_queue import SLURM_FOLDER, Job, SlurmError, list_jobs
+from megatron_btx.runner.stage_run import read_record
+from megatron_btx.slurm.script import NOTE_SUFFIX, script_path
 
 HEADERS = ("job", "why")
 FOREIGN = "{0}: job {1} is in the queue, and the recipe has no such stage; btx cancel {2} --only {0}"
@@ -93,10 +94,9 @@ def _view_live(
 
 def _count_seconds(manifest: StageManifest) -> float:
     """How long the start that runs now has run; 0 where it is not known."""
-    began = read_number(read_started(manifest).get("time"))
-    if manifest.status != "running" or began is None:
+    if manifest.status != "running" or manifest.started is None:
         return 0.0
-    return max(0.0, time.time() - began)
+    return max(0.0, time.time() - manifest.started)
 
 
 def _view_ended(run: Path, stage: str, manifest: StageManifest) -> JobView:
@@ -110,11 +110,10 @@ def _view_ended(run: Path, stage: str, manifest: StageManifest) -> JobView:
         return JobView("ended", submitted, "failed, or cancelled, before its stage began; btx submit goes on", log=log)
     if manifest.status is None:
         return JobView("waiting", number, "not submitted")
-    started = read_started(manifest)
     problem = ""
-    if started and manifest.status in _FAILED:
-        problem = f"{started.get('problem', '')}; "
-    elif started:
+    if manifest.slurm.job and manifest.status in _FAILED:
+        problem = f"{manifest.slurm.problem or ''}; "
+    elif manifest.slurm.job:
         return JobView(number=number, why="gone without a word; btx submit goes on", log=log)
     return JobView(number=number, why=f"{printable(problem)}btx submit goes on")
 
@@ -145,7 +144,11 @@ def _explain(run: Path, job: Job, manifests: Mapping[str, StageManifest], live: 
 def _list_unfinished(run: Path, stage: str, manifests: Mapping[str, StageManifest]) -> list[str]:
     """The stages that one waits for itself."""
     unfinished = []
-    for parent in read_waited_for(run, stage):
+    try:
+        parents = tuple(read_record(run, stage).parents)
+    except (InputError, OSError):
+        return []
+    for parent in parents:
         if parent not in manifests or not manifests[parent].is_finished:
             unfinished.append(parent)
     return unfinished
@@ -173,4 +176,4 @@ def _join(names: Sequence[str]) -> str:
 
 
 def _last_job(manifest: StageManifest) -> str:
-    return str(read_started(manifest).get("job", ""))
+    return manifest.slurm.job or ""

@@ -21,11 +21,12 @@ from megatron_btx.plan.fingerprint import Identity, identities
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.cluster import ClusterSection
 from megatron_btx.recipe.names import PLAN_FILE
-from megatron_btx.runner.decisions import RERUN, SKIP, Action, decide
+from megatron_btx.runner.decisions import RERUN, SKIP, Action, decide, make_records
 from megatron_btx.runner.run_dir import is_locked, lock_run, read_plan, take_turn
 from megatron_btx.runner.scripts import as_comment
 from megatron_btx.runner.slurm_queue import (
     COMMENT_LETTERS,
+    SLURM_FOLDER,
     Job,
     SlurmError,
     cancel_jobs,
@@ -33,9 +34,9 @@ from megatron_btx.runner.slurm_queue import (
     list_settled,
     submit_script,
 )
-from megatron_btx.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, StageRecord, script_path, write_record
+from megatron_btx.runner.stage_run import write_record
 from megatron_btx.slurm.resources import find_resources
-from megatron_btx.slurm.script import check_run_path, render_script
+from megatron_btx.slurm.script import NOTE_SUFFIX, check_run_path, render_script, script_path
 from megatron_btx.slurm.status import FOREIGN
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ def write_scripts(planned: PlannedRun, scripts: Mapping[str, str]) -> None:
     (run / SLURM_FOLDER).mkdir(parents=True, exist_ok=True)
     for name, text in planned.records().items():
         write_atomically(run / name, text)
-    known = identities(planned.stages)
+    records = make_records(planned.stages, planned.actions, planned.rerun)
     for stage in _list_due(planned):
-        write_record(run, _make_record(planned, stage, known))
+        write_record(run, records[stage.name])
         write_atomically(script_path(run, stage.name), scripts[stage.name])
 
 
@@ -178,15 +179,6 @@ def _list_due(planned: PlannedRun) -> list[Stage]:
 
 def _is_done(planned: PlannedRun, stage: Stage) -> bool:
     return planned.actions[stage.name].verb == SKIP
-
-
-def _make_record(planned: PlannedRun, stage: Stage, known: Mapping[str, Identity]) -> StageRecord:
-    shown = {other.name for other in planned.stages if other.only_shows}
-    parents: dict[str, str | None] = {}
-    for parent in stage.waits_for():
-        parents[parent] = None if parent in shown else known[parent].fingerprint
-    rerun = planned.actions[stage.name].rerun
-    return StageRecord(stage, known[stage.name], parents, rerun, stage.name in planned.rerun)
 
 
 def show_scripts(planned: PlannedRun) -> str:

@@ -59,7 +59,7 @@ def test_a_plan_is_whole_at_80_columns() -> None:
     parents = tuple(f"expert-{number}" for number in range(12))
     stage = Stage("mix", ("true",), parents, iterations=1000, tokens=1_000_000)
     shown = words_at(80, make_plan_table([stage], {"mix": Action("run", "")}, "runs/x"))
-    assert {*parents, "mix", "true"} <= set(shown)
+    assert {*parents, "mix", "train"} <= set(shown)
 
 
 def log(folder: Path, first: int, last: int, began: float) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.plan.fingerprint import identities
+from megatron_btx.plan.fingerprint import Identity, identities
 from megatron_btx.plan.planner import plan_stages
 from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe.cluster import ClusterSection, seconds_of
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.report.status import print_status
 from megatron_btx.runner import slurm_queue as queue
+from megatron_btx.runner.schemas import StageRecord
 from megatron_btx.runner.slurm_queue import Job, list_jobs
+from megatron_btx.runner.stage_run import read_record, write_record
 from megatron_btx.runner.tables import read_shown_manifest
 from megatron_btx.slurm import job, submission
-from megatron_btx.slurm.record import StageRecord, read_record, write_record
-from megatron_btx.slurm.resources import find_resources, kind_of
+from megatron_btx.slurm.resources import find_resources
 from megatron_btx.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED, check_run_path, render_script
 from megatron_btx.slurm.status import view_jobs
 
@@ -80,7 +82,8 @@ def test_the_example_for_a_cluster_is_one() -> None:
     tree = yaml.safe_load((EXAMPLES / "four-models-slurm.yaml").read_text())
     section = ClusterSection.model_validate(tree["cluster"])
     processes = tree["finetune"]["layout"]["processes"]
-    stage = Stage("finetune", Program("megatron_btx.pretrain"), processes=processes, on_gpu=True, resumable=True)
+    program = Program("megatron_btx.pretrain")
+    stage = Stage("finetune", program, processes=processes, on_gpu=True, resumable=True, cluster="finetune")
     found = find_resources(section, stage)
     assert (found.nodes, found.tasks_per_node, found.gpus_per_node, found.signal_seconds) == (4, 8, 8, 300)
 
@@ -100,7 +103,7 @@ def test_a_stage_that_makes_data_is_one_task_with_a_core_for_each_worker(inputs:
 
 def test_every_kind_of_stage_has_a_section(inputs: Path) -> None:
     changes = ["export=true", "baselines={average: true, dense: {}}"]
-    kinds = {stage.name: kind_of(stage) for stage in plan_stages(load_recipe(RECIPE, changes))}
+    kinds = {stage.name: stage.cluster or stage.kind for stage in plan_stages(load_recipe(RECIPE, changes))}
     assert kinds == {
         "data": "data",
         "seed": "seed",
@@ -250,7 +253,8 @@ def test_nothing_of_a_recipe_runs_in_a_script(tmp_path: Path) -> None:
     (bin_folder / "python").write_text("#!/bin/bash\nexit 0\n")
     for name in ("srun", "python"):
         (bin_folder / name).chmod(0o755)
-    stage = Stage("expert-math", Program("megatron_btx.pretrain", ("--lr", HOSTILE, "--name", "-x")), resumable=True)
+    program = Program("megatron_btx.pretrain", ("--lr", HOSTILE, "--name", "-x"))
+    stage = Stage("expert-math", program, resumable=True, cluster="experts")
     tree_cluster = {"environment": {"A": "$(touch ran) '\"`touch ran`"}, "data-cache": "/a b/$(touch ran)'"}
     resources = find_resources(ClusterSection.model_validate(tree_cluster), stage)
     script = render_script(stage, resources, run, FINGERPRINT)
@@ -291,7 +295,7 @@ def test_a_run_whose_path_slurm_could_not_hold_is_refused(path: str) -> None:
     ],
 )
 def test_processes_spread_evenly_over_nodes(cluster: Any, processes: int, spread: tuple[int, int] | None) -> None:
-    stage = Stage("finetune", Program("megatron_btx.pretrain"), processes=processes, on_gpu=True)
+    stage = Stage("finetune", Program("megatron_btx.pretrain"), processes=processes, on_gpu=True, cluster="finetune")
     section = ClusterSection.model_validate(cluster)
     if spread is None:
         with pytest.raises(InputError, match="do not spread evenly"):
@@ -346,6 +350,36 @@ def test_a_record_is_the_stage(world: JobWorld) -> None:
     record = read_record(world.run, "train")
     assert record.stage == Stage(**{**vars(world.stage), "settings": None})
     assert record.identity.fingerprint == world.fingerprint
+
+
+def test_every_field_of_a_stage_travels(tmp_path: Path) -> None:
+    """One that is new, too: none of them may be its default in a job."""
+    stage = Stage(
+        name="mix",
+        program=Program("module", ("--a", "b"), is_distributed=True),
+        parents=("seed",),
+        after=("data",),
+        inputs=(Path("/in"),),
+        settings={"a": 1},
+        product="out",
+        processes=2,
+        threads=3,
+        on_gpu=True,
+        resumable=True,
+        kind="mix",
+        cluster="dense",
+        model="btx",
+        only_shows=True,
+        iterations=4,
+        tokens=5,
+        flops=6.0,
+        config={"domains": {"a": [1, "b"]}},
+    )
+    for field in fields(Stage):
+        assert field.default is MISSING or getattr(stage, field.name) != field.default, field.name
+    write_record(tmp_path, StageRecord(stage, Identity({"a": 1}, {}, "f"), {"seed": "f", "data": None}, None, True))
+    read = read_record(tmp_path, "mix")
+    assert read.stage == replace(stage, settings=None) and read.parents == {"seed": "f", "data": None}
 
 
 def test_a_job_needs_what_its_stage_is_made_from(world: JobWorld, capsys: pytest.CaptureFixture[str]) -> None:
