@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import sys
 import time
@@ -28,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_btx.common import manifest as manifests
 from megatron_btx.common.errors import InputError
-from megatron_btx.common.files import read_json_object
+from megatron_btx.common.files import parse_json, read_json, read_json_object
 from megatron_btx.recipe.names import LOCK_FILE, PLAN_FILE, RECIPE_FILE, TRACKER_FILE
 from megatron_btx.runner.schemas import (
     Evaluation,
@@ -56,12 +55,9 @@ def find_free_name(directory: Path) -> Path:
 
 def read_plan(run: Path) -> list[PlannedStage] | None:
     """The plan of the run directory ``run``; None when what lies there is none."""
-    path = run / PLAN_FILE
-    if not path.is_file():  # reading a pipe would wait forever
-        return None
     try:
-        return TypeAdapter(list[PlannedStage]).validate_python(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        return TypeAdapter(list[PlannedStage]).validate_python(read_json(run / PLAN_FILE, "btx run writes it again"))
+    except (OSError, ValueError, InputError):
         return None
 
 
@@ -143,8 +139,8 @@ def parse_metrics(text: str) -> list[MetricsLine]:
     found: list[MetricsLine] = []
     for line in text.splitlines():
         try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
+            content = parse_json(line)
+        except ValueError:
             continue
         if isinstance(content, dict) and read_count(content.get("iteration")) is not None:
             if content.get("skipped"):

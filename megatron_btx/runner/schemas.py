@@ -31,28 +31,9 @@ def read_count(value: object) -> int | None:
     return value
 
 
-def _read_text(value: object) -> str | None:
-    if isinstance(value, str):
-        return value
-    return None
-
-
-def _read_whole(value: object) -> int | None:
-    if type(value) is int:
-        return value
-    return None
-
-
-def _read_words(value: object) -> list[str] | None:
-    if isinstance(value, list):
-        return [str(word) for word in value]
-    return None
-
-
-def _read_mapping(value: object) -> dict[str, Any] | None:
-    if isinstance(value, dict):
-        return value
-    return None
+def _only(kind: type) -> BeforeValidator:
+    """Takes a value of this type, and None in place of any other."""
+    return BeforeValidator(lambda value: value if isinstance(value, kind) else None)
 
 
 def _read_parents(value: object) -> dict[str, str | None]:
@@ -61,16 +42,19 @@ def _read_parents(value: object) -> dict[str, str | None]:
         return {str(name): None for name in value}
     if not isinstance(value, dict):
         return {}
-    return {str(name): _read_text(fingerprint) for name, fingerprint in value.items()}
+    parents: dict[str, str | None] = {}
+    for name, fingerprint in value.items():
+        parents[str(name)] = fingerprint if isinstance(fingerprint, str) else None
+    return parents
 
 
 Number = Annotated[float | None, BeforeValidator(read_number)]
 Count = Annotated[int | None, BeforeValidator(read_count)]
 PlannedCount = Annotated[int | None, Field(strict=True, gt=-(2**64), lt=2**64), AfterValidator(read_count)]
 """Another type or a huge number is of no plan that btx wrote."""
-Text = Annotated[str | None, BeforeValidator(_read_text)]
-Words = Annotated[list[str] | None, BeforeValidator(_read_words)]
-Settings = Annotated[dict[str, Any] | None, BeforeValidator(_read_mapping)]
+Text = Annotated[str | None, _only(str)]
+Words = Annotated[list[Any] | None, _only(list)]
+Settings = Annotated[dict[str, Any] | None, _only(dict)]
 Parents = Annotated[dict[str, str | None], BeforeValidator(_read_parents)]
 
 
@@ -101,7 +85,7 @@ class JobStart(_Record):
 def _read_job(value: object) -> JobStart:
     if isinstance(value, JobStart):
         return value
-    return JobStart.model_validate(_read_mapping(value) or {})
+    return JobStart.model_validate(value if isinstance(value, dict) else {})
 
 
 class StageManifest(_Record):
@@ -135,7 +119,7 @@ class StageManifest(_Record):
     """Of all its starts."""
     slurm: Annotated[JobStart, BeforeValidator(_read_job)] = JobStart()
     """The job that made its last start."""
-    exit: Annotated[int | None, BeforeValidator(_read_whole)] = None
+    exit: Annotated[int | None, _only(int)] = None
     """Status of its last program."""
 
     @classmethod
@@ -155,7 +139,7 @@ class StageManifest(_Record):
             steps=stage.iterations,
             tokens=stage.tokens,
             flops=stage.flops,
-            rerun=_read_mapping(rerun),
+            rerun=dict(rerun) if rerun is not None else None,
         )
 
     def content(self) -> dict[str, Any]:
