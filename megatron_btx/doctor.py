@@ -14,10 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from packaging.requirements import Requirement
-
 from megatron_btx.common.errors import BAD_INPUT_EXIT_CODE, exits_with_one_line
-from megatron_btx.common.table import print_table
 from megatron_btx.engine.cuda_check import KERNELS
 
 _DESCRIPTION = """
@@ -57,7 +54,7 @@ def look_at_packages() -> Iterator[Finding]:
     yield Finding(PACKAGE, own)
     for text in importlib.metadata.requires(PACKAGE) or []:
         if "extra ==" not in text:
-            yield _look_for(Requirement(text))
+            yield _look_for(text)
 
 
 def version_of(package: str) -> str | None:
@@ -68,7 +65,11 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def _look_for(requirement: Requirement) -> Finding:
+def _look_for(text: str) -> Finding:
+    """One line of the package's requirements, such as ``torch>=2.10,<2.16``."""
+    from packaging.requirements import Requirement
+
+    requirement = Requirement(text)
     version = version_of(requirement.name)
     if version is None:
         return Finding(requirement.name, "missing", WRONG, f"{requirement}: {INSTALL}")
@@ -176,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = [asdict(finding) for finding in findings]
         print(json.dumps({"healthy": healthy, "summary": summarize(findings), "findings": rows}, indent=2))
     else:
+        from megatron_btx.common.table import print_table  # rich, which --help does not need
+
         rows_shown = [(finding.state, finding.name, finding.found, finding.remedy) for finding in findings]
         print_table(("", "what", "found", "remedy"), rows_shown)
         print(summarize(findings))

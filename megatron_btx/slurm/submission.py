@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.common.files import refuse_unusual, write_atomically
@@ -21,6 +20,8 @@ from megatron_btx.plan.fingerprint import Identity, identities
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.cluster import ClusterSection
 from megatron_btx.recipe.names import PLAN_FILE
+from megatron_btx.runner.api import PlannedRun
+from megatron_btx.runner.commands import describe_plan, plan_as_asked
 from megatron_btx.runner.decisions import RERUN, SKIP, Action, decide, make_records
 from megatron_btx.runner.run_dir import is_locked, lock_run, read_plan, take_turn
 from megatron_btx.runner.scripts import as_comment
@@ -38,9 +39,6 @@ from megatron_btx.runner.stage_run import write_record
 from megatron_btx.slurm.resources import find_resources
 from megatron_btx.slurm.script import NOTE_SUFFIX, check_run_path, render_script, script_path
 from megatron_btx.slurm.status import FOREIGN
-
-if TYPE_CHECKING:
-    from megatron_btx.runner.api import PlannedRun
 
 
 @dataclass
@@ -181,14 +179,25 @@ def _is_done(planned: PlannedRun, stage: Stage) -> bool:
     return planned.actions[stage.name].verb == SKIP
 
 
-def show_scripts(planned: PlannedRun) -> str:
-    """``btx submit --dry-run``: the scripts; none is written, because jobs in the queue read what lies there."""
-    scripts = {script_path(planned.directory, stage): script for stage, script in render_scripts(planned).items()}
-    return "\n".join(f"{as_comment(f'==== {path}')}\n{script}" for path, script in scripts.items())
+def submit_recipe(arguments: argparse.Namespace) -> int:
+    """``btx submit``: plan the recipe, check it, and submit what is missing, or print the scripts.
+
+    A dry run writes none of them, because jobs in the queue read what lies there.
+    """
+    planned = plan_as_asked(arguments)
+    if arguments.dry_run:
+        table = as_comment(describe_plan(planned))
+        print(table)
+        for stage, script in render_scripts(planned).items():
+            print(as_comment(f"==== {script_path(planned.directory, stage)}"), script, sep="\n")
+        print(table)
+        return 0
+    submit_run(planned)
+    return 0
 
 
 def submit_run(planned: PlannedRun) -> None:
-    """``btx submit``: submit what is missing and print what became of every stage."""
+    """Submit what is missing and print what became of every stage."""
     ignored = [name for name in os.environ if name.startswith("SBATCH_")]
     if ignored:
         print(f"# note: {', '.join(ignored)}: not used; what jobs ask for stands in the cluster section")

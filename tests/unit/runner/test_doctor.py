@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 from megatron_btx import doctor
 from megatron_btx.doctor import GOOD, NOTE, WRONG, Finding
@@ -38,7 +37,7 @@ def test_everything_that_pyproject_asks_for_is_looked_at() -> None:
 
 def test_an_image_with_a_prerelease_of_torch_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version_of", lambda name: "2.13.0a0+9186a08b2c.nv26.07")
-    assert doctor._look_for(Requirement("torch>=2.10,<2.16")).state == GOOD
+    assert doctor._look_for("torch>=2.10,<2.16").state == GOOD
 
 
 def test_login_node_with_an_engine_that_cannot_be_loaded(tmp_path: Path) -> None:
