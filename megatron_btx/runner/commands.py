@@ -13,11 +13,10 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.common.table import render
 from megatron_btx.recipe.names import REPORT_STAGE
 from megatron_btx.runner.api import ChangedStagesError, PlannedRun, plan_run
+from megatron_btx.runner.decisions import SKIP, list_kept
 from megatron_btx.runner.scripts import as_comment, one_line, shell_script
 from megatron_btx.runner.tables import (
     Progress,
-    describe_finished,
-    describe_kept,
     describe_repeats,
     describe_total,
     make_plan_table,
@@ -70,14 +69,22 @@ def plan_as_asked(arguments: argparse.Namespace, check: bool = True) -> PlannedR
 
 
 def describe_plan(planned: PlannedRun) -> str:
-    """The table of a plan, the stages that are finished, and the estimate of the rest."""
-    stages = planned.chosen_stages()
-    lines = [render(make_plan_table(stages, planned.actions, str(planned.directory)))]
-    lines.append(describe_finished(stages, planned.actions))
-    lines.append(describe_kept(stages, planned.actions))
-    lines.append(describe_total(stages, planned.actions))
-    lines.append(describe_repeats(stages, planned.recipe.data.texts))
-    return "\n".join(filter(None, lines))
+    """The table of a plan, the stages that are finished or have to be kept, and the estimate of the rest."""
+    stages, actions = planned.chosen_stages(), planned.actions
+    lines = [render(make_plan_table(stages, actions, str(planned.directory)))]
+    finished = [stage.name for stage in stages if actions[stage.name].verb == SKIP]
+    if finished:
+        lines.append(f"finished: {', '.join(finished)}")
+    kept = list_kept(actions, [stage.name for stage in stages])
+    if kept:
+        named = "; ".join(f"{name}: {one_line(why)}" for name, why in kept.items())
+        meaning = "made otherwise, so btx run would stop; name them in --rerun, or give another --output"
+        lines.append(f"keep: {meaning} ({named})")
+    lines.append(describe_total(stages, actions))
+    repeats = describe_repeats(stages, planned.recipe.data.texts)
+    if repeats:
+        lines.append(repeats)
+    return "\n".join(lines)
 
 
 def _refuse_changes(arguments: argparse.Namespace, planned: PlannedRun, error: ChangedStagesError) -> NoReturn:

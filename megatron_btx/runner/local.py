@@ -62,12 +62,18 @@ class Runner:
                 status = self._finish_ended()
                 if status:
                     return status
-                self._keep_time()
+                for running in self.running.values():
+                    if time.monotonic() - running.written > MANIFEST_SECONDS:
+                        running.written = time.monotonic()
+                        running.stage_run.keep_time()
                 self.reporter.update()
                 time.sleep(POLL_SECONDS)
             return 0
         finally:
-            self._stop_all()
+            if self.running:
+                processes.end_marked(f"{self.session}:")
+            for name in list(self.running):
+                self._close(name, "stopped")
 
     def _list_due(self, actions: Mapping[str, Action], chosen: Sequence[str]) -> list[str]:
         """The stages that have something to do, the most urgent first; the others are reported as skipped."""
@@ -80,19 +86,23 @@ class Runner:
 
     def _start_ready(self, waiting: list[str], actions: Mapping[str, Action]) -> None:
         """Start what waits for nothing and has room, and take it out of ``waiting``."""
-        ready = [name for name in waiting if self._can_start(self.stages[name], waiting)]
-        for name in ready:
-            if self.machine.needs(self.stages[name]) <= len(self.machine.free):
+        for name in list(waiting):
+            stage = self.stages[name]
+            is_ready = not any(parent in waiting or parent in self.running for parent in stage.waits_for())
+            if is_ready and self.machine.needs(stage) <= len(self.machine.free):
                 waiting.remove(name)
-                self._start(self.stages[name], actions[name])
+                self._start(stage, actions[name])
 
     def _finish_ended(self) -> int:
         """Take in the stages that have ended; 0, or the runner's exit status after one that failed."""
         for name in list(self.running):
-            if self.running[name].process.poll() is not None:
-                status = self._finish(name)
-                if status:
-                    return status
+            if self.running[name].process.poll() is None:
+                continue
+            failure = self._close(name)
+            if failure is not None:
+                log = self.run / name / LOG_FILE
+                self.failure = f"stage {name} {failure.problem}; its log: {log}\n{failure.message}"
+                return failure.status
         return 0
 
     def on_signal(self, number: int, _: object) -> None:
@@ -106,9 +116,6 @@ class Runner:
             behind = [urgency[child.name] for child in self.stages.values() if stage.name in child.waits_for()]
             urgency[stage.name] = (stage.tokens or 0) / stage.processes + max(behind, default=0.0)
         return sorted(self.stages, key=lambda name: -urgency[name])
-
-    def _can_start(self, stage: Stage, waiting: Sequence[str]) -> bool:
-        return not any(parent in waiting or parent in self.running for parent in stage.waits_for())
 
     def _start(self, stage: Stage, action: Action) -> None:
         device = "cpu"
@@ -131,14 +138,6 @@ class Runner:
         self.running[stage.name] = _Running(process, stage_run, taken, time.monotonic())
         self.reporter.set(stage.name, "running", f"{action.verb}: {action.why}")
 
-    def _finish(self, name: str) -> int:
-        """Take in an ended stage; 0 when it did its work, else the runner's exit status."""
-        failure = self._close(name)
-        if failure is None:
-            return 0
-        self.failure = f"stage {name} {failure.problem}; its log: {self.run / name / LOG_FILE}\n{failure.message}"
-        return failure.status
-
     def _close(self, name: str, status: str = "") -> Failure | None:
         """A stage's process has ended, or has to: end what is left of it, note its status, free its slots.
 
@@ -155,18 +154,6 @@ class Runner:
             running.stage_run.end(code, status)
         self.reporter.set(name, status, f"{running.stage_run.manifest.seconds:.0f} s")
         return failure
-
-    def _keep_time(self) -> None:
-        for running in self.running.values():
-            if time.monotonic() - running.written > MANIFEST_SECONDS:
-                running.written = time.monotonic()
-                running.stage_run.keep_time()
-
-    def _stop_all(self) -> None:
-        if self.running:
-            processes.end_marked(f"{self.session}:")
-        for name in list(self.running):
-            self._close(name, "stopped")
 
 
 @dataclass

@@ -23,14 +23,30 @@ from megatron_btx.data.domains import Domain
 from megatron_btx.data.inputs import expand_inputs
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.names import DATA_STAGE, METRICS_FILE, TRAIN_SPLIT
-from megatron_btx.runner.decisions import KEEP, SKIP, Action, list_kept
+from megatron_btx.runner.decisions import KEEP, SKIP, Action
 from megatron_btx.runner.run_dir import read_checkpointed_iteration, read_last_metrics, read_stage_manifest
 from megatron_btx.runner.schemas import MetricsLine, StageManifest
-from megatron_btx.runner.scripts import one_line
 
 _SPEED_STEPS = 20
 """Steps over which the speed is taken."""
 HEADERS = ("stage", "state", "step", "loss", "tokens/s", "time left", "time")
+_PLAN_HEADERS = ("stage", "state", "does", "processes", "steps", "tokens", "FLOPs", "made from")
+_PURPOSES: Mapping[str, str] = {
+    "data": "make datasets",
+    "import": "import a model",
+    "train": "train",
+    "mix": "combine models",
+    "export": "convert",
+    "evaluate": "evaluate",
+    "report": "report",
+}
+"""Kind of a stage -> what it does."""
+_BYTES_PER_TOKEN, _EPOCHS_AT_MOST = 4, 4
+"""Of English and code; up to some four epochs repeated text is worth nearly what new text is (arXiv:2305.16264)."""
+_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+LINE_SECONDS = 15.0
+"""Between two lines about a running stage where there is no terminal."""
+_TABLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -121,41 +137,17 @@ def _clock(seconds: float) -> str:
     return f"{minutes}:{rest:02}"
 
 
-_HEADERS = ("stage", "state", "does", "processes", "steps", "tokens", "FLOPs", "made from")
-_PURPOSES: Mapping[str, str] = {
-    "data": "make datasets",
-    "import": "import a model",
-    "train": "train",
-    "mix": "combine models",
-    "export": "convert",
-    "evaluate": "evaluate",
-    "report": "report",
-}
-"""Kind of a stage -> what it does."""
-_BYTES_PER_TOKEN, _EPOCHS_AT_MOST = 4, 4
-"""Of English and code; up to some four epochs repeated text is worth nearly what new text is (arXiv:2305.16264)."""
-_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
 def make_plan_table(stages: Sequence[Stage], actions: Mapping[str, Action], title: str) -> Table:
-    """The stages that have something to do as rows; see :func:`describe_finished` for the others."""
-    rows = [_cells(stage, actions[stage.name]) for stage in stages if actions[stage.name].verb != SKIP]
-    return make_table(_HEADERS, rows, title)
-
-
-def describe_finished(stages: Sequence[Stage], actions: Mapping[str, Action]) -> str:
-    """The stages that are finished, in one line; empty for none."""
-    finished = [stage.name for stage in stages if actions[stage.name].verb == SKIP]
-    if not finished:
-        return ""
-    return f"finished: {', '.join(finished)}"
-
-
-def describe_kept(stages: Sequence[Stage], actions: Mapping[str, Action]) -> str:
-    """What keep means for the stages that it is said of, in one line; empty for none."""
-    kept = [f"{name}: {one_line(why)}" for name, why in list_kept(actions, [stage.name for stage in stages]).items()]
-    meaning = "made otherwise, so btx run would stop; name them in --rerun, or give another --output"
-    return f"keep: {meaning} ({'; '.join(kept)})" * bool(kept)
+    """The stages that have something to do as rows."""
+    rows = []
+    for stage in stages:
+        verb = actions[stage.name].verb
+        if verb == SKIP:
+            continue
+        steps, tokens = say(stage.iterations, "{:,}".format), say(stage.tokens, "{:,}".format)
+        does, flops, parents = _PURPOSES[stage.kind], say(stage.flops, with_prefix), ", ".join(stage.parents)
+        rows.append([stage.name, verb, does, str(stage.processes), steps, tokens, flops, parents])
+    return make_table(_PLAN_HEADERS, rows, title)
 
 
 def describe_total(stages: Sequence[Stage], actions: Mapping[str, Action]) -> str:
@@ -204,12 +196,6 @@ def count_epochs(settings: Mapping[str, Any], tokens: float | None, sizes: Mappi
     }
 
 
-def _cells(stage: Stage, action: Action) -> list[str]:
-    steps, tokens = say(stage.iterations, "{:,}".format), say(stage.tokens, "{:,}".format)
-    flops, parents = say(stage.flops, with_prefix), ", ".join(stage.parents)
-    return [stage.name, action.verb, _PURPOSES[stage.kind], str(stage.processes), steps, tokens, flops, parents]
-
-
 def _count(number: int, noun: str) -> str:
     if number == 1:
         return f"1 {noun}"
@@ -222,11 +208,6 @@ def with_prefix(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {prefix}"
     return f"{value:.3g}"
-
-
-LINE_SECONDS = 15.0
-"""Between two lines about a running stage where there is no terminal."""
-_TABLE_SECONDS = 1.0
 
 
 class Reporter:
