@@ -62,7 +62,7 @@ def find_width() -> int:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print cells as a table."""
-    Console(width=find_width()).print(make_table(headers, rows, title))
+    print(render(make_table(headers, rows, title)))
 
 
 def render(table: Table) -> str:

@@ -375,6 +375,7 @@ def test_every_field_of_a_stage_travels(tmp_path: Path) -> None:
         flops=6.0,
         config={"domains": {"a": [1, "b"]}},
     )
+    (tmp_path / "slurm").mkdir()
     for field in fields(Stage):
         assert field.default is MISSING or getattr(stage, field.name) != field.default, field.name
     write_record(tmp_path, StageRecord(stage, Identity({"a": 1}, {}, "f"), {"seed": "f", "data": None}, None, True))
