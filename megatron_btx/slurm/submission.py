@@ -186,9 +186,9 @@ def submit_recipe(arguments: argparse.Namespace) -> int:
     """
     planned = plan_as_asked(arguments)
     if arguments.dry_run:
-        table = as_comment(describe_plan(planned))
+        table, scripts = as_comment(describe_plan(planned)), render_scripts(planned)
         print(table)
-        for stage, script in render_scripts(planned).items():
+        for stage, script in scripts.items():
             print(as_comment(f"==== {script_path(planned.directory, stage)}"), script, sep="\n")
         print(table)
         return 0
