@@ -6,7 +6,7 @@
 One rule for what cannot be read. A file that is not there is None or empty. A number that is none is None. A line of
 metrics.jsonl that is no JSON object with an iteration is passed over: a kill tears the last one, and the resumed run
 writes it again behind. Anything else that is broken is an InputError, which names the file. What the files hold is in
-records.py.
+schemas.py.
 
 Nothing here needs torch or Megatron.
 """

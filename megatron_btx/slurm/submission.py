@@ -55,10 +55,6 @@ class Submission:
     foreign: list[Job] = field(default_factory=list)
     """Jobs of the run whose stages the recipe does not have."""
 
-    def number_of(self, stage: str) -> int | None:
-        """The job that a stage waits for; None for one that is finished."""
-        return self.submitted.get(stage, self.kept.get(stage))
-
 
 def render_scripts(planned: PlannedRun) -> dict[str, str]:
     """Stage -> its script, of those that have something to do.
@@ -126,23 +122,20 @@ def _submit_stage(run: Path, stage: Stage, identity: Identity, jobs: Sequence[Jo
         return
     after = []
     for parent in stage.waits_for():
-        number = result.number_of(parent)
+        number = result.submitted.get(parent, result.kept.get(parent))  # none of one that is finished
         if number is not None:
             after.append(number)
     try:
         number = submit_script(script_path(run, stage.name), after)
     except SlurmError as error:
-        raise SlurmError(f"stage {stage.name}: {error}{_say_submitted(run, result)}") from None
+        rest = ""
+        if result.submitted:
+            others = ", ".join(result.submitted)
+            rest = f"; in the queue: {others}; btx submit goes on, btx cancel {run} takes them back"
+        raise SlurmError(f"stage {stage.name}: {error}{rest}") from None
     write_atomically(script_path(run, stage.name).with_suffix(NOTE_SUFFIX), str(number))
     result.submitted[stage.name] = number
     result.replaced[stage.name] = [job.number for job in jobs]
-
-
-def _say_submitted(run: Path, result: Submission) -> str:
-    """What stands in the queue when Slurm refuses the next stage."""
-    if not result.submitted:
-        return ""
-    return f"; in the queue: {', '.join(result.submitted)}; btx submit goes on, btx cancel {run} takes them back"
 
 
 def _will_do(job: Job, identity: Identity) -> bool:

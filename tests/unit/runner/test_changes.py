@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx import cli
+from megatron_btx.common import manifest as manifests
 from megatron_btx.plan.planner import plan_stages
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.load import load_recipe
@@ -55,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, quickstart_folder: Path) 
         patch.chdir(quickstart_folder)
         stages = [standing_in(stage) for stage in plan_stages(load_recipe(RECIPE, PICO))]
         patch.setattr(runner, "POLL_SECONDS", 0.01)
-        patch.setattr(runner.manifests, "versions", dict)
+        patch.setattr(manifests, "versions", dict)
         assert run_stages(stages, run, Machine((), 16), Silent()) == 0
     return run
 

@@ -389,6 +389,14 @@ def test_a_job_needs_what_its_stage_is_made_from(world: JobWorld, capsys: pytest
     assert not world.folder.exists()
 
 
+def test_what_a_job_runs_is_said_and_command_sh_is_for_a_call_by_hand(world: JobWorld) -> None:
+    world.finish_data()
+    assert world.call("begin") == 0
+    assert (world.folder / "log.txt").read_text().endswith(" run: slurm/train.sh, job 7 of Slurm\n")
+    by_hand = (world.folder / "command.sh").read_text()
+    assert by_hand.endswith('exec "$python" -m module\n') and "a job of Slurm one of ../slurm;" in by_hand
+
+
 def test_a_finished_stage_is_not_begun_again(world: JobWorld) -> None:
     world.finish_data()
     assert world.call("begin") == 0 and world.manifest()["status"] == "running"
