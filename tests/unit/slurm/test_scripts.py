@@ -572,7 +572,7 @@ def test_a_status_counts_the_time_of_a_running_job(
     (world.run / "plan.json").write_text(json.dumps([{"stage": "train", "steps": 10}]))
     assert world.call("begin") == 0
     content = world.manifest()
-    content["slurm"]["time"] -= 3600
+    content["started"] -= 3600
     (world.folder / "manifest.json").write_text(json.dumps(content | {"seconds": 7200}))
     found = [Job(7, "train", "RUNNING", "1:00", "N/A", "None", "abc")]
     monkeypatch.setattr("megatron_btx.slurm.status.list_jobs", lambda run: found)
