@@ -13,9 +13,10 @@ from megatron_btx.data.domains import check_description, find_files
 from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe.flags import Flags, to_argv
 from megatron_btx.recipe.from_checkpoint import ask
+from megatron_btx.recipe.models import Given
 from megatron_btx.recipe.names import DATA_STAGE, EXPORT_STAGE, MIX_STAGE
 from megatron_btx.recipe.options import option_words, place_of, say_keys
-from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.recipe import Recipe
 
 _CONVERTER = "megatron_btx.mixing.cli"
 
@@ -75,15 +76,15 @@ def _list_requests(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, dict[st
         if isinstance(stage.program, Program) and stage.program.module == _CONVERTER:
             words[stage.name] = list(stage.program.words)
     arguments: dict[str, Any] = {}
-    if recipe.export and recipe.finetune and recipe.mix:
-        source = recipe.finetune.source or recipe.mix.source
-        if source is not None:
-            words[EXPORT_STAGE] = ["--method=copy", "--expert", f"model={source}", "--output", EXPORT_STAGE]
+    mix, btx = recipe.find_role("mix"), recipe.find_role("btx")
+    if recipe.sections.export and btx is not None and mix is not None:
+        given = btx.make if isinstance(btx.make, Given) else mix.make
+        if isinstance(given, Given):
+            words[EXPORT_STAGE] = ["--method=copy", "--expert", f"model={given.path}", "--output", EXPORT_STAGE]
         elif MIX_STAGE in words:
             words[EXPORT_STAGE] = list(words[MIX_STAGE])
-            flags = recipe.mix.routing.flags({})
-            arguments = {"moe_router_pre_softmax": bool(flags.get("moe-router-pre-softmax"))}
-        words[EXPORT_STAGE] += ["--output-format", "hf", *option_words(recipe.export)]
+            arguments = {"moe_router_pre_softmax": bool(mix.flags.get("moe-router-pre-softmax"))}
+        words[EXPORT_STAGE] += ["--output-format", "hf", *option_words(recipe.sections.export)]
     tokenizer = {flag.replace("-", "_"): value for flag, value in recipe.data.tokenizer.items()}
     may_differ = any("tokenizer_model" in str(flags.get("btx-allow-change")) for flags in recipe.flag_sections.values())
     loaded = {parent for stage in stages if stage.on_gpu and not may_differ for parent in stage.parents}

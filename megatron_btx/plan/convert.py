@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.plan.sources import Model, locate, origins_of
+from megatron_btx.plan.sources import Model, locate, mixed_model_of, origins_of
 from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe.data import Data
 from megatron_btx.recipe.flags import merged
+from megatron_btx.recipe.models import Mix, ModelSpec
 from megatron_btx.recipe.names import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -20,6 +21,7 @@ from megatron_btx.recipe.names import (
     EXPORT_STAGE,
     EXPORTED_FOLDER,
 )
+from megatron_btx.recipe.recipe import Recipe
 
 
 def plan_import(name: str, source: Path, options: tuple[str, ...] = ()) -> Stage:
@@ -30,6 +32,35 @@ def plan_import(name: str, source: Path, options: tuple[str, ...] = ()) -> Stage
     settings = {"model": source, **_given_options(options)}
     return Stage(
         name, program, inputs=(source,), product=CHECKPOINT_FOLDER, settings=settings, kind="import", cluster="mix"
+    )
+
+
+def plan_mix(recipe: Recipe, row: ModelSpec) -> Stage:
+    """The stage that mixes or averages the models of ``row``, and reads the result back."""
+    assert isinstance(row.make, Mix)
+    models = {name: mixed_model_of(recipe.models[source]) for name, source in row.make.sources.items()}
+    options = list(row.make.words)
+    words: list[str] = []
+    settings: dict[str, Any] = {"options": options, "experts": list(models)}
+    for name, model in models.items():
+        words += ["--expert", f"{name}={model.path}"]
+        settings[f"expert {name}"] = model.identity()
+    words += ["--output", f"{row.stage}/{CHECKPOINT_FOLDER}", *options, "--verify"]
+    parents, inputs = origins_of(models.values())
+    for number, option in enumerate(options):
+        flag, _, path = option.partition("=")
+        if path.startswith("/"):  # the routers' rows count by their content
+            settings |= {"options": [*options[:number], flag, *options[number + 1 :]], flag: Path(path)}
+            inputs = (*inputs, Path(path))
+    return Stage(
+        row.stage,
+        Program("megatron_btx.mixing.cli", tuple(words)),
+        parents,
+        inputs=inputs,
+        product=CHECKPOINT_FOLDER,
+        settings=settings,
+        kind="mix",
+        model=row.name,
     )
 
 

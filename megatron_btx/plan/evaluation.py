@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_btx.plan.sources import DataPaths, Model, deciding_settings, locate
+from megatron_btx.plan.sources import Model, data_origins, deciding_settings, locate, model_of
 from megatron_btx.plan.stage import Program, Stage
-from megatron_btx.plan.training import merge_given_flags
 from megatron_btx.recipe.flags import (
     Flags,
     FlagValue,
@@ -16,8 +15,9 @@ from megatron_btx.recipe.flags import (
     measured_batch,
     to_argv,
 )
+from megatron_btx.recipe.models import ModelSpec
 from megatron_btx.recipe.names import EVALUATION_FILE
-from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.sections import EvaluateSection
 
 EVALUATION_PROGRAM = "megatron_btx.evaluate"
@@ -25,23 +25,20 @@ _EXPERT_LAYOUT_FLAGS = ("expert-model-parallel-size", "expert-tensor-parallel-si
 """Of mixtures alone."""
 
 
-def plan_evaluation(
-    recipe: Recipe, name: str, models: Mapping[str, Model], how: EvaluateSection, model_flags: Flags | None = None
-) -> Stage:
-    """The stage ``name``, which evaluates ``models`` of one architecture.
-
-    Args:
-        model_flags: those of a mixture; None for dense models.
+def plan_evaluation(recipe: Recipe, name: str, rows: Sequence[ModelSpec], how: EvaluateSection) -> Stage:
+    """The stage ``name``, which evaluates the models of ``rows``, which have one architecture.
 
     Raises:
         InputError: a layout that does not fit, or fewer tokens than one batch.
     """
-    data, layout = DataPaths(recipe.data), how.layout
-    without: dict[str, FlagValue] = {} if model_flags else dict.fromkeys(_EXPERT_LAYOUT_FLAGS)
-    flags = merge_given_flags(recipe, how, model_flags or {}, without)
+    data, layout = recipe.data, how.layout
+    models = {row.name: model_of(row) for row in rows}
+    model_flags = rows[0].flags
+    without: dict[str, FlagValue] = {} if "num-experts" in model_flags else dict.fromkeys(_EXPERT_LAYOUT_FLAGS)
+    flags = recipe.merge_flags(layout, how.megatron, model_flags, without)
     check_layout(name, layout.processes, flags)
     check_measured(name, how.tokens, layout.processes, flags)
-    parents, inputs = data.origins(models.values(), recipe.domains, (how.split,))
+    parents, inputs = data_origins(data, models.values(), recipe.domains, (how.split,))
     sets = {domain: data.evaluation_prefix(domain, how.split) for domain in recipe.domains}
     words = [*to_argv(flags), *_evaluation_words(name, models, sets, how.tokens)]
     return Stage(

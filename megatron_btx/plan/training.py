@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_btx.plan.sources import DataPaths, Model, deciding_settings
+from megatron_btx.plan.sources import Model, data_origins, deciding_blend, deciding_settings, model_of
 from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe.budgets import batch_tokens, padded_vocabulary, training_flops, training_steps
+from megatron_btx.recipe.data import Data
 from megatron_btx.recipe.flags import (
     Flags,
     FlagValue,
@@ -19,68 +19,56 @@ from megatron_btx.recipe.flags import (
     number,
     to_argv,
 )
+from megatron_btx.recipe.models import ModelSpec, Train
 from megatron_btx.recipe.names import (
     CHECKPOINT_FOLDER,
     DATA_CACHE_FOLDER,
+    EVALUATE_EXPERTS_STAGE,
+    EVALUATION_FILE,
     METRICS_FILE,
     TRACKER_FILE,
     TRAIN_SPLIT,
     VALID_SPLIT,
 )
-from megatron_btx.recipe.schema import Recipe, Training
-from megatron_btx.recipe.sections import SettingsSection
+from megatron_btx.recipe.recipe import Recipe
 
 TRAINING_PROGRAM = "megatron_btx.pretrain"
 WARMUP_FRACTION = 0.05
 """Share of a stage's steps in which the learning rate rises, where the recipe does not say it."""
 
 
-@dataclass(frozen=True)
-class TrainingJob:
-    """What is to be trained."""
-
-    name: str
-    part: Training
-    start: Model | None = None
-    """The model that it starts from; None for one with drawn weights."""
-    model_flags: Flags = field(default_factory=dict)
-    """Flags of the model beside the recipe's."""
-    last_flags: Flags = field(default_factory=dict)
-    """Flags that win over all others."""
-    after: tuple[str, ...] = ()
-    """Stages whose files it reads, which only bound its first step."""
-    cluster: str = "finetune"
-    """Its section of the recipe's ``cluster``."""
-
-
-def plan_training(recipe: Recipe, job: TrainingJob) -> Stage:
-    """The stage of ``job``. Raises InputError for a budget or a layout that does not fit."""
-    data, part = DataPaths(recipe.data), job.part
-    given = merge_given_flags(recipe, part, job.model_flags, job.last_flags)
-    steps = training_steps(job.name, part.tokens, given)
-    _check_training(job, given)
+def plan_training(recipe: Recipe, row: ModelSpec) -> Stage:
+    """The stage that trains ``row``. Raises InputError for a budget or a layout that does not fit."""
+    train, budget, data = row.make, row.budget, recipe.data
+    assert isinstance(train, Train) and budget is not None
+    model_flags = {**row.flags, **_watching_flags(recipe, train)}
+    given = recipe.merge_flags(train.layout, train.megatron, model_flags, train.last_flags)
+    steps = training_steps(row.stage, budget.tokens, given)
+    _check_training(row.stage, train, given)
+    start = model_of(recipe.models[train.start]) if train.start is not None else None
     flags = merged(
         given,
         _schedule_flags(given, steps),
-        _data_flags(data, part.blend, given),
-        _folder_flags(job),
+        _data_flags(data, budget.blend, given),
+        _folder_flags(row.stage, start),
     )
     tokens = steps * batch_tokens(flags)
-    starts = [job.start] if job.start is not None else []
-    parents, inputs = data.origins(starts, part.blend, (TRAIN_SPLIT, VALID_SPLIT))
+    starts = [start] if start is not None else []
+    parents, inputs = data_origins(data, starts, budget.blend, (TRAIN_SPLIT, VALID_SPLIT))
     return Stage(
-        job.name,
+        row.stage,
         Program(TRAINING_PROGRAM, tuple(to_argv(flags)), is_distributed=True),
         parents,
-        job.after,
+        (EVALUATE_EXPERTS_STAGE,) if train.watch is not None else (),
         inputs,
-        settings=deciding_settings(flags, data.deciding_blend(part.blend)),
+        settings=deciding_settings(flags, deciding_blend(data, budget.blend)),
         product=TRACKER_FILE,
-        processes=part.layout.processes,
-        threads=part.layout.threads,
+        processes=train.layout.processes,
+        threads=train.layout.threads,
         on_gpu=True,
         resumable=True,
-        cluster=job.cluster,
+        cluster=train.cluster,
+        model=row.name,
         iterations=steps,
         tokens=tokens,
         flops=_estimate_flops(recipe, flags, tokens),
@@ -88,28 +76,24 @@ def plan_training(recipe: Recipe, job: TrainingJob) -> Stage:
     )
 
 
-def merge_given_flags(
-    recipe: Recipe, part: Training | SettingsSection, model_flags: Flags, last_flags: Flags
-) -> dict[str, FlagValue]:
-    """The flags that the recipe states for a stage that trains or evaluates; a later section wins."""
-    return merged(
-        recipe.model,
-        recipe.data.tokenizer,
-        model_flags,
-        recipe.training,
-        part.layout.flags(),
-        part.megatron,
-        {"seed": recipe.random_seed},
-        last_flags,
-    )
+def _watching_flags(recipe: Recipe, train: Train) -> Flags:
+    """Loss per domain meanwhile, on the text that the experts are evaluated on, and the bound of the first."""
+    if train.watch is None:
+        return {}
+    words = tuple(f"{domain}={recipe.data.evaluation_prefix(domain, train.watch.split)}" for domain in recipe.domains)
+    bound = f"{EVALUATE_EXPERTS_STAGE}/{EVALUATION_FILE}"
+    flags: dict[str, FlagValue] = {"btx-valid-data": words, "btx-valid-tokens": train.watch.tokens}
+    flags["btx-first-loss-bound"] = bound
+    if train.watch_interval is not None:
+        flags["eval-interval"] = train.watch_interval
+    return flags
 
 
-def _check_training(job: TrainingJob, flags: Flags) -> None:
-    processes = job.part.layout.processes
-    check_layout(job.name, processes, flags)
-    check_saving(job.name, flags)
+def _check_training(stage: str, train: Train, flags: Flags) -> None:
+    check_layout(stage, train.layout.processes, flags)
+    check_saving(stage, flags)
     if "btx-valid-tokens" in flags:
-        check_measured(job.name, number(flags, "btx-valid-tokens"), processes, flags)
+        check_measured(stage, number(flags, "btx-valid-tokens"), train.layout.processes, flags)
 
 
 def _schedule_flags(given: Flags, steps: int) -> Flags:
@@ -122,21 +106,21 @@ def _schedule_flags(given: Flags, steps: int) -> Flags:
     return flags
 
 
-def _data_flags(data: DataPaths, blend: Mapping[str, float], given: Flags) -> Flags:
+def _data_flags(data: Data, blend: Mapping[str, float], given: Flags) -> Flags:
     flags: dict[str, FlagValue] = {"train-data-path": data.blend_words(blend, TRAIN_SPLIT)}
     if given.get("eval-iters") != 0:  # Megatron refuses a validation set of which it needs no sample
         flags["valid-data-path"] = data.blend_words(blend, VALID_SPLIT)
     return flags
 
 
-def _folder_flags(job: TrainingJob) -> Flags:
+def _folder_flags(stage: str, start: Model | None) -> Flags:
     """Where a stage reads and writes."""
-    checkpoint = f"{job.name}/{CHECKPOINT_FOLDER}"
-    flags: dict[str, FlagValue] = {"data-cache-path": f"{job.name}/{DATA_CACHE_FOLDER}"}
+    checkpoint = f"{stage}/{CHECKPOINT_FOLDER}"
+    flags: dict[str, FlagValue] = {"data-cache-path": f"{stage}/{DATA_CACHE_FOLDER}"}
     flags |= {"save": checkpoint, "load": checkpoint}
-    if job.start is not None:
-        flags["pretrained-checkpoint"] = job.start.path
-    flags["btx-metrics"] = f"{job.name}/{METRICS_FILE}"
+    if start is not None:
+        flags["pretrained-checkpoint"] = start.path
+    flags["btx-metrics"] = f"{stage}/{METRICS_FILE}"
     return flags
 
 

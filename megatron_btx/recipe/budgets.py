@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from megatron_btx.checkpoint.sizes import layer_frequency, mixture_layers
 from megatron_btx.common.errors import InputError
 from megatron_btx.cost import flops as numbers
 from megatron_btx.cost.flops import ModelShape
 from megatron_btx.recipe.flags import Flags, number
+from megatron_btx.recipe.models import Budget
 from megatron_btx.recipe.options import place_of
-
-if TYPE_CHECKING:
-    from megatron_btx.recipe.schema import Training
 
 
 def batch_tokens(flags: Flags) -> int:
@@ -34,7 +31,7 @@ def training_steps(stage: str, tokens: int, flags: Flags) -> int:
     return round(tokens / one_step)
 
 
-def token_weighted(parts: Iterable[Training]) -> tuple[dict[str, float], int]:
+def token_weighted(parts: Iterable[Budget]) -> Budget:
     """The blend and the budget of all ``parts`` one after the other: each blend weighted by its part's tokens."""
     parts = list(parts)
     total = sum(part.tokens for part in parts)
@@ -42,7 +39,7 @@ def token_weighted(parts: Iterable[Training]) -> tuple[dict[str, float], int]:
     for part in parts:
         for domain, share in part.blend.items():
             blend[domain] = blend.get(domain, 0.0) + share * part.tokens / total
-    return blend, total
+    return Budget(blend, total)
 
 
 def padded_vocabulary(flags: Flags, tokens: int | None) -> int | None:

@@ -69,7 +69,8 @@ def _describe_one(problem: ErrorDetails, model: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{_dotted(place)}: missing; it has no default, so give it"
     if kind == "model_type":
-        expected = f"a mapping with {', '.join(_keys_at(model, place))}"
+        keys = _keys_at(model, place)
+        expected = f"a mapping with {', '.join(keys)}" if keys else "true or false"
     else:
         expected = _EXPECTED[kind].format(**{name: _short(value) for name, value in context.items()})
     return f"{_dotted(place)}: found {_shown(problem['input'])}, expected {expected}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_btx.common.errors import InputError
@@ -12,13 +12,11 @@ from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE
 from megatron_btx.mixing.request_checks import MULTIPLE_AT_MOST, check_request, number_of
 from megatron_btx.recipe.budgets import model_shape
 from megatron_btx.recipe.errors import refuse
-from megatron_btx.recipe.flags import Flags, FlagValue, number
-from megatron_btx.recipe.from_checkpoint import GivenModel
-from megatron_btx.recipe.names import GENERALIST, MIX_STAGE
+from megatron_btx.recipe.flags import Flags, FlagValue
+from megatron_btx.recipe.names import MIX_STAGE
 from megatron_btx.recipe.options import ROWS, option_words, pad_rows, say_keys, words_of
 
 if TYPE_CHECKING:
-    from megatron_btx.recipe.schema import Recipe
     from megatron_btx.recipe.sections import MixSection
 
 _LAYERS = "moe-layer-freq"
@@ -69,30 +67,7 @@ def mixture_shape(
     return shape
 
 
-def known_rows(given: Mapping[str, GivenModel], expert: str) -> int | None:
-    """Rows of the embedding of an expert that is given; None for one that the run trains, or that nobody has read."""
-    place = "seed" if expert == GENERALIST else f"experts.{expert}"
-    if place not in given:
-        return None
-    return number(given[place].model, ROWS)
-
-
-def check_rows(recipe: Recipe, given: Mapping[str, GivenModel]) -> None:
-    """Refuse dense models of several sizes, which one program evaluates."""
-    rows = {"seed": recipe.model.get(ROWS)}
-    for name, expert in recipe.experts.items():
-        known = known_rows(given, name)
-        if known is not None:
-            rows[f"experts.{name}"] = pad_rows(known, expert.options)
-    if recipe.average and recipe.mix:
-        rows["mix"] = recipe.mix.shape.get(ROWS)
-    if len({str(found) for found in rows.values() if found is not None}) > 1:
-        listed = ", ".join(f"{place} {found}" for place, found in rows.items() if found is not None)
-        own = [known_rows(given, name) or number(recipe.model, ROWS) for name in (GENERALIST, *recipe.experts)]
-        refuse("evaluate", f"it takes models of one number of embedding rows, found {listed}; {_equal_rows(own)}")
-
-
-def _equal_rows(rows: Sequence[int]) -> str:
+def equal_rows(rows: Sequence[int]) -> str:
     """What makes models of these numbers of rows equal; 128 suits every tensor parallel size up to it."""
     for multiple in range(128, MULTIPLE_AT_MOST + 1, 128):
         padded = {-(-found // multiple) * multiple for found in rows}

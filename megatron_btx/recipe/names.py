@@ -9,6 +9,8 @@ from megatron_btx.common.manifest import FILE_NAME
 
 PLAN_FILE = "plan.json"
 """Of a run: its stages with their steps, tokens and fingerprints, in order."""
+MODELS_FILE = "models.json"
+"""Of a run: its table of models, a mapping for each row."""
 RECIPE_FILE = "recipe.yaml"
 """Of a run: the recipe with all that was changed in it."""
 LOCK_FILE = ".lock"

@@ -1,18 +1,21 @@
 """What a recipe may say: a model for every section, with the keys, ranges and defaults.
 
 Keys are written with dashes. Whatever is not listed here is refused, and null means "not given". What follows from
-several sections together is checked where the typed recipe is made of them, in reading.py.
+several sections together is checked where rows are made of them, in expand.py.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from megatron_btx.data.domains import Domain
 from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, RESULT
 from megatron_btx.recipe.cluster import ClusterSection
+from megatron_btx.recipe.errors import RefusedKeyError
 from megatron_btx.recipe.flags import LAYOUT_FLAGS, FlagValue
+from megatron_btx.recipe.names import SPLITS
 from megatron_btx.recipe.options import with_options
 from megatron_btx.recipe.section import Section
 from megatron_btx.recipe.values import (
@@ -47,6 +50,16 @@ def _as_text_section(text: object) -> object:
     if isinstance(text, list):
         return {"files": text}
     return text
+
+
+def _given_splits(section: Section) -> dict[str, Any]:
+    """What a section gives for each split: files, datasets, or a share."""
+    return section.model_dump(include=set(SPLITS), exclude_none=True)
+
+
+def _check_seeds(seeds: list[int] | None) -> None:
+    if seeds is not None and len(set(seeds)) < len(seeds):
+        raise RefusedKeyError("seeds", f"found {seeds!r}, expected every seed once")
 
 
 def _as_export_section(export: object) -> object:
@@ -117,19 +130,20 @@ class MixSection(RoutingSection):
     """Flags of the mixture, for finetuning and evaluation alike."""
 
 
-class DenseSection(Section):
-    """The dense baseline: on the experts' data, then on finetuning's mixture."""
+class OneStageSection(Section):
+    """A baseline that one stage trains as the mixture is finetuned."""
 
-    domains: SettingsSection = SettingsSection()
-    mixture: SettingsSection = SettingsSection()
+    layout: LayoutSection | None = None
+    """(default: that of finetune, without experts)"""
+    megatron: WrittenFlags = {}
+    """(default: those of finetune, without what only mixtures have)"""
 
 
-class BaselinesSection(Section):
-    """What the mixture is compared with."""
+class DataMatchedSection(Section):
+    """A baseline that is trained on what the mixture saw of each domain: its experts' data, then finetuning's."""
 
-    average: bool = False
-    """The plain average of the mix's sources."""
-    dense: DenseSection | None = None
+    domains: SettingsSection | None = None
+    mixture: SettingsSection | None = None
 
 
 class EvaluateSection(SettingsSection):
@@ -143,6 +157,9 @@ class EvaluateSection(SettingsSection):
 class VariantSection(RoutingSection):
     """What differs from mix and finetune."""
 
+    layout: LayoutSection | None = None
+    """(default: that of finetune)"""
+
     freeze: list[str] | None = None
     """Groups of parameters; another spelling of megatron: {btx-freeze: ...}, and an empty list takes that back."""
     tokens: Tokens | None = None
@@ -151,9 +168,25 @@ class VariantSection(RoutingSection):
     seeds: Annotated[list[RandomSeed], Field(min_length=1)] | None = None
     """(default: those of the ablation)"""
 
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        if self.freeze is not None and "btx-freeze" in self.megatron:
+            raise RefusedKeyError("freeze", "megatron.btx-freeze says it a second time; leave one of them out")
+        _check_seeds(self.seeds)
+        return self
+
+    def freeze_flags(self) -> dict[str, FlagValue]:
+        """What ``freeze: [...]`` says; an empty list takes back what finetune says."""
+        if self.freeze is None:
+            return {}
+        return {"btx-freeze": tuple(self.freeze) or False}
+
 
 class AblationSection(Section):
     """Variants of finetuning from the same experts."""
+
+    layout: LayoutSection = LayoutSection()
+    """Of the experts' evaluation; a variant's finetuning has a layout of its own, or that of finetune."""
 
     seeds: Annotated[list[RandomSeed], Field(min_length=1)] | None = None
     """Each draws the routers of a mix and shuffles the data of its finetuning, in every variant."""
@@ -164,6 +197,20 @@ class AblationSection(Section):
         dict[VariantName, VariantSection], BeforeValidator(_fill_empty), AfterValidator(check_names_differ)
     ] = {}
 
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        if not self.variants:
+            expected = "names with what differs from mix and finetune, as soft: {routing: soft}"
+            raise RefusedKeyError("variants", f"missing, expected {expected}")
+        if self.seeds is None and any(variant.seeds is None for variant in self.variants.values()):
+            raise RefusedKeyError("seeds", "missing, expected a list of whole numbers above zero, as [1, 2, 3]")
+        _check_seeds(self.seeds)
+        return self
+
+    def evaluation(self) -> EvaluateSection:
+        """How every variant is measured after its last step, and the experts before."""
+        return EvaluateSection(split=self.split, tokens=self.tokens, layout=self.layout)
+
 
 class SharesSection(Section):
     """How the documents of a text are split: shares that sum to 1."""
@@ -171,6 +218,13 @@ class SharesSection(Section):
     train: Annotated[float, Field(gt=0, le=1)]
     valid: Annotated[float, Field(gt=0, le=1)] | None = None
     test: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> Self:
+        total = sum(_given_splits(self).values())
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"found shares that sum to {total:g}, expected 1")
+        return self
 
 
 class TextSection(Section):
@@ -185,6 +239,15 @@ class TextSection(Section):
     on_bad_record: Literal["stop", "skip"] | None = None
     """skip: records that cannot be read are counted and left out (default: stop)."""
 
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        own = _given_splits(self)
+        if self.files is None and "train" not in own:
+            raise ValueError("found no files; expected text: [files or folders], or text: {train: [...], ...}")
+        if self.files is not None and own:
+            raise ValueError(f"found files and {next(iter(own))}; expected one list, or a list for every split")
+        return self
+
 
 class DomainSection(Section):
     """One domain: datasets that are given, or text that the run makes datasets of."""
@@ -195,6 +258,23 @@ class DomainSection(Section):
     text: Annotated[TextSection | None, BeforeValidator(_as_text_section)] = None
     split: SharesSection | None = None
     """Of text (default: data.split)."""
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        if self.text is not None and self.given_splits():
+            raise RefusedKeyError("text", "found beside .bin/.idx files of the same domain; leave one of them out")
+        if self.text is not None and self.split is not None and self.text.files is None:
+            raise RefusedKeyError("split", "found beside files for every split; leave it out")
+        if self.text is None and self.split is not None:
+            raise RefusedKeyError("split", "only for text, of which the run makes datasets; leave it out")
+        if self.text is None and self.train is None:
+            expected = "a list of prefixes of .bin/.idx files; or text: [files or folders]"
+            raise RefusedKeyError("train", f"missing, expected {expected}")
+        return self
+
+    def given_splits(self) -> dict[str, Any]:
+        """Split -> the datasets that are given for it."""
+        return _given_splits(self)
 
 
 class DataSection(Section):
@@ -210,6 +290,37 @@ class DataSection(Section):
     domains: Annotated[
         dict[DomainName, DomainSection], BeforeValidator(_fill_empty), AfterValidator(check_names_differ)
     ] = {}
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        if not self.domains:
+            expected = "a mapping of domains: NAME: {text: [files or folders]}"
+            raise RefusedKeyError("domains", f"found none, expected {expected}")
+        for name, domain in self.domains.items():
+            if domain.text is not None and domain.text.files is not None and not (domain.split or self.split):
+                expected = "shares of the documents, as {train: 0.98, valid: 0.01, test: 0.01}"
+                raise RefusedKeyError(f"domains.{name}.split", f"missing, expected {expected}")
+        if any(domain.text is not None for domain in self.domains.values()):
+            return self
+        if self.split is not None:
+            raise RefusedKeyError("split", "found beside .bin/.idx files, which are split already; leave it out")
+        for key in ("workers", "seed"):
+            if self.says(key):
+                raise RefusedKeyError(key, "only for text, of which the run makes datasets; leave it out")
+        return self
+
+    def texts(self) -> dict[str, Domain]:
+        """Domain -> its text, as the program that makes datasets takes it."""
+        found = {}
+        for name, domain in self.domains.items():
+            text, shares = domain.text, domain.split or self.split
+            if text is None:
+                continue
+            said = text.model_dump(by_alias=True, exclude_none=True)
+            if text.files is not None and shares is not None:
+                said |= {"text": said.pop("files"), "shares": _given_splits(shares)}
+            found[name] = Domain.model_validate(said)
+        return found
 
 
 @with_options(RESULT)
@@ -227,7 +338,7 @@ class RecipeSection(Section):
     """Of the run's folder (default: the file's)."""
     random_seed: RandomSeed = 1234
     """Of every training stage, and of the mix's routers unless mix.router-seed is given."""
-    data: DataSection = DataSection()
+    data: DataSection = Field(default={}, validate_default=True)
     model: WrittenFlags = {}
     """Flags of the dense model, for every stage (default: those of the given seed, else of the first given expert)."""
     training: WrittenFlags = {}
@@ -239,7 +350,8 @@ class RecipeSection(Section):
     """Home domain -> the expert."""
     mix: MixSection | None = None
     finetune: TrainingSection | None = None
-    baselines: BaselinesSection = BaselinesSection()
+    baselines: Section = Section()
+    """What the mixture is compared with: a key for each of :data:`megatron_btx.recipe.expand.BASELINES`."""
     evaluate: EvaluateSection | None = None
     export: Annotated[ExportSection | None, BeforeValidator(_as_export_section)] = None
     """Of the finetuned mixture; true for every default."""

@@ -1,6 +1,6 @@
-"""The YAML of a recipe as one mapping: included files, changes from the command line, and nothing read by mistake.
+"""The YAML of a recipe as one mapping: included files, and changes from the command line.
 
-What YAML takes in silence is refused with its line: a key that stands twice, 010 (which is 8), 1:30 (which is 90).
+It is YAML 1.2: 010 is 10, 1:30 and yes are texts, a key that stands twice is an error.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from megatron_btx.common.errors import InputError
 
 _INTEGER_BITS_AT_MOST = 63
 _PLACES_OF_NAMES = (".experts", ".data.domains", ".ablation.variants")
 """Sections whose keys are names, which may be those of settings."""
-_DEPTH_AT_MOST = 30
 _VALUES_AT_MOST = 100_000
 """What aliases repeat counted as often: a few lines of them can stand for more than any memory holds."""
 
@@ -32,13 +32,11 @@ def load_tree(file: Path, changes: Sequence[str] = ()) -> Tree:
     Raises:
         InputError: the file or the change, the line as far as it is known, and what was found.
     """
-    tree = _copy_without_aliases(_read_with_included(file, ()), str(file))
+    tree = _read_with_included(file, ())
     if not isinstance(tree, dict):
         raise InputError(f"{file}: found {type(tree).__name__}, expected a mapping")
     for change in changes:
-        name = f"--set {change}"
-        value = _parse(change.partition("=")[2], name)
-        _apply_change(tree, change, _copy_without_aliases(value, name))
+        _apply_change(tree, change, _parse(change.partition("=")[2], f"--set {change}"))
     return tree
 
 
@@ -66,7 +64,7 @@ def check_values(node: object, place: str = "") -> None:
 
 
 def _check_key(key: object, value: object, place: str) -> None:
-    """Refuse 1, yes and 2026-01-01, which are no texts for YAML, and {math:1}, which it reads as a name."""
+    """Refuse 1 and 2026-01-01, which are no texts for YAML, and {math:1}, which it reads as a name."""
     if not isinstance(key, str):
         raise InputError(f"{place}: YAML reads this name as {type(key).__name__} {key!r}; put it in quotes")
     colon = re.fullmatch(r"([^\s:]+):(\S+)", key)
@@ -75,71 +73,28 @@ def _check_key(key: object, value: object, place: str) -> None:
         raise InputError(f"{place}: YAML reads {key!r} as a name without a value; {remedy}")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses what YAML 1.1 takes in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping. Raises InputError for a key that stands twice, of which the last one would win."""
-        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys: list[object] = []
-        for key_node in written:
-            key = self.construct_object(key_node, deep=True)
-            if key in keys:
-                raise InputError(f"{_line_of(key_node)}: the key {key!r} stands twice; keep one")
-            keys.append(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
-        """A number. Raises InputError for 010 and 1:30, which are 8 and 90."""
-        octal = False
-        if node.tag.endswith(":int"):
-            value: int | float = self.construct_yaml_int(node)
-            octal = re.fullmatch(r"[-+]?0[0-9_]+", node.value) is not None
-        else:
-            value = self.construct_yaml_float(node)
-        if octal or ":" in node.value:
-            remedy = "write a number without leading zeros and colons, a text in quotes"
-            raise InputError(f"{_line_of(node)}: found {node.value}, which YAML reads as {value}; {remedy}")
-        return value
-
-
-for _kind in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_decimal)
-
-
-def _line_of(node: yaml.Node) -> str:
-    return f"{node.start_mark.name}: line {node.start_mark.line + 1}"
-
-
-def _parse(text: str | IO[str], name: str) -> object:
-    """The content of a YAML text. Raises InputError with ``name`` and, as far as it is known, the line."""
-    try:
-        loader = _Loader(text)
-        loader.name = name
-        content: object = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates that are none, bytes no UTF-8
-        raise InputError(f"{name}: not readable as YAML: {error}") from error
-    return content
-
-
-def _copy_without_aliases(tree: object, name: str) -> object:
-    """A copy in which what aliases repeat lies in several places, so that a change of one is none of the others.
+def _parse(text: str, name: str) -> object:
+    """The content of a YAML text; what aliases repeat lies in several places, so that one can change alone.
 
     Raises:
-        InputError: it would be too large, or hold itself.
+        InputError: ``name``, and as far as it is known the line.
     """
-    return _copy_node(tree, name, 0, iter(range(_VALUES_AT_MOST)))
+    try:
+        return _copy_without_aliases(YAML(typ="safe", pure=True).load(text), iter(range(_VALUES_AT_MOST)))
+    except RecursionError:
+        raise InputError(f"{name}: nested too deeply; an anchor may hold an alias of itself") from None
+    except (YAMLError, ValueError) as error:  # ValueError: dates that are none, numbers of too many digits
+        said = re.sub(r"\s*To suppress this check see:.*", "", str(error), flags=re.DOTALL)
+        raise InputError(f"{name}: not readable as YAML: {said}") from None
 
 
-def _copy_node(node: object, name: str, depth: int, left: Iterator[int]) -> object:
+def _copy_without_aliases(node: object, left: Iterator[int]) -> object:
     if next(left, None) is None:
-        raise InputError(f"{name}: more than {_VALUES_AT_MOST:,} values, counting what its aliases repeat")
-    if depth > _DEPTH_AT_MOST:
-        raise InputError(f"{name}: nested too deeply; an anchor may hold an alias of itself")
+        raise ValueError(f"more than {_VALUES_AT_MOST:,} values, counting what its aliases repeat")
     if isinstance(node, dict):
-        return {key: _copy_node(value, name, depth + 1, left) for key, value in node.items()}
+        return {key: _copy_without_aliases(value, left) for key, value in node.items()}
     if isinstance(node, list):
-        return [_copy_node(value, name, depth + 1, left) for value in node]
+        return [_copy_without_aliases(value, left) for value in node]
     return node
 
 
@@ -154,8 +109,11 @@ def _read_with_included(file: Path, including: tuple[Path, ...]) -> object:
         raise InputError(f"include: a circle: {circle}; leave one of these includes out")
     if not file.exists():
         raise InputError(f"{file}: there is no such recipe; give a recipe's path, as examples/recipes/quickstart.yaml")
-    with file.open(encoding="utf-8") as stream:
-        tree = _parse(stream, str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not readable as YAML: {error}") from None
+    tree = _parse(text, str(file))
     if not isinstance(tree, dict):
         if not including:
             return tree
@@ -209,6 +167,6 @@ def _apply_change(tree: Tree, change: str, value: object) -> None:
     section: object = tree
     for part in outer:
         section = section.setdefault(part, {}) if isinstance(section, dict) else None
-    if not equals or not all((*outer, last)) or len(outer) > _DEPTH_AT_MOST or not isinstance(section, dict):
+    if not equals or not all((*outer, last)) or not isinstance(section, dict):
         raise InputError(f"--set {change}: expected KEY=VALUE, KEY being the dotted place of a setting in the recipe")
     _put(section, last, value)

@@ -9,7 +9,6 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.recipe.ablation import stage_name
 from megatron_btx.recipe.names import MANIFEST_FILE, METRICS_FILE, PLAN_FILE, RECIPE_FILE
 from megatron_btx.report.quantities import mean
 from megatron_btx.report.stages import Stage, read_stage, say_split
@@ -183,3 +182,8 @@ def _check_alike(run: Path, runs: Mapping[str, Mapping[int, Outcome]]) -> None:
     shapes = {(tuple(sorted(one.losses)), len(one.loads), len(one.loads[0])) for one in outcomes}
     if len(shapes) > 1:
         raise InputError(f"{run}: its stages differ in their domains, layers or experts; run the ablation again")
+
+
+def stage_name(variant: str, seed: int) -> str:
+    """The stage that finetunes one variant with one seed."""
+    return f"ablation-{variant}-s{seed}"

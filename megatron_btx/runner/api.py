@@ -17,8 +17,8 @@ from megatron_btx.plan.planner import plan_stages
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.flags import MissingFlagError
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.names import PLAN_FILE, RECIPE_FILE, REPORT_STAGE
-from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.names import MODELS_FILE, PLAN_FILE, RECIPE_FILE, REPORT_STAGE
+from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.runner.decisions import RERUN, RUN, Action, check_chosen, decide, list_kept
 from megatron_btx.runner.local import Machine, Outcome, execute_stages
 from megatron_btx.runner.run_dir import check_run, read_stage_manifest
@@ -108,6 +108,7 @@ class PlannedRun:
         """Name -> text of the files that say what the run is planned to be."""
         return {
             PLAN_FILE: json.dumps(list_planned(self.stages), indent=1) + "\n",
+            MODELS_FILE: json.dumps([row.describe() for row in self.recipe.models.values()], indent=1) + "\n",
             RECIPE_FILE: yaml.safe_dump(self.recipe.tree, sort_keys=False),
         }
 

@@ -202,8 +202,8 @@ def test_included_recipes(tmp_path):
     )
     recipe = load_recipe(tmp_path / "over.yaml", ["baselines=null"])
     tree = recipe.tree
-    assert (recipe.name, recipe.seed.tokens, recipe.dense) == ("mine", 2_000_000, None)
-    assert set(recipe.seed.blend) == {"general", "math", "code", "knowledge"}
+    assert (recipe.name, recipe.budget("seed").tokens, "dense" in recipe.models) == ("mine", 2_000_000, False)
+    assert set(recipe.budget("seed").blend) == {"general", "math", "code", "knowledge"}
     assert "include" not in tree and "baselines" not in tree
     for name, text in (("list", "- a"), ("empty", "# nothing"), ("b", "include: c.yaml"), ("c", "include: b.yaml")):
         (tmp_path / f"{name}.yaml").write_text(text)

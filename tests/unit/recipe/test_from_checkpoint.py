@@ -39,6 +39,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "mix": {},
         "finetune": {"blend": {"general": 0.5, "math": 0.5}, "tokens": 1000},
         "evaluate": {"tokens": 640},
+        "baselines": {"average-finetuned": False},
         "export": True,
     }
 

@@ -22,9 +22,9 @@ from megatron_btx.plan.planner import plan_stages
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.budgets import padded_vocabulary, token_weighted, training_flops, training_steps
 from megatron_btx.recipe.load import load_recipe, parse_recipe
+from megatron_btx.recipe.models import Budget
 from megatron_btx.recipe.names import PLAN_FILE
-from megatron_btx.recipe.schema import Recipe, Training
-from megatron_btx.recipe.sections import LayoutSection
+from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.yaml import load_tree
 from megatron_btx.runner.api import list_planned
 from megatron_btx.runner.decisions import Action
@@ -65,7 +65,7 @@ def all_values(stage: Stage, flag: str) -> list[str]:
         ("sead={}", "sead: unknown key; did you mean seed"),
         ("layout={}", "layout: unknown key"),
         ("seed.tokens=0", "seed.tokens: found 0"),
-        ("seed.tokens=1e-6", "seed.tokens: found '1e-6'"),
+        ("seed.tokens=1e-6", "seed.tokens: found 1e-06"),
         ("seed.tokens=2.5", "seed.tokens: found 2.5"),
         ("seed.tokens=true", "seed.tokens: found True"),
         ("seed.tokens=null", "seed.tokens: missing"),
@@ -100,7 +100,7 @@ def all_values(stage: Stage, flag: str) -> list[str]:
         ("seed.layout.processes=0", "seed.layout.processes: found 0"),
         ("seed.layout.processes=1000000", "seed.layout.processes: found 1000000, expected at most 1024"),
         ("data.workers=9999", "data.workers: found 9999, expected at most"),
-        ("seed.blend.math=1e400", "seed.blend.math: found '1e400'"),
+        ("seed.blend.math=1e400", "seed.blend.math: found inf, expected a finite"),
         ("seed.blend.math=1.0e+300", "seed.blend.math: found 1e\\+300, .* at most 1e\\+15"),
         (f"seed.blend.math=1{'0' * 400}", "seed.blend.math: found a number of 1329 bits"),
         (f"seed.tokens=1{'0' * 30}", "seed.tokens: found a number of 100 bits"),
@@ -163,7 +163,7 @@ def test_finetuning_must_be_able_to_measure() -> None:
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "twice.yaml"
     file.write_text("name: a\nmodel:\n  num-layers: 4\n  hidden-size: 8\n  num-layers: 6\n")
-    with pytest.raises(InputError, match="twice.yaml: line 5: the key 'num-layers' stands twice"):
+    with pytest.raises(InputError, match="twice.yaml: (?s:.*)line 3(?s:.*)duplicate key .num-layers"):
         load_tree(file, [])
 
 
@@ -178,7 +178,7 @@ LAUGHS = "".join(f"a{at}: &a{at} [{', '.join([f'*a{at - 1}' if at else '1'] * 9)
         pytest.param("a: &a {b: *a}\n", id="an alias of itself"),
         pytest.param("a: " + "[" * 5000, id="deep"),
         pytest.param("a: 1" + "0" * 5000, id="long number"),
-        *("a: 2026-02-30", "a: !!int x", "a: 0b_", "? [a]\n: 1", "a: \x07", "a: 010", "a: 1:30", "a: 190:20:30.15"),
+        *("a: 2026-02-30", "a: !!int x", "a: 0b_", "a: \x07"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(text: str, tmp_path: Path) -> None:
@@ -191,12 +191,8 @@ def test_a_file_that_is_no_recipe_is_refused(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (
-            "0300000",
-            "--set seed.tokens=0300000: line 1: found 0300000, which YAML reads as 98304; write a number without",
-        ),
-        ("-0_17", "found -0_17, which YAML reads as -15"),
-        ("5:00", "found 5:00, which YAML reads as 300"),
+        ("5:00", "seed.tokens: found '5:00', expected a whole number"),
+        ("yes", "seed.tokens: found 'yes', expected a whole number"),
         ("[", "--set seed.tokens=\\[: not readable as YAML"),
         ("2026-02-30", "--set seed.tokens=2026-02-30: not readable as YAML: day is out of range"),
         ("&a {b: *a}", "--set .*: nested too deeply"),
@@ -208,9 +204,9 @@ def test_a_change_that_yaml_reads_otherwise_is_refused(text: str, said: str) -> 
 
 
 def test_decimal_numbers_pass() -> None:
-    for text in ("0", "1_000_000", "0x10", "-3", "0.5", "00.5", "0.0"):
-        tree = load_tree(QUICKSTART, [f"random-seed={text}"])
-        assert tree["random-seed"] == yaml.safe_load(text)
+    """YAML 1.1 reads some of them with other bases."""
+    for text, number in (("1_000_000", 10**6), ("0x10", 16), ("-3", -3), ("00.5", 0.5), ("010", 10), ("3.0e+4", 3e4)):
+        assert load_tree(QUICKSTART, [f"random-seed={text}"])["random-seed"] == number
 
 
 def test_a_change_of_one_alias_is_none_of_the_others(tmp_path: Path) -> None:
@@ -224,9 +220,9 @@ def test_a_blend_is_replaced_as_a_whole_by_an_include_and_by_a_change(tmp_path: 
     """Its shares belong together; a dotted key changes a single one. A domain may be named blend all the same."""
     file = tmp_path / "mine.yaml"
     file.write_text(f"include: {QUICKSTART}\nseed: {{blend: {{math: 3, code: 1}}}}\n")
-    assert load_recipe(file, []).seed.blend == {"math": 0.75, "code": 0.25}
-    assert recipe("seed.blend={math: 3, code: 1}").seed.blend == {"math": 0.75, "code": 0.25}
-    assert set(load_recipe(file, ["seed.blend.general=4"]).seed.blend) == {"math", "code", "general"}
+    assert load_recipe(file, []).budget("seed").blend == {"math": 0.75, "code": 0.25}
+    assert recipe("seed.blend={math: 3, code: 1}").budget("seed").blend == {"math": 0.75, "code": 0.25}
+    assert set(load_recipe(file, ["seed.blend.general=4"]).budget("seed").blend) == {"math", "code", "general"}
     (tmp_path / "base.yaml").write_text("experts: {blend: {tokens: 1, blend: {blend: 1}}}\n")
     file.write_text("include: base.yaml\nexperts: {blend: {blend: {math: 1}}}\n")
     assert load_tree(file, [])["experts"] == {"blend": {"tokens": 1, "blend": {"math": 1}}}
@@ -241,7 +237,7 @@ def test_null_takes_a_section_out_and_an_empty_one_is_there(tmp_path: Path) -> N
         parse_recipe({**yaml.safe_load(QUICKSTART.read_text()), **load_tree(file, [])}, "r")
 
 
-@pytest.mark.parametrize("change", ["random-seed", "random-seed.deeper=1", "=1", "seed.=1", "a." * 3000 + "a=1"])
+@pytest.mark.parametrize("change", ["random-seed", "random-seed.deeper=1", "=1", "seed.=1"])
 def test_a_setting_that_cannot_be_set_is_refused(change: str) -> None:
     with pytest.raises(InputError, match=f"--set {change}"):
         recipe(change)
@@ -249,11 +245,11 @@ def test_a_setting_that_cannot_be_set_is_refused(change: str) -> None:
 
 def test_blends_are_normalised_and_that_is_said() -> None:
     whole = recipe("experts.math.blend={math: 3, general: 1}", "experts.code.blend={code: 0.75, general: 0.25}")
-    assert whole.experts["math"].blend == {"math": 0.75, "general": 0.25}
+    assert whole.budget("expert-math").blend == {"math": 0.75, "general": 0.25}
     assert "experts.math.blend sums to 4; normalised to 1" in whole.notes
     assert not any("code" in note for note in whole.notes)
     percent = recipe("experts.math.blend={math: 70, general: 30}")
-    assert percent.experts["math"].blend == {"math": 0.7, "general": 0.3} and not percent.notes
+    assert percent.budget("expert-math").blend == {"math": 0.7, "general": 0.3} and not percent.notes
 
 
 def test_the_quickstart_is_the_graph_of_the_method() -> None:
@@ -331,10 +327,8 @@ def test_a_dense_baseline_of_experts_of_unknown_data_is_refused(tmp_path: Path) 
 
 
 def test_token_weighting_is_by_tokens() -> None:
-    parts = [
-        Training(None, blend, tokens, LayoutSection(), {}) for blend, tokens in (({"a": 1.0}, 300), ({"b": 1.0}, 100))
-    ]
-    assert token_weighted(parts) == ({"a": 0.75, "b": 0.25}, 400)
+    parts = [Budget({"a": 1.0}, 300), Budget({"b": 1.0}, 100)]
+    assert token_weighted(parts) == Budget({"a": 0.75, "b": 0.25}, 400)
 
 
 def test_later_flags_win_and_false_takes_a_flag_back() -> None:
@@ -673,7 +667,6 @@ GIVEN = "data={{domains: {domains}, tokenizer: {{tokenizer-type: NullTokenizer, 
         ('""', "not a name"),
         ("a" * 81, "not a name"),
         ("1", "YAML reads this name as int 1; put it in quotes"),
-        ("yes", "YAML reads this name as bool True; put it in quotes"),
         ("2026-01-01", "YAML reads this name as date"),
         ("seed", "the name of the seed"),
         ("SEED", "the name of the seed"),
@@ -692,7 +685,7 @@ def test_a_domain_is_named_so_that_every_later_stage_can_use_it(name: str, reaso
 
 
 def test_variants_are_named_so_that_yaml_keeps_their_settings() -> None:
-    for name, reason in (("1", "put it in quotes"), ("on", "put it in quotes"), ('"a b"', "not a name")):
+    for name, reason in (("1", "put it in quotes"), ('"a b"', "not a name")):
         with pytest.raises(InputError, match=rf"ablation\.variants\..*: .*{reason}"):
             recipe("evaluate=null", "baselines=null", f"ablation={{seeds: [1], variants: {{{name}: {{}}}}}}")
 

@@ -236,7 +236,7 @@ def test_an_import_is_one(tree: dict[str, Any]) -> None:
 def test_tokens_may_be_written_with_an_exponent(written: str, tokens: int, tree: dict[str, Any]) -> None:
     tree["finetune"]["tokens"] = yaml.safe_load(written)
     recipe = parse_recipe(tree, "r.yaml")
-    assert recipe.finetune is not None and recipe.finetune.tokens == tokens
+    assert recipe.budget("btx").tokens == tokens
 
 
 def test_all_wrong_paths_are_named_at_once(tree: dict[str, Any]) -> None:
