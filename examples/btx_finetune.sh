@@ -64,16 +64,36 @@ sizes EXPERTS TOPK EP ETP
 common_flags 19000
 experts="${EXPERTS:-4}"
 positive "${CAPACITY:-1.5}" || fail "CAPACITY=$CAPACITY: expected a number above zero"
-if [ "${BALANCING:-}" = paper ]; then
-    positive "${AUX_LOSS:-0.01}" ||
-        fail "AUX_LOSS=$AUX_LOSS with BALANCING=paper: expected a number above zero (the paper's is 0.01)"
-fi
-not_negative "${AUX_LOSS:-0.01}" || fail "AUX_LOSS=$AUX_LOSS: expected zero or a number above it"
-check_python
-routing="$("$PYTHON" -m megatron_btx.common.routing_methods --routing="${ROUTING:-top-k}" --experts="$experts" \
-    --topk="${TOPK:-}" --capacity="${CAPACITY:-}" --balancing="${BALANCING:-}" --aux-loss="${AUX_LOSS:-}")" || exit
-mapfile -t ROUTING_FLAGS <<<"$routing"
-FLAGS+=("${ROUTING_FLAGS[@]}")
+
+# The ways to route, as in docs/routing.md. Soft and sampled routing have no balancing loss in the paper.
+case "${ROUTING:=top-k}" in
+    top-k) FLAGS+=(--moe-router-topk "${TOPK:-2}") ;;
+    top-k-pre-softmax) FLAGS+=(--moe-router-topk "${TOPK:-2}" --moe-router-pre-softmax) ;;
+    switch) FLAGS+=(--moe-router-topk 1 --moe-router-pre-softmax --moe-expert-capacity-factor "${CAPACITY:-1.5}") ;;
+    soft) FLAGS+=(--moe-router-topk "$experts") ;;
+    sample-top1) FLAGS+=(--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1) ;;
+    *) fail "ROUTING=$ROUTING: expected top-k, top-k-pre-softmax, switch, soft or sample-top1" ;;
+esac
+[[ "$ROUTING" = top-k* ]] || refuse_with "ROUTING=$ROUTING, which has its own k" TOPK
+[ "$ROUTING" = switch ] || refuse_with "ROUTING=$ROUTING, which drops no token" CAPACITY
+case "$ROUTING" in
+    soft | sample-top1) : "${BALANCING:=none}" ;;
+    *) : "${BALANCING:=megatron}" ;;
+esac
+case "$BALANCING" in
+    none)
+        refuse_with "BALANCING=none (the default of ROUTING=soft and sample-top1)" AUX_LOSS
+        FLAGS+=(--moe-router-load-balancing-type none)
+        ;;
+    megatron | paper)
+        [ "$BALANCING" = megatron ] || positive "${AUX_LOSS:-0.01}" ||
+            fail "AUX_LOSS=$AUX_LOSS with BALANCING=paper: expected a number above zero (the paper's is 0.01)"
+        not_negative "${AUX_LOSS:-0.01}" || fail "AUX_LOSS=$AUX_LOSS: expected zero or a number above it"
+        FLAGS+=(--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff "${AUX_LOSS:-0.01}")
+        FLAGS+=(--btx-load-balancing "$BALANCING")
+        ;;
+    *) fail "BALANCING=$BALANCING: expected megatron, paper or none" ;;
+esac
 words_of FREEZE
 [ "${#WORDS[@]}" -eq 0 ] || FLAGS+=(--btx-freeze "${WORDS[@]}")
 words_of VALID_DOMAINS

@@ -174,14 +174,14 @@ common_flags() {
     if is_on DISTRIBUTED_OPTIMIZER; then FLAGS+=(--use-distributed-optimizer); fi
 }
 
-# Run the training program with the given flags: as this process's rank when someone has started one process per
-# rank already, else with torchrun.
+# Run the training program with the given flags: as one rank when somebody has started one process per rank already,
+# and it finds its place itself; else with torchrun.
 launch() {
     check_python
-    if [ -z "${RANK:-}" ] && one_task_per_rank_of_slurm; then
-        rank_from_slurm
-    fi
-    if [ -n "${RANK:-}" ]; then
+    # The shell of a batch script has a SLURM_PROCID, too, but belongs to no step.
+    local in_step="${SLURM_STEP_ID:-}"
+    [ -n "${SLURM_JOB_ID:-}" ] || in_step="${SLURM_PROCID:-}"
+    if [ -n "${RANK:-$in_step}" ]; then
         exec "$PYTHON" -m megatron_btx.pretrain "$@"
     fi
     local nproc="${NPROC:-$(gpus_or_one)}"
@@ -209,31 +209,4 @@ gpus_or_one() {
         count="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
     fi
     echo "$((count > 0 ? count : 1))"
-}
-
-# Whether srun started this process. The shell of a batch script has SLURM_PROCID=0 too, but belongs to no step.
-one_task_per_rank_of_slurm() {
-    [ -n "${SLURM_PROCID:-}" ] && { [ -z "${SLURM_JOB_ID:-}" ] || [ -n "${SLURM_STEP_ID:-}" ]; }
-}
-
-rank_from_slurm() {
-    local per_node="${SLURM_STEP_TASKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-1}}" # 8, or 8(x2), or 8,4
-    export RANK="$SLURM_PROCID"
-    export WORLD_SIZE="${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-1}}"
-    export LOCAL_RANK="${SLURM_LOCALID:-0}"
-    # Bound to one GPU each (--gpus-per-task=1), every task sees its own as the first.
-    [[ ! "${CUDA_VISIBLE_DEVICES:-}" =~ ^[^,]+$ ]] || LOCAL_RANK=0
-    export LOCAL_WORLD_SIZE="${per_node%%[^0-9]*}"
-    export MASTER_ADDR="${MASTER_ADDR:-$(first_host "${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-localhost}}")}"
-    # Two jobs that share a node must not meet on one port.
-    export MASTER_PORT="${MASTER_PORT:-$((20000 + 10#0${SLURM_JOB_ID//[^0-9]/} % 20000))}"
-}
-
-# The first host of Slurm's short form: gpu[003-006,9],login -> gpu003. In containers scontrol is often missing.
-first_host() {
-    if [[ "$1" =~ ^([^],[]*)\[([^],-]+)[^]]*\]([^,]*) ]]; then
-        echo "${BASH_REMATCH[1]}${BASH_REMATCH[2]}${BASH_REMATCH[3]}"
-    else
-        echo "${1%%,*}"
-    fi
 }

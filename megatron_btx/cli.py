@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
 from megatron_btx import __version__
 from megatron_btx.common.errors import InputError, exits_with_one_line, printable
 
-if TYPE_CHECKING:
-    from megatron_btx.runner.api import ChangedStagesError, PlannedRun
-
 DISPATCHED = {
-    "cancel": ("megatron_btx.slurm.commands", "cancel the jobs of a run in Slurm's queue"),
+    "cancel": ("megatron_btx.slurm.submission", "cancel the jobs of a run in Slurm's queue"),
     "doctor": ("megatron_btx.doctor", "what this machine has of what training needs"),
     "report": ("megatron_btx.report.build", "write and print the report of a run directory"),
     "preprocess": ("megatron_btx.data.preprocess", "turn JSONL, text or Parquet files into Megatron's datasets"),
@@ -84,11 +79,15 @@ def main(argv: list[str] | None = None) -> int:
             f"no RECIPE.yaml: it stands first, as in btx {arguments.command} RECIPE.yaml --set KEY=VALUE, because "
             "--set, --only and --rerun take all words behind them"
         )
-    if arguments.command == "plan":
-        return plan(arguments)
     if arguments.command == "submit":
-        return submit(arguments)
-    return run(arguments)
+        from megatron_btx.slurm.submission import submit_recipe
+
+        return submit_recipe(arguments)
+    from megatron_btx.runner import commands
+
+    if arguments.command == "plan":
+        return commands.plan(arguments)
+    return commands.run(arguments, _print_report)
 
 
 def _call_program(name: str, words: Sequence[str]) -> int:
@@ -165,104 +164,6 @@ def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_list(parser: argparse.ArgumentParser, flag: str, metavar: str, what: str) -> None:
     """A flag with one or more values, which may be given several times."""
     parser.add_argument(flag, metavar=metavar, nargs="+", action="extend", default=[], help=what)
-
-
-def plan(arguments: argparse.Namespace) -> int:
-    """``btx plan``: the stages of a recipe as a table."""
-    planned = _plan_run(arguments, check=False)
-    print(_describe_plan(planned))
-    return 0
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """``btx run``: plan the recipe, check it, and run it or print its commands."""
-    from megatron_btx.recipe.names import REPORT_STAGE
-    from megatron_btx.runner.progress import Progress
-    from megatron_btx.runner.scripts import as_comment, shell_script
-
-    planned = _plan_run(arguments)
-    if arguments.dry_run:
-        table = as_comment(_describe_plan(planned))
-        script = shell_script(planned.chosen_stages(), planned.actions, planned.directory)
-        print(table, script, table, sep="\n")  # on a terminal the first scrolls away
-        return 0
-    with Progress(planned.directory, planned.stages) as progress:
-        outcome = planned.execute(progress)
-    if outcome.failure:
-        print(f"error: {outcome.failure}", file=sys.stderr, flush=True)
-    has_report = any(stage.name == REPORT_STAGE for stage in planned.stages)
-    if outcome.status == 0 and has_report and not arguments.only:
-        _print_report(planned.directory)
-    return outcome.status
-
-
-def submit(arguments: argparse.Namespace) -> int:
-    """``btx submit``: plan the recipe, check it, and make its stages jobs of Slurm or print their scripts."""
-    from megatron_btx.runner.scripts import as_comment
-    from megatron_btx.slurm.commands import show_scripts, submit_run
-
-    planned = _plan_run(arguments)
-    if arguments.dry_run:
-        table = as_comment(_describe_plan(planned))
-        print(table, show_scripts(planned), table, sep="\n")
-        return 0
-    submit_run(planned)
-    return 0
-
-
-def _plan_run(arguments: argparse.Namespace, check: bool = True) -> PlannedRun:
-    """The run that the command line asks for; what was read otherwise than it is written is said."""
-    from megatron_btx.plan.stage import one_line
-    from megatron_btx.runner.api import ChangedStagesError, plan_run
-
-    planned = plan_run(
-        arguments.recipe,
-        arguments.output,
-        changes=arguments.set,
-        only=arguments.only,
-        rerun=arguments.rerun,
-        use_gpus=not arguments.cpu,
-    )
-    for note in planned.notes:
-        print(f"# note: {one_line(note)}", flush=True)
-    try:
-        if check:
-            planned.check()
-    except ChangedStagesError as error:
-        _refuse_changes(arguments, planned, error)
-    return planned
-
-
-def _describe_plan(planned: PlannedRun) -> str:
-    """The table of a plan, the stages that are finished, and the estimate of the rest."""
-    from megatron_btx.runner import plan_table
-
-    stages = planned.chosen_stages()
-    lines = [plan_table.render(plan_table.make_plan_table(stages, planned.actions, str(planned.directory)))]
-    lines.append(plan_table.describe_finished(stages, planned.actions))
-    lines.append(plan_table.describe_kept(stages, planned.actions))
-    lines.append(plan_table.describe_total(stages, planned.actions))
-    lines.append(plan_table.describe_repeats(stages, planned.recipe.data.texts))
-    return "\n".join(filter(None, lines))
-
-
-def _refuse_changes(arguments: argparse.Namespace, planned: PlannedRun, error: ChangedStagesError) -> NoReturn:
-    """Say what changed in which stage, and the command that would run them again. Always raises InputError."""
-    from megatron_btx.plan.stage import one_line
-
-    for name, why in error.changed.items():
-        print(f"{name}: {one_line(why)}", file=sys.stderr, flush=True)
-    again = list(dict.fromkeys([*arguments.rerun, *error.changed]))
-    command = ["btx", arguments.command, str(arguments.recipe), "--output", str(planned.directory)]
-    for flag, words in (("--set", arguments.set), ("--only", arguments.only), ("--rerun", again)):
-        if words:
-            command += [flag, *words]
-    if arguments.cpu:
-        command.append("--cpu")
-    raise InputError(
-        f"{planned.directory}: what was made otherwise (above: {len(error.changed)}) is kept, and nothing was run; "
-        f"take another --output, or to run them again beside their old folders: {shlex.join(command)}"
-    )
 
 
 def _print_report(directory: Path) -> None:

@@ -7,7 +7,6 @@ and runs no code; knowing the positions lets slices be read in any order.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.stored import Block, Files, Place, StoredTensor, read_box, read_slice
 from megatron_btx.common.errors import CheckpointError
-from megatron_btx.common.files import read_json_object
+from megatron_btx.common.files import parse_json, read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -185,8 +184,8 @@ class SafetensorsReader:
                 f"{file}: {size} bytes, but its header says it is {length} long; truncated or damaged"
             )
         try:
-            entries = _entries_of(json.loads(self._files.bytes_at(Place(file, 8), length)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            entries = _entries_of(parse_json(self._files.bytes_at(Place(file, 8), length)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file}: its header cannot be read ({error!r}); it is damaged") from error
         end = 0
         for entry in entries:

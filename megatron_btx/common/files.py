@@ -62,6 +62,14 @@ def refuse_unwritable(folder: str, where: str) -> None:
         raise InputError(f"{where}: {above} is no folder that can be written to; name another place")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError where it is none, and where it is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def read_json(file: Path, remedy: str, error: type[InputError] = InputError) -> Any:
     """The value in a JSON file, which may be a stranger's.
 
@@ -76,8 +84,8 @@ def read_json(file: Path, remedy: str, error: type[InputError] = InputError) -> 
         found = "is no file, or a link to none" if os.path.lexists(file) else "does not exist"
         raise error(f"{file}: {found}; {remedy}")
     try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as failure:
+        return parse_json(file.read_bytes())
+    except ValueError as failure:
         raise error(f"{file}: is not JSON ({failure}); {remedy}") from failure
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.common.files import write_atomically
+from megatron_btx.common.files import read_json_object, write_atomically
 
 FILE_NAME = "manifest.json"
 _PACKAGES = ("megatron-btx", "megatron-core", "torch")
@@ -21,17 +21,9 @@ _PACKAGES = ("megatron-btx", "megatron-core", "torch")
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest in ``directory``, or None when there is none. Raises InputError when it is not a JSON object."""
     path = directory / FILE_NAME
-    if path.exists() and not path.is_file():  # reading a pipe would wait forever
-        raise InputError(f"{path}: is not a file; move it away")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: broken JSON ({error}); move its folder away to run it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: found {type(content).__name__}, expected an object; move its folder away")
-    return content
+    return read_json_object(path, "move its folder away to run it again")
 
 
 def is_unwritten(path: Path) -> bool:

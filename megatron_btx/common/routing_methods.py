@@ -1,17 +1,11 @@
 """How a mixture can route: one table of methods, in Megatron's flags and ours.
 
-Recipes, the launchers and the documentation read it. A launcher asks for the flags:
-
-    python -m megatron_btx.common.routing_methods --routing switch --experts 4
+Recipes and the documentation read it. The launcher of mixtures says the same in shell; a test compares them.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import dataclass
-
-from megatron_btx.common.errors import InputError, exits_with_one_line
 
 DEFAULT_TOPK = 2
 SWITCH_CAPACITY = 1.5
@@ -88,63 +82,3 @@ def find_method(name: str) -> RoutingMethod | None:
         if method.name == name:
             return method
     return None
-
-
-def launcher_words(given: argparse.Namespace) -> list[str]:
-    """The command line of what a launcher's variables ask for.
-
-    Raises:
-        InputError: they contradict each other; names the variable.
-    """
-    method = find_method(given.routing)
-    if method is None:
-        *first, last = NAMES
-        raise InputError(f"ROUTING={given.routing}: expected {', '.join(first)} or {last}")
-    if given.topk and not method.takes_topk:
-        raise InputError(f"TOPK={given.topk} with ROUTING={method.name}, which has its own k; leave one of them out")
-    if given.capacity and method.capacity is None:
-        raise InputError(
-            f"CAPACITY={given.capacity} with ROUTING={method.name}, which drops no token; leave one of them out"
-        )
-    words = []
-    topk = int(given.topk) if given.topk else None
-    for name, value in method.flags(given.experts, topk, given.capacity).items():
-        words.append(f"--{name}")
-        if value is not True:
-            words.append(str(value))
-    return words + _balancing_words(method, given.balancing, given.aux_loss)
-
-
-def _balancing_words(method: RoutingMethod, balancing: str, coefficient: str) -> list[str]:
-    if not balancing:
-        balancing = "megatron" if method.is_balanced else "none"
-    if balancing not in BALANCING:
-        raise InputError(f"BALANCING={balancing}: expected megatron, paper or none")
-    if balancing == "none":
-        if coefficient:
-            raise InputError(
-                f"AUX_LOSS={coefficient} with BALANCING=none (the default of ROUTING=soft and sample-top1); "
-                "leave one of them out"
-            )
-        return ["--moe-router-load-balancing-type", "none"]
-    coefficient = coefficient or str(BALANCING_COEFFICIENT)
-    kind = ["--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", coefficient]
-    return [*kind, "--btx-load-balancing", balancing]
-
-
-@exits_with_one_line
-def main() -> int:
-    """Print the flags of a routing method, one word a line. Empty values count as not given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--routing", metavar="NAME", default="top-k", help=f"{', '.join(NAMES)} (default: top-k)")
-    parser.add_argument("--experts", metavar="N", type=int, default=4, help="experts of the mixture (default: 4)")
-    parser.add_argument("--topk", metavar="K", default="", help="experts per token (default: 2)")
-    parser.add_argument("--capacity", metavar="X", default="", help="capacity factor of switch routing (default: 1.5)")
-    parser.add_argument("--balancing", metavar="FORM", default="", help="megatron, paper or none (default: by method)")
-    parser.add_argument("--aux-loss", metavar="X", default="", help="weight of the balancing loss (default: 0.01)")
-    print("\n".join(launcher_words(parser.parse_args())))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

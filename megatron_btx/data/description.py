@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.common.files import parse_json
 from megatron_btx.tokenizers.segmentation import rule_fingerprints
 from megatron_btx.tokenizers.vocabulary import Vocabulary, read_vocabulary
 
@@ -151,7 +152,7 @@ def read_description(prefix: str, where: str) -> Description | None:
         return None
     remedy = f"{_AGAIN}, or remove {file.name} if the dataset was made by other means"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
         if content["format"] != _FORMAT:
             raise InputError(
                 f"{where} {prefix}: {file} has the format {content['format']}, expected {_FORMAT}; {remedy}"
@@ -160,7 +161,7 @@ def read_description(prefix: str, where: str) -> Description | None:
         numbers = (description.vocabulary_size, description.largest_id, description.bin_bytes, description.idx_bytes)
         if not all(type(number) is int for number in numbers) or not isinstance(description.rules, dict):
             raise TypeError("numbers are missing")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{where} {prefix}: {file} is no description of a dataset ({error}); {remedy}") from error
     found = {suffix: os.path.getsize(prefix + suffix) for suffix in (".bin", ".idx")}
     if found != {".bin": description.bin_bytes, ".idx": description.idx_bytes}:

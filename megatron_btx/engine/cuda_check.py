@@ -9,15 +9,13 @@ old, or Transformer Engine where no GPU is visible.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import sys
 import warnings
 from typing import Any
 
-OPTIONAL = ("transformer_engine.pytorch", "amp_C", "flash_attn")
-"""Modules of kernels for GPUs: Transformer Engine, apex (whose package of the same name on PyPI is another) and
-FlashAttention."""
+KERNELS = {"transformer_engine.pytorch": "transformer-engine", "amp_C": "apex", "flash_attn": "flash-attn"}
+"""Modules of kernels for GPUs, and their packages; apex is known by this module, because PyPI has another apex."""
 
 
 def ask_torch() -> dict[str, Any]:
@@ -25,8 +23,8 @@ def ask_torch() -> dict[str, Any]:
     import torch
 
     nccl = None
-    if torch.distributed.is_available() and torch.distributed.is_nccl_available() and torch.version.cuda:
-        nccl = ".".join(str(number) for number in torch.cuda.nccl.version())
+    if torch.version.cuda and torch.distributed.is_available() and torch.distributed.is_nccl_available():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
     gpus = []
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
@@ -35,24 +33,21 @@ def ask_torch() -> dict[str, Any]:
 
 
 def try_import(name: str) -> str | None:
-    """None if the module can be imported, else "absent", or why it cannot."""
-    try:
-        if importlib.util.find_spec(name) is None:
-            return "absent"
-    except ModuleNotFoundError:
-        return "absent"
-    except Exception as error:  # its parent is imported to look for it, and may fail as it likes
-        return first_line(error)
+    """Empty if the module can be imported, else why not; None where it is absent."""
     try:
         importlib.import_module(name)
-    except BaseException as error:
+    except ModuleNotFoundError as error:
+        if error.name == name.partition(".")[0]:
+            return None
+        return describe(error)
+    except BaseException as error:  # it may fail as it likes
         if isinstance(error, KeyboardInterrupt):
             raise
-        return first_line(error)
-    return None
+        return describe(error)
+    return ""
 
 
-def first_line(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
 
@@ -60,16 +55,9 @@ def first_line(error: BaseException) -> str:
 def main() -> int:
     """Print what was found, behind whatever an imported library prints."""
     warnings.simplefilter("ignore")
-    answer: dict[str, Any] = {"torch": None, "torch_error": None, "modules": {}}
-    try:
-        answer["torch"] = ask_torch()
-    except Exception as error:
-        answer["torch_error"] = first_line(error)
-    for name in OPTIONAL:
-        if answer["torch"] is None:
-            break
-        answer["modules"][name] = try_import(name)
-    print(f"\n{json.dumps(answer)}", flush=True)
+    facts = ask_torch()
+    facts["modules"] = {name: try_import(name) for name in KERNELS}
+    print(f"\n{json.dumps(facts)}", flush=True)
     return 0
 
 

@@ -113,26 +113,6 @@ def identities(stages: Iterable[Stage]) -> dict[str, Identity]:
     return known
 
 
-def manifest_of(stage: Stage, identity: Identity, status: str, rerun: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a stage's manifest says before it starts, beside what depends on the machine.
-
-    ``rerun`` is the --rerun that began it, so that the same command goes on after a stop and does not begin again.
-    """
-    return {
-        "stage": stage.name,
-        "fingerprint": identity.fingerprint,
-        "status": status,
-        "parents": dict(identity.parents),
-        "after": list(stage.after),
-        "inputs": [str(path) for path in stage.inputs],
-        "settings": dict(identity.settings),
-        "steps": stage.iterations,
-        "tokens": stage.tokens,
-        "flops": stage.flops,
-        "rerun": rerun,
-    }
-
-
 def _plain(value: Any) -> Any:
     """``value`` as JSON keeps it, with one spelling for equal numbers: 3e-3, 0.003 and "0.003" are one."""
     if isinstance(value, Path):

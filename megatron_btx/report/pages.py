@@ -25,9 +25,9 @@ from rich.text import Text
 
 from megatron_btx.common.files import write_atomically
 from megatron_btx.common.manifest import mark
+from megatron_btx.common.table import WholeTable, describe_cells
 from megatron_btx.report.blocks import Block, Bullets, Cell, Image, Paragraph, Section, Table
 from megatron_btx.report.facts import Fact
-from megatron_btx.runner.progress_table import WholeTable, describe_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from megatron_btx.report.datasets import Datasets
 from megatron_btx.report.inputs import RunData
 from megatron_btx.report.quantities import ABSENT, count_text, total
 from megatron_btx.report.stages import Stage
-from megatron_btx.runner.plan_table import count_epochs, with_prefix
+from megatron_btx.runner.tables import count_epochs, with_prefix
 
 _EXPORTED = f"{EXPORT_STAGE}/{EXPORTED_FOLDER}"
 _SETTINGS = ("lr", "min-lr", "lr-decay-style", "global-batch-size", "seq-length", "weight-decay", "clip-grad", "seed")

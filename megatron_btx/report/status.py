@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.common.table import find_width
 from megatron_btx.recipe.names import LOG_FILE, PLAN_FILE
 from megatron_btx.report.stale import find_left_out
-from megatron_btx.runner.failure import last_words
-from megatron_btx.runner.lock import is_locked
-from megatron_btx.runner.progress_table import find_width, make_progress_table, read_row, read_shown_manifest
-from megatron_btx.runner.run_dir import read_plan
+from megatron_btx.runner.run_dir import is_locked, read_plan
 from megatron_btx.runner.schemas import StageManifest
+from megatron_btx.runner.stage_run import last_words
+from megatron_btx.runner.tables import make_progress_table, read_row, read_shown_manifest
 from megatron_btx.slurm.status import FOREIGN, HEADERS, JobView, view_jobs, was_submitted
 
 

@@ -20,11 +20,10 @@ from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.names import MODELS_FILE, PLAN_FILE, RECIPE_FILE, REPORT_STAGE
 from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.runner.decisions import RERUN, RUN, Action, check_chosen, decide, list_kept
-from megatron_btx.runner.local import Outcome, execute_stages
-from megatron_btx.runner.machine import Machine
-from megatron_btx.runner.progress import Progress, Reporter
+from megatron_btx.runner.local import Machine, Outcome, execute_stages
 from megatron_btx.runner.run_dir import check_run, read_stage_manifest
 from megatron_btx.runner.schemas import StageManifest
+from megatron_btx.runner.tables import Progress, Reporter
 
 RUNS_FOLDER = Path("runs")
 """Where a run goes whose directory is not given."""

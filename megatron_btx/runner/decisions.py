@@ -12,7 +12,7 @@ from megatron_btx.plan.fingerprint import Identity, identities
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.names import CHECKPOINT_FOLDER
 from megatron_btx.runner.run_dir import own_manifest
-from megatron_btx.runner.schemas import StageManifest
+from megatron_btx.runner.schemas import StageManifest, StageRecord
 
 _SHOWN_AT_MOST, _SETTINGS_SHOWN = 60, 4
 SKIP, RUN, RESUME, RERUN, KEEP = "skip", "run", "resume", "rerun", "keep"
@@ -61,25 +61,38 @@ def decide(stages: Sequence[Stage], run: Path, rerun: Sequence[str] = ()) -> dic
     return actions
 
 
-def decide_start(
-    stage: Stage, identity: Identity, directory: Path, rerun: Mapping[str, Any] | None, is_rerun: bool
-) -> Action:
+def decide_start(record: StageRecord, directory: Path) -> Action:
     """What happens to one stage that starts now, whose parents are finished.
-
-    Args:
-        rerun: the --rerun that it starts for.
-        is_rerun: whether that one names the stage.
 
     Raises:
         InputError: something else lies in its folder.
     """
+    stage = record.stage
     manifest = own_manifest(directory, stage.name)
-    action = decide_stage(stage, identity, directory, manifest)
+    action = decide_stage(stage, record.identity, directory, manifest)
     if stage.only_shows:
         action = Action(RUN, "shows what ran before it")
-    if is_rerun and manifest is not None:
-        action = _decide_rerun(action, goes_on=manifest.rerun == rerun)
-    return replace(action, rerun=rerun)
+    if record.is_rerun and manifest is not None:
+        action = _decide_rerun(action, goes_on=manifest.rerun == record.rerun)
+    return replace(action, rerun=record.rerun)
+
+
+def make_records(
+    stages: Sequence[Stage], actions: Mapping[str, Action], rerun: Sequence[str]
+) -> dict[str, StageRecord]:
+    """Every stage as who starts it has to know it."""
+    known = identities(stages)
+    shown = {stage.name for stage in stages if stage.only_shows}
+    records = {}
+    for stage in stages:
+        parents: dict[str, str | None] = {}
+        for parent in stage.waits_for():
+            parents[parent] = None
+            if parent not in shown:
+                parents[parent] = known[parent].fingerprint
+        asked = actions[stage.name].rerun
+        records[stage.name] = StageRecord(stage, known[stage.name], parents, asked, stage.name in rerun)
+    return records
 
 
 def decide_stage(stage: Stage, identity: Identity, directory: Path, manifest: StageManifest | None) -> Action:

@@ -2,13 +2,15 @@
 
 A stage's directory holds config.yaml, command.sh (what is executed), log.txt, manifest.json and its product. Finished
 stages are skipped, stopped ones go on; where what decides a result has changed, the run stops before it begins. Nothing
-is removed (:mod:`megatron_btx.runner.stage_dir`), and whatever ends the runner, no process stays behind.
+is removed (:mod:`megatron_btx.runner.stage_run`), and whatever ends the runner, no process stays behind.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -17,24 +19,18 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_btx.common import manifest as manifests
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import write_atomically
-from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.stage import Stage
-from megatron_btx.recipe.names import LOG_FILE, SCRIPT_FILE, TRACKER_FILE
+from megatron_btx.recipe.names import LOG_FILE, SCRIPT_FILE
 from megatron_btx.runner import processes
-from megatron_btx.runner.decisions import RERUN, SKIP, Action, check_chosen, decide, list_kept
-from megatron_btx.runner.failure import failure_message, killed_by, read_log
-from megatron_btx.runner.lock import lock_run
-from megatron_btx.runner.machine import Machine
-from megatron_btx.runner.progress import Reporter
-from megatron_btx.runner.run_dir import check_run, read_stage_manifest
-from megatron_btx.runner.schemas import StageManifest
+from megatron_btx.runner.decisions import SKIP, Action, check_chosen, decide, list_kept, make_records
+from megatron_btx.runner.run_dir import check_run, lock_run
+from megatron_btx.runner.schemas import StageRecord
 from megatron_btx.runner.slurm_queue import check_no_jobs
-from megatron_btx.runner.stage_dir import describe_start, prepare_folder
+from megatron_btx.runner.stage_run import Failure, StageRun
+from megatron_btx.runner.tables import Reporter
 
 POLL_SECONDS = 0.2
 MANIFEST_SECONDS = 15.0
@@ -45,10 +41,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Runner:
     """Runs the stages of one run directory; see :func:`execute_stages`."""
 
-    def __init__(self, stages: Sequence[Stage], run: Path, machine: Machine, reporter: Reporter) -> None:
-        self.stages = {stage.name: stage for stage in stages}
+    def __init__(self, records: Mapping[str, StageRecord], run: Path, machine: Machine, reporter: Reporter) -> None:
+        self.records = records
+        self.stages = {name: record.stage for name, record in records.items()}
         self.run, self.machine, self.reporter = run, machine, reporter
-        self.identities = identities(stages)
         self.session = f"{processes.mark_of(run)}{uuid.uuid4().hex}"
         self.running: dict[str, _Running] = {}
         self.signal: int | None = None
@@ -66,12 +62,18 @@ class Runner:
                 status = self._finish_ended()
                 if status:
                     return status
-                self._keep_time()
+                for running in self.running.values():
+                    if time.monotonic() - running.written > MANIFEST_SECONDS:
+                        running.written = time.monotonic()
+                        running.stage_run.keep_time()
                 self.reporter.update()
                 time.sleep(POLL_SECONDS)
             return 0
         finally:
-            self._stop_all()
+            if self.running:
+                processes.end_marked(f"{self.session}:")
+            for name in list(self.running):
+                self._close(name, "stopped")
 
     def _list_due(self, actions: Mapping[str, Action], chosen: Sequence[str]) -> list[str]:
         """The stages that have something to do, the most urgent first; the others are reported as skipped."""
@@ -84,19 +86,23 @@ class Runner:
 
     def _start_ready(self, waiting: list[str], actions: Mapping[str, Action]) -> None:
         """Start what waits for nothing and has room, and take it out of ``waiting``."""
-        ready = [name for name in waiting if self._can_start(self.stages[name], waiting)]
-        for name in ready:
-            if self.machine.needs(self.stages[name]) <= len(self.machine.free):
+        for name in list(waiting):
+            stage = self.stages[name]
+            is_ready = not any(parent in waiting or parent in self.running for parent in stage.waits_for())
+            if is_ready and self.machine.needs(stage) <= len(self.machine.free):
                 waiting.remove(name)
-                self._start(self.stages[name], actions[name])
+                self._start(stage, actions[name])
 
     def _finish_ended(self) -> int:
         """Take in the stages that have ended; 0, or the runner's exit status after one that failed."""
         for name in list(self.running):
-            if self.running[name].process.poll() is not None:
-                status = self._finish(name)
-                if status:
-                    return status
+            if self.running[name].process.poll() is None:
+                continue
+            failure = self._close(name)
+            if failure is not None:
+                log = self.run / name / LOG_FILE
+                self.failure = f"stage {name} {failure.problem}; its log: {log}\n{failure.message}"
+                return failure.status
         return 0
 
     def on_signal(self, number: int, _: object) -> None:
@@ -111,78 +117,43 @@ class Runner:
             urgency[stage.name] = (stage.tokens or 0) / stage.processes + max(behind, default=0.0)
         return sorted(self.stages, key=lambda name: -urgency[name])
 
-    def _can_start(self, stage: Stage, waiting: Sequence[str]) -> bool:
-        return not any(parent in waiting or parent in self.running for parent in stage.waits_for())
-
     def _start(self, stage: Stage, action: Action) -> None:
-        directory = self.run / stage.name
-        earlier = StageManifest()
-        if action.verb != RERUN:
-            earlier = read_stage_manifest(directory) or earlier
         device = "cpu"
         if self.machine.gpus and stage.on_gpu:
             device = "gpu"
-        manifest = describe_start(stage, self.identities[stage.name], action, earlier, device)
-        prepare_folder(stage, directory, action, manifest)
+        stage_run = StageRun(self.run, self.records[stage.name])
+        stage_run.begin(action, device, f"bash {SCRIPT_FILE}")
         taken = self.machine.take(stage)
         mark = {processes.MARK_VARIABLE: f"{self.session}:{stage.name}:"}
-        with (directory / LOG_FILE).open("ab") as log:
-            log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {action.verb}: bash {SCRIPT_FILE}\n".encode())
-            log.flush()
-            offset = log.tell()  # before the start: the stage shares our file's position and moves it
+        with (stage_run.directory / LOG_FILE).open("ab") as log:
             process = subprocess.Popen(
                 ["bash", SCRIPT_FILE],
-                cwd=directory,
+                cwd=stage_run.directory,
                 env={**os.environ, **self.machine.environment(taken), **mark},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.running[stage.name] = _Running(process, manifest, taken, offset, manifest["seconds"])
+        self.running[stage.name] = _Running(process, stage_run, taken, time.monotonic())
         self.reporter.set(stage.name, "running", f"{action.verb}: {action.why}")
 
-    def _finish(self, name: str) -> int:
-        """Take in an ended stage; 0 when it did its work, else the runner's exit status."""
-        stage, running = self.stages[name], self.running[name]
-        code = running.process.returncode
-        problem = find_problem(stage, self.run / name, code)
-        if not problem:
-            self._close(name, "finished")
-            return 0
-        self._close(name, "failed")
-        log = self.run / name / LOG_FILE
-        text = read_log(log, running.log_offset)
-        killed = killed_by(text, code)
-        if killed:
-            problem = f"failed: {killed}"
-        message, status = failure_message(text, code, name)
-        self.failure = f"stage {name} {problem}; its log: {log}\n{message}"
-        return status
+    def _close(self, name: str, status: str = "") -> Failure | None:
+        """A stage's process has ended, or has to: end what is left of it, note its status, free its slots.
 
-    def _close(self, name: str, status: str) -> None:
-        """A stage's process has ended, or has to: end what is left of it, note its status, free its slots."""
-        running = self.running[name]
+        Without a ``status`` its end decides between finished and failed.
+        """
+        running = self.running.pop(name)
         processes.end_marked(f"{self.session}:{name}:")
-        running.process.wait()
-        running.manifest |= {"status": status, "seconds": running.total_seconds(), "exit": running.process.returncode}
-        del self.running[name]
+        code = running.process.wait()
         self.machine.give_back(running.taken)
+        failure = running.stage_run.find_failure(code)
+        if not status:
+            status = "failed" if failure else "finished"
         with contextlib.suppress(FileNotFoundError):  # somebody removed the run under us: nothing to note, still stop
-            manifests.write_manifest(self.run / name, running.manifest)
-        self.reporter.set(name, status, f"{running.manifest['seconds']:.0f} s")
-
-    def _keep_time(self) -> None:
-        for name, running in self.running.items():
-            if time.monotonic() - running.written > MANIFEST_SECONDS:
-                running.written = time.monotonic()
-                manifests.write_manifest(self.run / name, running.manifest | {"seconds": running.total_seconds()})
-
-    def _stop_all(self) -> None:
-        if self.running:
-            processes.end_marked(f"{self.session}:")
-        for name in list(self.running):
-            self._close(name, "stopped")
+            running.stage_run.end(code, status)
+        self.reporter.set(name, status, f"{running.stage_run.manifest.seconds:.0f} s")
+        return failure
 
 
 @dataclass
@@ -190,31 +161,10 @@ class _Running:
     """A stage that was started."""
 
     process: subprocess.Popen[bytes]
-    manifest: dict[str, Any]
+    stage_run: StageRun
     taken: list[str]
-    log_offset: int
-    earlier_seconds: float
-
-    def __post_init__(self) -> None:
-        self.started = self.written = time.monotonic()
-
-    def total_seconds(self) -> float:
-        """Seconds of all its starts."""
-        return round(self.earlier_seconds + time.monotonic() - self.started, 3)
-
-
-def find_problem(stage: Stage, directory: Path, code: int) -> str:
-    """Why a stage that ended with status ``code`` is not finished; empty when it is."""
-    if code:
-        return f"ended with status {code}"
-    product = directory / stage.product
-    if not product.exists():
-        return f"ended without its product {stage.product}"
-    if stage.iterations is not None and stage.product == TRACKER_FILE:
-        reached = product.read_text(encoding="utf-8").strip()
-        if reached != str(stage.iterations):
-            return f"ended at iteration {reached} of {stage.iterations}"
-    return ""
+    written: float
+    """When its manifest was written last."""
 
 
 @contextlib.contextmanager
@@ -275,7 +225,70 @@ def execute_stages(
         machine.check([stage for stage in stages if stage.name in chosen and actions[stage.name].verb != SKIP])
         for name, text in (records or {}).items():
             write_atomically(run / name, text)
-        runner = Runner(stages, run, machine, reporter)
+        runner = Runner(make_records(stages, actions, rerun), run, machine, reporter)
         with processes.guard(f"{runner.session}:"), _handle_signals(runner):
             status = runner.execute(actions, chosen)
         return Outcome(status, runner.failure)
+
+
+class Machine:
+    """The GPUs, or where there are none the cores, that stages take while they run."""
+
+    def __init__(self, gpus: Sequence[str], cores: int) -> None:
+        self.gpus = tuple(gpus)
+        self.free = list(gpus) or [str(core) for core in range(cores)]
+        self.size = len(self.free)
+
+    @staticmethod
+    def found(use_gpus: bool = True) -> Machine:
+        """This machine: what CUDA_VISIBLE_DEVICES or else nvidia-smi lists, and the cores this process may use."""
+        gpus: list[str] = []
+        if use_gpus:
+            gpus = _find_gpus()
+        return Machine(gpus, len(os.sched_getaffinity(0)))
+
+    def needs(self, stage: Stage) -> int:
+        """Slots that ``stage`` takes. Where there are GPUs, a stage that uses none takes none."""
+        if not self.gpus:
+            return min(stage.processes * stage.threads, self.size)
+        if stage.on_gpu:
+            return stage.processes
+        return 0
+
+    def check(self, stages: Sequence[Stage]) -> None:
+        """Refuse stages that have more processes than this machine has GPUs."""
+        for stage in stages:
+            if self.needs(stage) > self.size:
+                raise InputError(
+                    f"stage {stage.name}: {stage.processes} processes need as many GPUs, found {self.size}; "
+                    "change its layout in the recipe, or run on the CPU with --cpu"
+                )
+
+    def take(self, stage: Stage) -> list[str]:
+        """The slots of ``stage``, which are no longer free."""
+        count = self.needs(stage)
+        taken = self.free[:count]
+        del self.free[:count]
+        return taken
+
+    def give_back(self, taken: Sequence[str]) -> None:
+        """The slots of a stage that has ended."""
+        self.free[:0] = taken
+
+    def environment(self, taken: Sequence[str]) -> dict[str, str]:
+        """What tells a stage's processes their GPUs."""
+        visible = ""
+        if self.gpus:
+            visible = ",".join(taken)
+        return {"CUDA_VISIBLE_DEVICES": visible}
+
+
+def _find_gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device for device in visible.split(",") if device.strip() not in ("", "-1")]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    count = len(re.findall(r"^GPU \d+", listed.stdout, re.MULTILINE))
+    return [str(number) for number in range(count)]

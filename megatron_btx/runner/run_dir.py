@@ -6,16 +6,19 @@
 One rule for what cannot be read. A file that is not there is None or empty. A number that is none is None. A line of
 metrics.jsonl that is no JSON object with an iteration is passed over: a kill tears the last one, and the resumed run
 writes it again behind. Anything else that is broken is an InputError, which names the file. What the files hold is in
-records.py.
+schemas.py.
 
 Nothing here needs torch or Megatron.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fcntl
 import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_btx.common import manifest as manifests
 from megatron_btx.common.errors import InputError
-from megatron_btx.common.files import read_json_object
+from megatron_btx.common.files import parse_json, read_json, read_json_object
 from megatron_btx.recipe.names import LOCK_FILE, PLAN_FILE, RECIPE_FILE, TRACKER_FILE
 from megatron_btx.runner.schemas import (
     Evaluation,
@@ -52,12 +55,9 @@ def find_free_name(directory: Path) -> Path:
 
 def read_plan(run: Path) -> list[PlannedStage] | None:
     """The plan of the run directory ``run``; None when what lies there is none."""
-    path = run / PLAN_FILE
-    if not path.is_file():  # reading a pipe would wait forever
-        return None
     try:
-        return TypeAdapter(list[PlannedStage]).validate_python(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        return TypeAdapter(list[PlannedStage]).validate_python(read_json(run / PLAN_FILE, "btx run writes it again"))
+    except (OSError, ValueError, InputError):
         return None
 
 
@@ -139,8 +139,8 @@ def parse_metrics(text: str) -> list[MetricsLine]:
     found: list[MetricsLine] = []
     for line in text.splitlines():
         try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
+            content = parse_json(line)
+        except ValueError:
             continue
         if isinstance(content, dict) and read_count(content.get("iteration")) is not None:
             if content.get("skipped"):
@@ -215,3 +215,46 @@ def check_run(run: Path) -> None:
     for path in (run / PLAN_FILE, run / RECIPE_FILE):
         if os.path.lexists(path):
             raise InputError(f"{path}: not written by btx run, which would replace it; give another --output")
+
+
+@contextlib.contextmanager
+def lock_run(run: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold the run directory for a runner, or by LOCK_SH for those that submit. Raises InputError when others do."""
+    with (run / LOCK_FILE).open("a") as lock:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{run}: another btx run, a job or a command.sh is at work here, or a btx submit; wait, or give "
+                "another --output"
+            ) from None
+        except OSError:  # a disk without locks
+            if kind == fcntl.LOCK_EX:
+                raise
+        yield
+
+
+@contextlib.contextmanager
+def take_turn(folder: Path) -> Iterator[None]:
+    """Wait until nobody else holds ``folder``, and hold it; a disk without locks, or without room, keeps nobody."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            lock = stack.enter_context((folder / LOCK_FILE).open("a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another btx submit is at work in {folder.parent}; waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def is_locked(run: Path, name: str = LOCK_FILE) -> bool:
+    """Whether a runner is at work in ``run``; writes nothing, because a run may be looked at that is not ours."""
+    if not (run / name).is_file():  # opening a pipe would wait forever
+        return False
+    try:
+        with (run / name).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)  # not on a disk without locks
+    return False

@@ -1,16 +1,18 @@
-"""What the files of a run hold, typed; directory.py reads them.
+"""What the files of a run hold, typed; run_dir.py reads them.
 
 A value of another type than it should have is None: one odd number must not hide the rest of a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from megatron_btx.plan.fingerprint import LARGEST_COUNT
+from megatron_btx.plan.fingerprint import LARGEST_COUNT, Identity
+from megatron_btx.plan.stage import Stage
 
 
 def read_number(value: object) -> float | None:
@@ -29,16 +31,9 @@ def read_count(value: object) -> int | None:
     return value
 
 
-def _read_text(value: object) -> str | None:
-    if isinstance(value, str):
-        return value
-    return None
-
-
-def _read_mapping(value: object) -> dict[str, Any] | None:
-    if isinstance(value, dict):
-        return value
-    return None
+def _only(kind: type) -> BeforeValidator:
+    """Takes a value of this type, and None in place of any other."""
+    return BeforeValidator(lambda value: value if isinstance(value, kind) else None)
 
 
 def _read_parents(value: object) -> dict[str, str | None]:
@@ -47,15 +42,19 @@ def _read_parents(value: object) -> dict[str, str | None]:
         return {str(name): None for name in value}
     if not isinstance(value, dict):
         return {}
-    return {str(name): _read_text(fingerprint) for name, fingerprint in value.items()}
+    parents: dict[str, str | None] = {}
+    for name, fingerprint in value.items():
+        parents[str(name)] = fingerprint if isinstance(fingerprint, str) else None
+    return parents
 
 
 Number = Annotated[float | None, BeforeValidator(read_number)]
 Count = Annotated[int | None, BeforeValidator(read_count)]
 PlannedCount = Annotated[int | None, Field(strict=True, gt=-(2**64), lt=2**64), AfterValidator(read_count)]
 """Another type or a huge number is of no plan that btx wrote."""
-Text = Annotated[str | None, BeforeValidator(_read_text)]
-Settings = Annotated[dict[str, Any] | None, BeforeValidator(_read_mapping)]
+Text = Annotated[str | None, _only(str)]
+Words = Annotated[list[Any] | None, _only(list)]
+Settings = Annotated[dict[str, Any] | None, _only(dict)]
 Parents = Annotated[dict[str, str | None], BeforeValidator(_read_parents)]
 
 
@@ -65,28 +64,87 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
+class JobStart(_Record):
+    """What a job of Slurm notes of its start, in its stage's manifest. Nothing of a stage that no job began."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    job: Text = None
+    """Its number."""
+    nodes: Text = None
+    step: Count = None
+    """The last one saved before it."""
+    stalled: Count = None
+    """How many starts in a row before it saved no further step."""
+    log_offset: Count = Field(default=None, alias="log offset")
+    """Where its part of the log begins, in bytes."""
+    problem: Text = None
+    """Why it ended."""
+
+
+def _read_job(value: object) -> JobStart:
+    if isinstance(value, JobStart):
+        return value
+    return JobStart.model_validate(value if isinstance(value, dict) else {})
+
+
 class StageManifest(_Record):
     """A stage's manifest.json: what it was made from, by which versions, at what cost."""
 
     stage: Text = None
-    status: Text = None
-    """running (also after a kill), finished, failed, stopped, or made by hand."""
     fingerprint: Text = None
     """Hash of the settings that decide the result, and of the parents' fingerprints."""
+    status: Text = None
+    """running (also after a kill), finished, failed, stopped, or made by hand."""
     parents: Parents = Field(default_factory=dict)
     """Stage -> its fingerprint when this one was made; None where an earlier version wrote none."""
+    after: Words = None
+    """Stages that had to be finished before it, and have no say in its result."""
+    inputs: Words = None
+    """What it read from outside the run."""
     settings: Settings = None
     """The settings that decide the result; None where an earlier version wrote none."""
     steps: Count = None
     tokens: Count = None
     flops: Number = None
-    seconds: Number = None
-    """Of all its starts."""
+    rerun: Settings = None
+    """The --rerun that began it: its stages and its number."""
+    versions: Settings = None
+    """Of Python, Megatron and this package."""
+    device: Text = None
     starts: Count = None
     started: Number = None
     """When its last start began, in seconds since 1970."""
-    rerun: Settings = None
-    """The --rerun that began it: its stages and its number."""
+    seconds: Number = None
+    """Of all its starts."""
+    slurm: Annotated[JobStart, BeforeValidator(_read_job)] = JobStart()
+    """The job that made its last start."""
+    exit: Annotated[int | None, _only(int)] = None
+    """Status of its last program."""
+
+    @classmethod
+    def of_stage(cls, stage: Stage, identity: Identity, status: str, rerun: Mapping[str, Any] | None) -> StageManifest:
+        """What the manifest of a stage says before it starts, beside what depends on the machine.
+
+        ``rerun`` is the --rerun that began it, so that the same command goes on after a stop and does not begin again.
+        """
+        return cls(
+            stage=stage.name,
+            fingerprint=identity.fingerprint,
+            status=status,
+            parents=dict(identity.parents),
+            after=list(stage.after),
+            inputs=[str(path) for path in stage.inputs],
+            settings=dict(identity.settings),
+            steps=stage.iterations,
+            tokens=stage.tokens,
+            flops=stage.flops,
+            rerun=dict(rerun) if rerun is not None else None,
+        )
+
+    def content(self) -> dict[str, Any]:
+        """What is written of it."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
 
     @property
     def is_finished(self) -> bool:
@@ -99,6 +157,20 @@ class StageManifest(_Record):
         if self.rerun is None:
             return 0
         return read_count(self.rerun.get("number")) or 0
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A stage as it was planned, for whoever starts it: the local runner, or a job that reads it from a file."""
+
+    stage: Stage
+    identity: Identity
+    parents: Mapping[str, str | None]
+    """Stages that must be finished -> the fingerprint that they must have; None for what only shows others."""
+    rerun: Mapping[str, Any] | None
+    """The --rerun that it starts for; see :class:`megatron_btx.runner.decisions.Action`."""
+    is_rerun: bool
+    """Whether the stage is one of those that it names."""
 
 
 class PlannedStage(_Record):

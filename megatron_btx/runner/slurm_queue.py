@@ -17,6 +17,8 @@ from megatron_btx.distributed.launcher import without_launcher
 from megatron_btx.recipe.cluster import FOREIGN_NAMES
 from megatron_btx.runner.processes import mark_of
 
+SLURM_FOLDER = "slurm"
+"""Of a run: scripts, records and logs of its jobs."""
 COMMENT_LETTERS = 16
 """Of a stage's fingerprint, in the comment of its job."""
 _MARK_LETTERS = 12
@@ -133,12 +135,12 @@ def check_no_jobs(run: Path) -> None:
     Raises:
         InputError: the jobs; or they cannot be asked for.
     """
-    if not (run / "slurm").is_dir():
+    if not (run / SLURM_FOLDER).is_dir():
         return
     if shutil.which("squeue") is None:
         raise SlurmError(
             f"{run}: was submitted to Slurm, which cannot be asked here (no squeue), so its jobs may be at work; go on "
-            f"where it can, or, when none is left, remove {run / 'slurm'}"
+            f"where it can, or, when none is left, remove {run / SLURM_FOLDER}"
         )
     active = [f"{job.stage} (job {job.number})" for job in list_settled(run)]
     if active:

@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from megatron_btx.common import manifest as manifests
 from megatron_btx.common.errors import BAD_INPUT_EXIT_CODE, InputError, exits_with_one_line, printable
@@ -25,22 +24,18 @@ from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.names import LOG_FILE
 from megatron_btx.runner import processes
 from megatron_btx.runner.decisions import KEEP, RERUN, SKIP, decide_start
-from megatron_btx.runner.failure import failure_message, killed_by, read_log
-from megatron_btx.runner.local import MANIFEST_SECONDS, find_problem
+from megatron_btx.runner.local import MANIFEST_SECONDS
 from megatron_btx.runner.run_dir import own_manifest, read_checkpointed_iteration
-from megatron_btx.runner.schemas import StageManifest, read_count
+from megatron_btx.runner.schemas import JobStart, StageManifest, StageRecord
 from megatron_btx.runner.slurm_queue import SlurmError, list_jobs
-from megatron_btx.runner.stage_dir import describe_start, prepare_folder
-from megatron_btx.slurm.record import StageRecord, read_record, read_started
-from megatron_btx.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED
+from megatron_btx.runner.stage_run import StageRun, read_record
+from megatron_btx.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED, script_path
 
 _FAILED_TASK = "Exited with exit code "
 """What srun says of a task that ended by itself with a status."""
 _CAUSE = re.compile(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")
 _TIME_LIMIT = "TIME LIMIT"
 """What slurmstepd says of a step that it ends: nothing, or the cause."""
-_BAD_INPUT_OF_TASK = f"{_FAILED_TASK}{BAD_INPUT_EXIT_CODE}\n"
-"""What srun says of a task that refused its input, whatever ended the others."""
 
 
 @exits_with_one_line
@@ -76,7 +71,7 @@ def begin(run: Path, record: StageRecord, retries: int) -> int:
     directory = run / stage.name
     _check_parents(run, record)
     _check_alone(run, stage)
-    action = decide_start(stage, record.identity, directory, record.rerun, record.is_rerun)
+    action = decide_start(record, directory)
     if action.verb == SKIP:
         _say(f"{stage.name}: {action.why}")
         return DONE_BEFORE
@@ -85,23 +80,18 @@ def begin(run: Path, record: StageRecord, retries: int) -> int:
     earlier = StageManifest()
     if action.verb != RERUN:
         earlier = own_manifest(directory, stage.name) or earlier
-    started = _describe_start(stage, directory, earlier)
-    if started["stalled"] > retries:
-        manifests.write_manifest(directory, earlier.model_dump() | {"status": "failed", "slurm": started})
+    job = _describe_start(stage, directory, earlier)
+    if (job.stalled or 0) > retries:
+        failed = earlier.model_copy(update={"status": "failed", "slurm": job})
+        manifests.write_manifest(directory, failed.content())
         raise InputError(
-            f"stage {stage.name}: {started['stalled']} starts in a row saved no further step; its log: "
-            f"{directory / LOG_FILE}"
+            f"stage {stage.name}: {job.stalled} starts in a row saved no further step; its log: {directory / LOG_FILE}"
         )
     device = "cpu"
     if stage.on_gpu and os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1", "NoDevFiles"):
         device = "gpu"
-    manifest = describe_start(stage, record.identity, action, earlier, device) | {"slurm": started}
-    prepare_folder(stage, directory, action, manifest)
-    with (directory / LOG_FILE).open("ab") as log:
-        line = f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {action.verb}: job {started['job']} of Slurm\n"
-        log.write(line.encode())
-        started["log offset"] = log.tell()
-    manifests.write_manifest(directory, manifest)  # with the offset
+    script = script_path(run, stage.name).relative_to(run)
+    StageRun(run, record).begin(action, device, f"{script}, job {job.job} of Slurm", job)
     _say(f"{stage.name}: {action.verb} ({action.why})")
     return 0
 
@@ -114,40 +104,29 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
     manifest = own_manifest(directory, stage.name)
     if manifest is None:
         raise InputError(f"{directory}: the folder of the running stage is gone")
-    started = read_started(manifest)
-    content = manifest.model_dump() | {"exit": code}
-    content["seconds"] = round((manifest.seconds or 0.0) + max(0.0, time.time() - started.get("time", time.time())), 3)
-    problem = find_problem(stage, directory, code)
-    if not problem:
-        manifests.write_manifest(directory, content | {"status": "finished"})
+    stage_run = StageRun(run, record, manifest)
+    failure = stage_run.find_failure(code)
+    if failure is None:
+        stage_run.end(code, "finished")
         _say(f"{stage.name}: finished")
         return 0
-    text = read_log(directory / LOG_FILE, read_count(started.get("log offset")) or 0)
-    if _BAD_INPUT_OF_TASK in text:
-        code = BAD_INPUT_EXIT_CODE
-    message, status = failure_message(text, code, stage.name)
-    killed = killed_by(text, code)
-    if status == BAD_INPUT_EXIT_CODE:
+    problem, message = failure.problem, failure.message
+    if failure.status == BAD_INPUT_EXIT_CODE:
         problem = f"failed: {message.partition('error: ')[2]}"
         message = ""
-    elif _was_asked_to_end(text, code):
-        problem = f"stopped: {_explain_end(text)}"
-    elif killed:
-        problem = f"failed: {killed}"
-    stalled = _count_stalled(stage, directory, started)
-    goes_on = status != BAD_INPUT_EXIT_CODE and stalled <= retries
-    started["problem"] = problem
+    elif _was_asked_to_end(failure.log, code):
+        problem = f"stopped: {_explain_end(failure.log)}"
     if code and not problem.startswith("stopped"):
-        status_word = "failed"
+        stage_run.end(code, "failed", problem)
         _say(f"stage {stage.name} {problem}; its log: {directory / LOG_FILE}\n{message}")
     else:
-        status_word = "stopped"
+        stage_run.end(code, "stopped", problem)
         _say(f"stage {stage.name} {problem}")
-    manifests.write_manifest(directory, content | {"status": status_word, "slurm": started})
-    if goes_on:
+    if failure.status == BAD_INPUT_EXIT_CODE:
+        return failure.status
+    stalled = _count_stalled(stage, directory, manifest.slurm)
+    if stalled <= retries:
         return INTERRUPTED
-    if status == BAD_INPUT_EXIT_CODE:
-        return status
     _say(f"{stalled} starts in a row saved no further step; not started again")
     return GIVEN_UP
 
@@ -183,14 +162,14 @@ def _check_parents(run: Path, record: StageRecord) -> None:
 
 
 def _check_alone(run: Path, stage: Stage) -> None:
-    """Refuse where the manifest says that somebody else makes the stage, and he does; see lock.py.
+    """Refuse where the manifest says that somebody else makes the stage, and he does; see run_dir.py.
 
     A job is asked for in the queue. A runner writes the manifest every few seconds, so it is watched for that long.
     """
     manifest = own_manifest(run / stage.name, stage.name)
     if manifest is None or manifest.status != "running":
         return
-    number = read_started(manifest).get("job")
+    number = manifest.slurm.job
     is_made = False
     if number not in (None, _job_number()):
         with contextlib.suppress(SlurmError):  # asked from within a container, or while the controller is away
@@ -203,26 +182,20 @@ def _check_alone(run: Path, stage: Stage) -> None:
         raise InputError(f"stage {stage.name}: a btx run or another job makes it; wait for it, or end it first")
 
 
-def _describe_start(stage: Stage, directory: Path, earlier: StageManifest) -> dict[str, Any]:
-    """What the manifest says of this start: job, moment, step, and how many before it saved nothing."""
+def _describe_start(stage: Stage, directory: Path, earlier: StageManifest) -> JobStart:
+    """What the manifest says of this start: job, step, and how many before it saved nothing."""
     stalled = 0
-    before = read_started(earlier)
-    if before.get("job") == _job_number():
-        stalled = _count_stalled(stage, directory, before)
-    return {
-        "job": _job_number(),
-        "nodes": os.environ.get("SLURM_JOB_NODELIST", ""),
-        "time": time.time(),
-        "step": _saved_step(stage, directory),
-        "stalled": stalled,
-    }
+    if earlier.slurm.job == _job_number():
+        stalled = _count_stalled(stage, directory, earlier.slurm)
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    return JobStart(job=_job_number(), nodes=nodes, step=_saved_step(stage, directory), stalled=stalled)
 
 
-def _count_stalled(stage: Stage, directory: Path, started: dict[str, Any]) -> int:
-    """How many starts in a row, the one that ``started`` describes the last of them, saved no further step."""
-    if _saved_step(stage, directory) > (read_count(started.get("step")) or 0):
+def _count_stalled(stage: Stage, directory: Path, job: JobStart) -> int:
+    """How many starts in a row, that of ``job`` the last of them, saved no further step."""
+    if _saved_step(stage, directory) > (job.step or 0):
         return 0
-    return (read_count(started.get("stalled")) or 0) + 1
+    return (job.stalled or 0) + 1
 
 
 def _saved_step(stage: Stage, directory: Path) -> int:

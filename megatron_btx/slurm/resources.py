@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.plan.stage import Program, Stage
+from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.cluster import ClusterSection, seconds_of
-from megatron_btx.recipe.names import DENSE_STAGE, EXPERT_PREFIX, EXPORT_STAGE, SEED_STAGE
 
 _TASKS_PER_NODE = 8
 _AS_ASKED = ("signal_seconds", "retries", "container_image", "container_mounts", "python", "data_cache", "environment")
-_KIND_OF_ROOM = {"data": "data", "mixing": "mix", "report": "report", "evaluate": "evaluate"}
-"""Second part of a program's module -> kind of stage."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +43,16 @@ def find_resources(cluster: ClusterSection, stage: Stage, workers: int = 1) -> R
     Raises:
         InputError: its processes do not spread evenly over its nodes, or it would be told to save when it starts.
     """
-    kind = kind_of(stage)
-    if kind == "data":
+    makes_data = stage.kind == "data"
+    if makes_data:
         stage = replace(stage, processes=1)  # one task, which starts its workers itself
-    asked = cluster.merge(("gpu" if stage.on_gpu else "cpu", kind))
+    asked = cluster.merge(("gpu" if stage.on_gpu else "cpu", stage.cluster or stage.kind))
     nodes, tasks_per_node = _spread(stage, asked.get("nodes"), asked.get("tasks_per_node"))
     gpus = 0
     if stage.on_gpu:
         gpus = asked.get("gpus_per_task", 1) * tasks_per_node
     cpus = stage.threads
-    if kind == "data":
+    if makes_data:
         cpus = max(cpus, workers)
     options: dict[str, str | None] = {}
     for name in ("account", "partition", "qos", "reservation", "constraint", "time"):
@@ -79,23 +76,6 @@ def find_resources(cluster: ClusterSection, stage: Stage, workers: int = 1) -> R
         told = f"would be told to save {seconds} s, or a minute more, before the end of its time of {asked['time']!r}"
         raise InputError(f"cluster: stage {stage.name} {told}; change time or signal-seconds")
     return resources
-
-
-def kind_of(stage: Stage) -> str:
-    """The section of ``cluster`` that a stage belongs to beside cpu or gpu."""
-    if stage.name == EXPORT_STAGE:
-        return "export"
-    if isinstance(stage.program, Program):
-        room = stage.program.module.split(".")[1]
-        if room in _KIND_OF_ROOM:
-            return _KIND_OF_ROOM[room]
-    if stage.name == SEED_STAGE:
-        return "seed"
-    if stage.name.startswith(EXPERT_PREFIX):
-        return "experts"
-    if stage.name.startswith(DENSE_STAGE):
-        return "dense"
-    return "finetune"
 
 
 def _spread(stage: Stage, nodes: int | None, tasks_per_node: int | None) -> tuple[int, int]:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.plan.stage import PYTHON, Program, Stage, flag_per_line, one_line, shell_locks, shell_preparation
-from megatron_btx.runner.slurm_queue import COMMENT_LETTERS, job_name
-from megatron_btx.slurm.record import SLURM_FOLDER
+from megatron_btx.plan.stage import PYTHON, Program, Stage
+from megatron_btx.runner.scripts import flag_per_line, one_line, shell_locks, shell_preparation
+from megatron_btx.runner.slurm_queue import COMMENT_LETTERS, SLURM_FOLDER, job_name
 from megatron_btx.slurm.resources import Resources
 
 DONE_BEFORE, INTERRUPTED, GIVEN_UP = 10, 75, 76
 """What the first step of a job says when there is nothing to do, and the last one when the job should start again, or
 did so too often; what fails in another way says the second, too."""
+NOTE_SUFFIX = ".job"
+"""Of the file beside a script that holds the number of the job last submitted; for btx status alone."""
 _SAFE_PATH = re.compile(r"[\w./+=@:,~-]+")
 
 _IN_CONTAINER = '"${in_container[@]}"'
@@ -90,6 +93,11 @@ leave "$status" -1
 """
 
 
+def script_path(run: Path, stage: str) -> Path:
+    """The script of a stage's job; its record, its log and its note lie beside it."""
+    return run / SLURM_FOLDER / f"{stage}.sh"
+
+
 def check_run_path(run: Path) -> None:
     """Refuse a run directory whose path Slurm's own lines could not hold.
 
@@ -107,12 +115,20 @@ def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: st
     """The script of the job of ``stage`` in the run directory ``run``."""
     python = resources.python or (PYTHON if resources.container_image else sys.executable)
     name = shlex.quote(stage.name)
+    srun = ["srun", f"--nodes={resources.nodes}", f"--ntasks={resources.tasks}"]
+    srun += [f"--ntasks-per-node={resources.tasks_per_node}", f"--cpus-per-task={resources.cpus_per_task}"]
+    srun += ["--export=ALL", "--kill-on-bad-exit=1"]  # some sites export nothing to a job, nor then to its steps
+    container = start = ""
+    if resources.container_image is not None:
+        container = _container_lines(resources.container_image, resources.container_mounts, run)
+        start = f"srun --nodes=1 --ntasks=1 --export=ALL {_IN_CONTAINER} "  # what is short runs where the program does
+        srun.append(f"\\\n    {_IN_CONTAINER}")
     body = _START.format(
         run=shlex.quote(str(run)),
         threads=stage.threads,
         exports="".join(f"export {key}={shlex.quote(value)}\n" for key, value in resources.environment.items()),
-        container=_container_lines(resources, run),
-        stage=_begin_short_command(resources),
+        container=container,
+        stage=start,
         preparation=shell_preparation(python),
         locks=shell_locks(stage.name),
         name=name,
@@ -120,7 +136,7 @@ def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: st
         done_before=DONE_BEFORE,
         given_up=GIVEN_UP,
         interrupted=INTERRUPTED,
-        srun=" ".join(_srun_words(resources)),
+        srun=" ".join(srun),
         command=_command(stage, resources),
         log=f"{name}/log.txt",
         retries=resources.retries,
@@ -158,33 +174,15 @@ def _header(stage: Stage, resources: Resources, run: Path, fingerprint: str) -> 
     return lines
 
 
-def _container_lines(resources: Resources, run: Path) -> str:
-    """The options by which a step runs in a container, an array of the script; nothing without one."""
-    if resources.container_image is None:
-        return ""
+def _container_lines(image: str, mounts_of_user: Sequence[str], run: Path) -> str:
+    """The options by which a step runs in a container, an array of the script."""
     if re.search("[:,]", str(run)):
         raise InputError(f"{run}: a container's mounts are told apart by : and ,; give another --output")
-    mounts = ",".join((f"{run}:{run}", *resources.container_mounts))
-    options = [f"--container-image={resources.container_image}", f"--container-mounts={mounts}"]
+    mounts = ",".join((f"{run}:{run}", *mounts_of_user))
+    options = [f"--container-image={image}", f"--container-mounts={mounts}"]
     options.append(f"--container-workdir={run}")
     lines = [f"    {shlex.quote(option)}\n" for option in options]
     return f"in_container=(\n{''.join(lines)})\n"
-
-
-def _begin_short_command(resources: Resources) -> str:
-    """What stands before a short command, so that it runs where the program runs; nothing without a container."""
-    if resources.container_image is None:
-        return ""
-    return f"srun --nodes=1 --ntasks=1 --export=ALL {_IN_CONTAINER} "
-
-
-def _srun_words(resources: Resources) -> list[str]:
-    words = ["srun", f"--nodes={resources.nodes}", f"--ntasks={resources.tasks}"]
-    words += [f"--ntasks-per-node={resources.tasks_per_node}", f"--cpus-per-task={resources.cpus_per_task}"]
-    words += ["--export=ALL", "--kill-on-bad-exit=1"]  # some sites export nothing to a job, nor then to its steps
-    if resources.container_image is not None:
-        words.append(f"\\\n    {_IN_CONTAINER}")
-    return words
 
 
 def _command(stage: Stage, resources: Resources) -> str:

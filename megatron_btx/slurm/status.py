@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_btx.common.errors import printable
+from megatron_btx.common.errors import InputError, printable
 from megatron_btx.recipe.names import MANIFEST_FILE
-from megatron_btx.runner.schemas import StageManifest, read_number
-from megatron_btx.runner.slurm_queue import Job, SlurmError, list_jobs
-from megatron_btx.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, read_started, read_waited_for, script_path
+from megatron_btx.runner.schemas import StageManifest
+from megatron_btx.runner.slurm_queue import SLURM_FOLDER, Job, SlurmError, list_jobs
+from megatron_btx.runner.stage_run import read_record
+from megatron_btx.slurm.script import NOTE_SUFFIX, script_path
 
 HEADERS = ("job", "why")
 FOREIGN = "{0}: job {1} is in the queue, and the recipe has no such stage; btx cancel {2} --only {0}"
@@ -66,7 +67,7 @@ def view_jobs(run: Path, manifests: Mapping[str, StageManifest]) -> tuple[dict[s
     try:
         jobs = list_jobs(run)
     except SlurmError as error:
-        return {name: JobView(number=_last_job(manifest)) for name, manifest in manifests.items()}, str(error)
+        return {name: JobView(number=manifest.slurm.job or "") for name, manifest in manifests.items()}, str(error)
     live: dict[str, Job] = {}
     for job in jobs:
         live.setdefault(job.stage, job)
@@ -86,22 +87,16 @@ def _view_live(
     if not job.is_active:
         return JobView(None if manifest.is_finished else "ending", number)
     if job.is_running:
-        state = "running" if job.state == "RUNNING" else job.state.lower()
-        return JobView(state, number, f"may run {job.time_left} more", _count_seconds(manifest))
+        seconds = 0.0
+        if manifest.status == "running" and manifest.started is not None:
+            seconds = max(0.0, time.time() - manifest.started)
+        return JobView(job.state.lower(), number, f"may run {job.time_left} more", seconds)
     return JobView("queued", number, _explain(run, job, manifests, live))
-
-
-def _count_seconds(manifest: StageManifest) -> float:
-    """How long the start that runs now has run; 0 where it is not known."""
-    began = read_number(read_started(manifest).get("time"))
-    if manifest.status != "running" or began is None:
-        return 0.0
-    return max(0.0, time.time() - began)
 
 
 def _view_ended(run: Path, stage: str, manifest: StageManifest) -> JobView:
     """A stage without a job."""
-    number = _last_job(manifest)
+    number = manifest.slurm.job or ""
     if manifest.is_finished:
         return JobView(number=number)
     log = script_path(run, stage).with_suffix(".log")
@@ -110,11 +105,10 @@ def _view_ended(run: Path, stage: str, manifest: StageManifest) -> JobView:
         return JobView("ended", submitted, "failed, or cancelled, before its stage began; btx submit goes on", log=log)
     if manifest.status is None:
         return JobView("waiting", number, "not submitted")
-    started = read_started(manifest)
     problem = ""
-    if started and manifest.status in _FAILED:
-        problem = f"{started.get('problem', '')}; "
-    elif started:
+    if manifest.slurm.job and manifest.status in _FAILED:
+        problem = f"{manifest.slurm.problem or ''}; "
+    elif manifest.slurm.job:
         return JobView(number=number, why="gone without a word; btx submit goes on", log=log)
     return JobView(number=number, why=f"{printable(problem)}btx submit goes on")
 
@@ -129,12 +123,12 @@ def _read_unbegun(run: Path, stage: str) -> str:
 
 def _explain(run: Path, job: Job, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]) -> str:
     """Why a job waits."""
-    waited_for = _list_unfinished(run, job.stage, manifests)
     missing = _find_missing(run, job.stage, manifests, live)
     if missing:
-        return f"cannot start without {_join(missing)}; btx submit goes on"
+        return f"cannot start without {', '.join(missing)}; btx submit goes on"
     if job.reason == "Dependency" or job.never_starts:
-        return f"waits for {_join(waited_for)}"
+        waited_for = ", ".join(_list_unfinished(run, job.stage, manifests))
+        return f"waits for {waited_for or 'an earlier job of its own'}"
     meanings = [meaning for start, meaning in _REASONS.items() if job.reason.startswith(start)]
     meaning = (*meanings, job.reason)[0].format(number=job.number, reason=job.reason)
     if job.reason == "BeginTime" and job.begins != "N/A":
@@ -145,7 +139,11 @@ def _explain(run: Path, job: Job, manifests: Mapping[str, StageManifest], live: 
 def _list_unfinished(run: Path, stage: str, manifests: Mapping[str, StageManifest]) -> list[str]:
     """The stages that one waits for itself."""
     unfinished = []
-    for parent in read_waited_for(run, stage):
+    try:
+        parents = tuple(read_record(run, stage).parents)
+    except (InputError, OSError):
+        return []
+    for parent in parents:
         if parent not in manifests or not manifests[parent].is_finished:
             unfinished.append(parent)
     return unfinished
@@ -166,11 +164,3 @@ def _find_missing(run: Path, stage: str, manifests: Mapping[str, StageManifest],
             else:
                 missing.append(parent)
     return missing
-
-
-def _join(names: Sequence[str]) -> str:
-    return ", ".join(names) or "an earlier job of its own"
-
-
-def _last_job(manifest: StageManifest) -> str:
-    return str(read_started(manifest).get("job", ""))

@@ -7,23 +7,38 @@ a disk that loses locks, too, a second job only finds its stage finished.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_btx.common.errors import InputError
+from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.common.files import refuse_unusual, write_atomically
 from megatron_btx.plan.fingerprint import Identity, identities
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.cluster import ClusterSection
+from megatron_btx.recipe.names import PLAN_FILE
 from megatron_btx.runner.api import PlannedRun
-from megatron_btx.runner.decisions import RERUN, SKIP, Action, decide
-from megatron_btx.runner.lock import is_locked, lock_run, take_turn
-from megatron_btx.runner.slurm_queue import COMMENT_LETTERS, Job, SlurmError, cancel_jobs, list_settled, submit_script
-from megatron_btx.slurm.record import NOTE_SUFFIX, SLURM_FOLDER, StageRecord, script_path, write_record
+from megatron_btx.runner.commands import describe_plan, plan_as_asked
+from megatron_btx.runner.decisions import RERUN, SKIP, Action, decide, make_records
+from megatron_btx.runner.run_dir import is_locked, lock_run, read_plan, take_turn
+from megatron_btx.runner.scripts import as_comment
+from megatron_btx.runner.slurm_queue import (
+    COMMENT_LETTERS,
+    SLURM_FOLDER,
+    Job,
+    SlurmError,
+    cancel_jobs,
+    list_jobs,
+    list_settled,
+    submit_script,
+)
+from megatron_btx.runner.stage_run import write_record
 from megatron_btx.slurm.resources import find_resources
-from megatron_btx.slurm.script import check_run_path, render_script
+from megatron_btx.slurm.script import NOTE_SUFFIX, check_run_path, render_script, script_path
+from megatron_btx.slurm.status import FOREIGN
 
 
 @dataclass
@@ -39,10 +54,6 @@ class Submission:
     """Stage -> the jobs that were cancelled for the one that was submitted."""
     foreign: list[Job] = field(default_factory=list)
     """Jobs of the run whose stages the recipe does not have."""
-
-    def number_of(self, stage: str) -> int | None:
-        """The job that a stage waits for; None for one that is finished."""
-        return self.submitted.get(stage, self.kept.get(stage))
 
 
 def render_scripts(planned: PlannedRun) -> dict[str, str]:
@@ -67,9 +78,9 @@ def write_scripts(planned: PlannedRun, scripts: Mapping[str, str]) -> None:
     (run / SLURM_FOLDER).mkdir(parents=True, exist_ok=True)
     for name, text in planned.records().items():
         write_atomically(run / name, text)
-    known = identities(planned.stages)
+    records = make_records(planned.stages, planned.actions, planned.rerun)
     for stage in _list_due(planned):
-        write_record(run, _make_record(planned, stage, known))
+        write_record(run, records[stage.name])
         write_atomically(script_path(run, stage.name), scripts[stage.name])
 
 
@@ -111,23 +122,20 @@ def _submit_stage(run: Path, stage: Stage, identity: Identity, jobs: Sequence[Jo
         return
     after = []
     for parent in stage.waits_for():
-        number = result.number_of(parent)
+        number = result.submitted.get(parent, result.kept.get(parent))  # none of one that is finished
         if number is not None:
             after.append(number)
     try:
         number = submit_script(script_path(run, stage.name), after)
     except SlurmError as error:
-        raise SlurmError(f"stage {stage.name}: {error}{_say_submitted(run, result)}") from None
+        rest = ""
+        if result.submitted:
+            others = ", ".join(result.submitted)
+            rest = f"; in the queue: {others}; btx submit goes on, btx cancel {run} takes them back"
+        raise SlurmError(f"stage {stage.name}: {error}{rest}") from None
     write_atomically(script_path(run, stage.name).with_suffix(NOTE_SUFFIX), str(number))
     result.submitted[stage.name] = number
     result.replaced[stage.name] = [job.number for job in jobs]
-
-
-def _say_submitted(run: Path, result: Submission) -> str:
-    """What stands in the queue when Slurm refuses the next stage."""
-    if not result.submitted:
-        return ""
-    return f"; in the queue: {', '.join(result.submitted)}; btx submit goes on, btx cancel {run} takes them back"
 
 
 def _will_do(job: Job, identity: Identity) -> bool:
@@ -164,10 +172,72 @@ def _is_done(planned: PlannedRun, stage: Stage) -> bool:
     return planned.actions[stage.name].verb == SKIP
 
 
-def _make_record(planned: PlannedRun, stage: Stage, known: Mapping[str, Identity]) -> StageRecord:
-    shown = {other.name for other in planned.stages if other.only_shows}
-    parents: dict[str, str | None] = {}
-    for parent in stage.waits_for():
-        parents[parent] = None if parent in shown else known[parent].fingerprint
-    rerun = planned.actions[stage.name].rerun
-    return StageRecord(stage, known[stage.name], parents, rerun, stage.name in planned.rerun)
+def submit_recipe(arguments: argparse.Namespace) -> int:
+    """``btx submit``: plan the recipe, check it, and submit what is missing, or print the scripts.
+
+    A dry run writes none of them, because jobs in the queue read what lies there.
+    """
+    planned = plan_as_asked(arguments)
+    if arguments.dry_run:
+        table, scripts = as_comment(describe_plan(planned)), render_scripts(planned)
+        print(table)
+        for stage, script in scripts.items():
+            print(as_comment(f"==== {script_path(planned.directory, stage)}"), script, sep="\n")
+        print(table)
+        return 0
+    submit_run(planned)
+    return 0
+
+
+def submit_run(planned: PlannedRun) -> None:
+    """Submit what is missing and print what became of every stage."""
+    ignored = [name for name in os.environ if name.startswith("SBATCH_")]
+    if ignored:
+        print(f"# note: {', '.join(ignored)}: not used; what jobs ask for stands in the cluster section")
+    result = submit(planned)
+    for stage in planned.chosen_stages():
+        print(_describe(stage.name, result))
+    for job in result.foreign:
+        print(FOREIGN.format(job.stage, job.number, planned.directory))
+    print(f"how far it is: btx status {planned.directory}")
+
+
+def _describe(stage: str, result: Submission) -> str:
+    if stage in result.submitted:
+        replaced = "".join(f", in place of job {number}" for number in result.replaced[stage])
+        return f"{stage}: submitted, job {result.submitted[stage]}{replaced}"
+    if stage in result.kept:
+        return f"{stage}: in the queue already, job {result.kept[stage]}"
+    return f"{stage}: finished"
+
+
+@exits_with_one_line
+def main(argv: list[str] | None = None) -> int:
+    """``btx cancel``: cancel the jobs of a run, or of some of its stages."""
+    parser = argparse.ArgumentParser(
+        prog="btx cancel",
+        description="Cancel the jobs of a run in Slurm's queue, and no others. What was saved stays; btx submit goes "
+        "on from there.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/quickstart")
+    parser.add_argument(
+        "--only", metavar="STAGE", nargs="+", default=[], help="the jobs of these stages (default: all)"
+    )
+    arguments = parser.parse_args(argv)
+    if not (arguments.run / PLAN_FILE).is_file():
+        raise InputError(f"{arguments.run}: no {PLAN_FILE} in it; expected a run directory")
+    known = [entry.stage for entry in read_plan(arguments.run) or ()]
+    with take_turn(arguments.run / SLURM_FOLDER):  # a btx submit that is at work would go on submitting
+        jobs = list_jobs(arguments.run)  # one that is ending may start again
+        if arguments.only:
+            jobs = [job for job in jobs if job.stage in arguments.only]
+        found = [*known, *[job.stage for job in jobs]]  # a stage that the recipe no longer has may have a job
+        for name in arguments.only:
+            if name not in found:
+                raise InputError(f"--only {name}: no such stage; expected some of: {', '.join(known)}")
+        cancel_jobs(jobs)
+    for job in jobs:
+        print(f"{job.stage}: job {job.number} cancelled")
+    if not jobs:
+        print("no job of it is in the queue")
+    return 0

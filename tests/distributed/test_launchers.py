@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_btx.common.routing_methods import BALANCING, METHODS
+from megatron_btx.distributed.launcher import find_place
 from tests import pico
 from tests.mixing import mix
 from tests.runner import REPOSITORY, Zygote, read_losses
@@ -66,9 +68,7 @@ def teller(tmp_path: Path) -> Path:
     script = tmp_path / "teller"
     names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
     tell = f"json.dumps([sys.argv[1:], {{n: os.environ[n] for n in {names} if n in os.environ}}])"
-    table = '["-m", "megatron_btx.common.routing_methods"]'
-    ask = f"if sys.argv[1:3] == {table}: os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    script.write_text(f"#!{sys.executable}\nimport json, os, sys\n{ask}\nprint({tell})\n")
+    script.write_text(f"#!{sys.executable}\nimport json, os, sys\nprint({tell})\n")
     script.chmod(0o755)
     return script
 
@@ -117,15 +117,13 @@ def test_by_hand_it_starts_torchrun(teller):
     assert told(FINETUNE, teller, "--moe-router-topk", "3")[0][-2:] == ["--moe-router-topk", "3"]
 
 
-def test_under_srun_it_is_its_rank(teller):
-    """The rank, the world and where to meet are read from Slurm's variables."""
-    command, rank = told(FINETUNE, teller, **SRUN)
-    assert command[:2] == ["-m", "megatron_btx.pretrain"]
-    expected = {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8"}
-    assert rank == expected | {"MASTER_ADDR": "gpu007-ib", "MASTER_PORT": "30007"}
-    assert told(FINETUNE, teller, **SRUN, CUDA_VISIBLE_DEVICES="5")[1]["LOCAL_RANK"] == "0"
-    assert told(FINETUNE, teller, **SRUN | {"SLURM_STEP_NODELIST": "n1,n2"})[1]["MASTER_ADDR"] == "n1"
-    assert told(FINETUNE, teller, **SRUN | {"SLURM_JOB_ID": "009"})[1]["MASTER_PORT"] == "20009"
+@pytest.mark.parametrize("changed", [{}, {"CUDA_VISIBLE_DEVICES": "5"}, {"SLURM_JOB_ID": "", "SLURM_STEP_ID": ""}])
+def test_under_srun_it_is_its_rank(changed, teller):
+    """The program finds its place in Slurm's variables itself."""
+    command, rank = told(FINETUNE, teller, **SRUN | changed)
+    assert command[:2] == ["-m", "megatron_btx.pretrain"] and not rank
+    place = find_place(SRUN | changed)
+    assert (place.rank, place.world, place.local_world, place.address) == (13, 16, 8, "gpu007-ib")
 
 
 @pytest.mark.parametrize("rank", ["2", "-1", "x", "09"])
@@ -138,22 +136,28 @@ def test_a_node_that_is_none_is_refused(rank, teller):
     assert done.stderr == f"error: NODE_RANK={rank}: expected a whole number below NNODES=2\n"
 
 
-@pytest.mark.parametrize(
-    ("routing", "words", "balancing"),
-    [
-        ("top-k", "--moe-router-topk 2 --moe-router-load-balancing-type aux_loss", "megatron"),
-        ("top-k-pre-softmax", "--moe-router-topk 2 --moe-router-pre-softmax", "megatron"),
-        ("switch", "--moe-router-topk 1 --moe-router-pre-softmax --moe-expert-capacity-factor 1.5", "megatron"),
-        ("soft", "--moe-router-topk 4 --moe-router-load-balancing-type none", None),
-        ("sample-top1", "--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1", None),
-    ],
-)
-def test_routing_methods(routing, words, balancing, teller):
-    """Each method by its name; those without load balancing in the paper have none unless it is asked for."""
-    command = " ".join(told(FINETUNE, teller, ROUTING=routing)[0])
-    assert words in command
-    assert ("--btx-load-balancing" in command) == (balancing is not None)
-    assert "--btx-load-balancing paper" in " ".join(told(FINETUNE, teller, ROUTING=routing, BALANCING="paper")[0])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_routing_methods(method, teller):
+    """Each is that of the table; those without load balancing in the paper have none unless it is asked for."""
+    words = []
+    for flag, value in method.flags(experts=4).items():
+        words += [f"--{flag}", str(value)] if value is not True else [f"--{flag}"]
+    balanced = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --btx-load-balancing".split()
+    balancing = {kind: [*balanced, kind] for kind in ("megatron", "paper")}
+    balancing["none"] = ["--moe-router-load-balancing-type", "none"]
+    default = "megatron" if method.is_balanced else "none"
+    for given, kind in (({}, default), *(({"BALANCING": kind}, kind) for kind in BALANCING)):
+        command = told(FINETUNE, teller, ROUTING=method.name, **given)[0]
+        start = command.index("--moe-router-topk")
+        expected = [*words, *balancing[kind]]
+        assert command[start : start + len(expected)] == expected
+
+
+def test_words_of_routing_keep_what_was_given(teller):
+    """A capacity as it was written; empty values count as not given."""
+    command = " ".join(told(FINETUNE, teller, ROUTING="switch", CAPACITY="2", TOPK="", AUX_LOSS="0.10")[0])
+    assert "--moe-expert-capacity-factor 2 " in command and "--moe-aux-loss-coeff 0.10 " in command
+    assert "--moe-router-topk 3 " in " ".join(told(FINETUNE, teller, TOPK="3")[0])
 
 
 def test_watching_and_freezing(teller):
@@ -279,6 +283,8 @@ def test_missing_input_is_refused(launcher, missing, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
+        ({"ROUTING": "sofd"}, "ROUTING=sofd: expected top-k, top-k-pre-softmax, switch, soft or sample-top1"),
+        ({"BALANCING": "some"}, "BALANCING=some: expected megatron, paper or none"),
         ({"ROUTING": "soft", "TOPK": "2"}, "TOPK=2 with ROUTING=soft, which has its own k"),
         ({"ROUTING": "switch", "TOPK": "1"}, "TOPK=1 with ROUTING=switch"),
         ({"ROUTING": "sample-top1", "TOPK": "1"}, "TOPK=1 with ROUTING=sample-top1"),

@@ -22,12 +22,11 @@ import pytest
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.runner.api import PlannedRun, plan_run
-from megatron_btx.runner.lock import lock_run
 from megatron_btx.runner.processes import marked
-from megatron_btx.runner.progress import Reporter
-from megatron_btx.runner.run_dir import read_checkpointed_iteration, read_last_metrics, read_stage_manifest
+from megatron_btx.runner.run_dir import lock_run, read_checkpointed_iteration, read_last_metrics, read_stage_manifest
 from megatron_btx.runner.slurm_queue import Job, list_jobs
-from megatron_btx.slurm.record import script_path
+from megatron_btx.runner.tables import Reporter
+from megatron_btx.slurm.script import script_path
 from megatron_btx.slurm.submission import Submission, render_scripts, submit, write_scripts
 from tests.slurm.cluster import Cluster, cluster, missing
 from tests.slurm.inputs import write_inputs

@@ -23,10 +23,8 @@ from megatron_btx.plan.stage import Stage
 from megatron_btx.report.status import print_status
 from megatron_btx.runner.api import PlannedRun, plan_run
 from megatron_btx.runner.decisions import decide
-from megatron_btx.runner.local import execute_stages
-from megatron_btx.runner.lock import take_turn
-from megatron_btx.runner.machine import Machine
-from megatron_btx.runner.progress import Reporter
+from megatron_btx.runner.local import Machine, execute_stages
+from megatron_btx.runner.run_dir import take_turn
 from megatron_btx.runner.slurm_queue import (
     COMMENT_LETTERS,
     cancel_jobs,
@@ -35,9 +33,9 @@ from megatron_btx.runner.slurm_queue import (
     list_jobs,
     submit_script,
 )
-from megatron_btx.slurm.commands import main as cancel
-from megatron_btx.slurm.commands import submit_run
-from megatron_btx.slurm.submission import Submission, submit
+from megatron_btx.runner.tables import Reporter
+from megatron_btx.slurm.submission import Submission, submit, submit_run
+from megatron_btx.slurm.submission import main as cancel
 from tests.slurm.cluster import Cluster, cluster, missing
 from tests.slurm.inputs import write_inputs
 from tests.slurm.test_slurm import RECIPE, TWO_EXPERTS, wait_until
@@ -261,7 +259,7 @@ def test_a_run_is_cancelled_while_it_is_submitted(slurm: Cluster, tmp_path: Path
 
 def test_who_waits_for_a_submission_says_so(tmp_path: Path) -> None:
     """It may be one that somebody has stopped."""
-    program = "import pathlib; from megatron_btx.runner.lock import take_turn\nwith take_turn(pathlib.Path()): pass"
+    program = "import pathlib; from megatron_btx.runner.run_dir import take_turn\nwith take_turn(pathlib.Path()): pass"
     command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(PACKAGE)}
     with take_turn(tmp_path):
         waiting = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)

@@ -30,9 +30,7 @@ echo x >>asked
 printf '%s\n' "15 17_0 RUNNING" "16 17_1 RUNNING" "17 17_2 ${STATE:-RUNNING}"
 """
 TELLER = f"""#!{sys.executable}
-import os, sys
-if sys.argv[1:3] == ["-m", "megatron_btx.common.routing_methods"]:
-    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+import sys
 if sys.argv[1:2] == ["-m"]:
     print(*sys.argv[1:], sep="\\n")
 """

@@ -265,7 +265,7 @@ FOLDERS: dict[str, tuple[Damage, list[str]]] = {
     "weights gone": (_without(WEIGHTS), ["neither model.safetensors nor model.safetensors.index.json"]),
     "pickled weights alone": (_pickled_only, ["pytorch_model.bin", "can run code", "save_pretrained"]),
     "empty folder": (_emptied, ["latest_checkpointed_iteration.txt"]),
-    "a manifest that is a pipe": (_instead("manifest.json", os.mkfifo), ["manifest.json", "is not a file"]),
+    "a manifest that is a pipe": (_instead("manifest.json", os.mkfifo), ["manifest.json", "is no file"]),
     "a manifest that is not JSON": (_instead("manifest.json", lambda file: file.write_text("{")), ["manifest.json"]),
 }
 

@@ -19,7 +19,7 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.plan import checks as program_checks
 from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.planner import plan_stages
-from megatron_btx.plan.stage import Stage, command_script
+from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.budgets import padded_vocabulary, token_weighted, training_flops, training_steps
 from megatron_btx.recipe.load import load_recipe, parse_recipe
 from megatron_btx.recipe.models import Budget
@@ -28,7 +28,7 @@ from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.yaml import load_tree
 from megatron_btx.runner.api import list_planned
 from megatron_btx.runner.decisions import Action
-from megatron_btx.runner.scripts import shell_script
+from megatron_btx.runner.scripts import command_script, shell_script
 from megatron_btx.training import check_stages
 from tests.quickstart_texts import FOLDER
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.common.table import render
 from megatron_btx.data.domains import read_description
 from megatron_btx.mixing import cli
 from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, RESULT, list_options
@@ -25,11 +26,10 @@ from megatron_btx.recipe.from_checkpoint import GivenModel
 from megatron_btx.recipe.load import parse_recipe
 from megatron_btx.recipe.sections import MixSection
 from megatron_btx.runner import api
-from megatron_btx.runner.decisions import RUN, Action
-from megatron_btx.runner.failure import failure_message
-from megatron_btx.runner.plan_table import make_plan_table, render
+from megatron_btx.runner.decisions import RUN, Action, make_records
 from megatron_btx.runner.scripts import shell_script
-from megatron_btx.runner.stage_dir import prepare_folder
+from megatron_btx.runner.stage_run import StageRun, failure_message
+from megatron_btx.runner.tables import make_plan_table
 from tests.unit.recipe.test_from_checkpoint import MODEL, TOKENIZER, plan, tree, values
 
 __all__ = ["tree"]
@@ -298,7 +298,8 @@ def test_thousands_of_texts_fit_into_a_command(tree: dict[str, Any], tmp_path: P
     tree["data"]["domains"]["math"]["text"] = names
     stage = plan(tree)["data"]
     assert max(map(len, stage.command)) < 1000
-    prepare_folder(stage, tmp_path / "run" / "data", Action(RUN, ""), {})
+    record = make_records([stage], {"data": Action(RUN, "")}, [])["data"]
+    StageRun(tmp_path / "run", record).begin(Action(RUN, ""), "cpu", "a test")
     written = (tmp_path / "run" / "data" / "config.yaml").read_text()
     description = read_description(str(tmp_path / "run" / "data" / "config.yaml"))
     assert description.domains["math"].text == [str(tmp_path / name) for name in names]

@@ -19,8 +19,8 @@ from megatron_btx.report.blocks import Paragraph
 from megatron_btx.report.datasets import read_datasets
 from megatron_btx.report.inputs import read_run
 from megatron_btx.report.stages import read_curve
-from megatron_btx.runner.plan_table import with_prefix
 from megatron_btx.runner.run_dir import own_manifest
+from megatron_btx.runner.tables import with_prefix
 from tests.unit.report.example_run import (
     DOMAINS,
     LOSSES,

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_btx.plan.stage import Stage
-from megatron_btx.runner.local import execute_stages
-from megatron_btx.runner.machine import Machine
-from megatron_btx.runner.progress import Reporter
+from megatron_btx.runner.local import Machine, execute_stages
+from megatron_btx.runner.tables import Reporter
 
 
 def run_stages(

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from megatron_btx import cli
+from megatron_btx.common import manifest as manifests
 from megatron_btx.plan.planner import plan_stages
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.runner import api
 from megatron_btx.runner import local as runner
 from megatron_btx.runner.decisions import decide
-from megatron_btx.runner.machine import Machine
+from megatron_btx.runner.local import Machine
 from tests.unit.runner.running import run_stages
 
 RECIPE = Path(__file__).parents[3] / "examples" / "recipes" / "quickstart.yaml"
@@ -55,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, quickstart_folder: Path) 
         patch.chdir(quickstart_folder)
         stages = [standing_in(stage) for stage in plan_stages(load_recipe(RECIPE, PICO))]
         patch.setattr(runner, "POLL_SECONDS", 0.01)
-        patch.setattr(runner.manifests, "versions", dict)
+        patch.setattr(manifests, "versions", dict)
         assert run_stages(stages, run, Machine((), 16), Silent()) == 0
     return run
 

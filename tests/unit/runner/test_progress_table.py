@@ -15,10 +15,8 @@ from megatron_btx import cli
 from megatron_btx.data.domains import Domain
 from megatron_btx.plan.stage import Stage
 from megatron_btx.runner.decisions import Action
-from megatron_btx.runner.machine import Machine
-from megatron_btx.runner.plan_table import describe_repeats, make_plan_table
-from megatron_btx.runner.progress import Reporter
-from megatron_btx.runner.progress_table import Row, make_progress_table, read_row
+from megatron_btx.runner.local import Machine
+from megatron_btx.runner.tables import Reporter, Row, describe_repeats, make_plan_table, make_progress_table, read_row
 from tests.unit.runner.running import run_stages
 
 ROWS = [
@@ -61,7 +59,7 @@ def test_a_plan_is_whole_at_80_columns() -> None:
     parents = tuple(f"expert-{number}" for number in range(12))
     stage = Stage("mix", ("true",), parents, iterations=1000, tokens=1_000_000)
     shown = words_at(80, make_plan_table([stage], {"mix": Action("run", "")}, "runs/x"))
-    assert {*parents, "mix", "true"} <= set(shown)
+    assert {*parents, "mix", "train"} <= set(shown)
 
 
 def log(folder: Path, first: int, last: int, began: float) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_btx.common import manifest as manifests
 from megatron_btx.plan.stage import Stage
 from megatron_btx.runner import local as runner
 from megatron_btx.runner.decisions import decide
-from megatron_btx.runner.machine import Machine
+from megatron_btx.runner.local import Machine
 from megatron_btx.runner.scripts import shell_script
 from tests.unit.runner.running import run_stages
 
@@ -25,7 +26,7 @@ BOTH = ("finetune", "evaluate")
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests are about folders, not about how often the runner looks or which packages there are."""
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(runner.manifests, "versions", dict)
+    monkeypatch.setattr(manifests, "versions", dict)
 
 
 class Stopper:
@@ -149,7 +150,7 @@ def edit() -> Callable[..., None]:
     """Changes a stage's manifest."""
 
     def change(directory: Path, **content: object) -> None:
-        manifest = runner.manifests.read_manifest(directory) or {}
-        runner.manifests.write_manifest(directory, manifest | content)
+        manifest = manifests.read_manifest(directory) or {}
+        manifests.write_manifest(directory, manifest | content)
 
     return change

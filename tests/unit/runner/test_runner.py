@@ -19,12 +19,13 @@ import pytest
 from megatron_btx.common import manifest as manifests
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.manifest import read_manifest
-from megatron_btx.plan.stage import Stage, command_script
+from megatron_btx.plan.stage import Stage
 from megatron_btx.runner import processes
 from megatron_btx.runner.decisions import decide
-from megatron_btx.runner.failure import failure_message, killed_by
-from megatron_btx.runner.lock import is_locked, lock_run
-from megatron_btx.runner.machine import Machine
+from megatron_btx.runner.local import Machine
+from megatron_btx.runner.run_dir import is_locked, lock_run
+from megatron_btx.runner.scripts import command_script
+from megatron_btx.runner.stage_run import failure_message, killed_by
 from tests.unit.runner.running import run_stages
 
 WAIT_SECONDS = 30.0
@@ -489,8 +490,8 @@ def start_runner(directory: Path) -> subprocess.Popen[bytes]:
     program = f"""
         import sys
         from pathlib import Path
-        from megatron_btx.runner.progress import Progress
-        from megatron_btx.runner.machine import Machine
+        from megatron_btx.runner.tables import Progress
+        from megatron_btx.runner.local import Machine
         from tests.unit.runner.running import run_stages
         from megatron_btx.plan.stage import Stage
         stages = [Stage("count", ("python", "-c", {_COUNTER!r}), product="out", resumable=True)]

@@ -23,13 +23,15 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.evaluation import api
 from megatron_btx.plan import checks as program_checks
 from megatron_btx.plan.fingerprint import identities
-from megatron_btx.plan.stage import Program, Stage, command_script
+from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe import from_checkpoint as given
 from megatron_btx.recipe.cluster import ClusterSection
-from megatron_btx.runner.lock import is_locked, lock_run
+from megatron_btx.runner.run_dir import is_locked, lock_run
+from megatron_btx.runner.schemas import StageRecord
+from megatron_btx.runner.scripts import command_script
 from megatron_btx.runner.slurm_queue import Job
+from megatron_btx.runner.stage_run import write_record
 from megatron_btx.slurm import job
-from megatron_btx.slurm.record import StageRecord, write_record
 from megatron_btx.slurm.resources import find_resources
 from megatron_btx.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED, render_script
 from megatron_btx.slurm.submission import _check_alone
@@ -77,7 +79,7 @@ class Desk:
             (self.folder / "answers" / str(number)).write_text(text + "\n")
 
     def start(self, stage: str = "seed", python: str = "", **variables: str) -> subprocess.Popen[str]:
-        made = Stage(stage, Program("megatron_btx.pretrain"), resumable=True)
+        made = Stage(stage, Program("megatron_btx.pretrain"), resumable=True, cluster="seed")
         section = ClusterSection(python=python or str(self.folder / "bin" / "python"))
         script = self.run / "slurm" / f"{stage}.sh"
         script.write_text(render_script(made, find_resources(section, made), self.run, FINGERPRINT))
@@ -420,7 +422,7 @@ def test_an_interpreter_is_a_path_and_no_shell(place: str, variable: bool, desk:
 
 
 def test_a_run_whose_path_a_list_of_mounts_could_not_hold_is_refused() -> None:
-    stage = Stage("seed", Program("megatron_btx.pretrain"))
+    stage = Stage("seed", Program("megatron_btx.pretrain"), cluster="seed")
     resources = find_resources(ClusterSection.model_validate({"container-image": "image"}), stage)
     for path in ("/a,/etc:/b", "/a:b", "/a,b"):
         with pytest.raises(InputError, match="mounts are told apart by : and ,"):
@@ -428,7 +430,7 @@ def test_a_run_whose_path_a_list_of_mounts_could_not_hold_is_refused() -> None:
 
 
 def test_a_log_that_is_gone_or_cut_is_an_empty_one(tmp_path: Path) -> None:
-    from megatron_btx.runner.failure import read_log
+    from megatron_btx.runner.stage_run import read_log
 
     log = tmp_path / "log.txt"
     assert read_log(log, 5) == ""

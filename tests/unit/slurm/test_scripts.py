@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.plan.fingerprint import identities
+from megatron_btx.plan.fingerprint import Identity, identities
 from megatron_btx.plan.planner import plan_stages
 from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe.cluster import ClusterSection, seconds_of
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.report.status import print_status
 from megatron_btx.runner import slurm_queue as queue
-from megatron_btx.runner.progress_table import read_shown_manifest
+from megatron_btx.runner.schemas import StageRecord
 from megatron_btx.runner.slurm_queue import Job, list_jobs
-from megatron_btx.slurm import commands, job
-from megatron_btx.slurm.record import StageRecord, read_record, write_record
-from megatron_btx.slurm.resources import find_resources, kind_of
+from megatron_btx.runner.stage_run import read_record, write_record
+from megatron_btx.runner.tables import read_shown_manifest
+from megatron_btx.slurm import job, submission
+from megatron_btx.slurm.resources import find_resources
 from megatron_btx.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED, check_run_path, render_script
 from megatron_btx.slurm.status import view_jobs
 
@@ -80,7 +82,8 @@ def test_the_example_for_a_cluster_is_one() -> None:
     tree = yaml.safe_load((EXAMPLES / "four-models-slurm.yaml").read_text())
     section = ClusterSection.model_validate(tree["cluster"])
     processes = tree["finetune"]["layout"]["processes"]
-    stage = Stage("finetune", Program("megatron_btx.pretrain"), processes=processes, on_gpu=True, resumable=True)
+    program = Program("megatron_btx.pretrain")
+    stage = Stage("finetune", program, processes=processes, on_gpu=True, resumable=True, cluster="finetune")
     found = find_resources(section, stage)
     assert (found.nodes, found.tasks_per_node, found.gpus_per_node, found.signal_seconds) == (4, 8, 8, 300)
 
@@ -100,7 +103,7 @@ def test_a_stage_that_makes_data_is_one_task_with_a_core_for_each_worker(inputs:
 
 def test_every_kind_of_stage_has_a_section(inputs: Path) -> None:
     changes = ["export=true", "baselines={average: true, dense: {}}"]
-    kinds = {stage.name: kind_of(stage) for stage in plan_stages(load_recipe(RECIPE, changes))}
+    kinds = {stage.name: stage.cluster or stage.kind for stage in plan_stages(load_recipe(RECIPE, changes))}
     assert kinds == {
         "data": "data",
         "seed": "seed",
@@ -246,7 +249,8 @@ def test_nothing_of_a_recipe_runs_in_a_script(tmp_path: Path) -> None:
     (bin_folder / "python").write_text("#!/bin/bash\nexit 0\n")
     for name in ("srun", "python"):
         (bin_folder / name).chmod(0o755)
-    stage = Stage("expert-math", Program("megatron_btx.pretrain", ("--lr", HOSTILE, "--name", "-x")), resumable=True)
+    program = Program("megatron_btx.pretrain", ("--lr", HOSTILE, "--name", "-x"))
+    stage = Stage("expert-math", program, resumable=True, cluster="experts")
     tree_cluster = {"environment": {"A": "$(touch ran) '\"`touch ran`"}, "data-cache": "/a b/$(touch ran)'"}
     resources = find_resources(ClusterSection.model_validate(tree_cluster), stage)
     script = render_script(stage, resources, run, FINGERPRINT)
@@ -287,7 +291,7 @@ def test_a_run_whose_path_slurm_could_not_hold_is_refused(path: str) -> None:
     ],
 )
 def test_processes_spread_evenly_over_nodes(cluster: Any, processes: int, spread: tuple[int, int] | None) -> None:
-    stage = Stage("finetune", Program("megatron_btx.pretrain"), processes=processes, on_gpu=True)
+    stage = Stage("finetune", Program("megatron_btx.pretrain"), processes=processes, on_gpu=True, cluster="finetune")
     section = ClusterSection.model_validate(cluster)
     if spread is None:
         with pytest.raises(InputError, match="do not spread evenly"):
@@ -344,10 +348,49 @@ def test_a_record_is_the_stage(world: JobWorld) -> None:
     assert record.identity.fingerprint == world.fingerprint
 
 
+def test_every_field_of_a_stage_travels(tmp_path: Path) -> None:
+    """One that is new, too: none of them may be its default in a job."""
+    stage = Stage(
+        name="mix",
+        program=Program("module", ("--a", "b"), is_distributed=True),
+        parents=("seed",),
+        after=("data",),
+        inputs=(Path("/in"),),
+        settings={"a": 1},
+        product="out",
+        processes=2,
+        threads=3,
+        on_gpu=True,
+        resumable=True,
+        kind="mix",
+        cluster="dense",
+        model="btx",
+        only_shows=True,
+        iterations=4,
+        tokens=5,
+        flops=6.0,
+        config={"domains": {"a": [1, "b"]}},
+    )
+    (tmp_path / "slurm").mkdir()
+    for field in fields(Stage):
+        assert field.default is MISSING or getattr(stage, field.name) != field.default, field.name
+    write_record(tmp_path, StageRecord(stage, Identity({"a": 1}, {}, "f"), {"seed": "f", "data": None}, None, True))
+    read = read_record(tmp_path, "mix")
+    assert read.stage == replace(stage, settings=None) and read.parents == {"seed": "f", "data": None}
+
+
 def test_a_job_needs_what_its_stage_is_made_from(world: JobWorld, capsys: pytest.CaptureFixture[str]) -> None:
     assert world.call("begin") == 2
     assert "it needs data, which is not there; btx submit runs what is missing" in capsys.readouterr().err
     assert not world.folder.exists()
+
+
+def test_what_a_job_runs_is_said_and_command_sh_is_for_a_call_by_hand(world: JobWorld) -> None:
+    world.finish_data()
+    assert world.call("begin") == 0
+    assert (world.folder / "log.txt").read_text().endswith(" run: slurm/train.sh, job 7 of Slurm\n")
+    by_hand = (world.folder / "command.sh").read_text()
+    assert by_hand.endswith('exec "$python" -m module\n') and "a job of Slurm one of ../slurm;" in by_hand
 
 
 def test_a_finished_stage_is_not_begun_again(world: JobWorld) -> None:
@@ -469,9 +512,9 @@ def test_a_job_that_is_ending_is_waited_for(
 def test_a_cancel_takes_back_what_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan.json").write_text("[]")
     asked = []
-    monkeypatch.setattr(commands, "list_jobs", lambda run: [Job(7, "seed", "COMPLETING", "", "N/A", "None", "abc")])
-    monkeypatch.setattr(commands, "cancel_jobs", lambda jobs: asked.extend(job.number for job in jobs))
-    assert commands.main([str(tmp_path)]) == 0 and asked == [7]
+    monkeypatch.setattr(submission, "list_jobs", lambda run: [Job(7, "seed", "COMPLETING", "", "N/A", "None", "abc")])
+    monkeypatch.setattr(submission, "cancel_jobs", lambda jobs: asked.extend(job.number for job in jobs))
+    assert submission.main([str(tmp_path)]) == 0 and asked == [7]
 
 
 def test_a_job_that_is_submitted_from_within_a_job_is_none_of_its_tasks(
@@ -525,7 +568,7 @@ def test_a_status_counts_the_time_of_a_running_job(
     (world.run / "plan.json").write_text(json.dumps([{"stage": "train", "steps": 10}]))
     assert world.call("begin") == 0
     content = world.manifest()
-    content["slurm"]["time"] -= 3600
+    content["started"] -= 3600
     (world.folder / "manifest.json").write_text(json.dumps(content | {"seconds": 7200}))
     found = [Job(7, "train", "RUNNING", "1:00", "N/A", "None", "abc")]
     monkeypatch.setattr("megatron_btx.slurm.status.list_jobs", lambda run: found)
