@@ -164,34 +164,27 @@ def _configured(**fields: object) -> Change:
     return _file("config.json", json.dumps(CONFIG | fields).encode())
 
 
-ADAPTER = json.dumps({"base_model_name_or_path": "org/base"}).encode()
 FOLDERS: dict[str, tuple[Change, list[str]]] = {
     "weights are a pointer": (_file(WEIGHTS, POINTER), [f"{WEIGHTS}: is a pointer of Git LFS", "lfs pull"]),
     "a shard is a pointer": (_instead(SHARD, POINTER), [f"{SHARD}: is a pointer of Git LFS", "lfs pull"]),
     "the configuration is a pointer": (_file("config.json", POINTER), ["config.json: is a pointer", "lfs pull"]),
     "tokenizer.json is a pointer": (_file("tokenizer.json", POINTER), ["tokenizer.json: is a pointer", "lfs pull"]),
     "tokenizer.model is a pointer": (_file("tokenizer.model", POINTER), ["tokenizer.model: is a pointer", "lfs pull"]),
-    "an adapter alone": (
-        _alone("adapter_config.json", ADAPTER),
-        ["adapter_config.json", "org/base", "merge it first", "merge_and_unload", "model-merged"],
-    ),
-    "an adapter beside a configuration": (_instead("adapter_model.safetensors"), ["alone", "merge it first"]),
-    "an adapter beside a model": (_file("adapter_config.json", ADAPTER), ["beside the model", "merge it first"]),
+    "an adapter alone": (_alone("adapter_config.json"), ["adapter_config.json (a LoRA", "merge it first"]),
+    "an adapter beside a configuration": (_instead("adapter_model.safetensors"), ["adapter_model.safetensors (a LoRA"]),
+    "an adapter beside a model": (_file("adapter_config.json"), ["adapter_config.json (a LoRA", "merge_and_unload"]),
     "DeepSpeed's shards": (
         _instead("global_step9/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),
-        ["DeepSpeed", "zero_to_fp32.py", "--safe_serialization"],
+        ["global_step9/bf16_zero_pp", "DeepSpeed", "zero_to_fp32.py --safe_serialization"],
     ),
     "DeepSpeed's script": (_alone("zero_to_fp32.py"), ["DeepSpeed", "zero_to_fp32.py"]),
-    "FSDP's shards": (
-        _instead("pytorch_model_fsdp_0/__0_0.distcp"),
-        ["FSDP", "accelerate merge-weights", "model/pytorch_model_fsdp_0 "],
-    ),
+    "FSDP's shards": (_instead("pytorch_model_fsdp_0/__0_0.distcp"), ["FSDP", "accelerate merge-weights"]),
     "FSDP's one file": (_alone("pytorch_model_fsdp.bin"), ["FSDP", "accelerate merge-weights"]),
-    "GGUF": (_alone("model-q4_k_m.gguf"), ["model-q4_k_m.gguf", "llama.cpp", "with safetensors"]),
+    "GGUF": (_alone("model-q4_k_m.gguf"), ["model-q4_k_m.gguf", "llama.cpp", "Hugging Face form"]),
     "Meta's own form": (_alone("consolidated.00.pth"), ["consolidated.00.pth", "Hugging Face form"]),
     "Mistral's own form": (_alone("consolidated.safetensors"), ["consolidated.safetensors", "Hugging Face form"]),
     "a variant": (_instead("model.fp16.safetensors"), ["model.fp16.safetensors", "variant="]),
-    "parts without an index": (_instead("model-00001-of-00002.safetensors"), ["no index", f"fetch {INDEX}"]),
+    "parts without an index": (_instead("model-00001-of-00002.safetensors"), ["without an index", f"fetch {INDEX}"]),
     "pickled parts": (_instead("pytorch_model-00001-of-00002.bin"), ["can run code", "save_pretrained"]),
     "weights for TensorFlow": (_instead("tf_model.h5"), ["tf_model.h5", "another library"]),
     "a download that was cut": (_instead(f"{WEIGHTS}.incomplete"), ["unfinished download", "fetch the model again"]),
