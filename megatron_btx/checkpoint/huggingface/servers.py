@@ -2,7 +2,7 @@
 
 A server can load a folder without complaint and compute another model: llama.cpp has one way of weighing experts per
 architecture, whatever the configuration says. Nobody sees that in its answers at once, so whoever writes such a folder
-is told. ``bash tests/serving.sh`` runs vLLM and llama.cpp and holds this table against what they do; SGLang was read.
+is told. ``bash tests/serving.sh`` runs the servers and holds this table against what they do.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 type Config = Mapping[str, Any]
-SERVERS = VLLM, SGLANG, LLAMA_CPP = "vLLM", "SGLang", "llama.cpp"
+SERVERS = ("vLLM", "llama.cpp")
 FAMILIES = MIXTRAL, QWEN2_MOE, QWEN3_MOE = "mixtral", "qwen2_moe", "qwen3_moe"
 """``model_type`` of the mixtures that are written. Of dense models nothing is said here: servers know them well."""
 REFUSES, OTHER = "does not load it", "computes another model"
 
 
 class Row(NamedTuple):
-    """Something a configuration can say that at least one server does not follow."""
+    """Something a configuration can say that a server does not follow."""
 
+    server: str
+    outcome: str
     condition: str
     families: tuple[str, ...]
     holds: Callable[[Config], object]
-    answers: Mapping[str, tuple[str, str]]
-    """Server -> what it does, and why; the others follow."""
+    why: str
 
 
 def _chooses(config: Config) -> bool:
@@ -45,87 +46,36 @@ def _rope_type(config: Config) -> str:
     return str((config.get("rope_scaling") or {}).get("rope_type", "default"))
 
 
+_Q2, _Q3, _QWEN = (QWEN2_MOE,), (QWEN3_MOE,), (QWEN2_MOE, QWEN3_MOE)
+# fmt: off
 TABLE = (
-    Row(
-        "top-k, weights normalised (softmax over the chosen)",
-        (QWEN2_MOE,),
+    Row("llama.cpp", REFUSES, "dense layers among the mixtures", _QWEN,
+        lambda config: config.get("mlp_only_layers"), "its converter has no names for their tensors"),
+    Row("llama.cpp", REFUSES, "tied embeddings", _Q2,
+        lambda config: config["tie_word_embeddings"], "it wants Qwen2-MoE's head as a tensor of its own"),
+    Row("llama.cpp", OTHER, "top-k, weights normalised (softmax over the chosen)", _Q2,
         lambda config: _chooses(config) and config["norm_topk_prob"],
-        {LLAMA_CPP: (OTHER, "it never normalises the weights of Qwen2-MoE's chosen experts")},
-    ),
-    Row(
-        "top-k, weights not normalised (softmax over all)",
-        (QWEN3_MOE,),
+        "it never normalises the weights of Qwen2-MoE's chosen experts"),
+    Row("llama.cpp", OTHER, "top-k, weights not normalised (softmax over all)", _Q3,
         lambda config: _chooses(config) and not config["norm_topk_prob"],
-        {LLAMA_CPP: (OTHER, "it always normalises the weights of Qwen3-MoE's chosen experts")},
-    ),
-    Row(
-        "dense layers among the mixtures",
-        (QWEN2_MOE, QWEN3_MOE),
-        lambda config: config.get("mlp_only_layers"),
-        {
-            SGLANG: (OTHER, "it takes every layer for a mixture and skips the dense layers' tensors"),
-            LLAMA_CPP: (REFUSES, "its converter has no names for their tensors"),
-        },
-    ),
-    Row(
-        "tied embeddings",
-        (QWEN2_MOE,),
-        lambda config: config["tie_word_embeddings"],
-        {
-            SGLANG: (OTHER, "it leaves the head of a tied mixture unset"),
-            LLAMA_CPP: (REFUSES, "it wants Qwen2-MoE's head as a tensor of its own"),
-        },
-    ),
-    Row(
-        "tied embeddings",
-        (QWEN3_MOE, MIXTRAL),
-        lambda config: config["tie_word_embeddings"],
-        {SGLANG: (OTHER, "it leaves the head of a tied mixture unset")},
-    ),
-    Row(
-        "a sliding window shorter than the longest text",
-        FAMILIES,
-        _has_window,
-        dict.fromkeys((SGLANG, LLAMA_CPP), (OTHER, "it ignores the sliding window")),
-    ),
-    Row(
-        "scaled rotary positions",
-        (MIXTRAL,),
-        lambda config: _rope_type(config) != "default",
-        {SGLANG: (OTHER, "it does not scale Mixtral's rotary positions")},
-    ),
-    Row(
-        "Llama 3's scaled rotary positions",
-        (QWEN2_MOE, QWEN3_MOE),
-        lambda config: _rope_type(config) == "llama3",
-        {LLAMA_CPP: (OTHER, "it scales rotary positions in Llama 3's way for Llama's architectures alone")},
-    ),
-    Row(
-        "rotary positions scaled by the text's length (dynamic)",
-        FAMILIES,
-        lambda config: _rope_type(config) == "dynamic",
-        {LLAMA_CPP: (OTHER, "it does not scale rotary positions by the text's length")},
-    ),
-    Row(
-        "a head size other than hidden size / heads",
-        (MIXTRAL,),
-        lambda config: config.get("head_dim") not in (None, config["hidden_size"] // config["num_attention_heads"]),
-        {SGLANG: (REFUSES, "it takes hidden size / heads for Mixtral's head size")},
-    ),
+        "it always normalises the weights of Qwen3-MoE's chosen experts"),
+    Row("llama.cpp", OTHER, "a sliding window shorter than the longest text", FAMILIES,
+        _has_window, "it ignores the sliding window"),
+    Row("llama.cpp", OTHER, "Llama 3's scaled rotary positions", _QWEN, lambda config: _rope_type(config) == "llama3",
+        "it scales rotary positions in Llama 3's way for Llama's architectures alone"),
+    Row("llama.cpp", OTHER, "rotary positions scaled by the text's length (dynamic)", FAMILIES,
+        lambda config: _rope_type(config) == "dynamic", "it does not scale rotary positions by the text's length"),
 )
-"""Every condition that was found; where none holds, all three servers compute what transformers computes."""
+# fmt: on
+"""All that was found, refusals first; where nothing holds, servers compute what transformers computes."""
 
 
 def deviations(config: Config) -> dict[str, tuple[str, list[str]]]:
     """Server -> what it does with a configuration that it does not follow, and why: a refusal before all else."""
     found: dict[str, tuple[str, list[str]]] = {}
-    for wanted in (REFUSES, OTHER):
-        for row in TABLE:
-            if config["model_type"] not in row.families or not row.holds(config):
-                continue
-            for server, (outcome, why) in row.answers.items():
-                if outcome == wanted:
-                    found.setdefault(server, (outcome, []))[1].append(why)
+    for row in TABLE:
+        if config["model_type"] in row.families and row.holds(config):
+            found.setdefault(row.server, (row.outcome, []))[1].append(row.why)
     return found
 
 
@@ -135,8 +85,7 @@ def server_lines(config: Config) -> list[str]:
         return []
     found = deviations(config)
     faithful = [server for server in SERVERS if server not in found]
-    lines = [f"  servers: computed as by transformers in {', '.join(faithful) or 'none of ' + ', '.join(SERVERS)}"]
-    for server in sorted(found, key=SERVERS.index):
-        outcome, reasons = found[server]
+    lines = [f"  servers: computed as by transformers in {', '.join(faithful)}"]
+    for server, (outcome, reasons) in found.items():
         lines.append(f"  warning: {server} {outcome}: {'; '.join(reasons)} (docs/serving.md)")
     return lines
