@@ -37,7 +37,7 @@ _FORMS = {
     "pytorch_model*.bin model*.bin model*.pt model*.pth *.ckpt": ("pickled weights, which can run code", _SAVE),
     "tf_model*.h5 flax_model*.msgpack *.onnx onnx/*.onnx": ("weights for another library", _PUBLISHED),
 }
-"""Files, as patterns, that show a form that is not read: what it is, and how it becomes one that is. The first counts."""
+"""Files, as patterns, that show a form that is not read: what it is, and the way to one that is. The first counts."""
 _ADAPTER = next(iter(_FORMS))
 
 
