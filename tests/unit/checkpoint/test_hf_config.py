@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +17,9 @@ from megatron_btx.checkpoint.huggingface.config import arguments_from_config
 from megatron_btx.checkpoint.huggingface.config_writing import config_from_arguments, refuse_for_megatron
 from megatron_btx.checkpoint.huggingface.families import FAMILIES, Family
 from megatron_btx.common.errors import InputError
+from tests.hugging_face import OLDER
 from tests.public_configurations import MIXTURES, PUBLIC, pico
+from tests.runner import REPOSITORY
 
 WHERE = "model/config.json"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -125,6 +131,30 @@ def test_absent_keys_have_the_defaults_of_the_classes(family: Family):
     )
     assert arguments["params_dtype"] == "float32" and arguments["untie_embeddings_and_output_weights"]
     assert arguments.get("moe_router_pre_softmax", False) is (family.dialect == "qwen_moe")
+
+
+DEFAULTS = """
+import json
+from megatron_btx.checkpoint.huggingface.families import FAMILIES, class_defaults
+read = "num_key_value_heads head_dim rms_norm_eps rope_theta initializer_range attention_dropout hidden_act".split()
+read += "max_position_embeddings sliding_window use_sliding_window max_window_layers tie_word_embeddings".split()
+read += "attention_bias mlp_bias qkv_bias norm_topk_prob decoder_sparse_step mlp_only_layers".split()
+read += ["shared_expert_intermediate_size"]
+print(json.dumps([[f.model_type, {key: class_defaults(f).get(key) for key in read}] for f in FAMILIES]))
+"""
+
+
+def test_both_majors_have_the_same_defaults():
+    """What is read does not depend on which of the two is installed."""
+    found = []
+    for paths in ([REPOSITORY], [OLDER, REPOSITORY]):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+        done = subprocess.run([sys.executable, "-c", DEFAULTS], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert found[0] == found[1]
+    by_family = dict(found[0])
+    assert by_family["mixtral"]["rope_theta"] == 1e6 and by_family["qwen2_moe"]["qkv_bias"] is True
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
