@@ -46,24 +46,26 @@ def _rope_type(config: Config) -> str:
     return str((config.get("rope_scaling") or {}).get("rope_type", "default"))
 
 
+_LLAMA = SERVERS[1]
 _Q2, _Q3, _QWEN = (QWEN2_MOE,), (QWEN3_MOE,), (QWEN2_MOE, QWEN3_MOE)
 # fmt: off
 TABLE = (
-    Deviation("llama.cpp", REFUSES, "dense layers among the mixtures", _QWEN,
+    Deviation(_LLAMA, REFUSES, "dense layers among the mixtures", _QWEN,
         lambda config: config.get("mlp_only_layers"), "its converter has no names for their tensors"),
-    Deviation("llama.cpp", REFUSES, "tied embeddings", _Q2,
+    Deviation(_LLAMA, REFUSES, "tied embeddings", _Q2,
         lambda config: config["tie_word_embeddings"], "it wants Qwen2-MoE's head as a tensor of its own"),
-    Deviation("llama.cpp", OTHER, "top-k, weights normalised (softmax over the chosen)", _Q2,
+    Deviation(_LLAMA, OTHER, "top-k, weights normalised (softmax over the chosen)", _Q2,
         lambda config: _chooses(config) and config["norm_topk_prob"],
         "it never normalises the weights of Qwen2-MoE's chosen experts"),
-    Deviation("llama.cpp", OTHER, "top-k, weights not normalised (softmax over all)", _Q3,
+    Deviation(_LLAMA, OTHER, "top-k, weights not normalised (softmax over all)", _Q3,
         lambda config: _chooses(config) and not config["norm_topk_prob"],
         "it always normalises the weights of Qwen3-MoE's chosen experts"),
-    Deviation("llama.cpp", OTHER, "a sliding window shorter than the longest text", FAMILIES,
+    Deviation(_LLAMA, OTHER, "a sliding window shorter than the longest text", FAMILIES,
         _has_window, "it ignores the sliding window"),
-    Deviation("llama.cpp", OTHER, "Llama 3's scaled rotary positions", _QWEN, lambda config: _rope_type(config) == "llama3",
+    Deviation(_LLAMA, OTHER, "Llama 3's scaled rotary positions", _QWEN,
+        lambda config: _rope_type(config) == "llama3",
         "it scales rotary positions in Llama 3's way for Llama's architectures alone"),
-    Deviation("llama.cpp", OTHER, "rotary positions scaled by the text's length (dynamic)", FAMILIES,
+    Deviation(_LLAMA, OTHER, "rotary positions scaled by the text's length (dynamic)", FAMILIES,
         lambda config: _rope_type(config) == "dynamic", "it does not scale rotary positions by the text's length"),
 )
 # fmt: on
