@@ -54,7 +54,7 @@ def make_models(folder: Path, layers: int) -> dict[str, Path]:
     from megatron_btx.checkpoint.huggingface.config import arguments_from_config
     from megatron_btx.checkpoint.names import DIALECTS
     from megatron_btx.checkpoint.pieces import pieces_of
-    from megatron_btx.checkpoint.safetensors_layout import SafetensorsLayout
+    from megatron_btx.checkpoint.safetensors import SafetensorsLayout
     from megatron_btx.checkpoint.sizes import Sizes
     from megatron_btx.checkpoint.stored import bytes_of
 

@@ -10,8 +10,7 @@ import torch
 
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.stored import bytes_of
-from megatron_btx.checkpoint.torch_dist import TorchDistReader
-from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout
+from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.planning import make_plan
 from megatron_btx.mixing.request import Request

@@ -25,6 +25,8 @@ class ModelArgument:
     """None: the flag takes the value. True or False: the flag alone sets this value."""
     older: str | None = None
     """The name in older versions, where it differs."""
+    bridge: str | None = None
+    """The field in Megatron's configuration classes, which Megatron-Bridge and NeMo 2 write, where it differs."""
     moe: bool = False
     """Only meaningful for mixtures: not compared between dense models."""
     shapes: bool = False
@@ -35,6 +37,11 @@ class ModelArgument:
     """
     usage: bool = False
     """Says how routers are used. A mixture that was never trained leaves it open: its routers know nothing of it."""
+
+    @property
+    def field(self) -> str:
+        """The name in Megatron's configuration classes."""
+        return self.bridge or self.name
 
     def value(self, stored: Mapping[str, Any]) -> Any:
         """The stored value, under its present or older name; Megatron's default where neither is there."""
@@ -76,8 +83,13 @@ MODEL_ARGUMENTS = (
     ModelArgument("rotary_base", "--rotary-base", 10000),
     ModelArgument("rotary_percent", "--rotary-percent", 1.0),
     ModelArgument("rotary_interleaved", "--rotary-interleaved", False, _ON),
-    ModelArgument("rotary_seq_len_interpolation_factor", "--rotary-seq-len-interpolation-factor", None),
-    ModelArgument("use_rope_scaling", "--use-rope-scaling", False, _ON),
+    ModelArgument(
+        "rotary_seq_len_interpolation_factor",
+        "--rotary-seq-len-interpolation-factor",
+        None,
+        bridge="seq_len_interpolation_factor",
+    ),
+    ModelArgument("use_rope_scaling", "--use-rope-scaling", False, _ON, bridge="rope_scaling"),
     ModelArgument("rope_scaling_factor", "--rope-scaling-factor", 8.0),
     ModelArgument("no_rope_freq", "--no-rope-freq", None),
     ModelArgument("swiglu", "--swiglu", False, _ON, shapes=True),
@@ -105,7 +117,7 @@ MODEL_ARGUMENTS = (
     ModelArgument("mup_output_mult", "--mup-output-mult", 1.0),
     ModelArgument("mup_attn_scale_power", "--mup-attn-scale-power", 1.0),
     ModelArgument("padded_vocab_size", "--padded-vocab-size", None),
-    ModelArgument("num_experts", "--num-experts", None, shapes=True),
+    ModelArgument("num_experts", "--num-experts", None, bridge="num_moe_experts", shapes=True),
     ModelArgument("moe_layer_freq", "--moe-layer-freq", 1, moe=True, shapes=True),
     ModelArgument("moe_ffn_hidden_size", "--moe-ffn-hidden-size", None, moe=True, shapes=True),
     ModelArgument("moe_router_topk", "--moe-router-topk", 2, moe=True, usage=True),

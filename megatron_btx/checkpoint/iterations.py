@@ -79,21 +79,16 @@ def _refuse_other_formats(folder: Path) -> None:
     legacy = sorted(folder.glob("mp_rank_*"))
     if legacy:
         raise CheckpointError(
-            f"{folder}: holds {legacy[0].name}, so it is of Megatron's old format 'torch', which is pickled and "
-            "not read; convert it with Megatron's tools/checkpoint, or have Megatron load it and save it again as one: "
-            "--ckpt-format torch --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
+            f"{folder}: holds {legacy[0].name}, so it is of Megatron's old format 'torch', which is pickled and not "
+            "read; convert it with Megatron's tools/checkpoint, or load and save it with --ckpt-format torch "
+            "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
         )
     backend = folder / BACKEND_FILE
-    found = ""
-    if not backend.is_file() and (folder / ".metadata").is_file():
-        found = "it has an index, but no metadata.json"
-    elif backend.is_file() and b"fsdp_dtensor" in backend.read_bytes()[:1000]:
-        found = "its metadata.json says so"
-    if found:
+    of_torch = not backend.is_file() and (folder / ".metadata").is_file()
+    if of_torch or (backend.is_file() and b"fsdp_dtensor" in backend.read_bytes()):
         raise CheckpointError(
-            f"{folder}: is of the format 'fsdp_dtensor' or 'torch_dcp' ({found}), not a torch_dist checkpoint; load it "
-            "with the Megatron that wrote it and save it again with --ckpt-format torch_dist (or, where accelerate or "
-            f"transformers saved it: accelerate merge-weights {folder} MODEL, with config.json and tokenizer beside)"
+            f"{folder}: is of the format 'fsdp_dtensor' or 'torch_dcp' (by its metadata.json, or the lack of one), not "
+            "a torch_dist checkpoint; load it with the Megatron that wrote it and save it with --ckpt-format torch_dist"
         )
 
 
@@ -110,10 +105,9 @@ def _find_latest(root: Path) -> Path:
         raise CheckpointError(
             f"{tracker}: holds {held!r}, expected an iteration number or 'release'; give one of its iter_ folders"
         )
-    name = RELEASE
+    folder = root / RELEASE
     if isinstance(latest, int):
-        name = f"iter_{latest:07d}"
-    folder = root / name
+        folder = root / f"iter_{latest:07d}"
     if not folder.is_dir():
         raise CheckpointError(f"{tracker}: names {folder.name}, which does not exist beside it; give an iter_ folder")
     return folder

@@ -7,8 +7,6 @@ and ``context/model.yaml``, mostly with the fields alone that somebody set. The 
 
 from __future__ import annotations
 
-import re
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
-from megatron_btx.checkpoint.huggingface.families import COUNT, MEGATRON_LLAMA3, POSITIVE, check_number
+from megatron_btx.checkpoint.huggingface.families import MEGATRON_LLAMA3
 from megatron_btx.checkpoint.safe_pickle import UNREADABLE
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.tokenizers.vocabulary import tokenizer_files
@@ -24,49 +22,27 @@ from megatron_btx.tokenizers.vocabulary import tokenizer_files
 BRIDGE_FILE = "run_config.yaml"
 _NEMO_FILE = Path("context") / "model.yaml"
 _WEIGHTS = "weights"
-_AT_MOST_BYTES = 16 << 20
-
-_FIELDS = {
-    "num_experts": "num_moe_experts",
-    "use_rope_scaling": "rope_scaling",
-    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
-}
-"""Megatron's arguments whose field in its configuration classes has another name."""
 _REQUIRED = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups normalization layernorm_epsilon "
     "add_bias_linear gated_linear_unit activation_func position_embedding_type share_embeddings_and_output_weights "
     "qk_layernorm seq_length"
 ).split()
-_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length")
-_OPTIONAL_SIZES = ("num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings")
-_SWITCHES = ("bf16", "fp16", "rope_scaling")
-_NESTED_AT_MOST = 8
-_NO_TEXT = re.compile(r"true|false|yes|no|on|off|[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?\.?(nan|inf)", re.IGNORECASE)
-"""Switches and numbers, which are none where they stand in quotes. To YAML 1e-5 is a text, and 1.0e-5 a number."""
+"""Fields for which classes have values of their own."""
+_NEUTRAL = (
+    "softmax_scale attention_output_gate experimental_attention_variant linear_attention_freq "
+    "heterogeneous_block_specs is_hybrid_model mrope_section moe_latent_size attention_chunk_size nope_layer_interval "
+    "final_logit_softcapping attn_logit_softcapping scale_embeddings restore_modelopt_state"
+).split()
+"""Fields that change the function and that no argument says: nothing, zero and false leave it as it is."""
+_SWITCHES = ("bf16", "fp16", "share_embeddings_and_output_weights", "gated_linear_unit")
+_MAY_BE_TEXT = ("moe_router_dtype",)
 _ACTIVATIONS = {
-    (True, "silu"): "swiglu",
-    (False, "gelu"): "",
-    (False, "squared_relu"): "squared_relu",
-    (True, "quick_gelu"): "quick_geglu",
+    (True, "silu"): {"swiglu": True},
+    (False, "gelu"): {},
+    (False, "squared_relu"): {"squared_relu": True},
+    (True, "quick_gelu"): {"quick_geglu": True},
 }
-"""Whether it is gated, and the function: the argument that says so."""
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "softmax_scale": (None,),
-    "attention_output_gate": (None, False),
-    "experimental_attention_variant": (None,),
-    "linear_attention_freq": (None,),
-    "heterogeneous_block_specs": (None, False),
-    "is_hybrid_model": (None, False),
-    "mrope_section": (None,),
-    "moe_latent_size": (None,),
-    "attention_chunk_size": (None,),
-    "nope_layer_interval": (None, 0),
-    "final_logit_softcapping": (None, 0),
-    "attn_logit_softcapping": (None, 0),
-    "scale_embeddings": (None, False),
-    "restore_modelopt_state": (None, False),
-}
-"""Fields that change the function and that no argument says, with the values that leave it as it is."""
+"""Whether it is gated, and the function: the arguments that say so."""
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -115,23 +91,29 @@ def read_arguments(file: Path, rows: int) -> dict[str, Any]:
     model = _model_of(config, file)
     missing = [name for name in _REQUIRED if name not in model]
     if missing:
-        kind = str(model.get("_target_") or "its class").rpartition(".")[2]
         raise CheckpointError(
-            f"{file}: does not say {', '.join(missing)}, for which {kind} has values of its own that are not known "
-            f"here; {_remedy(file)}"
+            f"{file}: does not say {', '.join(missing)}, for which {_target(model) or 'its class'} has values of its "
+            f"own; {_remedy(file)}"
         )
-    for name, neutral in _NEUTRAL.items():
-        if model.get(name) not in neutral:
+    for name in _NEUTRAL:
+        if model.get(name):
             raise CheckpointError(
-                f"{file}: {name} is {reprlib.repr(model[name])}, expected {neutral[0]!r}, which no argument of "
-                f"Megatron's says; {_remedy(file)}"
+                f"{file}: {name} is {model[name]!r:.80}, expected none, for no argument of Megatron's says it; "
+                f"{_remedy(file)}"
             )
-    _check_values(model, file)
-    arguments = _same_fields(model) | _activation(model, file) | _rope(model, file)
-    heads, groups = model["num_attention_heads"], model["num_query_groups"]
-    dtype = _dtype_name(model)
+    gated, function = bool(model["gated_linear_unit"]), _target(model["activation_func"])
+    if (gated, function) not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"{file}: activation_func is {function!r} with gated_linear_unit {gated}, which no argument of Megatron's "
+            f"says; {_remedy(file)}"
+        )
+    dtype = _target(model.get("params_dtype")) or "float32"
+    for switch, name in (("fp16", "float16"), ("bf16", "bfloat16")):
+        if model.get(switch):
+            dtype = name
+    arguments = _same_fields(model, file) | _ACTIVATIONS[gated, function] | _llama3_rope(model, file)
     arguments |= {
-        "group_query_attention": groups not in (None, heads),
+        "group_query_attention": model["num_query_groups"] not in (None, model["num_attention_heads"]),
         "untie_embeddings_and_output_weights": not model["share_embeddings_and_output_weights"],
         "padded_vocab_size": rows,
         "vocab_size": model.get("vocab_size") or rows,
@@ -147,21 +129,9 @@ def read_arguments(file: Path, rows: int) -> dict[str, Any]:
     return arguments | _tokenizer(config, file)
 
 
-def _dtype_name(model: Mapping[str, Any]) -> str:
-    if model.get("bf16"):
-        return "bfloat16"
-    if model.get("fp16"):
-        return "float16"
-    return _target(model.get("params_dtype")) or "float32"
-
-
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise CheckpointError(
-            f"{file}: does not exist; without it the model's arguments are not known; {_remedy(file)}"
-        )
-    if file.stat().st_size > _AT_MOST_BYTES:
-        raise CheckpointError(f"{file}: {file.stat().st_size} bytes, expected a description of some kilobytes")
+        raise CheckpointError(f"{file}: does not exist, and nothing else says the model's arguments; {_remedy(file)}")
     try:
         content = yaml.load(file.read_bytes(), _TextLoader)  # a subclass of the safe loader
     except (yaml.YAMLError, *UNREADABLE) as error:
@@ -180,7 +150,7 @@ def _model_of(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
         )
     found: dict[str, Any] = {}
     section: Any = config.get("model", config)
-    for _ in range(_NESTED_AT_MOST):  # a section can name itself
+    for _ in range(8):  # a section can name itself
         if not isinstance(section, Mapping):
             break
         found |= section
@@ -188,71 +158,36 @@ def _model_of(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return found
 
 
-def _check_values(model: Mapping[str, Any], file: Path) -> None:
-    """Refuse sizes that are none, and numbers and switches that are texts: ``"false"`` would count as true."""
-    for name in _SIZES:
-        check_number(str(file), name, model[name], COUNT)
-    for name in _OPTIONAL_SIZES:
-        if model.get(name) is not None:
-            check_number(str(file), name, model[name], COUNT)
-    for name in ("layernorm_epsilon", "rotary_base"):
-        if not isinstance(model.get(name), str | None):
-            check_number(str(file), name, model[name], POSITIVE)
-    used = {_FIELDS.get(argument.name, argument.name) for argument in MODEL_ARGUMENTS}
-    for name in sorted(used | {*_REQUIRED, *_SWITCHES}):
-        value = model.get(name)
-        if isinstance(value, str) and _NO_TEXT.fullmatch(value):
+def _same_fields(model: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What the arguments and the configuration classes both have; no text for a number or a switch.
+
+    ``"false"`` would count as true; and to YAML 1e-5 is a text, and 1.0e-5 a number.
+    """
+    rows = {row.field: row for row in MODEL_ARGUMENTS}
+    for name in (*rows, *_SWITCHES):
+        is_text = name in rows and (isinstance(rows[name].default, str) or name in _MAY_BE_TEXT)
+        if isinstance(model.get(name), str) and not is_text:
             raise CheckpointError(
-                f"{file}: {name} is the text {value!r}, expected a number or true or false: write it without quotes, "
-                "and 1e-5 as 1.0e-5"
+                f"{file}: {name} is the text {model[name]!r}, expected a number or true or false: write it without "
+                "quotes, and 1e-5 as 1.0e-5"
             )
-    window = model.get("window_size")
-    if window is not None and not (isinstance(window, list) and all(type(size) is int for size in window)):
-        raise CheckpointError(f"{file}: window_size is {window!r}, expected two whole numbers or null")
-
-
-def _same_fields(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What the arguments and the configuration classes call alike, or nearly so."""
-    found = {}
-    for argument in MODEL_ARGUMENTS:
-        field = _FIELDS.get(argument.name, argument.name)
-        if field in model:
-            found[argument.name] = model[field]
-    if found.get("window_size"):
+    found = {row.name: model[field] for field, row in rows.items() if field in model}
+    if isinstance(found.get("window_size"), list):
         found["window_size"] = tuple(found["window_size"])
     return found
 
 
-def _activation(model: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    function = _target(model["activation_func"])
-    gated = bool(model["gated_linear_unit"])
-    if (gated, function) not in _ACTIVATIONS:
-        found = repr(function)
-        if gated:
-            found += " and gated"
-        raise CheckpointError(
-            f"{file}: activation_func is {found}, which no argument of Megatron's says; {_remedy(file)}"
-        )
-    argument = _ACTIVATIONS[gated, function]
-    if not argument:
-        return {}
-    return {argument: True}
-
-
-def _rope(model: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _llama3_rope(model: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Llama 3's scaling, which older classes say by its four numbers."""
     if "low_freq_factor" not in model:
         return {"use_rope_scaling": bool(model.get("rope_scaling"))}
-    fixed = {
-        "old_context_len": MEGATRON_LLAMA3["original_max_position_embeddings"],
-        "low_freq_factor": MEGATRON_LLAMA3["low_freq_factor"],
-        "high_freq_factor": MEGATRON_LLAMA3["high_freq_factor"],
-    }
-    for key, value in fixed.items():
-        if model.get(key) != value:
-            raise CheckpointError(f"{file}: {key} is {model.get(key)!r}, expected {value} as fixed in Megatron")
-    factor = check_number(str(file), "scale_factor", model.get("scale_factor"), POSITIVE)
-    return {"use_rope_scaling": True, "rope_scaling_factor": float(factor)}
+    for key, fixed in MEGATRON_LLAMA3.items():
+        field = key.replace("original_max_position_embeddings", "old_context_len")
+        if model.get(field) != fixed:
+            raise CheckpointError(f"{file}: {field} is {model.get(field)!r}, expected {fixed} as fixed in Megatron")
+    if not isinstance(model.get("scale_factor"), int | float):
+        raise CheckpointError(f"{file}: scale_factor is {model.get('scale_factor')!r}, expected a number")
+    return {"use_rope_scaling": True, "rope_scaling_factor": float(model["scale_factor"])}
 
 
 def _tokenizer(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -276,11 +211,7 @@ def _target(value: object) -> str:
 
 
 def _remedy(file: Path) -> str:
+    exporter = "NeMo (llm.export_ckpt)"
     if file.name == BRIDGE_FILE:
-        return (
-            "convert it with Megatron-Bridge (AutoBridge.from_hf_pretrained(MODEL).export_ckpt(FOLDER, OUT)) and give "
-            "the Hugging Face folder"
-        )
-    return (
-        "convert it with NeMo (llm.export_ckpt(FOLDER, target='hf', output_path=OUT)) and give the Hugging Face folder"
-    )
+        exporter = "Megatron-Bridge (AutoBridge, export_ckpt)"
+    return f"convert it with {exporter} and give the Hugging Face folder"

@@ -13,7 +13,10 @@ from megatron_btx.common.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CACHED = "models--"
-_SNAPSHOTS = "snapshots"
+_FILES = {
+    ".gguf": "take the model that it was made from, with safetensors",
+    ".nemo": "an archive of NeMo 1: unpack it with tar and give the folder",
+}
 
 
 def model_path(text: str | Path) -> Path:
@@ -23,13 +26,14 @@ def model_path(text: str | Path) -> Path:
     of the hub's cache stands for its snapshot, and so does the name ``org/name``, unless it is a folder here.
 
     Raises:
-        CheckpointError: a model of the hub that is not in the cache, several snapshots, or a file; says what to do.
+        CheckpointError: a model of the hub that is not in the cache, or a file; says what to do.
     """
     path = Path(os.path.expanduser(text))
     if path.is_file():
-        raise CheckpointError(f"{path}: is a file and no such folder; {_remedy_for_file(path)}")
+        remedy = _FILES.get(path.suffix, f"give the folder that holds the whole model, {path.parent}")
+        raise CheckpointError(f"{path}: is a file and no such folder; {remedy}")
     if path.is_dir():
-        if (path / _SNAPSHOTS).is_dir() and path.name.startswith(_CACHED):
+        if (path / "snapshots").is_dir() and path.name.startswith(_CACHED):
             return _find_snapshot(path)
         return path
     address = re.fullmatch(r"(?:https?://(?:www\.)?huggingface\.co/|hf://(?:models/)?)([^/]+/[^/?#]+).*", str(text))
@@ -43,44 +47,29 @@ def model_path(text: str | Path) -> Path:
         return _find_snapshot(cached)
     raise CheckpointError(
         f"{text}: no such folder, and no model of this name in the hub's cache ({hub_cache()}); correct the path, or "
-        f"download it first: hf download {name} --local-dir {name.replace('/', '--')}, and give that folder"
+        f"download it first: hf download {name}"
     )
 
 
 def hub_cache() -> Path:
     """Where huggingface_hub keeps what it downloads (``huggingface_hub/constants.py``)."""
-    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if os.environ.get(variable):
-            return Path(os.path.expanduser(os.environ[variable]))
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
-    return Path(os.path.expanduser(home)) / "hub"
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", f"{caches}/huggingface")
+    older = os.environ.get("HUGGINGFACE_HUB_CACHE", f"{home}/hub")
+    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE", older)))
 
 
 def _find_snapshot(cached: Path) -> Path:
     """The snapshot that ``refs/main`` names; without it the only one there is."""
-    snapshots = sorted(place for place in (cached / _SNAPSHOTS).glob("*") if place.is_dir())
+    snapshots = [place for place in (cached / "snapshots").glob("*") if place.is_dir()]
     reference = cached / "refs" / "main"
     if reference.is_file():
-        revision = reference.read_bytes()[:100].decode(errors="replace").strip()
-        for place in snapshots:
-            if place.name == revision:
-                return place
+        revision = reference.read_text().strip()
+        snapshots = [place for place in snapshots if place.name == revision]
     if len(snapshots) == 1:
         return snapshots[0]
     name = cached.name.removeprefix(_CACHED).replace("--", "/", 1)
-    if not snapshots:
-        raise CheckpointError(f"{cached}: has no snapshot of the model; download it first: hf download {name}")
-    listed = ", ".join(place.name for place in snapshots)
     raise CheckpointError(
-        f"{cached}: has {len(snapshots)} snapshots ({listed}) and no refs/main that names one of them; give one of "
-        f"them as {snapshots[0]}"
+        f"{cached}: has {len(snapshots)} snapshots of the main revision, expected one; give one of its snapshots, or "
+        f"download it again: hf download {name}"
     )
-
-
-def _remedy_for_file(file: Path) -> str:
-    if file.suffix == ".gguf":
-        return "GGUF is a form for llama.cpp, mostly quantised; take the model that it was made from, with safetensors"
-    if file.suffix == ".nemo":
-        return f"a .nemo file is an archive of NeMo 1; unpack it (tar xf {file.name}) and give the folder"
-    return f"give the folder that holds the whole model, {file.parent}"

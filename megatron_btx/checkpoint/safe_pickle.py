@@ -186,12 +186,11 @@ def load_pickle(file: BinaryIO, where: str) -> Any:
     Raises:
         CheckpointError: truncated, not a pickle, or asking for more than the list allows.
     """
-    return unpickle(AllowListUnpickler, file, where)
+    return load_with(AllowListUnpickler(file), where)
 
 
-def unpickle(kind: type[AllowListUnpickler], file: BinaryIO, where: str) -> Any:
+def load_with(unpickler: AllowListUnpickler, where: str) -> Any:
     """As :func:`load_pickle`, with an unpickler that knows more of what to make of the pickle."""
-    unpickler = kind(file)
     unpickler.where = where
     try:
         return unpickler.load()

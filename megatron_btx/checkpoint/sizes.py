@@ -10,8 +10,6 @@ from typing import Any
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
 from megatron_btx.common.errors import InputError
 
-_LAYERS_BELOW = 10_000
-
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -93,34 +91,21 @@ def layer_frequency(text: str) -> int | tuple[int, ...]:
         raise InputError(
             f"--moe-layer-freq {text}: expected a number, or a list of 0 and 1 as [0,1,1,0] or ([0]+[1]*3)*2"
         ) from error
-    if isinstance(value, int):
-        return value
-    return tuple(value)
+    if isinstance(value, list):
+        return tuple(value)
+    return int(value)
 
 
-def _evaluate(node: ast.expr) -> int | list[int]:
-    if isinstance(node, ast.Constant) and type(node.value) is int and node.value < _LAYERS_BELOW:
+def _evaluate(node: ast.expr) -> Any:
+    """A number, a list of numbers, or what + and * make of them; ValueError for anything else."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, ast.List):
-        return [_evaluate_number(element) for element in node.elts]
-    if isinstance(node, ast.BinOp):
-        left, right = _evaluate(node.left), _evaluate(node.right)
-        if isinstance(node.op, ast.Add) and _size(left) + _size(right) < _LAYERS_BELOW:
-            return left + right  # type: ignore[operator,no-any-return]
-        if isinstance(node.op, ast.Mult) and _size(left) * _size(right) < _LAYERS_BELOW:
-            return left * right  # type: ignore[operator,return-value]
+        values = [_evaluate(element) for element in node.elts]
+        if all(isinstance(value, int) for value in values):
+            return values
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _evaluate(node.left) + _evaluate(node.right)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return _evaluate(node.left) * _evaluate(node.right)
     raise ValueError(ast.dump(node))
-
-
-def _evaluate_number(node: ast.expr) -> int:
-    value = _evaluate(node)
-    if isinstance(value, list):
-        raise ValueError("a list in a list")
-    return value
-
-
-def _size(value: int | list[int]) -> int:
-    """How long a list is, or what a number would make of a list by multiplying it."""
-    if isinstance(value, list):
-        return len(value)
-    return value

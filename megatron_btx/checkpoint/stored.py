@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     import torch
 
 
+def check_whole(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Sizes or positions as a file says them; ValueError where they are no whole numbers from 0 on."""
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{numbers} where whole numbers are expected")
+    return tuple(numbers)
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where a contiguous array begins."""

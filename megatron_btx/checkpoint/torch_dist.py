@@ -1,4 +1,4 @@
-"""Megatron's ``torch_dist`` checkpoints: read without a model, a GPU or a process group.
+"""Megatron's ``torch_dist`` checkpoints: read, and laid out anew, without a model, a GPU or a process group.
 
 The format is PyTorch's distributed checkpoint (``torch.distributed.checkpoint``): data files of concatenated
 ``torch.save`` records, and a pickled index, ``.metadata``, that says which record of which file holds which block of
@@ -8,22 +8,37 @@ which tensor. The numbers of a record are read where they lie, a slice at a time
 from __future__ import annotations
 
 import argparse
+import copyreg
+import functools
 import hashlib
 import io
+import json
+import math
 import os
-from collections.abc import Sequence
+import pickle
+from collections.abc import Buffer, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.safe_pickle import load_pickle
-from megatron_btx.checkpoint.stored import Block, Files, Place, StoredTensor, read_box, read_slice
+from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE
+from megatron_btx.checkpoint.safe_pickle import load_pickle, old_state
+from megatron_btx.checkpoint.stored import Block, Files, Place, Slot, StoredTensor, check_whole, read_box, read_slice
 from megatron_btx.checkpoint.torch_record import RecordedTensor, load_torch, locate_tensor
 from megatron_btx.common.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorStorageMetadata,
+    )
+
+DATA_FILE_BYTES = 4 << 30
+_OLDER_COMMON_STATE = "common.pt"
+"""Where Megatron before 0.19 keeps arguments, iteration and scheduler."""
 
 
 class TorchDistReader:
@@ -66,23 +81,28 @@ class TorchDistReader:
             if isinstance(description, BytesStorageMetadata):
                 self._objects[name] = [info for _, info in records]
                 continue
-            blocks = self._blocks_of(name, description, records)
-            stored_tensor = StoredTensor(tuple(description.size), description.properties.dtype, blocks)
-            _check_tensor(name, stored_tensor)
-            self.tensors[name] = stored_tensor
+            self.tensors[name] = self._tensor_of(name, description, records)
 
-    def _blocks_of(
+    def _tensor_of(
         self, name: str, description: TensorStorageMetadata, records: Sequence[tuple[MetadataIndex, _StorageInfo]]
-    ) -> tuple[Block, ...]:
-        """The blocks of a tensor: their sizes are in its description, their places in the records."""
-        sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in description.chunks}
+    ) -> StoredTensor:
+        """A tensor: the sizes of its blocks are in its description, their places in the records."""
+        import torch
+
+        dtype, shape = description.properties.dtype, check_whole(description.size)
+        if not isinstance(dtype, torch.dtype) or not isinstance(name, str):
+            raise TypeError(f"{name}: {dtype}")
+        sizes = {check_whole(chunk.offsets): check_whole(chunk.sizes) for chunk in description.chunks}
         blocks = []
         for key, info in records:
             offsets = tuple(key.offset)  # type: ignore[arg-type]  # None raises TypeError, which is caught
             blocks.append(Block(offsets, sizes[offsets], info.relative_path, info.offset, info.length))
+            for offset, size, extent in zip(offsets, sizes[offsets], shape, strict=True):
+                if offset + size > extent:
+                    raise ValueError(f"{name}: a block of {sizes[offsets]} at {offsets} in {shape}")
         if len({block.offsets for block in blocks}) != len(sizes):
             raise CheckpointError(f"{self.folder}: {name}: {len(blocks)} of {len(sizes)} blocks are stored")
-        return tuple(blocks)
+        return StoredTensor(shape, dtype, tuple(blocks))
 
     def _check_record(self, relative: str, position: int, length: int) -> None:
         """No record may lie outside the folder or past the end of its file."""
@@ -107,9 +127,7 @@ class TorchDistReader:
 
     def read_object(self, name: str) -> Any:
         """One entry that is not a tensor, unpickled with the allow-list."""
-        return self._unpickle_record(name, self._objects[name][0])
-
-    def _unpickle_record(self, name: str, info: _StorageInfo) -> Any:
+        info = self._objects[name][0]
         return load_torch(io.BytesIO(self._record_of(info)), f"{self.folder / info.relative_path}: {name}")
 
     def check_objects(self) -> None:
@@ -124,11 +142,12 @@ class TorchDistReader:
         seen: set[bytes] = set()
         for name, records in self._objects.items():
             for info in records:
-                digest = hashlib.sha256(self._record_of(info)).digest()
+                record = self._record_of(info)
+                digest = hashlib.sha256(record).digest()
                 if digest not in seen:
-                    self._unpickle_record(name, info)
+                    load_torch(io.BytesIO(record), f"{self.folder / info.relative_path}: {name}")
                     seen.add(digest)
-        if self._older_common_state().is_file():
+        if (self.folder / _OLDER_COMMON_STATE).is_file():
             self.common_state()
 
     def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
@@ -177,60 +196,161 @@ class TorchDistReader:
 
     def has_arguments(self) -> bool:
         """Whether there are stored arguments: programs other than Megatron's own leave them out."""
-        if self._common_state_name() is None and not self._older_common_state().is_file():
+        if self._common_state_name() is None and not (self.folder / _OLDER_COMMON_STATE).is_file():
             return False
         return isinstance(self.common_state().get("args"), argparse.Namespace)
 
     def common_state(self) -> dict[str, Any]:
         """The entry that holds arguments, iteration and scheduler: where both forms are there, Megatron's choice."""
-        older = self._older_common_state()
+        older, name = self.folder / _OLDER_COMMON_STATE, self._common_state_name()
         if older.is_file():
             with older.open("rb") as file:
-                return self._checked_state(load_torch(file, str(older)), older.name)
-        name = self._common_state_name()
-        if name is None:
+                name, state = older.name, load_torch(file, str(older))
+        elif name is None:
             raise CheckpointError(f"{self.folder}: has neither common_state nor common.pt, so no model configuration")
-        state = self.read_object(name)
-        if isinstance(state, list) and state:
-            state = state[0]
-        return self._checked_state(state, name)
-
-    def _common_state_name(self) -> str | None:
-        """The entry that Megatron 0.19 keeps the common state in."""
-        for name in self._objects:
-            if name.split("/")[0] == "common_state":
-                return name
-        return None
-
-    def _older_common_state(self) -> Path:
-        """Where Megatron before 0.19 keeps the common state."""
-        return self.folder / "common.pt"
-
-    def _checked_state(self, state: object, name: str) -> dict[str, Any]:
+        else:
+            state = self.read_object(name)
+            if isinstance(state, list) and state:
+                state = state[0]
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.folder}: {name}: is a {type(state).__name__}, expected a dict; it is damaged")
         return state
 
+    def _common_state_name(self) -> str | None:
+        """The entry that Megatron 0.19 keeps the common state in."""
+        return next((name for name in self._objects if name.split("/")[0] == "common_state"), None)
 
-def _check_tensor(name: str, stored: StoredTensor) -> None:
-    """Check what the rest of the package takes for granted: sizes are whole numbers, blocks lie inside the tensor.
 
-    Raises:
-        TypeError: they are not, or do not.
+class TorchDistLayout:
+    """Lays out the data files of a new iteration folder and makes its index; the numbers are written by others."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, int] = {}
+        """Size of each data file in bytes."""
+        self.objects: list[tuple[str, int, bytes]] = []
+        """Records that are complete: file, position, content."""
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
+        self._entries: dict[str, BytesStorageMetadata | TensorStorageMetadata] = {}
+
+    def add_block(
+        self, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype
+    ) -> Slot:
+        """Reserve the place of one block of the tensor ``name``, whose global shape is ``shape``."""
+        import torch
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            MetadataIndex,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+
+        entry = self._entries.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
+            entry = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+            self._entries[name] = entry
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        before, after = record_frame(tuple(sizes), dtype)
+        length = math.prod(sizes) * dtype.itemsize
+        file, start = self._reserve(
+            MetadataIndex(name, chunk.offsets, len(entry.chunks)), len(before) + length + len(after)
+        )
+        entry.chunks.append(chunk)
+        return Slot(file, start + len(before), length, before, after)
+
+    def add_object(self, name: str, value: object) -> None:
+        """Add an entry that is not a tensor."""
+        import torch
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+        record = io.BytesIO()
+        torch.save(value, record)
+        self._entries[name] = BytesStorageMetadata()
+        file, start = self._reserve(MetadataIndex(name), len(record.getvalue()))
+        self.objects.append((file, start, record.getvalue()))
+
+    def _reserve(self, key: MetadataIndex, length: int) -> tuple[str, int]:
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+        name = f"__0_{max(0, len(self.files) - 1)}.distcp"
+        if self.files.get(name, 0) > DATA_FILE_BYTES:
+            name = f"__0_{len(self.files)}.distcp"
+        # Numbers lie at multiples of 64 bytes in their record, and so in the file.
+        start = -(-self.files.get(name, 0) // 64) * 64
+        self.files[name] = start + length
+        self._storage[key] = _StorageInfo(name, start, length)
+        return name, start
+
+    def small_files(self) -> dict[str, bytes]:
+        """The format file and the index; without them nothing loads."""
+        from torch.distributed.checkpoint.metadata import Metadata
+
+        index = io.BytesIO()
+        _IndexPickler(index).dump(Metadata(self._entries, storage_data=self._storage))
+        return {BACKEND_FILE: json.dumps(BACKEND).encode(), ".metadata": index.getvalue()}
+
+
+class _IndexPickler(pickle.Pickler):
+    """Pickles an index in the form that PyTorch before 2.15 reads, too."""
+
+    def reducer_override(self, value: object) -> Any:
+        from torch.distributed.checkpoint.metadata import TensorProperties
+
+        if isinstance(value, TensorProperties):
+            return copyreg.__newobj__, (TensorProperties,), old_state(value)  # type: ignore[attr-defined]
+        return NotImplemented
+
+
+class _Skeleton(io.RawIOBase):
+    """Takes what ``torch.save`` writes and leaves out what it skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[tuple[int, bytes]] = []
+        self._at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_CUR:
+            offset += self._at
+        self._at = offset
+        return self._at
+
+    def write(self, content: Buffer) -> int:
+        written = bytes(content)
+        self.parts.append((self._at, written))
+        self._at += len(written)
+        return len(written)
+
+
+@functools.lru_cache(maxsize=4096)
+def record_frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What ``torch.save`` writes before and after the numbers of a contiguous tensor, made without the numbers.
+
+    The checksums of the archive are those of skipped data; PyTorch does not look at them.
     """
     import torch
+    from torch.serialization import skip_data
 
-    if not isinstance(stored.dtype, torch.dtype) or not isinstance(name, str):
-        raise TypeError(f"{name}: {stored.dtype}")
-    _check_whole(name, stored.shape)
-    for block in stored.blocks:
-        _check_whole(name, block.offsets)
-        _check_whole(name, block.sizes)
-        for offset, size, extent in zip(block.offsets, block.sizes, stored.shape, strict=True):
-            if offset + size > extent:
-                raise TypeError(f"{name}: a block of {block.sizes} at {block.offsets} in {stored.shape}")
-
-
-def _check_whole(name: str, numbers: tuple[int, ...]) -> None:
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise TypeError(f"{name}: {numbers} where whole numbers are expected")
+    out = _Skeleton()
+    with skip_data():
+        torch.save(torch.empty(shape, dtype=dtype), out)  # type: ignore[arg-type]  # it needs what is there alone
+    size = math.prod(shape) * dtype.itemsize
+    before, after, at = bytearray(), bytearray(), 0
+    numbers_passed = False
+    for position, content in out.parts:
+        if size > 0 and position == at + size:
+            numbers_passed = True
+        if numbers_passed:
+            after += content
+        else:
+            before += content
+        at = position + len(content)
+    return bytes(before), bytes(after)

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from megatron_btx.checkpoint.safe_pickle import UNREADABLE, AllowListUnpickler, first_line, unpickle
+from megatron_btx.checkpoint.safe_pickle import UNREADABLE, AllowListUnpickler, first_line, load_with
 from megatron_btx.checkpoint.stored import Files, Place
 from megatron_btx.common.errors import CheckpointError
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 type _StorageId = tuple[str, torch.dtype, str, str, int]
 """What a pickle says of a storage: the word "storage", its dtype, its key, its device, and how many numbers it has."""
-_DESCRIPTION_AT_MOST_BYTES = 1 << 20
 _DESCRIPTOR_AT_MOST_BYTES = 24
 """Sizes and a checksum, which writers that stream put after a member."""
 _STORAGE_DTYPES = {
@@ -82,13 +81,13 @@ class _Window(io.RawIOBase):
         return content
 
 
-class _TensorUnpickler(AllowListUnpickler):
-    """Unpickles a tensor's description: storages come back as (dtype, key, count), tensors as their arguments."""
+class _RecordUnpickler(AllowListUnpickler):
+    """Knows PyTorch's names of tensors and storages; what is made of them, the two below say."""
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a name of PyTorch's; for any other what the allow-list says."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: ("tensor", storage, offset, tuple(size), tuple(stride))
+            return self.make_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *_: tensor
         if module == "torch" and name in _STORAGE_DTYPES:
@@ -97,8 +96,12 @@ class _TensorUnpickler(AllowListUnpickler):
             return getattr(torch, _STORAGE_DTYPES[name])
         return super().find_class(module, name)
 
-    def persistent_load(self, pid: _StorageId) -> tuple[torch.dtype, str, int]:
-        """A storage as its dtype, key and count: nothing is read."""
+    def make_tensor(self, storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *_: object) -> Any:
+        """What stands for a tensor: here its description."""
+        return "tensor", storage, offset, tuple(size), tuple(stride)
+
+    def persistent_load(self, pid: _StorageId) -> Any:
+        """What stands for a storage: here its dtype, key and count, and nothing is read."""
         _, dtype, key, _, count = pid
         return dtype, key, count
 
@@ -114,9 +117,9 @@ def locate_tensor(files: Files, start: Place, length: int, where: str) -> Record
         archive = zipfile.ZipFile(_Window(files, start, length))  # type: ignore[arg-type]
         members = _members(archive)
         description = members["data.pkl"]
-        if description.compress_type != zipfile.ZIP_STORED or description.file_size > _DESCRIPTION_AT_MOST_BYTES:
-            raise ValueError(f"a description of {description.file_size} bytes")
-        content = unpickle(_TensorUnpickler, io.BytesIO(archive.read(description)), where)
+        if description.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("its description is compressed")
+        content = load_with(_RecordUnpickler(io.BytesIO(archive.read(description))), where)
         kind, (dtype, key, count), offset, shape, stride = content
         if not all(type(n) is int and n >= 0 for n in (count, offset, *shape, *stride)) or len(shape) != len(stride):
             raise ValueError(f"shape {shape}, strides {stride}, offset {offset} of {count}")
@@ -169,59 +172,48 @@ def _numbers_at(archive: zipfile.ZipFile, data: zipfile.ZipInfo) -> int:
     return begin
 
 
-class _ObjectUnpickler(AllowListUnpickler):
-    """Unpickles any object of a record; its tensors are made of the record's other members."""
+class _ObjectUnpickler(_RecordUnpickler):
+    """Unpickles any object of a record; its tensors are views of the record's other members."""
 
-    archive: zipfile.ZipFile
-    members: dict[str, zipfile.ZipInfo]
-    storages: dict[str, torch.Tensor]
-    """By key: two tensors may share one."""
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self._archive, self._members = archive, _members(archive)
+        self._storages: dict[str, torch.Tensor] = {}  # by key: two tensors may share one
+        if "byteorder" in self._members and self._read("byteorder") != b"little":
+            raise ValueError("its numbers are big-endian")
+        super().__init__(io.BytesIO(self._read("data.pkl")))
 
-    def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name of PyTorch's; for any other what the allow-list says."""
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _make_view
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if module == "torch" and name in _STORAGE_DTYPES:
-            import torch
-
-            return getattr(torch, _STORAGE_DTYPES[name])
-        return super().find_class(module, name)
+    def make_tensor(
+        self, storage: torch.Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: object
+    ) -> torch.Tensor:
+        """A tensor that is a view of a storage; PyTorch refuses what would lie outside it."""
+        return storage.as_strided(tuple(size), tuple(stride), offset)
 
     def persistent_load(self, pid: _StorageId) -> torch.Tensor:
         """The numbers of a storage, read once; ValueError where their bytes do not fit their count."""
         import torch
 
         _, dtype, key, _, count = pid
-        if key not in self.storages:
-            content = bytearray(_read_member(self.archive, self.members[f"data/{key}"]))
+        if key not in self._storages:
+            content = bytearray(self._read(f"data/{key}"))
             if len(content) != count * dtype.itemsize:
                 raise ValueError(f"{len(content)} bytes for {count} numbers of {dtype}")
             numbers = torch.empty(0, dtype=dtype)
             if content:
                 numbers = torch.frombuffer(content, dtype=dtype)
-            self.storages[key] = numbers
-        return self.storages[key]
+            self._storages[key] = numbers
+        return self._storages[key]
 
-
-def _make_view(
-    numbers: torch.Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: object
-) -> torch.Tensor:
-    """A tensor that is a view of a storage; PyTorch refuses what would lie outside it."""
-    return numbers.as_strided(tuple(size), tuple(stride), offset)
-
-
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    """A member's bytes, whatever its checksum: PyTorch can be told to write none, and does not look at it."""
-    assert archive.fp is not None
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{member.filename} is compressed")
-    archive.fp.seek(_numbers_at(archive, member))
-    content = archive.fp.read(member.file_size)
-    if len(content) < member.file_size:
-        raise EOFError(f"{member.filename} ends early")
-    return content
+    def _read(self, name: str) -> bytes:
+        """A member's bytes, whatever its checksum: PyTorch can be told to write none, and does not look at it."""
+        member = self._members[name]
+        assert self._archive.fp is not None
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed")
+        self._archive.fp.seek(_numbers_at(self._archive, member))
+        content = self._archive.fp.read(member.file_size)
+        if len(content) < member.file_size:
+            raise EOFError(f"{name} ends early")
+        return content
 
 
 def load_torch(file: BinaryIO, where: str) -> Any:
@@ -234,12 +226,6 @@ def load_torch(file: BinaryIO, where: str) -> Any:
         CheckpointError: as :func:`megatron_btx.checkpoint.safe_pickle.load_pickle`.
     """
     try:
-        archive = zipfile.ZipFile(file)
-        members = _members(archive)
-        if "byteorder" in members and _read_member(archive, members["byteorder"]) != b"little":
-            raise ValueError("its numbers are big-endian")
-        of_archive = {"archive": archive, "members": members, "storages": {}}
-        kind = type("Unpickler", (_ObjectUnpickler,), of_archive)
-        return unpickle(kind, io.BytesIO(_read_member(archive, members["data.pkl"])), where)
+        return load_with(_ObjectUnpickler(zipfile.ZipFile(file)), where)
     except (zipfile.BadZipFile, OSError, struct.error, *UNREADABLE) as error:
         raise CheckpointError(f"{where}: cannot be read ({first_line(error)}); it is truncated or damaged") from error

@@ -16,11 +16,9 @@ from megatron_btx.checkpoint.huggingface import families as hf_families
 from megatron_btx.checkpoint.huggingface import shared_expert
 from megatron_btx.checkpoint.iterations import RELEASE, TRACKER
 from megatron_btx.checkpoint.names import DIALECTS
-from megatron_btx.checkpoint.safetensors_layout import SafetensorsLayout
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader, Slot
-from megatron_btx.checkpoint.torch_dist import TorchDistReader
-from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout
+from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader
 from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.compatible import vocabulary_source
 from megatron_btx.mixing.layout import LaidOutBlock, LaidOutTensor, Task, lay_out
@@ -198,7 +196,7 @@ def _hugging_face(plan: Plan) -> Output:
     if family.model_type == shared_expert.MODEL_TYPE:
         plan = dataclasses.replace(plan, pieces=plan.pieces + tuple(_zero_shared_experts(plan)))
     tensors = tuple(lay_out(plan, dialect, with_other_names=False))
-    layout = SafetensorsLayout([(t.name, t.shape, t.dtype) for t in tensors])
+    layout = safetensors.SafetensorsLayout([(t.name, t.shape, t.dtype) for t in tensors])
     tasks = []
     for tensor in tensors:
         for block in tensor.blocks:

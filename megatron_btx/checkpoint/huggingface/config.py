@@ -7,6 +7,7 @@ absent means what its transformers class makes of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,21 +16,42 @@ from megatron_btx.checkpoint.huggingface.families import (
     ALWAYS,
     COUNT,
     DTYPES,
-    FIRST_SLIDING,
     ROWS,
     Family,
     bad_value,
     check_number,
+    class_defaults,
     family_of,
 )
-from megatron_btx.checkpoint.huggingface.keys import refuse_unknown_keys
 from megatron_btx.checkpoint.huggingface.rope import as_int, read_rope, scaling_arguments
 from megatron_btx.common.errors import InputError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 """Of transformers 5 and 4."""
+_FIRST_SLIDING = "max_window_layers"
+"""The first layer with a window, despite its name."""
 _OTHER_NAMES = {"half": "float16", "float": "float32"}
 """torch's other names of types, which transformers takes, too, as it does torch.float32."""
+
+_READ = frozenset(
+    "rope_theta rope_scaling rope_parameters partial_rotary_factor sliding_window use_sliding_window "
+    "max_window_layers layer_types decoder_sparse_step".split()
+)
+"""Keys that the words below would find, and that are read (or refused) by themselves."""
+_SCALES = re.compile(
+    r"multiplier|logits?_scal|^scale_(emb|depth)$|embedding_scale|residual_scale|routed_scaling_factor"
+)
+_OTHERS = re.compile(
+    r"softcap|alibi|rope|rotary|window|clip_qkv|parallel_(residual|attn|block)|logn_attn|dynamic_ntk|mup|"
+    r"attention_chunk_size|temperature_tuning|query_pre_attn_scalar|attention_sink|dim_model_base|scoring_func"
+)
+_NEUTRAL_SCALES: tuple[Any, ...] = (None, 1, False)
+_NEUTRAL_OTHERS: tuple[Any, ...] = (None, 0, False, "", [], {})
+"""The words of keys that change what a model computes, and the values with which they do not.
+
+A configuration may hold anything, and most of it is harmless: who made it, defaults for generating text, caches. But
+forks of a model give it scales, caps and windows by such keys; a converter that passes over them makes another model.
+"""
 
 
 def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -47,44 +69,48 @@ def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, An
         InputError: another architecture, a missing or impossible number, or a part that no Megatron argument says.
     """
     family = family_of(config, where)
-    _refuse_parts(config, family, where)
-    filled = _with_defaults(config, family, where)
+    filled = {**class_defaults(family), **config}
+    _refuse_parts(config, filled, family, where)
+    _fill_sizes(filled, config, family, where)
     arguments: dict[str, Any] = dict(ALWAYS)
     for row in ROWS:
         if family.is_mixture or not row.mixture:
             arguments[row.argument] = check_number(where, row.key_of(family), filled.get(row.key_of(family)), row.kind)
-    heads, groups, layers = arguments["num_attention_heads"], arguments["num_query_groups"], arguments["num_layers"]
+    heads, groups = arguments["num_attention_heads"], arguments["num_query_groups"]
     if heads % groups:
         expected = f"a divisor of num_attention_heads {heads}"
         raise bad_value(where, "num_key_value_heads", groups, expected, "correct one of the two")
-    theta, scaling = read_rope(config, family, where)
-    dtype = _dtype(config, where)
+    theta, scaling = read_rope(config, class_defaults(family)["rope_theta"], where)
+    bias = family.qkv_biases[0]
+    if len(family.qkv_biases) > 1:
+        bias = _switch(where, filled, "qkv_bias")
+    key, dtype = _stated_dtype(config)
+    if dtype not in (*DTYPES, ""):
+        raise bad_value(where, key, dtype, f"one of {', '.join(DTYPES)}", "save the model in one of those types")
     arguments |= scaling_arguments(scaling)
     arguments |= {
         "group_query_attention": groups != heads,
         "rotary_base": as_int(theta),
-        "add_qkv_bias": _qkv_bias(config, family, where),
+        "add_qkv_bias": bias,
         "qk_layernorm": family.qk_norm,
-        "window_size": _window(filled, family, layers, where),
-        "untie_embeddings_and_output_weights": not _switch(where, config, "tie_word_embeddings"),
+        "window_size": _window(filled, family, where),
+        "untie_embeddings_and_output_weights": not _switch(where, filled, "tie_word_embeddings"),
         "vocab_size": arguments["padded_vocab_size"],
         "seq_length": arguments["max_position_embeddings"],
-        "params_dtype": dtype,
-        "bf16": dtype == "bfloat16",
-        "fp16": dtype == "float16",
+        **_dtype_arguments(dtype or "float32"),
     }
     if family.is_mixture:
-        arguments |= _mixture_arguments(config, family, arguments, where)
+        arguments |= _mixture_arguments(filled, family, arguments, where)
     if scaling:
         arguments["hf_rope_scaling"] = scaling
     return arguments
 
 
-def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None:
+def _refuse_parts(config: Mapping[str, Any], filled: Mapping[str, Any], family: Family, where: str) -> None:
     """Refuse parts of a model that the arguments of these families do not say."""
-    refuse_unknown_keys(config, family, where)
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function in transformers
-        raise bad_value(where, "hidden_act", config["hidden_act"], "'silu'", "only gated SiLU models can be converted")
+    _refuse_unknown_keys(config, family, where)
+    if filled["hidden_act"] not in ("silu", "swish"):  # two names of one function in transformers
+        raise bad_value(where, "hidden_act", filled["hidden_act"], "'silu'", "only gated SiLU models can be converted")
     quantised = config.get("quantization_config") or config.get("compression_config")
     if quantised is not None:
         method = None
@@ -96,7 +122,7 @@ def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None
             "save_pretrained"
         )
     for key in ("attention_bias", "mlp_bias"):
-        if True not in family.qkv_biases and _switch(where, config, key):
+        if True not in family.qkv_biases and _switch(where, filled, key):
             remedy = "such biases, also on the output projections, have no counterpart; take a model without them"
             raise bad_value(where, key, True, "false", remedy)
     if config.get("partial_rotary_factor", 1.0) != 1.0:
@@ -105,9 +131,55 @@ def _refuse_parts(config: Mapping[str, Any], family: Family, where: str) -> None
     shared_expert.width_of(config, where)  # whether it adds something, its tensors show
 
 
-def _with_defaults(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
-    """The configuration with what its class makes of absent and null keys."""
-    filled = {**family.defaults, **config}
+def _refuse_unknown_keys(config: Mapping[str, Any], family: Family, where: str) -> None:
+    """Refuse keys that change the function and that the family's class passes over.
+
+    Raises:
+        InputError: names the key and its value.
+    """
+    remedy = "convert a model without it, or take the key away if the model was trained without it"
+    if config.get("is_causal", True) is not True:
+        raise bad_value(where, "is_causal", config["is_causal"], "true, as Megatron attends to the past alone", remedy)
+    for key, value in config.items():
+        neutral: tuple[Any, ...] = ()
+        if key not in _READ and _SCALES.search(key):
+            neutral = _NEUTRAL_SCALES
+        elif key not in _READ and _OTHERS.search(key):
+            neutral = _NEUTRAL_OTHERS
+        if neutral and value not in neutral:
+            expected = " or ".join(map(str, neutral[:2]))
+            raise bad_value(where, key, value, f"{expected}, because this architecture has no such part", remedy)
+    code = config.get("auto_map")
+    if isinstance(code, Mapping) and any(str(name).startswith("AutoModel") for name in code):
+        raise InputError(
+            f"{where}: auto_map names code of the model's own, which is not run, expected a class of "
+            "transformers; take auto_map away if transformers' class computes the same"
+        )
+    _refuse_other_windows(config, family, where)
+
+
+def _refuse_other_windows(config: Mapping[str, Any], family: Family, where: str) -> None:
+    """Windows that the family's class passes over, and layers that see in another way."""
+    kinds = config.get("layer_types")
+    if not isinstance(kinds, list):
+        kinds = []
+    allowed = ["full_attention"]
+    if family.window != "none":
+        allowed.append("sliding_attention")
+    for kind in kinds:
+        if kind not in allowed:
+            remedy = "such layers cannot be converted"
+            raise bad_value(where, "layer_types", kind, f"{' or '.join(allowed)} in this architecture", remedy)
+    if family.window == "own" and len(set(kinds)) > 1:
+        remedy = "a window in some layers has no counterpart; take a model with one kind of layers"
+        raise bad_value(where, "layer_types", kinds, "the same for all layers", remedy)
+    if family.window == "none" and config.get("sliding_window") and config.get("use_sliding_window", True):
+        remedy = "say MistralForCausalLM if it was trained with one, else take the key away"
+        raise bad_value(where, "sliding_window", config["sliding_window"], "none in this architecture", remedy)
+
+
+def _fill_sizes(filled: dict[str, Any], config: Mapping[str, Any], family: Family, where: str) -> None:
+    """What a class makes of sizes that are absent or null."""
     hidden = check_number(where, "hidden_size", filled.get("hidden_size"), COUNT)
     heads = check_number(where, "num_attention_heads", filled.get("num_attention_heads"), COUNT)
     if filled.get("num_key_value_heads") is None:
@@ -126,22 +198,6 @@ def _with_defaults(config: Mapping[str, Any], family: Family, where: str) -> dic
                 where, "num_local_experts", local_experts, f"num_experts {experts}", "correct one of the two"
             )
         filled["num_experts"] = filled["num_local_experts"] = experts
-    return filled
-
-
-def _qkv_bias(config: Mapping[str, Any], family: Family, where: str) -> bool:
-    if len(family.qkv_biases) == 1:
-        return family.qkv_biases[0]
-    return _switch(where, config, "qkv_bias", family.qkv_biases[0])
-
-
-def _dtype(config: Mapping[str, Any], where: str) -> str:
-    """Name of the weights' type: ``dtype`` of transformers 5, ``torch_dtype`` of 4; float32 where there is neither."""
-    key, name = _stated_dtype(config)
-    name = name or "float32"
-    if name not in DTYPES:
-        raise bad_value(where, key, name, f"one of {', '.join(DTYPES)}", "save the model in one of those types")
-    return name
 
 
 def _stated_dtype(config: Mapping[str, Any]) -> tuple[str, str]:
@@ -163,63 +219,63 @@ def dtype_arguments(config: Mapping[str, Any], dtypes: Sequence[str], where: str
         InputError: no tensor has the type that is stated; nobody can know which of the two is meant.
     """
     key, stated = _stated_dtype(config)
-    dtype = stated or next((name for name in dtypes if name in DTYPES), "float32")
     if dtypes and stated and stated not in dtypes:
         remedy = f'set it to "{dtypes[0]}" if the weights are as they are meant, else save the model in {stated}'
         raise bad_value(where, key, stated, f"{' or '.join(dtypes)}, as its tensors are", remedy)
-    return {"params_dtype": dtype, "bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
+    return _dtype_arguments(stated or next((name for name in dtypes if name in DTYPES), "float32"))
 
 
-def _window(filled: Mapping[str, Any], family: Family, layers: int, where: str) -> tuple[int, int] | None:
+def _dtype_arguments(name: str) -> dict[str, Any]:
+    return {"params_dtype": name, "bf16": name == "bfloat16", "fp16": name == "float16"}
+
+
+def _window(filled: Mapping[str, Any], family: Family, where: str) -> tuple[int, int] | None:
     """Megatron's (keys before, keys after) of a sliding window that all layers have; None for full attention."""
-    if family.window == "none" or (family.window == "own" and filled.get("sliding_window") is None):
+    if family.window == "none" or (family.window == "own" and filled["sliding_window"] is None):
         return None
-    if family.model_type == "mistral" and filled.get("layer_types") == ["full_attention"] * layers:
+    layers, types = filled["num_hidden_layers"], filled.get("layer_types")
+    if family.model_type == "mistral" and types == ["full_attention"] * layers:
         return None  # AutoModel of transformers 4 and 5 goes by the kinds of layers
-    if family.window == "switched" and not _every_layer_slides(filled, family, layers, where):
+    if family.window == "switched" and not _every_layer_slides(filled, family, where):
         return None
-    return int(check_number(where, "sliding_window", filled.get("sliding_window"), COUNT)) - 1, 0
+    return int(check_number(where, "sliding_window", filled["sliding_window"], COUNT)) - 1, 0
 
 
-def _every_layer_slides(filled: Mapping[str, Any], family: Family, layers: int, where: str) -> bool:
+def _every_layer_slides(filled: Mapping[str, Any], family: Family, where: str) -> bool:
     """Whether a window that can be switched is on: in all layers, or in none.
 
     Raises:
         InputError: it is on in some layers, or two ways of saying it contradict each other.
     """
-    slides = _sliding_layers(filled, family, layers, where)
+    layers, start, types = filled["num_hidden_layers"], filled.get(_FIRST_SLIDING), filled.get("layer_types")
+    slides = [True] * layers  # all that Qwen3-MoE's class knows of
+    if family.model_type != "qwen3_moe":
+        if type(start) is not int or start < 0:
+            raise bad_value(where, _FIRST_SLIDING, start, "an integer of at least 0", "correct it there")
+        slides = [layer >= start for layer in range(layers)]
+    if family.model_type != "qwen3_moe" and types is not None:
+        if not isinstance(types, list) or len(types) != layers:
+            raise bad_value(where, "layer_types", types, f"a list of {layers} kinds", "correct it there")
+        slides = [kind == "sliding_attention" for kind in types]
     if not _switch(where, filled, "use_sliding_window"):
-        if filled.get("layer_types") is not None and any(slides):
+        if types is not None and any(slides):
             raise bad_value(where, "use_sliding_window", False, "true as layer_types slides", "correct one of the two")
         return False
     # transformers 4 and 5 agree about Qwen2-MoE only where both ways of saying it are there.
-    both_said = filled.get("layer_types") is not None and filled[FIRST_SLIDING] == 0
-    doubtful = family.model_type == "qwen2_moe" and not both_said
+    doubtful = family.model_type == "qwen2_moe" and (types is None or start != 0)
     if not any(slides) and not doubtful:
         return False
     if not all(slides) or doubtful:
-        found = {FIRST_SLIDING: filled.get(FIRST_SLIDING), "layer_types": filled.get("layer_types")}
         remedy = "a window in some layers has no counterpart; take a model with use_sliding_window false"
-        raise InputError(f"{where}: use_sliding_window is true with {found}, expected it for all layers; {remedy}")
+        raise InputError(
+            f"{where}: use_sliding_window is true with {_FIRST_SLIDING} {start!r} and layer_types {types!r}, expected "
+            f"it for all layers; {remedy}"
+        )
     return True
 
 
-def _sliding_layers(filled: Mapping[str, Any], family: Family, layers: int, where: str) -> list[bool]:
-    """Which layers have the window if it is switched on."""
-    if family.model_type == "qwen3_moe":
-        return [True] * layers  # its class knows of no other
-    start, types = filled.get(FIRST_SLIDING), filled.get("layer_types")
-    if type(start) is not int or start < 0:
-        raise bad_value(where, FIRST_SLIDING, start, "an integer of at least 0", "correct it there")
-    if types is None:
-        return [at >= start for at in range(layers)]
-    if not isinstance(types, list) or len(types) != layers:
-        raise bad_value(where, "layer_types", types, f"a list of {layers} kinds", "correct it there")
-    return [kind == "sliding_attention" for kind in types]
-
-
 def _mixture_arguments(
-    config: Mapping[str, Any], family: Family, arguments: Mapping[str, Any], where: str
+    filled: Mapping[str, Any], family: Family, arguments: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     """The router's arguments and which layers are mixtures."""
     topk, experts = arguments["moe_router_topk"], arguments["num_experts"]
@@ -228,8 +284,8 @@ def _mixture_arguments(
     frequency: int | list[int] = 1
     normalised = True
     if family.dialect == "qwen_moe":
-        frequency = _layer_frequency(config, arguments["num_layers"], where)
-        normalised = _switch(where, config, "norm_topk_prob")
+        frequency = _layer_frequency(filled, arguments["num_layers"], where)
+        normalised = _switch(where, filled, "norm_topk_prob")
     return {
         "moe_layer_freq": frequency,
         "moe_router_pre_softmax": not normalised,
@@ -237,15 +293,13 @@ def _mixture_arguments(
     }
 
 
-def _layer_frequency(config: Mapping[str, Any], layers: int, where: str) -> int | list[int]:
+def _layer_frequency(filled: Mapping[str, Any], layers: int, where: str) -> int | list[int]:
     """Megatron's pattern of mixture layers, from Qwen's two ways of saying it; 1 where every layer is one."""
-    step = check_number(where, "decoder_sparse_step", config.get("decoder_sparse_step", 1), COUNT)
-    dense = config.get("mlp_only_layers") or []
+    step = check_number(where, "decoder_sparse_step", filled["decoder_sparse_step"], COUNT)
+    dense = filled["mlp_only_layers"] or []
     if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < layers for layer in dense):
         raise bad_value(where, "mlp_only_layers", dense, f"layer numbers from 0 to {layers - 1}", "correct it there")
-    pattern = []
-    for layer in range(layers):
-        pattern.append(int(layer not in dense and (layer + 1) % step == 0))
+    pattern = [int(layer not in dense and (layer + 1) % step == 0) for layer in range(layers)]
     if not any(pattern):
         found = f"decoder_sparse_step is {step} and mlp_only_layers {dense!r}"
         raise InputError(f"{where}: {found}, expected a mixture in some layer; take the dense model")
@@ -254,8 +308,9 @@ def _layer_frequency(config: Mapping[str, Any], layers: int, where: str) -> int 
     return pattern
 
 
-def _switch(where: str, config: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    value = config.get(key, default)
+def _switch(where: str, filled: Mapping[str, Any], key: str) -> bool:
+    """A switch; off where the class does not have it."""
+    value = filled.get(key, False)
     if not isinstance(value, bool):
         raise bad_value(where, key, value, "true or false", "correct it there")
     return value

@@ -111,27 +111,23 @@ def config_from_arguments(
 
 def _refuse_unsayable(arguments: Mapping[str, Any], mixture: bool, where: str) -> None:
     """Refuse every model argument that has no key in the configurations and not the one value they stand for."""
-    remedy = "keep this model in Megatron's format, or start from a seed with that value"
     for argument in MODEL_ARGUMENTS:
         if argument.name in _TRANSLATED or (argument.moe and not mixture):
             continue
         value, expected = argument.value(arguments), ALWAYS.get(argument.name, argument.default)
         if value != expected:
+            remedy = "keep this model in Megatron's format, or start from a seed with that value"
             raise bad_value(where, argument.name, value, f"{expected!r} for a Hugging Face model", remedy)
-    if arguments.get("btx_sample_top1"):
-        raise bad_value(
-            where, "btx_sample_top1", arguments["btx_sample_top1"], "false for a Hugging Face model", remedy
-        )
     if arguments.get("qk_layernorm") and arguments.get("add_qkv_bias"):
         raise InputError(
             f"{where}: add_qkv_bias is True with qk_layernorm True, expected one of them at most: Qwen3 has biases on "
-            f"all attention projections or none; {remedy}"
+            "all attention projections or none; keep this model in Megatron's format"
         )
 
 
 def _completed(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The arguments with what Megatron makes of the ones that are not given."""
-    values = dict(arguments)
+    values = {"num_layers": None, "max_position_embeddings": None, **arguments}  # a missing one is refused by name
     hidden = check_number(where, "hidden_size", values.get("hidden_size"), COUNT)
     heads = check_number(where, "num_attention_heads", values.get("num_attention_heads"), COUNT)
     if not values.get("group_query_attention"):
@@ -146,11 +142,10 @@ def _completed(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
         values["kv_channels"] = hidden // heads
     values.setdefault("layernorm_epsilon", values.get("norm_epsilon", 1e-5))
     values.setdefault("rope_scaling_factor", MEGATRON_ROPE_FACTOR)
+    values.setdefault("ffn_hidden_size", None)
     for name, other in {"padded_vocab_size": "vocab_size", "moe_ffn_hidden_size": "ffn_hidden_size"}.items():
         if values.get(name) is None:
             values[name] = values.get(other)
-    for name in ("num_layers", "ffn_hidden_size", "max_position_embeddings"):
-        values.setdefault(name, None)  # so that a missing one is refused by name
     return values
 
 
@@ -251,29 +246,23 @@ def _written_mixture(values: Mapping[str, Any], family: Family, where: str) -> d
     experts = check_number(where, "num_experts", values.get("num_experts"), COUNT)
     if topk > experts:
         raise bad_value(where, "moe_router_topk", topk, f"at most num_experts {experts}", "correct one of the two")
-    frequency = values.get("moe_layer_freq", 1)
-    dense = _dense_layers(frequency, values["num_layers"], where)
+    frequency, layers = values.get("moe_layer_freq", 1), values["num_layers"]
+    is_step = isinstance(frequency, int) and frequency > 0
+    is_pattern = isinstance(frequency, list | tuple) and len(frequency) == layers
+    if not is_step and not (is_pattern and set(frequency) in ({1}, {0, 1})):
+        wanted = f"a whole number or a list of {layers} zeros and ones"
+        raise bad_value(where, "moe_layer_freq", frequency, wanted, "correct it there")
+    dense = [layer for layer, mixture in enumerate(mixture_layers(frequency, layers)) if not mixture]
     pre_softmax = bool(values.get("moe_router_pre_softmax"))
     if family.dialect == "mixtral":
+        remedy = "the Mixtral form has no dense layers; keep this model in Megatron's format"
         if dense:
-            remedy = "the Mixtral form has no dense layers; keep this model in Megatron's format"
             raise bad_value(where, "moe_layer_freq", frequency, "1 for a Mixtral model", remedy)
+        remedy = "the Mixtral form normalises the weights of the chosen; keep this model in Megatron's format"
         if pre_softmax and topk < experts:
-            remedy = "the Mixtral form normalises the weights of the chosen; keep this model in Megatron's format"
             raise bad_value(where, "moe_router_pre_softmax", True, "False for a Mixtral model", remedy)
         return {}
     keys = {"decoder_sparse_step": 1, "mlp_only_layers": dense, "norm_topk_prob": not pre_softmax}
     if family.model_type == "qwen2_moe":
         keys |= {shared_expert.WIDTH_KEY: shared_expert.WRITTEN_WIDTH, "qkv_bias": bool(values.get("add_qkv_bias"))}
     return keys
-
-
-def _dense_layers(frequency: object, layers: int, where: str) -> list[int]:
-    """The numbers of the layers that are no mixtures."""
-    is_step = isinstance(frequency, int) and frequency > 0
-    is_pattern = isinstance(frequency, list | tuple) and len(frequency) == layers
-    if is_step or (is_pattern and set(frequency) in ({1}, {0, 1})):  # type: ignore[call-overload]
-        pattern = mixture_layers(frequency, layers)  # type: ignore[arg-type]
-        return [layer for layer, mixture in enumerate(pattern) if not mixture]
-    wanted = f"a whole number or a list of {layers} zeros and ones"
-    raise bad_value(where, "moe_layer_freq", frequency, wanted, "correct it there")

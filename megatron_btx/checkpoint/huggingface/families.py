@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,7 +14,7 @@ from megatron_btx.common.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture: its names, what its layers have, and what its class takes for an absent key."""
+    """One architecture: its names, and what its layers have."""
 
     architecture: str
     model_type: str
@@ -20,32 +23,19 @@ class Family:
     """How its tensors are named; "llama" for all dense models."""
     window: Literal["none", "own", "switched"]
     """Sliding window: the class has none; ``sliding_window`` alone says it; or ``use_sliding_window`` turns it on."""
-    defaults: Mapping[str, Any] = dataclasses.field(hash=False)
     qk_norm: bool = False
     qkv_biases: tuple[bool, ...] = (False,)
     """Whether the query, key and value projections have biases; two where the configuration says so."""
 
 
-_COMMON = {
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "initializer_range": 0.02, "attention_dropout": 0.0,
-    "max_position_embeddings": 32768,
-}  # fmt: skip
-_LLAMA = _COMMON | {"max_position_embeddings": 2048}
-_MISTRAL = _COMMON | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
-_MIXTRAL = _MISTRAL | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None}
-_QWEN = _COMMON | {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
-_QWEN3 = _QWEN | {"head_dim": 128}
-_QWEN2_MOE = _QWEN | {"num_key_value_heads": 16, "shared_expert_intermediate_size": 5632}
-_QWEN3_MOE = _COMMON | {"num_key_value_heads": 4, "sliding_window": 4096}
-
 FAMILIES = (
-    Family("LlamaForCausalLM", "llama", False, "llama", "none", _LLAMA),
-    Family("MistralForCausalLM", "mistral", False, "llama", "own", _MISTRAL),
-    Family("Qwen2ForCausalLM", "qwen2", False, "llama", "switched", _QWEN, qkv_biases=(True,)),
-    Family("Qwen3ForCausalLM", "qwen3", False, "llama", "switched", _QWEN3, qk_norm=True),
-    Family("MixtralForCausalLM", "mixtral", True, "mixtral", "own", _MIXTRAL),
-    Family("Qwen2MoeForCausalLM", "qwen2_moe", True, "qwen_moe", "switched", _QWEN2_MOE, qkv_biases=(True, False)),
-    Family("Qwen3MoeForCausalLM", "qwen3_moe", True, "qwen_moe", "switched", _QWEN3_MOE, qk_norm=True),
+    Family("LlamaForCausalLM", "llama", False, "llama", "none"),
+    Family("MistralForCausalLM", "mistral", False, "llama", "own"),
+    Family("Qwen2ForCausalLM", "qwen2", False, "llama", "switched", qkv_biases=(True,)),
+    Family("Qwen3ForCausalLM", "qwen3", False, "llama", "switched", qk_norm=True),
+    Family("MixtralForCausalLM", "mixtral", True, "mixtral", "own"),
+    Family("Qwen2MoeForCausalLM", "qwen2_moe", True, "qwen_moe", "switched", qkv_biases=(True, False)),
+    Family("Qwen3MoeForCausalLM", "qwen3_moe", True, "qwen_moe", "switched", qk_norm=True),
 )
 """All architectures that are read and written. The first that fits a model is the one it is written as."""
 
@@ -95,12 +85,29 @@ DTYPES = ("bfloat16", "float16", "float32")
 MEGATRON_LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 """Numbers of Llama 3's rotary scaling that are fixed in Megatron 0.19."""
 MEGATRON_ROPE_FACTOR = 8.0
-FIRST_SLIDING = "max_window_layers"
-"""The first layer with a window, despite its name."""
+
+_SIZES = frozenset(
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size num_experts num_local_experts "
+    "num_experts_per_tok moe_intermediate_size".split()
+)
+"""Keys whose absence no default makes up for: the weights have a size of their own."""
 
 
-_BEYOND = 2**63
-"""No number of a model is as large; whole numbers of JSON can be larger than any float."""
+@functools.cache
+def class_defaults(family: Family) -> Mapping[str, Any]:
+    """What transformers' class of a family takes for absent keys, sizes left out.
+
+    The class is asked for its signature and never given a configuration. Its objects are no help: 4.57 and 5 normalise
+    windows, rotary scalings and types of numbers in different ways, and the defaults are alike in both.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[family.model_type]
+    found: dict[str, Any] = {"rope_theta": getattr(kind, "default_theta", None)}  # 4.57 has it among the parameters
+    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+        if name not in _SIZES and parameter.default is not parameter.empty:
+            found[name] = parameter.default
+    return found
 
 
 def bad_value(where: str, key: str, value: object, expected: str, remedy: str) -> InputError:
@@ -114,8 +121,12 @@ def check_number(where: str, key: str, value: object, kind: str) -> Any:
     Raises:
         InputError: it is not.
     """
-    if type(value) in (int, float) and abs(value) < _BEYOND:  # type: ignore[arg-type]
-        in_range = {COUNT: type(value) is int and value >= 1, FRACTION: 0 <= value <= 1, POSITIVE: value > 0}  # type: ignore[operator]
+    if type(value) in (int, float):
+        in_range = {
+            COUNT: type(value) is int and value >= 1,
+            FRACTION: 0 <= value <= 1,  # type: ignore[operator]
+            POSITIVE: 0 < value < math.inf,  # type: ignore[operator]
+        }
         if in_range[kind]:
             return value
     found = f"is {value!r}"
@@ -133,16 +144,13 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     named, model_type = config.get("architectures") or [], config.get("model_type")
     if not isinstance(named, list):
         named = [named]
-    supported = ", ".join(family.architecture for family in FAMILIES)
-    if not named:
-        for family in FAMILIES:
-            if family.model_type == model_type:
-                return family
-        raise bad_value(where, "model_type", model_type, f"one of {supported}", "convert one of those")
     for family in FAMILIES:
-        if family.architecture in named:
+        if family.architecture in named or (not named and family.model_type == model_type):
             if model_type not in (None, family.model_type):
                 expected = f"{family.model_type!r} as of {named}"
                 raise bad_value(where, "model_type", model_type, expected, "correct one of the two")
             return family
-    raise bad_value(where, "architectures", named, f"one of {supported}", "convert one of those")
+    expected = "one of " + ", ".join(family.architecture for family in FAMILIES)
+    if named:
+        raise bad_value(where, "architectures", named, expected, "convert one of those")
+    raise bad_value(where, "model_type", model_type, expected, "convert one of those")

@@ -1,43 +1,31 @@
-"""What servers make of a Hugging Face mixture: one table of families and conditions, and the words for a plan.
+"""What servers make of a Hugging Face mixture: one table, as found on 2026-11-26, and its lines in a plan.
 
 A server can load a folder without complaint and compute another model: llama.cpp has one way of weighing experts per
 architecture, whatever the configuration says. Nobody sees that in its answers at once, so whoever writes such a folder
-is told. ``bash tests/serving.sh`` runs vLLM and llama.cpp and holds this table against what they do; SGLang was read.
+is told. ``bash tests/serving.sh`` runs the servers and holds this table against what they do.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-Config = Mapping[str, Any]
-Server = Literal["vLLM", "SGLang", "llama.cpp"]
-SERVERS: tuple[Server, ...] = ("vLLM", "SGLang", "llama.cpp")
-MIXTRAL, QWEN2_MOE, QWEN3_MOE = FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+type Config = Mapping[str, Any]
+SERVERS = ("vLLM", "llama.cpp")
+FAMILIES = MIXTRAL, QWEN2_MOE, QWEN3_MOE = "mixtral", "qwen2_moe", "qwen3_moe"
 """``model_type`` of the mixtures that are written. Of dense models nothing is said here: servers know them well."""
-
 REFUSES, OTHER = "does not load it", "computes another model"
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What one server does where a condition holds."""
+class Deviation(NamedTuple):
+    """Something a configuration can say that a server does not follow."""
 
-    server: Server
+    server: str
     outcome: str
-    """:data:`REFUSES` or :data:`OTHER`."""
-    why: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """Something a configuration can say that at least one server does not follow."""
-
-    name: str
+    condition: str
     families: tuple[str, ...]
     holds: Callable[[Config], object]
-    answers: tuple[Answer, ...]
+    why: str
 
 
 def _chooses(config: Config) -> bool:
@@ -58,104 +46,48 @@ def _rope_type(config: Config) -> str:
     return str((config.get("rope_scaling") or {}).get("rope_type", "default"))
 
 
-CONDITIONS = (
-    Condition(
-        "top-k, weights normalised (softmax over the chosen)",
-        (QWEN2_MOE,),
+_LLAMA = SERVERS[1]
+_Q2, _Q3, _QWEN = (QWEN2_MOE,), (QWEN3_MOE,), (QWEN2_MOE, QWEN3_MOE)
+# fmt: off
+TABLE = (
+    Deviation(_LLAMA, REFUSES, "dense layers among the mixtures", _QWEN,
+        lambda config: config.get("mlp_only_layers"), "its converter has no names for their tensors"),
+    Deviation(_LLAMA, REFUSES, "tied embeddings", _Q2,
+        lambda config: config["tie_word_embeddings"], "it wants Qwen2-MoE's head as a tensor of its own"),
+    Deviation(_LLAMA, OTHER, "top-k, weights normalised (softmax over the chosen)", _Q2,
         lambda config: _chooses(config) and config["norm_topk_prob"],
-        (Answer("llama.cpp", OTHER, "it never normalises the weights of Qwen2-MoE's chosen experts"),),
-    ),
-    Condition(
-        "top-k, weights not normalised (softmax over all)",
-        (QWEN3_MOE,),
+        "it never normalises the weights of Qwen2-MoE's chosen experts"),
+    Deviation(_LLAMA, OTHER, "top-k, weights not normalised (softmax over all)", _Q3,
         lambda config: _chooses(config) and not config["norm_topk_prob"],
-        (Answer("llama.cpp", OTHER, "it always normalises the weights of Qwen3-MoE's chosen experts"),),
-    ),
-    Condition(
-        "dense layers among the mixtures",
-        (QWEN2_MOE, QWEN3_MOE),
-        lambda config: config.get("mlp_only_layers"),
-        (
-            Answer("SGLang", OTHER, "it takes every layer for a mixture and skips the dense layers' tensors"),
-            Answer("llama.cpp", REFUSES, "its converter has no names for their tensors"),
-        ),
-    ),
-    Condition(
-        "tied embeddings",
-        (QWEN2_MOE,),
-        lambda config: config["tie_word_embeddings"],
-        (
-            Answer("SGLang", OTHER, "it leaves the head of a tied mixture unset"),
-            Answer("llama.cpp", REFUSES, "it wants Qwen2-MoE's head as a tensor of its own"),
-        ),
-    ),
-    Condition(
-        "tied embeddings",
-        (QWEN3_MOE, MIXTRAL),
-        lambda config: config["tie_word_embeddings"],
-        (Answer("SGLang", OTHER, "it leaves the head of a tied mixture unset"),),
-    ),
-    Condition(
-        "a sliding window shorter than the longest text",
-        FAMILIES,
-        _has_window,
-        (
-            Answer("SGLang", OTHER, "it ignores the sliding window"),
-            Answer("llama.cpp", OTHER, "it ignores the sliding window"),
-        ),
-    ),
-    Condition(
-        "scaled rotary positions",
-        (MIXTRAL,),
-        lambda config: _rope_type(config) != "default",
-        (Answer("SGLang", OTHER, "it does not scale Mixtral's rotary positions"),),
-    ),
-    Condition(
-        "Llama 3's scaled rotary positions",
-        (QWEN2_MOE, QWEN3_MOE),
+        "it always normalises the weights of Qwen3-MoE's chosen experts"),
+    Deviation(_LLAMA, OTHER, "a sliding window shorter than the longest text", FAMILIES,
+        _has_window, "it ignores the sliding window"),
+    Deviation(_LLAMA, OTHER, "Llama 3's scaled rotary positions", _QWEN,
         lambda config: _rope_type(config) == "llama3",
-        (Answer("llama.cpp", OTHER, "it scales rotary positions in Llama 3's way for Llama's architectures alone"),),
-    ),
-    Condition(
-        "rotary positions scaled by the text's length (dynamic)",
-        FAMILIES,
-        lambda config: _rope_type(config) == "dynamic",
-        (Answer("llama.cpp", OTHER, "it does not scale rotary positions by the text's length"),),
-    ),
-    Condition(
-        "a head size other than hidden size / heads",
-        (MIXTRAL,),
-        lambda config: config.get("head_dim") not in (None, config["hidden_size"] // config["num_attention_heads"]),
-        (Answer("SGLang", REFUSES, "it takes hidden size / heads for Mixtral's head size"),),
-    ),
+        "it scales rotary positions in Llama 3's way for Llama's architectures alone"),
+    Deviation(_LLAMA, OTHER, "rotary positions scaled by the text's length (dynamic)", FAMILIES,
+        lambda config: _rope_type(config) == "dynamic", "it does not scale rotary positions by the text's length"),
 )
-"""Every condition that was found; where none holds, all three servers compute what transformers computes."""
+# fmt: on
+"""All that was found, refusals first; where nothing holds, servers compute what transformers computes."""
 
 
-def conditions_of(config: Config) -> tuple[Condition, ...]:
-    """The conditions that a configuration meets; none for dense models."""
-    family = config["model_type"]
-    return tuple(c for c in CONDITIONS if family in c.families and c.holds(config))
-
-
-def answers_of(config: Config) -> tuple[Answer, ...]:
-    """What servers do not follow in a configuration, refusals first."""
-    answers = (answer for condition in conditions_of(config) for answer in condition.answers)
-    return tuple(sorted(answers, key=lambda answer: (answer.outcome != REFUSES, SERVERS.index(answer.server))))
+def deviations(config: Config) -> dict[str, tuple[str, list[str]]]:
+    """Server -> what it does with a configuration that it does not follow, and why: a refusal before all else."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for row in TABLE:
+        if config["model_type"] in row.families and row.holds(config):
+            found.setdefault(row.server, (row.outcome, []))[1].append(row.why)
+    return found
 
 
 def server_lines(config: Config) -> list[str]:
     """A plan's lines about servers, for a configuration as it is written; none for dense models."""
     if config["model_type"] not in FAMILIES:
         return []
-    answers = answers_of(config)
-    faithful, warnings = [], []
-    for server in SERVERS:
-        own = [answer for answer in answers if answer.server == server]
-        if own:
-            reasons = "; ".join(answer.why for answer in own)
-            warnings.append(f"  warning: {server} {own[0].outcome}: {reasons} (docs/serving.md)")
-        else:
-            faithful.append(server)
-    named = ", ".join(faithful) or "none of " + ", ".join(SERVERS)
-    return [f"  servers: computed as by transformers in {named}", *warnings]
+    found = deviations(config)
+    faithful = [server for server in SERVERS if server not in found]
+    lines = [f"  servers: computed as by transformers in {', '.join(faithful)}"]
+    for server, (outcome, reasons) in found.items():
+        lines.append(f"  warning: {server} {outcome}: {'; '.join(reasons)} (docs/serving.md)")
+    return lines

@@ -10,18 +10,15 @@ Axes: S width of the shared expert, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from megatron_btx.checkpoint.huggingface.families import bad_value, family_of
+from megatron_btx.checkpoint.huggingface.families import bad_value, class_defaults, family_of
 from megatron_btx.checkpoint.names import Row
 from megatron_btx.checkpoint.pieces import Piece
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.common.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
 
 MODEL_TYPE = "qwen2_moe"
 WIDTH_KEY = "shared_expert_intermediate_size"
@@ -40,7 +37,6 @@ _ROWS = {
 The gate's numbers run from 1 to 2. llama.cpp computes its sigmoid as ``silu(x) / x``, which is NaN for ``x = 0``: zeros
 would give that for every token, and equal numbers for hidden states whose mean is zero.
 """
-_READ_BYTES = 1 << 20
 
 
 def pieces(sizes: Sizes, width: int) -> Iterator[tuple[Piece, str]]:
@@ -69,7 +65,7 @@ def width_of(config: Mapping[str, Any], where: str) -> int:
         InputError: it is no width.
     """
     family = family_of(config, where)
-    width = config.get(WIDTH_KEY, family.defaults.get(WIDTH_KEY, 0))
+    width = config.get(WIDTH_KEY, class_defaults(family).get(WIDTH_KEY, 0))
     if type(width) is not int or width < 0:
         raise bad_value(where, WIDTH_KEY, width, "an integer of at least 0", "correct it there")
     if width and family.is_mixture and family.model_type != MODEL_TYPE:
@@ -90,43 +86,28 @@ def names_without_effect(reader: Reader, config: Mapping[str, Any], sizes: Sizes
     for piece, content in pieces(sizes, width):
         key = piece.row.qwen_moe.format(layer=piece.numbers["layer"])
         if key in reader.tensors:
-            _check_shape(reader, key, piece.shape, where)
-            _check_numbers(reader, key, content == "zeros", where)
+            _check(reader, key, piece.shape, content, where)
             names.add(key)
         elif width:
             raise CheckpointError(f"{where}: {key} is missing; its configuration asks for it, so it is incomplete")
     return names
 
 
-def _check_shape(reader: Reader, key: str, expected: Sequence[int], where: str) -> None:
-    stored = reader.tensors[key]
-    if tuple(stored.shape) != tuple(expected):
-        raise CheckpointError(
-            f"{where}: {key}: {list(stored.shape)} is stored, its configuration says {list(expected)} "
-            f"({WIDTH_KEY} and hidden_size); the two do not belong together"
-        )
-
-
-def _check_numbers(reader: Reader, key: str, must_be_zero: bool, where: str) -> None:
-    """Refuse what adds something: any other number than zero in a matrix, NaN or infinity in a gate."""
+def _check(reader: Reader, key: str, shape: tuple[int, ...], content: str, where: str) -> None:
+    """Refuse another shape, and what adds something: no zero in a matrix, NaN or infinity in a gate."""
     import torch
 
-    for rows in _rows(reader, key):
-        if must_be_zero and torch.count_nonzero(rows):
-            raise CheckpointError(
-                f"{where}: {key} holds other numbers than zero, expected a shared expert that adds nothing; "
-                "shared experts are not converted, take a model without one"
-            )
-        if not bool(torch.isfinite(rows).all()):
-            raise CheckpointError(f"{where}: {key} holds NaN or infinite numbers, expected finite ones; save it again")
-
-
-def _rows(reader: Reader, key: str) -> Iterator[torch.Tensor]:
-    """All rows of a matrix, about a MiB at a time."""
     stored = reader.tensors[key]
-    count, columns = stored.shape
-    if columns == 0:
-        return
-    step = max(1, _READ_BYTES // (columns * stored.dtype.itemsize))
-    for low in range(0, count, step):
-        yield reader.read(key, (low, 0), (min(step, count - low), columns))
+    if tuple(stored.shape) != shape:
+        raise CheckpointError(
+            f"{where}: {key}: {list(stored.shape)} is stored, its configuration says {list(shape)} "
+            f"({WIDTH_KEY} and hidden_size); the two do not belong together"
+        )
+    numbers = reader.read(key, (0, 0), shape)
+    if content == "zeros" and torch.count_nonzero(numbers):
+        raise CheckpointError(
+            f"{where}: {key} holds other numbers than zero, expected a shared expert that adds nothing; "
+            "shared experts are not converted, take a model without one"
+        )
+    if not bool(torch.isfinite(numbers).all()):
+        raise CheckpointError(f"{where}: {key} holds NaN or infinite numbers, expected finite ones; save it again")

@@ -60,12 +60,12 @@ def test_refs_main_chooses_among_snapshots(cached):
 
 
 @pytest.mark.parametrize("reference", ["gone", None])
-def test_several_snapshots_without_a_choice_are_named(reference, cached):
+def test_several_snapshots_without_a_choice_are_refused(reference, cached):
     (cached / "snapshots" / "def456").mkdir()
     (cached / "refs" / "main").unlink()
     if reference:
         (cached / "refs" / "main").write_text(reference)
-    with pytest.raises(CheckpointError, match=r"2 snapshots \(abc123, def456\).*give one of them"):
+    with pytest.raises(CheckpointError, match=r"has [02] snapshots of the main revision.*give one of its snapshots"):
         open_source("model", cached)
 
 
@@ -76,7 +76,7 @@ def test_one_snapshot_needs_no_choice(cached):
 
 def test_a_cache_without_a_snapshot_says_how_to_fetch_it(cached):
     (cached / "snapshots" / "abc123").rename(cached / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"has no snapshot.*hf download org/pico"):
+    with pytest.raises(CheckpointError, match="has 0 snapshots.*hf download org/pico"):
         open_source("model", cached)
 
 
@@ -84,10 +84,10 @@ def test_a_name_that_is_not_there_says_how_to_fetch_it(cached):
     with pytest.raises(CheckpointError) as refusal:
         open_source("model", "org/other-7B")
     assert "no such folder" in str(refusal.value) and str(cached.parent) in str(refusal.value)
-    assert "hf download org/other-7B --local-dir org--other-7B" in str(refusal.value)
+    assert "hf download org/other-7B" in str(refusal.value)
 
 
-@pytest.mark.parametrize("name, told", [("config.json", "whole model"), ("m.gguf", "GGUF"), ("m.nemo", "unpack")])
+@pytest.mark.parametrize("name, told", [("config.json", "whole model"), ("m.gguf", "made from"), ("m.nemo", "unpack")])
 def test_a_file_is_no_folder(name, told, tmp_path):
     folder = llama_folder(tmp_path / "model")
     (folder / name).touch()

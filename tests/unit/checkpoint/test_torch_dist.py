@@ -14,12 +14,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorProperties
 
-from megatron_btx.checkpoint import torch_dist_layout
+from megatron_btx.checkpoint import torch_dist
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.safe_pickle import load_pickle
 from megatron_btx.checkpoint.stored import Files, Place, bytes_of, read_box
-from megatron_btx.checkpoint.torch_dist import TorchDistReader
-from megatron_btx.checkpoint.torch_dist_layout import TorchDistLayout, record_frame
+from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader, record_frame
 from megatron_btx.checkpoint.torch_record import locate_tensor
 from megatron_btx.common.errors import CheckpointError
 from tests.mixing import write_checkpoint
@@ -62,7 +61,7 @@ def test_the_reader_reads_what_pytorch_writes(tmp_path):
 
 def test_several_data_files(tmp_path, monkeypatch):
     """Past the size of a file the next one begins; PyTorch and the reader find everything."""
-    monkeypatch.setattr(torch_dist_layout, "DATA_FILE_BYTES", 3000)
+    monkeypatch.setattr(torch_dist, "DATA_FILE_BYTES", 3000)
     write(tmp_path / "x", TENSORS)
     assert len(list((tmp_path / "x").glob("*.distcp"))) > 3
     test_pytorch_reads = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}

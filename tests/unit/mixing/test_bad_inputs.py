@@ -352,7 +352,6 @@ WORDS: dict[str, tuple[str, list[str]]] = {
     "frequency 0": ("--moe-layer-freq 0", ["--moe-layer-freq 0", "1 to 2"]),
     "frequency of code": (f'--moe-layer-freq "{CODE}"', ["__import__", "expected a number"]),
     "frequency of a billion": ("--moe-layer-freq [1]*10**9", ["[1]*10**9", "expected a number"]),
-    "frequency of products": ("--moe-layer-freq [1]*9999*9999*9999", ["expected a number"]),
     "routers of no spread": ("--router-std 0", ["--router-std 0", "above 0"]),
     "routers of a negative spread": ("--router-std -1", ["--router-std -1", "above 0"]),
     "routers of no number": ("--router-std nan", ["--router-std nan", "above 0"]),

@@ -149,7 +149,7 @@ def test_sharded_sources(name, trips, tmp_path):
 
 def test_sharded_results(trips, tmp_path, monkeypatch):
     """Results over the limit are cut in files with an index, which transformers follows."""
-    monkeypatch.setattr("megatron_btx.checkpoint.safetensors_layout.SHARD_BYTES", 30_000)
+    monkeypatch.setattr("megatron_btx.checkpoint.safetensors.SHARD_BYTES", 30_000)
     trip = trips("qwen3")
     back = to_hugging_face(trip.megatron, tmp_path / "back")
     files = list(back.glob("model-*-of-*.safetensors"))

@@ -54,39 +54,6 @@ def test_two_sets_of_weights_are_refused(tmp_path, capsys):
     assert f"{WEIGHTS}, which transformers reads" in line and INDEX in line and "remove the one" in line
 
 
-def test_two_sets_of_which_one_is_damaged_are_refused(tmp_path, capsys):
-    folder = llama_folder(tmp_path / "model", 1)
-    _with_old_shards(folder, 1)
-    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-8])
-    assert "two sets of weights" in refusal(folder, capsys)
-
-
-def test_equal_sets_of_weights_are_one(tmp_path):
-    folder = llama_folder(tmp_path / "model", 1)
-    _with_old_shards(folder, 1)
-    assert torch.equal(embedding(folder), llama_tensors(1)[EMBEDDING])
-
-
-def test_equal_copies_of_a_tensor_are_one(tmp_path, capsys):
-    """Whichever shard the index names; a copy with other numbers, or of another form, is no copy."""
-    held = llama_tensors(1)
-    shards = {"model-1.safetensors": held, "model-2.safetensors": {EMBEDDING: held[EMBEDDING]}}
-    for number, named in enumerate(shards):
-        folder = llama_folder(tmp_path / f"model{number}", 2)
-        in_shards(folder, shards, dict.fromkeys(held, "model-1.safetensors") | {EMBEDDING: named})
-        if number == 0:  # the second shard must be one of the index's
-            in_shards(
-                folder,
-                shards
-                | {"model-2.safetensors": {EMBEDDING: held[EMBEDDING], "model.norm.weight": held["model.norm.weight"]}},
-                dict.fromkeys(held, "model-1.safetensors") | {"model.norm.weight": "model-2.safetensors"},
-            )
-        assert torch.equal(embedding(folder), held[EMBEDDING])
-    for other in (held[EMBEDDING] + 1, held[EMBEDDING].bfloat16(), held[EMBEDDING][:-1]):
-        in_shards(folder, shards | {"model-2.safetensors": {EMBEDDING: other}})
-        assert f"{EMBEDDING} is in model-1.safetensors as well, with other numbers" in refusal(folder, capsys)
-
-
 def test_another_name_of_the_activation_is_the_same(tmp_path):
     folder = llama_folder(tmp_path / "model", 1)
     (folder / "config.json").write_text(json.dumps(CONFIG | {"hidden_act": "swish"}))
@@ -164,34 +131,27 @@ def _configured(**fields: object) -> Change:
     return _file("config.json", json.dumps(CONFIG | fields).encode())
 
 
-ADAPTER = json.dumps({"base_model_name_or_path": "org/base"}).encode()
 FOLDERS: dict[str, tuple[Change, list[str]]] = {
     "weights are a pointer": (_file(WEIGHTS, POINTER), [f"{WEIGHTS}: is a pointer of Git LFS", "lfs pull"]),
     "a shard is a pointer": (_instead(SHARD, POINTER), [f"{SHARD}: is a pointer of Git LFS", "lfs pull"]),
     "the configuration is a pointer": (_file("config.json", POINTER), ["config.json: is a pointer", "lfs pull"]),
     "tokenizer.json is a pointer": (_file("tokenizer.json", POINTER), ["tokenizer.json: is a pointer", "lfs pull"]),
     "tokenizer.model is a pointer": (_file("tokenizer.model", POINTER), ["tokenizer.model: is a pointer", "lfs pull"]),
-    "an adapter alone": (
-        _alone("adapter_config.json", ADAPTER),
-        ["adapter_config.json", "org/base", "merge it first", "merge_and_unload", "model-merged"],
-    ),
-    "an adapter beside a configuration": (_instead("adapter_model.safetensors"), ["alone", "merge it first"]),
-    "an adapter beside a model": (_file("adapter_config.json", ADAPTER), ["beside the model", "merge it first"]),
+    "an adapter alone": (_alone("adapter_config.json"), ["adapter_config.json (a LoRA", "merge it first"]),
+    "an adapter beside a configuration": (_instead("adapter_model.safetensors"), ["adapter_model.safetensors (a LoRA"]),
+    "an adapter beside a model": (_file("adapter_config.json"), ["adapter_config.json (a LoRA", "merge_and_unload"]),
     "DeepSpeed's shards": (
         _instead("global_step9/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),
-        ["DeepSpeed", "zero_to_fp32.py", "--safe_serialization"],
+        ["global_step9/bf16_zero_pp", "DeepSpeed", "zero_to_fp32.py --safe_serialization"],
     ),
     "DeepSpeed's script": (_alone("zero_to_fp32.py"), ["DeepSpeed", "zero_to_fp32.py"]),
-    "FSDP's shards": (
-        _instead("pytorch_model_fsdp_0/__0_0.distcp"),
-        ["FSDP", "accelerate merge-weights", "model/pytorch_model_fsdp_0 "],
-    ),
+    "FSDP's shards": (_instead("pytorch_model_fsdp_0/__0_0.distcp"), ["FSDP", "accelerate merge-weights"]),
     "FSDP's one file": (_alone("pytorch_model_fsdp.bin"), ["FSDP", "accelerate merge-weights"]),
-    "GGUF": (_alone("model-q4_k_m.gguf"), ["model-q4_k_m.gguf", "llama.cpp", "with safetensors"]),
+    "GGUF": (_alone("model-q4_k_m.gguf"), ["model-q4_k_m.gguf", "llama.cpp", "Hugging Face form"]),
     "Meta's own form": (_alone("consolidated.00.pth"), ["consolidated.00.pth", "Hugging Face form"]),
     "Mistral's own form": (_alone("consolidated.safetensors"), ["consolidated.safetensors", "Hugging Face form"]),
     "a variant": (_instead("model.fp16.safetensors"), ["model.fp16.safetensors", "variant="]),
-    "parts without an index": (_instead("model-00001-of-00002.safetensors"), ["no index", f"fetch {INDEX}"]),
+    "parts without an index": (_instead("model-00001-of-00002.safetensors"), ["without an index", f"fetch {INDEX}"]),
     "pickled parts": (_instead("pytorch_model-00001-of-00002.bin"), ["can run code", "save_pretrained"]),
     "weights for TensorFlow": (_instead("tf_model.h5"), ["tf_model.h5", "another library"]),
     "a download that was cut": (_instead(f"{WEIGHTS}.incomplete"), ["unfinished download", "fetch the model again"]),
@@ -257,3 +217,23 @@ def test_a_pointer_is_no_tokenizer_for_texts(kind, tmp_path):
     place = tmp_path if kind == "HuggingFaceTokenizer" else tmp_path / "tokenizer.model"
     with pytest.raises(InputError, match=r"tokenizer\.model: is a pointer of Git LFS.*lfs pull"):
         TokenizerSettings(kind, str(place)).check()
+
+
+def test_equal_copies_of_a_tensor_are_one(tmp_path, capsys):
+    """Whichever shard the index names; a copy with other numbers, or of another form, is no copy."""
+    held = llama_tensors(1)
+    shards = {"model-1.safetensors": held, "model-2.safetensors": {EMBEDDING: held[EMBEDDING]}}
+    for number, named in enumerate(shards):
+        folder = llama_folder(tmp_path / f"model{number}", 2)
+        in_shards(folder, shards, dict.fromkeys(held, "model-1.safetensors") | {EMBEDDING: named})
+        if number == 0:  # the second shard must be one of the index's
+            in_shards(
+                folder,
+                shards
+                | {"model-2.safetensors": {EMBEDDING: held[EMBEDDING], "model.norm.weight": held["model.norm.weight"]}},
+                dict.fromkeys(held, "model-1.safetensors") | {"model.norm.weight": "model-2.safetensors"},
+            )
+        assert torch.equal(embedding(folder), held[EMBEDDING])
+    for other in (held[EMBEDDING] + 1, held[EMBEDDING].bfloat16(), held[EMBEDDING][:-1]):
+        in_shards(folder, shards | {"model-2.safetensors": {EMBEDDING: other}})
+        assert f"{EMBEDDING} is in model-1.safetensors as well, with other numbers" in refusal(folder, capsys)

@@ -37,11 +37,11 @@ def models(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module", params=["megatron", "hf"])
 def result(request, models, tmp_path_factory) -> Path:
     """An average, in either format; for Hugging Face in several files with an index."""
-    from megatron_btx.checkpoint import safetensors_layout
+    from megatron_btx.checkpoint import safetensors
 
     folder = tmp_path_factory.mktemp("result")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(safetensors_layout, "SHARD_BYTES", 8000)
+        patch.setattr(safetensors, "SHARD_BYTES", 8000)
         return mix(models, folder / "out", "--method", "average", "--output-format", request.param)
 
 
