@@ -179,7 +179,7 @@ def _check_tokenizers(sources: Sequence[Source], request: Request) -> None:
         check_same_tokenizer(stored, _REMEDY)
     if "tokenizer" in request.take:
         return
-    differing = differing_readings(sources)
+    differing = differing_readings([source.tokenizer for source in sources])
     if differing:
         what, shown = differing
         listed = ", ".join(f"{value!r} in {name}" for name, value in shown.items())

@@ -45,7 +45,7 @@ def remarks(plan: Plan, stand_ins: Sequence[str] = ()) -> list[str]:
         if key not in _SAID_AS_ARGUMENT and _differ(values):
             lines.append(f"{_list_values(key, values)}; the result has that of {owner}, whose tokenizer it gets")
     if plan.request.allow_other_tokenizer:  # else it was refused, or somebody has chosen
-        differing = differing_readings(plan.sources)
+        differing = differing_readings([source.tokenizer for source in plan.sources])
         if differing:
             lines.append(f"{_list_values(*differing)}; the result has that of {owner}")
     if _differ({source.name: _chat_templates(source) for source in plan.sources if source.hf_folder}):

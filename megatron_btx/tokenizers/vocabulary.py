@@ -11,6 +11,7 @@ next free number, whatever number the file says.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,43 @@ class Vocabulary:
     def below(self, rows: int) -> dict[int, str]:
         """The tokens that a model of so many rows has: numbers beyond them mean nothing to it."""
         return {number: token for number, token in self.tokens.items() if number < rows}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelTokenizer:
+    """The tokenizer of one model, as its files and its stored arguments tell it."""
+
+    model: str
+    """The model's name, to show."""
+    arguments: Mapping[str, Any]
+    """Megatron's stored arguments; ``hf_folder`` among them is a Hugging Face folder, or None."""
+    rows: int
+    """Rows of the model's embedding."""
+    root: Path
+    """The model's folder."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder with Hugging Face's files, where there is one."""
+        folder: Path | None = self.arguments["hf_folder"]
+        return folder
+
+    @property
+    def place(self) -> Path | None:
+        """The folder or file that the tokenizer lies in; None where none is named."""
+        return tokenizer_place(self.arguments)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """What the tokenizer's files say; None where they cannot be read."""
+        return read_vocabulary(self.arguments)
+
+    @functools.cached_property
+    def tokens(self) -> dict[int, str] | None:
+        """The token of each row that has one; None where the tokenizer's files cannot be read."""
+        if self.vocabulary is None:
+            return None
+        return self.vocabulary.below(self.rows)
 
 
 def read_vocabulary(arguments: Mapping[str, Any]) -> Vocabulary | None:

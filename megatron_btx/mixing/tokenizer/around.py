@@ -7,33 +7,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_btx.common.errors import InputError, bare_exceptions_as
-from megatron_btx.mixing.sources import Source
 from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE, LoadedTokenizer, load_with_transformers
 from megatron_btx.mixing.tokenizer.texts import texts as texts_with
 from megatron_btx.tokenizers.files import UnknownVocabularyError, read_object
-from megatron_btx.tokenizers.vocabulary import tokenizer_files
+from megatron_btx.tokenizers.vocabulary import ModelTokenizer, tokenizer_files
 
 _NO_IDS = ("chat_template", "model_max_length", "padding_side", "truncation_side", "name_or_path", "processor_class")
 """Settings of a tokenizer_config.json that decide no id of a text."""
 _SHOWN = 60
 
 
-def differing_readings(sources: Sequence[Source]) -> tuple[str, dict[str, str]] | None:
-    """In what the tokenizers of sources differ, in words, with what each does; None where all do the same.
+def differing_readings(tokenizers: Sequence[ModelTokenizer]) -> tuple[str, dict[str, str]] | None:
+    """In what the tokenizers of models differ, in words, with what each does; None where all do the same.
 
     A template says it, a setting, a flag of a token, or a class by itself: where their files differ, transformers is
     asked, for what it puts around a text and for the ids of some hundred texts.
     """
-    folders = {s: s.hf_folder for s in sources if s.hf_folder is not None and tokenizer_files(s.hf_folder)}
+    folders = {t: t.folder for t in tokenizers if t.folder is not None and tokenizer_files(t.folder)}
     said = list(map(_settings, folders.values()))
-    loaded: dict[Source, LoadedTokenizer] = {}
+    loaded: dict[ModelTokenizer, LoadedTokenizer] = {}
     around: dict[str, str] = {}
-    for source, folder in folders.items():
+    for tokenizer, folder in folders.items():
         with contextlib.suppress(InputError):  # said by whoever needs the tokenizer
             if any(settings != said[0] for settings in said):
-                tokenizer = load_with_transformers(folder)
-                around[source.name] = _show(tokenizer, read_object(folder / CONFIG_FILE))
-                loaded[source] = tokenizer
+                read = load_with_transformers(folder)
+                around[tokenizer.model] = _show(read, read_object(folder / CONFIG_FILE))
+                loaded[tokenizer] = read
     if len(set(around.values())) > 1:
         return "what they put around a text", around
     if len(loaded) > 1:
@@ -41,19 +40,19 @@ def differing_readings(sources: Sequence[Source]) -> tuple[str, dict[str, str]] 
     return None
 
 
-def _first_text(loaded: Mapping[Source, LoadedTokenizer]) -> tuple[str, dict[str, str]] | None:
+def _first_text(loaded: Mapping[ModelTokenizer, LoadedTokenizer]) -> tuple[str, dict[str, str]] | None:
     """The first text that some cut into other tokens, though all have each of these tokens."""
     marked: dict[str, None] = {}
     tables = []
-    for source, tokenizer in loaded.items():
-        marked |= dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()])
-        tables.append(set(source.tokens or tokenizer.get_vocab().values()))
+    for tokenizer, read in loaded.items():
+        marked |= dict.fromkeys([*read.all_special_tokens, *read.get_added_vocab()])
+        tables.append(set(tokenizer.tokens or read.get_vocab().values()))
     common = set.intersection(*tables)
     for text in texts_with([*marked, *map(str.swapcase, marked)], at_most=2 * len(marked)):
         ids = {}
-        for source, tokenizer in loaded.items():
+        for tokenizer, read in loaded.items():
             with contextlib.suppress(InputError), bare_exceptions_as(lambda error: InputError(str(error))):
-                ids[source.name] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+                ids[tokenizer.model] = list(read(text, add_special_tokens=False)["input_ids"])
         if len(set(map(tuple, ids.values()))) > 1 and all(map(common.issuperset, ids.values())):
             return f"the ids of the text {text[:_SHOWN]!r}", {name: str(found)[:_SHOWN] for name, found in ids.items()}
     return None

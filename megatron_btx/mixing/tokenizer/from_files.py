@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError, bare_exceptions_as
-from megatron_btx.mixing.sources import Source
 from megatron_btx.mixing.tokenizer import files as tokenizer_files
 from megatron_btx.mixing.tokenizer.from_folder import config_to_ask, transformers_name
 from megatron_btx.mixing.tokenizer.outcome import FLAG, ResultTokenizer, accept, prove
@@ -24,6 +23,7 @@ from megatron_btx.mixing.tokenizer.proof import (
 from megatron_btx.mixing.tokenizer.texts import texts as texts_with
 from megatron_btx.tokenizers import sentencepiece as sentencepiece_tokenizer
 from megatron_btx.tokenizers.files import with_old_megatrons_tokens
+from megatron_btx.tokenizers.vocabulary import ModelTokenizer
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -47,7 +47,7 @@ class _Made:
 
 
 def file_tokenizer(
-    source: Source, place: Path, rows: int, model_config: Mapping[str, Any], allow_other_ids: bool
+    source: ModelTokenizer, place: Path, model_config: Mapping[str, Any], allow_other_ids: bool
 ) -> ResultTokenizer:
     """Make and prove the tokenizer of a file.
 
@@ -67,14 +67,14 @@ def file_tokenizer(
             f"{source.root / 'huggingface'}, or {FLAG} writes none"
         )
     texts = texts_with(made.special)
-    outcome = prove(made.oracle, made.files, rows, config_to_ask(model_config), texts, made.form)
-    return accept(outcome, made.files, rows, made.form, allow_other_ids)
+    outcome = prove(made.oracle, made.files, source.rows, config_to_ask(model_config), texts, made.form)
+    return accept(outcome, made.files, source.rows, made.form, allow_other_ids)
 
 
 # --- SentencePiece --------------------------------------------------------------------------------------------
 
 
-def _of_sentencepiece(source: Source, place: Path, kind: str, allow_other_ids: bool) -> _Made:
+def _of_sentencepiece(source: ModelTokenizer, place: Path, kind: str, allow_other_ids: bool) -> _Made:
     """A SentencePiece model; Megatron never makes a special token of a text, so neither does what is written."""
     import sentencepiece
 
@@ -138,7 +138,7 @@ def _around_added(model: SentencePieceProcessor, text: str, added: Sequence[str]
 # --- GPT-2 ----------------------------------------------------------------------------------------------------
 
 
-def _of_gpt2(source: Source) -> _Made:
+def _of_gpt2(source: ModelTokenizer) -> _Made:
     """GPT-2's vocabulary and merges, as transformers' own class for them reads them."""
     stored = source.arguments
     vocabulary, merges = stored.get("vocab_file"), stored.get("merge_file")

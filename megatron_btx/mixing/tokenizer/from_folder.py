@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.sources import Source
 from megatron_btx.mixing.tokenizer import files as tokenizer_files
 from megatron_btx.mixing.tokenizer.around import ids_around
 from megatron_btx.mixing.tokenizer.outcome import FLAG, ResultTokenizer, accept, prove
@@ -24,7 +23,7 @@ from megatron_btx.mixing.tokenizer.proof import (
     read_tokenizer,
 )
 from megatron_btx.mixing.tokenizer.texts import texts as texts_with
-from megatron_btx.tokenizers.vocabulary import unknown_reason
+from megatron_btx.tokenizers.vocabulary import ModelTokenizer, unknown_reason
 
 _BUILDS_ITS_OWN = ("qwen2",)
 """Model types for which transformers 5 takes the class of its own table, whatever the tokenizer's files say."""
@@ -44,20 +43,20 @@ def transformers_name(loaded: LoadedTokenizer) -> str:
 
 
 def folder_tokenizer(
-    source: Source, place: Path, rows: int, model_config: Mapping[str, Any], allow_other_ids: bool
+    source: ModelTokenizer, place: Path, model_config: Mapping[str, Any], allow_other_ids: bool
 ) -> ResultTokenizer:
     """Make and prove the tokenizer of a folder.
 
     Raises:
         InputError: it cannot be read, or what can be written gives a text other ids.
     """
-    why = unknown_reason(source.tokenizer_arguments)
+    why = unknown_reason(source.arguments)
     if why:
         raise InputError(f"its vocabulary cannot be read: {why}; {FLAG} carries the files as they are")
-    files = tokenizer_files.travelling_files(place)
+    files, rows = tokenizer_files.travelling_files(place), source.rows
     if tokenizer_files.has_written_form(files, rows) and config_to_ask(model_config) is None:
         return _carried(files, place, rows, allow_other_ids)
-    return _made(source, files, place, rows, model_config, allow_other_ids)
+    return _made(source, files, place, model_config, allow_other_ids)
 
 
 def _carried(files: Mapping[str, bytes], folder: Path, rows: int, allow_other_ids: bool) -> ResultTokenizer:
@@ -71,15 +70,14 @@ def _carried(files: Mapping[str, bytes], folder: Path, rows: int, allow_other_id
 
 
 def _made(
-    source: Source,
+    source: ModelTokenizer,
     files: Mapping[str, bytes],
     folder: Path,
-    rows: int,
     model_config: Mapping[str, Any],
     allow_other_ids: bool,
 ) -> ResultTokenizer:
     """The first candidate that gives the ids of what the installed transformers makes of the folder."""
-    loaded = load_with_transformers(folder)
+    loaded, rows = load_with_transformers(folder), source.rows
     _check_table(source, loaded, folder)
     oracle = Oracle(transformers_name(loaded), encode_with_transformers(loaded))
     texts = texts_with([*loaded.all_special_tokens, *loaded.get_added_vocab()])
@@ -95,7 +93,7 @@ def _made(
     return accept(difference, candidate, rows, form, allow_other_ids)
 
 
-def _check_table(source: Source, loaded: LoadedTokenizer, folder: Path) -> None:
+def _check_table(source: ModelTokenizer, loaded: LoadedTokenizer, folder: Path) -> None:
     """Some classes make a tokenizer of nothing where they find no file that they know."""
     if source.tokens is None or source.vocabulary is None:
         return

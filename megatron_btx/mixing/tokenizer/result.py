@@ -13,37 +13,35 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.sources import EMBEDDING, Source
 from megatron_btx.mixing.tokenizer import files as tokenizer_files
 from megatron_btx.mixing.tokenizer.from_files import file_tokenizer
 from megatron_btx.mixing.tokenizer.from_folder import folder_tokenizer
 from megatron_btx.mixing.tokenizer.outcome import FLAG, ResultTokenizer
-from megatron_btx.tokenizers.vocabulary import tokenizer_place
+from megatron_btx.tokenizers.vocabulary import ModelTokenizer
 
 
-def result_tokenizer(source: Source, model_config: Mapping[str, Any], allow_other_ids: bool) -> ResultTokenizer:
+def result_tokenizer(source: ModelTokenizer, model_config: Mapping[str, Any], allow_other_ids: bool) -> ResultTokenizer:
     """Make and prove the tokenizer of a result.
 
     Args:
-        source: the source whose tokenizer it is.
+        source: the tokenizer of the model that it is taken from.
         model_config: the result's config.json; transformers takes some classes by its model type.
         allow_other_ids: write it even where it cannot be proved.
 
     Raises:
         InputError: the written tokenizer gives a text other ids, or there is no form for it; names the first text.
     """
-    place = tokenizer_place(source.tokenizer_arguments)
-    rows = source.pieces[EMBEDDING].shape[0]
+    place, rows = source.place, source.rows
     if place is None:
-        return ResultTokenizer(_files_in(source.hf_folder), {"said": "no tokenizer came along", "texts": 0}, rows)
+        return ResultTokenizer(_files_in(source.folder), {"said": "no tokenizer came along", "texts": 0}, rows)
     make = file_tokenizer
     if place.is_dir():
         make = folder_tokenizer
     try:
-        return make(source, place, rows, model_config, allow_other_ids)
+        return make(source, place, model_config, allow_other_ids)
     except InputError as error:
         if not allow_other_ids:
-            raise InputError(f"{source.name}: {error}") from error
+            raise InputError(f"{source.model}: {error}") from error
         record = {"said": f"not proved, {FLAG} was given: {error}", "texts": 0}
         return ResultTokenizer(_files_in(place), record, rows)
 
