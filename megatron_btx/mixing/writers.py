@@ -27,8 +27,8 @@ from megatron_btx.mixing.layout import LaidOutBlock, LaidOutTensor, Task, lay_ou
 from megatron_btx.mixing.merge import RAMP, ZEROS
 from megatron_btx.mixing.plan import Plan, PlannedPiece
 from megatron_btx.mixing.result import megatron_args_text
-from megatron_btx.mixing.tokenizer import files as tokenizer_files
-from megatron_btx.mixing.tokenizer.result import result_tokenizer
+from megatron_btx.tokenizers import written_files as tokenizer_files
+from megatron_btx.tokenizers.export import result_tokenizer
 from megatron_btx.tokenizers.path import HF_FOLDER
 
 FORMATS = ("megatron", "hf")

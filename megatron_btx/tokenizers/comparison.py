@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.tokenizers.files import UnknownVocabularyError, refuse_pointer
-from megatron_btx.tokenizers.segmentation import first_difference
+from megatron_btx.tokenizers.rules import first_difference
 from megatron_btx.tokenizers.vocabulary import (
     TOKENIZER_FILES,
     Vocabulary,

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.tokenizer.proof import Oracle
-from megatron_btx.mixing.tokenizer.texts import texts
 from megatron_btx.tokenizers.sentencepiece import convert, read_model
+from megatron_btx.tokenizers.texts import texts
+from megatron_btx.tokenizers.verify import Oracle
 
 WORDS = [f"word {i} of {i * 7 % 13} letters {chr(97 + i % 26)} Hello World don't the one two" for i in range(200)]
 KINDS = ("bpe", "unigram")

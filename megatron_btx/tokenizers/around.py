@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_btx.common.errors import InputError, bare_exceptions_as
-from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE, LoadedTokenizer, load_with_transformers
-from megatron_btx.mixing.tokenizer.texts import texts as texts_with
 from megatron_btx.tokenizers.files import UnknownVocabularyError, read_object
+from megatron_btx.tokenizers.texts import texts as texts_with
+from megatron_btx.tokenizers.verify import CONFIG_FILE, LoadedTokenizer, load_with_transformers
 from megatron_btx.tokenizers.vocabulary import ModelTokenizer, tokenizer_files
 
 _NO_IDS = ("chat_template", "model_max_length", "padding_side", "truncation_side", "name_or_path", "processor_class")

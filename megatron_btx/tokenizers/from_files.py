@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError, bare_exceptions_as
-from megatron_btx.mixing.tokenizer import files as tokenizer_files
-from megatron_btx.mixing.tokenizer.from_folder import config_to_ask, transformers_name
-from megatron_btx.mixing.tokenizer.outcome import FLAG, ResultTokenizer, accept, prove
-from megatron_btx.mixing.tokenizer.proof import (
+from megatron_btx.tokenizers import sentencepiece as sentencepiece_tokenizer
+from megatron_btx.tokenizers import written_files as tokenizer_files
+from megatron_btx.tokenizers.files import with_old_megatrons_tokens
+from megatron_btx.tokenizers.from_folder import config_to_ask, transformers_name
+from megatron_btx.tokenizers.outcome import FLAG, ResultTokenizer, accept, prove
+from megatron_btx.tokenizers.texts import texts as texts_with
+from megatron_btx.tokenizers.verify import (
     CONFIG_FILE,
     Ids,
     Oracle,
     encode_with_transformers,
     load_files,
 )
-from megatron_btx.mixing.tokenizer.texts import texts as texts_with
-from megatron_btx.tokenizers import sentencepiece as sentencepiece_tokenizer
-from megatron_btx.tokenizers.files import with_old_megatrons_tokens
 from megatron_btx.tokenizers.vocabulary import ModelTokenizer
 
 if TYPE_CHECKING:

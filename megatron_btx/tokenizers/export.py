@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.tokenizer import files as tokenizer_files
-from megatron_btx.mixing.tokenizer.from_files import file_tokenizer
-from megatron_btx.mixing.tokenizer.from_folder import folder_tokenizer
-from megatron_btx.mixing.tokenizer.outcome import FLAG, ResultTokenizer
+from megatron_btx.tokenizers import written_files as tokenizer_files
+from megatron_btx.tokenizers.from_files import file_tokenizer
+from megatron_btx.tokenizers.from_folder import folder_tokenizer
+from megatron_btx.tokenizers.outcome import FLAG, ResultTokenizer
 from megatron_btx.tokenizers.vocabulary import ModelTokenizer
 
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from megatron_btx.mixing.tokenizer import files as tokenizer_files
-from megatron_btx.mixing.tokenizer.proof import Oracle, compare
+from megatron_btx.tokenizers import written_files as tokenizer_files
+from megatron_btx.tokenizers.verify import Oracle, compare
 
 ROWS = 400
 TOKENIZER = {

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.tokenizer import files as tokenizer_files
-from megatron_btx.mixing.tokenizer.proof import Difference, Oracle, compare, read_made_files
+from megatron_btx.tokenizers import written_files as tokenizer_files
+from megatron_btx.tokenizers.verify import Difference, Oracle, compare, read_made_files
 
 FLAG = "--allow-other-ids"
 

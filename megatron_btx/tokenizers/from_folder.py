@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.tokenizer import files as tokenizer_files
-from megatron_btx.mixing.tokenizer.around import ids_around
-from megatron_btx.mixing.tokenizer.outcome import FLAG, ResultTokenizer, accept, prove
-from megatron_btx.mixing.tokenizer.proof import (
+from megatron_btx.tokenizers import written_files as tokenizer_files
+from megatron_btx.tokenizers.around import ids_around
+from megatron_btx.tokenizers.outcome import FLAG, ResultTokenizer, accept, prove
+from megatron_btx.tokenizers.texts import texts as texts_with
+from megatron_btx.tokenizers.verify import (
     CONFIG_FILE,
     TOKENIZER_FILE,
     Difference,
@@ -22,7 +23,6 @@ from megatron_btx.mixing.tokenizer.proof import (
     load_with_transformers,
     read_tokenizer,
 )
-from megatron_btx.mixing.tokenizer.texts import texts as texts_with
 from megatron_btx.tokenizers.vocabulary import ModelTokenizer, unknown_reason
 
 _BUILDS_ITS_OWN = ("qwen2",)

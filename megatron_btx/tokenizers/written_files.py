@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE, TOKENIZER_FILE
 from megatron_btx.tokenizers.files import UnknownVocabularyError
+from megatron_btx.tokenizers.verify import CONFIG_FILE, TOKENIZER_FILE
 from megatron_btx.tokenizers.vocabulary import TOKENIZER_FOLDER_FILES, with_added
 
 CLASS = "PreTrainedTokenizerFast"
