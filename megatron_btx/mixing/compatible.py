@@ -10,8 +10,12 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.overrides import TAKEABLE, field_with
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.sources import EMBEDDING
-from megatron_btx.tokenizers.around import differing_readings
-from megatron_btx.tokenizers.comparison import check_same_tokenizer, check_vocabulary_union, contradictions
+from megatron_btx.tokenizers.comparison import (
+    check_same_tokenizer,
+    check_vocabulary_union,
+    contradictions,
+    differing_readings,
+)
 
 if TYPE_CHECKING:
     from megatron_btx.mixing.sources import Source

@@ -12,8 +12,8 @@ from megatron_btx.mixing.compatible import vocabulary_source
 from megatron_btx.mixing.overrides import TRAINING_ARGUMENTS
 from megatron_btx.mixing.plan import Plan
 from megatron_btx.mixing.sources import Source
-from megatron_btx.tokenizers.around import differing_readings
-from megatron_btx.tokenizers.verify import CONFIG_FILE
+from megatron_btx.tokenizers.comparison import differing_readings
+from megatron_btx.tokenizers.vocabulary import CONFIG_FILE
 from megatron_btx.tokenizers.written_files import object_in, travelling_files
 
 _NUMBERS = 4096

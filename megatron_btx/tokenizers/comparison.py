@@ -1,27 +1,40 @@
-"""Tokenizers compared by what they are: two models may be mixed only when a token means the same in both."""
+"""Tokenizers compared by what they are: two models may be mixed only when a token means the same in both.
+
+First their tables, then the rules by which they cut texts, as their files say them. What the files do not say is asked
+of transformers (:func:`differing_readings`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.common.errors import InputError
-from megatron_btx.tokenizers.files import UnknownVocabularyError, refuse_pointer
+from megatron_btx.common.errors import InputError, bare_exceptions_as
 from megatron_btx.tokenizers.rules import first_difference
+from megatron_btx.tokenizers.texts import texts
+from megatron_btx.tokenizers.verify import LoadedTokenizer, ids_around, load_with_transformers
 from megatron_btx.tokenizers.vocabulary import (
+    CONFIG_FILE,
     TOKENIZER_FILES,
+    ModelTokenizer,
+    UnknownVocabularyError,
     Vocabulary,
     known_vocabulary,
+    read_object,
+    refuse_pointer,
     tokenizer_files,
     tokenizer_place,
     unknown_reason,
 )
 
 Stored = Mapping[str, Any]
-_SHOWN = 3
+_SHOWN, _TEXT_SHOWN = 3, 60
+_NO_IDS = ("chat_template", "model_max_length", "padding_side", "truncation_side", "name_or_path", "processor_class")
+"""Settings of a tokenizer_config.json that decide no id of a text."""
 _ALL = 1 << 62
 
 
@@ -236,3 +249,71 @@ def _refuse_pointers(pair: Mapping[str, Stored], remedy: str) -> None:
             refuse_pointer(file)
     except UnknownVocabularyError as error:
         raise InputError(f"{name}: {error} (or {remedy})") from error
+
+
+# --- what the files do not say -----------------------------------------------------------------------------------
+
+
+def differing_readings(tokenizers: Sequence[ModelTokenizer]) -> tuple[str, dict[str, str]] | None:
+    """In what the tokenizers of models differ, in words, with what each does; None where all do the same.
+
+    A template says it, a setting, a flag of a token, or a class by itself: where their files differ, transformers is
+    asked, for what it puts around a text and for the ids of some hundred texts.
+    """
+    folders = {t: t.folder for t in tokenizers if t.folder is not None and tokenizer_files(t.folder)}
+    said = list(map(_settings, folders.values()))
+    loaded: dict[ModelTokenizer, LoadedTokenizer] = {}
+    around: dict[str, str] = {}
+    for tokenizer, folder in folders.items():
+        with contextlib.suppress(InputError):  # said by whoever needs the tokenizer
+            if any(settings != said[0] for settings in said):
+                read = load_with_transformers(folder)
+                around[tokenizer.model] = _show_around(read, read_object(folder / CONFIG_FILE))
+                loaded[tokenizer] = read
+    if len(set(around.values())) > 1:
+        return "what they put around a text", around
+    if len(loaded) > 1:
+        return _first_text(loaded)
+    return None
+
+
+def _first_text(loaded: Mapping[ModelTokenizer, LoadedTokenizer]) -> tuple[str, dict[str, str]] | None:
+    """The first text that some cut into other tokens, though all have each of these tokens."""
+    marked: dict[str, None] = {}
+    tables = []
+    for tokenizer, read in loaded.items():
+        marked |= dict.fromkeys([*read.all_special_tokens, *read.get_added_vocab()])
+        tables.append(set(tokenizer.tokens or read.get_vocab().values()))
+    common = set.intersection(*tables)
+    for text in texts([*marked, *map(str.swapcase, marked)], at_most=2 * len(marked)):
+        ids = {}
+        for tokenizer, read in loaded.items():
+            with contextlib.suppress(InputError), bare_exceptions_as(lambda error: InputError(str(error))):
+                ids[tokenizer.model] = list(read(text, add_special_tokens=False)["input_ids"])
+        if len(set(map(tuple, ids.values()))) > 1 and all(map(common.issuperset, ids.values())):
+            shown = {name: str(found)[:_TEXT_SHOWN] for name, found in ids.items()}
+            return f"the ids of the text {text[:_TEXT_SHOWN]!r}", shown
+    return None
+
+
+def _show_around(loaded: LoadedTokenizer, config: Mapping[str, object]) -> str:
+    """What stands around a text, and a setting that says otherwise: llama.cpp goes by it, transformers may not."""
+    tokens = {number: token for token, number in loaded.get_vocab().items()}
+    before, after = ids_around(loaded)
+    shown = [*map(tokens.__getitem__, before), "TEXT", *map(tokens.__getitem__, after)]
+    for setting, ids in (("add_bos_token", before), ("add_eos_token", after)):
+        if bool(config.get(setting, ids)) != bool(ids):
+            shown.append(f"({setting} is {config[setting]})")
+    return " ".join(shown)
+
+
+def _settings(folder: Path) -> object:
+    """Whatever in a folder's files can decide it."""
+    files = {file.name: file.read_bytes() for file in tokenizer_files(folder) if file.name != CONFIG_FILE}
+    try:
+        config, model = read_object(folder / CONFIG_FILE), read_object(folder / "config.json")
+    except UnknownVocabularyError:
+        return folder
+    for name in _NO_IDS:
+        config.pop(name, None)
+    return files, config, model.get("model_type")
