@@ -7,14 +7,16 @@ of transformers (:func:`differing_readings`).
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError, bare_exceptions_as
-from megatron_btx.tokenizers.rules import first_difference
+from megatron_btx.common.files import hash_file
+from megatron_btx.tokenizers.rules import first_difference, read_rules
 from megatron_btx.tokenizers.texts import texts
 from megatron_btx.tokenizers.verify import LoadedTokenizer, ids_around, load_with_transformers
 from megatron_btx.tokenizers.vocabulary import (
@@ -38,6 +40,54 @@ _NO_IDS = ("chat_template", "model_max_length", "padding_side", "truncation_side
 _ALL = 1 << 62
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Compared:
+    """A tokenizer with what is read of it, each part once and when it is asked for."""
+
+    name: str
+    stored: Stored
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the model; None where they are not known."""
+        return self.stored.get("padded_vocab_size")
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Its tokens; raises UnknownVocabularyError."""
+        return known_vocabulary(self.stored)
+
+    @functools.cached_property
+    def rules(self) -> Mapping[str, Any]:
+        """How it cuts texts, as far as its files tell."""
+        return read_rules(self.vocabulary, self.stored.get("merge_file"))
+
+    @functools.cached_property
+    def files(self) -> list[Path]:
+        """Its files; none where one of them is gone."""
+        place = tokenizer_place(self.stored)
+        if place is None:
+            return []
+        if place.is_dir():
+            return tokenizer_files(place)
+        named = [Path(self.stored[argument]) for argument in TOKENIZER_FILES if self.stored.get(argument) is not None]
+        if all(map(Path.is_file, named)):
+            return named
+        return []
+
+    @functools.cached_property
+    def identity(self) -> tuple[object, ...]:
+        """What tells two tokenizers apart unread: kind and bytes; the size where there is nothing to read."""
+        place, kind = tokenizer_place(self.stored), self.stored.get("tokenizer_type")
+        if place is None:  # a folder without a tokenizer says no kind, and Megatron's form of it says "none"
+            return kind or "NullTokenizer", self.stored.get("vocab_size")
+        if not self.files:
+            return kind, object()  # equal to nothing: what is gone is unknown
+        if place.is_dir():
+            kind = "HuggingFaceTokenizer"
+        return kind, tuple(map(hash_file, self.files))
+
+
 def check_same_tokenizer(sources: Mapping[str, Stored], remedy: str) -> None:
     """Refuse models whose tokenizers differ: in their tables and rules, never in the paths or form of their files.
 
@@ -52,70 +102,56 @@ def check_same_tokenizer(sources: Mapping[str, Stored], remedy: str) -> None:
         InputError: names the first tokens that differ, or why two tokenizers cannot be compared.
     """
     # Every pair: where the first tells no merges, the others are not to be told from it, and may differ all the same.
-    for left, right in itertools.combinations(sources, 2):
-        _check_pair({left: sources[left], right: sources[right]}, remedy)
+    for one, other in itertools.combinations(itertools.starmap(_Compared, sources.items()), 2):
+        _check_pair(one, other, remedy)
 
 
-def _check_pair(pair: Mapping[str, Stored], remedy: str) -> None:
-    (left, one), (right, other) = pair.items()
-    same_files = _identity(one) == _identity(other)
-    if same_files:
-        _refuse_pointers(pair, remedy)
-    if same_files and one.get("padded_vocab_size") == other.get("padded_vocab_size"):
-        return
-    if not same_files and tokenizer_place(one) is None and tokenizer_place(other) is None:
-        kinds = [f"{s.get('tokenizer_type')} of {s.get('vocab_size')} in {name}" for name, s in pair.items()]
+def _check_pair(one: _Compared, other: _Compared, remedy: str) -> None:
+    same_files = one.identity == other.identity
+    if same_files:  # two equal pointers say nothing of what they point to
+        try:
+            for file in one.files:
+                refuse_pointer(file)
+        except UnknownVocabularyError as error:
+            raise InputError(f"{one.name}: {error} (or {remedy})") from error
+        if one.rows == other.rows:
+            return
+    elif tokenizer_place(one.stored) is None and tokenizer_place(other.stored) is None:
+        kinds = [f"{s.stored.get('tokenizer_type')} of {s.stored.get('vocab_size')} in {s.name}" for s in (one, other)]
         raise InputError(
             f"tokenizers differ: {' and '.join(kinds)}; models can only be mixed or continued with one "
             f"tokenizer ({remedy} if you know better)"
         )
     try:
-        tables = {left: known_vocabulary(one), right: known_vocabulary(other)}
+        left = one.vocabulary.below(one.rows or other.rows or _ALL)
+        right = other.vocabulary.below(other.rows or one.rows or _ALL)
     except UnknownVocabularyError:
         if same_files:
             return
-        raise InputError(_why_unknown(pair, remedy)) from None
-    one_rows, other_rows = one.get("padded_vocab_size"), other.get("padded_vocab_size")
-    below = {
-        left: tables[left].below(one_rows or other_rows or _ALL),
-        right: tables[right].below(other_rows or one_rows or _ALL),
-    }
-    refuse_different_tokens(below, remedy)
-    _refuse_other_rules(pair, tables, None, remedy)
+        raise InputError(_why_unknown(one, other, remedy)) from None
+    different = [number for number in sorted({*left, *right}) if left.get(number) != right.get(number)]
+    if different:
+        shown = []
+        for number in different[:_SHOWN]:
+            theirs = f"{_show(left, number)} in {one.name} and {_show(right, number)} in {other.name}"
+            shown.append(f"token {number} is {theirs}")
+        raise InputError(
+            f"tokenizers differ: {', '.join(shown)}; {_count(different)}; models can only be mixed or continued with "
+            f"one tokenizer ({remedy} if you know better)"
+        )
+    _refuse_other_rules(one, other, None, remedy)
 
 
-def _refuse_other_rules(
-    pair: Mapping[str, Stored], tables: Mapping[str, Vocabulary], among: Mapping[int, str] | None, remedy: str
-) -> None:
-    (left, one), (right, other) = pair.items()
-    merges = one.get("merge_file"), other.get("merge_file")
-    difference = first_difference(tables[left], tables[right], merges, among)
+def _refuse_other_rules(one: _Compared, other: _Compared, among: Mapping[int, str] | None, remedy: str) -> None:
+    difference = first_difference(one.rules, other.rules, among)
     if difference:
         have = "have the same tokens"
         if among is not None:
             have = f"have {len(among)} tokens in common"
         raise InputError(
-            f"tokenizers differ: {left} and {right} {have} and cut texts in other ways, because of "
+            f"tokenizers differ: {one.name} and {other.name} {have} and cut texts in other ways, because of "
             f"{difference}; models can only be mixed or continued with one tokenizer ({remedy} if you know that the "
             "ids are the same)"
-        )
-
-
-def refuse_different_tokens(tables: Mapping[str, Mapping[int, str]], remedy: str) -> None:
-    """Refuse two tables that are not equal; see :func:`check_same_tokenizer`.
-
-    Raises:
-        InputError: names the first numbers that differ, with both tokens, and how many there are.
-    """
-    (left, one), (right, other) = tables.items()
-    different = [number for number in sorted({*one, *other}) if one.get(number) != other.get(number)]
-    if different:
-        shown = []
-        for number in different[:_SHOWN]:
-            shown.append(f"token {number} is {_show(one, number)} in {left} and {_show(other, number)} in {right}")
-        raise InputError(
-            f"tokenizers differ: {', '.join(shown)}; {_count(different)}; models can only be mixed or continued with "
-            f"one tokenizer ({remedy} if you know better)"
         )
 
 
@@ -131,6 +167,21 @@ def _count(different: Sized) -> str:
     return f"{len(different)} numbers differ"
 
 
+def _why_unknown(one: _Compared, other: _Compared, remedy: str) -> str:
+    reasons = []
+    for source in (one, other):
+        reason = unknown_reason(source.stored)
+        if reason:
+            reasons.append(f"{source.name}: {reason}")
+    found = f"of {one.name} and {other.name}"
+    if one.files and other.files:
+        found = "differ in kind or files, and their tokens"
+    return (
+        f"tokenizers {found} cannot be compared: {'; '.join(reasons)}; put the tokenizer's files back or beside the "
+        f"model, or {remedy} if you know that they are the same"
+    )
+
+
 def check_vocabulary_union(sources: Mapping[str, Stored], remedy: str) -> None:
     """Refuse vocabularies that contradict each other: a token that two of them know must have one number.
 
@@ -140,30 +191,16 @@ def check_vocabulary_union(sources: Mapping[str, Stored], remedy: str) -> None:
         InputError: names a token with two numbers, a number with two tokens, a rule that differs, or a vocabulary
             that cannot be read.
     """
-    whole, tables = {}, {}
-    for name, stored in sources.items():
+    compared = list(itertools.starmap(_Compared, sources.items()))
+    tables = {}
+    for source in compared:
         try:
-            whole[name] = known_vocabulary(stored)
+            tables[source.name] = source.vocabulary.below(source.rows or _ALL)
         except UnknownVocabularyError as error:
             raise InputError(
-                f"{name}: its vocabulary cannot be read ({error}), so it cannot be compared; put the tokenizer's files "
-                f"beside the model, or {remedy}"
+                f"{source.name}: its vocabulary cannot be read ({error}), so it cannot be compared; put the "
+                f"tokenizer's files beside the model, or {remedy}"
             ) from error
-        tables[name] = whole[name].below(stored.get("padded_vocab_size") or _ALL)
-    refuse_contradictions(tables, remedy)
-    for left, right in itertools.combinations(sources, 2):
-        pair = {left: sources[left], right: sources[right]}
-        if _identity(sources[left]) != _identity(sources[right]):
-            common = dict(tables[left].items() & tables[right].items())
-            _refuse_other_rules(pair, whole, common, remedy)
-
-
-def refuse_contradictions(tables: Mapping[str, Mapping[int, str]], remedy: str) -> None:
-    """Refuse tables that contradict each other; see :func:`contradictions`.
-
-    Raises:
-        InputError: names the first, with both, and how many numbers differ.
-    """
     wrong = contradictions(tables)
     if wrong:
         shown = ", ".join(wrong[number] for number in sorted(wrong)[:_SHOWN])
@@ -171,6 +208,10 @@ def refuse_contradictions(tables: Mapping[str, Mapping[int, str]], remedy: str) 
             f"vocabularies do not extend each other: {shown}; {_count(wrong)}; such models cannot be mixed "
             f"({remedy} if you know better)"
         )
+    for one, other in itertools.combinations(compared, 2):
+        if one.identity != other.identity:
+            common = dict(tables[one.name].items() & tables[other.name].items())
+            _refuse_other_rules(one, other, common, remedy)
 
 
 def contradictions(tables: Mapping[str, Mapping[int, str]]) -> dict[int, str]:
@@ -187,68 +228,6 @@ def contradictions(tables: Mapping[str, Mapping[int, str]]) -> dict[int, str]:
             if place != number:
                 wrong.setdefault(number, f"{token!r} is token {place} in {owner} and token {number} in {name}")
     return wrong
-
-
-# --- tokenizers whose table is not known ----------------------------------------------------------------------
-
-
-def _identity(stored: Stored) -> tuple[object, ...]:
-    """What tells two tokenizers apart without reading them: kind and bytes; the size where there is nothing to read."""
-    place, kind = tokenizer_place(stored), stored.get("tokenizer_type")
-    if place is None:  # a folder without a tokenizer says no kind, and Megatron's form of it says "none"
-        return kind or "NullTokenizer", stored.get("vocab_size")
-    files = _files(stored)
-    if not files:
-        return kind, object()  # equal to nothing: what is gone is unknown
-    if place.is_dir():
-        kind = "HuggingFaceTokenizer"
-    return kind, _hash(files)
-
-
-def _files(stored: Stored) -> list[Path]:
-    """The files of a tokenizer; none where one of them is gone."""
-    place = tokenizer_place(stored)
-    if place is None:
-        return []
-    if place.is_dir():
-        return tokenizer_files(place)
-    named = [Path(stored[argument]) for argument in TOKENIZER_FILES if stored.get(argument) is not None]
-    if all(map(Path.is_file, named)):
-        return named
-    return []
-
-
-def _hash(files: Sequence[Path]) -> str:
-    """One hash of the contents of all files."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def _why_unknown(pair: Mapping[str, Stored], remedy: str) -> str:
-    reasons = []
-    for name, stored in pair.items():
-        reason = unknown_reason(stored)
-        if reason:
-            reasons.append(f"{name}: {reason}")
-    found = "of " + " and ".join(pair)
-    if all(map(_files, pair.values())):
-        found = "differ in kind or files, and their tokens"
-    return (
-        f"tokenizers {found} cannot be compared: {'; '.join(reasons)}; put the tokenizer's files back or beside the "
-        f"model, or {remedy} if you know that they are the same"
-    )
-
-
-def _refuse_pointers(pair: Mapping[str, Stored], remedy: str) -> None:
-    """Two equal pointers say nothing of what they point to."""
-    name, stored = next(iter(pair.items()))
-    try:
-        for file in _files(stored):
-            refuse_pointer(file)
-    except UnknownVocabularyError as error:
-        raise InputError(f"{name}: {error} (or {remedy})") from error
 
 
 # --- what the files do not say -----------------------------------------------------------------------------------

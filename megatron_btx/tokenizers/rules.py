@@ -26,18 +26,13 @@ _SETTINGS = {
 
 
 def first_difference(
-    left: Vocabulary,
-    right: Vocabulary,
-    merges: tuple[object, object] = (None, None),
-    among: Mapping[int, str] | None = None,
+    one: Mapping[str, Any], other: Mapping[str, Any], among: Mapping[int, str] | None = None
 ) -> str | None:
-    """The first rule in which two tokenizers differ, in words; None where no difference is known.
+    """The first of the rules in which two tokenizers differ, in words; None where no difference is known.
 
     Args:
-        merges: the files of merges that stored arguments name, for tokenizers that are no folders.
         among: the tokens that both have, where one has more: only rules of these are compared.
     """
-    one, other = _rules(left, merges[0]), _rules(right, merges[1])
     if among is not None:
         one, other = _rules_among(one, other, among), _rules_among(other, one, among)
     for name in one:
@@ -54,7 +49,7 @@ def rule_fingerprints(vocabulary: Vocabulary, merges: object = None) -> dict[str
     Args:
         merges: the file of merges that stored arguments name, for tokenizers that are no folders.
     """
-    rules = _rules(vocabulary, merges)
+    rules = read_rules(vocabulary, merges)
     if vocabulary.base.name == "tokenizer.json" and "scores" in rules:
         rules["scores in tokenizer.json"] = rules.pop("scores")
     return {name: _fingerprint(value) for name, value in rules.items()}
@@ -98,8 +93,12 @@ def _short(value: object) -> str:
     return text
 
 
-def _rules(vocabulary: Vocabulary, merges: object) -> dict[str, Any]:
-    """The rules that a tokenizer's files tell, by the name they have in a refusal."""
+def read_rules(vocabulary: Vocabulary, merges: object = None) -> dict[str, Any]:
+    """The rules that a tokenizer's files tell, by the name they have in a refusal.
+
+    Args:
+        merges: the file of merges that stored arguments name, for tokenizers that are no folders.
+    """
     base = vocabulary.base
     if base.name == "tokenizer.json":
         return _rules_of_json(base)
