@@ -191,9 +191,11 @@ def ids_around(loaded: LoadedTokenizer) -> tuple[list[int], list[int]]:
 
 def encode_with_transformers(tokenizer: LoadedTokenizer) -> Encode:
     """How a loaded tokenizer of transformers encodes."""
+    unable = "its own tokenizer cannot encode every text"
 
     def encode(texts: Sequence[str], whole: bool) -> Ids:
-        return [list(tokenizer(text, add_special_tokens=whole)["input_ids"]) for text in texts]
+        with bare_exceptions_as(lambda error: InputError(f"{unable} ({error}); --allow-other-ids carries the files")):
+            return [list(tokenizer(text, add_special_tokens=whole)["input_ids"]) for text in texts]
 
     return encode
 

@@ -411,6 +411,7 @@ def test_kinds_without_a_form_are_refused(kind, expected, results, tmp_path):
 UNREADABLE: dict[str, Files] = {
     "vocabulary alone": {"vocab.json": {"a": 0, "b": 1}},
     "half a json": {"tokenizer.json": {"model": {"vocab": {"a": 0}}}},
+    "words alone": {"tokenizer.json": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}}},
     "tiktoken": {"x.tiktoken": "YQ== 0\nYg== 1\n"},
 }
 
