@@ -9,8 +9,7 @@ import os
 from pathlib import Path
 
 from megatron_btx.common.errors import CheckpointError
-from megatron_btx.tokenizers.files import is_pointer
-from megatron_btx.tokenizers.vocabulary import TOKENIZER_FOLDER_FILES
+from megatron_btx.tokenizers.vocabulary import TOKENIZER_FOLDER_FILES, is_pointer
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _READ_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")

@@ -72,15 +72,16 @@ def as_ours(error: OSError) -> BTXError:
 
 
 @contextlib.contextmanager
-def bare_exceptions_as(error_of: Callable[[Exception], Exception]) -> Iterator[None]:
+def bare_exceptions_as(error_of: Callable[[BaseException], Exception]) -> Iterator[None]:
     """Turn the bare ``Exception`` that the ``tokenizers`` library raises for all its errors into one that says more.
 
-    Errors that have a class of their own pass: catching them here would hide defects.
+    What it panics at, a ``PanicException`` beside all classes of errors, is turned too. Errors that have a class of
+    their own pass: catching them here would hide defects.
     """
     try:
         yield
-    except Exception as error:
-        if type(error) is not Exception:
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise error_of(error) from error
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import parse_json
-from megatron_btx.tokenizers.segmentation import rule_fingerprints
+from megatron_btx.tokenizers.rules import rule_fingerprints
 from megatron_btx.tokenizers.vocabulary import Vocabulary, read_vocabulary
 
 SUFFIX = ".dataset.json"

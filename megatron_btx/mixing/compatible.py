@@ -10,8 +10,12 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.overrides import TAKEABLE, field_with
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.sources import EMBEDDING
-from megatron_btx.mixing.tokenizer.around import differing_readings
-from megatron_btx.tokenizers.comparison import check_same_tokenizer, check_vocabulary_union, contradictions
+from megatron_btx.tokenizers.comparison import (
+    check_same_tokenizer,
+    check_vocabulary_union,
+    contradictions,
+    differing_readings,
+)
 
 if TYPE_CHECKING:
     from megatron_btx.mixing.sources import Source
@@ -179,7 +183,7 @@ def _check_tokenizers(sources: Sequence[Source], request: Request) -> None:
         check_same_tokenizer(stored, _REMEDY)
     if "tokenizer" in request.take:
         return
-    differing = differing_readings(sources)
+    differing = differing_readings([source.tokenizer for source in sources])
     if differing:
         what, shown = differing
         listed = ", ".join(f"{value!r} in {name}" for name, value in shown.items())

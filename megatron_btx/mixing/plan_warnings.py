@@ -12,9 +12,9 @@ from megatron_btx.mixing.compatible import vocabulary_source
 from megatron_btx.mixing.overrides import TRAINING_ARGUMENTS
 from megatron_btx.mixing.plan import Plan
 from megatron_btx.mixing.sources import Source
-from megatron_btx.mixing.tokenizer.around import differing_readings
-from megatron_btx.mixing.tokenizer.files import object_in, travelling_files
-from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE
+from megatron_btx.tokenizers.comparison import differing_readings
+from megatron_btx.tokenizers.vocabulary import CONFIG_FILE
+from megatron_btx.tokenizers.written_files import object_in, travelling_files
 
 _NUMBERS = 4096
 """Of each matrix, to see whether models resemble each other."""
@@ -45,7 +45,7 @@ def remarks(plan: Plan, stand_ins: Sequence[str] = ()) -> list[str]:
         if key not in _SAID_AS_ARGUMENT and _differ(values):
             lines.append(f"{_list_values(key, values)}; the result has that of {owner}, whose tokenizer it gets")
     if plan.request.allow_other_tokenizer:  # else it was refused, or somebody has chosen
-        differing = differing_readings(plan.sources)
+        differing = differing_readings([source.tokenizer for source in plan.sources])
         if differing:
             lines.append(f"{_list_values(*differing)}; the result has that of {owner}")
     if _differ({source.name: _chat_templates(source) for source in plan.sources if source.hf_folder}):

@@ -17,7 +17,7 @@ from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.tokenizers.path import HF_FOLDER
-from megatron_btx.tokenizers.vocabulary import Vocabulary, read_vocabulary, tokenizer_place
+from megatron_btx.tokenizers.vocabulary import ModelTokenizer, Vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -201,30 +201,34 @@ class Source:
         return torch.cat(parts)
 
     @functools.cached_property
-    def tokenizer_arguments(self) -> dict[str, Any]:
-        """The stored arguments with what tells the tokenizer: the folder that came along, and the rows there are."""
+    def tokenizer(self) -> ModelTokenizer:
+        """The tokenizer that came along, and the rows there are."""
         folder = self.hf_folder
         if folder is None and (self.root / HF_FOLDER).is_dir():
             folder = self.root / HF_FOLDER
         rows = self.pieces[EMBEDDING].shape[0]
-        return {**self.arguments, "hf_folder": folder, "padded_vocab_size": rows}
+        stored = {**self.arguments, "hf_folder": folder, "padded_vocab_size": rows}
+        return ModelTokenizer(self.name, stored, rows, self.root)
+
+    @property
+    def tokenizer_arguments(self) -> Mapping[str, Any]:
+        """The stored arguments with what tells the tokenizer."""
+        return self.tokenizer.arguments
 
     @property
     def has_tokenizer(self) -> bool:
         """Whether files of a tokenizer belong to it."""
-        return tokenizer_place(self.tokenizer_arguments) is not None
+        return self.tokenizer.place is not None
 
-    @functools.cached_property
+    @property
     def vocabulary(self) -> Vocabulary | None:
         """What the tokenizer's files say; None where they cannot be read."""
-        return read_vocabulary(self.tokenizer_arguments)
+        return self.tokenizer.vocabulary
 
-    @functools.cached_property
+    @property
     def tokens(self) -> dict[int, str] | None:
         """The token of each row that has one; None where the tokenizer's files cannot be read."""
-        if self.vocabulary is None:
-            return None
-        return self.vocabulary.below(self.pieces[EMBEDDING].shape[0])
+        return self.tokenizer.tokens
 
     def token_rows(self, name: str) -> tuple[tuple[int, int], ...]:
         """The rows of an embedding or head that are tokens, in stretches from ``start`` to before ``stop``.

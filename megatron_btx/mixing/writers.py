@@ -25,8 +25,8 @@ from megatron_btx.mixing.layout import LaidOutBlock, LaidOutTensor, Task, lay_ou
 from megatron_btx.mixing.merge import RAMP, ZEROS
 from megatron_btx.mixing.plan import Plan, PlannedPiece
 from megatron_btx.mixing.result import megatron_args_text
-from megatron_btx.mixing.tokenizer import files as tokenizer_files
-from megatron_btx.mixing.tokenizer.result import result_tokenizer
+from megatron_btx.tokenizers import written_files as tokenizer_files
+from megatron_btx.tokenizers.export import result_tokenizer
 from megatron_btx.tokenizers.path import HF_FOLDER
 
 FORMATS = ("megatron", "hf")
@@ -112,7 +112,7 @@ def _with_hf_files(plan: Plan, target: Path) -> tuple[dict[str, Any], dict[str, 
     if folder is None:
         return arguments, {}, {"said": "the files that the arguments name"}
     config = safetensors.read_json(folder / safetensors.CONFIG)
-    made = result_tokenizer(source, config, plan.request.allow_other_ids)
+    made = result_tokenizer(source.tokenizer, config, plan.request.allow_other_ids)
     travelling = dict(made.files)
     generation = tokenizer_files.generation_file(made.files, made.ids, made.rows)
     if generation is not None:
@@ -201,7 +201,7 @@ def _hugging_face(plan: Plan) -> Output:
     for tensor in tensors:
         for block in tensor.blocks:
             tasks.append(Task(block, _slot_of_rows(block, layout.slot(tensor.name), tensor.dtype.itemsize)))
-    tokenizer = result_tokenizer(source, config, plan.request.allow_other_ids)
+    tokenizer = result_tokenizer(source.tokenizer, config, plan.request.allow_other_ids)
     small = layout.small_files() | dict(tokenizer.files)
     config = tokenizer_files.complete_ids(config, tokenizer.ids, tokenizer.rows)
     generation = tokenizer_files.generation_file(tokenizer.files, _ids_of(config), tokenizer.rows)

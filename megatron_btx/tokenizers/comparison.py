@@ -1,28 +1,91 @@
-"""Tokenizers compared by what they are: two models may be mixed only when a token means the same in both."""
+"""Tokenizers compared by what they are: two models may be mixed only when a token means the same in both.
+
+First their tables, then the rules by which they cut texts, as their files say them. What the files do not say is asked
+of transformers (:func:`differing_readings`).
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.common.errors import InputError
-from megatron_btx.tokenizers.files import UnknownVocabularyError, refuse_pointer
-from megatron_btx.tokenizers.segmentation import first_difference
+from megatron_btx.common.errors import InputError, bare_exceptions_as
+from megatron_btx.common.files import hash_file
+from megatron_btx.tokenizers.rules import first_difference, read_rules
+from megatron_btx.tokenizers.texts import texts
+from megatron_btx.tokenizers.verify import LoadedTokenizer, ids_around, load_with_transformers
 from megatron_btx.tokenizers.vocabulary import (
+    CONFIG_FILE,
     TOKENIZER_FILES,
+    ModelTokenizer,
+    UnknownVocabularyError,
     Vocabulary,
     known_vocabulary,
+    read_object,
+    refuse_pointer,
     tokenizer_files,
     tokenizer_place,
     unknown_reason,
 )
 
 Stored = Mapping[str, Any]
-_SHOWN = 3
+_SHOWN, _TEXT_SHOWN = 3, 60
+_NO_IDS = ("chat_template", "model_max_length", "padding_side", "truncation_side", "name_or_path", "processor_class")
+"""Settings of a tokenizer_config.json that decide no id of a text."""
 _ALL = 1 << 62
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Compared:
+    """A tokenizer with what is read of it, each part once and when it is asked for."""
+
+    name: str
+    stored: Stored
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the model; None where they are not known."""
+        return self.stored.get("padded_vocab_size")
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Its tokens; raises UnknownVocabularyError."""
+        return known_vocabulary(self.stored)
+
+    @functools.cached_property
+    def rules(self) -> Mapping[str, Any]:
+        """How it cuts texts, as far as its files tell."""
+        return read_rules(self.vocabulary, self.stored.get("merge_file"))
+
+    @functools.cached_property
+    def files(self) -> list[Path]:
+        """Its files; none where one of them is gone."""
+        place = tokenizer_place(self.stored)
+        if place is None:
+            return []
+        if place.is_dir():
+            return tokenizer_files(place)
+        named = [Path(self.stored[argument]) for argument in TOKENIZER_FILES if self.stored.get(argument) is not None]
+        if all(map(Path.is_file, named)):
+            return named
+        return []
+
+    @functools.cached_property
+    def identity(self) -> tuple[object, ...]:
+        """What tells two tokenizers apart unread: kind and bytes; the size where there is nothing to read."""
+        place, kind = tokenizer_place(self.stored), self.stored.get("tokenizer_type")
+        if place is None:  # a folder without a tokenizer says no kind, and Megatron's form of it says "none"
+            return kind or "NullTokenizer", self.stored.get("vocab_size")
+        if not self.files:
+            return kind, object()  # equal to nothing: what is gone is unknown
+        if place.is_dir():
+            kind = "HuggingFaceTokenizer"
+        return kind, tuple(map(hash_file, self.files))
 
 
 def check_same_tokenizer(sources: Mapping[str, Stored], remedy: str) -> None:
@@ -39,70 +102,56 @@ def check_same_tokenizer(sources: Mapping[str, Stored], remedy: str) -> None:
         InputError: names the first tokens that differ, or why two tokenizers cannot be compared.
     """
     # Every pair: where the first tells no merges, the others are not to be told from it, and may differ all the same.
-    for left, right in itertools.combinations(sources, 2):
-        _check_pair({left: sources[left], right: sources[right]}, remedy)
+    for one, other in itertools.combinations(itertools.starmap(_Compared, sources.items()), 2):
+        _check_pair(one, other, remedy)
 
 
-def _check_pair(pair: Mapping[str, Stored], remedy: str) -> None:
-    (left, one), (right, other) = pair.items()
-    same_files = _identity(one) == _identity(other)
-    if same_files:
-        _refuse_pointers(pair, remedy)
-    if same_files and one.get("padded_vocab_size") == other.get("padded_vocab_size"):
-        return
-    if not same_files and tokenizer_place(one) is None and tokenizer_place(other) is None:
-        kinds = [f"{s.get('tokenizer_type')} of {s.get('vocab_size')} in {name}" for name, s in pair.items()]
+def _check_pair(one: _Compared, other: _Compared, remedy: str) -> None:
+    same_files = one.identity == other.identity
+    if same_files:  # two equal pointers say nothing of what they point to
+        try:
+            for file in one.files:
+                refuse_pointer(file)
+        except UnknownVocabularyError as error:
+            raise InputError(f"{one.name}: {error} (or {remedy})") from error
+        if one.rows == other.rows:
+            return
+    elif tokenizer_place(one.stored) is None and tokenizer_place(other.stored) is None:
+        kinds = [f"{s.stored.get('tokenizer_type')} of {s.stored.get('vocab_size')} in {s.name}" for s in (one, other)]
         raise InputError(
             f"tokenizers differ: {' and '.join(kinds)}; models can only be mixed or continued with one "
             f"tokenizer ({remedy} if you know better)"
         )
     try:
-        tables = {left: known_vocabulary(one), right: known_vocabulary(other)}
+        left = one.vocabulary.below(one.rows or other.rows or _ALL)
+        right = other.vocabulary.below(other.rows or one.rows or _ALL)
     except UnknownVocabularyError:
         if same_files:
             return
-        raise InputError(_why_unknown(pair, remedy)) from None
-    one_rows, other_rows = one.get("padded_vocab_size"), other.get("padded_vocab_size")
-    below = {
-        left: tables[left].below(one_rows or other_rows or _ALL),
-        right: tables[right].below(other_rows or one_rows or _ALL),
-    }
-    refuse_different_tokens(below, remedy)
-    _refuse_other_rules(pair, tables, None, remedy)
+        raise InputError(_why_unknown(one, other, remedy)) from None
+    different = [number for number in sorted({*left, *right}) if left.get(number) != right.get(number)]
+    if different:
+        shown = []
+        for number in different[:_SHOWN]:
+            theirs = f"{_show(left, number)} in {one.name} and {_show(right, number)} in {other.name}"
+            shown.append(f"token {number} is {theirs}")
+        raise InputError(
+            f"tokenizers differ: {', '.join(shown)}; {_count(different)}; models can only be mixed or continued with "
+            f"one tokenizer ({remedy} if you know better)"
+        )
+    _refuse_other_rules(one, other, None, remedy)
 
 
-def _refuse_other_rules(
-    pair: Mapping[str, Stored], tables: Mapping[str, Vocabulary], among: Mapping[int, str] | None, remedy: str
-) -> None:
-    (left, one), (right, other) = pair.items()
-    merges = one.get("merge_file"), other.get("merge_file")
-    difference = first_difference(tables[left], tables[right], merges, among)
+def _refuse_other_rules(one: _Compared, other: _Compared, among: Mapping[int, str] | None, remedy: str) -> None:
+    difference = first_difference(one.rules, other.rules, among)
     if difference:
         have = "have the same tokens"
         if among is not None:
             have = f"have {len(among)} tokens in common"
         raise InputError(
-            f"tokenizers differ: {left} and {right} {have} and cut texts in other ways, because of "
+            f"tokenizers differ: {one.name} and {other.name} {have} and cut texts in other ways, because of "
             f"{difference}; models can only be mixed or continued with one tokenizer ({remedy} if you know that the "
             "ids are the same)"
-        )
-
-
-def refuse_different_tokens(tables: Mapping[str, Mapping[int, str]], remedy: str) -> None:
-    """Refuse two tables that are not equal; see :func:`check_same_tokenizer`.
-
-    Raises:
-        InputError: names the first numbers that differ, with both tokens, and how many there are.
-    """
-    (left, one), (right, other) = tables.items()
-    different = [number for number in sorted({*one, *other}) if one.get(number) != other.get(number)]
-    if different:
-        shown = []
-        for number in different[:_SHOWN]:
-            shown.append(f"token {number} is {_show(one, number)} in {left} and {_show(other, number)} in {right}")
-        raise InputError(
-            f"tokenizers differ: {', '.join(shown)}; {_count(different)}; models can only be mixed or continued with "
-            f"one tokenizer ({remedy} if you know better)"
         )
 
 
@@ -118,6 +167,21 @@ def _count(different: Sized) -> str:
     return f"{len(different)} numbers differ"
 
 
+def _why_unknown(one: _Compared, other: _Compared, remedy: str) -> str:
+    reasons = []
+    for source in (one, other):
+        reason = unknown_reason(source.stored)
+        if reason:
+            reasons.append(f"{source.name}: {reason}")
+    found = f"of {one.name} and {other.name}"
+    if one.files and other.files:
+        found = "differ in kind or files, and their tokens"
+    return (
+        f"tokenizers {found} cannot be compared: {'; '.join(reasons)}; put the tokenizer's files back or beside the "
+        f"model, or {remedy} if you know that they are the same"
+    )
+
+
 def check_vocabulary_union(sources: Mapping[str, Stored], remedy: str) -> None:
     """Refuse vocabularies that contradict each other: a token that two of them know must have one number.
 
@@ -127,30 +191,16 @@ def check_vocabulary_union(sources: Mapping[str, Stored], remedy: str) -> None:
         InputError: names a token with two numbers, a number with two tokens, a rule that differs, or a vocabulary
             that cannot be read.
     """
-    whole, tables = {}, {}
-    for name, stored in sources.items():
+    compared = list(itertools.starmap(_Compared, sources.items()))
+    tables = {}
+    for source in compared:
         try:
-            whole[name] = known_vocabulary(stored)
+            tables[source.name] = source.vocabulary.below(source.rows or _ALL)
         except UnknownVocabularyError as error:
             raise InputError(
-                f"{name}: its vocabulary cannot be read ({error}), so it cannot be compared; put the tokenizer's files "
-                f"beside the model, or {remedy}"
+                f"{source.name}: its vocabulary cannot be read ({error}), so it cannot be compared; put the "
+                f"tokenizer's files beside the model, or {remedy}"
             ) from error
-        tables[name] = whole[name].below(stored.get("padded_vocab_size") or _ALL)
-    refuse_contradictions(tables, remedy)
-    for left, right in itertools.combinations(sources, 2):
-        pair = {left: sources[left], right: sources[right]}
-        if _identity(sources[left]) != _identity(sources[right]):
-            common = dict(tables[left].items() & tables[right].items())
-            _refuse_other_rules(pair, whole, common, remedy)
-
-
-def refuse_contradictions(tables: Mapping[str, Mapping[int, str]], remedy: str) -> None:
-    """Refuse tables that contradict each other; see :func:`contradictions`.
-
-    Raises:
-        InputError: names the first, with both, and how many numbers differ.
-    """
     wrong = contradictions(tables)
     if wrong:
         shown = ", ".join(wrong[number] for number in sorted(wrong)[:_SHOWN])
@@ -158,6 +208,10 @@ def refuse_contradictions(tables: Mapping[str, Mapping[int, str]], remedy: str) 
             f"vocabularies do not extend each other: {shown}; {_count(wrong)}; such models cannot be mixed "
             f"({remedy} if you know better)"
         )
+    for one, other in itertools.combinations(compared, 2):
+        if one.identity != other.identity:
+            common = dict(tables[one.name].items() & tables[other.name].items())
+            _refuse_other_rules(one, other, common, remedy)
 
 
 def contradictions(tables: Mapping[str, Mapping[int, str]]) -> dict[int, str]:
@@ -176,63 +230,69 @@ def contradictions(tables: Mapping[str, Mapping[int, str]]) -> dict[int, str]:
     return wrong
 
 
-# --- tokenizers whose table is not known ----------------------------------------------------------------------
+# --- what the files do not say -----------------------------------------------------------------------------------
 
 
-def _identity(stored: Stored) -> tuple[object, ...]:
-    """What tells two tokenizers apart without reading them: kind and bytes; the size where there is nothing to read."""
-    place, kind = tokenizer_place(stored), stored.get("tokenizer_type")
-    if place is None:  # a folder without a tokenizer says no kind, and Megatron's form of it says "none"
-        return kind or "NullTokenizer", stored.get("vocab_size")
-    files = _files(stored)
-    if not files:
-        return kind, object()  # equal to nothing: what is gone is unknown
-    if place.is_dir():
-        kind = "HuggingFaceTokenizer"
-    return kind, _hash(files)
+def differing_readings(tokenizers: Sequence[ModelTokenizer]) -> tuple[str, dict[str, str]] | None:
+    """In what the tokenizers of models differ, in words, with what each does; None where all do the same.
+
+    A template says it, a setting, a flag of a token, or a class by itself: where their files differ, transformers is
+    asked, for what it puts around a text and for the ids of some hundred texts.
+    """
+    folders = {t: t.folder for t in tokenizers if t.folder is not None and tokenizer_files(t.folder)}
+    said = list(map(_settings, folders.values()))
+    loaded: dict[ModelTokenizer, LoadedTokenizer] = {}
+    around: dict[str, str] = {}
+    for tokenizer, folder in folders.items():
+        with contextlib.suppress(InputError):  # said by whoever needs the tokenizer
+            if any(settings != said[0] for settings in said):
+                read = load_with_transformers(folder)
+                around[tokenizer.model] = _show_around(read, read_object(folder / CONFIG_FILE))
+                loaded[tokenizer] = read
+    if len(set(around.values())) > 1:
+        return "what they put around a text", around
+    if len(loaded) > 1:
+        return _first_text(loaded)
+    return None
 
 
-def _files(stored: Stored) -> list[Path]:
-    """The files of a tokenizer; none where one of them is gone."""
-    place = tokenizer_place(stored)
-    if place is None:
-        return []
-    if place.is_dir():
-        return tokenizer_files(place)
-    named = [Path(stored[argument]) for argument in TOKENIZER_FILES if stored.get(argument) is not None]
-    if all(map(Path.is_file, named)):
-        return named
-    return []
+def _first_text(loaded: Mapping[ModelTokenizer, LoadedTokenizer]) -> tuple[str, dict[str, str]] | None:
+    """The first text that some cut into other tokens, though all have each of these tokens."""
+    marked: dict[str, None] = {}
+    tables = []
+    for tokenizer, read in loaded.items():
+        marked |= dict.fromkeys([*read.all_special_tokens, *read.get_added_vocab()])
+        tables.append(set(tokenizer.tokens or read.get_vocab().values()))
+    common = set.intersection(*tables)
+    for text in texts([*marked, *map(str.swapcase, marked)], at_most=2 * len(marked)):
+        ids = {}
+        for tokenizer, read in loaded.items():
+            with contextlib.suppress(InputError), bare_exceptions_as(lambda error: InputError(str(error))):
+                ids[tokenizer.model] = list(read(text, add_special_tokens=False)["input_ids"])
+        if len(set(map(tuple, ids.values()))) > 1 and all(map(common.issuperset, ids.values())):
+            shown = {name: str(found)[:_TEXT_SHOWN] for name, found in ids.items()}
+            return f"the ids of the text {text[:_TEXT_SHOWN]!r}", shown
+    return None
 
 
-def _hash(files: Sequence[Path]) -> str:
-    """One hash of the contents of all files."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+def _show_around(loaded: LoadedTokenizer, config: Mapping[str, object]) -> str:
+    """What stands around a text, and a setting that says otherwise: llama.cpp goes by it, transformers may not."""
+    tokens = {number: token for token, number in loaded.get_vocab().items()}
+    before, after = ids_around(loaded)
+    shown = [*map(tokens.__getitem__, before), "TEXT", *map(tokens.__getitem__, after)]
+    for setting, ids in (("add_bos_token", before), ("add_eos_token", after)):
+        if bool(config.get(setting, ids)) != bool(ids):
+            shown.append(f"({setting} is {config[setting]})")
+    return " ".join(shown)
 
 
-def _why_unknown(pair: Mapping[str, Stored], remedy: str) -> str:
-    reasons = []
-    for name, stored in pair.items():
-        reason = unknown_reason(stored)
-        if reason:
-            reasons.append(f"{name}: {reason}")
-    found = "of " + " and ".join(pair)
-    if all(map(_files, pair.values())):
-        found = "differ in kind or files, and their tokens"
-    return (
-        f"tokenizers {found} cannot be compared: {'; '.join(reasons)}; put the tokenizer's files back or beside the "
-        f"model, or {remedy} if you know that they are the same"
-    )
-
-
-def _refuse_pointers(pair: Mapping[str, Stored], remedy: str) -> None:
-    """Two equal pointers say nothing of what they point to."""
-    name, stored = next(iter(pair.items()))
+def _settings(folder: Path) -> object:
+    """Whatever in a folder's files can decide it."""
+    files = {file.name: file.read_bytes() for file in tokenizer_files(folder) if file.name != CONFIG_FILE}
     try:
-        for file in _files(stored):
-            refuse_pointer(file)
-    except UnknownVocabularyError as error:
-        raise InputError(f"{name}: {error} (or {remedy})") from error
+        config, model = read_object(folder / CONFIG_FILE), read_object(folder / "config.json")
+    except UnknownVocabularyError:
+        return folder
+    for name in _NO_IDS:
+        config.pop(name, None)
+    return files, config, model.get("model_type")

@@ -1,30 +1,27 @@
 """The vocabulary of a model: which token each row of its embedding belongs to, read from the files of its tokenizer.
 
 A row means what its token means, so models can be averaged row by row only where their tables agree. A table comes from
-several files: a base (``tokenizer.json``, a SentencePiece or tiktoken model, ``vocab.json``, ``vocab.txt``) and tokens
-added to it (``tokenizer.json`` itself, ``tokenizer_config.json``, ``added_tokens.json``, ``special_tokens_map.json``).
-Where the files of one folder disagree, the table is what transformers' ``AutoTokenizer`` (4.57 and 5 alike) makes of
-them: ``added_tokens_decoder`` replaces the older files, a token that is known keeps its number, and a new one gets the
-next free number, whatever number the file says.
+several files: a base (``tokenizer.json``, a SentencePiece model, ``vocab.json``, ``vocab.txt``) and tokens added to it
+(``tokenizer.json`` itself, ``tokenizer_config.json``, ``added_tokens.json``, ``special_tokens_map.json``). Where the
+files of one folder disagree, the table is what transformers' ``AutoTokenizer`` (4.57 and 5 alike) makes of them:
+``added_tokens_decoder`` replaces the older files, a token that is known keeps its number, and a new one gets the next
+free number, whatever number the file says. The ``tokenizers`` library reads tokenizer.json and numbers what is added.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_btx.tokenizers.files import (
-    UnknownVocabularyError,
-    by_number,
-    content_of,
-    number_of,
-    read_base,
-    read_megatron_tiktoken,
-    read_object,
-    with_old_megatrons_tokens,
-)
+from megatron_btx.common.errors import InputError, bare_exceptions_as
+from megatron_btx.common.files import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 """The arguments that name a tokenizer's files."""
@@ -33,9 +30,18 @@ TOKENIZER_FOLDER_FILES = (
     "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "tekken.json", "*.tiktoken",
 )  # fmt: skip
 """Files of a tokenizer in a Hugging Face folder."""
+CONFIG_FILE, TOKENIZER_FILE = "tokenizer_config.json", "tokenizer.json"
 
+_BASES = (TOKENIZER_FILE, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec"
+_OLD_MEGATRONS_TOKENS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>")
+_LARGEST_NUMBER = 2**31
+
+
+class UnknownVocabularyError(ValueError):
+    """A vocabulary that cannot be known; its text says why, to be put after the model's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +58,58 @@ class Vocabulary:
         return {number: token for number, token in self.tokens.items() if number < rows}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelTokenizer:
+    """The tokenizer of one model, as its files and its stored arguments tell it."""
+
+    model: str
+    """The model's name, to show."""
+    arguments: Mapping[str, Any]
+    """Megatron's stored arguments; ``hf_folder`` among them is a Hugging Face folder, or None."""
+    rows: int
+    """Rows of the model's embedding."""
+    root: Path
+    """The model's folder."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder with Hugging Face's files, where there is one."""
+        folder: Path | None = self.arguments["hf_folder"]
+        return folder
+
+    @property
+    def place(self) -> Path | None:
+        """The folder or file that the tokenizer lies in; None where none is named."""
+        return tokenizer_place(self.arguments)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """What the tokenizer's files say; None where they cannot be read."""
+        return read_vocabulary(self.arguments)
+
+    @functools.cached_property
+    def tokens(self) -> dict[int, str] | None:
+        """The token of each row that has one; None where the tokenizer's files cannot be read."""
+        if self.vocabulary is None:
+            return None
+        return self.vocabulary.below(self.rows)
+
+
 def read_vocabulary(arguments: Mapping[str, Any]) -> Vocabulary | None:
     """The vocabulary of a model, or None where it cannot be known; see :func:`known_vocabulary`."""
     try:
         return known_vocabulary(arguments)
     except UnknownVocabularyError:
         return None
+
+
+def unknown_reason(arguments: Mapping[str, Any]) -> str:
+    """Why a vocabulary cannot be known; "" where it is known."""
+    try:
+        known_vocabulary(arguments)
+    except UnknownVocabularyError as error:
+        return str(error)
+    return ""
 
 
 def known_vocabulary(arguments: Mapping[str, Any]) -> Vocabulary:
@@ -76,22 +128,10 @@ def known_vocabulary(arguments: Mapping[str, Any]) -> Vocabulary:
         return _read_folder(place)
     if not place.is_file():
         raise UnknownVocabularyError(f"its tokenizer {place} cannot be found")
-    kind = str(arguments.get("tokenizer_type"))
-    if kind == "TikTokenizer":
-        tokens = read_megatron_tiktoken(place, arguments)
-    else:
-        tokens = read_base(place)
-        tokens = with_old_megatrons_tokens(tokens, kind, arguments)
-    return Vocabulary(by_number(tokens, place), place)
-
-
-def unknown_reason(arguments: Mapping[str, Any]) -> str:
-    """Why a vocabulary cannot be known; "" where it is known."""
-    try:
-        known_vocabulary(arguments)
-    except UnknownVocabularyError as error:
-        return str(error)
-    return ""
+    tokens = _read_tokens(place)
+    for token in old_megatrons_tokens(tokens, arguments):
+        tokens[token] = len(tokens)
+    return Vocabulary(_by_number(tokens, place), place)
 
 
 def tokenizer_place(arguments: Mapping[str, Any]) -> Path | None:
@@ -126,27 +166,30 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def _read_folder(folder: Path) -> Vocabulary:
     """What AutoTokenizer makes of a folder."""
+    from tokenizers import Tokenizer, models
+
     base = _base_file(folder)
-    tokens = read_base(base)
-    config = read_object(folder / "tokenizer_config.json")
+    config = read_object(folder / CONFIG_FILE)
     added = _added_by_files(folder, config)
-    if base.name == "tokenizer.json":
-        own = _added_in_tokenizer_json(base)
-        tokens = with_added(tokens, [token for _, token in own], base)  # as they are listed, whatever their numbers
+    if base.name == TOKENIZER_FILE:
+        tokenizer = read_tokenizer(base)
         if "added_tokens_decoder" not in config:
-            added |= dict(own)
+            for number, token in tokenizer.get_added_tokens_decoder().items():
+                added[number] = token.content
+    else:
+        tokenizer = Tokenizer(models.WordLevel(_read_tokens(base), unk_token=""))
     if "added_tokens_decoder" not in config:
         config = config | read_object(folder / "special_tokens_map.json")
-    tokens = with_added(tokens, [*(added[number] for number in sorted(added)), *_named_tokens(config, folder)], base)
-    return Vocabulary(by_number(tokens, base), base)
+    tokenizer.add_tokens([added[number] for number in sorted(added)] + _named_tokens(config, folder))
+    return Vocabulary(_by_number(tokenizer.get_vocab(), base), base)
 
 
 def _base_file(folder: Path) -> Path:
     """The file that AutoTokenizer starts from."""
-    for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"):
+    for name in _BASES:
         if (folder / name).is_file():
             return folder / name
-    others = sorted(folder.glob("*.model")) + sorted(folder.glob("*.tiktoken"))
+    others = sorted(folder.glob("*.model"))
     if len(others) == 1:
         return others[0]
     if others:
@@ -159,20 +202,13 @@ def _base_file(folder: Path) -> Path:
 def _added_by_files(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
     """The added tokens that stand beside the base: the older file counts where the newer place says nothing."""
     if "added_tokens_decoder" in config:
-        where = folder / "tokenizer_config.json"
+        where = folder / CONFIG_FILE
         entries = config["added_tokens_decoder"]
         if not isinstance(entries, dict):
             raise UnknownVocabularyError(f"{where}: added_tokens_decoder is no object")
-        return {number_of(key, where): content_of(value, where) for key, value in entries.items()}
+        return {_number_of(key, where): _content_of(value, where) for key, value in entries.items()}
     where = folder / "added_tokens.json"
-    return {number_of(value, where): key for key, value in read_object(where).items()}
-
-
-def _added_in_tokenizer_json(file: Path) -> list[tuple[int, str]]:
-    entries = read_object(file).get("added_tokens", [])
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UnknownVocabularyError(f"{file}: added_tokens is no list of objects")
-    return [(number_of(entry.get("id"), file), content_of(entry, file)) for entry in entries]
+    return {_number_of(value, where): key for key, value in read_object(where).items()}
 
 
 def _named_tokens(config: Mapping[str, Any], folder: Path) -> list[str]:
@@ -183,29 +219,163 @@ def _named_tokens(config: Mapping[str, Any], folder: Path) -> list[str]:
         if isinstance(listed, dict):
             listed = listed.values()
         values += listed
-    where = folder / "tokenizer_config.json"
-    return [content_of(value, where) for value in values if value is not None]
+    where = folder / CONFIG_FILE
+    return [_content_of(value, where) for value in values if value is not None]
 
 
-def with_added(tokens: dict[str, int], added: Iterable[str], where: Path) -> dict[str, int]:
-    """Tokens with more of them: one that is known keeps its number, a new one gets the next.
+# --- a single file --------------------------------------------------------------------------------------------
 
-    The next is counted as the tokenizers library does: after the base's tokens, and after what was added before.
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """A tokenizer.json as the ``tokenizers`` library reads it.
 
     Raises:
-        UnknownVocabularyError: the next number is another token's, because the base has holes.
+        UnknownVocabularyError: the file is no text, or no tokenizer of the installed library.
     """
-    result = dict(tokens)
-    taken = set(result.values())
-    size = highest = len(tokens)
-    for token in filter(None, added):  # the library passes over an empty one
-        if token not in result:
-            if highest in taken:
-                other = next(known for known, number in result.items() if number == highest)
-                raise UnknownVocabularyError(
-                    f"{where}: token {highest} is {other!r}, and {token!r} is added as {highest}"
-                )
-            result[token] = highest
-            taken.add(highest)
-        highest = max(highest, size, result[token] + 1)
-    return result
+    content = _read_text(file)
+    try:
+        return load_tokenizer(content)
+    except InputError as error:
+        raise UnknownVocabularyError(f"{file}: {error}") from error
+
+
+def load_tokenizer(content: str) -> Tokenizer:
+    """The tokenizer that the content of a tokenizer.json is.
+
+    Raises:
+        InputError: the installed library reads none in it.
+    """
+    from tokenizers import Tokenizer
+
+    unreadable = "tokenizer.json cannot be read by the tokenizers library"
+    with bare_exceptions_as(lambda error: InputError(f"{unreadable} ({error})")):
+        return Tokenizer.from_str(content)
+
+
+def _read_tokens(file: Path) -> dict[str, int]:
+    """The tokens of one file, whatever its kind."""
+    if file.name == TOKENIZER_FILE:
+        return read_tokenizer(file).get_vocab()
+    if file.suffix == ".json":
+        return {token: _number_of(number, file) for token, number in read_object(file).items()}
+    if file.suffix == ".txt":
+        return _read_lines(file)
+    return _read_sentencepiece(file)
+
+
+def _read_lines(file: Path) -> dict[str, int]:
+    """One token a line, numbered from 0; nothing follows the last line's end."""
+    lines = _read_text(file).split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return {line.rstrip("\r"): number for number, line in enumerate(lines)}
+
+
+def _read_sentencepiece(file: Path) -> dict[str, int]:
+    import sentencepiece
+
+    refuse_pointer(file)
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (RuntimeError, OSError) as error:
+        raise UnknownVocabularyError(f"{file} is no SentencePiece model") from error
+    return {model.id_to_piece(number): number for number in range(model.get_piece_size())}
+
+
+def old_megatrons_tokens(pieces: Mapping[str, int], arguments: Mapping[str, Any]) -> list[str]:
+    """The tokens that Megatron before its core tokenizers put after the pieces of a SentencePiece model.
+
+    Source: ``_SentencePieceTokenizer`` in megatron/training/tokenizer/tokenizer.py up to 0.14; newer versions store
+    ``tokenizer_sentencepiece_legacy``, older ones ``vocab_extra_ids``.
+    """
+    kind = arguments.get("tokenizer_type")
+    old = arguments.get("legacy_tokenizer", "tokenizer_sentencepiece_legacy" not in arguments)
+    if not old or "vocab_extra_ids" not in arguments:
+        return []
+    added: list[str] = []
+    if kind == "SentencePieceTokenizer":
+        added += _OLD_MEGATRONS_TOKENS
+        for piece, name in {"<pad>": "<PAD>", "<s>": "<BOS>", "</s>": "<EOS>"}.items():
+            if piece not in pieces:
+                added.append(name)
+    if kind in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"):
+        added += [f"<extra_id_{number}>" for number in range(arguments.get("vocab_extra_ids") or 0)]
+    return [token for token in dict.fromkeys(added) if token not in pieces]
+
+
+# --- values ---------------------------------------------------------------------------------------------------
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuse what Git LFS leaves where a file was not fetched.
+
+    Raises:
+        UnknownVocabularyError: the file is such a pointer.
+    """
+    if is_pointer(file):
+        raise UnknownVocabularyError(f"{file} is a pointer of Git LFS in place of the file; fetch it: git lfs pull")
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is what Git LFS leaves where the file itself was not fetched."""
+    with file.open("rb") as opened:
+        return opened.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def _read_text(file: Path) -> str:
+    refuse_pointer(file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UnknownVocabularyError(f"{file} is no text in UTF-8") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is no file.
+
+    Raises:
+        UnknownVocabularyError: the file holds none.
+    """
+    if not file.is_file():
+        return {}
+    refuse_pointer(file)
+    try:
+        content = read_json(file, "it is damaged")
+        json.dumps(content, ensure_ascii=False).encode()  # JSON can spell half of a character, which no library takes
+    except InputError as error:
+        raise UnknownVocabularyError(str(error)) from error
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise UnknownVocabularyError(f"{file} holds what is no text ({error})") from error
+    if not isinstance(content, dict):
+        raise UnknownVocabularyError(f"{file} holds no JSON object")
+    return content
+
+
+def _number_of(value: object, file: Path) -> int:
+    """The number of a token, written as a number or as digits."""
+    number = value
+    if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+        number = int(value)
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < _LARGEST_NUMBER:
+        return number
+    raise UnknownVocabularyError(f"{file}: {value!r} is no number of a token")
+
+
+def _content_of(value: object, file: Path) -> str:
+    """A token as a plain text or as an object."""
+    text = value
+    if isinstance(value, dict):
+        text = value.get("content")
+    if isinstance(text, str):
+        return text
+    raise UnknownVocabularyError(f"{file}: {value!r} is no token")
+
+
+def _by_number(tokens: Mapping[str, int], file: Path) -> dict[int, str]:
+    """The token of each number; two tokens have one where the library puts its next token into a hole of the model."""
+    found: dict[int, str] = {}
+    for token, number in tokens.items():
+        if found.setdefault(number, token) != token:
+            one, other = sorted([found[number], token])
+            raise UnknownVocabularyError(f"{file}: token {number} is both {one!r} and {other!r}")
+    return dict(sorted(found.items()))

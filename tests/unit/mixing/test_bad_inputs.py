@@ -474,7 +474,7 @@ def test_routers_from_a_pickle_run_nothing(model, tmp_path, capsys):
 
 
 def _tokenizer(vocab: object) -> str:
-    return json.dumps({"model": {"type": "BPE", "vocab": vocab}, "added_tokens": []})
+    return json.dumps({"model": {"type": "WordLevel", "vocab": vocab, "unk_token": ""}, "added_tokens": []})
 
 
 TOKENIZERS: dict[str, tuple[str, str, str, list[str]]] = {
@@ -504,7 +504,8 @@ def test_a_union_without_vocabularies(model, tmp_path, capsys):
 
 
 def test_a_tokenizer_json_of_nonsense(tmp_path, capsys):
-    """Whatever the JSON holds, its vocabulary is one that can be read or one that cannot."""
+    """Whatever the JSON holds, its vocabulary is one that can be read or not; the library panics at some."""
+    words = {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": ""}
     experts = {name: llama_folder(tmp_path / "sources" / name) for name in "ab"}
     (experts["a"] / "tokenizer.json").write_text(_tokenizer({"x": 0}))
     for nonsense in (
@@ -514,12 +515,15 @@ def test_a_tokenizer_json_of_nonsense(tmp_path, capsys):
         {"model": {"vocab": 3}},
         {"model": {"vocab": [1]}},
         {"model": {"vocab": [[]]}},
+        {"model": words | {"vocab": {"\ud800": 0}}},
+        {"model": words, "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"model": words, "normalizer": {"type": "Replace", "pattern": {"Regex": "("}, "content": ""}},
     ):
         (experts["b"] / "tokenizer.json").write_text(json.dumps(nonsense))
         message = refused([*expert_words(experts), "--vocab", "union"], tmp_path / "out", capsys)
         assert "b: its vocabulary cannot be read" in message
     for added in (5, [3], [{}], [{"content": [], "id": 1}], [{"content": "z", "id": None}]):
-        content = json.dumps({"model": {"vocab": {"x": 0}}, "added_tokens": added})
+        content = json.dumps({"model": words, "added_tokens": added})
         (experts["b"] / "tokenizer.json").write_text(content)
         assert "cannot be read" in refused([*expert_words(experts), "--vocab", "union"], tmp_path / "out", capsys)
 

@@ -269,7 +269,8 @@ def test_vocabularies_that_do_not_extend_each_other(tmp_path):
         words = write_tokenizer(tmp_path / name, config["vocab_size"])
         if name == "b":
             moved = {word: (number + 5) % len(words) for word, number in words.items()}
-            (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": moved}}))
+            model = {"type": "WordLevel", "vocab": moved, "unk_token": "word0"}
+            (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": model}))
     experts = [f"--expert={name}={tmp_path / name}" for name in "ab"]
     code, error = run(cli.main, [*experts, "--vocab=union", "--output", str(tmp_path / "out")])
     assert code == 2 and "vocabularies do not extend each other" in error and "word0" in error

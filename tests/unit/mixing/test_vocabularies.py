@@ -36,8 +36,9 @@ def words(count: int) -> dict[str, int]:
 
 def word_json(count: int, *added: str) -> dict[str, Any]:
     """The same as a tokenizer.json, and tokens added to it."""
-    entries = [{"id": count + number, "content": token} for number, token in enumerate(added)]
-    return {"model": {"type": "WordLevel", "vocab": words(count)}, "added_tokens": entries}
+    flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word", "special"), False)
+    entries = [{"id": count + number, "content": token, **flags} for number, token in enumerate(added)]
+    return {"model": {"type": "WordLevel", "vocab": words(count), "unk_token": ""}, "added_tokens": entries}
 
 
 def model(folder: Path, seed: int, rows: int, files: Mapping[str, Any], **config: object) -> Path:

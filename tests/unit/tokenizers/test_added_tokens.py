@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_btx.mixing.tokenizer.files import (
+from megatron_btx.tokenizers.vocabulary import known_vocabulary
+from megatron_btx.tokenizers.written_files import (
     drop_rowless_tokens,
     has_written_form,
     number_of_token,
     renumber_added_tokens,
     special_ids,
 )
-from megatron_btx.tokenizers.vocabulary import known_vocabulary
 
 FLAGS = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False) | {"special": True}
 MODEL = {"type": "WordLevel", "unk_token": "a", "vocab": {token: number for number, token in enumerate("abcdefgh")}}

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.tokenizer.proof import Oracle
-from megatron_btx.mixing.tokenizer.texts import texts
 from megatron_btx.tokenizers.sentencepiece import convert, read_model
+from megatron_btx.tokenizers.texts import texts
+from megatron_btx.tokenizers.verify import Reference
 
 WORDS = [f"word {i} of {i * 7 % 13} letters {chr(97 + i % 26)} Hello World don't the one two" for i in range(200)]
 KINDS = ("bpe", "unigram")
@@ -42,11 +42,11 @@ def different(content: bytes, tried: list[str]) -> list[tuple[str, list[int], li
     model, made = sentencepiece.SentencePieceProcessor(model_proto=content), convert(content).tokenizer
     proto = read_model(content)
     scored = [(piece.piece, piece.score) for piece in proto.pieces] if proto.trainer_spec.model_type == 1 else []
-    oracle = Oracle("sentencepiece", lambda texts, _whole: model.encode(texts), scored)
+    reference = Reference("sentencepiece", lambda texts, _whole: model.encode(texts), scored)
     found = []
     for text in tried:
         expected, ids = model.encode(text), made.encode(text, add_special_tokens=False).ids
-        if expected != ids and not oracle.ties(expected, ids):
+        if expected != ids and not reference.ties(expected, ids):
             found.append((text, expected, ids))
     return found
 

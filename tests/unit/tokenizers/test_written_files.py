@@ -6,15 +6,19 @@ import json
 
 import pytest
 
-from megatron_btx.mixing.tokenizer import files as tokenizer_files
-from megatron_btx.mixing.tokenizer.proof import Oracle, compare
+from megatron_btx.tokenizers import written_files as tokenizer_files
+from megatron_btx.tokenizers.verify import Reference, compare
 
 ROWS = 400
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+WORDS = {"<s>": 0} | {f"w{number}": number for number in range(1, ROWS - 1)}
 TOKENIZER = {
-    "added_tokens": [{"id": 0, "content": "<s>"}, {"id": 399, "content": "</s>"}, {"id": 400, "content": "[PAD]"}],
-    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True},
-    "model": {"type": "BPE", "vocab": {"a": 1}},
-    "truncation": {"max_length": 8},
+    "added_tokens": [
+        {"id": n, "content": token, **FLAGS} for n, token in {0: "<s>", 399: "</s>", 400: "[PAD]"}.items()
+    ],
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+    "model": {"type": "BPE", "vocab": WORDS, "merges": []},
+    "truncation": {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
 }
 
 
@@ -59,8 +63,8 @@ def test_ways_that_are_as_probable_are_one():
         (pieces, [[0, 5, 3]], False),
         ((), tie, False),
     ):
-        oracle = Oracle("a model", lambda _texts, _whole: expected, scored)
-        difference, ties, compared = compare(oracle, lambda _texts, _whole, ids=found: ids, ["abcab"], len(pieces))
+        reference = Reference("a model", lambda _texts, _whole: expected, scored)
+        difference, ties, compared = compare(reference, lambda _texts, _whole, ids=found: ids, ["abcab"], len(pieces))
         assert ((difference is None), ties, compared) == (is_tie, int(is_tie), 1)
 
 
@@ -68,9 +72,9 @@ def test_a_proof_counts_what_it_compared():
     """A text with a token that has no row is left out, and such a token around a text is none of the result."""
     rowless = {False: [[1, 9], [2], []], True: [[9, 1, 9], [9, 2], [9]]}
     for found, wrong in (([[], [2], []], 0), ([[], [9, 2], [9]], 2), ([[], [9, 2], []], 1)):
-        oracle = Oracle("a model", lambda _texts, whole: rowless[whole])
+        reference = Reference("a model", lambda _texts, whole: rowless[whole])
         read = {False: [[], [2], []], True: found}
-        difference, _, compared = compare(oracle, lambda _texts, whole, ids=read: ids[whole], ["a", "b", "c"], 9)
+        difference, _, compared = compare(reference, lambda _texts, whole, ids=read: ids[whole], ["a", "b", "c"], 9)
         assert compared == 2 and (difference.count if difference else 0) == wrong
 
 

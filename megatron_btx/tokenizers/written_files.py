@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.mixing.tokenizer.proof import CONFIG_FILE, TOKENIZER_FILE
-from megatron_btx.tokenizers.files import UnknownVocabularyError
-from megatron_btx.tokenizers.vocabulary import TOKENIZER_FOLDER_FILES, with_added
+from megatron_btx.tokenizers.vocabulary import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    TOKENIZER_FOLDER_FILES,
+    load_tokenizer,
+)
 
 CLASS = "PreTrainedTokenizerFast"
 """Known to transformers 4.57 and 5, and adds nothing to tokenizer.json; others build a tokenizer of their own."""
 NAMES = ("bos_token", "eos_token", "pad_token")
 GENERATION = "generation_config.json"
-_ALL_NAMES = (*NAMES, "unk_token", "sep_token", "cls_token", "mask_token")
+ALL_NAMES = (*NAMES, "unk_token", "sep_token", "cls_token", "mask_token")
 _SMALL_BYTES = 256 << 20
 _OTHER_READINGS = ("added_tokens.json", "special_tokens_map.json", "tekken.json")
 """Files that a reader takes beside or in place of tokenizer.json; what they say stands in it."""
@@ -64,7 +66,7 @@ def has_written_form(files: Mapping[str, bytes], rows: int) -> bool:
 def _special_tokens(config: Mapping[str, Any]) -> list[str]:
     """The tokens that a tokenizer_config.json calls special."""
     tokens = list(config.get("additional_special_tokens") or [])
-    for name in _ALL_NAMES:
+    for name in ALL_NAMES:
         if config.get(name) is not None:
             tokens.append(config[name])
     return [text_of(token) for token in tokens]
@@ -87,7 +89,7 @@ def make_config(
         special: all special tokens, wherever the source lists them.
     """
     config = dict(source)
-    for name in (*_OF_ANOTHER_CLASS, *_ALL_NAMES):
+    for name in (*_OF_ANOTHER_CLASS, *ALL_NAMES):
         config.pop(name, None)
     listed = source.get("additional_special_tokens") or source.get("extra_special_tokens") or []
     known = {str(entry["content"]) for entry in tokenizer.get("added_tokens") or []}
@@ -129,9 +131,8 @@ def _added_beside(files: Iterable[str], tokenizer: Mapping[str, Any]) -> dict[st
     They stand in tokenizer_config.json as transformers 4 writes them; both its versions find nothing new there.
     """
     added = tokenizer.get("added_tokens") or []
-    own = {**tokenizer, "added_tokens": []}
     has_other_base = any(name.endswith(".model") or name in ("vocab.json", "vocab.txt") for name in files)
-    if not has_other_base or all(number_of_token(own, entry.get("content")) is not None for entry in added):
+    if not has_other_base or {entry["content"] for entry in added} <= _tokens_of_model(tokenizer).keys():
         return {}
     return {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in added}
 
@@ -147,9 +148,7 @@ def _without_rowless(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
     result = dict(tokenizer)
     if "added_tokens" in result:
         result["added_tokens"] = [entry for entry in result["added_tokens"] or [] if entry.get("id", 0) < rows]
-    with contextlib.suppress(
-        KeyError, TypeError, ValueError, AttributeError
-    ):  # no template: refused where it is loaded
+    if result.get("post_processor"):
         result["post_processor"] = _without_rowless_around(result["post_processor"], rows)
     return result
 
@@ -161,7 +160,7 @@ def _without_rowless_around(processor: Mapping[str, Any], rows: int) -> dict[str
         result["processors"] = [_without_rowless_around(part, rows) for part in processor["processors"]]
     if processor.get("type") == "TemplateProcessing":
         tokens = processor["special_tokens"]
-        result["special_tokens"] = {name: tokens[name] for name in tokens if max(tokens[name]["ids"]) < rows}
+        result["special_tokens"] = {name: tokens[name] for name in tokens if max(tokens[name]["ids"], default=0) < rows}
         for form in ("single", "pair"):
             kept = {None, *result["special_tokens"]}
             result[form] = [part for part in processor[form] if part.get("SpecialToken", {}).get("id") in kept]
@@ -171,17 +170,10 @@ def _without_rowless_around(processor: Mapping[str, Any], rows: int) -> dict[str
 def renumber_added_tokens(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     """A tokenizer.json whose added tokens have the numbers that the tokenizers library gives them.
 
-    It counts them in the order in which they are listed, whatever numbers the file says. Where the model's own numbers
-    have holes that the count falls into, nothing is changed: such a table is refused elsewhere.
+    It counts them in the order in which they are listed, whatever numbers the file says.
     """
     added = tokenizer.get("added_tokens") or []
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-    if isinstance(vocabulary, list):
-        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
-    try:
-        numbers = with_added(vocabulary, [entry["content"] for entry in added], Path(TOKENIZER_FILE))
-    except UnknownVocabularyError:
-        return dict(tokenizer)
+    numbers = load_tokenizer(json.dumps(tokenizer)).get_vocab()
     entries = [entry | {"id": numbers[entry["content"]]} for entry in added if entry["content"]]
     if entries == added:
         return dict(tokenizer)
@@ -193,13 +185,16 @@ def number_of_token(tokenizer: Mapping[str, Any], token: str) -> int | None:
     for entry in tokenizer.get("added_tokens") or []:
         if entry.get("content") == token:
             return int(entry["id"])
-    vocabulary = (tokenizer.get("model") or {}).get("vocab")
-    if isinstance(vocabulary, dict):
-        return vocabulary.get(token)
-    for number, entry in enumerate(vocabulary or []):
-        if entry[0] == token:
-            return number
-    return None
+    return _tokens_of_model(tokenizer).get(token)
+
+
+def _tokens_of_model(tokenizer: Mapping[str, Any]) -> Mapping[str, int]:
+    """The tokens that are not added."""
+    tokens: Any = (tokenizer.get("model") or {}).get("vocab") or {}
+    if isinstance(tokens, list):  # Unigram: [token, score] in the order of their numbers
+        return {token: number for number, (token, _) in enumerate(tokens)}
+    found: Mapping[str, int] = tokens
+    return found
 
 
 def special_ids(files: Mapping[str, bytes], rows: int) -> dict[str, int]:

@@ -14,8 +14,8 @@ import torch
 from examples.quickstart.corpora import vocabulary
 from megatron_btx.common.errors import InputError
 from megatron_btx.mixing import convert_hf
-from megatron_btx.mixing.tokenizer.files import has_written_form, travelling_files
-from megatron_btx.mixing.tokenizer.texts import texts
+from megatron_btx.tokenizers.texts import texts
+from megatron_btx.tokenizers.written_files import has_written_form, travelling_files
 from tests.asked_tokenizers import Asked
 from tests.hugging_face import OLDER, REPOSITORY
 from tests.mixing import planned, rewrite
@@ -411,6 +411,7 @@ def test_kinds_without_a_form_are_refused(kind, expected, results, tmp_path):
 UNREADABLE: dict[str, Files] = {
     "vocabulary alone": {"vocab.json": {"a": 0, "b": 1}},
     "half a json": {"tokenizer.json": {"model": {"vocab": {"a": 0}}}},
+    "words alone": {"tokenizer.json": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}}},
     "tiktoken": {"x.tiktoken": "YQ== 0\nYg== 1\n"},
 }
 

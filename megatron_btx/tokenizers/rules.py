@@ -10,16 +10,13 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.common.errors import InputError
-from megatron_btx.tokenizers.files import read_object
-from megatron_btx.tokenizers.sentencepiece_model import NORMAL, ModelPiece, read_model
-from megatron_btx.tokenizers.vocabulary import Vocabulary
+from megatron_btx.tokenizers.sentencepiece import NORMAL, ModelPiece, read_model
+from megatron_btx.tokenizers.vocabulary import Vocabulary, read_tokenizer
 
-_JSON_PARTS = {"normalizer": "normaliser", "pre_tokenizer": "first cut into words"}
 _SETTINGS = {
     **dict.fromkeys(("byte_fallback", "ignore_merges", "fuse_unk", "unk_token", "unk_id", "dropout")),
     **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix")),
@@ -29,18 +26,13 @@ _SETTINGS = {
 
 
 def first_difference(
-    left: Vocabulary,
-    right: Vocabulary,
-    merges: tuple[object, object] = (None, None),
-    among: Mapping[int, str] | None = None,
+    one: Mapping[str, Any], other: Mapping[str, Any], among: Mapping[int, str] | None = None
 ) -> str | None:
-    """The first rule in which two tokenizers differ, in words; None where no difference is known.
+    """The first of the rules in which two tokenizers differ, in words; None where no difference is known.
 
     Args:
-        merges: the files of merges that stored arguments name, for tokenizers that are no folders.
         among: the tokens that both have, where one has more: only rules of these are compared.
     """
-    one, other = _rules(left, merges[0]), _rules(right, merges[1])
     if among is not None:
         one, other = _rules_among(one, other, among), _rules_among(other, one, among)
     for name in one:
@@ -57,7 +49,7 @@ def rule_fingerprints(vocabulary: Vocabulary, merges: object = None) -> dict[str
     Args:
         merges: the file of merges that stored arguments name, for tokenizers that are no folders.
     """
-    rules = _rules(vocabulary, merges)
+    rules = read_rules(vocabulary, merges)
     if vocabulary.base.name == "tokenizer.json" and "scores" in rules:
         rules["scores in tokenizer.json"] = rules.pop("scores")
     return {name: _fingerprint(value) for name, value in rules.items()}
@@ -101,8 +93,12 @@ def _short(value: object) -> str:
     return text
 
 
-def _rules(vocabulary: Vocabulary, merges: object) -> dict[str, Any]:
-    """The rules that a tokenizer's files tell, by the name they have in a refusal."""
+def read_rules(vocabulary: Vocabulary, merges: object = None) -> dict[str, Any]:
+    """The rules that a tokenizer's files tell, by the name they have in a refusal.
+
+    Args:
+        merges: the file of merges that stored arguments name, for tokenizers that are no folders.
+    """
     base = vocabulary.base
     if base.name == "tokenizer.json":
         return _rules_of_json(base)
@@ -118,7 +114,7 @@ def _rules(vocabulary: Vocabulary, merges: object) -> dict[str, Any]:
 
 def _rules_among(rules: Mapping[str, Any], others: Mapping[str, Any], tokens: Mapping[int, str]) -> dict[str, Any]:
     """What rules say of some tokens: other tokens have merges, scores and places of their own."""
-    kept = {name: value for name, value in rules.items() if name != "files"}
+    kept = dict(rules)
     if "merges" in kept:
         texts = set(tokens.values())
         kept["merges"] = [pair for pair in kept["merges"] if "".join(pair) in texts]
@@ -135,76 +131,47 @@ def _rules_among(rules: Mapping[str, Any], others: Mapping[str, Any], tokens: Ma
 
 
 def _rules_of_json(file: Path) -> dict[str, Any]:
-    content = read_object(file)
+    """As the ``tokenizers`` library spells them, whatever version wrote the file."""
+    content = json.loads(read_tokenizer(file).to_str())
     model = content["model"]
-    rules: dict[str, Any] = {}
-    if model.get("type"):
-        rules["kind"] = model["type"]
     settings = {}
     for key, usual in _SETTINGS.items():
         if model.get(key) not in (None, "", False, usual):
             settings[key] = model[key]
-    if settings or model.get("type"):
-        rules["model settings"] = settings
-    if isinstance(model.get("merges"), list):
-        rules["merges"] = list(map(_pair, model["merges"]))
-    if isinstance(model.get("vocab"), list):
-        rules["scores"] = list(map(_score, model["vocab"]))
-    for part, name in _JSON_PARTS.items():
-        rules[name] = _canonical(content.get(part))
+    rules: dict[str, Any] = {"kind": model["type"], "model settings": settings}
+    if "merges" in model:
+        rules["merges"] = model["merges"]
+    if isinstance(model["vocab"], list):  # Unigram: [token, score]
+        rules["scores"] = [score for _, score in model["vocab"]]
+    rules["normaliser"] = _as_described(content["normalizer"])
+    rules["first cut into words"] = content["pre_tokenizer"]
     return rules
 
 
-def _score(entry: Sequence[Any]) -> Any:
-    """The score of a Unigram model's [token, score]; None where there is none."""
-    if len(entry) < 2:
-        return None
-    return entry[1]
+def _as_described(normaliser: Any) -> Any:
+    """A normaliser as descriptions of datasets have it: bytes with the settings that the first cut of this name has."""
+    if not isinstance(normaliser, dict):
+        return normaliser
+    if normaliser["type"] == "Sequence":
+        return normaliser | {"normalizers": list(map(_as_described, normaliser["normalizers"]))}
+    if normaliser["type"] == "ByteLevel":
+        return normaliser | {"add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    return normaliser
 
 
-def _canonical(part: object) -> object:
-    """A part of tokenizer.json with what its writers leave out or spell in an older way."""
-    if not isinstance(part, dict):
-        return part
-    filled = dict(part)
-    filled.pop("str_rep", None)
-    for key in ("normalizers", "pretokenizers"):
-        if isinstance(filled.get(key), list):
-            filled[key] = list(map(_canonical, filled[key]))
-    if filled.get("type") == "ByteLevel":
-        filled = {"add_prefix_space": True, "trim_offsets": True, "use_regex": True} | filled
-    if filled.get("type") == "Metaspace":
-        scheme = "never"
-        if filled.pop("add_prefix_space", True):
-            scheme = "always"
-        filled = {"prepend_scheme": scheme, "split": True} | filled
-    return filled
-
-
-def _read_merges(file: Path) -> list[tuple[str, str]]:
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    return [_pair(line) for line in lines if line.strip() and not line.startswith("#version")]
-
-
-def _pair(merge: object) -> tuple[str, str]:
-    """A merge, written as one text or as two."""
-    words = merge
-    if not isinstance(words, list):
-        words = str(merge).split(" ")
-    if not words:
-        return "", ""
-    return str(words[0]), " ".join(map(str, words[1:]))
+def _read_merges(file: Path) -> list[list[str]]:
+    """The pairs of a merges.txt."""
+    merges = []
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if line.strip() and not line.startswith("#version"):
+            left, _, right = line.partition(" ")
+            merges.append([left, right])
+    return merges
 
 
 def _rules_of_sentencepiece(file: Path) -> dict[str, Any]:
-    """From the model's protocol buffer; nothing for a tiktoken file, whose table says it all."""
-    content = file.read_bytes()
-    try:
-        model = read_model(content)
-    except ModuleNotFoundError:  # without protobuf only equal files are known to be equal
-        return {"files": hashlib.sha256(content).hexdigest()[:16]}
-    except InputError:
-        return {}
+    """From the model's protocol buffer."""
+    model = read_model(file.read_bytes())
     kind = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}[model.trainer_spec.model_type]
     rules: dict[str, Any] = {"kind": kind}
     if kind == "Unigram":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import itertools
 import json
 import math
@@ -16,11 +17,11 @@ from types import ModuleType
 from typing import Any, Protocol, cast
 
 from megatron_btx.common.errors import InputError, bare_exceptions_as
+from megatron_btx.tokenizers.vocabulary import CONFIG_FILE, TOKENIZER_FILE, load_tokenizer
 
 Ids = list[list[int]]
 Encode = Callable[[Sequence[str], bool], Ids]
 """From texts to ids; the second argument asks for what a tokenizer puts before and after a text."""
-CONFIG_FILE, TOKENIZER_FILE = "tokenizer_config.json", "tokenizer.json"
 _SHOWN_IDS = 12
 _ROUNDING = 1e-6
 """SentencePiece adds scores up in fp32."""
@@ -49,7 +50,7 @@ class LoadedTokenizer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Oracle:
+class Reference:
     """The tokenizer that a model was trained with."""
 
     name: str
@@ -98,21 +99,23 @@ def _show_ids(ids: Sequence[int]) -> str:
     return f"[{shown}]"
 
 
-def compare(oracle: Oracle, encode: Encode, texts: Sequence[str], rows: int) -> tuple[Difference | None, int, int]:
+def compare(
+    reference: Reference, encode: Encode, texts: Sequence[str], rows: int
+) -> tuple[Difference | None, int, int]:
     """The first difference of two tokenizers, how many texts differ by a tie alone, and how many were compared.
 
     A text that holds a token without a row is left out: the model cannot read it. No such token may stand around one.
     """
     wrong: list[tuple[str, list[int], list[int]]] = []
-    readable = [max(ids, default=0) < rows for ids in oracle.encode(texts, False)]
+    readable = [max(ids, default=0) < rows for ids in reference.encode(texts, False)]
     ties = 0
     for whole in (False, True):
-        pairs = zip(texts, oracle.encode(texts, whole), encode(texts, whole), strict=True)
+        pairs = zip(texts, reference.encode(texts, whole), encode(texts, whole), strict=True)
         for text, given, found in itertools.compress(pairs, readable):
             expected = [number for number in given if number < rows]
             if expected == found:
                 continue
-            if oracle.ties(expected, found):
+            if reference.ties(expected, found):
                 ties += not whole
                 continue
             wrong.append((text, expected, found))
@@ -122,17 +125,13 @@ def compare(oracle: Oracle, encode: Encode, texts: Sequence[str], rows: int) -> 
     return Difference(*wrong[0], count), ties, sum(readable)
 
 
-def read_tokenizer(content: str, split_special_tokens: bool) -> Encode:
+def encode_with_tokenizers(content: str, split_special_tokens: bool) -> Encode:
     """What the ``tokenizers`` library, and so every class of transformers that adds nothing, makes of a file.
 
     Raises:
         InputError: it cannot be read.
     """
-    from tokenizers import Tokenizer
-
-    unreadable = "tokenizer.json cannot be read by the tokenizers library"
-    with bare_exceptions_as(lambda error: InputError(f"{unreadable} ({error})")):
-        tokenizer = Tokenizer.from_str(content)
+    tokenizer = load_tokenizer(content)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = split_special_tokens
@@ -176,11 +175,27 @@ def _quiet_transformers() -> ModuleType:
     return transformers
 
 
+def transformers_name(loaded: LoadedTokenizer) -> str:
+    """The class that reads a tokenizer, with the version of transformers."""
+    return f"{type(loaded).__name__} of transformers {importlib.metadata.version('transformers')}"
+
+
+def ids_around(loaded: LoadedTokenizer) -> tuple[list[int], list[int]]:
+    """The ids before and after a text."""
+    bare = list(loaded("a", add_special_tokens=False)["input_ids"])
+    whole = list(loaded("a", add_special_tokens=True)["input_ids"])
+    starts = (at for at in range(len(whole)) if bare and whole[at : at + len(bare)] == bare)
+    start = next(starts, len(whole))
+    return whole[:start], whole[start + len(bare) :]
+
+
 def encode_with_transformers(tokenizer: LoadedTokenizer) -> Encode:
     """How a loaded tokenizer of transformers encodes."""
+    unable = "its own tokenizer cannot encode every text"
 
     def encode(texts: Sequence[str], whole: bool) -> Ids:
-        return [list(tokenizer(text, add_special_tokens=whole)["input_ids"]) for text in texts]
+        with bare_exceptions_as(lambda error: InputError(f"{unable} ({error}); --allow-other-ids carries the files")):
+            return [list(tokenizer(text, add_special_tokens=whole)["input_ids"]) for text in texts]
 
     return encode
 
@@ -195,7 +210,7 @@ def read_made_files(files: Mapping[str, bytes], model_config: Mapping[str, Any] 
         InputError: they cannot be read.
     """
     config = json.loads(files[CONFIG_FILE])
-    readers = [read_tokenizer(files[TOKENIZER_FILE].decode(), bool(config.get("split_special_tokens")))]
+    readers = [encode_with_tokenizers(files[TOKENIZER_FILE].decode(), bool(config.get("split_special_tokens")))]
     if model_config is None:
         return readers
     return [*readers, encode_with_transformers(load_files(files, model_config))]
