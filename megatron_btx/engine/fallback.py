@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint.iterations import TRACKER, is_checkpoint, list_iterations, read_tracker, resolve_iteration
-from megatron_btx.checkpoint.retention import REPLACED
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError, InputError
 from megatron_btx.common.files import write_atomically
@@ -26,6 +25,7 @@ from megatron_btx.common.log import say
 from megatron_btx.engine import patch
 from megatron_btx.engine.checks.resume import step_of
 from megatron_btx.engine.checks.start import iteration_of
+from megatron_btx.engine.saving import REPLACED, non_persistent_root
 
 CHECKSUMS = "integrity.json"
 """Source: ``core/dist_checkpointing/validation.py``, INTEGRITY_FNAME."""
@@ -77,11 +77,6 @@ def choose_checkpoint(args: argparse.Namespace) -> None:
         say(f"{fault}; the run goes on from the checkpoint of step {step}")
         args.ckpt_step = step
         _answer_for_the_tracker(root / TRACKER, step)
-
-
-def non_persistent_root(args: argparse.Namespace, root: str) -> Path:
-    """Where Megatron keeps the checkpoints of ``--non-persistent-ckpt-type global`` of a run in ``root``."""
-    return Path(args.non_persistent_global_ckpt_dir or Path(root) / "non_persistent")
 
 
 def _saves_where_it_loads(args: argparse.Namespace) -> bool:

@@ -175,10 +175,9 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
         InputError: see :func:`checked_arguments`.
     """
     from megatron_btx.engine import repairs
-    from megatron_btx.engine.async_saves import guard_async_saves
     from megatron_btx.engine.checks.start import checkpoint_to_load
     from megatron_btx.engine.fallback import verify_where_checksums_are
-    from megatron_btx.engine.retention import keep_to_its_line
+    from megatron_btx.engine.saving import guard_async_saves, keep_to_its_line
     from megatron_btx.model.freezing import freeze
     from megatron_btx.training import telemetry
     from megatron_btx.training.bad_steps import ShownLosses, SkippedSteps, begin_record, judge_every_step

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE, TRACKER, list_iterations, read_tracker
-from megatron_btx.checkpoint.retention import REPLACED, find_removable, make_room, remove_checkpoint
+from megatron_btx.engine.saving import REPLACED, find_removable, make_room, remove_checkpoint
 
 
 @pytest.fixture
