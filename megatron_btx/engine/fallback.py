@@ -23,8 +23,7 @@ from megatron_btx.common.errors import CheckpointError, InputError
 from megatron_btx.common.files import write_atomically
 from megatron_btx.common.log import say
 from megatron_btx.engine import patch
-from megatron_btx.engine.checks.resume import step_of
-from megatron_btx.engine.checks.start import iteration_of
+from megatron_btx.engine.checks.start import iteration_of, step_of
 from megatron_btx.engine.saving import REPLACED, non_persistent_root
 
 CHECKSUMS = "integrity.json"
