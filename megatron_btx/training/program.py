@@ -27,7 +27,7 @@ from megatron_btx.common.log import say
 from megatron_btx.distributed.abort import Stopping
 from megatron_btx.distributed.hang_detector import AGAIN
 from megatron_btx.distributed.process_cleanup import end_helpers, leave_no_orphans
-from megatron_btx.engine.budget import budget_of
+from megatron_btx.engine.checks.arguments import budget_of
 from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
 from megatron_btx.engine.program import parse_training

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_btx.engine.budget import check_budget
-from megatron_btx.engine.checks.layout import check_checkpoint_format, check_layout
+from megatron_btx.engine.checks.arguments import (
+    check_bias,
+    check_budget,
+    check_checkpoint_format,
+    check_evaluation_interval,
+    check_layout,
+    check_retention,
+    check_seed,
+)
 from megatron_btx.engine.checks.routing import check_routing
-from megatron_btx.engine.checks.training import check_bias, check_evaluation_interval, check_retention, check_seed
 from megatron_btx.engine.checks.unsupported_flags import check_flags
 from megatron_btx.engine.options import Options, resolve_options
 

@@ -21,7 +21,7 @@ from megatron_btx.checkpoint.arguments import (
 from megatron_btx.checkpoint.iterations import RELEASE, TRACKER, resolve_iteration, root_of
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import InputError
-from megatron_btx.engine.budget import budget_of
+from megatron_btx.engine.checks.arguments import budget_of
 from megatron_btx.model.groups import TrainedGroups, resolve_groups
 from megatron_btx.tokenizers.comparison import check_same_tokenizer
 from megatron_btx.tokenizers.path import locate_tokenizer

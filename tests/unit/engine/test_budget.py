@@ -10,7 +10,7 @@ from megatron.core import num_microbatches_calculator as calculator
 
 from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.common.errors import InputError
-from megatron_btx.engine.budget import budget_of, check_budget
+from megatron_btx.engine.checks.arguments import budget_of, check_budget
 from megatron_btx.engine.checks.start import finished
 
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError, InputError
-from megatron_btx.engine.checks.layout import check_checkpoint_format
+from megatron_btx.engine.checks.arguments import check_checkpoint_format
 from megatron_btx.engine.checks.start import check_against_checkpoint, checkpoint_to_load
 from megatron_btx.engine.fallback import choose_checkpoint
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
