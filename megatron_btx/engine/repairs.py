@@ -48,7 +48,7 @@ def use_the_shipped_dataset_helper() -> None:
 def use_an_optimizer_that_resumes() -> None:
     """Without Transformer Engine and apex, give Megatron an Adam of the form it is written for.
 
-    See :mod:`megatron_btx.engine.adam` for why. One more repair belongs to it: the distributed optimizer loads fp32
+    See :mod:`megatron_btx.engine.optimizer` for why. One more repair belongs to it: the distributed optimizer loads fp32
     parameters by copying into leaves that require gradients, which autograd refuses outside ``no_grad``.
     """
     import torch
@@ -65,7 +65,7 @@ def use_an_optimizer_that_resumes() -> None:
         patch.expect(owner, name)
     if not optimizers.USING_PYTORCH_OPTIMIZER:
         return
-    from megatron_btx.engine.adam import GroupStepAdam
+    from megatron_btx.engine.optimizer import GroupStepAdam
 
     patch.replace(optimizers, "Adam", GroupStepAdam)
     patch.replace(optimizers, "USING_PYTORCH_OPTIMIZER", False)

@@ -22,7 +22,7 @@ from typing import Any
 from megatron_btx.common.errors import InputError, MachineError
 from megatron_btx.common.log import say
 from megatron_btx.engine import patch
-from megatron_btx.engine.adam import make_state
+from megatron_btx.engine.optimizer import make_state
 from megatron_btx.model.sampling import Step
 from megatron_btx.training.hooks import Follower
 

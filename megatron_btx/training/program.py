@@ -177,13 +177,13 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     from megatron_btx.engine import repairs
     from megatron_btx.engine.checks.start import checkpoint_to_load
     from megatron_btx.engine.fallback import verify_where_checksums_are
+    from megatron_btx.engine.optimizer import install_lr_multipliers, install_schedule_logging
     from megatron_btx.engine.saving import guard_async_saves, keep_to_its_line
     from megatron_btx.model.freezing import freeze
     from megatron_btx.training import telemetry
     from megatron_btx.training.bad_steps import ShownLosses, SkippedSteps, begin_record, judge_every_step
     from megatron_btx.training.hooks import follow_training
     from megatron_btx.training.metrics import write_metrics
-    from megatron_btx.training.optimizer import install_lr_multipliers, install_schedule_logging
     from megatron_btx.training.validation import watch_validation
 
     args, options = checked_arguments()
