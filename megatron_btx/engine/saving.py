@@ -35,8 +35,7 @@ from typing import Any
 from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE, TRACKER, list_iterations, read_tracker
 from megatron_btx.common.errors import MachineError
 from megatron_btx.common.log import say
-from megatron_btx.distributed.abort import Stopping
-from megatron_btx.distributed.hang_detector import AGAIN
+from megatron_btx.distributed.abort import AGAIN, Stopping
 from megatron_btx.distributed.process_cleanup import end_with_parent
 from megatron_btx.engine import patch
 from megatron_btx.engine.cpu import has_gpu

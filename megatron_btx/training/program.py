@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import CheckpointError, MachineError, exits_with_one_line, print_error, refused
 from megatron_btx.common.log import say
-from megatron_btx.distributed.abort import Stopping
-from megatron_btx.distributed.hang_detector import AGAIN
+from megatron_btx.distributed.abort import AGAIN, Stopping
 from megatron_btx.distributed.process_cleanup import end_helpers, leave_no_orphans
 from megatron_btx.engine.checks.arguments import budget_of
 from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
