@@ -21,8 +21,15 @@ from typing import IO, TYPE_CHECKING, Any
 from megatron_btx.common.errors import InputError
 from megatron_btx.data.compression import head_of, open_input
 from megatron_btx.data.inputs import ENDINGS, Form, form_of
-from megatron_btx.data.json_values import CutOffError, json_values
-from megatron_btx.data.records import BadRecord, RecordError, decoded, texts_of_json, texts_of_values
+from megatron_btx.data.records import (
+    BadRecord,
+    CutOffError,
+    RecordError,
+    decoded,
+    json_values,
+    texts_of_json,
+    texts_of_values,
+)
 
 if TYPE_CHECKING:
     import pyarrow
