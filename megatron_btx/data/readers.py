@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.data.compression import head_of, open_input
-from megatron_btx.data.inputs import ENDINGS, Form, form_of
+from megatron_btx.data.inputs import ENDINGS, Form, form_of, head_of, open_input
 from megatron_btx.data.records import (
     BadRecord,
     CutOffError,
