@@ -178,7 +178,7 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     from megatron_btx.engine.fallback import verify_where_checksums_are
     from megatron_btx.engine.optimizer import install_lr_multipliers, install_schedule_logging
     from megatron_btx.engine.saving import guard_async_saves, keep_to_its_line
-    from megatron_btx.model.freezing import freeze
+    from megatron_btx.model.groups import freeze
     from megatron_btx.training import telemetry
     from megatron_btx.training.bad_steps import ShownLosses, SkippedSteps, begin_record, judge_every_step
     from megatron_btx.training.hooks import follow_training
@@ -217,7 +217,7 @@ def _configuration(args: argparse.Namespace, options: Options, model: Any) -> An
     """Megatron's configuration of everything. Raises InputError for a part that Megatron, or its optimizer, refuses."""
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_btx.model.freezing import check_optimizers
+    from megatron_btx.model.groups import check_optimizers
 
     check_optimizers(args, options.groups, model.transformer)
     try:
