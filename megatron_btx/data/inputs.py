@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.data import compression
 from megatron_btx.data.description import SUFFIX
 
 SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz", ".bz2": "bzip2"}
@@ -237,7 +236,7 @@ _FORMS = {
     ".md": Form.TEXT,
     ".parquet": Form.PARQUET,
 }
-ENDINGS = f"{', '.join(_FORMS)}, each also with {', '.join(compression.SUFFIXES)}"
+ENDINGS = f"{', '.join(_FORMS)}, each also with {', '.join(SUFFIXES)}"
 """For people."""
 
 _ABOUT_THE_DATA = ("readme", "license", "licence", "dataset_info", "dataset_infos", "dataset_dict")
@@ -262,7 +261,7 @@ class Inputs:
 def form_of(name: str) -> Form | None:
     """How a file of this name holds documents, or None when it is not read."""
     path = Path(name.lower())
-    if path.suffix in compression.SUFFIXES:
+    if path.suffix in SUFFIXES:
         path = path.with_suffix("")
     return _FORMS.get(path.suffix)
 

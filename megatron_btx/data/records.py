@@ -167,7 +167,6 @@ def _text(row: Mapping[str, Any], key: str) -> str:
 _CHUNK_BYTES = 256 * 1024
 _OUTSIDE_STRINGS = re.compile(rb'["\[\]{},]')
 _INSIDE_STRINGS = re.compile(rb'["\\]')
-_BOM = b"\xef\xbb\xbf"
 
 
 class CutOffError(ValueError):
@@ -264,7 +263,7 @@ class _Cutter:
         raw = b"".join(self._parts) + last_part
         line = self._line + _leading_lines(raw)
         self._drop(last_part)
-        return line, raw.removeprefix(_BOM).strip()
+        return line, raw.removeprefix(_BOM.encode()).strip()
 
     def _drop(self, last_part: bytes) -> None:
         self._line += b"".join(self._parts).count(b"\n") + last_part.count(b"\n")

@@ -5,7 +5,11 @@ would wait until a timeout of minutes, and then say something else. So every ran
 store by which the ranks met, every second or so. It costs a step nothing. The rank that must stop leaves its reason
 there; each other one says it, too, and ends at once, from wherever it waits. Nothing is saved on the way.
 
-The same thread finds a run that stands still, and names the rank that hangs: see hang_detector.py.
+The same thread finds a run that stands still. A rank that hangs (a dead disk, a stopped process, a machine that is
+gone) lets all others wait in a collective. After ``--distributed-timeout-minutes`` the backend ends them, each with a
+traceback of where it waited. None names the one that did not come. So a rank whose main thread has stood at the same
+instruction for that time leaves its place in the store. Who left none is named first, then who stands anywhere else
+than in a collective.
 """
 
 from __future__ import annotations

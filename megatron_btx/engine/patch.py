@@ -2,7 +2,7 @@
 
 What is replaced must be there in the form that its stand-in was written for
 (:mod:`megatron_btx.common.version_guard`). Most calls of :func:`replace` and :func:`wrap` are in cpu.py
-and cpu_in_megatron.py (without a GPU), in repairs.py (always) and in the training room (what follows a step).
+(without a GPU), in repairs.py (always) and in the training room (what follows a step).
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def use_the_shipped_dataset_helper() -> None:
 def use_an_optimizer_that_resumes() -> None:
     """Without Transformer Engine and apex, give Megatron an Adam of the form it is written for.
 
-    See :mod:`megatron_btx.engine.optimizer` for why. One more repair belongs to it: the distributed optimizer loads fp32
-    parameters by copying into leaves that require gradients, which autograd refuses outside ``no_grad``.
+    See :mod:`megatron_btx.engine.optimizer` for why. One more repair belongs to it: the distributed optimizer loads
+    fp32 parameters by copying into leaves that require gradients, which autograd refuses outside ``no_grad``.
     """
     import torch
     from megatron.core import optimizer as optimizers

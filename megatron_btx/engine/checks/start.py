@@ -1,4 +1,4 @@
-"""The checkpoint that a run starts from: which one it is, whether it fits the given arguments, and how it can be resumed.
+"""The checkpoint that a run starts from: which one it is, and whether it fits the given arguments.
 
 Refused are another model, routing or numerics (the tables of :mod:`megatron_btx.checkpoint.arguments`), another
 vocabulary (:mod:`megatron_btx.tokenizers.comparison`), and a resume to what Megatron 0.19 cannot bring the stored
