@@ -5,8 +5,10 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
-from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
+from megatron_btx.engine import repairs
+from megatron_btx.engine.cpu import has_gpu, install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
+from megatron_btx.engine.program import parse_tool
 
 
 def start_tool[Checked](
@@ -36,10 +38,6 @@ def start_tool[Checked](
     install_cpu_stand_ins()
     # Megatron may be imported only now, because what it finds on import was changed.
     from megatron.training import initialize
-
-    from megatron_btx.engine import repairs
-    from megatron_btx.engine.cpu import has_gpu
-    from megatron_btx.engine.program import parse_tool
 
     args = parse_tool(add_arguments, check_own=check_words)
     checked = check_inputs(args)

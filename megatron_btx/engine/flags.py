@@ -189,6 +189,17 @@ def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flag of the training program alone."""
+    parser.add_argument_group("megatron_btx training", "used by python -m megatron_btx.pretrain").add_argument(
+        "--btx-check",
+        action="store_true",
+        help="check the command line, the checkpoint and the data in one process, say what would be trained and train "
+        "nothing; WORLD_SIZE says for how many processes (default: off)",
+    )
+    return parser
+
+
 def help_if_asked(
     description: str | None, extra: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None = None
 ) -> None:

@@ -46,8 +46,6 @@ def build_model(args: argparse.Namespace) -> list[Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron_btx.model.build import model_config
-
     config = model_config(args)
     config.finalize()
     model = GPTModelBuilder(config).build_distributed_models(

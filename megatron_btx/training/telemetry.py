@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_btx.common.shares import DEAD_SHARE
 from megatron_btx.engine import patch
+from megatron_btx.model.watch import taken_experts
 
 
 def install(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:
@@ -94,8 +95,6 @@ def observe(chunk: Any, sums: RoutingSums) -> None:
     """Make every router of a model chunk add to ``sums`` in training, once per token even where it is recomputed."""
     import torch
     from megatron.core.transformer.moe.router import TopKRouter
-
-    from megatron_btx.model.watch import taken_experts
 
     def observed(router: Any, routing: Any, logits: Any, *rest: Any, **named: Any) -> Any:
         gates_TE, map_TE = routing(logits, *rest, **named)

@@ -15,7 +15,9 @@ from typing import Any
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.log import say, say_from_last_rank
 from megatron_btx.engine import patch
+from megatron_btx.engine.checks.start import checkpoint_to_load
 from megatron_btx.engine.options import Options
+from megatron_btx.evaluation.losses import evaluate_domain
 from megatron_btx.training.hooks import Follower
 
 TAG = "lm loss validation"
@@ -121,8 +123,6 @@ def starts_from_a_mix(args: argparse.Namespace) -> bool:
 
     A fresh mix is a release, which ``--load`` takes without ``--finetune`` and starts at iteration 0.
     """
-    from megatron_btx.engine.checks.start import checkpoint_to_load
-
     return bool(args.num_experts and not args.skip_train and checkpoint_to_load(args))
 
 
@@ -180,8 +180,6 @@ def _losses(model: list[Any], optimizer: Any, args: argparse.Namespace, options:
     """The mean loss on every domain, in nats per token, equal on all ranks."""
     from megatron.core.utils import get_model_config
     from megatron.training import get_timers, training
-
-    from megatron_btx.evaluation.losses import evaluate_domain
 
     timer = get_timers()("interval-time")
     timer.stop()
