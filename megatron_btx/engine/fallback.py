@@ -12,10 +12,9 @@ and says so. Nothing is changed on the disk: the next save writes the tracker an
 from __future__ import annotations
 
 import argparse
-import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megatron_btx.checkpoint.iterations import TRACKER, is_checkpoint, list_iterations, read_tracker, resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
@@ -143,17 +142,12 @@ def _answer_for_the_tracker(tracker: Path, step: int) -> None:
     """Have Megatron take ``step`` for what the tracker holds, which it reads even where ``--ckpt-step`` is given."""
     from megatron.training import checkpointing
 
-    def with_the_chosen(read: Any) -> Any:
-        @functools.wraps(read)
-        def read_metadata(tracker_filename: Any) -> tuple[int, bool]:
-            if os.path.realpath(tracker_filename) == os.path.realpath(tracker):
-                return step, False
-            found: tuple[int, bool] = read(tracker_filename)
-            return found
+    def read_metadata(read: Callable[[str], tuple[int, bool]], tracker_filename: str) -> tuple[int, bool]:
+        if os.path.realpath(tracker_filename) == os.path.realpath(tracker):
+            return step, False
+        return read(tracker_filename)
 
-        return read_metadata
-
-    patch.wrap(checkpointing, "read_metadata", with_the_chosen, ("tracker_filename",))
+    patch.around(checkpointing, "read_metadata", read_metadata, ("tracker_filename",))
 
 
 def verify_where_checksums_are(args: argparse.Namespace, resumes: bool) -> None:
@@ -169,14 +163,10 @@ def verify_where_checksums_are(args: argparse.Namespace, resumes: bool) -> None:
         return
     from megatron.core.dist_checkpointing import serialization
 
-    def if_there(verify: Any) -> Any:
-        @functools.wraps(verify)
-        def verify_integrity_manifest(checkpoint_dir: str) -> None:
-            if (Path(checkpoint_dir) / CHECKSUMS).is_file():
-                verify(checkpoint_dir)
-            else:
-                say(f"{checkpoint_dir}: has no {CHECKSUMS}, so --verify-integrity cannot verify it; it is loaded as is")
+    def verify_if_there(verify: Callable[[str], None], checkpoint_dir: str) -> None:
+        if (Path(checkpoint_dir) / CHECKSUMS).is_file():
+            verify(checkpoint_dir)
+        else:
+            say(f"{checkpoint_dir}: has no {CHECKSUMS}, so --verify-integrity cannot verify it; it is loaded as is")
 
-        return verify_integrity_manifest
-
-    patch.wrap(serialization, "verify_integrity_manifest", if_there, ("checkpoint_dir",))
+    patch.around(serialization, "verify_integrity_manifest", verify_if_there, ("checkpoint_dir",))

@@ -11,9 +11,8 @@ Engine, and the other way round.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.adam import adam
@@ -23,8 +22,15 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.engine import patch
 from megatron_btx.model.groups import TrainedGroups, group_of
 
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-def make_state(optimizer: Any) -> None:
+Call = Callable[..., Any]
+"""One of Megatron's functions."""
+
+
+def make_state(optimizer: MegatronOptimizer) -> None:
     """Make the state that Megatron's optimizer would get with its first update: zeros, by its own function.
 
     A checkpoint from before that update (bad steps are skipped, an fp16 scale still falls) could not be loaded without.
@@ -108,25 +114,19 @@ def install_schedule_logging() -> None:
     """
     from megatron.training import training
 
-    patch.expect(training, "get_optimizer_param_scheduler", "get_canonical_lr_for_logging")
-    build, of_groups = training.get_optimizer_param_scheduler, training.get_canonical_lr_for_logging
-
-    @functools.wraps(build)
-    def remembered(optimizer: Any) -> Any:
-        """Megatron's scheduler, whose learning rate is logged where no group's is."""
+    def get_optimizer_param_scheduler(build: Call, optimizer: object) -> OptimizerParamScheduler:
         scheduler = build(optimizer)
 
-        @functools.wraps(of_groups)
-        def learning_rate(groups: list[dict[str, Any]]) -> float:
+        def get_canonical_lr_for_logging(of_groups: Call, groups: list[dict[str, Any]]) -> float:
             found = of_groups(groups)
             if found is None:
                 return float(scheduler.get_lr({}))
-            return found
+            return float(found)
 
-        patch.replace(training, "get_canonical_lr_for_logging", learning_rate)
+        patch.around(training, "get_canonical_lr_for_logging", get_canonical_lr_for_logging)
         return scheduler
 
-    patch.replace(training, "get_optimizer_param_scheduler", remembered)
+    patch.around(training, "get_optimizer_param_scheduler", get_optimizer_param_scheduler)
 
 
 def install_lr_multipliers(groups: TrainedGroups) -> None:
@@ -142,21 +142,16 @@ def install_lr_multipliers(groups: TrainedGroups) -> None:
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
     from megatron.training import training
 
-    patch.expect(training, "get_megatron_optimizer_config")
-    original = training.get_megatron_optimizer_config
-
-    @functools.wraps(original)
-    def with_multipliers(args: argparse.Namespace) -> Any:
-        """Megatron's configuration of the optimizer, with an override for every group of another rate."""
-        config, overrides = original(args)
+    def get_megatron_optimizer_config(make: Call, args: argparse.Namespace) -> tuple[object, dict[ParamKey, Any]]:
+        config, overrides = make(args)
         overrides = dict(overrides or {})
         for group, factor in groups.multipliers.items():
 
-            def belongs(_parameter: Any, name: str, group: str = group) -> bool:
+            def belongs(_parameter: object, name: str, group: str = group) -> bool:
                 return group_of(name, groups.is_tied) == group
 
             key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"btx_{group}", fn=belongs))
             overrides[key] = {"max_lr": factor * config.lr, "min_lr": factor * (config.min_lr or 0.0)}
         return config, overrides
 
-    patch.replace(training, "get_megatron_optimizer_config", with_multipliers)
+    patch.around(training, "get_megatron_optimizer_config", get_megatron_optimizer_config)

@@ -28,9 +28,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE, TRACKER, list_iterations, read_tracker
 from megatron_btx.common.errors import MachineError
@@ -40,6 +40,12 @@ from megatron_btx.distributed.process_cleanup import end_with_parent
 from megatron_btx.engine import patch
 from megatron_btx.engine.cpu import has_gpu
 
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+Call = Callable[..., Any]
+"""One of Megatron's functions."""
 _LOOK_EVERY_SECONDS = 1.0
 REPLACED = "btx_replaced"
 """The root within a root that holds the only checkpoint of a step which is being saved again."""
@@ -229,35 +235,27 @@ def keep_to_its_line(args: argparse.Namespace) -> None:
     saves = _Saves(args)
     root = Path(args.save)
 
-    def with_care(save: Any) -> Any:
-        @functools.wraps(save)
-        def save_checkpoint(iteration: int, *rest: Any, **named: Any) -> Any:
-            nonlocal root
-            root = Path(args.save)
-            if named.get("non_persistent_ckpt"):
-                if args.non_persistent_ckpt_type != "global":
-                    return save(iteration, *rest, **named)
-                root = non_persistent_root(args, args.save)
-            saves.before(root, iteration)
-            result = save(iteration, *rest, **named)
-            if not args.async_save:
-                saves.after(root)
-            return result
+    def save_checkpoint(save: Call, iteration: int, *rest: object, **named: object) -> None:
+        nonlocal root
+        root = Path(args.save)
+        if named.get("non_persistent_ckpt"):
+            if args.non_persistent_ckpt_type != "global":
+                save(iteration, *rest, **named)
+                return
+            root = non_persistent_root(args, args.save)
+        saves.before(root, iteration)
+        save(iteration, *rest, **named)
+        if not args.async_save:
+            saves.after(root)
 
-        return save_checkpoint
+    def schedule_async_save(schedule: Call, request: AsyncRequest) -> None:
+        request.add_finalize_fn(functools.partial(saves.after, root))
+        schedule(request)
 
-    def then_remove_at_its_end(schedule: Any) -> Any:
-        @functools.wraps(schedule)
-        def schedule_async_save(async_request: Any) -> Any:
-            async_request.add_finalize_fn(functools.partial(saves.after, root))
-            return schedule(async_request)
-
-        return schedule_async_save
-
-    patch.wrap(training, "save_checkpoint", with_care, ("iteration",))
+    patch.around(training, "save_checkpoint", save_checkpoint, ("iteration",))
     patch.replace(checkpointing, "cleanup_old_non_persistent_checkpoint", lambda *_, **__: None)
     if args.async_save:
-        patch.wrap(checkpointing, "schedule_async_save", then_remove_at_its_end, ("async_request",))
+        patch.around(checkpointing, "schedule_async_save", schedule_async_save, ("async_request",))
 
 
 def guard_async_saves(args: argparse.Namespace, stopping: Stopping) -> None:
@@ -274,29 +272,22 @@ def guard_async_saves(args: argparse.Namespace, stopping: Stopping) -> None:
     from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
     from megatron.training import initialize, training
 
-    patch.expect(async_utils.PersistentAsyncCaller, "_persistent_process")
-    patch.wrap(filesystem_async.FileSystemWriterAsync, "prepare_write_data", _with_copies, ("self", "plan", "planner"))
-    patch.wrap(training, "save_checkpoint", functools.partial(_with_the_last_in_place, args), ("iteration",))
+    caller = async_utils.PersistentAsyncCaller
+    patch.expect(caller, "_persistent_process")
+
+    def save_checkpoint(save: Call, *given: object, **named: object) -> None:
+        args.async_save = args.async_save and caller._persistent_process is not None  # the writer was told to end
+        save(*given, **named)
+
+    patch.around(filesystem_async.FileSystemWriterAsync, "prepare_write_data", _copy, ("self", "plan", "planner"))
+    patch.around(training, "save_checkpoint", save_checkpoint, ("iteration",))
     if has_gpu():  # elsewhere it is a fork: see engine/cpu.py
         patch.wrap(initialize, "init_persistent_async_worker", lambda start: lambda rank, _: start(rank, "spawn"))
-        patch.replace(async_utils.PersistentAsyncCaller, "async_loop", functools.partial(write, args.exit_signal))
+        patch.replace(caller, "async_loop", functools.partial(write, args.exit_signal))
     threading.Thread(target=_watch_writer, args=(stopping,), name="writer", daemon=True).start()
 
 
-def _with_the_last_in_place(args: argparse.Namespace, save: Any) -> Any:
-    """Megatron's save, which is done in place once the writing process has been told to end."""
-
-    @functools.wraps(save)
-    def save_checkpoint(*given: Any, **named: Any) -> Any:
-        from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-
-        args.async_save = args.async_save and PersistentAsyncCaller._persistent_process is not None
-        return save(*given, **named)
-
-    return save_checkpoint
-
-
-def write(exit_signal: int, *arguments: Any) -> None:
+def write(exit_signal: int, *arguments: object) -> None:
     """The writing process as a new program, in which Megatron's own loop is in its place."""
     signal.signal(exit_signal, signal.SIG_IGN)
     end_with_parent()
@@ -305,18 +296,13 @@ def write(exit_signal: int, *arguments: Any) -> None:
     PersistentAsyncCaller.async_loop(*arguments)
 
 
-def _with_copies(prepare: Any) -> Any:
+def _copy(prepare: Call, writer: FileSystemWriterAsync, plan: object, planner: object) -> None:
     """Megatron's preparation of a save, after which no tensor of the host's memory is the model's own."""
-
-    @functools.wraps(prepare)
-    def prepare_write_data(self: Any, plan: Any, planner: Any) -> None:
-        prepare(self, plan, planner)
-        for _, _, (_, tensors) in self.write_buckets:
-            for number, (item, tensor) in enumerate(tensors):
-                if tensor.is_cpu:
-                    tensors[number] = (item, tensor.clone())
-
-    return prepare_write_data
+    prepare(writer, plan, planner)
+    for _, _, (_, tensors) in writer.write_buckets:
+        for number, (item, tensor) in enumerate(tensors):
+            if tensor.is_cpu:
+                tensors[number] = (item, tensor.clone())
 
 
 def _watch_writer(stopping: Stopping) -> None:

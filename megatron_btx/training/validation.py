@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.log import say, say_from_last_rank
@@ -18,7 +18,10 @@ from megatron_btx.engine import patch
 from megatron_btx.engine.checks.start import checkpoint_to_load
 from megatron_btx.engine.options import Options
 from megatron_btx.evaluation.losses import evaluate_domain
-from megatron_btx.training.hooks import Follower
+from megatron_btx.training.hooks import Follower, log_scalars
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
 
 TAG = "lm loss validation"
 MARGIN_NATS = 0.1
@@ -65,13 +68,13 @@ class FirstLoss(Follower):
         self._args, self._options = args, options
         self._bounds = find_bounds(args, options)
 
-    def before_step(self, iteration: int, model: list[Any], optimizer: Any) -> None:
+    def before_step(self, iteration: int, model: list[Any], optimizer: MegatronOptimizer) -> None:
         """Refuse a mix that is worse than its worst expert on a domain, where the experts' losses are given."""
         if iteration == 0 and isinstance(self._bounds, dict):
             losses = _losses(model, optimizer, self._args, self._options)
             _check_domains(losses, self._bounds)
 
-    def after_step(self, done: int, model: list[Any], optimizer: Any, losses: dict[str, Any]) -> None:
+    def after_step(self, done: int, model: list[Any], optimizer: MegatronOptimizer, losses: dict[str, Any]) -> None:
         """Refuse a first step whose loss no sound mix has."""
         if done != 1:
             return
@@ -88,7 +91,7 @@ class DomainLosses(Follower):
     def __init__(self, args: argparse.Namespace, options: Options) -> None:
         self._args, self._options = args, options
 
-    def after_step(self, done: int, model: list[Any], optimizer: Any, losses: dict[str, Any]) -> None:
+    def after_step(self, done: int, model: list[Any], optimizer: MegatronOptimizer, losses: dict[str, Any]) -> None:
         """Before Megatron logs the step, so that they stand in its line."""
         if is_due(done, self._args):
             _log(_losses(model, optimizer, self._args, self._options), done)
@@ -176,7 +179,9 @@ def check_masked_alike(where: str, masked: bool, eod_mask_loss: bool) -> None:
         )
 
 
-def _losses(model: list[Any], optimizer: Any, args: argparse.Namespace, options: Options) -> dict[str, float]:
+def _losses(
+    model: list[Any], optimizer: MegatronOptimizer, args: argparse.Namespace, options: Options
+) -> dict[str, float]:
     """The mean loss on every domain, in nats per token, equal on all ranks."""
     from megatron.core.utils import get_model_config
     from megatron.training import get_timers, training
@@ -210,15 +215,9 @@ def _losses(model: list[Any], optimizer: Any, args: argparse.Namespace, options:
 
 def _log(losses: dict[str, float], iteration: int) -> None:
     """Send the losses where Megatron's scalars go; the rank that logs says them too."""
-    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
-
     logged = {f"{TAG} {domain}": loss for domain, loss in losses.items()}
     logged[f"{TAG} mean"] = sum(losses.values()) / len(losses)
-    if (writer := get_tensorboard_writer()) is not None:
-        for name, value in logged.items():
-            writer.add_scalar(name, value, iteration)
-    if (wandb := get_wandb_writer()) is not None:
-        wandb.log(logged, iteration)
+    log_scalars(logged, iteration)
     say_from_last_rank(f" validation after step {iteration} | " + _listed(losses))
 
 
