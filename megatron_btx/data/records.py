@@ -68,17 +68,10 @@ class Tally:
         return f"{total:,} bad record{'s' if total != 1 else ''}: {causes}"
 
 
-class _Repeated(dict[str, Any]):
-    """A JSON object in which keys stand twice."""
-
-    names: frozenset[str] = frozenset()
-
-
 def texts_of_json(raw: bytes, keys: Sequence[str]) -> dict[str, str] | None:
     """The texts of a JSON object by key, or None for a blank line.
 
-    NaN and Infinity, which JSON does not know and many programs write, are taken: they stand in other fields. A key
-    that is asked for and stands twice is refused, because readers differ in which of the two they take.
+    NaN and Infinity, which JSON does not know and many programs write, are taken: they stand in other fields.
 
     Raises:
         RecordError: anything that is no JSON object with strings under these keys.
@@ -87,7 +80,7 @@ def texts_of_json(raw: bytes, keys: Sequence[str]) -> dict[str, str] | None:
     if not text.strip():
         return None
     try:
-        row = json.loads(text, object_pairs_hook=_object)
+        row = json.loads(text)
     except RecursionError as error:
         raise RecordError("nested too deeply", "JSON nested deeper than can be read") from error
     except ValueError as error:
@@ -95,10 +88,6 @@ def texts_of_json(raw: bytes, keys: Sequence[str]) -> dict[str, str] | None:
     if not isinstance(row, dict):
         hint = "; a JSON array of records is read from a file ending in .json" if isinstance(row, list) else ""
         raise RecordError("no object", f"expected a JSON object with {list(keys)}, found {json_name(row)}{hint}")
-    if isinstance(row, _Repeated):
-        for key in keys:
-            if key in row.names:
-                raise RecordError("key repeated", f"the key {key!r} stands twice in the record")
     return texts_of_values(row, keys)
 
 
@@ -131,16 +120,6 @@ def json_name(value: object) -> str:
         return "true or false"
     names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return next((name for kind, name in names.items() if isinstance(value, kind)), type(value).__name__)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) == len(pairs):
-        return row
-    counts = Counter(name for name, _ in pairs)
-    repeated = _Repeated(row)
-    repeated.names = frozenset(name for name, count in counts.items() if count > 1)
-    return repeated
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from megatron_btx.engine import repairs
 from megatron_btx.engine.cpu import has_gpu, install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import help_if_asked
-from megatron_btx.engine.program import parse_tool
+from megatron_btx.engine.program import parse
 
 
 def start_tool[Checked](
@@ -39,7 +39,7 @@ def start_tool[Checked](
     # Megatron may be imported only now, because what it finds on import was changed.
     from megatron.training import initialize
 
-    args = parse_tool(add_arguments, check_own=check_words)
+    args, _ = parse(add_arguments, check_words, trains=False)
     checked = check_inputs(args)
     repairs.install()
     initialize.initialize_megatron(allow_no_cuda=not has_gpu())

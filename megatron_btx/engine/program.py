@@ -35,40 +35,24 @@ _MODEL_FLAGS = ("num_layers", "hidden_size", "num_attention_heads", "max_positio
 """What Megatron's validation asks for of every model."""
 
 
-def parse_tool(
+def parse(
     extra: Callable[[ArgumentParser], ArgumentParser],
-    check_own: Callable[[Any], object] | None = None,
-) -> Any:
-    """The arguments of a tool; see :func:`parse_training`. Its own lines are few: Megatron logs warnings alone.
-
-    ``--logging-level`` or its variable says otherwise. Megatron's list of all arguments is left out.
-
-    Args:
-        extra: adds the arguments of the tool.
-        check_own: refuses what is wrong with them, before Megatron looks at its own.
-    """
-    args, _ = _parse(extra, check_own, trains=False)
-    return args
-
-
-def parse_training(extra: Callable[[ArgumentParser], ArgumentParser] | None = None) -> tuple[Any, Options]:
+    check_own: Callable[[argparse.Namespace], object] | None = None,
+    *,
+    trains: bool,
+) -> tuple[argparse.Namespace, Options]:
     """Megatron's arguments and ours, parsed and validated by Megatron, and what ours ask for.
 
     Args:
-        extra: adds the arguments of the training program.
+        extra: adds the arguments of the program.
+        check_own: refuses what is wrong with them, before Megatron looks at its own.
+        trains: of the training program. A tool's own lines are few: there Megatron logs warnings alone, and no list of
+            all arguments; ``--logging-level`` or its variable says otherwise.
 
     Raises:
         InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on. Or this
             process is one of several and cannot know its place; see :mod:`megatron_btx.distributed.launcher`.
     """
-    return _parse(extra, None, trains=True)
-
-
-def _parse(
-    extra: Callable[[ArgumentParser], ArgumentParser] | None,
-    check_own: Callable[[Any], object] | None,
-    trains: bool,
-) -> tuple[Any, Options]:
     launch.join(checking="--btx-check" in sys.argv[1:])
     # Before Megatron parses: --use-checkpoint-args makes it load a checkpoint's arguments while it does.
     restrict_unpickling()
@@ -78,9 +62,7 @@ def _parse(
         """Our flags, and our checks between Megatron's parsing and its validation."""
         # argparse itself prints Megatron's 900 lines of usage.
         parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
-        parser = add_btx_arguments(parser)
-        if extra:
-            parser = extra(parser)
+        parser = extra(add_btx_arguments(parser))
         if not trains:
             parser.set_defaults(logging_level=_quiet_megatron())
         _check_what_is_parsed(parser, check_own)
@@ -111,11 +93,11 @@ def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
     raise InputError(f"{message}; --help and --help-megatron list all flags")
 
 
-def _check_what_is_parsed(parser: ArgumentParser, check_own: Callable[[Any], object] | None) -> None:
+def _check_what_is_parsed(parser: ArgumentParser, check_own: Callable[[argparse.Namespace], object] | None) -> None:
     """Have a parser's result checked before Megatron looks at it."""
     parse = parser.parse_args
 
-    def parse_and_look(*words: Any) -> Any:
+    def parse_and_look(*words: Any) -> argparse.Namespace:
         """The parser's own parsing, followed by the checks."""
         args = parse(*words)
         if check_own:
@@ -128,7 +110,7 @@ def _check_what_is_parsed(parser: ArgumentParser, check_own: Callable[[Any], obj
     parser.parse_args = parse_and_look  # type: ignore[method-assign,assignment]
 
 
-def _parse_and_validate(add: Callable[[ArgumentParser], ArgumentParser]) -> Any:
+def _parse_and_validate(add: Callable[[ArgumentParser], ArgumentParser]) -> argparse.Namespace:
     """Parse and validate as Megatron does.
 
     Raises:
@@ -138,7 +120,8 @@ def _parse_and_validate(add: Callable[[ArgumentParser], ArgumentParser]) -> Any:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        return parse_and_validate_args(add)
+        args: argparse.Namespace = parse_and_validate_args(add)
+        return args
     except AssertionError as refusal:
         raise refused(refusal) from refusal
     except (CheckpointException, pickle.UnpicklingError) as failure:
@@ -186,7 +169,7 @@ def _quiet_megatron() -> int:
     return level
 
 
-def find_tokenizer(args: argparse.Namespace) -> Any:
+def find_tokenizer(args: argparse.Namespace) -> argparse.Namespace:
     """Arguments with the tokenizer that lies beside the checkpoint, where the path that is given or stored is gone.
 
     So the flags in megatron_args.txt hold after its folder was moved.

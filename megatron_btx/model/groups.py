@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -200,35 +200,13 @@ def freeze(groups: TrainedGroups, args: argparse.Namespace) -> Callable[[list[An
             embedding = getattr(chunk, "embedding", None)
             if args.recompute_granularity and "embeddings" in frozen and embedding is not None:
                 embedding.register_forward_hook(_require_gradient)
-        say(describe_savings(model, frozen, args))
+        counts = [(p.numel(), p.requires_grad) for chunk in model for p in chunk.parameters()]
+        whole = sum(count for count, _ in counts)
+        held = sum(count for count, trains in counts if not trains)
+        say(f" frozen: {', '.join(frozen)} | {held:,} of {whole:,} parameters of rank 0")
         return model
 
     return hook
-
-
-def describe_savings(model: list[Any], frozen: Sequence[str], args: argparse.Namespace) -> str:
-    """One line: the frozen parameters of this rank, and the bytes of gradients and Adam's state they do without."""
-    from megatron.core import mpu
-
-    whole = held = gradient_bytes = state_bytes = 0
-    for parameter in (p for chunk in model for p in chunk.parameters()):
-        count, is_half = parameter.numel(), parameter.element_size() < 4
-        whole += count
-        if parameter.requires_grad:
-            continue
-        held += count
-        gradient_bytes += count * (4 if args.accumulate_allreduce_grads_in_fp32 else parameter.element_size())
-        each = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
-        each += args.main_params_dtype.itemsize if is_half else 0
-        ranks = 1
-        if args.use_distributed_optimizer and not getattr(parameter, "allreduce", True):
-            ranks = mpu.get_expert_data_parallel_world_size()
-        elif args.use_distributed_optimizer:
-            ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
-        state_bytes += count * each // ranks
-    line = f" frozen: {', '.join(frozen)} | {held:,} of {whole:,} parameters of rank 0 | saved there: "
-    line += f"{gradient_bytes / 2**20:.2f} MiB of gradients"
-    return line + (f", {state_bytes / 2**20:.2f} MiB of optimizer state" if args.optimizer == "adam" else "")
 
 
 def _require_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:

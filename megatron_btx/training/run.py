@@ -30,7 +30,7 @@ from megatron_btx.engine.fallback import verify_where_checksums_are
 from megatron_btx.engine.flags import add_training_arguments
 from megatron_btx.engine.optimizer import install_lr_multipliers, install_schedule_logging
 from megatron_btx.engine.options import Options
-from megatron_btx.engine.program import parse_training
+from megatron_btx.engine.program import parse
 from megatron_btx.engine.restricted_loading import cause_of, loading_failed
 from megatron_btx.engine.saving import guard_async_saves, keep_to_its_line
 from megatron_btx.model.build import model_config
@@ -185,13 +185,13 @@ def _watch(stopping: Stopping, model: list[Any]) -> list[Any]:
     return model
 
 
-def checked_arguments() -> tuple[Any, Options]:
+def checked_arguments() -> tuple[argparse.Namespace, Options]:
     """The arguments, checked against the checkpoint that the run starts from and the files that it reads; our options.
 
     Raises:
         InputError: see :mod:`megatron_btx.engine.checks` and :mod:`megatron_btx.data.training`.
     """
-    args, options = parse_training(add_training_arguments)
+    args, options = parse(add_training_arguments, trains=True)
     check_against_checkpoint(args, options.groups)
     check_data_files(args)
     check_splits(args)
