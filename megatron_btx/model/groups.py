@@ -17,6 +17,7 @@ from megatron_btx.checkpoint.sizes import mixture_layers
 from megatron_btx.common.cli_args import split_pair
 from megatron_btx.common.errors import BTXError, InputError
 from megatron_btx.common.log import say
+from megatron_btx.cost.layouts import ParallelSizes
 
 if TYPE_CHECKING:
     import torch
@@ -232,9 +233,9 @@ def check_optimizers(args: argparse.Namespace, groups: TrainedGroups, config: An
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-    pipeline, tensor = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
+    sizes = ParallelSizes.of(vars(args))
+    pipeline, spread = sizes.pipeline, sizes.spreads_experts
     chunks, layout = args.virtual_pipeline_model_parallel_size, config.pipeline_model_parallel_layout
-    spread = args.expert_model_parallel_size > 1 or (args.expert_tensor_parallel_size or tensor) != tensor
     mixture = {"experts", "router"} | ({"mlp"} if args.moe_shared_expert_intermediate_size else set())
     layers = iter(mixture_layers(args.moe_layer_freq, args.num_layers))
     held: list[set[str]] = [set() for _ in range(pipeline)]

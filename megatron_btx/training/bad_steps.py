@@ -24,6 +24,7 @@ from megatron_btx.common.errors import InputError, MachineError
 from megatron_btx.common.log import say
 from megatron_btx.engine import patch
 from megatron_btx.engine.optimizer import make_state
+from megatron_btx.engine.options import Options
 from megatron_btx.model.sampling import Step
 from megatron_btx.training.hooks import Call, Follower, log_scalars
 
@@ -148,8 +149,8 @@ def _samples(args: argparse.Namespace) -> str:
 class SkippedSteps(Follower):
     """Lets bad steps change nothing. All ranks decide alike, from the same two numbers."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
+    def __init__(self, args: argparse.Namespace, spike_sigma: float | None) -> None:
+        self._args, self._spike_sigma = args, spike_sigma
         self._total = self._tokens = 0.0
         self._skips = False
         self._wrapped = False
@@ -191,7 +192,7 @@ class SkippedSteps(Follower):
             InputError: too many in a row are bad.
         """
         record = self._args.btx_taken_steps
-        why = find_fault({"loss": loss, "gradient norm": gradient_norm}, record, self._args.btx_spike_sigma)
+        why = find_fault({"loss": loss, "gradient norm": gradient_norm}, record, self._spike_sigma)
         self._skips = why is not None
         if why is None:
             record["skipped in a row"] = 0
@@ -253,12 +254,13 @@ def check_end(args: argparse.Namespace) -> None:
         )
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, options: Options) -> None:
     """Refuse what contradicts skipping, and have Megatron leave bad steps to it. Raises InputError."""
-    if args.btx_spike_sigma is not None and not 0 < args.btx_spike_sigma < math.inf:
-        raise InputError(f"--btx-spike-sigma {args.btx_spike_sigma}: expected a number above 0; 6 is usual")
-    if not args.btx_skip_bad_steps:
-        if args.btx_spike_sigma is not None:
+    sigma = options.spike_sigma
+    if sigma is not None and not 0 < sigma < math.inf:
+        raise InputError(f"--btx-spike-sigma {sigma}: expected a number above 0; 6 is usual")
+    if not options.skip_bad_steps:
+        if sigma is not None:
             raise InputError("--btx-spike-sigma: nothing is skipped without --btx-skip-bad-steps; give that too")
         return
     if args.fp16:

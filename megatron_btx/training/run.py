@@ -146,15 +146,15 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     stopping.standstill_seconds = args.distributed_timeout_minutes * 60
     repairs.install()
     guard_async_saves(args, stopping)
-    keep_to_its_line(args)
+    keep_to_its_line(args, options)
     loaded = checkpoint_to_load(args)
     verify_where_checksums_are(args, resumes=loaded is not None and loaded[1])
     followers = watch_validation(args, options)
     judge_every_step(args)
     see_loss = ShownLosses(args, step).see
-    if args.btx_skip_bad_steps:
+    if options.skip_bad_steps:
         args.btx_taken_steps = begin_record(args.btx_taken_steps)
-        skipped = SkippedSteps(args)
+        skipped = SkippedSteps(args, options.spike_sigma)
         followers.append(skipped)
         see_loss = skipped.see
     # Losses per domain are taken before Megatron logs a step, and the step's line is written after it.
@@ -196,5 +196,5 @@ def checked_arguments() -> tuple[argparse.Namespace, Options]:
     check_data_files(args)
     check_splits(args)
     validation.check(args, options)
-    bad_steps.check(args)
+    bad_steps.check(args, options)
     return args, options

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.cost.layouts import ParallelSizes, check_heads
 
 
 def check_layout(args: argparse.Namespace) -> None:
@@ -13,13 +14,10 @@ def check_layout(args: argparse.Namespace) -> None:
     Raises:
         InputError: names both numbers and what would fit.
     """
-    tensor, expert, pipeline = (
-        args.tensor_model_parallel_size,
-        args.expert_model_parallel_size,
-        args.pipeline_model_parallel_size,
-    )
+    sizes = ParallelSizes.of(vars(args))
+    tensor, pipeline = sizes.tensor, sizes.pipeline
     refused = "Megatron refuses these arguments: "
-    if args.num_attention_heads % tensor:
+    if check_heads(sizes, args.num_attention_heads):
         raise InputError(
             f"{refused}number of attention heads ({args.num_attention_heads}) is not a multiple of "
             f"--tensor-model-parallel-size ({tensor}); choose one that divides it"
@@ -48,11 +46,11 @@ def check_layout(args: argparse.Namespace) -> None:
             f"{refused}experts with --tensor-model-parallel-size ({tensor}) need sequence parallelism; "
             "add --sequence-parallel"
         )
-    expert_ranks = (args.expert_tensor_parallel_size or tensor) * expert * pipeline
-    if args.world_size % expert_ranks:
+    if args.world_size % sizes.expert_ranks:
         raise InputError(
             f"{refused}world size ({args.world_size}) is not a multiple of expert tensor x expert x pipeline parallel "
-            f"sizes ({expert_ranks}); start that many processes, or lower --expert-model-parallel-size ({expert})"
+            f"sizes ({sizes.expert_ranks}); start that many processes, or lower --expert-model-parallel-size "
+            f"({sizes.expert})"
         )
 
 

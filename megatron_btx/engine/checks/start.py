@@ -21,6 +21,7 @@ from megatron_btx.checkpoint.arguments import (
 from megatron_btx.checkpoint.iterations import RELEASE, TRACKER, resolve_iteration, root_of
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import InputError
+from megatron_btx.cost.layouts import ParallelSizes
 from megatron_btx.engine.checks.arguments import budget_of
 from megatron_btx.model.groups import TrainedGroups, resolve_groups
 from megatron_btx.tokenizers.comparison import check_same_tokenizer
@@ -198,11 +199,12 @@ def check_resume(
     _check_trained(path, stored, given, groups, anew)
     _check_schedule(path, stored, given)
     experts_train = given.get("num_experts") and "experts" not in groups.frozen
-    if experts_train and _is_spread(stored) != _is_spread(given):
+    before, after = ParallelSizes.of(stored), ParallelSizes.of(given)
+    if experts_train and before.spreads_experts != after.spreads_experts:
         counts = ("one optimizer", "two optimizers")
         raise InputError(
-            f"{path}: was saved with {_spread(stored)} and has {counts[_is_spread(stored)]}; {_spread(given)} needs "
-            f"{counts[_is_spread(given)]}; resume it with the former, {anew}"
+            f"{path}: was saved with {_spread(before)} and has {counts[before.spreads_experts]}; {_spread(after)} "
+            f"needs {counts[after.spreads_experts]}; resume it with the former, {anew}"
         )
     was, now = bool(stored.get("use_distributed_optimizer")), bool(given["use_distributed_optimizer"])
     if was != now:
@@ -251,23 +253,10 @@ def _listed(values: list[Any]) -> str:
     return " ".join(map(str, values)) or "(none)"
 
 
-def _is_spread(args: Mapping[str, Any]) -> bool:
-    """Whether experts are spread over other ranks than the rest: their gradients are then reduced over others, too.
-
-    Source: ``core/tensor_parallel/layers.py``, where ``allreduce`` is set.
-    """
-    tensor = args.get("tensor_model_parallel_size", 1)
+def _spread(sizes: ParallelSizes) -> str:
     return (
-        args.get("expert_model_parallel_size", 1) > 1 or (args.get("expert_tensor_parallel_size") or tensor) != tensor
-    )
-
-
-def _spread(args: Mapping[str, Any]) -> str:
-    tensor = args.get("tensor_model_parallel_size", 1)
-    return (
-        f"--tensor-model-parallel-size {tensor} --expert-model-parallel-size "
-        f"{args.get('expert_model_parallel_size', 1)} --expert-tensor-parallel-size "
-        f"{args.get('expert_tensor_parallel_size') or tensor}"
+        f"--tensor-model-parallel-size {sizes.tensor} --expert-model-parallel-size {sizes.expert} "
+        f"--expert-tensor-parallel-size {sizes.expert_tensor}"
     )
 
 
