@@ -34,7 +34,7 @@ class Parts:
 
 PARTS = {"local": Parts(TorchNorm, TorchAttention)}
 """--transformer-impl -> ours; none for Transformer Engine. What it alone has is refused before
-(``engine/checks/unsupported_flags.py``)."""
+(``engine/checks/arguments.py``)."""
 
 
 def layer_specs(settings: RouterSettings | None, step: Step) -> Callable[..., TransformerBlockSubmodules]:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.routing_methods import DEFAULT_TOPK, METHODS
-from megatron_btx.engine.checks import unsupported_flags as useless_flags
+from megatron_btx.engine.checks import arguments as useless_flags
 from tests import flags_page
 
 REPOSITORY = Path(__file__).resolve().parents[3]
