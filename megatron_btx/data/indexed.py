@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy
 
-from megatron_btx.data.description import SUFFIX, Counts, Tokenizer, describe
+from megatron_btx.data.description import SUFFIX, Tokenizer, describe
 
 if TYPE_CHECKING:
     import numpy
@@ -97,12 +97,11 @@ class Sink:
 
     def write_index(self, tokenizer: Tokenizer) -> None:
         """Close the data, write the index and the description, all still under temporary names."""
-
         self._data.close()
         with open(self._temporary[".idx"], "wb") as index:
             write_index(index, self._lengths, self._dtype)
-        counts = Counts(self._largest_id, self.documents, self.tokens)
-        Path(self._temporary[SUFFIX]).write_text(describe(tokenizer, counts, self._temporary), encoding="utf-8")
+        text = describe(tokenizer, self._largest_id, self.documents, self.tokens, self._temporary)
+        Path(self._temporary[SUFFIX]).write_text(text, encoding="utf-8")
 
     def publish(self) -> None:
         """Give the files their names, the index last: without it nothing loads."""
