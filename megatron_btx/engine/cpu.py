@@ -73,7 +73,6 @@ def install_cpu_stand_ins() -> bool:
     """
     if has_gpu():
         return False
-
     hide_kernels_for_gpus()
     _leave_uncompiled()
     _redirect_devices()
