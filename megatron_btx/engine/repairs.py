@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.data.tokenizers import count_numbers
 from megatron_btx.engine import patch
+
+if TYPE_CHECKING:
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
 
 def install() -> None:
@@ -88,14 +92,12 @@ def recompute_norms_without_fp8() -> None:
     patch.expect(random, "HAVE_TE", "CheckpointWithoutOutput")
     if random.HAVE_TE:
         return
-    original = random.CheckpointWithoutOutput.__init__
 
-    @functools.wraps(original)
-    def without_fp8(self: Any, fp8: Any = None) -> None:
-        original(self, fp8)
-        self.fp8 = False
+    def without_fp8(init: Callable[..., None], norm: CheckpointWithoutOutput, fp8: object = None) -> None:
+        init(norm, fp8)
+        norm.fp8 = False
 
-    patch.replace(random.CheckpointWithoutOutput, "__init__", without_fp8)
+    patch.around(random.CheckpointWithoutOutput, "__init__", without_fp8)
 
 
 ROUTING_NOISE = {
@@ -115,18 +117,16 @@ def route_without_noise_in_evaluation() -> None:
     from megatron.core.transformer.moe.router import TopKRouter
 
     patch.expect(TopKRouter, "apply_input_jitter")
-    original = TopKRouter.forward
 
-    @functools.wraps(original)
-    def forward(self: Any, *positional: Any, **named: Any) -> Any:
-        given = self.config
-        if self.training or all(getattr(given, name) == value for name, value in ROUTING_NOISE.items()):
-            return original(self, *positional, **named)
-        self.config = copy.copy(given)
-        vars(self.config).update(ROUTING_NOISE)
+    def forward(original: Callable[..., Any], router: TopKRouter, *given: object, **named: object) -> Any:
+        config = router.config
+        if router.training or all(getattr(config, name) == value for name, value in ROUTING_NOISE.items()):
+            return original(router, *given, **named)
+        router.config = copy.copy(config)
+        vars(router.config).update(ROUTING_NOISE)
         try:
-            return original(self, *positional, **named)
+            return original(router, *given, **named)
         finally:
-            self.config = given
+            router.config = config
 
-    patch.replace(TopKRouter, "forward", forward)
+    patch.around(TopKRouter, "forward", forward)

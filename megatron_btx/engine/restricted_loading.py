@@ -60,17 +60,13 @@ def restrict_unpickling() -> None:
     torch.serialization.add_safe_globals([*others, *allowed])
     _expect_refusal()
     _restrict_index()
-    patch.wrap(safe_globals.SafeUnpickler, "find_class", _with_stand_ins, ("self", "module", "name"))
+    patch.around(safe_globals.SafeUnpickler, "find_class", _find_class, ("self", "module", "name"))
 
 
-def _with_stand_ins(find_class: Callable[..., Any]) -> Callable[..., Any]:
+def _find_class(find: Callable[..., Any], unpickler: pickle.Unpickler, module: str, name: str) -> Any:
     """For Megatron's own unpickler, which reads the extra states of FP8: its list has NumPy's constructors as well."""
-
-    def find(self: pickle.Unpickler, module: str, name: str) -> Any:
-        found = find_class(self, module, name)
-        return numpy_stand_ins().get((module, name), found)
-
-    return find
+    found = find(unpickler, module, name)
+    return numpy_stand_ins().get((module, name), found)
 
 
 def _name(given: Any) -> str:
