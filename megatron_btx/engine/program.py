@@ -21,18 +21,53 @@ from megatron_btx.checkpoint.unsupported import refuse_placeholders
 from megatron_btx.common.errors import InputError, refused
 from megatron_btx.common.log import say
 from megatron_btx.distributed import launcher as launch
-from megatron_btx.engine import patch
+from megatron_btx.engine import patch, repairs
 from megatron_btx.engine.checks import check_arguments
+from megatron_btx.engine.cpu import has_gpu, install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.fallback import check_save_folder, choose_checkpoint
-from megatron_btx.engine.flags import add_btx_arguments
+from megatron_btx.engine.flags import add_btx_arguments, help_if_asked
 from megatron_btx.engine.options import Options
-from megatron_btx.engine.repairs import count_numbers_of_tokenizers
 from megatron_btx.engine.restricted_loading import cause_of, loading_failed, restrict_unpickling
 from megatron_btx.tokenizers.path import locate_tokenizer
 from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES
 
 _MODEL_FLAGS = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 """What Megatron's validation asks for of every model."""
+
+
+def start_tool[Checked](
+    documentation: str | None,
+    add_arguments: Callable[[ArgumentParser], ArgumentParser],
+    check_words: Callable[[argparse.Namespace], object],
+    check_inputs: Callable[[argparse.Namespace], Checked],
+) -> tuple[argparse.Namespace, Checked]:
+    """Parse the command line, check what it names, and initialise Megatron. The model is built by the caller.
+
+    All that can be refused is refused before the ranks meet, so that no rank waits for one that has ended.
+
+    Args:
+        documentation: what ``--help`` shows above the flags.
+        add_arguments: adds the flags of the tool to Megatron's parser.
+        check_words: refuses what is wrong with the tool's own flags, before Megatron looks at its own.
+        check_inputs: refuses what is wrong with the files that the flags name; returns what the tool needs of them.
+
+    Returns:
+        Megatron's arguments and ours; the result of ``check_inputs``.
+
+    Raises:
+        InputError: of the checks, or what Megatron refuses.
+    """
+    prepare_environment()
+    help_if_asked(documentation, add_arguments)
+    install_cpu_stand_ins()
+    # Megatron may be imported only now, because what it finds on import was changed.
+    from megatron.training import initialize
+
+    args, _ = parse(add_arguments, check_words, trains=False)
+    checked = check_inputs(args)
+    repairs.install()
+    initialize.initialize_megatron(allow_no_cuda=not has_gpu())
+    return args, checked
 
 
 def parse(
@@ -56,7 +91,7 @@ def parse(
     launch.join(checking="--btx-check" in sys.argv[1:])
     # Before Megatron parses: --use-checkpoint-args makes it load a checkpoint's arguments while it does.
     restrict_unpickling()
-    count_numbers_of_tokenizers()
+    repairs.count_numbers_of_tokenizers()
 
     def add(parser: ArgumentParser) -> ArgumentParser:
         """Our flags, and our checks between Megatron's parsing and its validation."""
