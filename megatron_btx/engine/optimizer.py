@@ -20,14 +20,12 @@ from torch.optim.adamw import adamw
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.engine import patch
+from megatron_btx.engine.patch import Call
 from megatron_btx.model.groups import TrainedGroups, group_of
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-Call = Callable[..., Any]
-"""One of Megatron's functions."""
 
 
 def make_state(optimizer: MegatronOptimizer) -> None:

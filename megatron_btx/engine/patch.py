@@ -13,7 +13,10 @@ from typing import Any
 
 from megatron_btx.common.version_guard import describe_attribute, expect, expect_parameters
 
-__all__ = ["around", "expect", "expect_parameters", "list_replaced", "replace", "wrap"]
+__all__ = ["Call", "around", "expect", "expect_parameters", "list_replaced", "replace", "wrap"]
+
+Call = Callable[..., Any]
+"""One of Megatron's functions, as what stands around it calls it."""
 
 _replaced: list[str] = []
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_btx.data.tokenizers import count_numbers
 from megatron_btx.engine import patch
+from megatron_btx.engine.patch import Call
 
 if TYPE_CHECKING:
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
@@ -118,7 +119,7 @@ def route_without_noise_in_evaluation() -> None:
 
     patch.expect(TopKRouter, "apply_input_jitter")
 
-    def forward(original: Callable[..., Any], router: TopKRouter, *given: object, **named: object) -> Any:
+    def forward(original: Call, router: TopKRouter, *given: object, **named: object) -> Any:
         config = router.config
         if router.training or all(getattr(config, name) == value for name, value in ROUTING_NOISE.items()):
             return original(router, *given, **named)

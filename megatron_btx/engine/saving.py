@@ -28,9 +28,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE, TRACKER, list_iterations, read_tracker
 from megatron_btx.common.errors import MachineError
@@ -40,13 +40,12 @@ from megatron_btx.distributed.process_cleanup import end_with_parent
 from megatron_btx.engine import patch
 from megatron_btx.engine.cpu import has_gpu
 from megatron_btx.engine.options import Options
+from megatron_btx.engine.patch import Call
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-Call = Callable[..., Any]
-"""One of Megatron's functions."""
 _LOOK_EVERY_SECONDS = 1.0
 REPLACED = "btx_replaced"
 """The root within a root that holds the only checkpoint of a step which is being saved again."""

@@ -25,8 +25,9 @@ from megatron_btx.common.log import say
 from megatron_btx.engine import patch
 from megatron_btx.engine.optimizer import make_state
 from megatron_btx.engine.options import Options
+from megatron_btx.engine.patch import Call
 from megatron_btx.model.sampling import Step
-from megatron_btx.training.hooks import Call, Follower, log_scalars
+from megatron_btx.training.hooks import Callback, log_scalars
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +147,7 @@ def _samples(args: argparse.Namespace) -> str:
     return f"samples {first} to {first + get_current_global_batch_size() - 1}"
 
 
-class SkippedSteps(Follower):
+class SkippedSteps(Callback):
     """Lets bad steps change nothing. All ranks decide alike, from the same two numbers."""
 
     def __init__(self, args: argparse.Namespace, spike_sigma: float | None) -> None:

@@ -1,21 +1,20 @@
 """What follows a training step: one list, in order.
 
 Megatron's loop (``training/training.py``) calls ``train_step``, then ``training_log``, then, when it is due,
-``evaluate_and_print_results``. Each of the three is wrapped once here, and the followers are called in their order.
+``evaluate_and_print_results``. Each of the three is wrapped once here, and the callbacks are called in their order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.engine import patch
+from megatron_btx.engine.patch import Call
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
 
-Call = Callable[..., Any]
-"""One of Megatron's functions."""
 _STEP = (
     *("forward_step_func", "data_iterator", "model", "optimizer", "opt_param_scheduler", "config"),
     *("forward_backward_func", "iteration"),
@@ -25,7 +24,7 @@ _EVALUATION = ("prefix", "forward_step_func", "data_iterator", "model", "iterati
 """Parameters that the three functions must take first."""
 
 
-class Follower:
+class Callback:
     """Something that follows training; what it does not override does nothing."""
 
     def before_step(self, iteration: int, model: list[Any], optimizer: MegatronOptimizer) -> None:
@@ -57,13 +56,13 @@ def log_scalars(values: Mapping[str, float], iteration: int) -> None:
         wandb.log(dict(values), iteration)
 
 
-def follow_training(followers: Sequence[Follower]) -> None:
-    """Have the followers called, in their order, by Megatron's training loop.
+def install_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Have the callbacks called, in their order, by Megatron's training loop.
 
     Raises:
         MegatronVersionError: the installed Megatron's loop is of another form.
     """
-    if not followers:
+    if not callbacks:
         return
     from megatron.training import training
 
@@ -71,19 +70,19 @@ def follow_training(followers: Sequence[Follower]) -> None:
         step: Call, forward: object, data: object, model: list[Any], optimizer: MegatronOptimizer, *rest: object,
         iteration: int, **named: object,
     ) -> Any:  # fmt: skip
-        for follower in followers:
-            follower.before_step(iteration, model, optimizer)
+        for callback in callbacks:
+            callback.before_step(iteration, model, optimizer)
         result = step(forward, data, model, optimizer, *rest, iteration=iteration, **named)
-        for follower in followers:
-            follower.after_step(iteration + 1, model, optimizer, result[0])
+        for callback in callbacks:
+            callback.after_step(iteration + 1, model, optimizer, result[0])
         return result
 
     def training_log(
         log: Call, losses: dict[str, Any], total: object, rate: object, iteration: int, *rest: object, **named: object
     ) -> Any:
         result = log(losses, total, rate, iteration, *rest, **named)
-        for follower in followers:
-            follower.after_log(iteration, losses)
+        for callback in callbacks:
+            callback.after_log(iteration, losses)
         return result
 
     def evaluate(
@@ -91,8 +90,8 @@ def follow_training(followers: Sequence[Follower]) -> None:
         **named: object,
     ) -> Any:  # fmt: skip
         result = evaluation(prefix, forward, data, model, iteration, *rest, **named)
-        for follower in followers:
-            follower.after_evaluation(iteration, prefix.endswith("on test set"))
+        for callback in callbacks:
+            callback.after_evaluation(iteration, prefix.endswith("on test set"))
         return result
 
     patch.around(training, "train_step", train_step, _STEP)

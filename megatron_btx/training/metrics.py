@@ -16,10 +16,10 @@ from typing import Any
 
 from megatron_btx.engine import patch
 from megatron_btx.engine.options import Options
-from megatron_btx.training.hooks import Follower
+from megatron_btx.training.hooks import Callback
 
 
-class MetricsWriter(Follower):
+class MetricsWriter(Callback):
     """A TensorBoard writer that also keeps each step's scalars, and writes them as one line of JSON."""
 
     def __init__(self, file: Path, inner: Any | None) -> None:
@@ -79,7 +79,7 @@ def _ends_within_a_line(file: Path) -> bool:
         return existing.read() != b"\n"
 
 
-def write_metrics(args: argparse.Namespace, options: Options) -> list[Follower]:
+def write_metrics(args: argparse.Namespace, options: Options) -> list[Callback]:
     """Join Megatron's TensorBoard writer on the rank that logs (the last one), if --btx-metrics is given.
 
     Returns:

@@ -46,7 +46,7 @@ from megatron_btx.training.bad_steps import (
     explain_exit,
     judge_every_step,
 )
-from megatron_btx.training.hooks import follow_training
+from megatron_btx.training.hooks import install_callbacks
 from megatron_btx.training.metrics import write_metrics
 from megatron_btx.training.validation import watch_validation
 
@@ -149,16 +149,16 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     keep_to_its_line(args, options)
     loaded = checkpoint_to_load(args)
     verify_where_checksums_are(args, resumes=loaded is not None and loaded[1])
-    followers = watch_validation(args, options)
+    callbacks = watch_validation(args, options)
     judge_every_step(args)
     see_loss = ShownLosses(args, step).see
     if options.skip_bad_steps:
         args.btx_taken_steps = begin_record(args.btx_taken_steps)
         skipped = SkippedSteps(args, options.spike_sigma)
-        followers.append(skipped)
+        callbacks.append(skipped)
         see_loss = skipped.see
     # Losses per domain are taken before Megatron logs a step, and the step's line is written after it.
-    follow_training([*followers, *write_metrics(args, options)])
+    install_callbacks([*callbacks, *write_metrics(args, options)])
     install_schedule_logging()
     install_lr_multipliers(options.groups)
     model = model_config(args, step)

@@ -18,8 +18,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_btx.common.shares import DEAD_SHARE
 from megatron_btx.engine import patch
+from megatron_btx.engine.patch import Call
 from megatron_btx.model.watch import taken_experts
-from megatron_btx.training.hooks import Call, log_scalars
+from megatron_btx.training.hooks import log_scalars
 
 
 def install(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:

@@ -18,7 +18,7 @@ from megatron_btx.engine import patch
 from megatron_btx.engine.checks.start import checkpoint_to_load
 from megatron_btx.engine.options import Options
 from megatron_btx.evaluation.losses import evaluate_domain
-from megatron_btx.training.hooks import Follower, log_scalars
+from megatron_btx.training.hooks import Callback, log_scalars
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -61,7 +61,7 @@ def check(args: argparse.Namespace, options: Options) -> None:
     find_bounds(args, options)
 
 
-class FirstLoss(Follower):
+class FirstLoss(Callback):
     """Stops a mixture's finetuning at its first step when the mixture is broken."""
 
     def __init__(self, args: argparse.Namespace, options: Options) -> None:
@@ -85,7 +85,7 @@ class FirstLoss(Follower):
         _check_first_step(losses, bound)
 
 
-class DomainLosses(Follower):
+class DomainLosses(Callback):
     """Takes and logs the loss on every domain of --btx-valid-data, when it is due."""
 
     def __init__(self, args: argparse.Namespace, options: Options) -> None:
@@ -97,7 +97,7 @@ class DomainLosses(Follower):
             _log(_losses(model, optimizer, self._args, self._options), done)
 
 
-def watch_validation(args: argparse.Namespace, options: Options) -> list[Follower]:
+def watch_validation(args: argparse.Namespace, options: Options) -> list[Callback]:
     """What must follow the steps: the check of a mixture's first, and the losses per domain.
 
     Raises:
@@ -105,14 +105,14 @@ def watch_validation(args: argparse.Namespace, options: Options) -> list[Followe
     """
     from megatron.training import training
 
-    followers: list[Follower] = []
+    callbacks: list[Callback] = []
     if starts_from_a_mix(args):
-        followers.append(FirstLoss(args, options))
+        callbacks.append(FirstLoss(args, options))
     if options.valid_texts:
-        followers.append(DomainLosses(args, options))
-    if followers:
+        callbacks.append(DomainLosses(args, options))
+    if callbacks:
         patch.expect(training, *_PARAMETER_GATHERING)
-    return followers
+    return callbacks
 
 
 def is_due(done: int, args: argparse.Namespace) -> bool:
