@@ -23,7 +23,6 @@ from megatron_btx.data.inputs import ENDINGS, Form, form_of, head_of, open_input
 from megatron_btx.data.records import (
     BadRecord,
     CutOffError,
-    RecordError,
     decoded,
     json_values,
     texts_of_json,
@@ -110,8 +109,9 @@ def parse(unit: Unit, keys: Sequence[str], on_bad: Callable[[BadRecord], None]) 
     for where, read in _records(unit, keys):
         try:
             texts = read()
-        except RecordError as error:
-            on_bad(BadRecord(where, error.cause, error.detail))
+        except BadRecord as record:
+            record.where = where
+            on_bad(record)
             continue
         if texts is not None:
             yield Document(where, texts)

@@ -19,28 +19,19 @@ _KEYS_NAMED_AT_MOST = 10
 _SHOWN_AT_MOST = 5
 
 
-@dataclass(frozen=True)
-class BadRecord:
+class BadRecord(ValueError):  # noqa: N818 - it is counted as often as it is raised
     """A record that gives no texts."""
 
-    where: str
-    """File and line; for Parquet file, row group and row."""
-    cause: str
-    """The kind of fault, for counting."""
-    detail: str
-    """What was found and what was expected."""
+    def __init__(self, cause: str, detail: str) -> None:
+        """Say the kind of fault, for counting; and what was found and what was expected."""
+        super().__init__(detail)
+        self.cause, self.detail = cause, detail
+        self.where = ""
+        """File and line; for Parquet file, row group and row."""
 
     def line(self) -> str:
         """For people."""
         return f"{self.where}: {self.detail}"
-
-
-class RecordError(ValueError):
-    """A record that gives no texts; see :class:`BadRecord`."""
-
-    def __init__(self, cause: str, detail: str) -> None:
-        super().__init__(detail)
-        self.cause, self.detail = cause, detail
 
 
 @dataclass
@@ -74,7 +65,7 @@ def texts_of_json(raw: bytes, keys: Sequence[str]) -> dict[str, str] | None:
     NaN and Infinity, which JSON does not know and many programs write, are taken: they stand in other fields.
 
     Raises:
-        RecordError: anything that is no JSON object with strings under these keys.
+        BadRecord: anything that is no JSON object with strings under these keys.
     """
     text = decoded(raw).removeprefix(_BOM)
     if not text.strip():
@@ -82,12 +73,12 @@ def texts_of_json(raw: bytes, keys: Sequence[str]) -> dict[str, str] | None:
     try:
         row = json.loads(text)
     except RecursionError as error:
-        raise RecordError("nested too deeply", "JSON nested deeper than can be read") from error
+        raise BadRecord("nested too deeply", "JSON nested deeper than can be read") from error
     except ValueError as error:
-        raise RecordError("not JSON", f"not a line of JSON: {error}") from error
+        raise BadRecord("not JSON", f"not a line of JSON: {error}") from error
     if not isinstance(row, dict):
         hint = "; a JSON array of records is read from a file ending in .json" if isinstance(row, list) else ""
-        raise RecordError("no object", f"expected a JSON object with {list(keys)}, found {json_name(row)}{hint}")
+        raise BadRecord("no object", f"expected a JSON object with {list(keys)}, found {json_name(row)}{hint}")
     return texts_of_values(row, keys)
 
 
@@ -95,7 +86,7 @@ def texts_of_values(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, st
     """The texts of a row by key. A byte order mark before a text is no part of it.
 
     Raises:
-        RecordError: a key is missing, or its value is no text.
+        BadRecord: a key is missing, or its value is no text.
     """
     return {key: _text(row, key) for key in keys}
 
@@ -104,12 +95,12 @@ def decoded(raw: bytes) -> str:
     """UTF-8 bytes as text.
 
     Raises:
-        RecordError: they are none; names the byte, from 0.
+        BadRecord: they are none; names the byte, from 0.
     """
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecordError("not UTF-8", f"not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+        raise BadRecord("not UTF-8", f"not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
 
 
 def json_name(value: object) -> str:
@@ -127,19 +118,19 @@ def _text(row: Mapping[str, Any], key: str) -> str:
         names = sorted(row)
         more = ["..."] if len(names) > _KEYS_NAMED_AT_MOST else []
         found = names[:_KEYS_NAMED_AT_MOST] + more
-        raise RecordError("no key", f"no key {key!r}; it has {found}")
+        raise BadRecord("no key", f"no key {key!r}; it has {found}")
     value = row[key]
     if isinstance(value, bytes):  # a column of bytes, or of text that nobody has checked
         try:
             value = decoded(value)
-        except RecordError as error:
-            raise RecordError(error.cause, f"{key!r} is {error.detail}") from error
+        except BadRecord as error:
+            raise BadRecord(error.cause, f"{key!r} is {error.detail}") from error
     if not isinstance(value, str):
-        raise RecordError("no string", f"{key!r} should be a string, found {json_name(value)}")
+        raise BadRecord("no string", f"{key!r} should be a string, found {json_name(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character; tokenizers fail on it obscurely
-        raise RecordError("not Unicode", f"{key!r} is not valid Unicode at character {error.start}") from error
+        raise BadRecord("not Unicode", f"{key!r} is not valid Unicode at character {error.start}") from error
     return value.removeprefix(_BOM)
 
 
