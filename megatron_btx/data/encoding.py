@@ -14,9 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from multiprocessing.process import BaseProcess
-from typing import Any
-
-import numpy
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError, MachineError
 from megatron_btx.data import readers, tokenizers
@@ -25,6 +23,9 @@ from megatron_btx.data.indexed import choose_dtype
 from megatron_btx.data.readers import Unit
 from megatron_btx.data.records import BadRecord, Tally
 from megatron_btx.data.tokenizers import DocumentEncoder, TokenizerSettings
+
+if TYPE_CHECKING:
+    import numpy
 
 _DRAW_BYTES = 6
 """Of a hash; a float holds whole numbers of this size exactly."""
@@ -62,6 +63,8 @@ class Encoder:
 
     def encode(self, unit: readers.Unit) -> EncodedUnit:
         """Tokenize the documents of a unit; InputError names the document that cannot be."""
+        import numpy
+
         ids: dict[str, list[int]] = {key: [] for key in self.keys}
         lengths: dict[str, list[int]] = {key: [] for key in self.keys}
         draws: dict[str, list[float]] = {key: [] for key in self.keys}

@@ -21,22 +21,25 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy
-
 from megatron_btx.data.description import SUFFIX, Tokenizer, describe
+
+if TYPE_CHECKING:
+    import numpy
 
 if TYPE_CHECKING:
     import numpy
 
 _HEADER = b"MMIDIDX\x00\x00"
 _VERSION = 1
-_TYPE_CODES = {numpy.dtype(numpy.int32): 4, numpy.dtype(numpy.uint16): 8}
+_TYPE_CODES = {"int32": 4, "uint16": 8}
 _SMALL_VOCABULARY = 65500
 """Below it Megatron stores tokens in two bytes."""
 
 
 def choose_dtype(vocab_size: int) -> type[numpy.number[Any]]:
     """The type in which Megatron stores the tokens of a vocabulary."""
+    import numpy
+
     if vocab_size < _SMALL_VOCABULARY:
         return numpy.uint16
     return numpy.int32
@@ -49,12 +52,14 @@ def write_index(file: IO[bytes], lengths: Sequence[int], dtype: type[numpy.numbe
         lengths: tokens of each document.
         dtype: type of the tokens in the ``.bin`` file.
     """
+    import numpy
+
     lengths_D = numpy.array(lengths, dtype="<i4")
     token_bytes = numpy.dtype(dtype).itemsize
     starts_D = numpy.zeros(len(lengths), dtype="<i8")
     numpy.cumsum(lengths_D[:-1], out=starts_D[1:], dtype="<i8")
     file.write(_HEADER)
-    file.write(struct.pack("<QBQQ", _VERSION, _TYPE_CODES[numpy.dtype(dtype)], len(lengths), len(lengths) + 1))
+    file.write(struct.pack("<QBQQ", _VERSION, _TYPE_CODES[dtype.__name__], len(lengths), len(lengths) + 1))
     file.write(lengths_D.tobytes())
     file.write((starts_D * token_bytes).tobytes())
     file.write(numpy.arange(len(lengths) + 1, dtype="<i8").tobytes())
