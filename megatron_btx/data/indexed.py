@@ -26,9 +26,6 @@ from megatron_btx.data.description import SUFFIX, Tokenizer, describe
 if TYPE_CHECKING:
     import numpy
 
-if TYPE_CHECKING:
-    import numpy
-
 _HEADER = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _TYPE_CODES = {"int32": 4, "uint16": 8}
