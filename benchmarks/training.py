@@ -96,8 +96,7 @@ def training_bytes(shape: Shape, moe: bool, micro_batch: int) -> float:
     keep them, and half of it again for what kernels need in between.
     """
     model = shape.model(moe)
-    parameters = numbers.attention_weights(model) + 2 * model.hidden * model.vocabulary
-    parameters += numbers.feed_forward_weights(model, model.mixtures * model.experts)
+    parameters = numbers.all_weights(model)
     used = TOPK if moe else 1
     per_token_layer = 2 * (8 * shape.hidden + used * (3 * shape.ffn + 2 * shape.hidden))
     activations = micro_batch * shape.seq_length * (shape.layers * per_token_layer + 12 * shape.vocabulary)

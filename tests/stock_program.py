@@ -31,12 +31,12 @@ def main() -> int:
     from megatron_btx.model.routers import settings_from, with_routers
     from megatron_btx.model.sampling import Step
     from megatron_btx.model.step import forward_step
-    from megatron_btx.training.hooks import follow_training
+    from megatron_btx.training.hooks import install_callbacks
     from megatron_btx.training.metrics import write_metrics
 
     args = parse_and_validate_args(add_btx_arguments)
     repairs.use_the_shipped_dataset_helper()
-    follow_training(write_metrics(args, resolve_options(args)))
+    install_callbacks(write_metrics(args, resolve_options(args)))
     model = gpt_config_from_args(args)
     step, settings = Step(), settings_from(args)
     if settings is not None:  # the one thing of ours that may go into Megatron's own layers

@@ -8,14 +8,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 from megatron_btx.common.errors import MegatronVersionError
 
 WRITTEN_FOR = "megatron-core 0.19"
 
 
-def expect(owner: Any, *names: str) -> None:
+def expect(owner: object, *names: str) -> None:
     """Look whether a module, class or object has all these attributes.
 
     Raises:
@@ -26,7 +25,7 @@ def expect(owner: Any, *names: str) -> None:
             raise mismatch(f"{describe_attribute(owner, name)} does not exist")
 
 
-def expect_parameters(owner: Any, name: str, parameters: Sequence[str], only_first: int | None = None) -> None:
+def expect_parameters(owner: object, name: str, parameters: Sequence[str], only_first: int | None = None) -> None:
     """Look whether a function takes the parameters of these names, in this order.
 
     Args:
@@ -49,7 +48,7 @@ def mismatch(found: str) -> MegatronVersionError:
     )
 
 
-def describe_attribute(owner: Any, name: str) -> str:
+def describe_attribute(owner: object, name: str) -> str:
     """An attribute with its module or class; of an object, with the class that it is of."""
     if inspect.isclass(owner):
         return f"{owner.__module__}.{owner.__name__}.{name}"

@@ -40,6 +40,18 @@ class ModelShape:
     """Whether the first mixture layer takes all experts, as sampled top-1 routing does."""
 
 
+def default_ffn(hidden: int, gated: bool) -> int:
+    """Megatron's width of a feed-forward block where --ffn-hidden-size is not given."""
+    if gated:
+        return hidden * 8 // 3 // 64 * 64
+    return 4 * hidden
+
+
+def padded_rows(tokens: int, divisor: int) -> int:
+    """Rows of the output layer: as many as tokens, rounded up to a multiple of ``divisor``, as Megatron pads them."""
+    return -(-tokens // divisor) * divisor
+
+
 def attention_weights(shape: ModelShape) -> int:
     """Weights of the attention projections (query, key, value, output) of all layers."""
     return shape.layers * shape.hidden * shape.channels * 2 * (shape.heads + shape.groups)
@@ -73,6 +85,12 @@ def multiplied_weights(shape: ModelShape) -> int:
     """Weights with which one token is multiplied: not the embedding, which is looked up, and no norm or bias."""
     feed_forward = feed_forward_weights(shape, experts_of_a_token(shape))
     return attention_weights(shape) + feed_forward + shape.hidden * shape.vocabulary
+
+
+def all_weights(shape: ModelShape) -> int:
+    """Weights of all matrices, embedding and output layer apart; no norm or bias."""
+    feed_forward = feed_forward_weights(shape, shape.mixtures * shape.experts)
+    return attention_weights(shape) + feed_forward + 2 * shape.hidden * shape.vocabulary
 
 
 def training_flops(shape: ModelShape, tokens: int, sequence: int) -> float:

@@ -8,7 +8,9 @@ Source: megatron/core/parallel_state.py, initialize_model_parallel.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,26 @@ class ParallelSizes:
     context: int = 1
     expert: int = 1
     expert_tensor: int = 1
+
+    @staticmethod
+    def of(arguments: Mapping[str, Any]) -> ParallelSizes:
+        """The sizes of Megatron's arguments, given or stored, by their names."""
+        tensor = arguments.get("tensor_model_parallel_size", 1)
+        return ParallelSizes(
+            tensor,
+            arguments.get("pipeline_model_parallel_size", 1),
+            arguments.get("context_parallel_size", 1),
+            arguments.get("expert_model_parallel_size", 1),
+            arguments.get("expert_tensor_parallel_size") or tensor,
+        )
+
+    @property
+    def spreads_experts(self) -> bool:
+        """Whether experts are spread over other ranks than the rest, so that their gradients are reduced over others.
+
+        Source: ``core/tensor_parallel/layers.py``, where ``allreduce`` is set.
+        """
+        return self.expert > 1 or self.expert_tensor != self.tensor
 
     @property
     def model_ranks(self) -> int:

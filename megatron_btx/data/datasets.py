@@ -24,11 +24,10 @@ from megatron_btx.common.errors import InputError, exits_with_one_line, printabl
 from megatron_btx.common.files import ByteProgress, write_json
 from megatron_btx.data import readers
 from megatron_btx.data.domains import SPLITS, Description, Domain, find_files, read_description
-from megatron_btx.data.encoding import EncodedUnit, make_encoder
+from megatron_btx.data.encoding import EncodedUnit, check_workers, in_order, make_encoder
+from megatron_btx.data.indexed import Sink, publish_all
 from megatron_btx.data.inputs import Inputs, listed
 from megatron_btx.data.records import BadRecord, Tally
-from megatron_btx.data.sink import Sink, publish_all
-from megatron_btx.data.workers import check_workers, in_order
 
 SUMMARY = "datasets.json"
 

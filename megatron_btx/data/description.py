@@ -102,12 +102,11 @@ class Tokenizer:
         return rule_fingerprints(self.vocabulary, self.merges)
 
 
-def describe(tokenizer: Tokenizer, counts: Counts, files: Mapping[str, str]) -> str:
+def describe(tokenizer: Tokenizer, largest_id: int, sequences: int, tokens: int, files: Mapping[str, str]) -> str:
     """The text of a description.
 
     Args:
         tokenizer: with its size.
-        counts: of the dataset.
         files: where the files of the dataset lie at present, by their endings.
     """
     assert tokenizer.size is not None
@@ -118,24 +117,15 @@ def describe(tokenizer: Tokenizer, counts: Counts, files: Mapping[str, str]) -> 
         tokenizer_type=tokenizer.kind,
         tokenizer_model=model,
         vocabulary_size=tokenizer.size,
-        largest_id=counts.largest_id,
-        sequences=counts.sequences,
-        tokens=counts.tokens,
+        largest_id=largest_id,
+        sequences=sequences,
+        tokens=tokens,
         bin_bytes=os.path.getsize(files[".bin"]),
         idx_bytes=os.path.getsize(files[".idx"]),
-        table=tokenizer.table(counts.largest_id),
+        table=tokenizer.table(largest_id),
         rules=tokenizer.rules(),
     )
     return json.dumps(dataclasses.asdict(description), indent=1) + "\n"
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What was counted while a dataset was written."""
-
-    largest_id: int
-    sequences: int
-    tokens: int
 
 
 def read_description(prefix: str, where: str) -> Description | None:

@@ -12,21 +12,31 @@ Here every document is one sequence.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import struct
-from collections.abc import Sequence
-from typing import IO, Any
+from array import array
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy
+from megatron_btx.data.description import SUFFIX, Tokenizer, describe
+
+if TYPE_CHECKING:
+    import numpy
 
 _HEADER = b"MMIDIDX\x00\x00"
 _VERSION = 1
-_TYPE_CODES = {numpy.dtype(numpy.int32): 4, numpy.dtype(numpy.uint16): 8}
+_TYPE_CODES = {"int32": 4, "uint16": 8}
 _SMALL_VOCABULARY = 65500
 """Below it Megatron stores tokens in two bytes."""
 
 
 def choose_dtype(vocab_size: int) -> type[numpy.number[Any]]:
     """The type in which Megatron stores the tokens of a vocabulary."""
+    import numpy
+
     if vocab_size < _SMALL_VOCABULARY:
         return numpy.uint16
     return numpy.int32
@@ -39,12 +49,79 @@ def write_index(file: IO[bytes], lengths: Sequence[int], dtype: type[numpy.numbe
         lengths: tokens of each document.
         dtype: type of the tokens in the ``.bin`` file.
     """
+    import numpy
+
     lengths_D = numpy.array(lengths, dtype="<i4")
     token_bytes = numpy.dtype(dtype).itemsize
     starts_D = numpy.zeros(len(lengths), dtype="<i8")
     numpy.cumsum(lengths_D[:-1], out=starts_D[1:], dtype="<i8")
     file.write(_HEADER)
-    file.write(struct.pack("<QBQQ", _VERSION, _TYPE_CODES[numpy.dtype(dtype)], len(lengths), len(lengths) + 1))
+    file.write(struct.pack("<QBQQ", _VERSION, _TYPE_CODES[dtype.__name__], len(lengths), len(lengths) + 1))
     file.write(lengths_D.tobytes())
     file.write((starts_D * token_bytes).tobytes())
     file.write(numpy.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+
+class Sink:
+    """One indexed dataset in the making, under temporary names until it is whole."""
+
+    def __init__(self, prefix: str, dtype: type[numpy.number[Any]]) -> None:
+        self._prefix = prefix
+        self._dtype = dtype
+        self._temporary = {suffix: f"{prefix}{suffix}.tmp{os.getpid()}" for suffix in (".bin", SUFFIX, ".idx")}
+        self._lengths = array("i")
+        self.documents = 0
+        self.tokens = 0
+        self.hash = hashlib.sha256()
+        """Of the bytes of the .bin file so far."""
+        self._largest_id = -1
+
+    def __enter__(self) -> Sink:
+        Path(self._prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._data = open(self._temporary[".bin"], "wb")  # closed by __exit__
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # closing writes the rest of the buffer, which a full disk refuses again
+            self._data.close()
+        for name in self._temporary.values():
+            Path(name).unlink(missing_ok=True)
+
+    def add(self, ids: numpy.ndarray[Any, Any], lengths: Sequence[int]) -> None:
+        """Append documents: their token ids one after the other, and the length of each in tokens."""
+        content = ids.astype(self._dtype, copy=False).tobytes()
+        self._data.write(content)
+        self.hash.update(content)
+        self._lengths.extend(lengths)
+        self.documents += len(lengths)
+        self.tokens += len(ids)
+        self._largest_id = max(self._largest_id, int(ids.max(initial=0)))
+
+    def write_index(self, tokenizer: Tokenizer) -> None:
+        """Close the data, write the index and the description, all still under temporary names."""
+        self._data.close()
+        with open(self._temporary[".idx"], "wb") as index:
+            write_index(index, self._lengths, self._dtype)
+        text = describe(tokenizer, self._largest_id, self.documents, self.tokens, self._temporary)
+        Path(self._temporary[SUFFIX]).write_text(text, encoding="utf-8")
+
+    def publish(self) -> None:
+        """Give the files their names, the index last: without it nothing loads."""
+        Path(f"{self._prefix}.idx").unlink(missing_ok=True)
+        for suffix, name in self._temporary.items():
+            os.replace(name, f"{self._prefix}{suffix}")
+
+
+def publish_all(sinks: Collection[Sink], tokenizer: Tokenizer, replaces: Path | None = None) -> None:
+    """Finish several datasets, and only when all are whole give them their names.
+
+    Args:
+        tokenizer: what they were made with, for their descriptions.
+        replaces: a record of the datasets that these replace; it goes before the first of them does.
+    """
+    for sink in sinks:
+        sink.write_index(tokenizer)
+    if replaces is not None:
+        replaces.unlink(missing_ok=True)
+    for sink in sinks:
+        sink.publish()

@@ -1,17 +1,218 @@
-"""Which files are read: those named, those a glob finds, and what a directory holds that can be read."""
+"""Which files are read, and how: those named, those a glob finds, and what a directory holds; compressed or not.
+
+Compressed files are told by their first bytes, read to their very end, or refused. The standard library's readers drop
+in silence what follows the first member where its header is damaged, and pyarrow's refuses the long windows of zstd. So
+the members are walked here, by one loop for all four formats.
+"""
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import enum
 import glob
+import io
+import lzma
 import os
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Buffer, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.data import compression
 from megatron_btx.data.description import SUFFIX
+
+SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz", ".bz2": "bzip2"}
+"""Endings, and what they promise. The first bytes decide."""
+
+_MAGIC_BYTES = 10
+"""As many bytes as the longest signature has."""
+_GZIP, _ZSTD, _XZ = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\x00"
+_BZIP2_STARTS = (b"1AY&SY", b"\x17rE8P\x90")  # a block, or the end of an empty file, after "BZh" and a digit
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a byte from 0x50 to 0x5f; pzstd writes such frames
+_NOT_READ = {
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
+    b"\x04\x22\x4d\x18": "compressed by lz4: unpack it, or compress it with zstd",
+    b"version http": "a Git LFS pointer in place of the data: run `git lfs pull`",
+}
+_LONGEST_ZSTD_WINDOW_BYTES = 1 << 31
+"""What ``zstd --long=31`` asks for, the most that the format's library allows."""
+_PIECE_BYTES = 8 * 1024
+"""Compressed bytes given at a time: small, because a piece of zeros grows some ten thousand times."""
+_HEAD_BYTES = 4096
+
+
+class _Decompressor(Protocol):
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class OpenInput:
+    """An input file that is open for reading."""
+
+    raw: io.BufferedReader
+    """The file itself; how far it was read is the progress."""
+    content: io.BufferedReader[Any]
+    """Its bytes without compression."""
+
+
+def format_of(start: bytes) -> str | None:
+    """The compression that these first bytes tell, or None."""
+    if start.startswith(_GZIP):
+        return "gzip"
+    if start.startswith(_ZSTD) or (start[1:4] == _ZSTD_SKIPPABLE and 0x50 <= start[0] <= 0x5F):
+        return "zstd"
+    if start.startswith(_XZ):
+        return "xz"
+    if start.startswith(b"BZh") and start[4:10] in _BZIP2_STARTS:
+        return "bzip2"
+    return None
+
+
+@contextlib.contextmanager
+def open_input(path: Path) -> Iterator[OpenInput]:
+    """Open a file, compressed or not, whatever its name says.
+
+    Raises:
+        InputError: its name promises a compression and it holds neither that nor text; an archive; an LFS pointer.
+            Reading raises it for compressed data that is damaged or cut off.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as raw:
+        start = raw.read(_HEAD_BYTES)
+        raw.seek(0)
+        found = format_of(start)
+        if found is None:
+            _check_plain(path, start)
+            yield OpenInput(raw, raw)
+            return
+        with io.BufferedReader(_Members(raw, found, path), 64 * 1024) as content:
+            yield OpenInput(raw, content)
+
+
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file's content, at most 4096; as :func:`open_input`."""
+    with open_input(path) as file:
+        return file.content.read(_HEAD_BYTES)
+
+
+def _check_plain(path: Path, start: bytes) -> None:
+    for signature, what in _NOT_READ.items():
+        if start.startswith(signature):
+            raise InputError(f"{path}: is {what}")
+    promised = SUFFIXES.get(path.suffix.lower())
+    if promised is None:
+        return
+    if len(start) < _MAGIC_BYTES:
+        raise InputError(f"{path}: cut off, {len(start)} bytes are no {promised} file; fetch or write it again")
+    if start.startswith(b"PAR1"):
+        return
+    try:
+        start[:-4].decode()  # the cut may go through a character, which has four bytes at most
+    except UnicodeDecodeError as error:
+        if error.start < len(start) - 8:
+            raise InputError(f"{path}: holds neither {promised} data nor text; fetch or write it again") from error
+
+
+class _Members(io.RawIOBase):
+    """The content of all members (gzip), frames (zstd) or streams (xz, bzip2) of a file, one after the other."""
+
+    def __init__(self, raw: io.BufferedReader, name: str, path: Path) -> None:
+        self._raw, self._format, self._path = raw, name, path
+        self._decompressor: _Decompressor | None = None
+        self._input = b""
+        self._output = memoryview(b"")
+        self._errors = _errors_of(name)
+
+    def readable(self) -> bool:
+        """As io.RawIOBase has it."""
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        """As io.RawIOBase has it.
+
+        Raises:
+            InputError: the data are damaged or cut off.
+        """
+        target = memoryview(buffer).cast("B")
+        while not self._output:
+            if not self._advance():
+                return 0
+        count = min(len(target), len(self._output))
+        target[:count] = self._output[:count]
+        self._output = self._output[count:]
+        return count
+
+    def _advance(self) -> bool:
+        """Decompress one more piece; False at the end of the file."""
+        if not self._input:
+            self._input = self._raw.read(_PIECE_BYTES)
+        if self._decompressor is None:
+            if not self._start_member():
+                return False
+        elif not self._input:
+            raise self._damaged("it ends in the middle")
+        assert self._decompressor is not None
+        try:
+            self._output = memoryview(self._decompressor.decompress(self._input))
+        except self._errors as error:
+            raise self._damaged(str(error) or type(error).__name__) from error
+        self._input = b""
+        if self._decompressor.eof:
+            self._input = self._decompressor.unused_data
+            self._decompressor = None
+        return True
+
+    def _start_member(self) -> bool:
+        """Begin the next member; False when there is none. Zeros between members are padding."""
+        self._input = self._input.lstrip(b"\0")
+        while len(self._input) < _MAGIC_BYTES:
+            more = self._raw.read(_PIECE_BYTES)
+            if not more:
+                break
+            self._input = (self._input + more).lstrip(b"\0")
+        if not self._input:
+            return False
+        if format_of(self._input) != self._format:
+            raise self._damaged(f"what follows the end of the {self._format} data is none")
+        self._decompressor = _new_decompressor(self._format)
+        return True
+
+    def _damaged(self, why: str) -> InputError:
+        if "memory" in why.lower():
+            return InputError(f"{self._path}: {self._format}: {why}; a long window needs up to 2 GiB: free some memory")
+        at = f"near byte {self._raw.tell():,} of {os.fstat(self._raw.fileno()).st_size:,}"
+        return InputError(f"{self._path}: damaged {self._format} data {at}: {why}; fetch or write the file again")
+
+
+def _new_decompressor(name: str) -> _Decompressor:
+    if name == "zstd":
+        import zstandard
+
+        return zstandard.ZstdDecompressor(max_window_size=_LONGEST_ZSTD_WINDOW_BYTES).decompressobj()
+    makers: dict[str, Callable[[], _Decompressor]] = {
+        "gzip": lambda: zlib.decompressobj(wbits=31),
+        "xz": lzma.LZMADecompressor,
+        "bzip2": bz2.BZ2Decompressor,
+    }
+    return makers[name]()
+
+
+def _errors_of(name: str) -> tuple[type[Exception], ...]:
+    """What the format's library raises for bad data, or MemoryError for a window too large; bz2 raises OSError."""
+    if name == "zstd":
+        import zstandard
+
+        return (zstandard.ZstdError, MemoryError)
+    return (zlib.error, lzma.LZMAError, OSError, ValueError, MemoryError)
 
 
 class Form(enum.StrEnum):
@@ -35,7 +236,7 @@ _FORMS = {
     ".md": Form.TEXT,
     ".parquet": Form.PARQUET,
 }
-ENDINGS = f"{', '.join(_FORMS)}, each also with {', '.join(compression.SUFFIXES)}"
+ENDINGS = f"{', '.join(_FORMS)}, each also with {', '.join(SUFFIXES)}"
 """For people."""
 
 _ABOUT_THE_DATA = ("readme", "license", "licence", "dataset_info", "dataset_infos", "dataset_dict")
@@ -60,7 +261,7 @@ class Inputs:
 def form_of(name: str) -> Form | None:
     """How a file of this name holds documents, or None when it is not read."""
     path = Path(name.lower())
-    if path.suffix in compression.SUFFIXES:
+    if path.suffix in SUFFIXES:
         path = path.with_suffix("")
     return _FORMS.get(path.suffix)
 

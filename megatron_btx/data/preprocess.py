@@ -18,12 +18,11 @@ from pathlib import Path
 from megatron_btx.common.errors import InputError, exits_with_one_line, printable
 from megatron_btx.common.files import ByteProgress
 from megatron_btx.data import readers, tokenizers
-from megatron_btx.data.encoding import make_encoder
+from megatron_btx.data.encoding import check_workers, in_order, make_encoder
+from megatron_btx.data.indexed import Sink, publish_all
 from megatron_btx.data.inputs import ENDINGS, expand_inputs, listed
 from megatron_btx.data.records import BadRecord, Tally
-from megatron_btx.data.sink import Sink, publish_all
 from megatron_btx.data.tokenizers import TokenizerSettings
-from megatron_btx.data.workers import check_workers, in_order
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,15 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.data.compression import head_of, open_input
-from megatron_btx.data.inputs import ENDINGS, Form, form_of
-from megatron_btx.data.json_values import CutOffError, json_values
-from megatron_btx.data.records import BadRecord, RecordError, decoded, texts_of_json, texts_of_values
+from megatron_btx.data.inputs import ENDINGS, Form, form_of, head_of, open_input
+from megatron_btx.data.records import (
+    BadRecord,
+    CutOffError,
+    decoded,
+    json_values,
+    texts_of_json,
+    texts_of_values,
+)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -104,8 +109,9 @@ def parse(unit: Unit, keys: Sequence[str], on_bad: Callable[[BadRecord], None]) 
     for where, read in _records(unit, keys):
         try:
             texts = read()
-        except RecordError as error:
-            on_bad(BadRecord(where, error.cause, error.detail))
+        except BadRecord as record:
+            record.where = where
+            on_bad(record)
             continue
         if texts is not None:
             yield Document(where, texts)

@@ -12,20 +12,18 @@ and says so. Nothing is changed on the disk: the next save writes the tracker an
 from __future__ import annotations
 
 import argparse
-import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megatron_btx.checkpoint.iterations import TRACKER, is_checkpoint, list_iterations, read_tracker, resolve_iteration
-from megatron_btx.checkpoint.retention import REPLACED
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError, InputError
 from megatron_btx.common.files import write_atomically
 from megatron_btx.common.log import say
 from megatron_btx.engine import patch
-from megatron_btx.engine.checks.resume import step_of
-from megatron_btx.engine.checks.start import iteration_of
+from megatron_btx.engine.checks.start import iteration_of, step_of
+from megatron_btx.engine.saving import REPLACED, non_persistent_root
 
 CHECKSUMS = "integrity.json"
 """Source: ``core/dist_checkpointing/validation.py``, INTEGRITY_FNAME."""
@@ -77,11 +75,6 @@ def choose_checkpoint(args: argparse.Namespace) -> None:
         say(f"{fault}; the run goes on from the checkpoint of step {step}")
         args.ckpt_step = step
         _answer_for_the_tracker(root / TRACKER, step)
-
-
-def non_persistent_root(args: argparse.Namespace, root: str) -> Path:
-    """Where Megatron keeps the checkpoints of ``--non-persistent-ckpt-type global`` of a run in ``root``."""
-    return Path(args.non_persistent_global_ckpt_dir or Path(root) / "non_persistent")
 
 
 def _saves_where_it_loads(args: argparse.Namespace) -> bool:
@@ -149,17 +142,12 @@ def _answer_for_the_tracker(tracker: Path, step: int) -> None:
     """Have Megatron take ``step`` for what the tracker holds, which it reads even where ``--ckpt-step`` is given."""
     from megatron.training import checkpointing
 
-    def with_the_chosen(read: Any) -> Any:
-        @functools.wraps(read)
-        def read_metadata(tracker_filename: Any) -> tuple[int, bool]:
-            if os.path.realpath(tracker_filename) == os.path.realpath(tracker):
-                return step, False
-            found: tuple[int, bool] = read(tracker_filename)
-            return found
+    def read_metadata(read: Callable[[str], tuple[int, bool]], tracker_filename: str) -> tuple[int, bool]:
+        if os.path.realpath(tracker_filename) == os.path.realpath(tracker):
+            return step, False
+        return read(tracker_filename)
 
-        return read_metadata
-
-    patch.wrap(checkpointing, "read_metadata", with_the_chosen, ("tracker_filename",))
+    patch.around(checkpointing, "read_metadata", read_metadata, ("tracker_filename",))
 
 
 def verify_where_checksums_are(args: argparse.Namespace, resumes: bool) -> None:
@@ -175,14 +163,10 @@ def verify_where_checksums_are(args: argparse.Namespace, resumes: bool) -> None:
         return
     from megatron.core.dist_checkpointing import serialization
 
-    def if_there(verify: Any) -> Any:
-        @functools.wraps(verify)
-        def verify_integrity_manifest(checkpoint_dir: str) -> None:
-            if (Path(checkpoint_dir) / CHECKSUMS).is_file():
-                verify(checkpoint_dir)
-            else:
-                say(f"{checkpoint_dir}: has no {CHECKSUMS}, so --verify-integrity cannot verify it; it is loaded as is")
+    def verify_if_there(verify: Callable[[str], None], checkpoint_dir: str) -> None:
+        if (Path(checkpoint_dir) / CHECKSUMS).is_file():
+            verify(checkpoint_dir)
+        else:
+            say(f"{checkpoint_dir}: has no {CHECKSUMS}, so --verify-integrity cannot verify it; it is loaded as is")
 
-        return verify_integrity_manifest
-
-    patch.wrap(serialization, "verify_integrity_manifest", if_there, ("checkpoint_dir",))
+    patch.around(serialization, "verify_integrity_manifest", verify_if_there, ("checkpoint_dir",))

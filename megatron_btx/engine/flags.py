@@ -49,21 +49,16 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every program of ours takes, beside Megatron's."""
     group = parser.add_argument_group("megatron_btx", "Branch-Train-MiX on top of Megatron-core")
     group.add_argument(
-        "--btx-metrics",
-        metavar="FILE",
-        default=None,
+        "--btx-metrics", metavar="FILE",
         help="append one JSON object per training step to FILE: every scalar that Megatron logs, in full precision "
         "(default: none)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--btx-allow-change",
-        metavar="ARGUMENT",
-        nargs="+",
-        default=[],
+        "--btx-allow-change", metavar="ARGUMENT", nargs="+", default=[],
         help="names of stored model arguments (as norm_epsilon) that may differ from those of the checkpoint that is "
         "loaded; without it a difference that would silently change the model is refused. dataset_tokenizer allows "
         "datasets that were made with another tokenizer than this run's (default: none)",
-    )
+    )  # fmt: skip
     add_saving_arguments(parser)
     add_bad_step_arguments(parser)
     add_routing_arguments(parser)
@@ -76,117 +71,92 @@ def add_bad_step_arguments(parser: argparse.ArgumentParser) -> None:
         "megatron_btx bad steps", "by default Megatron takes such a step again and ends the run with status 16 or 17"
     )
     group.add_argument(
-        "--btx-skip-bad-steps",
-        action="store_true",
+        "--btx-skip-bad-steps", action="store_true",
         help="a step whose loss or gradient is NaN or infinite changes nothing, and the run goes on; ten in a row end "
         "it with status 2, and so do the last two (default: off)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--btx-spike-sigma",
-        metavar="SIGMA",
-        type=float,
-        default=None,
+        "--btx-spike-sigma", metavar="SIGMA", type=float,
         help="with --btx-skip-bad-steps: skip a step, too, whose loss or gradient norm is more than SIGMA standard "
         "deviations above the mean of the last 128 steps, once there are 64 (default: none; 6 is usual)",
-    )
+    )  # fmt: skip
 
 
 def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which checkpoints of a run are kept."""
     group = parser.add_argument_group("megatron_btx saving", "which checkpoints of --save are kept")
     group.add_argument(
-        "--btx-keep-last",
-        metavar="K",
-        type=int,
-        default=None,
+        "--btx-keep-last", metavar="K", type=int,
         help="keep the K newest whole checkpoints and remove older ones after each save; from 2 on a damaged last one "
         "costs one interval (default: all are kept)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--btx-keep-every",
-        metavar="STEPS",
-        type=int,
-        default=None,
+        "--btx-keep-every", metavar="STEPS", type=int,
         help="beside those of --btx-keep-last, keep every checkpoint whose step is a multiple of STEPS (default: none)",
-    )
+    )  # fmt: skip
 
 
 def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of finetuning a mixture: routing that Megatron cannot say, frozen groups, learning rates."""
     group = parser.add_argument_group("megatron_btx finetuning", "top-k, switch and soft routing are Megatron's flags")
     group.add_argument(
-        "--btx-sample-top1",
-        action="store_true",
+        "--btx-sample-top1", action="store_true",
         help="route each token to one sampled expert (Gumbel-softmax, annealed) in training and to the likeliest in "
         "evaluation; the first mixture layer takes all experts. With --moe-router-topk 1 --moe-router-pre-softmax "
         "(default: off)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--btx-sample-decay",
-        metavar="RATE",
-        type=float,
-        default=SAMPLE_DECAY,
+        "--btx-sample-decay", metavar="RATE", type=float, default=SAMPLE_DECAY,
         help="how fast the sampling temperature exp(-RATE x iteration) falls, per iteration (default: 1e-4)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--btx-sample-min-temperature",
-        metavar="T",
-        type=float,
-        default=SAMPLE_MIN_TEMPERATURE,
+        "--btx-sample-min-temperature", metavar="T", type=float, default=SAMPLE_MIN_TEMPERATURE,
         help="the temperature of --btx-sample-top1 falls from 1 to this, above 0 and at most 1 (default: 0.5)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--btx-load-balancing",
-        choices=("megatron", "paper"),
-        default="megatron",
+        "--btx-load-balancing", choices=("megatron", "paper"), default="megatron",
         help="form of the balancing losses aux_loss and global_aux_loss: Megatron's, which counts hard choices, or the "
         "paper's alpha N sum u p with mean gates u; alpha is --moe-aux-loss-coeff (default: megatron)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--btx-freeze",
-        metavar="GROUP",
-        nargs="+",
-        action="extend",
-        default=[],
+        "--btx-freeze", metavar="GROUP", nargs="+", action="extend", default=[],
         help=f"parameters that are not trained: any of {', '.join(GROUPS)}, or all-but:GROUP[,GROUP] (default: none)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--btx-lr-multiplier",
-        metavar="GROUP=X",
-        nargs="+",
-        action="extend",
-        default=[],
+        "--btx-lr-multiplier", metavar="GROUP=X", nargs="+", action="extend", default=[],
         help="factor on peak and least learning rate of a group, as router=10 (default: 1 for every group)",
-    )
+    )  # fmt: skip
 
 
 def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that watch a run: loss per domain, and whether it starts sound."""
     group = parser.add_argument_group("megatron_btx validation", "loss per domain while training")
     group.add_argument(
-        "--btx-valid-data",
-        metavar="DOMAIN=TEXT",
-        nargs="+",
-        action="extend",
-        default=[],
+        "--btx-valid-data", metavar="DOMAIN=TEXT", nargs="+", action="extend", default=[],
         help="for every domain the prefix of an indexed dataset, or a text file (docs/data.md); its loss is taken "
         "every --eval-interval steps and after the last one, whatever --eval-iters says (default: none)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--btx-valid-tokens",
-        metavar="TOKENS",
-        type=int,
-        default=65536,
+        "--btx-valid-tokens", metavar="TOKENS", type=int, default=65536,
         help="tokens per domain of --btx-valid-data, rounded down to whole batches, from the start (default: 65536)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--btx-first-loss-bound",
-        metavar="NATS|FILE",
-        default=None,
+        "--btx-first-loss-bound", metavar="NATS|FILE",
         help="stop a mixture's finetuning at its first step when its loss is above NATS per token; FILE, an evaluation "
         "of the experts by megatron_btx.evaluate, bounds it on every domain of --btx-valid-data by the worst expert "
         "there (default: ln of the vocabulary, the loss of guessing)",
+    )  # fmt: skip
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flag of the training program alone."""
+    parser.add_argument_group("megatron_btx training", "used by python -m megatron_btx.pretrain").add_argument(
+        "--btx-check",
+        action="store_true",
+        help="check the command line, the checkpoint and the data in one process, say what would be trained and train "
+        "nothing; WORLD_SIZE says for how many processes (default: off)",
     )
+    return parser
 
 
 def help_if_asked(

@@ -23,6 +23,14 @@ class Options:
 
     groups: TrainedGroups
     """Which parameters train, and at what rates."""
+    keep_last: int | None
+    """How many whole checkpoints stay; None for all."""
+    keep_every: int | None
+    """Beside them those whose step is a multiple of this."""
+    skip_bad_steps: bool
+    """Steps of NaN change nothing; else Megatron stops at them."""
+    spike_sigma: float | None
+    """How many standard deviations above the last steps' mean is a bad step, too."""
     metrics: Path | None
     """File that gets a line for every step."""
     valid_texts: Mapping[str, str]
@@ -41,6 +49,10 @@ def resolve_options(args: argparse.Namespace) -> Options:
     """
     return Options(
         groups=resolve_groups(vars(args)),
+        keep_last=args.btx_keep_last,
+        keep_every=args.btx_keep_every,
+        skip_bad_steps=args.btx_skip_bad_steps,
+        spike_sigma=args.btx_spike_sigma,
         metrics=args.btx_metrics and Path(args.btx_metrics),
         valid_texts=read_pairs(args.btx_valid_data, "--btx-valid-data"),
         valid_tokens=args.btx_valid_tokens,

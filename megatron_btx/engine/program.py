@@ -21,12 +21,12 @@ from megatron_btx.checkpoint.unsupported import refuse_placeholders
 from megatron_btx.common.errors import InputError, refused
 from megatron_btx.common.log import say
 from megatron_btx.distributed import launcher as launch
-from megatron_btx.engine import patch
+from megatron_btx.engine import patch, repairs
 from megatron_btx.engine.checks import check_arguments
+from megatron_btx.engine.cpu import has_gpu, install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.fallback import check_save_folder, choose_checkpoint
-from megatron_btx.engine.flags import add_btx_arguments
+from megatron_btx.engine.flags import add_btx_arguments, help_if_asked
 from megatron_btx.engine.options import Options
-from megatron_btx.engine.repairs import count_numbers_of_tokenizers
 from megatron_btx.engine.restricted_loading import cause_of, loading_failed, restrict_unpickling
 from megatron_btx.tokenizers.path import locate_tokenizer
 from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES
@@ -35,52 +35,69 @@ _MODEL_FLAGS = ("num_layers", "hidden_size", "num_attention_heads", "max_positio
 """What Megatron's validation asks for of every model."""
 
 
-def parse_tool(
-    extra: Callable[[ArgumentParser], ArgumentParser],
-    check_own: Callable[[Any], object] | None = None,
-) -> Any:
-    """The arguments of a tool; see :func:`parse_training`. Its own lines are few: Megatron logs warnings alone.
+def start_tool[Checked](
+    documentation: str | None,
+    add_arguments: Callable[[ArgumentParser], ArgumentParser],
+    check_words: Callable[[argparse.Namespace], object],
+    check_inputs: Callable[[argparse.Namespace], Checked],
+) -> tuple[argparse.Namespace, Checked]:
+    """Parse the command line, check what it names, and initialise Megatron. The model is built by the caller.
 
-    ``--logging-level`` or its variable says otherwise. Megatron's list of all arguments is left out.
+    All that can be refused is refused before the ranks meet, so that no rank waits for one that has ended.
 
     Args:
-        extra: adds the arguments of the tool.
-        check_own: refuses what is wrong with them, before Megatron looks at its own.
+        documentation: what ``--help`` shows above the flags.
+        add_arguments: adds the flags of the tool to Megatron's parser.
+        check_words: refuses what is wrong with the tool's own flags, before Megatron looks at its own.
+        check_inputs: refuses what is wrong with the files that the flags name; returns what the tool needs of them.
+
+    Returns:
+        Megatron's arguments and ours; the result of ``check_inputs``.
+
+    Raises:
+        InputError: of the checks, or what Megatron refuses.
     """
-    args, _ = _parse(extra, check_own, trains=False)
-    return args
+    prepare_environment()
+    help_if_asked(documentation, add_arguments)
+    install_cpu_stand_ins()
+    # Megatron may be imported only now, because what it finds on import was changed.
+    from megatron.training import initialize
+
+    args, _ = parse(add_arguments, check_words, trains=False)
+    checked = check_inputs(args)
+    repairs.install()
+    initialize.initialize_megatron(allow_no_cuda=not has_gpu())
+    return args, checked
 
 
-def parse_training(extra: Callable[[ArgumentParser], ArgumentParser] | None = None) -> tuple[Any, Options]:
+def parse(
+    extra: Callable[[ArgumentParser], ArgumentParser],
+    check_own: Callable[[argparse.Namespace], object] | None = None,
+    *,
+    trains: bool,
+) -> tuple[argparse.Namespace, Options]:
     """Megatron's arguments and ours, parsed and validated by Megatron, and what ours ask for.
 
     Args:
-        extra: adds the arguments of the training program.
+        extra: adds the arguments of the program.
+        check_own: refuses what is wrong with them, before Megatron looks at its own.
+        trains: of the training program. A tool's own lines are few: there Megatron logs warnings alone, and no list of
+            all arguments; ``--logging-level`` or its variable says otherwise.
 
     Raises:
         InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on. Or this
             process is one of several and cannot know its place; see :mod:`megatron_btx.distributed.launcher`.
     """
-    return _parse(extra, None, trains=True)
-
-
-def _parse(
-    extra: Callable[[ArgumentParser], ArgumentParser] | None,
-    check_own: Callable[[Any], object] | None,
-    trains: bool,
-) -> tuple[Any, Options]:
     launch.join(checking="--btx-check" in sys.argv[1:])
     # Before Megatron parses: --use-checkpoint-args makes it load a checkpoint's arguments while it does.
     restrict_unpickling()
-    count_numbers_of_tokenizers()
+    repairs.count_numbers_of_tokenizers()
 
     def add(parser: ArgumentParser) -> ArgumentParser:
         """Our flags, and our checks between Megatron's parsing and its validation."""
         # argparse itself prints Megatron's 900 lines of usage.
         parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
-        parser = add_btx_arguments(parser)
-        if extra:
-            parser = extra(parser)
+        parser = extra(add_btx_arguments(parser))
         if not trains:
             parser.set_defaults(logging_level=_quiet_megatron())
         _check_what_is_parsed(parser, check_own)
@@ -111,11 +128,11 @@ def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
     raise InputError(f"{message}; --help and --help-megatron list all flags")
 
 
-def _check_what_is_parsed(parser: ArgumentParser, check_own: Callable[[Any], object] | None) -> None:
+def _check_what_is_parsed(parser: ArgumentParser, check_own: Callable[[argparse.Namespace], object] | None) -> None:
     """Have a parser's result checked before Megatron looks at it."""
     parse = parser.parse_args
 
-    def parse_and_look(*words: Any) -> Any:
+    def parse_and_look(*words: Any) -> argparse.Namespace:
         """The parser's own parsing, followed by the checks."""
         args = parse(*words)
         if check_own:
@@ -128,7 +145,7 @@ def _check_what_is_parsed(parser: ArgumentParser, check_own: Callable[[Any], obj
     parser.parse_args = parse_and_look  # type: ignore[method-assign,assignment]
 
 
-def _parse_and_validate(add: Callable[[ArgumentParser], ArgumentParser]) -> Any:
+def _parse_and_validate(add: Callable[[ArgumentParser], ArgumentParser]) -> argparse.Namespace:
     """Parse and validate as Megatron does.
 
     Raises:
@@ -138,7 +155,8 @@ def _parse_and_validate(add: Callable[[ArgumentParser], ArgumentParser]) -> Any:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        return parse_and_validate_args(add)
+        args: argparse.Namespace = parse_and_validate_args(add)
+        return args
     except AssertionError as refusal:
         raise refused(refusal) from refusal
     except (CheckpointException, pickle.UnpicklingError) as failure:
@@ -186,7 +204,7 @@ def _quiet_megatron() -> int:
     return level
 
 
-def find_tokenizer(args: argparse.Namespace) -> Any:
+def find_tokenizer(args: argparse.Namespace) -> argparse.Namespace:
     """Arguments with the tokenizer that lies beside the checkpoint, where the path that is given or stored is gone.
 
     So the flags in megatron_args.txt hold after its folder was moved.

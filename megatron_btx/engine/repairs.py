@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.data.tokenizers import count_numbers
 from megatron_btx.engine import patch
+from megatron_btx.engine.patch import Call
+
+if TYPE_CHECKING:
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
 
 def install() -> None:
@@ -48,8 +53,8 @@ def use_the_shipped_dataset_helper() -> None:
 def use_an_optimizer_that_resumes() -> None:
     """Without Transformer Engine and apex, give Megatron an Adam of the form it is written for.
 
-    See :mod:`megatron_btx.engine.adam` for why. One more repair belongs to it: the distributed optimizer loads fp32
-    parameters by copying into leaves that require gradients, which autograd refuses outside ``no_grad``.
+    See :mod:`megatron_btx.engine.optimizer` for why. One more repair belongs to it: the distributed optimizer loads
+    fp32 parameters by copying into leaves that require gradients, which autograd refuses outside ``no_grad``.
     """
     import torch
     from megatron.core import optimizer as optimizers
@@ -65,7 +70,7 @@ def use_an_optimizer_that_resumes() -> None:
         patch.expect(owner, name)
     if not optimizers.USING_PYTORCH_OPTIMIZER:
         return
-    from megatron_btx.engine.adam import GroupStepAdam
+    from megatron_btx.engine.optimizer import GroupStepAdam
 
     patch.replace(optimizers, "Adam", GroupStepAdam)
     patch.replace(optimizers, "USING_PYTORCH_OPTIMIZER", False)
@@ -88,14 +93,12 @@ def recompute_norms_without_fp8() -> None:
     patch.expect(random, "HAVE_TE", "CheckpointWithoutOutput")
     if random.HAVE_TE:
         return
-    original = random.CheckpointWithoutOutput.__init__
 
-    @functools.wraps(original)
-    def without_fp8(self: Any, fp8: Any = None) -> None:
-        original(self, fp8)
-        self.fp8 = False
+    def without_fp8(init: Callable[..., None], norm: CheckpointWithoutOutput, fp8: object = None) -> None:
+        init(norm, fp8)
+        norm.fp8 = False
 
-    patch.replace(random.CheckpointWithoutOutput, "__init__", without_fp8)
+    patch.around(random.CheckpointWithoutOutput, "__init__", without_fp8)
 
 
 ROUTING_NOISE = {
@@ -115,18 +118,16 @@ def route_without_noise_in_evaluation() -> None:
     from megatron.core.transformer.moe.router import TopKRouter
 
     patch.expect(TopKRouter, "apply_input_jitter")
-    original = TopKRouter.forward
 
-    @functools.wraps(original)
-    def forward(self: Any, *positional: Any, **named: Any) -> Any:
-        given = self.config
-        if self.training or all(getattr(given, name) == value for name, value in ROUTING_NOISE.items()):
-            return original(self, *positional, **named)
-        self.config = copy.copy(given)
-        vars(self.config).update(ROUTING_NOISE)
+    def forward(original: Call, router: TopKRouter, *given: object, **named: object) -> Any:
+        config = router.config
+        if router.training or all(getattr(config, name) == value for name, value in ROUTING_NOISE.items()):
+            return original(router, *given, **named)
+        router.config = copy.copy(config)
+        vars(router.config).update(ROUTING_NOISE)
         try:
-            return original(self, *positional, **named)
+            return original(router, *given, **named)
         finally:
-            self.config = given
+            router.config = config
 
-    patch.replace(TopKRouter, "forward", forward)
+    patch.around(TopKRouter, "forward", forward)

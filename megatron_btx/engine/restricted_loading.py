@@ -20,7 +20,6 @@ import os
 import pickle
 import re
 import textwrap
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, BinaryIO
 
@@ -30,6 +29,7 @@ from megatron_btx.checkpoint.safe_pickle import allowed_globals, load_pickle
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.common.version_guard import mismatch
 from megatron_btx.engine import patch
+from megatron_btx.engine.patch import Call
 
 _ALWAYS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _NEVER = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -60,17 +60,13 @@ def restrict_unpickling() -> None:
     torch.serialization.add_safe_globals([*others, *allowed])
     _expect_refusal()
     _restrict_index()
-    patch.wrap(safe_globals.SafeUnpickler, "find_class", _with_stand_ins, ("self", "module", "name"))
+    patch.around(safe_globals.SafeUnpickler, "find_class", _find_class, ("self", "module", "name"))
 
 
-def _with_stand_ins(find_class: Callable[..., Any]) -> Callable[..., Any]:
+def _find_class(find: Call, unpickler: pickle.Unpickler, module: str, name: str) -> Any:
     """For Megatron's own unpickler, which reads the extra states of FP8: its list has NumPy's constructors as well."""
-
-    def find(self: pickle.Unpickler, module: str, name: str) -> Any:
-        found = find_class(self, module, name)
-        return numpy_stand_ins().get((module, name), found)
-
-    return find
+    found = find(unpickler, module, name)
+    return numpy_stand_ins().get((module, name), found)
 
 
 def _name(given: Any) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.common.log import say
-from megatron_btx.engine.bootstrap import start_tool
+from megatron_btx.engine.program import start_tool
 from megatron_btx.evaluation.inputs import expert_names, inputs_of
 
 _ROUTING_FLAGS = ("moe_router_topk", "moe_router_pre_softmax", "moe_expert_capacity_factor", "btx_sample_top1")

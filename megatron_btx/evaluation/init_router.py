@@ -20,7 +20,7 @@ from typing import Any
 from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.common.files import refuse_unwritable
 from megatron_btx.common.log import say
-from megatron_btx.engine.bootstrap import start_tool
+from megatron_btx.engine.program import start_tool
 from megatron_btx.evaluation.inputs import named_paths
 
 HELD_OUT_EVERY = 5

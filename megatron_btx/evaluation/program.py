@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_btx.common.errors import exits_with_one_line
 from megatron_btx.common.files import write_json
 from megatron_btx.common.log import say
-from megatron_btx.engine.bootstrap import start_tool
+from megatron_btx.engine.program import start_tool
 from megatron_btx.engine.restricted_loading import load_weights
 from megatron_btx.evaluation.inputs import expert_names, inputs_of
 from megatron_btx.evaluation.losses import evaluate_model

@@ -20,7 +20,7 @@ def model_config(args: argparse.Namespace, step: Step | None = None) -> Any:
     """
     from megatron.training.argument_utils import gpt_config_from_args
 
-    from megatron_btx.model.layers import layer_specs, torch_native_layer_spec
+    from megatron_btx.model.layers import layer_specs
     from megatron_btx.model.routers import settings_from
     from megatron_btx.model.sampling import Step
 
@@ -31,12 +31,10 @@ def model_config(args: argparse.Namespace, step: Step | None = None) -> Any:
         raise refused(refusal) from refusal
     # Megatron 0.19 parses this flag and does not pass it on.
     model.rope_scaling_factor = args.rope_scaling_factor
-    if args.transformer_impl == "local" and args.spec is None:
-        model.transformer_layer_spec = torch_native_layer_spec
     settings = settings_from(args)
-    if settings is not None:
-        if args.spec is not None:
-            raise InputError("--spec together with routers of --btx-...: they are built into Megatron's own layers")
+    if settings is not None and args.spec is not None:
+        raise InputError("--spec together with routers of --btx-...: they are built into Megatron's own layers")
+    if args.spec is None and (settings is not None or args.transformer_impl == "local"):
         model.transformer_layer_spec = layer_specs(settings, step or Step())
     return model
 
@@ -45,8 +43,6 @@ def build_model(args: argparse.Namespace) -> list[Any]:
     """The model chunks of this rank, without gradients, buffers or optimizer."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.models.gpt import GPTModelBuilder
-
-    from megatron_btx.model.build import model_config
 
     config = model_config(args)
     config.finalize()

@@ -1,19 +1,26 @@
-"""Groups of parameters, by what they do: the words of ``--btx-freeze`` and ``--btx-lr-multiplier``.
+"""Groups of parameters, by what they do: the words of ``--btx-freeze`` and ``--btx-lr-multiplier``, and freezing.
 
 A group is told by the parameter's name alone, in Megatron's local layers and in Transformer Engine's, which keep a norm
-inside the linear layer after it.
+inside the linear layer after it. Freezes that Megatron's optimizers cannot save or resume are refused.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.sizes import mixture_layers
 from megatron_btx.common.cli_args import split_pair
 from megatron_btx.common.errors import BTXError, InputError
+from megatron_btx.common.log import say
+from megatron_btx.cost.layouts import ParallelSizes
+
+if TYPE_CHECKING:
+    import torch
 
 GROUPS: dict[str, str] = {
     "experts": "the feed-forward blocks of the experts",
@@ -170,3 +177,104 @@ def _check_group(group: str, where: str, present: list[str]) -> None:
     if group in GROUPS:
         why = "this model has none"
     raise InputError(f"{where}: {group!r}: {why}; this model has {', '.join(present)}")
+
+
+def freeze(groups: TrainedGroups, args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:
+    """A hook for ``GPTModelConfig.pre_wrap_hooks``: freezes groups before gradients and optimizer state are laid out.
+
+    A frozen parameter gets no gradient buffer, no optimizer state and no weight decay. Megatron updates the biases of
+    ``--moe-router-enable-expert-bias`` outside the optimizer; they stand still where the router does.
+    """
+    frozen = groups.frozen
+
+    def hook(model: list[Any]) -> list[Any]:
+        for chunk in model:
+            for name, parameter in chunk.named_parameters():
+                if group_of(name, groups.is_tied) in frozen:
+                    parameter.requires_grad_(False)
+            if "router" in frozen:
+                for module in chunk.modules():
+                    if hasattr(module, "frozen_expert_bias"):
+                        module.frozen_expert_bias = True
+            # Recomputation is a reentrant autograd function: with no input that requires a gradient it is cut off, and
+            # with it every parameter inside. The first layer's input requires one only if the embeddings do.
+            embedding = getattr(chunk, "embedding", None)
+            if args.recompute_granularity and "embeddings" in frozen and embedding is not None:
+                embedding.register_forward_hook(_require_gradient)
+        counts = [(p.numel(), p.requires_grad) for chunk in model for p in chunk.parameters()]
+        whole = sum(count for count, _ in counts)
+        held = sum(count for count, trains in counts if not trains)
+        say(f" frozen: {', '.join(frozen)} | {held:,} of {whole:,} parameters of rank 0")
+        return model
+
+    return hook
+
+
+def _require_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
+
+
+def check_optimizers(args: argparse.Namespace, groups: TrainedGroups, config: Any) -> None:
+    """Refuse what Megatron trains and cannot resume, before there is a model.
+
+    It makes one optimizer of the experts, where they are spread otherwise than the rest (EP > 1, or expert TP other
+    than TP), and one of the rest. Its checkpoints of the plain optimizer hold one set of them for all pipeline stages:
+    where a stage has another set than the first, 0.19 fails on resuming, or resumes with other numbers and says
+    nothing; and it cannot save where experts alone train (``core/optimizer/optimizer.py``, ChainedOptimizer).
+
+    Args:
+        config: Megatron's, of the layers.
+
+    Raises:
+        InputError: see :func:`refuse_optimizers`.
+    """
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    sizes = ParallelSizes.of(vars(args))
+    pipeline, spread = sizes.pipeline, sizes.spreads_experts
+    chunks, layout = args.virtual_pipeline_model_parallel_size, config.pipeline_model_parallel_layout
+    mixture = {"experts", "router"} | ({"mlp"} if args.moe_shared_expert_intermediate_size else set())
+    layers = iter(mixture_layers(args.moe_layer_freq, args.num_layers))
+    held: list[set[str]] = [set() for _ in range(pipeline)]
+    held[0] |= {"embeddings"}
+    held[-1] |= {"norms", "embeddings" if groups.is_tied else "head"}
+    for chunk, stage in itertools.product(range(chunks or 1), range(pipeline)):
+        if layout is not None:
+            count = layout.layout[stage][chunk].count(LayerType.decoder)
+        else:
+            count = get_num_layers_to_build(config, chunk if chunks else None, stage)
+        for is_mixture in itertools.islice(layers, count):
+            held[stage] |= {"attention", "norms"} | (mixture if args.num_experts and is_mixture else {"mlp"})
+    stages = [{group != "experts" or not spread for group in own - set(groups.frozen)} for own in held]
+    refuse_optimizers(stages, args.use_distributed_optimizer)
+
+
+def refuse_optimizers(stages: list[set[bool]], distributed: bool) -> None:
+    """See :func:`check_optimizers`.
+
+    Args:
+        stages: of every pipeline stage, whether it trains parameters of the rest (True in it), of experts that are
+            spread otherwise (False in it).
+        distributed: the distributed optimizer, whose states are stored by parameter.
+
+    Raises:
+        InputError: names what trains where, and the remedy.
+    """
+    if not any(True in stage for stage in stages):
+        raise InputError(
+            "nothing but the experts trains (--btx-freeze), and Megatron cannot save their optimizer alone where they "
+            "are spread over ranks; use --expert-model-parallel-size 1 and the expert tensor parallelism that the rest "
+            "has, or train the router too"
+        )
+    if distributed or all(stage == stages[0] for stage in stages):
+        return
+    words = {(): "nothing", (True,): "no experts", (False,): "experts alone", (False, True): "experts and more"}
+    listed = ", ".join(f"{number} trains {words[tuple(sorted(stage))]}" for number, stage in enumerate(stages))
+    raise InputError(
+        f"of the pipeline's stages {listed}: without the distributed optimizer Megatron cannot resume that; add "
+        "--use-distributed-optimizer, or let all stages train the same (--btx-freeze, --moe-layer-freq, "
+        "--pipeline-model-parallel-size)"
+    )

@@ -54,7 +54,7 @@ def padded_vocabulary(flags: Flags, tokens: int | None) -> int | None:
     if not isinstance(given, int):
         return None
     multiple = number(flags, "make-vocab-size-divisible-by", 128) * number(flags, "tensor-model-parallel-size", 1)
-    return -(-given // multiple) * multiple
+    return numbers.padded_rows(given, multiple)
 
 
 def training_flops(flags: Flags, tokens: int, vocabulary: int) -> float:
@@ -70,7 +70,7 @@ def model_shape(flags: Flags, vocabulary: int) -> ModelShape:
     """The shape of the model that ``flags`` describe, with Megatron's defaults where a flag is not given."""
     hidden, layers, heads = (number(flags, name) for name in ("hidden-size", "num-layers", "num-attention-heads"))
     gated = bool(flags.get("swiglu"))
-    ffn = number(flags, "ffn-hidden-size", _default_width(hidden, gated))
+    ffn = number(flags, "ffn-hidden-size", numbers.default_ffn(hidden, gated))
     groups = heads
     if flags.get("group-query-attention"):
         groups = number(flags, "num-query-groups", heads)
@@ -97,13 +97,6 @@ def model_shape(flags: Flags, vocabulary: int) -> ModelShape:
         shared_gate=bool(flags.get("moe-shared-expert-gate")),
         first_takes_all=bool(flags.get("btx-sample-top1")),
     )
-
-
-def _default_width(hidden: int, gated: bool) -> int:
-    """Megatron's width of a feed-forward block where --ffn-hidden-size is not given."""
-    if gated:
-        return hidden * 8 // 3 // 64 * 64
-    return 4 * hidden
 
 
 def _mixture_layers(flags: Flags, layers: int) -> int:

@@ -17,14 +17,21 @@ import argparse
 import functools
 import math
 import statistics
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError, MachineError
 from megatron_btx.common.log import say
 from megatron_btx.engine import patch
-from megatron_btx.engine.adam import make_state
+from megatron_btx.engine.optimizer import make_state
+from megatron_btx.engine.options import Options
+from megatron_btx.engine.patch import Call
 from megatron_btx.model.sampling import Step
-from megatron_btx.training.hooks import Follower
+from megatron_btx.training.hooks import Callback, log_scalars
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.optimizer import MegatronOptimizer
 
 SPIKE_FACTOR = 10
 """--check-for-spiky-loss: Megatron's own factor on the largest of the first 100 losses (``pretrain_gpt.py``)."""
@@ -48,27 +55,26 @@ def judge_every_step(args: argparse.Namespace) -> None:
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import training
 
-    buffers: list[Any] = []
+    buffers: list[torch.Tensor] = []
 
-    def judged(step: Any) -> Any:
-        @functools.wraps(step)
-        def train_step(forward: Any, data: Any, model: list[Any], optimizer: Any, *rest: Any, **named: Any) -> Any:
-            machine = get_rerun_state_machine()
-            is_first = not machine.first_iteration_complete
-            if is_first:
-                make_state(optimizer)
-                patch.replace(machine, "first_iteration_complete", True)
-                buffers.extend(buffer for chunk in model for _, buffer in chunk.named_buffers())
-            counts = [buffer.clone() for buffer in buffers]
-            losses, skipped, saves, *others = step(forward, data, model, optimizer, *rest, **named)
-            if skipped and not args.fp16:  # its scaler skips steps whose forward pass is good
-                for buffer, before in zip(buffers, counts, strict=True):
-                    buffer.copy_(before)
-            return losses, skipped, bool(saves and args.save and not is_first), *others
+    def train_step(
+        step: Call, forward: object, data: object, model: list[Any], optimizer: MegatronOptimizer, *rest: object,
+        **named: object,
+    ) -> Any:  # fmt: skip
+        machine = get_rerun_state_machine()
+        is_first = not machine.first_iteration_complete
+        if is_first:
+            make_state(optimizer)
+            patch.replace(machine, "first_iteration_complete", True)
+            buffers.extend(buffer for chunk in model for _, buffer in chunk.named_buffers())
+        counts = [buffer.clone() for buffer in buffers]
+        losses, skipped, saves, *others = step(forward, data, model, optimizer, *rest, **named)
+        if skipped and not args.fp16:  # its scaler skips steps whose forward pass is good
+            for buffer, before in zip(buffers, counts, strict=True):
+                buffer.copy_(before)
+        return losses, skipped, bool(saves and args.save and not is_first), *others
 
-        return train_step
-
-    patch.wrap(training, "train_step", judged, ("forward_step_func", "data_iterator", "model", "optimizer"))
+    patch.around(training, "train_step", train_step, ("forward_step_func", "data_iterator", "model", "optimizer"))
 
 
 class ShownLosses:
@@ -80,7 +86,7 @@ class ShownLosses:
         self._sequences = args.micro_batch_size
         self._step = step
 
-    def see(self, total: Any, tokens: Any) -> None:
+    def see(self, total: torch.Tensor, tokens: torch.Tensor) -> None:
         """One micro-batch's sum of losses in nats, and its tokens."""
         import torch
         from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -103,7 +109,7 @@ class ShownLosses:
             )
 
 
-def explain_exit(status: Any) -> MachineError | None:
+def explain_exit(status: object) -> MachineError | None:
     """What the re-run machinery found, on a rank that found it; None on the others and for any other status.
 
     Args:
@@ -141,44 +147,36 @@ def _samples(args: argparse.Namespace) -> str:
     return f"samples {first} to {first + get_current_global_batch_size() - 1}"
 
 
-class SkippedSteps(Follower):
+class SkippedSteps(Callback):
     """Lets bad steps change nothing. All ranks decide alike, from the same two numbers."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
-        self._total = self._tokens = 0.0
+    def __init__(self, args: argparse.Namespace, spike_sigma: float | None) -> None:
+        self._args, self._spike_sigma = args, spike_sigma
+        self._total: torch.Tensor | float = 0.0
+        self._tokens: torch.Tensor | float = 0.0
         self._skips = False
         self._wrapped = False
 
-    def see(self, total: Any, tokens: Any) -> None:
+    def see(self, total: torch.Tensor, tokens: torch.Tensor) -> None:
         """One micro-batch's sum of losses in nats, and its tokens."""
         self._total = self._total + total.detach().double()
         self._tokens = self._tokens + tokens.double()
 
-    def before_step(self, iteration: int, model: list[Any], optimizer: Any) -> None:
+    def before_step(self, iteration: int, model: list[Any], optimizer: MegatronOptimizer) -> None:
         """Begin a step; before the first one, have the optimizer ask."""
         self._total = self._tokens = 0.0
         if not self._wrapped:
             self._wrapped = True
-            patch.wrap(optimizer, "prepare_grads", functools.partial(self._with_judgement, optimizer))
+            patch.around(optimizer, "prepare_grads", functools.partial(self._prepare_grads, optimizer))
 
-    def after_step(self, done: int, model: list[Any], optimizer: Any, losses: dict[str, Any]) -> None:
+    def after_step(self, done: int, model: list[Any], optimizer: MegatronOptimizer, losses: dict[str, Any]) -> None:
         """Log whether the step was skipped, where Megatron's scalars go."""
-        from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+        log_scalars({"skipped": float(self._skips)}, done)
 
-        if (writer := get_tensorboard_writer()) is not None:
-            writer.add_scalar("skipped", float(self._skips), done)
-        if (wandb := get_wandb_writer()) is not None:
-            wandb.log({"skipped": float(self._skips)}, done)
-
-    def _with_judgement(self, optimizer: Any, prepare: Any) -> Any:
-        @functools.wraps(prepare)
-        def prepare_grads() -> bool:
-            found_infinity: bool = prepare()
-            self._judge(self._mean_loss(), float(optimizer.get_grad_norm()))
-            return found_infinity or self._skips
-
-        return prepare_grads
+    def _prepare_grads(self, optimizer: MegatronOptimizer, prepare: Callable[[], bool]) -> bool:
+        found_infinity = prepare()
+        self._judge(self._mean_loss(), float(optimizer.get_grad_norm()))
+        return found_infinity or self._skips
 
     def _mean_loss(self) -> float:
         """The step's loss in nats per token over everybody's batches; ranks without losses add nothing."""
@@ -196,7 +194,7 @@ class SkippedSteps(Follower):
             InputError: too many in a row are bad.
         """
         record = self._args.btx_taken_steps
-        why = find_fault({"loss": loss, "gradient norm": gradient_norm}, record, self._args.btx_spike_sigma)
+        why = find_fault({"loss": loss, "gradient norm": gradient_norm}, record, self._spike_sigma)
         self._skips = why is not None
         if why is None:
             record["skipped in a row"] = 0
@@ -236,28 +234,13 @@ def find_fault(step: dict[str, float], record: dict[str, Any], sigma: float | No
     return None
 
 
-def begin_record(stored: Any) -> dict[str, Any]:
+def begin_record(stored: Mapping[str, Any] | None) -> dict[str, Any]:
     """The record of taken steps that a run goes on with.
 
     Args:
         stored: that of the checkpoint; None for a new run.
-
-    Raises:
-        InputError: what is stored is no such record.
     """
-    if stored is None:
-        return {"loss": [], "gradient norm": [], "skipped in a row": 0}
-    try:
-        return {
-            "loss": [float(value) for value in stored["loss"]],
-            "gradient norm": [float(value) for value in stored["gradient norm"]],
-            "skipped in a row": int(stored["skipped in a row"]),
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"the checkpoint's record of steps (btx_taken_steps) cannot be read ({error!r}); resume without "
-            "--btx-skip-bad-steps"
-        ) from error
+    return dict(stored or {"loss": [], "gradient norm": [], "skipped in a row": 0})
 
 
 def check_end(args: argparse.Namespace) -> None:
@@ -273,12 +256,13 @@ def check_end(args: argparse.Namespace) -> None:
         )
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, options: Options) -> None:
     """Refuse what contradicts skipping, and have Megatron leave bad steps to it. Raises InputError."""
-    if args.btx_spike_sigma is not None and not 0 < args.btx_spike_sigma < math.inf:
-        raise InputError(f"--btx-spike-sigma {args.btx_spike_sigma}: expected a number above 0; 6 is usual")
-    if not args.btx_skip_bad_steps:
-        if args.btx_spike_sigma is not None:
+    sigma = options.spike_sigma
+    if sigma is not None and not 0 < sigma < math.inf:
+        raise InputError(f"--btx-spike-sigma {sigma}: expected a number above 0; 6 is usual")
+    if not options.skip_bad_steps:
+        if sigma is not None:
             raise InputError("--btx-spike-sigma: nothing is skipped without --btx-skip-bad-steps; give that too")
         return
     if args.fp16:

@@ -18,8 +18,13 @@ from typing import Any, NoReturn
 
 from megatron_btx.common.cli_args import read_pairs
 from megatron_btx.common.errors import InputError, exits_with_one_line, refused
+from megatron_btx.data.description import ALLOWANCE, Tokenizer, check_description
+from megatron_btx.data.inputs import form_of
 from megatron_btx.engine.checks import check_arguments
+from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
+from megatron_btx.engine.flags import add_btx_arguments
 from megatron_btx.engine.options import Options
+from megatron_btx.evaluation.program import add_evaluation_arguments
 from megatron_btx.training.validation import check_masked_alike
 
 
@@ -32,8 +37,6 @@ class RefusingParser(argparse.ArgumentParser):
 
 def megatron_parser() -> argparse.ArgumentParser:
     from megatron.training.arguments import add_megatron_arguments
-
-    from megatron_btx.engine.flags import add_btx_arguments
 
     parser = RefusingParser(allow_abbrev=False, add_help=False)
     add_megatron_arguments(parser)
@@ -130,8 +133,6 @@ def _check_data(args: argparse.Namespace, options: Options) -> None:
 
     A run's own datasets lie at paths relative to its directory and may have to be made first: they are not looked at.
     """
-    from megatron_btx.data.description import ALLOWANCE, Tokenizer, check_description
-    from megatron_btx.data.inputs import form_of
     from megatron_btx.data.splits import LEGACY_SPLIT, check_splits, splits_of
     from megatron_btx.data.training import check_indexed_dataset
 
@@ -160,12 +161,8 @@ def _check_data(args: argparse.Namespace, options: Options) -> None:
 @exits_with_one_line
 def main() -> int:
     """Check the sections and stages given as JSON on standard input; see :func:`check_with_megatron`."""
-    from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
-
     prepare_environment()
     install_cpu_stand_ins()
-    from megatron_btx.evaluation.program import add_evaluation_arguments
-
     asked: dict[str, Any] = json.load(sys.stdin)
     parser = megatron_parser()
     check_sections(parser, asked["sections"])

@@ -16,10 +16,10 @@ from typing import Any
 
 from megatron_btx.engine import patch
 from megatron_btx.engine.options import Options
-from megatron_btx.training.hooks import Follower
+from megatron_btx.training.hooks import Callback
 
 
-class MetricsWriter:
+class MetricsWriter(Callback):
     """A TensorBoard writer that also keeps each step's scalars, and writes them as one line of JSON."""
 
     def __init__(self, file: Path, inner: Any | None) -> None:
@@ -40,20 +40,20 @@ class MetricsWriter:
         if self._inner is not None:
             self._inner.add_scalar(tag, value, step)
 
-    def write_step(self, iteration: int, loss: dict[str, Any]) -> None:
+    def after_log(self, iteration: int, losses: dict[str, Any]) -> None:
         """Append the collected scalars, and the losses whatever Megatron's log intervals are."""
-        self._scalars |= {name: float(value) for name, value in loss.items()}
+        self._scalars |= {name: float(value) for name, value in losses.items()}
         if self._scalars:
             self._write({"iteration": iteration, "time": time.time(), **self._scalars})
 
-    def write_evaluation(self, iteration: int, of_test_set: bool) -> None:
+    def after_evaluation(self, iteration: int, is_test: bool) -> None:
         """Append the step's line once more, with what Megatron's own evaluation found after it was written.
 
         Args:
-            of_test_set: Megatron gives its losses the names of the validation set's; here they have their own.
+            is_test: Megatron gives its losses the names of the validation set's; here they have their own.
         """
         found = self._scalars
-        if of_test_set:
+        if is_test:
             found = {name.replace(" validation", " test", 1): value for name, value in found.items()}
         if found:
             before = self._line if self._line.get("iteration") == iteration else {"time": time.time()}
@@ -79,22 +79,7 @@ def _ends_within_a_line(file: Path) -> bool:
         return existing.read() != b"\n"
 
 
-class MetricsFollower(Follower):
-    """Completes a step's line when Megatron has logged the step, and again when it has evaluated."""
-
-    def __init__(self, writer: MetricsWriter) -> None:
-        self._writer = writer
-
-    def after_log(self, iteration: int, losses: dict[str, Any]) -> None:
-        """Write the step's line."""
-        self._writer.write_step(iteration, losses)
-
-    def after_evaluation(self, iteration: int, is_test: bool) -> None:
-        """Write the line once more, with what was found."""
-        self._writer.write_evaluation(iteration, is_test)
-
-
-def write_metrics(args: argparse.Namespace, options: Options) -> list[Follower]:
+def write_metrics(args: argparse.Namespace, options: Options) -> list[Callback]:
     """Join Megatron's TensorBoard writer on the rank that logs (the last one), if --btx-metrics is given.
 
     Returns:
@@ -111,4 +96,4 @@ def write_metrics(args: argparse.Namespace, options: Options) -> list[Follower]:
     patch.expect(global_vars, name)
     writer = MetricsWriter(options.metrics, getattr(global_vars, name))
     patch.replace(global_vars, name, writer)
-    return [MetricsFollower(writer)]
+    return [writer]

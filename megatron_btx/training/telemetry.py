@@ -13,8 +13,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+
 from megatron_btx.common.shares import DEAD_SHARE
 from megatron_btx.engine import patch
+from megatron_btx.engine.patch import Call
+from megatron_btx.model.watch import taken_experts
+from megatron_btx.training.hooks import log_scalars
 
 
 def install(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:
@@ -49,10 +55,10 @@ class RoutingSums:
 
     def __init__(self, layers: int, experts: int) -> None:
         self.layers, self.experts = layers, experts
-        self._rows: Any | None = None
+        self._rows: torch.Tensor | None = None
         self._tokens, self._wanted = [0] * layers, [0] * layers
 
-    def add(self, layer: int, logits_TE: Any, map_TE: Any, topk: int) -> None:
+    def add(self, layer: int, logits_TE: torch.Tensor, map_TE: torch.Tensor, topk: int) -> None:
         """Add one router's micro-batch.
 
         Args:
@@ -60,8 +66,6 @@ class RoutingSums:
             map_TE: boolean, after the capacity has dropped what it drops.
             topk: choices per token before dropping.
         """
-        import torch
-
         # Few operations, because a small model's step is short; what is no tensor is counted apart.
         with torch.no_grad():
             if self._rows is None:
@@ -73,14 +77,12 @@ class RoutingSums:
         self._tokens[layer] += tokens
         self._wanted[layer] += topk * tokens
 
-    def take(self) -> Any:
+    def take(self) -> torch.Tensor:
         """The sums over all ranks, [L, E + 3] on the CPU; starts anew.
 
         Every token is held by exactly one rank of those that hold its layer: data, context and sequence parallelism
         split tokens, pipelines split layers.
         """
-        import torch
-
         rows, self._rows = self._rows, None
         if rows is None:
             rows = torch.zeros(self.layers, self.experts + 3, dtype=torch.float64, device="cuda")
@@ -90,14 +92,12 @@ class RoutingSums:
         return rows.cpu()
 
 
-def observe(chunk: Any, sums: RoutingSums) -> None:
+def observe(chunk: torch.nn.Module, sums: RoutingSums) -> None:
     """Make every router of a model chunk add to ``sums`` in training, once per token even where it is recomputed."""
-    import torch
-    from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_btx.model.watch import taken_experts
-
-    def observed(router: Any, routing: Any, logits: Any, *rest: Any, **named: Any) -> Any:
+    def observed(
+        router: TopKRouter, routing: Call, logits: torch.Tensor, *rest: object, **named: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         gates_TE, map_TE = routing(logits, *rest, **named)
         if router.training and torch.is_grad_enabled():
             taken_TE = taken_experts(router, gates_TE, map_TE)
@@ -107,10 +107,10 @@ def observe(chunk: Any, sums: RoutingSums) -> None:
     for module in chunk.modules():
         if isinstance(module, TopKRouter) and not module.is_mtp_layer:
             # Wrapped on the module itself, because a forward hook does not see the logits.
-            patch.replace(module, "routing", functools.partial(observed, module, module.routing))
+            patch.around(module, "routing", functools.partial(observed, module))
 
 
-def scalars(rows: Any, experts: int) -> dict[str, float]:
+def scalars(rows: torch.Tensor, experts: int) -> dict[str, float]:
     """What is logged of the sums: names and values. Loads are shares of a layer's choices and sum to one.
 
     Args:
@@ -153,16 +153,12 @@ def _extend(tracker: type, sums: RoutingSums, log_interval: int) -> type:
     """Megatron's tracker, which reports routing too."""
 
     class RoutingTracker(tracker):  # type: ignore[misc]
-        def report(self, *rest: Any, iteration: int, writer: Any = None, wandb_writer: Any = None, **named: Any) -> str:
-            line: str = super().report(*rest, iteration=iteration, writer=writer, wandb_writer=wandb_writer, **named)
+        def report(self, *rest: object, iteration: int, **named: object) -> str:
+            line: str = super().report(*rest, iteration=iteration, **named)
             if iteration % log_interval:
                 return line
             logged = scalars(sums.take(), sums.experts)
-            if writer is not None:
-                for name, value in logged.items():
-                    writer.add_scalar(name, value, iteration)
-            if wandb_writer is not None:
-                wandb_writer.log(logged, iteration)
+            log_scalars(logged, iteration)
             return line + summary(logged, sums.experts)
 
     return RoutingTracker

@@ -10,13 +10,18 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.log import say, say_from_last_rank
 from megatron_btx.engine import patch
+from megatron_btx.engine.checks.start import checkpoint_to_load
 from megatron_btx.engine.options import Options
-from megatron_btx.training.hooks import Follower
+from megatron_btx.evaluation.losses import evaluate_domain
+from megatron_btx.training.hooks import Callback, log_scalars
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
 
 TAG = "lm loss validation"
 MARGIN_NATS = 0.1
@@ -56,20 +61,20 @@ def check(args: argparse.Namespace, options: Options) -> None:
     find_bounds(args, options)
 
 
-class FirstLoss(Follower):
+class FirstLoss(Callback):
     """Stops a mixture's finetuning at its first step when the mixture is broken."""
 
     def __init__(self, args: argparse.Namespace, options: Options) -> None:
         self._args, self._options = args, options
         self._bounds = find_bounds(args, options)
 
-    def before_step(self, iteration: int, model: list[Any], optimizer: Any) -> None:
+    def before_step(self, iteration: int, model: list[Any], optimizer: MegatronOptimizer) -> None:
         """Refuse a mix that is worse than its worst expert on a domain, where the experts' losses are given."""
         if iteration == 0 and isinstance(self._bounds, dict):
             losses = _losses(model, optimizer, self._args, self._options)
             _check_domains(losses, self._bounds)
 
-    def after_step(self, done: int, model: list[Any], optimizer: Any, losses: dict[str, Any]) -> None:
+    def after_step(self, done: int, model: list[Any], optimizer: MegatronOptimizer, losses: dict[str, Any]) -> None:
         """Refuse a first step whose loss no sound mix has."""
         if done != 1:
             return
@@ -80,19 +85,19 @@ class FirstLoss(Follower):
         _check_first_step(losses, bound)
 
 
-class DomainLosses(Follower):
+class DomainLosses(Callback):
     """Takes and logs the loss on every domain of --btx-valid-data, when it is due."""
 
     def __init__(self, args: argparse.Namespace, options: Options) -> None:
         self._args, self._options = args, options
 
-    def after_step(self, done: int, model: list[Any], optimizer: Any, losses: dict[str, Any]) -> None:
+    def after_step(self, done: int, model: list[Any], optimizer: MegatronOptimizer, losses: dict[str, Any]) -> None:
         """Before Megatron logs the step, so that they stand in its line."""
         if is_due(done, self._args):
             _log(_losses(model, optimizer, self._args, self._options), done)
 
 
-def watch_validation(args: argparse.Namespace, options: Options) -> list[Follower]:
+def watch_validation(args: argparse.Namespace, options: Options) -> list[Callback]:
     """What must follow the steps: the check of a mixture's first, and the losses per domain.
 
     Raises:
@@ -100,14 +105,14 @@ def watch_validation(args: argparse.Namespace, options: Options) -> list[Followe
     """
     from megatron.training import training
 
-    followers: list[Follower] = []
+    callbacks: list[Callback] = []
     if starts_from_a_mix(args):
-        followers.append(FirstLoss(args, options))
+        callbacks.append(FirstLoss(args, options))
     if options.valid_texts:
-        followers.append(DomainLosses(args, options))
-    if followers:
+        callbacks.append(DomainLosses(args, options))
+    if callbacks:
         patch.expect(training, *_PARAMETER_GATHERING)
-    return followers
+    return callbacks
 
 
 def is_due(done: int, args: argparse.Namespace) -> bool:
@@ -121,8 +126,6 @@ def starts_from_a_mix(args: argparse.Namespace) -> bool:
 
     A fresh mix is a release, which ``--load`` takes without ``--finetune`` and starts at iteration 0.
     """
-    from megatron_btx.engine.checks.start import checkpoint_to_load
-
     return bool(args.num_experts and not args.skip_train and checkpoint_to_load(args))
 
 
@@ -176,12 +179,12 @@ def check_masked_alike(where: str, masked: bool, eod_mask_loss: bool) -> None:
         )
 
 
-def _losses(model: list[Any], optimizer: Any, args: argparse.Namespace, options: Options) -> dict[str, float]:
+def _losses(
+    model: list[Any], optimizer: MegatronOptimizer, args: argparse.Namespace, options: Options
+) -> dict[str, float]:
     """The mean loss on every domain, in nats per token, equal on all ranks."""
     from megatron.core.utils import get_model_config
     from megatron.training import get_timers, training
-
-    from megatron_btx.evaluation.losses import evaluate_domain
 
     timer = get_timers()("interval-time")
     timer.stop()
@@ -212,15 +215,9 @@ def _losses(model: list[Any], optimizer: Any, args: argparse.Namespace, options:
 
 def _log(losses: dict[str, float], iteration: int) -> None:
     """Send the losses where Megatron's scalars go; the rank that logs says them too."""
-    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
-
     logged = {f"{TAG} {domain}": loss for domain, loss in losses.items()}
     logged[f"{TAG} mean"] = sum(losses.values()) / len(losses)
-    if (writer := get_tensorboard_writer()) is not None:
-        for name, value in logged.items():
-            writer.add_scalar(name, value, iteration)
-    if (wandb := get_wandb_writer()) is not None:
-        wandb.log(logged, iteration)
+    log_scalars(logged, iteration)
     say_from_last_rank(f" validation after step {iteration} | " + _listed(losses))
 
 

@@ -103,8 +103,7 @@ def test_frozen_stand_still_and_cost_nothing(word, layout, run, mixture, tmp_pat
             sizes[GROUP_OF_KEY[key] in frozen] += value.numel()
         assert state == 8 * sizes[False]
         if layout == "1":  # where one rank holds everything
-            said = f"{sizes[True]:,} of {sum(sizes.values()):,} parameters of rank 0 | saved there: "
-            said += f"{4 * sizes[True] / 2**20:.2f} MiB of gradients, {8 * sizes[True] / 2**20:.2f} MiB of optimizer"
+            said = f"{sizes[True]:,} of {sum(sizes.values()):,} parameters of rank 0"
             assert said in (tmp_path / "run.log.0").read_text()
     if layout == "1":
         recomputed = run(tmp_path, 1, [*more, *RECOMPUTE], name="recomputed")

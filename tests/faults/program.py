@@ -36,14 +36,16 @@ def main() -> int:
 
 
 def _shorten_timeout(seconds: float) -> None:
-    checked = program.checked_arguments
+    from megatron_btx.training import run
+
+    checked = run.checked_arguments
 
     def checked_arguments() -> Any:
         args, options = checked()
         args.distributed_timeout_minutes = seconds / 60
         return args, options
 
-    program.checked_arguments = checked_arguments
+    run.checked_arguments = checked_arguments
 
 
 def _strike() -> None:
@@ -178,7 +180,9 @@ def bad_loss(step: int) -> None:
     """The losses of a step are multiplied by ``FAULT_SIGNAL``: nan, inf, or a number; below 0, of all from there on."""
     from megatron.training import get_args
 
-    forward = program.forward_step
+    from megatron_btx.training import run
+
+    forward = run.forward_step
 
     def multiplied(*positional: Any, **named: Any) -> Any:
         output, loss_function = forward(*positional, **named)
@@ -188,7 +192,7 @@ def bad_loss(step: int) -> None:
             output = output * float(os.environ["FAULT_SIGNAL"])
         return output, loss_function
 
-    program.forward_step = multiplied
+    run.forward_step = multiplied
 
 
 def saved_again(step: int) -> None:

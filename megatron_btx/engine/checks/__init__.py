@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
-from megatron_btx.engine.budget import check_budget
-from megatron_btx.engine.checks.layout import check_checkpoint_format, check_layout
-from megatron_btx.engine.checks.routing import check_routing
-from megatron_btx.engine.checks.training import check_bias, check_evaluation_interval, check_retention, check_seed
-from megatron_btx.engine.checks.unsupported_flags import check_flags
+from megatron_btx.common.errors import InputError
+from megatron_btx.engine.checks import arguments
+from megatron_btx.engine.checks.arguments import Refusal
+from megatron_btx.engine.checks.routing import of_routing
 from megatron_btx.engine.options import Options, resolve_options
 
-CHECKS = (check_checkpoint_format, check_layout, check_routing, check_flags)
-"""Checks of the parsed arguments alone that every program makes, in their order."""
-TRAINING_CHECKS = (check_budget, check_evaluation_interval, check_seed, check_bias, check_retention)
+ROWS = (
+    arguments.of_formats,
+    arguments.of_layout,
+    of_routing,
+    arguments.of_other_programs,
+    arguments.of_the_schedule,
+    arguments.of_rates,
+    arguments.that_fail_late,
+)
+"""Refusals of the parsed arguments alone that every program makes, in their order."""
+TRAINING_ROWS = (arguments.of_budget, arguments.of_training, arguments.of_retention)
 """Those that training makes after them."""
 
 
@@ -30,9 +38,16 @@ def check_arguments(args: argparse.Namespace, trains: bool = False) -> Options:
         InputError: one line that names the flag, what was found and the remedy.
     """
     options = resolve_options(args)
-    for check in CHECKS:
-        check(args)
+    for rows in ROWS:
+        refuse(rows(args))
     if trains:
-        for check in TRAINING_CHECKS:
-            check(args)
+        for rows in TRAINING_ROWS:
+            refuse(rows(args))
     return options
+
+
+def refuse(rows: Iterable[Refusal]) -> None:
+    """Raise InputError for the first row that says so."""
+    for given, is_wrong, why in rows:
+        if is_wrong:
+            raise InputError(f"{given}: {why}")

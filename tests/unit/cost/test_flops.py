@@ -9,15 +9,27 @@ import pytest
 
 from megatron_btx.cost.flops import (
     ModelShape,
+    all_weights,
     attention_weights,
+    default_ffn,
     feed_forward_weights,
     multiplied_weights,
+    padded_rows,
     training_flops,
 )
 
 DENSE = ModelShape(layers=3, hidden=64, heads=4, groups=2, channels=16, ffn=176, gated=True, vocabulary=256)
 MIXTURE = dataclasses.replace(DENSE, mixtures=2, experts=4, topk=2, expert_ffn=96, shared_ffn=32)
 SEQUENCE, SEQUENCES = 32, 5
+
+
+def test_widths_and_rows_and_all_weights() -> None:
+    """A dense model's are those that a token meets, and the embedding; a mixture's have its other experts, too."""
+    assert (default_ffn(64, True), default_ffn(512, True), default_ffn(512, False)) == (128, 1344, 2048)
+    assert (padded_rows(1, 128), padded_rows(128, 128), padded_rows(129, 128)) == (128, 128, 256)
+    assert all_weights(DENSE) == multiplied_weights(DENSE) + 64 * 256
+    others = MIXTURE.mixtures * (MIXTURE.experts - MIXTURE.topk) * 3 * 64 * MIXTURE.expert_ffn
+    assert all_weights(MIXTURE) == multiplied_weights(MIXTURE) + 64 * 256 + others
 
 
 @pytest.mark.parametrize("shape", [DENSE, MIXTURE], ids=["dense", "mixture"])

@@ -21,6 +21,25 @@ def test_what_fits_is_no_misfit():
 
 
 @pytest.mark.parametrize(
+    ("given", "sizes", "spread"),
+    [
+        ({}, ParallelSizes(), False),
+        (
+            {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": None},
+            ParallelSizes(2, expert_tensor=2),
+            False,
+        ),
+        ({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, ParallelSizes(2), True),
+        ({"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 3}, ParallelSizes(1, 3, 1, 2), True),
+        ({"context_parallel_size": 2}, ParallelSizes(context=2), False),
+    ],
+)
+def test_the_sizes_of_megatrons_arguments(given, sizes, spread):
+    """Expert tensor parallelism is that of the rest where it is not given; checkpoints may lack any of them."""
+    assert ParallelSizes.of(given) == sizes and sizes.spreads_experts == spread
+
+
+@pytest.mark.parametrize(
     ("misfit", "found", "expected"),
     [
         (layout.check_processes(ParallelSizes(tensor=2, pipeline=3), 8), "8 processes for TP 2 x PP 3 x CP 1", "mult"),

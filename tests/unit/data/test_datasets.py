@@ -14,7 +14,7 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.data import datasets, readers
 from megatron_btx.data.domains import SPLITS, check_description
 from megatron_btx.data.encoding import draw
-from megatron_btx.data.sink import Sink
+from megatron_btx.data.indexed import Sink
 
 DOCUMENTS = 400
 Said = dict[str, Any]

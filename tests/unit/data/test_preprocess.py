@@ -18,8 +18,8 @@ import pytest
 
 from examples.quickstart.corpora import math_problems, vocabulary
 from megatron_btx.data import encoding, preprocess, readers, tokenizers
+from megatron_btx.data.encoding import in_order
 from megatron_btx.data.tokenizers import TokenizerSettings
-from megatron_btx.data.workers import in_order
 
 TEXTS = (
     "The first document.\n\nIt has two paragraphs.",

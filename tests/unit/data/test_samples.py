@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.training import global_vars
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.data import preprocess, text_dataset
+from megatron_btx.data import preprocess, training
 from megatron_btx.data.foreign_ids import ForeignIdError, check_batch
 from megatron_btx.data.texts import start_of
 from megatron_btx.data.tokenizers import TokenizerSettings, _namespace
@@ -309,18 +309,18 @@ def test_killed_while_it_writes(tmp_path: Path):
             replace(source, target)
 
         os.replace = dying
-        text_dataset.keep_order(start, made, "what")
+        training.keep_order(start, made, "what")
         os._exit(0)
 
     for calls in range(1, 5):
         start = f"{tmp_path}/{calls}-"
         assert os.waitpid(child(start, calls), 0)[1] == signal.SIGKILL
-        assert text_dataset.read_order(start) is None
-        text_dataset.keep_order(start, made, "what")
-        assert same([text_dataset.read_order(start)], [made])
+        assert training.read_order(start) is None
+        training.keep_order(start, made, "what")
+        assert same([training.read_order(start)], [made])
     children = [child(f"{tmp_path}/together-", 99) for _ in range(6)]
     assert [os.waitpid(process, 0)[1] for process in children] == [0] * 6
-    assert same([text_dataset.read_order(f"{tmp_path}/together-")], [made])
+    assert same([training.read_order(f"{tmp_path}/together-")], [made])
 
 
 def test_where_nothing_can_be_written(one_process, forgotten, tmp_path: Path, capsys):

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 
-from megatron_btx.distributed.hang_detector import Place, Standstill, describe
+from megatron_btx.distributed.abort import Place, Standstill, describe
 
 
 def place(rank: int, waits: bool) -> Place:

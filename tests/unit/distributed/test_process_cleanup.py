@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from megatron_btx.distributed import process_cleanup as orphans
-from megatron_btx.engine import async_saves
+from megatron_btx.engine import saving
 from tests.runner import REPOSITORY
 
 AT_MOST_SECONDS = 20
@@ -31,7 +31,7 @@ def write_as_told() -> None:
     """The writer of --async-save on a GPU, with another loop in the place of Megatron's."""
     loop = types.SimpleNamespace(async_loop=sleep_long)
     sys.modules[async_utils] = types.SimpleNamespace(PersistentAsyncCaller=loop)
-    async_saves.write(signal.SIGTERM)
+    saving.write(signal.SIGTERM)
 
 
 def start(method: str) -> None:

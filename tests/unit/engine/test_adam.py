@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.engine.adam import GroupStepAdam
+from megatron_btx.engine.optimizer import GroupStepAdam
 
 STEPS = 20
 SETTINGS = {

@@ -10,7 +10,8 @@ from megatron.core import num_microbatches_calculator as calculator
 
 from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.common.errors import InputError
-from megatron_btx.engine.budget import budget_of, check_budget
+from megatron_btx.engine.checks import refuse
+from megatron_btx.engine.checks.arguments import budget_of, of_budget
 from megatron_btx.engine.checks.start import finished
 
 
@@ -79,7 +80,7 @@ def test_a_mix_is_no_finished_run(args, tmp_path):
 )
 def test_a_budget_that_cannot_be(change, said, args):
     with pytest.raises(InputError, match=said):
-        check_budget(Namespace(**vars(args) | change))
+        refuse(of_budget(Namespace(**vars(args) | change)))
 
 
 def test_a_schedule_of_batch_sizes(args):
@@ -87,10 +88,10 @@ def test_a_schedule_of_batch_sizes(args):
     calculator.init_num_microbatches_calculator(0, None, None, 1, 1, False, "0:2 4:4")
     try:
         given = Namespace(**vars(args) | {**SAMPLES, "train_samples": 8, "step_batch_size_schedule": "0:2 4:4"})
-        check_budget(given)
+        refuse(of_budget(given))
         assert budget_of(given) == (3, 8)
         given.train_samples = 10
         with pytest.raises(InputError, match="--train-samples 10: ends within a batch .* step 4 ends at 12; give that"):
-            check_budget(given)
+            refuse(of_budget(given))
     finally:
         calculator.unset_num_microbatches_calculator()

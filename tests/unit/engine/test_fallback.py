@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.checkpoint.iterations import BACKEND_FILE, TRACKER
-from megatron_btx.checkpoint.retention import REPLACED
 from megatron_btx.common.errors import InputError
 from megatron_btx.engine.fallback import check_save_folder
+from megatron_btx.engine.saving import REPLACED
 
 
 @pytest.fixture

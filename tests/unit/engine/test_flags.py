@@ -12,7 +12,7 @@ import pytest
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.routing_methods import DEFAULT_TOPK, METHODS
-from megatron_btx.engine.checks import unsupported_flags as useless_flags
+from megatron_btx.engine.checks import arguments
 from tests import flags_page
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -125,7 +125,7 @@ def test_the_page_lists_what_is_refused_and_nothing_else():
         def __getattr__(self, name: str) -> str:
             return "NAME"
 
-    checks = (useless_flags._of_other_programs, useless_flags._of_the_budget, useless_flags._that_fail_late)
+    checks = (arguments.of_other_programs, arguments.of_the_schedule, arguments.that_fail_late)
     refused = {flag for check in checks for flag, _, _ in check(Given())}
     page = (REPOSITORY / "docs/running.md").read_text().partition("## Flags that do nothing")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]

@@ -24,6 +24,23 @@ def test_wrap_and_replace() -> None:
     assert patch.list_replaced()[-2:] == ["megatron.some.module.switch", "megatron.some.module.add"]
 
 
+def test_around_a_function_and_a_method() -> None:
+    """The original comes first, then what the call gave; the name and the parameters stay the original's."""
+    module = owner()
+    patch.around(module, "add", lambda add, left, right: add(left, right) * 10, ["left"])
+    patch.around(module, "add", lambda add, *given, **named: add(*given, **named) + 1, ["left", "right"])
+    assert module.add(1, right=2) == 31
+
+    class Router:
+        topk = 2
+
+        def route(self, tokens: int) -> int:
+            return self.topk * tokens
+
+    patch.around(Router, "route", lambda route, router, tokens: route(router, tokens) + router.topk)
+    assert Router().route(3) == 8 and Router.route.__name__ == "route"
+
+
 @pytest.mark.parametrize(
     "change",
     [

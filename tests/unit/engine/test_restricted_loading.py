@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError, InputError
-from megatron_btx.engine.checks.layout import check_checkpoint_format
+from megatron_btx.engine.checks import refuse
+from megatron_btx.engine.checks.arguments import of_formats
 from megatron_btx.engine.checks.start import check_against_checkpoint, checkpoint_to_load
 from megatron_btx.engine.fallback import choose_checkpoint
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
@@ -232,9 +233,9 @@ def test_formats_that_could_not_be_read_again():
     """A run that saved in another format could not be resumed."""
     given = Namespace(save="x", load=None, pretrained_checkpoint=None, ckpt_format="torch")
     with pytest.raises(InputError, match="--ckpt-format torch: "):
-        check_checkpoint_format(given)
+        refuse(of_formats(given))
     given.save = None
-    check_checkpoint_format(given)
+    refuse(of_formats(given))
 
 
 def test_many_equal_entries_are_unpickled_once(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.engine.checks import resume
+from megatron_btx.engine.checks import start as resume
 from megatron_btx.model.groups import resolve_groups
 
 LAYOUT = {

@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 
 from megatron_btx.common.errors import BTXError, InputError
-from megatron_btx.model.freezing import check_optimizers, refuse_optimizers
-from megatron_btx.model.groups import TrainedGroups, group_of, list_groups, resolve_groups
+from megatron_btx.model.groups import (
+    TrainedGroups,
+    check_optimizers,
+    group_of,
+    list_groups,
+    refuse_optimizers,
+    resolve_groups,
+)
 from tests import pico
 
 NAMES = {

@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.model.layers import FlashAttention, TorchNorm
+from megatron_btx.model.torch_parts import TorchAttention, TorchNorm
 
 SEQUENCE, BATCH = 17, 2
 
@@ -58,7 +58,7 @@ def test_attention_is_megatrons(groups, head_size, plain_buffer):
     """Values and gradients, for every number of query groups and for head sizes that are not hidden / heads."""
     settings = config(num_query_groups=groups, kv_channels=head_size)
     (ours, our_gradients), (stock, stock_gradients) = (
-        attend(k, settings) for k in (FlashAttention, DotProductAttention)
+        attend(k, settings) for k in (TorchAttention, DotProductAttention)
     )
     assert ours.shape == (SEQUENCE, BATCH, 4 * head_size)
     torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
@@ -69,20 +69,20 @@ def test_attention_is_megatrons(groups, head_size, plain_buffer):
 def test_attention_with_scaled_layers_is_megatrons(plain_buffer):
     """--apply-query-key-layer-scaling divides by the layer's number and multiplies it back: no other function."""
     settings = config(apply_query_key_layer_scaling=True)
-    ours, stock = (attend(kind, settings, layer=2)[0] for kind in (FlashAttention, DotProductAttention))
+    ours, stock = (attend(kind, settings, layer=2)[0] for kind in (TorchAttention, DotProductAttention))
     torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_with_a_scale_of_its_own_is_megatrons(plain_buffer):
-    ours, stock = (attend(kind, config(), scale=0.9)[0] for kind in (FlashAttention, DotProductAttention))
+    ours, stock = (attend(kind, config(), scale=0.9)[0] for kind in (TorchAttention, DotProductAttention))
     torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
-    assert (ours - attend(FlashAttention, config())[0]).abs().max() > 0.1
+    assert (ours - attend(TorchAttention, config())[0]).abs().max() > 0.1
 
 
 def test_attention_is_causal():
     """No position sees a later one."""
     groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
-    core = FlashAttention(config(), 1, AttnMaskType.causal, "self", pg_collection=groups)
+    core = TorchAttention(config(), 1, AttnMaskType.causal, "self", pg_collection=groups)
     query, key, value = (
         torch.randn(SEQUENCE, BATCH, 4, 8, generator=torch.Generator().manual_seed(n)) for n in range(3)
     )
@@ -96,8 +96,8 @@ def test_attention_is_causal():
 def test_what_attention_refuses():
     groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
     with pytest.raises(InputError, match="attention type cross"):
-        FlashAttention(config(), 1, AttnMaskType.causal, "cross", pg_collection=groups)
-    core = FlashAttention(config(), 1, AttnMaskType.causal, "self", pg_collection=groups)
+        TorchAttention(config(), 1, AttnMaskType.causal, "cross", pg_collection=groups)
+    core = TorchAttention(config(), 1, AttnMaskType.causal, "self", pg_collection=groups)
     part = torch.zeros(SEQUENCE, BATCH, 4, 8)
     for unsupported in ({"packed_seq_params": object()}, {"attention_bias": part}):
         with pytest.raises(InputError, match="--transformer-impl transformer_engine"):

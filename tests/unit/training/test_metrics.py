@@ -35,9 +35,9 @@ def test_one_line_a_step(tmp_path):
     writer = MetricsWriter(str(file), None)
     writer.add_scalar("learning-rate", 1e-3, 1)
     writer.add_scalar("learning-rate vs samples", 1e-3, 4)
-    writer.write_step(1, {"lm loss": torch.tensor(2.5)})
+    writer.after_log(1, {"lm loss": torch.tensor(2.5)})
     writer.add_scalar("grad-norm", torch.tensor(0.1), 2)
-    writer.write_step(2, {"lm loss": torch.tensor(2.25)})
+    writer.after_log(2, {"lm loss": torch.tensor(2.25)})
     first, second = lines(file)
     assert {k: v for k, v in first.items() if k != "time"} == {"iteration": 1, "learning-rate": 1e-3, "lm loss": 2.5}
     assert set(second) == {"iteration", "time", "grad-norm", "lm loss"}
@@ -49,7 +49,7 @@ def test_a_line_is_on_disk_when_its_step_ends(tmp_path):
     file = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(str(file), None)
     for step in range(1, 4):
-        writer.write_step(step, {"lm loss": torch.tensor(float(step))})
+        writer.after_log(step, {"lm loss": torch.tensor(float(step))})
         assert len(lines(file)) == step
     del writer
 
@@ -59,7 +59,7 @@ def test_appends_after_a_resume(tmp_path):
     for values in ((3.0, 2.0), (1.5, 1.0)):
         writer = MetricsWriter(str(file), None)
         for step, value in zip((1, 2) if values[0] == 3.0 else (2, 3), values, strict=True):
-            writer.write_step(step, {"lm loss": torch.tensor(value)})
+            writer.after_log(step, {"lm loss": torch.tensor(value)})
     assert [line["iteration"] for line in lines(file)] == [1, 2, 2, 3]
     assert read_losses(file) == {1: 3.0, 2: 1.5, 3: 1.0}
 
@@ -68,7 +68,7 @@ def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path):
     """A full disk or a power failure can cut a line: the resumed run starts a new one."""
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"iteration": 1, "lm loss": 3.0}\n{"iteration": 2, "lm lo')
-    MetricsWriter(str(file), None).write_step(2, {"lm loss": torch.tensor(2.0)})
+    MetricsWriter(str(file), None).after_log(2, {"lm loss": torch.tensor(2.0)})
     assert read_losses(file) == {1: 3.0, 2: 2.0}
 
 

@@ -9,7 +9,7 @@ import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_btx.checkpoint.iterations import TRACKER
-from megatron_btx.training.program import _checkpointing_failed
+from megatron_btx.training.run import _checkpointing_failed
 
 
 def load_checkpoint(cause: Exception) -> None:

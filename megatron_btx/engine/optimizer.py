@@ -10,17 +10,25 @@ Engine, and the other way round.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.engine import patch
+from megatron_btx.engine.patch import Call
+from megatron_btx.model.groups import TrainedGroups, group_of
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
-def make_state(optimizer: Any) -> None:
+def make_state(optimizer: MegatronOptimizer) -> None:
     """Make the state that Megatron's optimizer would get with its first update: zeros, by its own function.
 
     A checkpoint from before that update (bad steps are skipped, an fp16 scale still falls) could not be loaded without.
@@ -92,3 +100,56 @@ class GroupStepAdam(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def install_schedule_logging() -> None:
+    """Have Megatron log the schedule's learning rate also where every group that is trained has one of its own.
+
+    It logs that of a group without one, and nothing where there is none, as with a multiplier on each.
+
+    Raises:
+        MegatronVersionError: the installed Megatron finds it elsewhere.
+    """
+    from megatron.training import training
+
+    def get_optimizer_param_scheduler(build: Call, optimizer: object) -> OptimizerParamScheduler:
+        scheduler = build(optimizer)
+
+        def get_canonical_lr_for_logging(of_groups: Call, groups: list[dict[str, Any]]) -> float:
+            found = of_groups(groups)
+            if found is None:
+                return float(scheduler.get_lr({}))
+            return float(found)
+
+        patch.around(training, "get_canonical_lr_for_logging", get_canonical_lr_for_logging)
+        return scheduler
+
+    patch.around(training, "get_optimizer_param_scheduler", get_optimizer_param_scheduler)
+
+
+def install_lr_multipliers(groups: TrainedGroups) -> None:
+    """Give groups their own peak and least learning rate, as Megatron does for its decoupled one.
+
+    ``pretrain`` takes no overrides, so the function that makes them is wrapped. (Its scheduler ignores ``lr_mult``.)
+
+    Raises:
+        MegatronVersionError: the installed Megatron makes its overrides elsewhere.
+    """
+    if not groups.multipliers:
+        return
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+    from megatron.training import training
+
+    def get_megatron_optimizer_config(make: Call, args: argparse.Namespace) -> tuple[object, dict[ParamKey, Any]]:
+        config, overrides = make(args)
+        overrides = dict(overrides or {})
+        for group, factor in groups.multipliers.items():
+
+            def belongs(_parameter: object, name: str, group: str = group) -> bool:
+                return group_of(name, groups.is_tied) == group
+
+            key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"btx_{group}", fn=belongs))
+            overrides[key] = {"max_lr": factor * config.lr, "min_lr": factor * (config.min_lr or 0.0)}
+        return config, overrides
+
+    patch.around(training, "get_megatron_optimizer_config", get_megatron_optimizer_config)

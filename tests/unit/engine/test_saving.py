@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE, TRACKER, list_iterations, read_tracker
-from megatron_btx.checkpoint.retention import REPLACED, find_removable, make_room, remove_checkpoint
+from megatron_btx.engine.saving import REPLACED, find_removable, make_room, remove_checkpoint
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_half_removed_it_does_not_load(root, monkeypatch):
     def interrupted(_: Path) -> None:
         raise OSError(16, "busy")
 
-    monkeypatch.setattr("megatron_btx.checkpoint.retention.shutil.rmtree", interrupted)
+    monkeypatch.setattr("megatron_btx.engine.saving.shutil.rmtree", interrupted)
     with pytest.raises(OSError, match="busy"):
         remove_checkpoint(root / "iter_0000002")
     assert not (root / "iter_0000002" / BACKEND_FILE).exists()
