@@ -103,6 +103,50 @@ def make_run(root: Path, seed: int = 7) -> Path:
     return run
 
 
+ABLATION = {  # variant: the mean loss of each of its seeds, and how many experts are dead
+    "top2": {1: (2.31, 0), 2: (2.335, 1)},
+    "soft": {1: (2.42, 0), 2: (2.4, 0)},
+    "top1": {2: (2.61, 3)},
+}
+
+
+def make_ablation(root: Path) -> Path:
+    """A finished ablation of three variants and two seeds: mixtures of three layers and four experts."""
+    run, draw = root / "ablation", random.Random(3)
+    variants = {name: {"seeds": list(seeds)} if len(seeds) < 2 else None for name, seeds in ABLATION.items()}
+    write_json(run / "recipe.yaml", {"ablation": {"seeds": [1, 2], "split": "test", "variants": variants}})
+    planned = [{"stage": name} for name in ("data", "seed", "evaluate-experts")]
+    for seed in (1, 2):
+        planned.append({"stage": f"mix-s{seed}"})
+        for name, seeds in ABLATION.items():
+            if seed in seeds:
+                planned.append({"stage": f"ablation-{name}-s{seed}"})
+                write_finetuning(run / f"ablation-{name}-s{seed}", *seeds[seed], draw)
+    write_json(run / "plan.json", [*planned, {"stage": "report"}])
+    return run
+
+
+def write_finetuning(stage: Path, loss: float, dead: int, draw: random.Random) -> None:
+    """A finetuning of a mixture, as it leaves its metrics: training, routing, and the loss per domain at its end."""
+    loads = {}
+    for layer in range(3):
+        weights = [draw.uniform(0.5, 1.5) for _ in EXPERTS]
+        loads |= {f"moe/load_layer_{layer}_expert_{at}": weight / sum(weights) for at, weight in enumerate(weights)}
+    dropped = {f"moe/dropped_layer_{layer}": 0.01 * layer for layer in range(3)}
+    losses = {domain: loss + offset for domain, offset in zip(DOMAINS, (1.5, -1.0, 0.5, -1.0), strict=True)}
+    watched = {f"lm loss validation {domain}": value for domain, value in losses.items()}
+    watched["lm loss validation mean"] = sum(losses.values()) / len(losses)
+    lines: list[dict[str, Any]] = []
+    for iteration in (10, 20, 30, 40):
+        line = {"iteration": iteration, "time": 1.7e9 + iteration, "lm loss": loss + 10 / iteration}
+        lines.append({**line, **loads, **dropped, "moe/dead_experts": float(dead)})
+    lines[-1] |= watched
+    stage.mkdir(parents=True)
+    (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    manifest = {"status": "finished", "steps": 40, "tokens": 40_960, "seconds": 4.5, "flops": 1.1e11, "parents": {}}
+    write_json(stage / "manifest.json", {"stage": stage.name, **manifest})
+
+
 def change(path: Path, edit: Any) -> None:
     """Apply ``edit`` to the JSON in ``path``."""
     content = json.loads(path.read_text(encoding="utf-8"))
