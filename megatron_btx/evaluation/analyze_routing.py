@@ -103,7 +103,7 @@ def main() -> int:
     """Analyse what the command line names; see --help."""
     args, inputs = start_tool(__doc__, add_analysis_arguments, _names_of, _check_inputs)
     from megatron_btx.engine.restricted_loading import load_weights
-    from megatron_btx.evaluation.routing import describe, overlaps, route_label
+    from megatron_btx.evaluation.routing import describe, overlaps, route
     from megatron_btx.evaluation.token_routes import route_text
     from megatron_btx.model.build import build_model
 
@@ -113,9 +113,10 @@ def main() -> int:
     texts: dict[str, dict[str, Any]] = {}
     for name, path in inputs.models.items():
         load_weights(model, path)
-        result["models"][name] = describe(
-            {label: route_label(model, f"{label}: {text}", text) for label, text in inputs.data.items()}
-        )
+        routed = {}
+        for label, text in inputs.data.items():
+            routed[label] = route(model, f"{label}: {text}", text, args.btx_route_tokens)
+        result["models"][name] = describe(routed)
         result["overlap"][name] = overlaps(result["models"][name])
         texts[name] = {}
         for label, text in inputs.page_texts().items():

@@ -75,13 +75,14 @@ def main() -> int:
     """Evaluate what the command line names; see --help."""
     args, inputs = start_tool(__doc__, add_evaluation_arguments, _names_of, _check_inputs)
     model = build_model(args)
-    results = {}
+    scores, about = [], {}
     for name, path in inputs.models.items():
         load_weights(model, path)
-        results[name] = evaluate_model(model, inputs.data, path)
-        say(f"{name}: " + ", ".join(f"{d} {loss:.4f}" for d, loss in results[name]["losses"].items()))
+        losses, about[name] = evaluate_model(model, name, inputs.data, path)
+        scores += [score.model_dump() for score in losses]
+        say(f"{name}: " + ", ".join(f"{score.data} {score.value:.4f}" for score in losses))
     if args.rank == 0:
-        result = {"models": results, "experts": inputs.experts, "eod_mask_loss": args.eod_mask_loss}
+        result = {"scores": scores, "models": about, "experts": inputs.experts, "eod_mask_loss": args.eod_mask_loss}
         write_json(Path(args.btx_eval_output), result)
     return 0
 

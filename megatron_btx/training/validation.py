@@ -7,7 +7,6 @@ pass over the same fixed text of every domain each time, with the function that 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.common.log import say, say_from_last_rank
 from megatron_btx.engine import patch
 from megatron_btx.engine.options import Options
+from megatron_btx.runner.run_dir import read_evaluation
 from megatron_btx.training.hooks import Follower
 
 TAG = "lm loss validation"
@@ -147,23 +147,28 @@ def _worst_experts(where: str, file: Path, names: list[str], eod_mask_loss: bool
     if not names:
         raise InputError(f"{where}: bounds the loss on every domain; name them with --btx-valid-data DOMAIN=TEXT")
     try:
-        result = json.loads(file.read_text())
-        models, masked = result["models"], bool(result.get("eod_mask_loss"))
-        losses = {domain: {m: float(r["losses"][domain]) for m, r in models.items()} for domain in names}
+        file.open("rb").close()
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror}); give a number of nats, or {again}") from error
-    except KeyError as missing:
-        raise InputError(f"{where}: has no {missing}; {again}") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    try:
+        result = read_evaluation(file)
+    except InputError as error:
         raise InputError(f"{where}: is no result of megatron_btx.evaluate ({error}); {again}") from error
-    if not models:
+    if not result.models:
         raise InputError(f"{where}: holds no model; {again}")
-    check_masked_alike(where, masked, eod_mask_loss)
-    for domain, of in losses.items():
-        for model, loss in of.items():
+    check_masked_alike(where, bool(result.eod_mask_loss), eod_mask_loss)
+    worst: dict[str, tuple[float, str]] = {}
+    for domain in names:
+        losses = []
+        for name, model in result.models.items():
+            loss = model.losses.get(domain)
+            if loss is None:
+                raise InputError(f"{where}: has no {domain!r} of {name}; {again}")
             if not 0 < loss < math.inf:
-                raise InputError(f"{where}: the loss of {model} on {domain} is {loss}, expected above 0; {again}")
-    return {domain: max((loss, model) for model, loss in of.items()) for domain, of in losses.items()}
+                raise InputError(f"{where}: the loss of {name} on {domain} is {loss}, expected above 0; {again}")
+            losses.append((loss, name))
+        worst[domain] = max(losses)
+    return worst
 
 
 def check_masked_alike(where: str, masked: bool, eod_mask_loss: bool) -> None:
@@ -181,7 +186,7 @@ def _losses(model: list[Any], optimizer: Any, args: argparse.Namespace, options:
     from megatron.core.utils import get_model_config
     from megatron.training import get_timers, training
 
-    from megatron_btx.evaluation.losses import evaluate_domain
+    from megatron_btx.evaluation.losses import measure_loss
 
     timer = get_timers()("interval-time")
     timer.stop()
@@ -200,7 +205,7 @@ def _losses(model: list[Any], optimizer: Any, args: argparse.Namespace, options:
         chunk.eval()
     losses: dict[str, float] = {}
     for domain, text in options.valid_texts.items():
-        losses[domain] = evaluate_domain(model, domain, text, options.valid_tokens)[0]
+        losses[domain] = measure_loss(model, domain, text, options.valid_tokens).nats
     for chunk in model:
         chunk.train()
     if hooked:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_btx.runner.run_dir import read_evaluation
 from tests import pico
 from tests.mixing import mix, rewrite
 from tests.runner import Zygote, read_losses
@@ -25,7 +25,7 @@ def evaluate(zygote: Zygote, folder: Path, models: dict[str, Path], corpus: Path
     entry = named.pop("entry", "megatron_btx.evaluation.program")
     world_size = named.pop("world_size", 1)
     zygote.wait(zygote.start(world_size, arguments, folder / "log" / "evaluate", entry=entry, **named))
-    return json.loads(output.read_text())["models"]
+    return {name: model.model_dump() for name, model in read_evaluation(output).models.items()}
 
 
 @pytest.mark.parametrize("topk", [1, 2, 4])
