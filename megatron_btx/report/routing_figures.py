@@ -51,13 +51,17 @@ def write_figures(folder: Path, models: Models, experts: Sequence[str]) -> list[
     return list(pictures)
 
 
-def draw_shares(models: Models, experts: Sequence[str], key: str = "choices") -> Figure:
+def draw_shares(
+    models: Models, experts: Sequence[str], key: str = "choices", palette: Palette | None = None, title: str = ""
+) -> Figure:
     """Per label (a row) and model (a column): stacked shares over the layers.
 
     Args:
         key: what is shared out, a key of :data:`SHARES`.
+        palette: by default one of the experts alone.
+        title: by default what is shared out.
     """
-    labels, palette = _order_labels(models), Palette(experts)
+    labels, palette = _order_labels(models), palette or Palette(experts)
     layers = _count_layers(models)
     width = max(style.PAGE_WIDTH_INCHES, 1.6 + len(models) * max(2.3, 0.072 * layers))  # a bar holds a small digit
     height = 0.7 + len(labels) * min(1.5, max(0.8, 48 / len(labels)))
@@ -86,7 +90,7 @@ def draw_shares(models: Models, experts: Sequence[str], key: str = "choices") ->
         panels[0][0].set_ylim(0, 1.3)
         note = f" (n × above a bar: n experts under {100 * DEAD_SHARE:g} % of an even share)"
     handles = [Patch(facecolor=palette.colour(name), hatch=palette.hatch(name), edgecolor="white") for name in experts]
-    _add_legend(figure, handles, experts, SHARES[key])
+    _add_legend(figure, handles, experts, title or SHARES[key])
     figure.supxlabel(f"layer{note}", fontsize=9)
     return figure
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.report.build import make_report
+from megatron_btx.report.models import Model, guess_row
 from megatron_btx.report.pages import to_json
+from megatron_btx.runner.run_dir import make_loss
 
 DOMAINS = ("general", "math", "code", "knowledge")
 LOSSES = {
@@ -91,7 +93,10 @@ def make_run(root: Path, seed: int = 7) -> Path:
         with open(run / stage / "metrics.jsonl", "w", encoding="utf-8") as lines:
             for iteration in range(1, iterations + 1):
                 loss = last + (first - last) * math.exp(-6 * iteration / iterations) + draw.gauss(0, 0.12)
-                lines.write(json.dumps({"iteration": iteration, "time": 1.7e9 + iteration, "lm loss": loss}) + "\n")
+                line = {"iteration": iteration, "time": 1.7e9 + iteration, "lm loss": loss}
+                if stage == "finetune" and iteration % 150 == 0:
+                    line |= watched_losses(iteration / iterations)
+                lines.write(json.dumps(line) + "\n")
     write_json(run / "mix" / "manifest.json", {"seconds": 3.1, "parents": dict.fromkeys(MIXED, "sha")})
     write_json(run / "data" / "manifest.json", {"seconds": 41.0, "parents": []})
     write_json(run / "data" / "datasets.json", datasets())
@@ -101,6 +106,16 @@ def make_run(root: Path, seed: int = 7) -> Path:
     write_json(run / "evaluate-dense" / "evaluation.json", evaluation(baselines))
     write_json(run / "evaluate-moe" / "evaluation.json", evaluation(("mix", "btx")))
     return run
+
+
+def watched_losses(part: float) -> dict[str, float]:
+    """What finetuning logs of every domain on its way from the mix to the finetuned mixture."""
+    left = math.exp(-4 * part)
+    losses = {}
+    for at, domain in enumerate(DOMAINS):
+        losses[domain] = LOSSES["btx"][at] + left * (LOSSES["mix"][at] - LOSSES["btx"][at])
+    named = {f"lm loss validation {domain}": loss for domain, loss in losses.items()}
+    return {**named, "lm loss validation mean": sum(losses.values()) / len(losses)}
 
 
 ABLATION = {  # variant: the mean loss of each of its seeds, and how many experts are dead
@@ -160,8 +175,14 @@ def results(run: Path) -> dict[str, Any]:
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON as the standard has it")
 
-    found: dict[str, Any] = json.loads(to_json(make_report(run).numbers), parse_constant=refuse)
+    found: dict[str, Any] = json.loads(to_json(make_report(run).numbers["results.json"]), parse_constant=refuse)
     return found
+
+
+def make_model(name: str, losses: dict[str, float], **about: Any) -> Model:
+    """A model as an evaluation states it."""
+    scores = tuple(make_loss(name, domain, loss, None) for domain, loss in losses.items())
+    return Model(guess_row(name), scores, **about)
 
 
 def facts_of(found: dict[str, Any]) -> dict[str, bool | None]:
