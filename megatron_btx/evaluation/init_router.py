@@ -21,7 +21,7 @@ from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.common.files import refuse_unwritable
 from megatron_btx.common.log import say
 from megatron_btx.engine.bootstrap import start_tool
-from megatron_btx.evaluation.inputs import named_paths
+from megatron_btx.evaluation.program import named_paths
 
 HELD_OUT_EVERY = 5
 """Every fifth document is held out."""

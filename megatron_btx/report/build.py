@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError, exits_with_one_line, printable
 from megatron_btx.recipe.names import ABLATION_REPORT_FILE, REPORT_FILE, REPORT_STAGE
-from megatron_btx.report.curves import make_curves
-from megatron_btx.report.datasets import name_path
-from megatron_btx.report.inputs import RunData, read_run
+from megatron_btx.report.inputs import RunData, name_path, read_run
 from megatron_btx.report.models import BASELINES, BTX, DENSE, Difference, Model, differences_to
 from megatron_btx.report.pages import Report, print_blocks, write_report
 from megatron_btx.report.sections import FIGURES, Study, make_sections, make_study, printed_blocks
-from megatron_btx.report.stages import MEAN, Stage
+from megatron_btx.report.stages import MEAN, Stage, make_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,7 +124,7 @@ def _number_files(study: Study, stem: str) -> dict[str, Any]:
 def _number_run(run: RunData, study: Study) -> dict[str, Any]:
     """Every number of a run's report."""
     numbered_curves = {}
-    for curve in make_curves(run):
+    for curve in (make_curve(stage) for stage in run.stages if stage.curve):
         numbered_curves[curve.stage] = {"unit": curve.unit, "x": curve.x, "loss": curve.loss, "smooth": curve.smooth}
     tokens = {f"{BTX}_tokens": run.tokens_after_seed(BTX), f"{DENSE}_tokens": run.tokens_after_seed(DENSE)}
     differences = {}

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron_btx.report.curves import PANELS, LossCurve, make_curves
 from megatron_btx.report.inputs import RunData
 from megatron_btx.report.models import (
     BASELINES,
@@ -25,7 +24,7 @@ from megatron_btx.report.models import (
     routing_distances,
 )
 from megatron_btx.report.quantities import is_usable, loss_text, mean, spread
-from megatron_btx.report.routing_figures import draw_shares
+from megatron_btx.report.routing import draw_shares
 from megatron_btx.report.sections import (
     CURVES_FIGURE,
     LOAD_FIGURE,
@@ -36,7 +35,7 @@ from megatron_btx.report.sections import (
     find_loads,
     find_watched,
 )
-from megatron_btx.report.stages import MEAN
+from megatron_btx.report.stages import MEAN, LossCurve, make_curve
 from megatron_btx.report.style import (
     FIXED_COLOURS,
     INK,
@@ -60,6 +59,8 @@ NAMED_CURVES = 16
 """Of a panel: a legend of more would leave no room for them."""
 CELLS_WRITTEN = 80
 """Up to so many cells of a load have their number in the figure; more would lie over each other."""
+PANELS = {SEED: "seed", EXPERT: "experts", "": "mixture and baselines"}
+"""Role of the model that is trained -> the panel of its curve, in order; "" for all other roles."""
 _MOMENTS = {MIX: "before finetuning", BTX: "after finetuning"}
 _LARGE_UNITS = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
 
@@ -75,9 +76,8 @@ def draw_figures(study: Study) -> dict[str, Figure]:
     if find_loads(study):
         figures[LOAD_FIGURE] = draw_loads(find_loads(study))
     if len(study.runs) == 1:
-        curves = make_curves(study.runs[0])
-        if curves:
-            figures[CURVES_FIGURE] = draw_curves(curves, palette, looks_of(study.runs[0]))
+        if any(stage.curve for stage in study.runs[0].stages):
+            figures[CURVES_FIGURE] = draw_curves(study.runs[0], palette)
         if study.cast.mixtures():
             figures[ROUTING_FIGURE] = draw_routing(study.cast.mixtures(), palette)
     return {study.prefix + name: figure for name, figure in figures.items()}
@@ -218,11 +218,15 @@ def say_lowest_loss(cast: Cast, lines: Sequence[Line]) -> str:
 # --- curves ------------------------------------------------------------------------------------------------
 
 
-def draw_curves(curves: Sequence[LossCurve], palette: Palette, looks: Mapping[str, str]) -> Figure:
-    """Training loss over tokens, one panel per group of stages."""
+def draw_curves(run: RunData, palette: Palette) -> Figure:
+    """Training loss over tokens of every stage, in the panel of the model that it makes."""
+    looks, curves = looks_of(run), [make_curve(stage) for stage in run.stages if stage.curve]
+    roles = {model.stage.name: model.role for model in run.models if model.stage is not None}
     groups: dict[str, list[LossCurve]] = {}
-    for title in PANELS.values():
-        members = [curve for curve in curves if curve.group == title]
+    for role, title in PANELS.items():
+        members = [curve for curve in curves if roles.get(curve.stage, "") == role]
+        if not role:
+            members = [curve for curve in curves if roles.get(curve.stage) not in PANELS]
         if members:
             groups[title] = sorted(members, key=lambda curve: palette.rank(looks[curve.stage]))
     figure = new_page(3.9)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from itertools import chain
-from typing import NamedTuple
 
 from megatron_btx.recipe.names import DATA_STAGE, EXPORT_STAGE, EXPORTED_FOLDER, LOG_FILE
 from megatron_btx.report.claims import Fact, check_claims
@@ -52,18 +52,6 @@ _TONES = {True: "good", False: "bad", None: "unknown"}
 _EXPORTED = f"{EXPORT_STAGE}/{EXPORTED_FOLDER}"
 _SETTINGS = ("lr", "min-lr", "lr-decay-style", "global-batch-size", "seq-length", "weight-decay", "clip-grad", "seed")
 """Of a stage that trains, as the report shows them."""
-
-
-class Measure(NamedTuple):
-    """How a measure is shown."""
-
-    title: str
-    unit: str
-    lower_is_better: bool = False
-
-
-MEASURES: Mapping[str, Measure] = {LOSS: Measure("Loss", "nats per token", lower_is_better=True)}
-"""How a report names what is measured. A measure without a row here is shown under its own name."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +203,8 @@ def facts_tables(study: Study) -> list[Table]:
             cell = Cell(fact.verdict, tone=_TONES[fact.holds])
             rows.append(make_row(cell, study.name(run, fact.text), fact.detail))
     caption = "Computed from this run's numbers: loss of the model, loss of what it is compared with, difference."
-    return [Table(("verdict", "claim", "numbers"), tuple(rows), 3, caption)] * bool(rows)
+    table = Table(("verdict", "claim", "numbers"), tuple(rows), 3, caption)
+    return [table] if rows else []
 
 
 # --- what was measured -------------------------------------------------------------------------------------
@@ -248,7 +237,7 @@ def _value_rows(lines: Sequence[Line], measure: str, columns: Sequence[str]) -> 
     """A row for each model or variant: its values, over seeds as mean ± deviation; the best of a column is strong."""
     shown = (*columns, None)
     best: dict[str | None, list[Line]] = {}
-    if MEASURES.get(measure, Measure("", "")).lower_is_better:
+    if measure == LOSS:  # of others nothing says which value is better
         best = {column: find_best(lines, measure, column, columns) for column in shown}
     rows = []
     for line in lines:
@@ -344,11 +333,11 @@ def _measure_section(study: Study, measure: str) -> Section:
     """The values of a measure: a row per model, a column per data set or task."""
     scores = [score for model in study.cast.models for score in model.scores if score.measure == measure]
     columns = tuple(dict.fromkeys(score.data for score in scores))
-    shown = MEASURES.get(measure, Measure(measure.capitalize(), scores[0].unit))
+    title = measure.capitalize()
     lines = [line for line in study.lines if any(model.values(measure) for model in line.models)]
     header = ("model", *columns, _name_mean_column(columns))
-    caption = f"{shown.title}{study.on_split}" + f", {shown.unit}" * bool(shown.unit)
-    return Section(shown.title, (Table(header, tuple(_value_rows(lines, measure, columns)), caption=f"{caption}."),))
+    caption = f"{title}{study.on_split}" + f", {scores[0].unit}" * bool(scores[0].unit)
+    return Section(title, (Table(header, tuple(_value_rows(lines, measure, columns)), caption=f"{caption}."),))
 
 
 # --- training ----------------------------------------------------------------------------------------------
@@ -496,8 +485,8 @@ def _accounting_section(stages: tuple[Stage, ...]) -> Section:
     recorded = [stage for stage in stages if stage.manifest is not None]
     if not recorded:
         return Section("Accounting", ())
-    depths = _count_depths(recorded)
-    recorded.sort(key=lambda stage: depths[stage.name])
+    order = list(TopologicalSorter({stage.name: stage.parents for stage in recorded}).static_order())
+    recorded.sort(key=lambda stage: order.index(stage.name))
     rows = list(map(_stage_row, recorded))
     tokens, seconds, operations = _sum_costs(recorded)
     rows.append(make_row("sum", "", tokens, seconds, ABSENT, operations))
@@ -507,16 +496,6 @@ def _accounting_section(stages: tuple[Stage, ...]) -> Section:
         "none. Stages may have run side by side. Seconds are those of whole programs, their start included."
     )
     return Section("Accounting", (Table(header, tuple(rows), 2, caption),))
-
-
-def _count_depths(stages: Sequence[Stage]) -> dict[str, int]:
-    """How many stages each one stands behind, by the manifests' parents: the order in which they can have run."""
-    depths = {stage.name: 0 for stage in stages}
-    for _ in stages:
-        for stage in stages:
-            behind = [depths[parent] + 1 for parent in stage.parents if parent in depths and parent != stage.name]
-            depths[stage.name] = max(behind, default=0)
-    return depths
 
 
 def _stage_row(stage: Stage) -> tuple[Cell, ...]:

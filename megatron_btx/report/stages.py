@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,8 @@ _WATCHED = "lm loss validation "
 _LOAD = re.compile(r"moe/load_layer_(\d{1,6})_expert_(\d{1,6})")
 _DROPPED = "moe/dropped_layer_"
 _DEAD = "moe/dead_experts"
+
+MAX_POINTS_PER_CURVE = 400
 
 Curve = tuple[tuple[int, float], ...]
 """(iteration, loss in nats per token), ascending."""
@@ -235,6 +237,42 @@ def _tokens_per_iteration(stated: StageManifest, flags: object, steps: int | Non
     if stated.tokens and curve and curve[-1][0] and stated.status in (None, "finished"):
         return stated.tokens / curve[-1][0]
     return None
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """A loss curve as it is drawn: means over equal runs of iterations, and their moving average."""
+
+    stage: str
+    unit: str
+    """"tokens" or, where a stage does not say how many it saw, "iterations"."""
+    x: tuple[float, ...]
+    loss: tuple[float, ...]
+    smooth: tuple[float, ...]
+    unfinished: bool = False
+    """Whether the stage ended early, and its curve with it."""
+
+
+def make_curve(stage: Stage) -> LossCurve:
+    """Reduce a stage's training loss to at most some hundred points, and smooth it over about 5 % of its length."""
+    size = math.ceil(len(stage.curve) / MAX_POINTS_PER_CURVE)
+    scale, unit = stage.progress_unit()
+    x, losses = [], []
+    for start in range(0, len(stage.curve), size):
+        part = stage.curve[start : start + size]
+        x.append(part[-1][0] * scale)
+        losses.append(mean(loss for _, loss in part))
+    smooth = _smooth(losses)
+    return LossCurve(stage.name, unit, tuple(x), tuple(losses), tuple(smooth), bool(stage.unfinished))
+
+
+def _smooth(losses: Sequence[float]) -> list[float]:
+    """The moving average.
+
+    Its window opens gradually at the start, where the loss falls fastest: a wide one would hide the first value.
+    """
+    reaches = [min(len(losses) // 40, at) for at in range(len(losses))]
+    return [mean(losses[at - reach : at + reach + 1]) for at, reach in enumerate(reaches)]
 
 
 def sum_tokens(name: str, known: Mapping[str, Stage], first: str) -> float | None:

@@ -186,7 +186,8 @@ def _losses(model: list[Any], optimizer: Any, args: argparse.Namespace, options:
     from megatron.core.utils import get_model_config
     from megatron.training import get_timers, training
 
-    from megatron_btx.evaluation.losses import measure_loss
+    from megatron_btx.data.texts import start_of
+    from megatron_btx.model.step import batches_of, forward
 
     timer = get_timers()("interval-time")
     timer.stop()
@@ -205,7 +206,8 @@ def _losses(model: list[Any], optimizer: Any, args: argparse.Namespace, options:
         chunk.eval()
     losses: dict[str, float] = {}
     for domain, text in options.valid_texts.items():
-        losses[domain] = measure_loss(model, domain, text, options.valid_tokens).nats
+        batches = batches_of(start_of(text, options.valid_tokens), f"{domain}: {text}")
+        losses[domain] = forward(model, batches).nats
     for chunk in model:
         chunk.train()
     if hooked:

@@ -46,7 +46,7 @@ def test_equal_experts_are_the_dense_model(topk, zygote, dense, corpus, tmp_path
 
 def test_parameters_active_for_a_token(four_experts, dense):
     """Of four experts in four layers k are active; under sampled top-1 all of the first layer's, one of the others'."""
-    from megatron_btx.evaluation.losses import count_parameters
+    from megatron_btx.evaluation.program import count_parameters
     from megatron_btx.mixing.loader import open_source
 
     source, expert, routers = open_source("mix", str(four_experts)), 3 * 32 * 48, 4 * 4 * 32

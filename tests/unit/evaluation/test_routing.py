@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.evaluation.inputs import expert_names
+from megatron_btx.evaluation.analyze_routing import pieces_of
+from megatron_btx.evaluation.program import expert_names
 from megatron_btx.evaluation.routing import (
     LayerCounts,
     Routed,
@@ -21,8 +22,7 @@ from megatron_btx.evaluation.routing import (
     overlaps,
     read_earlier,
 )
-from megatron_btx.evaluation.token_routes import pieces_of
-from megatron_btx.report.routing_page import write_page
+from megatron_btx.report.routing import write_page
 
 
 def test_counts_of_a_router():

@@ -14,8 +14,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from megatron_btx.report import routing_figures as figures
-from megatron_btx.report.routing_figures import draw_entropy, draw_overlap, draw_shares, write_figures
+from megatron_btx.report import routing as figures
+from megatron_btx.report.routing import draw_entropy, draw_overlap, draw_shares, write_figures
 
 TASKS = [
     *("general", "math/gsm8k", "math/minerva", "code/humaneval", "code/mbpp", "code/apps"),

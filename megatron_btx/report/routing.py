@@ -1,12 +1,17 @@
-"""Figures of routing, like the paper's: shares per layer and expert, one panel per model, one row per label."""
+"""Routing as pictures: figures like the paper's, and a page that colours tokens by the expert that takes them.
+
+The page is one file, needs no network, and lets the reader choose the layer.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,7 +22,18 @@ from matplotlib.textpath import TextPath
 from megatron_btx.common.files import write_atomically
 from megatron_btx.common.shares import DEAD_SHARE, find_dead_experts, routing_distance
 from megatron_btx.report import style
-from megatron_btx.report.style import CYCLE, DASHES, Palette, choose_ticks, make_panels, new_page, shorten, shorten_all
+from megatron_btx.report.pages import render_page
+from megatron_btx.report.style import (
+    CYCLE,
+    DASHES,
+    HATCHES,
+    Palette,
+    choose_ticks,
+    make_panels,
+    new_page,
+    shorten,
+    shorten_all,
+)
 
 POINTS_PER_INCH = 72
 LEGEND_POINTS = 8.5
@@ -254,3 +270,48 @@ def _order_labels(models: Models) -> list[str]:
         labels |= dict.fromkeys(routed)
     domains = list(dict.fromkeys(map(_domain_of, labels)))
     return sorted(labels, key=lambda label: domains.index(_domain_of(label)))
+
+
+# --- the page of tokens ---------------------------------------------------------------------------------------
+
+Texts = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Model -> label -> pieces, layers and gates [L, T, E] of a text."""
+
+
+def write_page(file: Path, texts: Texts, experts: Sequence[str], trained: Collection[str] = ()) -> None:
+    """Write the page: the whole one or, when that fails, none.
+
+    It opens on the first model whose routers were trained, because those of a fresh mix say nothing yet; without one,
+    on the first.
+
+    Args:
+        texts: model -> label -> the result of :func:`megatron_btx.evaluation.token_routes.route_text`.
+        trained: the models whose routers were trained.
+    """
+    palette = Palette(experts)
+    models: dict[str, dict[str, Any]] = {}
+    for model, labels in texts.items():
+        models[model] = {label: _pack(routed) for label, routed in labels.items()}
+    content = {
+        "experts": experts,
+        "colours": list(map(palette.colour, experts)),
+        "hatches": [HATCHES.index(palette.hatch(name)) for name in experts],
+        "opened": next((name for name in texts if name in trained), next(iter(texts), None)),
+        "models": models,
+    }
+    data = jinja2.utils.htmlsafe_json_dumps(
+        content, dumps=json.dumps, ensure_ascii=True, sort_keys=False, separators=(",", ":")
+    )
+    page = render_page("tokens.html.j2", title=f"Tokens by expert: {', '.join(texts)}", data=data)
+    write_atomically(file, page.encode("utf-8", "xmlcharrefreplace"))
+
+
+def _pack(routed: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with pairs [expert, gate] for the gates above zero, largest first: most of [L, T, E] is zeros."""
+    layers = [list(map(_pair, gates_TE)) for gates_TE in routed["gates"]]
+    return {"pieces": routed["pieces"], "layers": routed["layers"], "gates": layers}
+
+
+def _pair(gates_E: Sequence[float]) -> list[tuple[int, float]]:
+    pairs = [(expert, gate) for expert, gate in enumerate(gates_E) if gate > 0]
+    return sorted(pairs, key=lambda pair: -pair[1])  # stable: of equal ones the first expert, as argmax takes it
