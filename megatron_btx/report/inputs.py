@@ -123,7 +123,7 @@ def read_run(run: Path) -> RunData:
     planned = planned_fingerprints(run)
     table = read_model_table(run)
     if table is None:
-        table = guess_table(planned, stages)
+        table = guess_table(stages if planned is None else planned)
     models = _read_models(table, evaluations, stages)
     datasets = Datasets((), {})
     if DATA_STAGE not in reasons:
@@ -266,7 +266,7 @@ def _marks(data: RunData, reasons: Mapping[str, str], strange: Sequence[str]) ->
 def _notes(data: RunData) -> Iterator[str]:
     if not data.variants():
         for model in data.models:
-            if not model.scores:
+            if not model.scores and data.asks_for(model.row.stage or model.name):
                 yield f"No evaluation of a model named {model.name}."
         if not data.having(EXPERT):
             yield f"No evaluation of single experts (models named {EXPERT_PREFIX}<domain>)."

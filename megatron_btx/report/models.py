@@ -16,18 +16,11 @@ from typing import NamedTuple
 
 from megatron_btx.common.shares import routing_distance
 from megatron_btx.recipe.names import (
-    AVERAGE_MODEL,
     AVERAGE_STAGE,
-    BTX_MODEL,
-    DENSE_MODEL,
     DENSE_STAGE,
-    EVALUATE_EXPERTS_STAGE,
-    EVALUATION_PREFIX,
     EXPERT_PREFIX,
     FINETUNE_STAGE,
-    MIX_MODEL,
     MIX_STAGE,
-    SEED_MODEL,
     SEED_STAGE,
 )
 from megatron_btx.report.quantities import mean
@@ -40,22 +33,8 @@ SEED, EXPERT, AVERAGE, TUNED_AVERAGE, MIX, BTX, DENSE = ROLES = (
 """In the order of a report; models of other roles come last."""
 BASELINES = (DENSE, TUNED_AVERAGE)
 """What is finetuned beside the mixture, which the headline compares with it."""
-_STAGES = {
-    SEED_MODEL: SEED_STAGE,
-    AVERAGE_MODEL: AVERAGE_STAGE,
-    MIX_MODEL: MIX_STAGE,
-    BTX_MODEL: FINETUNE_STAGE,
-    DENSE_MODEL: DENSE_STAGE,
-}
+_STAGES = {SEED: SEED_STAGE, AVERAGE: AVERAGE_STAGE, MIX: MIX_STAGE, BTX: FINETUNE_STAGE, DENSE: DENSE_STAGE}
 """Of a run without a table of models: a model that plays the role of its name -> the stage that makes it."""
-_ASKED_BY = {
-    SEED_MODEL: EVALUATE_EXPERTS_STAGE,
-    AVERAGE_MODEL: AVERAGE_STAGE,
-    MIX_MODEL: f"{EVALUATION_PREFIX}moe",
-    BTX_MODEL: f"{EVALUATION_PREFIX}moe",
-    DENSE_MODEL: DENSE_STAGE,
-}
-"""Of such a run: a model -> the stage that its plan has when the recipe wants its losses."""
 _VARIANT = re.compile(r"ablation-(.+)-s(\d{1,9})")
 _SAME_SHARE = 1e-12
 """Shares this close are equal: what they differ by is rounding."""
@@ -73,21 +52,10 @@ def guess_row(name: str) -> ModelRow:
     return ModelRow(name=name, role="")
 
 
-def guess_table(planned: Iterable[str] | None, stages: Iterable[str]) -> list[ModelRow]:
-    """The table of a run that has none: the variants of its ablation, or the models that its recipe wants measured.
-
-    Args:
-        planned: the stages of its plan; None without one.
-        stages: those that are there.
-    """
-    if planned is None:
-        variants = list(map(guess_row, stages))
-        asked = list(_ASKED_BY)
-    else:
-        names = list(planned)
-        variants = list(map(guess_row, names))
-        asked = [name for name, stage in _ASKED_BY.items() if stage in names]
-    return [row for row in variants if row.variant] or list(map(guess_row, asked))
+def guess_table(stages: Iterable[str]) -> list[ModelRow]:
+    """The table of a run that has none: the variants of its ablation, or the models that a report compares."""
+    variants = [row for row in map(guess_row, stages) if row.variant]
+    return variants or list(map(guess_row, _STAGES))
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def _worst_experts(where: str, file: Path, names: list[str], eod_mask_loss: bool
         for name, model in result.models.items():
             loss = model.losses.get(domain)
             if loss is None:
-                raise InputError(f"{where}: has no {domain!r} of {name}; {again}")
+                raise InputError(f"{where}: has no {domain!r}; {again}")
             if not 0 < loss < math.inf:
                 raise InputError(f"{where}: the loss of {name} on {domain} is {loss}, expected above 0; {again}")
             losses.append((loss, name))
