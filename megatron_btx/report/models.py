@@ -27,8 +27,8 @@ from megatron_btx.report.quantities import mean
 from megatron_btx.report.stages import Stage
 from megatron_btx.runner.schemas import LOSS, ModelRow, Score
 
-SEED, EXPERT, AVERAGE, TUNED_AVERAGE, MIX, BTX, DENSE = ROLES = (
-    *("seed", "expert", "average", "average-finetuned", "mix", "btx", "dense"),
+SEED, EXPERT, AVERAGE, MIX, BTX, TUNED_AVERAGE, DENSE = ROLES = (
+    *("seed", "expert", "average", "mix", "btx", "average-finetuned", "dense"),
 )
 """In the order of a report; models of other roles come last."""
 BASELINES = (DENSE, TUNED_AVERAGE)

@@ -100,11 +100,12 @@ def make_study(runs: Sequence[RunData], prefix: str) -> Study:
 def make_sections(study: Study) -> tuple[Section, ...]:
     """The whole report in reading order; sections that would be empty are left out."""
     run = study.runs[0]
+    leads = [Paragraph(study.name(run, _lead(run)), lead=True) for run in study.runs]
     sections = [
-        Section("", _opening_blocks(study)),
+        Section("", (*leads, *make_bullets(_marked(study)))),
         Section("Facts", tuple(facts_tables(study))),
         _losses_section(study),
-        *map(lambda measure: _measure_section(study, measure), _other_measures(study.cast)),
+        *(_measure_section(study, measure) for measure in _other_measures(study.cast)),
     ]
     if len(study.runs) == 1:
         sections += [_training_section(study), _watched_section(study), _routing_section(study), _load_section(study)]
@@ -135,11 +136,6 @@ def printed_blocks(study: Study) -> tuple[Block, ...]:
 
 
 # --- the opening -------------------------------------------------------------------------------------------
-
-
-def _opening_blocks(study: Study) -> tuple[Block, ...]:
-    leads = [Paragraph(study.name(run, _lead(run)), lead=True) for run in study.runs]
-    return (*leads, *make_bullets(_marked(study)))
 
 
 def _marked(study: Study) -> tuple[str, ...]:
@@ -273,13 +269,13 @@ def _losses_section(study: Study) -> Section:
     title = f"Loss{study.on_split}"
     if not study.domains:
         return Section(title, ())
-    caption = f"{title} in nats per token, lower is better; bold: lowest of its column."
+    sentences = [f"{title} in nats per token, lower is better; bold: lowest of its column."]
     seeds = sorted({model.row.seed for model in study.cast.variants() if model.row.seed is not None})
     if seeds:
-        caption += f" Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}."
-    else:
-        meant = [f"{name}: {meaning}" for name, meaning in _find_meanings(study).items()]
-        caption = caption.removesuffix(".") + f". {'; '.join(meant)}."
+        sentences.append(f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}.")
+    meant = [f"{name}: {meaning}" for name, meaning in _find_meanings(study).items()]
+    if meant:
+        sentences.append(f"{'; '.join(meant)}.")
     table = losses_table(study)
     points = "The same numbers as points, as many as fit. Dashed: the seed."
     if seeds:
@@ -287,7 +283,7 @@ def _losses_section(study: Study) -> Section:
     return Section(
         title,
         (
-            Table(table.header, table.rows, caption=caption),
+            Table(table.header, table.rows, caption=" ".join(sentences)),
             Image(study.prefix + LOSSES_FIGURE, f"{title} per model and domain", points),
             *describe_differences(study),
         ),
@@ -295,14 +291,14 @@ def _losses_section(study: Study) -> Section:
 
 
 def _find_meanings(study: Study) -> dict[str, str]:
-    """What the models are, by name."""
-    meanings = {}
+    """What the models are, by name; of several runs where they agree."""
+    meanings: dict[str, set[str]] = {}
     for run in study.runs:
         for model in run.measured:
             meaning = model.row.meaning or _describe_role(run, model)
-            if meaning:
-                meanings.setdefault(model.name, meaning)
-    return meanings
+            if meaning and not model.row.variant:
+                meanings.setdefault(model.name, set()).add(meaning)
+    return {name: found.pop() for name, found in meanings.items() if len(found) == 1}
 
 
 def _describe_role(run: RunData, model: Model) -> str:
