@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ValidationError
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.common.files import read_json
+from megatron_btx.common.files import read_json_object
 from megatron_btx.common.shares import find_dead_experts, routing_distance
 
 LISTS = ("layers", "choices", "first", "probabilities", "gates", "entropy", "dropped", "dead")
@@ -222,37 +222,6 @@ def _table_cells(routed: Mapping[str, Any], experts: Sequence[str]) -> str:
     return f"{experts[most]:<14} {shares[most]:>7.1%} {entropy:>16.2f} {dead:>5} {dropped:>8.1%}"
 
 
-class _RoutedText(BaseModel):
-    """The numbers of one label in a routing.json."""
-
-    loss: float
-    layers: list[int]
-    choices: list[list[float]]
-    first: list[list[float]]
-    probabilities: list[list[float]]
-    gates: list[list[float]]
-    entropy: list[float]
-    dropped: list[float]
-    dead: list[list[int]]
-
-
-class _Analysis(BaseModel):
-    """A routing.json."""
-
-    models: dict[str, dict[str, _RoutedText]]
-    experts: list[str]
-
-    def is_whole(self) -> bool:
-        """Whether every label has an entry per layer, and shares for every expert."""
-        for labels in self.models.values():
-            for routed in labels.values():
-                per_layer = [len(getattr(routed, name)) for name in LISTS]
-                rows = (*routed.choices, *routed.first, *routed.probabilities, *routed.gates)
-                if not routed.layers or len(set(per_layer)) > 1 or {*map(len, rows)} != {len(self.experts)}:
-                    return False
-        return True
-
-
 def read_earlier(files: Sequence[Path], names: Sequence[str], experts: list[str]) -> dict[str, Any]:
     """The models of earlier analyses, by name, to be drawn beside those of a new one.
 
@@ -264,22 +233,29 @@ def read_earlier(files: Sequence[Path], names: Sequence[str], experts: list[str]
     """
     models: dict[str, Any] = {}
     for file in files:
-        where = f"--btx-route-beside {file}"
+        where, again = f"--btx-route-beside {file}", "analyse that model again"
         if not file.is_file():
             raise InputError(f"{where}: there is no such file")
-        again = "analyse that model again"
         try:
-            found = _Analysis.model_validate(read_json(file, again))
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise InputError(f"{where}: is no routing.json of this tool ({place}: {first['msg']}); {again}") from None
-        if not found.is_whole():
-            raise InputError(f"{where}: is no routing.json of this tool (its shares are not one per expert); {again}")
-        if found.experts != experts:
-            raise InputError(f"{where}: its experts are {', '.join(found.experts)}, expected {', '.join(experts)}")
-        for name, labels in found.models.items():
+            content = read_json_object(file, again)
+            for labels in content["models"].values():
+                for routed in labels.values():
+                    _check_numbers(routed, len(content["experts"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{where}: is no routing.json of this tool ({error}); {again}") from error
+        if content["experts"] != experts:
+            raise InputError(f"{where}: its experts are {', '.join(content['experts'])}, expected {', '.join(experts)}")
+        for name, labels in content["models"].items():
             if name in models or name in names:
                 raise InputError(f"{where}: its model {name} is there already; name one of them otherwise")
-            models[name] = {label: routed.model_dump() for label, routed in labels.items()}
+            models[name] = labels
     return models
+
+
+def _check_numbers(routed: Mapping[str, Any], experts: int) -> None:
+    """Raises ValueError, KeyError or TypeError where a label's numbers are not as :func:`describe` writes them."""
+    names = ("choices", "first", "probabilities", "gates")
+    shares = np.array([routed[name] for name in names], dtype=float)
+    sums = np.array([routed[name] for name in ("layers", "entropy", "dropped")], dtype=float)
+    if shares.shape != (len(names), sums.shape[1], experts) or len(routed["dead"]) != sums.shape[1]:
+        raise ValueError("its shares are not one per layer and expert")

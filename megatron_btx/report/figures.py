@@ -260,7 +260,7 @@ def draw_watched(cast: Cast, domains: Sequence[str], on_split: str, palette: Pal
     for stage in (model.stage for model in models if model.stage is not None):
         scale, unit = stage.progress_unit()
         units.add(unit)
-        ends += [curve[-1][0] * scale for curve in (stage.watched or {}).values()]
+        ends += [curve[-1][0] * scale for curve in stage.watched.values()]
     divisor, prefix = _choose_unit(max(ends))
     shown = [*domains[: LOSS_PANELS - 1], *[MEAN] * (len(domains) > 1)]
     per_row = min(len(shown), 5)
@@ -271,7 +271,7 @@ def draw_watched(cast: Cast, domains: Sequence[str], on_split: str, palette: Pal
         for model, look in zip(models, looks, strict=True):
             if model.stage is None:
                 continue
-            curve, scale = (model.stage.watched or {}).get(domain, ()), model.stage.progress_unit()[0] / divisor
+            curve, scale = model.stage.watched.get(domain, ()), model.stage.progress_unit()[0] / divisor
             drawn.append(_with_gaps([loss for _, loss in curve]))
             label, colour, dash = shorten(model.label, 24), palette.colour(look), palette.dash(look)
             x = [iteration * scale for iteration, _ in curve]

@@ -355,7 +355,7 @@ def find_watched(cast: Cast) -> list[Model]:
     """The models whose loss per domain was measured more than once while they were trained."""
     found = []
     for model in cast.models:
-        if model.stage is not None and any(len(curve) > 1 for curve in (model.stage.watched or {}).values()):
+        if model.stage is not None and any(len(curve) > 1 for curve in model.stage.watched.values()):
             found.append(model)
     return found
 

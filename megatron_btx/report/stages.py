@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +64,7 @@ class Stage:
     """The last one that left metrics or a checkpoint."""
     written: Mapping[str, Any] | None = None
     """The manifest as it stands in its file, for programs."""
-    watched: Mapping[str, Curve] | None = None
+    watched: Mapping[str, Curve] = field(default_factory=dict)
     """Domain -> its losses while the stage trained; also their mean."""
     routing: RoutingLog | None = None
     """None where no mixture trained."""
@@ -130,9 +130,9 @@ class Stage:
 
     def last_losses(self) -> dict[str, float]:
         """The loss on every domain after its last step; empty where its end was not watched."""
-        if self.unfinished or MEAN not in (self.watched or {}):
+        if self.unfinished or MEAN not in self.watched:
             return {}
-        return {domain: curve[-1][1] for domain, curve in (self.watched or {}).items()}
+        return {domain: curve[-1][1] for domain, curve in self.watched.items()}
 
     def count_broken_losses(self) -> int:
         """Iterations whose training loss is not a finite number."""
