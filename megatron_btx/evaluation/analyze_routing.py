@@ -20,9 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError, exits_with_one_line
+from megatron_btx.common.files import write_json
 from megatron_btx.common.log import say
 from megatron_btx.engine.bootstrap import start_tool
+from megatron_btx.engine.checks.start import compare_with_stored
+from megatron_btx.engine.restricted_loading import load_weights
 from megatron_btx.evaluation.program import expert_names, inputs_of
+from megatron_btx.model.build import build_model
+from megatron_btx.model.step import batches_of, forward
 
 _ROUTING_FLAGS = ("moe_router_topk", "moe_router_pre_softmax", "moe_expert_capacity_factor", "btx_sample_top1")
 """Flags that decide how tokens are routed; routing.json holds them."""
@@ -102,9 +107,7 @@ class _Inputs:
 def main() -> int:
     """Analyse what the command line names; see --help."""
     args, inputs = start_tool(__doc__, add_analysis_arguments, _names_of, _check_inputs)
-    from megatron_btx.engine.restricted_loading import load_weights
     from megatron_btx.evaluation.routing import describe, overlaps, route
-    from megatron_btx.model.build import build_model
 
     result: dict[str, Any] = {"experts": inputs.experts, "checkpoints": inputs.models, "texts": inputs.data}
     result |= {"routing": {flag: getattr(args, flag) for flag in _ROUTING_FLAGS}, "models": {}, "overlap": {}}
@@ -128,7 +131,6 @@ def main() -> int:
 def _check_inputs(args: argparse.Namespace) -> _Inputs:
     """Check the models and texts, and make the folder for the results."""
     from megatron_btx.data.texts import check_texts
-    from megatron_btx.engine.checks.start import compare_with_stored
     from megatron_btx.evaluation.routing import read_earlier
 
     models, data = _names_of(args)
@@ -168,7 +170,6 @@ def _write(
         texts: model -> label -> the tokens that the page colours.
         trained: models whose routers were trained; the page opens on the first.
     """
-    from megatron_btx.common.files import write_json
     from megatron_btx.evaluation.routing import make_table
     from megatron_btx.report.routing import write_figures, write_page
 
@@ -211,7 +212,6 @@ def route_text(model: list[Any], text: str, is_text: bool) -> dict[str, Any]:
     from megatron.core import mpu
     from megatron.training import get_args
 
-    from megatron_btx.model.step import batches_of, forward
     from megatron_btx.model.watch import mixtures, watching
 
     args = get_args()

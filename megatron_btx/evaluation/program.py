@@ -22,7 +22,9 @@ from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.common.files import write_json
 from megatron_btx.common.log import say
 from megatron_btx.engine.bootstrap import start_tool
+from megatron_btx.engine.checks.start import compare_with_stored
 from megatron_btx.engine.restricted_loading import load_weights
+from megatron_btx.mixing.loader import open_source
 from megatron_btx.model.build import build_model
 from megatron_btx.model.step import batches_of, forward
 from megatron_btx.runner.run_dir import make_loss
@@ -101,7 +103,6 @@ def _names_of(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]
 
 def _check_inputs(args: argparse.Namespace) -> _Inputs:
     from megatron_btx.data.texts import check_texts
-    from megatron_btx.engine.checks.start import compare_with_stored
 
     models, data = _names_of(args)
     stored = {}
@@ -118,7 +119,6 @@ def evaluate_model(model: list[Any], name: str, data: dict[str, str], path: str)
 
     from megatron_btx.data.texts import start_of
     from megatron_btx.evaluation.routing import divide_up, route
-    from megatron_btx.mixing.loader import open_source
 
     source = open_source("the model", path)
     args = get_args()

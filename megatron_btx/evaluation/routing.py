@@ -17,6 +17,7 @@ import torch
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import read_json_object
 from megatron_btx.common.shares import find_dead_experts, routing_distance
+from megatron_btx.model.step import batches_of, forward
 
 LISTS = ("layers", "choices", "first", "probabilities", "gates", "entropy", "dropped", "dead")
 """What routing.json holds of a label, an entry per mixture layer each; see :func:`describe`."""
@@ -111,7 +112,6 @@ def route(model: list[Any], where: str, prefix: str, tokens: int) -> Routed:
     from megatron.training import get_args
 
     from megatron_btx.data.texts import start_of
-    from megatron_btx.model.step import batches_of, forward
     from megatron_btx.model.watch import watching
 
     args = get_args()
