@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_btx.runner.run_dir import read_evaluation
 from tests.runner import REPOSITORY, Zygote
 
 OLDER = REPOSITORY / ".venv" / "transformers-4"
@@ -216,9 +217,9 @@ def loss_in_megatron(zygote: Zygote, checkpoint: Path, corpus: Path, folder: Pat
     flags += ["--btx-eval-output", str(folder / "loss.json"), "--btx-eval-data", f"text={corpus}"]
     flags += ["--btx-eval-model", f"model={checkpoint}"]
     zygote.run(1, flags, folder / "log", entry="megatron_btx.evaluation.program")
-    found = json.loads((folder / "loss.json").read_text())["models"]["model"]
-    assert found["tokens"]["text"] == EVAL_TOKENS
-    return float(found["losses"]["text"])
+    found = read_evaluation(folder / "loss.json").models["model"]
+    assert found.tokens["text"] == EVAL_TOKENS
+    return found.losses["text"]
 
 
 def loss_in_transformers(model: Any, corpus: Path) -> float:

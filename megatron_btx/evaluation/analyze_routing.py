@@ -20,9 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError, exits_with_one_line
+from megatron_btx.common.files import write_json
 from megatron_btx.common.log import say
+from megatron_btx.engine.checks.start import compare_with_stored
 from megatron_btx.engine.program import start_tool
-from megatron_btx.evaluation.inputs import expert_names, inputs_of
+from megatron_btx.engine.restricted_loading import load_weights
+from megatron_btx.evaluation.program import expert_names, inputs_of
+from megatron_btx.model.build import build_model
+from megatron_btx.model.step import batches_of, forward
 
 _ROUTING_FLAGS = ("moe_router_topk", "moe_router_pre_softmax", "moe_expert_capacity_factor", "btx_sample_top1")
 """Flags that decide how tokens are routed; routing.json holds them."""
@@ -102,10 +107,7 @@ class _Inputs:
 def main() -> int:
     """Analyse what the command line names; see --help."""
     args, inputs = start_tool(__doc__, add_analysis_arguments, _names_of, _check_inputs)
-    from megatron_btx.engine.restricted_loading import load_weights
-    from megatron_btx.evaluation.routing import describe, overlaps, route_label
-    from megatron_btx.evaluation.token_routes import route_text
-    from megatron_btx.model.build import build_model
+    from megatron_btx.evaluation.routing import describe, overlaps, route
 
     result: dict[str, Any] = {"experts": inputs.experts, "checkpoints": inputs.models, "texts": inputs.data}
     result |= {"routing": {flag: getattr(args, flag) for flag in _ROUTING_FLAGS}, "models": {}, "overlap": {}}
@@ -113,9 +115,10 @@ def main() -> int:
     texts: dict[str, dict[str, Any]] = {}
     for name, path in inputs.models.items():
         load_weights(model, path)
-        result["models"][name] = describe(
-            {label: route_label(model, f"{label}: {text}", text) for label, text in inputs.data.items()}
-        )
+        routed = {}
+        for label, text in inputs.data.items():
+            routed[label] = route(model, f"{label}: {text}", text, args.btx_route_tokens)
+        result["models"][name] = describe(routed)
         result["overlap"][name] = overlaps(result["models"][name])
         texts[name] = {}
         for label, text in inputs.page_texts().items():
@@ -128,7 +131,6 @@ def main() -> int:
 def _check_inputs(args: argparse.Namespace) -> _Inputs:
     """Check the models and texts, and make the folder for the results."""
     from megatron_btx.data.texts import check_texts
-    from megatron_btx.engine.checks.start import compare_with_stored
     from megatron_btx.evaluation.routing import read_earlier
 
     models, data = _names_of(args)
@@ -168,10 +170,8 @@ def _write(
         texts: model -> label -> the tokens that the page colours.
         trained: models whose routers were trained; the page opens on the first.
     """
-    from megatron_btx.common.files import write_json
     from megatron_btx.evaluation.routing import make_table
-    from megatron_btx.report.routing_figures import write_figures
-    from megatron_btx.report.routing_page import write_page
+    from megatron_btx.report.routing import write_figures, write_page
 
     experts = result["experts"]
     write_json(folder / "routing.json", result)
@@ -197,6 +197,109 @@ def _read_text(file: str | None) -> str | None:
     if not text.strip():
         raise InputError(f"--btx-route-text {file}: is empty; give a text of some words")
     return text
+
+
+# --- the page of tokens ---------------------------------------------------------------------------------------
+
+
+def route_text(model: list[Any], text: str, is_text: bool) -> dict[str, Any]:
+    """The route of every token of a text (or of the start of the dataset ``text``), up to one micro-batch.
+
+    Returns:
+        ``pieces``: the tokens' texts; ``layers``: numbers from 0; ``gates``: [L, T, E], rounded to 1/1000.
+    """
+    import torch
+    from megatron.core import mpu
+    from megatron.training import get_args
+
+    from megatron_btx.model.watch import mixtures, watching
+
+    args = get_args()
+    length, micro = args.seq_length, args.micro_batch_size
+    ids = _token_ids(text, is_text)
+    batches = batches_of(_fill_batches(ids), "the text")
+    gates_LBSE = torch.zeros(args.num_layers, micro, length, args.num_experts, device="cuda")
+    first = mpu.get_tensor_model_parallel_rank()
+
+    def add(layer: int, _router: Any, x_SBH: torch.Tensor, outputs: Any) -> None:
+        """Keep the gates; under sequence parallelism a rank has its part of the sequence."""
+        part = x_SBH.shape[0]
+        start = 0
+        if part < length:
+            start = first * part
+        gates_SBE = outputs[0].float().reshape(part, micro, -1)
+        gates_LBSE[layer, :, start : start + part] = gates_SBE.transpose(0, 1)
+
+    with watching(model, add):
+        forward(model, batches)
+    if mpu.get_data_parallel_rank() > 0:
+        gates_LBSE.zero_()
+    torch.distributed.all_reduce(gates_LBSE)
+    layers = mixtures()
+    gates_LTE = gates_LBSE[layers].flatten(1, 2)[:, : len(ids)]
+    return {"pieces": _show_tokens(ids), "layers": layers, "gates": gates_LTE.double().round(decimals=3).tolist()}
+
+
+def _token_ids(text: str, is_text: bool) -> list[int]:
+    """The tokens of a text, as many as a micro-batch holds; or of a dataset's first sequence."""
+    from megatron.training import get_args, get_tokenizer
+
+    from megatron_btx.data.texts import start_of
+
+    args = get_args()
+    if is_text:
+        tokens, most = get_tokenizer().tokenize(text), args.micro_batch_size * args.seq_length
+    else:
+        tokens, most = start_of(text, args.seq_length), args.seq_length
+    return list(map(int, tokens))[:most]
+
+
+def _fill_batches(ids: list[int]) -> Any:
+    """One micro-batch, the same on every data-parallel rank and as often as a pipeline needs.
+
+    What follows the text changes nothing before it (but under a capacity, which looks at later tokens).
+    """
+    import numpy as np
+    from megatron.core import mpu
+    from megatron.training import get_args
+
+    args = get_args()
+    repeats = mpu.get_data_parallel_world_size() * mpu.get_pipeline_model_parallel_world_size()
+    padded = np.resize(np.array(ids, dtype=np.int64), args.micro_batch_size * args.seq_length)
+    padded[len(ids) :] = 0
+    return np.append(np.tile(padded, repeats), 0)
+
+
+def _show_tokens(ids: list[int]) -> list[str]:
+    """The texts of tokens; their numbers where there is no tokenizer."""
+    from megatron.training import get_args, get_tokenizer
+
+    if get_args().tokenizer_type == "NullTokenizer":
+        return [f"{token} " for token in ids]
+    return pieces_of(ids, get_tokenizer())
+
+
+def pieces_of(ids: list[int], tokenizer: Any) -> list[str]:
+    """The text that each token adds; together they are the text, even where a character takes several tokens.
+
+    A token's text depends on the one before it (SentencePiece's blanks), so that two pieces are decoded at a time.
+    """
+    pieces: list[str] = []
+    start = read = 0
+    for count in range(1, len(ids) + 1):
+        before = ""
+        if read > start:
+            before = tokenizer.detokenize(ids[start:read])
+        after = tokenizer.detokenize(ids[start:count])
+        if after.endswith("\N{REPLACEMENT CHARACTER}") and count < len(ids):  # in a character: its last token shows it
+            pieces.append("")
+            continue
+        if after.startswith(before):
+            pieces.append(after[len(before) :])
+        else:
+            pieces.append(tokenizer.detokenize(ids[read:count]))
+        start, read = read, count
+    return pieces
 
 
 if __name__ == "__main__":

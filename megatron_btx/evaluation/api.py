@@ -13,6 +13,8 @@ from pathlib import Path
 from megatron_btx.checkpoint.iterations import is_checkpoint
 from megatron_btx.common.errors import InputError
 from megatron_btx.distributed.launcher import without_launcher
+from megatron_btx.mixing.loader import open_source
+from megatron_btx.mixing.result import megatron_args_text
 from megatron_btx.runner.run_dir import read_evaluation
 from megatron_btx.runner.schemas import Evaluation
 
@@ -63,8 +65,6 @@ def evaluate(
 
 def _stored_flags(path: str | Path) -> list[str]:
     """The flags that build the model of a checkpoint."""
-    from megatron_btx.mixing.loader import open_source
-    from megatron_btx.mixing.result import megatron_args_text
 
     if not is_checkpoint(Path(path)):
         raise InputError(

@@ -18,10 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError, exits_with_one_line
-from megatron_btx.common.files import refuse_unwritable
+from megatron_btx.common.files import refuse_unwritable, write_atomically, write_json
 from megatron_btx.common.log import say
+from megatron_btx.engine.checks.start import compare_with_stored
 from megatron_btx.engine.program import start_tool
-from megatron_btx.evaluation.inputs import named_paths
+from megatron_btx.engine.restricted_loading import load_weights
+from megatron_btx.evaluation.program import named_paths
+from megatron_btx.mixing.api import mix
+from megatron_btx.mixing.request import RouterInit
+from megatron_btx.mixing.routers import router_rows
+from megatron_btx.model.build import build_model
+from megatron_btx.model.step import batches_of
 
 HELD_OUT_EVERY = 5
 """Every fifth document is held out."""
@@ -74,10 +81,7 @@ def main() -> int:
     args, data = start_tool(__doc__, add_init_arguments, _check_given, _check_inputs)
     import torch
 
-    from megatron_btx.engine.restricted_loading import load_weights
     from megatron_btx.evaluation.router_fit import install_rows, measure, own_rows, refit
-    from megatron_btx.mixing.routers import router_rows
-    from megatron_btx.model.build import build_model
 
     output = Path(args.btx_init_output).absolute()
     fit, held_out, sizes = _texts(data, args.btx_init_documents)
@@ -126,7 +130,6 @@ def check_output(given: str) -> None:
 
 def _check_inputs(args: argparse.Namespace) -> dict[str, str]:
     """Check the mixture, its texts and the output; return expert -> prefix, in the order of the mixture's experts."""
-    from megatron_btx.engine.checks.start import compare_with_stored
 
     stored = compare_with_stored(args.btx_init_model, vars(args))
     _check_numbers(args)
@@ -186,7 +189,6 @@ def _texts(data: dict[str, str], documents: int) -> tuple[list[Any], list[Any], 
     from megatron.core import mpu
 
     from megatron_btx.data.texts import first_documents
-    from megatron_btx.model.step import batches_of
 
     parts: tuple[list[Any], list[Any]] = ([], [])
     sizes: dict[str, list[int]] = {}
@@ -209,7 +211,6 @@ def _drawn(router_rows: Any, args: argparse.Namespace, like: Any) -> Any:
     """Random routers, as a fresh mix has them."""
     import torch
 
-    from megatron_btx.mixing.request import RouterInit
     from megatron_btx.model.watch import mixtures
 
     rows_LEH = torch.zeros_like(like)
@@ -244,9 +245,6 @@ def _table(reports: dict[str, Any], choices: list[dict[str, Any]], sizes: dict[s
 def _write(model: str, rows_LEH: Any, report: dict[str, Any], output: Path) -> None:
     """The checkpoint with the new rows, written and proved by the mixing engine."""
     import numpy as np
-
-    from megatron_btx.common.files import write_atomically, write_json
-    from megatron_btx.mixing.api import mix
 
     rows_file = output.with_name(output.name + ROWS_SUFFIX)
     output.parent.mkdir(parents=True, exist_ok=True)

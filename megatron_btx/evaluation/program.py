@@ -10,18 +10,28 @@ that every model, layout and batch size sees the same tokens; sums are kept in f
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from megatron_btx.common.errors import exits_with_one_line
+from megatron_btx.common.cli_args import read_pairs
+from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.common.files import write_json
 from megatron_btx.common.log import say
+from megatron_btx.engine.checks.start import compare_with_stored
 from megatron_btx.engine.program import start_tool
 from megatron_btx.engine.restricted_loading import load_weights
-from megatron_btx.evaluation.inputs import expert_names, inputs_of
-from megatron_btx.evaluation.losses import evaluate_model
+from megatron_btx.mixing.loader import open_source
 from megatron_btx.model.build import build_model
+from megatron_btx.model.step import batches_of, forward
+from megatron_btx.runner.run_dir import make_loss
+from megatron_btx.runner.schemas import Score
+
+if TYPE_CHECKING:
+    from megatron_btx.mixing.sources import Source
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -75,13 +85,14 @@ def main() -> int:
     """Evaluate what the command line names; see --help."""
     args, inputs = start_tool(__doc__, add_evaluation_arguments, _names_of, _check_inputs)
     model = build_model(args)
-    results = {}
+    scores, about = [], {}
     for name, path in inputs.models.items():
         load_weights(model, path)
-        results[name] = evaluate_model(model, inputs.data, path)
-        say(f"{name}: " + ", ".join(f"{d} {loss:.4f}" for d, loss in results[name]["losses"].items()))
+        losses, about[name] = evaluate_model(model, name, inputs.data, path)
+        scores += [score.model_dump() for score in losses]
+        say(f"{name}: " + ", ".join(f"{score.data} {score.value:.4f}" for score in losses))
     if args.rank == 0:
-        result = {"models": results, "experts": inputs.experts, "eod_mask_loss": args.eod_mask_loss}
+        result = {"scores": scores, "models": about, "experts": inputs.experts, "eod_mask_loss": args.eod_mask_loss}
         write_json(Path(args.btx_eval_output), result)
     return 0
 
@@ -92,7 +103,6 @@ def _names_of(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]
 
 def _check_inputs(args: argparse.Namespace) -> _Inputs:
     from megatron_btx.data.texts import check_texts
-    from megatron_btx.engine.checks.start import compare_with_stored
 
     models, data = _names_of(args)
     stored = {}
@@ -101,6 +111,101 @@ def _check_inputs(args: argparse.Namespace) -> _Inputs:
     experts = expert_names(stored, args.num_experts)
     check_texts(data, "--btx-eval-data", args.btx_eval_tokens, "--btx-eval-tokens", args)
     return _Inputs(models, data, experts)
+
+
+def evaluate_model(model: list[Any], name: str, data: dict[str, str], path: str) -> tuple[list[Score], dict[str, Any]]:
+    """The losses of one loaded model, and what it is: parameters and, of a mixture, routing."""
+    from megatron.training import get_args
+
+    from megatron_btx.data.texts import start_of
+    from megatron_btx.evaluation.routing import divide_up, route
+
+    source = open_source("the model", path)
+    args = get_args()
+    total, active = count_parameters(source, args.moe_router_topk, args.btx_sample_top1)
+    about: dict[str, Any] = {
+        "checkpoint": str(Path(path).resolve()),
+        "parameters": total,
+        "active_parameters": active,
+        "routing": {} if source.sizes.experts else None,
+    }
+    scores = []
+    for domain, prefix in data.items():
+        if args.num_experts:
+            routed = route(model, f"{domain}: {prefix}", prefix, args.btx_eval_tokens)
+            scores.append(make_loss(name, domain, routed.loss, routed.tokens, routed.stderr))
+            about["routing"][domain] = [divide_up(layer.choices) for layer in routed.layers]
+        else:
+            loss = forward(model, batches_of(start_of(prefix, args.btx_eval_tokens), f"{domain}: {prefix}"))
+            scores.append(make_loss(name, domain, loss.nats, loss.tokens, loss.stderr))
+    return scores, about
+
+
+def count_parameters(source: Source, topk: int, sampled: bool) -> tuple[int, int]:
+    """All parameters of a model, and those active for one token.
+
+    Args:
+        topk: experts per token and mixture layer.
+        sampled: sampled top-1 routing, whose first mixture layer takes all experts.
+    """
+    sizes = {name: math.prod(held.shape) for name, held in source.pieces.items()}
+    total = sum(sizes.values())
+    in_experts = sum(n for name, n in sizes.items() if ".experts." in name)
+    if not in_experts:
+        return total, total
+    experts, layers = source.sizes.experts, sum(source.sizes.mixture_layers)
+    taken = layers * topk + (experts - topk if sampled else 0)
+    return total, total - in_experts + in_experts * taken // (experts * layers)
+
+
+def inputs_of(args: argparse.Namespace, kind: str, output: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The models and the texts, name -> path, of ``--btx-KIND-model`` and ``--btx-KIND-data``.
+
+    Args:
+        output: what ``--btx-KIND-output`` names, for the refusal.
+
+    Raises:
+        InputError: something is missing or has another form.
+    """
+    models = named_paths(getattr(args, f"btx_{kind}_model"), f"--btx-{kind}-model")
+    data = named_paths(getattr(args, f"btx_{kind}_data"), f"--btx-{kind}-data")
+    if getattr(args, f"btx_{kind}_output") is None:
+        raise InputError(f"--btx-{kind}-output is missing; name {output} for the results")
+    return models, data
+
+
+def named_paths(words: list[str], flag: str) -> dict[str, str]:
+    """NAME=PATH words as a mapping. Raises InputError for another form, a name given twice, or none."""
+    if not words:
+        raise InputError(f"{flag} is missing; give at least one NAME=PATH")
+    return read_pairs(words, flag)
+
+
+def expert_names(stored: Mapping[str, Mapping[str, Any]], count: int | None) -> list[str] | None:
+    """The names of the experts, in the order of the mixtures; None for dense models.
+
+    Args:
+        stored: path -> the arguments that its checkpoint holds.
+
+    Raises:
+        InputError: two mixtures of other experts, or of the same in another order, which one list would mislabel.
+    """
+    if not count:
+        return None
+    named = {}
+    for path, arguments in stored.items():
+        if arguments.get("btx_experts"):
+            named[path] = list(arguments["btx_experts"])
+    if not named:
+        return [f"expert {number}" for number in range(count)]
+    first, names = next(iter(named.items()))
+    for path, others in named.items():
+        if others != names:
+            raise InputError(
+                f"{path}: its experts are {', '.join(others)}, those of {first} {', '.join(names)}; mixtures of other "
+                "experts, or in another order, need a run of their own"
+            )
+    return names
 
 
 if __name__ == "__main__":

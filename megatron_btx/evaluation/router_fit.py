@@ -174,7 +174,7 @@ def measure(model: list[Any], texts: Texts) -> dict[str, Any]:
             load_LE[layer] += out[1].reshape(-1, experts).sum(dim=0) * weight
 
         with watching(model, add):
-            losses.append(forward(model, batches)[0])
+            losses.append(forward(model, batches).nats)
     torch.distributed.all_reduce(buffer)
     layers = []
     for layer in mixtures():

@@ -1,19 +1,98 @@
-"""Routing as numbers: per label, layer and expert, from what all ranks counted."""
+"""Routing as numbers: counted while a model runs, and described per label, layer and expert.
+
+Axes: ``L`` layers, ``E`` experts, ``S`` sequence, ``B`` batch, ``H`` hidden, ``T`` tokens.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+
 from megatron_btx.common.errors import InputError
+from megatron_btx.common.files import read_json_object
 from megatron_btx.common.shares import find_dead_experts, routing_distance
-from megatron_btx.evaluation.routing_counts import LayerCounts, RoutingCounts, add_up
+from megatron_btx.model.step import batches_of, forward
 
 LISTS = ("layers", "choices", "first", "probabilities", "gates", "entropy", "dropped", "dead")
 """What routing.json holds of a label, an entry per mixture layer each; see :func:`describe`."""
+
+
+class LayerCounts(NamedTuple):
+    """The sums of one layer, as plain numbers. A dense layer has zeros alone."""
+
+    choices: list[float]
+    """How often each expert was chosen, without the choices that were dropped."""
+    first: list[float]
+    """How often each expert had a token's largest gate; a token whose choices were all dropped counts for none."""
+    probabilities: list[float]
+    """Sum of the full softmax, per expert."""
+    gates: list[float]
+    """Sum of the gates, per expert."""
+    entropy: float
+    """Sum of the entropies of the full softmax, in nats."""
+    tokens: float
+    wanted: float
+    """Choices before drops."""
+
+
+@dataclass(frozen=True)
+class RoutingCounts:
+    """The sums of all layers, fp64, as tensors that count. They have the meaning of :class:`LayerCounts`."""
+
+    choices_LE: torch.Tensor
+    first_LE: torch.Tensor
+    probabilities_LE: torch.Tensor
+    gates_LE: torch.Tensor
+    entropy_L: torch.Tensor
+    tokens_L: torch.Tensor
+    wanted_L: torch.Tensor
+    buffer: torch.Tensor
+    """Holds the numbers of all the others, which are views of it: one all-reduce sums them."""
+
+    @classmethod
+    def start(cls, layers: int, experts: int, device: str = "cuda") -> RoutingCounts:
+        """Counts of nothing yet."""
+        buffer = torch.zeros(layers, 4 * experts + 3, dtype=torch.float64, device=device)
+        choices_LE, first_LE, probabilities_LE, gates_LE, rest = buffer.split([experts] * 4 + [3], dim=1)
+        entropy_L, tokens_L, wanted_L = rest.unbind(dim=1)
+        return cls(choices_LE, first_LE, probabilities_LE, gates_LE, entropy_L, tokens_L, wanted_L, buffer)
+
+    def add(self, layer: int, router: Any, x_SBH: torch.Tensor, outputs: Any) -> None:
+        """Count one forward pass of a router; called by :func:`megatron_btx.model.watch.watching`.
+
+        Args:
+            x_SBH: what went into the router.
+            outputs: gates and, boolean, taken experts, [S B, E] each.
+        """
+        experts = self.choices_LE.size(1)
+        gates_TE, map_TE = outputs[0].reshape(-1, experts), outputs[1].reshape(-1, experts)
+        log_TE = torch.log_softmax(router.gating(x_SBH).reshape(-1, experts).float(), dim=-1)
+        first_TE = torch.nn.functional.one_hot(gates_TE.argmax(dim=-1), experts) * map_TE  # none where all was dropped
+        tokens = len(log_TE)
+        self.choices_LE[layer] += map_TE.sum(dim=0)
+        self.first_LE[layer] += first_TE.sum(dim=0)
+        self.probabilities_LE[layer] += log_TE.exp().double().sum(dim=0)
+        self.gates_LE[layer] += gates_TE.double().sum(dim=0)
+        self.entropy_L[layer] -= (log_TE.exp() * log_TE).double().sum()
+        self.tokens_L[layer] += tokens
+        self.wanted_L[layer] += tokens * router.topk
+
+    def sum_over_ranks(self) -> None:
+        """Make the counts those of all ranks; every token was counted by one of them."""
+        torch.distributed.all_reduce(self.buffer)
+
+    def by_layer(self) -> list[LayerCounts]:
+        """The same as plain numbers."""
+        lists = (self.choices_LE, self.first_LE, self.probabilities_LE, self.gates_LE)
+        sums = (*lists, self.entropy_L, self.tokens_L, self.wanted_L)
+        layers = zip(*(tensor.tolist() for tensor in sums), strict=True)
+        return list(map(LayerCounts._make, layers))
 
 
 class Routed(NamedTuple):
@@ -24,23 +103,24 @@ class Routed(NamedTuple):
     tokens: int
     layers: list[LayerCounts]
     """Of the whole model, dense layers too."""
+    stderr: float | None = None
+    """Of the loss; see :class:`megatron_btx.model.step.MeanLoss`."""
 
 
-def route_label(model: list[Any], where: str, prefix: str) -> Routed:
-    """Where the tokens of a dataset's start go."""
+def route(model: list[Any], where: str, prefix: str, tokens: int) -> Routed:
+    """Where the first ``tokens`` of a dataset go."""
     from megatron.training import get_args
 
     from megatron_btx.data.texts import start_of
-    from megatron_btx.model.step import batches_of, forward
     from megatron_btx.model.watch import watching
 
     args = get_args()
-    batches = batches_of(start_of(prefix, args.btx_route_tokens), where)
+    batches = batches_of(start_of(prefix, tokens), where)
     counts = RoutingCounts.start(args.num_layers, args.num_experts)
     with watching(model, counts.add):
-        loss, tokens = forward(model, batches)
+        loss = forward(model, batches)
     counts.sum_over_ranks()
-    return Routed(loss, tokens, counts.by_layer())
+    return Routed(loss.nats, loss.tokens, counts.by_layer(), loss.stderr)
 
 
 def describe(routed: Mapping[str, Routed]) -> dict[str, dict[str, Any]]:
@@ -66,7 +146,14 @@ def _join(texts: Sequence[Routed]) -> Routed:
     tokens = sum(text.tokens for text in texts)
     loss = sum(text.loss * text.tokens for text in texts) / tokens
     layers = zip(*(text.layers for text in texts), strict=True)
-    return Routed(loss, tokens, list(map(add_up, layers)))
+    return Routed(loss, tokens, list(map(_add_up, layers)))
+
+
+def _add_up(parts: Sequence[LayerCounts]) -> LayerCounts:
+    """The counts of one layer over several texts together."""
+    *lists, entropies, tokens, wanted = zip(*parts, strict=True)
+    added = ([sum(cells) for cells in zip(*columns, strict=True)] for columns in lists)
+    return LayerCounts._make([*added, sum(entropies), sum(tokens), sum(wanted)])
 
 
 def _describe_text(text: Routed) -> dict[str, Any]:
@@ -79,10 +166,10 @@ def describe_layers(layers: Sequence[LayerCounts]) -> dict[str, list[Any]]:
     for number, counts in enumerate(layers):
         if not counts.tokens:
             continue
-        choices = _shares_of(counts.choices)
+        choices = divide_up(counts.choices)
         result["layers"].append(number)
         result["choices"].append(choices)
-        result["first"].append(_shares_of(counts.first))
+        result["first"].append(divide_up(counts.first))
         result["probabilities"].append(_divide(counts.probabilities, counts.tokens))
         result["gates"].append(_divide(counts.gates, counts.tokens))
         result["entropy"].append(counts.entropy / counts.tokens)
@@ -91,8 +178,8 @@ def describe_layers(layers: Sequence[LayerCounts]) -> dict[str, list[Any]]:
     return result
 
 
-def _shares_of(counts: list[float]) -> list[float]:
-    """Each count as a part of their sum; zeros where nothing was counted."""
+def divide_up(counts: list[float]) -> list[float]:
+    """Each count as a share of all; zeros where nothing was counted."""
     total = sum(counts)
     if not total:
         return [0.0] * len(counts)
@@ -135,9 +222,6 @@ def _table_cells(routed: Mapping[str, Any], experts: Sequence[str]) -> str:
     return f"{experts[most]:<14} {shares[most]:>7.1%} {entropy:>16.2f} {dead:>5} {dropped:>8.1%}"
 
 
-# --- earlier analyses ----------------------------------------------------------------------------------------
-
-
 def read_earlier(files: Sequence[Path], names: Sequence[str], experts: list[str]) -> dict[str, Any]:
     """The models of earlier analyses, by name, to be drawn beside those of a new one.
 
@@ -149,42 +233,29 @@ def read_earlier(files: Sequence[Path], names: Sequence[str], experts: list[str]
     """
     models: dict[str, Any] = {}
     for file in files:
-        where = f"--btx-route-beside {file}"
-        found, of_experts = _read_analysis(file, where)
-        if of_experts != experts:
-            raise InputError(f"{where}: its experts are {', '.join(of_experts)}, expected {', '.join(experts)}")
-        for name, routed in found.items():
+        where, again = f"--btx-route-beside {file}", "analyse that model again"
+        if not file.is_file():
+            raise InputError(f"{where}: there is no such file")
+        try:
+            content = read_json_object(file, again)
+            for labels in content["models"].values():
+                for routed in labels.values():
+                    _check_numbers(routed, len(content["experts"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{where}: is no routing.json of this tool ({error}); {again}") from error
+        if content["experts"] != experts:
+            raise InputError(f"{where}: its experts are {', '.join(content['experts'])}, expected {', '.join(experts)}")
+        for name, labels in content["models"].items():
             if name in models or name in names:
                 raise InputError(f"{where}: its model {name} is there already; name one of them otherwise")
-            models[name] = routed
+            models[name] = labels
     return models
 
 
-def _read_analysis(file: Path, where: str) -> tuple[dict[str, Any], list[str]]:
-    """The models of one file, and the names of their experts."""
-    try:
-        content = json.loads(file.read_text())
-        models, experts = content["models"], content["experts"]
-        for labels in models.values():
-            for routed in labels.values():
-                _check_numbers(routed, len(experts))
-    except FileNotFoundError:
-        raise InputError(f"{where}: there is no such file") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{where}: is no routing.json of this tool ({error}); analyse that model again") from error
-    return models, experts
-
-
 def _check_numbers(routed: Mapping[str, Any], experts: int) -> None:
-    """Check the numbers of one label against what :func:`describe` writes.
-
-    Raises:
-        ValueError, KeyError or TypeError: one of them is not as it should be.
-    """
-    layers = list(zip(*(routed[name] for name in LISTS), strict=True))
-    if not layers:
-        raise ValueError("it has no layers")
-    for _, choices_E, first_E, probabilities_E, gates_E, *_ in layers:
-        if {len(choices_E), len(first_E), len(probabilities_E), len(gates_E)} != {experts}:
-            raise ValueError("its shares are not one per expert")
-    float(routed["loss"]) + sum(routed["entropy"]) + sum(routed["dropped"])
+    """Raises ValueError, KeyError or TypeError where a label's numbers are not as :func:`describe` writes them."""
+    names = ("choices", "first", "probabilities", "gates")
+    shares = np.array([routed[name] for name in names], dtype=float)
+    sums = np.array([routed[name] for name in ("layers", "entropy", "dropped")], dtype=float)
+    if shares.shape != (len(names), sums.shape[1], experts) or len(routed["dead"]) != sums.shape[1]:
+        raise ValueError("its shares are not one per layer and expert")

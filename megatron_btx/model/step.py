@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_btx.common.errors import InputError
 
@@ -92,14 +93,22 @@ def language_model_loss(
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
 
 
-def forward(model: list[Any], batches: list[dict[str, Any]]) -> tuple[float, int]:
-    """The mean loss in nats per token over everybody's batches, and the tokens; the same on all ranks."""
+class MeanLoss(NamedTuple):
+    """The mean loss over everybody's batches; the same on all ranks."""
+
+    nats: float
+    """Per token."""
+    tokens: int
+    stderr: float | None
+    """Standard error over micro-batches; None of a single one."""
+
+
+def forward(model: list[Any], batches: list[dict[str, Any]]) -> MeanLoss:
+    """The mean loss over everybody's batches."""
     import torch
     from megatron.core import mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.training import get_args
-
-    from megatron_btx.model.step import forward_step
 
     args = get_args()
     with torch.no_grad():
@@ -113,11 +122,23 @@ def forward(model: list[Any], batches: list[dict[str, Any]]) -> tuple[float, int
             forward_only=True,
         )
     sums = torch.zeros(2, dtype=torch.float64, device="cuda")
-    if mpu.is_pipeline_last_stage(ignore_virtual=True) and mpu.get_tensor_model_parallel_rank() == 0:
+    spread = torch.zeros(2, dtype=torch.float64, device="cuda")
+    is_counted = mpu.is_pipeline_last_stage(ignore_virtual=True) and mpu.get_tensor_model_parallel_rank() == 0
+    if is_counted:
         for loss in losses:
             sums += loss["lm loss"].double()
     torch.distributed.all_reduce(sums)
-    return (sums[0] / sums[1]).item(), int(sums[1].item())
+    mean = sums[0] / sums[1]
+    if is_counted:
+        for loss in losses:
+            total, tokens = loss["lm loss"].double()
+            spread += torch.stack([(total - mean * tokens) ** 2, torch.ones_like(mean)])
+    torch.distributed.all_reduce(spread)
+    squares, count = spread.tolist()
+    stderr = None
+    if count > 1 and sums[1] > 0:
+        stderr = math.sqrt(squares * count / (count - 1)) / sums[1].item()
+    return MeanLoss(mean.item(), int(sums[1].item()), stderr)
 
 
 def batches_of(text: Any, where: str) -> list[dict[str, Any]]:

@@ -1,105 +1,185 @@
-"""Figures of a plain run: losses and routing. Their titles say what they show, from the numbers."""
+"""Figures of a report: losses, training curves, losses while finetuning, and load. Titles say what the numbers say."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron_btx.report.comparisons import routing_distances
-from megatron_btx.report.inputs import BTX, DENSE, MIX, SEED, Model
-from megatron_btx.report.quantities import is_usable, loss_text, mean
-from megatron_btx.report.stages import Stage
+from megatron_btx.report.inputs import RunData
+from megatron_btx.report.models import (
+    BASELINES,
+    BTX,
+    EXPERT,
+    MIX,
+    SEED,
+    Cast,
+    Line,
+    Model,
+    find_best,
+    routing_distances,
+)
+from megatron_btx.report.quantities import is_usable, loss_text, mean, spread
+from megatron_btx.report.routing import draw_shares
+from megatron_btx.report.sections import (
+    CURVES_FIGURE,
+    LOAD_FIGURE,
+    LOSSES_FIGURE,
+    ROUTING_FIGURE,
+    WATCHED_FIGURE,
+    Study,
+    find_loads,
+    find_watched,
+)
+from megatron_btx.report.stages import MEAN, LossCurve, make_curve
 from megatron_btx.report.style import (
     FIXED_COLOURS,
     INK,
-    Figure,
     Palette,
-    draw_shares,
+    add_heat_scale,
+    choose_ticks,
+    draw_heat_map,
+    make_panels,
     new_page,
     plain_axes,
-    say_absent,
     set_title,
     shorten,
     shorten_all,
+    write_percent,
 )
+from megatron_btx.runner.schemas import LOSS
 
-LOSS_PANELS, ROUTING_DOMAINS, MODELS_SHOWN, MIXTURES_SHOWN = 10, 12, 40, 4
+LOSS_PANELS, ROUTING_DOMAINS, LINES_SHOWN, MIXTURES_SHOWN = 10, 12, 40, 4
 """What a figure shows at most; the tables and results.json have everything."""
+NAMED_CURVES = 16
+"""Of a panel: a legend of more would leave no room for them."""
+CELLS_WRITTEN = 80
+"""Up to so many cells of a load have their number in the figure; more would lie over each other."""
+PANELS = {SEED: "seed", EXPERT: "experts", "": "mixture and baselines"}
+"""Role of the model that is trained -> the panel of its curve, in order; "" for all other roles."""
 _MOMENTS = {MIX: "before finetuning", BTX: "after finetuning"}
+_LARGE_UNITS = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
 
 
-def make_palette(models: Mapping[str, Model], stages: Sequence[Stage]) -> Palette:
-    """One palette for all figures of a run: experts first, so that they get the clearest colours."""
+def draw_figures(study: Study) -> dict[str, Figure]:
+    """All figures of a report, by file name."""
+    palette = make_palette(study)
+    figures: dict[str, Figure] = {}
+    if study.domains:
+        figures[LOSSES_FIGURE] = draw_losses(study, palette)
+    if find_watched(study.cast):
+        figures[WATCHED_FIGURE] = draw_watched(study.cast, study.domains, study.on_split, palette)
+    if find_loads(study):
+        figures[LOAD_FIGURE] = draw_loads(find_loads(study))
+    if len(study.runs) == 1:
+        if any(stage.curve for stage in study.runs[0].stages):
+            figures[CURVES_FIGURE] = draw_curves(study.runs[0], palette)
+        if study.cast.mixtures():
+            figures[ROUTING_FIGURE] = draw_routing(study.cast.mixtures(), palette)
+    return {study.prefix + name: figure for name, figure in figures.items()}
+
+
+def make_palette(study: Study) -> Palette:
+    """One palette for all figures: experts first, so that they get the clearest colours."""
     names: list[str] = []
-    for model in models.values():
+    for model in study.cast.models:
         names += model.experts
-    names += [name for name, model in models.items() if model.is_expert()]
-    names += models
-    names += [stage.name for stage in stages if stage.curve]
+    names += [model.look for model in study.cast.having(EXPERT)]
+    names += [model.look for model in study.cast.models]
+    for run in study.runs:
+        names += looks_of(run).values()
     return Palette(names)
 
 
-def draw_losses(all_models: Sequence[Model], domains: tuple[str, ...], palette: Palette, on_split: str) -> Figure:
-    """Losses: one panel per domain, as far as they fit, and one for their mean, one row per model."""
-    models = all_models
-    if len(models) > MODELS_SHOWN:
-        models = sorted(models, key=Model.is_expert)[:MODELS_SHOWN]  # single experts are the many
-    shown = domains
+def looks_of(run: RunData) -> dict[str, str]:
+    """Stage -> what decides its colour: that of the model it makes."""
+    looks = {stage.name: stage.name for stage in run.stages if stage.curve}
+    for model in run.models:
+        if model.stage is not None:
+            looks[model.stage.name] = model.look
+    return looks
+
+
+# --- losses ------------------------------------------------------------------------------------------------
+
+
+def draw_losses(study: Study, palette: Palette) -> Figure:
+    """Losses: one panel per domain, as far as they fit, and one for their mean; one row per model or variant."""
+    lines, domains = study.lines, study.domains
+    if len(lines) > LINES_SHOWN:
+        lines = tuple(sorted(lines, key=_is_expert)[:LINES_SHOWN])  # single experts are the many
+    shown: tuple[str, ...] = domains
     if len(domains) >= LOSS_PANELS:
         shown = domains[: LOSS_PANELS - 1]
-    columns = []
-    for domain in shown:
-        columns.append((domain, [model.losses.get(domain) for model in models]))
+    columns: list[tuple[str, str | None]] = [(domain, domain) for domain in shown]
     if len(domains) > 1:
-        columns.append((f"mean, {len(domains)} domains", [model.mean_loss(domains) for model in models]))
+        columns.append((f"mean, {len(domains)} domains", None))
     per_row = min(len(columns), 5)
     rows = math.ceil(len(columns) / per_row)
-    figure = new_page(rows * (0.9 + 0.27 * len(models)) + 0.7)
-    axes = figure.subplots(rows, per_row, sharey=True, squeeze=False)
-    for panel in axes.flat[len(columns) :]:
-        panel.set_visible(False)
-    for panel, (title, losses) in zip(axes.flat, columns, strict=False):
-        _draw_loss_panel(panel, losses, models, palette)
+    figure = new_page(rows * (0.9 + 0.27 * len(lines)) + 0.7)
+    panels = make_panels(figure, len(columns), per_row, share_y=True)
+    for panel, (title, column) in zip(panels, columns, strict=True):
+        _draw_loss_panel(panel, lines, column, domains, palette)
         panel.set_title(shorten(title), fontsize=9.5, color=INK)
-    axes.flat[0].set_yticks(range(len(models)), shorten_all(model.name for model in models))
-    axes.flat[0].set_ylim(len(models) - 0.5, -0.5)
-    set_title(figure, say_lowest_loss(all_models, domains))
-    figure.supxlabel(f"loss{on_split}, nats per token (lower is better; each panel has its own scale)", fontsize=9)
+    panels[0].set_yticks(range(len(lines)), shorten_all((line.label for line in lines), 30))
+    panels[0].set_ylim(len(lines) - 0.5, -0.5)
+    set_title(figure, say_lowest_loss(study.cast, study.lines))
+    unit = "nats per token (lower is better; each panel has its own scale)"
+    figure.supxlabel(f"loss{study.on_split}, {unit}", fontsize=9)
     return figure
 
 
-def _draw_loss_panel(panel: Axes, losses: list[float | None], models: Sequence[Model], palette: Palette) -> None:
-    finite = [loss for loss in losses if loss is not None and is_usable(loss)]
+def _is_expert(line: Line) -> bool:
+    return bool(line.models) and line.models[0].role == EXPERT
+
+
+def _draw_loss_panel(
+    panel: Axes, lines: Sequence[Line], column: str | None, domains: Sequence[str], palette: Palette
+) -> None:
+    losses = [line.values(LOSS, column, domains) for line in lines]
+    usable = [list(filter(is_usable, values)) for values in losses]
+    finite = sum(usable, [])
     low, high = min(finite, default=0.0), max(finite, default=1.0)
+    lowest = min((mean(values) for values in usable if values), default=math.nan)
     span = (high - low) or 1.0
     panel.set_xlim(low - 0.12 * span, high + 0.55 * span)
-    for row, (model, loss) in enumerate(zip(models, losses, strict=True)):
-        if loss is None:
-            panel.text(low, row, "not evaluated", va="center", fontsize=7.5, color=INK, style="italic")
-        elif not is_usable(loss):
-            panel.text(low, row, loss_text(loss), va="center", fontsize=7.5, color=INK, style="italic")
-        else:
-            if model.name == SEED:
-                panel.axvline(loss, color=FIXED_COLOURS[SEED], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-            panel.plot(loss, row, "o", color=palette.colour(model.name), markersize=6.5, zorder=3)
-            _write_loss(panel, loss, row, is_best=loss == low)
+    for row, (line, values) in enumerate(zip(lines, losses, strict=True)):
+        broken = [loss_text(loss) for loss in values if not is_usable(loss)]
+        if not values:
+            broken = ["not evaluated"]
+        if usable[row]:
+            model = line.models[0]
+            if model.role == SEED:
+                panel.axvline(values[0], color=FIXED_COLOURS[SEED], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+            colour = palette.colour(model.look)
+            if len(values) > 1:
+                panel.plot(usable[row], [row] * len(usable[row]), "o", color=colour, alpha=0.45, markersize=4, zorder=3)
+            if not broken:
+                _draw_mean(panel, row, values, colour, lowest)
+        if broken:
+            panel.text(low, row, ", ".join(broken), va="center", fontsize=7.5, color=INK, style="italic")
     plain_axes(panel, grid="y")
     panel.tick_params(axis="y", length=0)
     panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], prune="upper"))
 
 
-def _write_loss(panel: Axes, loss: float, row: int, is_best: bool) -> None:
-    """Write a loss beside its point, in bold when it is the lowest."""
+def _draw_mean(panel: Axes, row: int, values: Sequence[float], colour: str, lowest: float) -> None:
+    """Draw a model's loss, or the mean of a variant's seeds with its deviation, and write it beside the points."""
+    average, deviation = spread(values)
+    if math.isnan(deviation):
+        panel.plot(average, row, "o", color=colour, markersize=6.5, zorder=3)
+    else:
+        panel.errorbar(average, row, xerr=deviation, fmt="|", color="black", capsize=3, zorder=3)
     weight = "normal"
-    if is_best:
+    if average == lowest:
         weight = "bold"
     panel.annotate(
-        f"{loss:.3f}",
-        (loss, row),
+        f"{average:.3f}",
+        (max(values), row),
         xytext=(6, 0),
         textcoords="offset points",
         va="center",
@@ -111,85 +191,186 @@ def _write_loss(panel: Axes, loss: float, row: int, is_best: bool) -> None:
     )
 
 
-def say_lowest_loss(models: Sequence[Model], domains: tuple[str, ...]) -> str:
+def say_lowest_loss(cast: Cast, lines: Sequence[Line]) -> str:
     """Who has the lowest mean loss, as a sentence."""
-    means = {}
-    for model in models:
-        loss = model.mean_loss(domains)
-        if loss is not None:
-            means[model.name] = loss
-    finite = {name: loss for name, loss in means.items() if math.isfinite(loss)}
-    if not finite:
+    best = find_best(lines, LOSS, None, cast.domains)
+    if not best:
         return "Loss per model and domain"
-    lowest = min(finite.values())
-    best = [name for name, loss in finite.items() if loss == lowest]
+    compared = [line for line in lines if line.values(LOSS, None, cast.domains)]
+    lowest = mean(best[0].values(LOSS, None, cast.domains))
     measure = "loss"
-    if len(domains) > 1:
+    if len(cast.domains) > 1:
         measure = "mean loss"
-    names = " and ".join(map(shorten, best[:3]))
-    message = f"Lowest {measure} of {len(means)} models: {names}, {loss_text(lowest)}"
-    if best == [BTX] and DENSE not in means:
+    names = " and ".join(shorten(line.label) for line in best[:3])
+    message = f"Lowest {measure} of {len(compared)} models: {names}, {loss_text(lowest)}"
+    mixture = cast.find(BTX)
+    own = None
+    if mixture is not None and not mixture.run:
+        own = mixture.mean_loss(cast.domains)
+    is_best = mixture is not None and [line.models for line in best] == [[mixture]]
+    if is_best and not any(map(cast.find, BASELINES)):
         message += ", the only one that was finetuned"
-    if BTX in finite and BTX not in best:
-        message += f" (btx: {loss_text(finite[BTX])})"
+    if own is not None and math.isfinite(own) and own != lowest:
+        message += f" (btx: {loss_text(own)})"
     return message
 
 
-def draw_routing(all_mixtures: Sequence[Model], palette: Palette) -> Figure:
-    """Share of tokens per expert: panels are domains, bars layers, rows mixtures (before and after finetuning)."""
-    mixtures = all_mixtures[:MIXTURES_SHOWN]
-    routed: dict[str, None] = {}
-    for model in mixtures:
-        routed |= dict.fromkeys(model.routing or {})
-    domains = list(routed)[:ROUTING_DOMAINS]
-    per_row = min(len(domains), 4)
-    bands = math.ceil(len(domains) / per_row)
-    figure = new_page(1.0 + 1.75 * bands * len(mixtures))
-    axes = figure.subplots(bands * len(mixtures), per_row, sharey=True, squeeze=False)
-    for panel in axes.flat:
-        panel.set_visible(False)
-    for number, domain in enumerate(domains):
-        band, column = divmod(number, per_row)
-        for row, model in enumerate(mixtures):
-            panel = axes[band * len(mixtures) + row][column]
-            panel.set_visible(True)
-            _draw_routing_panel(panel, model, domain, palette)
-            if row == 0:
-                panel.set_title(shorten(domain), fontsize=9.5, color=INK)
-            if column == 0:
-                panel.set_ylabel(f"{_name_moment(model.name)}\nshare of tokens", fontsize=8.5)
-    for panel in axes[-1]:
-        panel.set_xlabel("layer", fontsize=9)
-    _add_expert_legend(figure, mixtures, palette)
-    set_title(figure, say_routing(mixtures[-1]))
+# --- curves ------------------------------------------------------------------------------------------------
+
+
+def draw_curves(run: RunData, palette: Palette) -> Figure:
+    """Training loss over tokens of every stage, in the panel of the model that it makes."""
+    looks, curves = looks_of(run), [make_curve(stage) for stage in run.stages if stage.curve]
+    roles = {model.stage.name: model.role for model in run.models if model.stage is not None}
+    groups: dict[str, list[LossCurve]] = {}
+    for role, title in PANELS.items():
+        members = [curve for curve in curves if roles.get(curve.stage, "") == role]
+        if not role:
+            members = [curve for curve in curves if roles.get(curve.stage) not in PANELS]
+        if members:
+            groups[title] = sorted(members, key=lambda curve: palette.rank(looks[curve.stage]))
+    figure = new_page(3.9)
+    for panel, (group, members) in zip(make_panels(figure, len(groups), len(groups)), groups.items(), strict=True):
+        scale, prefix = _choose_unit(max(curve.x[-1] for curve in members))
+        for number, curve in enumerate(members):
+            x = [position / scale for position in curve.x]
+            colour, dash = palette.colour(looks[curve.stage]), palette.dash(looks[curve.stage])
+            label = shorten(curve.stage) + " (unfinished)" * curve.unfinished
+            if number >= NAMED_CURVES:
+                label = "_unnamed"
+            panel.plot(x, _with_gaps(curve.loss), color=colour, linewidth=0.6, alpha=0.3)
+            panel.plot(x, _with_gaps(curve.smooth), color=colour, linestyle=dash, linewidth=1.7, label=label)
+        panel.set_xlabel(" and ".join(sorted({f"{prefix}{curve.unit}" for curve in members})), fontsize=9)
+        panel.legend(frameon=False, fontsize=8, loc="best")
+        _finish_curves(panel, [curve.smooth for curve in members])
+        panel.set_title(group, fontsize=9.5, color=INK)
+    figure.axes[0].set_ylabel("training loss, nats per token", fontsize=9)
+    set_title(figure, say_fall(curves))
     return figure
 
 
-def _draw_routing_panel(panel: Axes, model: Model, domain: str, palette: Palette) -> None:
-    layers = (model.routing or {}).get(domain, ())
-    draw_shares(panel, layers, model.experts, palette, range(len(layers)))
-    plain_axes(panel, grid="")
-    if not layers:
-        say_absent(panel, "not recorded")
+def draw_watched(cast: Cast, domains: Sequence[str], on_split: str, palette: Palette) -> Figure:
+    """Loss per domain while models were trained: a panel for each domain, as far as they fit, and for their mean."""
+    models = find_watched(cast)[:NAMED_CURVES]
+    looks = [model.look for model in models]
+    if len(set(looks)) < len(looks):  # several seeds or runs of one role
+        looks = [f"{model.name} {model.run}" for model in models]
+        palette = Palette(looks)
+    ends, units = [], set()
+    for stage in (model.stage for model in models if model.stage is not None):
+        scale, unit = stage.progress_unit()
+        units.add(unit)
+        ends += [curve[-1][0] * scale for curve in stage.watched.values()]
+    divisor, prefix = _choose_unit(max(ends))
+    shown = [*domains[: LOSS_PANELS - 1], *[MEAN] * (len(domains) > 1)]
+    per_row = min(len(shown), 5)
+    figure = new_page(0.9 + 1.9 * math.ceil(len(shown) / per_row))
+    panels = make_panels(figure, len(shown), per_row)
+    for panel, domain in zip(panels, shown, strict=True):
+        drawn = []
+        for model, look in zip(models, looks, strict=True):
+            if model.stage is None:
+                continue
+            curve, scale = model.stage.watched.get(domain, ()), model.stage.progress_unit()[0] / divisor
+            drawn.append(_with_gaps([loss for _, loss in curve]))
+            label, colour, dash = shorten(model.label, 24), palette.colour(look), palette.dash(look)
+            x = [iteration * scale for iteration, _ in curve]
+            panel.plot(x, drawn[-1], "o", color=colour, linestyle=dash, markersize=2.5, linewidth=1.4, label=label)
+        _draw_seed_line(panel, cast, domain)
+        panel.set_title(shorten(domain), fontsize=9.5, color=INK)
+        _finish_curves(panel, drawn)
+        panel.xaxis.set_major_locator(MaxNLocator(3))
+    panels[0].legend(frameon=False, fontsize=8, loc="best")
+    figure.supxlabel(" and ".join(f"{prefix}{unit}" for unit in sorted(units)), fontsize=9)
+    figure.supylabel(f"loss{on_split}, nats per token", fontsize=9)
+    set_title(figure, "Loss per domain while finetuning")
+    return figure
 
 
-def _add_expert_legend(figure: Figure, mixtures: Sequence[Model], palette: Palette) -> None:
-    experts: dict[str, None] = {}
+def _draw_seed_line(panel: Axes, cast: Cast, domain: str) -> None:
+    """Draw the seed's loss across a panel."""
+    seed = cast.find(SEED)
+    if seed is None:
+        return
+    loss = seed.losses.get(domain)
+    if domain == MEAN:
+        loss = seed.mean_loss(cast.domains)
+    if loss is not None and is_usable(loss):
+        panel.axhline(loss, color=FIXED_COLOURS[SEED], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+
+
+def _choose_unit(largest: float) -> tuple[float, str]:
+    for scale, prefix in _LARGE_UNITS:
+        if largest >= scale:
+            return scale, prefix
+    return 1.0, ""
+
+
+def _with_gaps(losses: Sequence[float]) -> list[float]:
+    """The same with a gap where a loss is none."""
+    drawable = []
+    for loss in losses:
+        if not is_usable(loss):
+            loss = math.nan
+        drawable.append(loss)
+    return drawable
+
+
+def _finish_curves(panel: Axes, curves: Sequence[Sequence[float]]) -> None:
+    """Axes from zero on, whose loss ends just above the curves: the first noisy steps must not flatten the rest."""
+    panel.xaxis.set_major_locator(MaxNLocator(5))
+    panel.set_xlim(0, None)
+    plain_axes(panel, grid="both")
+    finite: list[float] = []
+    for curve in curves:
+        finite += filter(is_usable, curve)
+    if finite:
+        low, high = min(finite), max(finite)
+        margin = 0.06 * (high - low) or 0.1
+        panel.set_ylim(low - 2 * margin, high + 2 * margin)
+
+
+def say_fall(curves: Sequence[LossCurve]) -> str:
+    """Whether every stage ended below where it began."""
+    unfallen = [shorten(curve.stage) for curve in curves if not _fell(curve.loss)]
+    if unfallen:
+        return "Training loss; it did not fall in " + ", ".join(unfallen[:4])
+    if len(curves) > 1:
+        return "Training loss fell in every stage"
+    return "Training loss fell"
+
+
+def _fell(loss: Sequence[float]) -> bool:
+    """Whether the last tenth lies below the first, on average; not when a loss there is not finite."""
+    tenth = math.ceil(len(loss) / 10)
+    return mean(loss[-tenth:]) < mean(loss[:tenth])
+
+
+# --- routing and load --------------------------------------------------------------------------------------
+
+
+def draw_routing(all_mixtures: Sequence[Model], palette: Palette) -> Figure:
+    """Share of tokens per expert and layer: rows are domains, columns mixtures (before and after finetuning)."""
+    experts = all_mixtures[-1].experts
+    mixtures = [model for model in all_mixtures if model.experts == experts][-MIXTURES_SHOWN:]
+    shown: dict[str, dict[str, Any]] = {}
     for model in mixtures:
-        experts |= dict.fromkeys(model.experts)
-    handles, labels = [], []
-    for name in experts:
-        handles.append(Patch(facecolor=palette.colour(name), hatch=palette.hatch(name), edgecolor="white"))
-        label = f"{shorten(name)} expert"
-        if name == SEED:
-            label += " (generalist)"
-        labels.append(label)
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False, fontsize=8.5)
+        shown[_MOMENTS.get(model.role, model.name)] = _routed_texts(model)
+    return draw_shares(shown, experts, palette=palette, title=say_routing(mixtures[-1]))
+
+
+def _routed_texts(model: Model) -> dict[str, Any]:
+    """A model's routing as routing.json has it: without dense layers, whose shares are all zero."""
+    texts = {}
+    for domain, layers in list((model.routing or {}).items())[:ROUTING_DOMAINS]:
+        kept = [layer for layer, shares in enumerate(layers) if any(shares)]
+        texts[domain] = {"layers": kept, "choices": [layers[layer] for layer in kept]}
+    return texts
 
 
 def say_routing(model: Model) -> str:
     """How far the domains' routing lies apart in ``model``, as a sentence."""
-    moment = _name_moment(model.name)
+    moment = _MOMENTS.get(model.role, shorten(model.name))
     if not model.chooses_experts():
         return f"Where tokens go {moment}: soft routing sends each to every expert"
     distances = list(filter(math.isfinite, routing_distances(model).values()))
@@ -199,5 +380,30 @@ def say_routing(model: Model) -> str:
     return f"Where tokens go: {moment}, two domains' routing differs by {percent} on average"
 
 
-def _name_moment(name: str) -> str:
-    return _MOMENTS.get(name, shorten(name))
+def draw_loads(variants: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> Figure:
+    """Load per layer and expert of every variant, mean over its seeds."""
+    columns = min(5, len(variants))
+    figure = new_page(1.9 * math.ceil(len(variants) / columns))
+    panels = make_panels(figure, len(variants), columns)
+    for panel, (variant, seeds) in zip(panels, variants.items(), strict=True):
+        load_LE = []
+        for layers in zip(*seeds, strict=False):
+            load_LE.append([mean(shares) for shares in zip(*layers, strict=False)])
+        experts = len(load_LE[0])
+        write = write_percent
+        if len(load_LE) * experts > CELLS_WRITTEN:
+            write = _write_nothing
+        draw_heat_map(panel, load_LE, write)
+        panel.set_title(shorten(variant), fontsize=8)
+        panel.set_xticks(choose_ticks(range(experts)))
+        ticks = choose_ticks(range(len(load_LE)))
+        panel.set_yticks(ticks, [str(layer + 1) for layer in ticks])
+        panel.tick_params(labelsize=7, length=0)
+    add_heat_scale(figure, panels, "share of the layer's choices")
+    figure.supxlabel("expert, in the order of the mix", fontsize=8)
+    figure.supylabel("layer", fontsize=8)
+    return figure
+
+
+def _write_nothing(share: float) -> str:
+    return ""

@@ -1,4 +1,4 @@
-"""What a run left behind, read for its report: evaluations, stages and the data statement.
+"""What a run left behind, read for its report: models with their scores, stages and the data statement.
 
 Nothing here judges or draws. A part that is missing becomes a note, so that the report can say what is absent. A part
 that is there and cannot be read is an :class:`InputError`, because a report that silently leaves out a number is worse
@@ -8,86 +8,72 @@ than none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.common.files import read_json_object
 from megatron_btx.recipe.names import (
-    AVERAGE_MODEL,
-    BTX_MODEL,
     DATA_STAGE,
     DATASETS_FILE,
-    DENSE_MODEL,
-    EVALUATE_EXPERTS_STAGE,
+    DENSE_DOMAINS_STAGE,
     EVALUATION_FILE,
-    EVALUATION_PREFIX,
     EXPERT_PREFIX,
-    MIX_MODEL,
     RECIPE_FILE,
     REPORT_STAGE,
-    SEED_MODEL,
+    VALID_SPLIT,
     is_set_aside,
 )
-from megatron_btx.report.datasets import Datasets, read_datasets
-from megatron_btx.report.quantities import mean
-from megatron_btx.report.stages import Stage, read_stage, say_split
+from megatron_btx.report.models import (
+    AVERAGE,
+    BTX,
+    DENSE,
+    EXPERT,
+    MIX,
+    TUNED_AVERAGE,
+    Cast,
+    Model,
+    guess_row,
+    guess_table,
+    sort_models,
+)
+from megatron_btx.report.stages import MEAN, Stage, read_stage, sum_tokens
 from megatron_btx.report.stale import find_left_out, planned_fingerprints
-from megatron_btx.runner.run_dir import read_evaluation, read_yaml
-
-SEED, AVERAGE, MIX, BTX, DENSE = SEED_MODEL, AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL
-_ORDER = {SEED: 0, AVERAGE: 2, MIX: 3, BTX: 4, DENSE: 5}
-"""Models of well-known names in the report's order; single experts stand at 1, all others last."""
-_MIXTURES = f"{EVALUATION_PREFIX}moe"
-_ASKED_BY = {SEED: EVALUATE_EXPERTS_STAGE, AVERAGE: AVERAGE, MIX: _MIXTURES, BTX: _MIXTURES, DENSE: DENSE}
-"""Model -> the stage that a plan has when the recipe wants its losses."""
+from megatron_btx.runner.run_dir import make_loss, read_evaluation, read_model_table, read_yaml
+from megatron_btx.runner.schemas import ModelRow, Score
 
 
 @dataclass(frozen=True)
-class Model:
-    """One evaluated model."""
+class DatasetRow:
+    """One split of one domain."""
 
-    name: str
-    losses: Mapping[str, float]
-    """Loss per domain, nats per token; may be NaN."""
-    tokens: Mapping[str, int]
-    """Evaluated tokens per domain."""
-    parameters: int | None = None
-    active_parameters: int | None = None
-    """Parameters that work on one token."""
-    routing: Mapping[str, tuple[tuple[float, ...], ...]] | None = None
-    """Per domain, per layer: share of the routed (token, expert) pairs per expert. Dense layers have zeros alone."""
-    experts: tuple[str, ...] = ()
-    """Names of the experts, in the order of the routing shares."""
-    top_k: int | None = None
-    """Experts that a token takes, by the flags of the evaluation; None where they are not known."""
-
-    def mean_loss(self, domains: tuple[str, ...]) -> float | None:
-        """Unweighted mean over ``domains``, or None when one of them was not evaluated."""
-        losses = [self.losses[domain] for domain in domains if domain in self.losses]
-        if not losses or len(losses) < len(domains):
-            return None
-        return mean(losses)
-
-    def is_expert(self) -> bool:
-        """Whether it is a single expert."""
-        return self.name.startswith(EXPERT_PREFIX)
-
-    def chooses_experts(self) -> bool:
-        """Whether a token takes some of the experts only. Under soft routing it takes all, and shares say nothing."""
-        if self.parameters and self.active_parameters == self.parameters:
-            return False
-        return self.top_k is None or self.top_k < len(self.experts)
+    domain: str
+    split: str
+    documents: int | None
+    tokens: int | None
+    size_bytes: int | None
+    """Of the files that it is made of; None where they were split by shares."""
 
 
 @dataclass(frozen=True)
-class RunData:
-    """Everything the report is computed from."""
+class Datasets:
+    """What datasets.json states."""
+
+    rows: tuple[DatasetRow, ...]
+    """Empty for a run that was given its datasets."""
+    sources: Mapping[str, str]
+    """The tokenizer's flags, the seed of the split, and the texts of every domain, in words."""
+
+
+@dataclass(frozen=True)
+class RunData(Cast):
+    """Everything the report of a run is computed from."""
 
     name: str
-    models: Mapping[str, Model]
-    domains: tuple[str, ...]
     stages: tuple[Stage, ...]
     datasets: Datasets
     notes: tuple[str, ...] = ()
@@ -103,9 +89,20 @@ class RunData:
         """Whether the recipe asks for a stage, as far as that is known."""
         return self.planned is None or stage in self.planned
 
-    def mixtures(self) -> list[Model]:
-        """The models whose routing was recorded."""
-        return [model for model in self.models.values() if model.routing]
+    def tokens_after_seed(self, role: str) -> float | None:
+        """Tokens that a finetuned model and all it is made from consumed after the seed; None where that is unknown."""
+        first = {BTX: self._stage_of(MIX), DENSE: DENSE_DOMAINS_STAGE, TUNED_AVERAGE: self._stage_of(AVERAGE)}
+        return sum_tokens(self._stage_of(role), {stage.name: stage for stage in self.stages}, first[role])
+
+    def had_equal_tokens(self, role: str) -> bool:
+        """Whether a baseline was trained on as many tokens as the mixture, and both are known."""
+        tokens = self.tokens_after_seed(BTX)
+        return tokens is not None and tokens == self.tokens_after_seed(role)
+
+    def _stage_of(self, role: str) -> str:
+        """The stage that makes the model of a role."""
+        named = [model.row.stage for model in self.models if model.role == role and not model.row.variant]
+        return next(filter(None, named), None) or guess_row(role).stage or ""
 
 
 def read_run(run: Path) -> RunData:
@@ -119,51 +116,108 @@ def read_run(run: Path) -> RunData:
         stage = read_stage(folder)
         if stage is not None:
             found[folder.name] = stage
-    manifests = {name: stage.manifest for name, stage in found.items()}
-    reasons = find_left_out(run, manifests)
-    stages = [stage for name, stage in found.items() if name not in reasons]
+    reasons = find_left_out(run, {name: stage.manifest for name, stage in found.items()})
+    stages = {name: stage for name, stage in found.items() if name not in reasons}
     evaluations = [folder / EVALUATION_FILE for folder in folders if folder.name not in reasons]
     evaluations = [file for file in evaluations if file.is_file()]
-    models = _read_models(evaluations, found)
+    planned = planned_fingerprints(run)
+    table = read_model_table(run)
+    if table is None:
+        table = guess_table(stages if planned is None else planned)
+    models = _read_models(table, evaluations, stages)
     datasets = Datasets((), {})
     if DATA_STAGE not in reasons:
         datasets = read_datasets(run / DATA_STAGE / DATASETS_FILE)
-    if not found and not models and not datasets.rows:
+    if not found and not evaluations and not datasets.rows:
         raise InputError(
             f"{run}: not a run directory: no */manifest.json, */metrics.jsonl, */evaluation.json or data/datasets.json "
             "in it; give the directory that btx run made, or run the recipe first"
         )
-    planned = planned_fingerprints(run)
     strange: list[str] = []
     if planned is not None:
         strange = [file.parent.name for file in evaluations if file.parent.name not in found]
     data = RunData(
-        run.resolve().name,
         models,
-        tuple(dict.fromkeys(chain.from_iterable(model.losses for model in models.values()))),
-        tuple(stages),
+        collect_domains(models),
+        run.resolve().name,
+        tuple(stages.values()),
         datasets,
-        marked=tuple(_marks(reasons, stages, strange)),
-        on_split=say_split(read_yaml(run / RECIPE_FILE), "evaluate"),
+        on_split=_say_split(read_yaml(run / RECIPE_FILE)),
         planned=planned,
     )
-    return replace(data, notes=tuple(_notes(data)))
+    return replace(data, marked=tuple(_marks(data, reasons, strange)), notes=tuple(_notes(data)))
 
 
-def _read_models(evaluations: list[Path], stages: Mapping[str, Stage]) -> dict[str, Model]:
-    """The evaluated models by name, in the report's order.
+def collect_domains(models: Sequence[Model]) -> tuple[str, ...]:
+    """Every domain on which a model has a loss."""
+    return tuple(dict.fromkeys(chain.from_iterable(model.losses for model in models)))
+
+
+def join_runs(runs: Sequence[RunData]) -> Cast:
+    """The models of one run, or of several side by side."""
+    if len(runs) == 1:
+        return runs[0]
+    models = [replace(model, run=run.name) for run in runs for model in run.models]
+    names = list(dict.fromkeys(model.name for model in models))
+    models.sort(key=lambda model: names.index(model.name))  # stable: of one name in the order of the runs
+    return Cast(sort_models(models), collect_domains(models))
+
+
+def _say_split(recipe: Mapping[str, Any]) -> str:
+    """Of which split the losses are, by the run's recipe: " on the test split"; empty where it does not say."""
+    for section in ("evaluate", "ablation"):
+        if isinstance(recipe.get(section), dict):
+            return f" on the {recipe[section].get('split', VALID_SPLIT)} split"
+    return ""
+
+
+def _read_models(
+    table: Sequence[ModelRow], evaluations: Sequence[Path], stages: Mapping[str, Stage]
+) -> tuple[Model, ...]:
+    """The models of the table and of the evaluations, in the report's order.
 
     Raises:
-        InputError: a file is broken, or two of them have a model of one name.
+        InputError: a file is broken, or two of them have the same score of a model.
     """
-    models: dict[str, Model] = {}
-    sources: dict[str, Path] = {}
+    models = {row.name: Model(row, stage=stages.get(row.stage or "")) for row in table}
+    sources: dict[tuple[str, str, str], Path] = {}
     for file in evaluations:
-        for model in _read_models_in(file, _read_top_k(stages.get(file.parent.name))):
-            if model.name in models:
-                raise InputError(f"{file}: model {model.name!r} is in {sources[model.name]}, too; remove one")
-            models[model.name], sources[model.name] = model, file
-    return {name: models[name] for name in sorted(models, key=_rank)}
+        evaluation = read_evaluation(file)
+        experts = tuple(evaluation.experts or ())
+        for name, found in evaluation.models.items():
+            scores = [score for score in evaluation.scores if score.model == name]
+            for score in scores:
+                place = (name, score.measure, score.data)
+                if place in sources:
+                    raise InputError(f"{file}: model {name!r} is in {sources[place]}, too; remove one")
+                sources[place] = file
+            if name not in models:
+                row = guess_row(name)
+                models[name] = Model(row, stage=stages.get(row.stage or ""))
+            known = models[name]
+            stated: dict[str, Any] = {"scores": (*known.scores, *scores)}
+            if found.parameters is not None:
+                stated |= {"parameters": found.parameters, "active_parameters": found.active_parameters}
+            if found.routing:
+                top_k = _read_top_k(stages.get(file.parent.name))
+                routing = _check_routing(found.routing, len(experts), f"{file}: model {name!r}")
+                stated |= {"routing": routing, "experts": experts, "top_k": top_k}
+            models[name] = replace(known, **stated)
+    for name, model in models.items():
+        if model.row.variant and not model.scores:
+            models[name] = replace(model, scores=_last_scores(model))
+    return sort_models(models.values())
+
+
+def _check_routing(
+    routing: Mapping[str, list[list[float]]], experts: int, where: str
+) -> dict[str, tuple[tuple[float, ...], ...]]:
+    checked = {}
+    for domain, layers in routing.items():
+        if any(len(shares) != experts for shares in layers):
+            raise InputError(f"{where}: routing is not of {experts} experts; evaluate again")
+        checked[domain] = tuple(map(tuple, layers))
+    return checked
 
 
 def _read_top_k(stage: Stage | None) -> int | None:
@@ -173,42 +227,23 @@ def _read_top_k(stage: Stage | None) -> int | None:
     return None
 
 
-def _read_models_in(file: Path, top_k: int | None) -> list[Model]:
-    evaluation = read_evaluation(file)
-    experts = tuple(evaluation.experts or ())
-    models = []
-    for name, found in evaluation.models.items():
-        routing = {}
-        for domain, layers in (found.routing or {}).items():
-            routing[domain] = tuple(map(tuple, layers))
-            for shares in layers:
-                if len(shares) != len(experts):
-                    raise InputError(
-                        f"{file}: model {name!r}: routing is not of {len(experts)} experts; evaluate again"
-                    )
-        names: tuple[str, ...] = ()
-        if routing:
-            names = experts
-        parameters, active = found.parameters, found.active_parameters
-        models.append(Model(name, found.losses, found.tokens, parameters, active, routing or None, names, top_k))
-    return models
+def _last_scores(model: Model) -> tuple[Score, ...]:
+    """The losses after the last step of what made a variant, which no stage of its own evaluates."""
+    losses = {}
+    if model.stage is not None:
+        losses = model.stage.last_losses()
+    return tuple(make_loss(model.name, domain, loss, None) for domain, loss in losses.items() if domain != MEAN)
 
 
-def _rank(name: str) -> int:
-    if name.startswith(EXPERT_PREFIX):
-        return 1
-    return _ORDER.get(name, len(_ORDER) + 1)
-
-
-def _marks(reasons: Mapping[str, str], stages: list[Stage], strange: list[str]) -> Iterator[str]:
+def _marks(data: RunData, reasons: Mapping[str, str], strange: Sequence[str]) -> Iterator[str]:
     """What the report leaves out, what it shows in part, and evaluations that no stage of the run made."""
     left_out: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         left_out.setdefault(reason, []).append(name)
     for reason, names in left_out.items():
         yield f"Left out: {', '.join(names)}: {reason}."
-    unfinished = [stage for stage in stages if stage.unfinished]
-    finished = [stage for stage in stages if not stage.unfinished]
+    unfinished = [stage for stage in data.stages if stage.unfinished]
+    finished = [stage for stage in data.stages if not stage.unfinished]
     for stage in unfinished:
         yield (
             f"Stage {stage.name} is unfinished: {stage.unfinished}. Its curve, tokens and FLOPs are those up to there."
@@ -217,30 +252,91 @@ def _marks(reasons: Mapping[str, str], stages: list[Stage], strange: list[str]) 
         earlier = [other.name for other in finished if stage.name in other.parents]
         if earlier:
             yield f"Made before {stage.name} started again: {', '.join(earlier)}."
+    for model in data.variants():
+        if model.scores or model.row.stage in reasons or (model.stage is not None and model.stage.unfinished):
+            continue
+        if model.stage is None:
+            yield f"{model.name}: has not run."
+        else:
+            yield f"{model.name}: holds no loss per domain, so that it has not come to its end."
     for name in strange:
         yield f"{name}/evaluation.json has no manifest: nothing says of which models it is."
 
 
 def _notes(data: RunData) -> Iterator[str]:
-    models, stages = data.models, data.stages
-    for name in _ORDER:
-        if name not in models and data.asks_for(_ASKED_BY[name]):
-            yield f"No evaluation of a model named {name}."
-    if not any(map(Model.is_expert, models.values())):
-        yield f"No evaluation of single experts (models named {EXPERT_PREFIX}<domain>)."
-    for model in models.values():
+    if not data.variants():
+        for model in data.models:
+            if not model.scores and data.asks_for(model.row.stage or model.name):
+                yield f"No evaluation of a model named {model.name}."
+        if not data.having(EXPERT):
+            yield f"No evaluation of single experts (models named {EXPERT_PREFIX}<domain>)."
+    for model in data.models:
         for domain, loss in model.losses.items():
             if not math.isfinite(loss):
                 yield f"The loss of {model.name} on {domain} is not a finite number: {loss}."
-    if not any(model.routing for model in models.values()):
+    if not data.mixtures() and not data.variants():
         yield "No routing was recorded."
-    for stage in stages:
+    for stage in data.stages:
         if stage.manifest is None:
             yield f"Stage {stage.name} has a loss curve and no manifest: it is unfinished, or was stopped."
         broken = stage.count_broken_losses()
         if broken:
             yield f"Stage {stage.name}: the training loss is not a finite number at {broken} iterations."
-    if not any(stage.curve for stage in stages):
+    if not any(stage.curve for stage in data.stages):
         yield "No loss curves: no stage of this run trained."
     if not data.datasets.rows and data.asks_for(DATA_STAGE):
         yield "No data statement (data/datasets.json): the datasets were given, or an older version made them."
+
+
+# --- the data statement ---------------------------------------------------------------------------------------
+
+_REMEDY = "run the stage that writes it again"
+_ALL_SPLITS = "text"
+"""The source of a domain whose documents were split by shares, in datasets.json."""
+
+
+def read_datasets(file: Path) -> Datasets:
+    """The data statement in ``file``; an empty one when there is no such file. Raises InputError when it is broken."""
+    if not file.is_file():
+        return Datasets((), {})
+    content = read_json_object(file, _REMEDY)
+    try:
+        return Datasets(tuple(_read_rows(content)), _read_sources(content))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: is no data statement of btx datasets ({error!r}); {_REMEDY}") from error
+
+
+def _read_rows(content: dict[str, Any]) -> list[DatasetRow]:
+    rows = []
+    for domain, splits in content["domains"].items():
+        for split, sizes in splits.items():
+            own_files = content["sources"][domain].get(split, {})
+            rows.append(DatasetRow(domain, split, sizes.get("documents"), sizes.get("tokens"), own_files.get("bytes")))
+    return rows
+
+
+def _read_sources(content: dict[str, Any]) -> dict[str, str]:
+    sources = {}
+    for flag, value in content["tokenizer"].items():
+        sources[flag] = name_path(value)
+    for domain, texts in content["sources"].items():
+        for source, text in texts.items():
+            said = f"{len(text['files'])} file(s), {text['bytes']:,} bytes"
+            if source == _ALL_SPLITS:
+                said += f", split by shares with seed {content['seed']}"
+            sources[f"{domain}: {source}"] = f"{said}: {_first_and_last(text['files'])}"
+    return sources
+
+
+def _first_and_last(files: list[str]) -> str:
+    """The files, shortened where there are many."""
+    if len(files) <= 2:
+        return ", ".join(map(name_path, files))
+    return f"{name_path(files[0])}, …, {name_path(files[-1])}"
+
+
+def name_path(value: object) -> str:
+    """A value as text; of a path the last part, because a report is read elsewhere."""
+    if os.path.isabs(text := str(value)):
+        return Path(text).name
+    return text

@@ -1,4 +1,4 @@
-"""A report, and its forms: one HTML page that needs nothing beside it, a Markdown file, a terminal, numbers as JSON.
+"""A report as sections of blocks, and its forms: one HTML page, a Markdown file, a terminal, numbers as JSON.
 
 Names of domains, models and stages are other people's text. They are escaped here: jinja2 does it in pages, and the
 functions below in Markdown; a terminal gets no control characters.
@@ -13,9 +13,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 from rich import box
@@ -26,8 +26,6 @@ from rich.text import Text
 from megatron_btx.common.files import write_atomically
 from megatron_btx.common.manifest import mark
 from megatron_btx.common.table import WholeTable, describe_cells
-from megatron_btx.report.blocks import Block, Bullets, Cell, Image, Paragraph, Section, Table
-from megatron_btx.report.facts import Fact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,37 +42,104 @@ _TONE_STYLES = {"good": "green", "bad": "red", "unknown": "dim", "": ""}
 
 
 @dataclass(frozen=True)
-class Files:
-    """Names of a report's files in its folder."""
+class Cell:
+    """One cell of a table."""
 
-    page: str
     text: str
-    numbers: str
-    figures: tuple[str, ...]
-    """All that it may have; those that a report does not draw are removed."""
+    strong: bool = False
+    tone: str = ""
+    """"good", "bad" or "unknown" gives a verdict its colour; the text says the same without it."""
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A sentence, or a few."""
+
+    text: str
+    lead: bool = False
+    """Whether it is the sentence that a hurried reader should see."""
+    kind: Literal["paragraph"] = field(default="paragraph", init=False)
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of sentences."""
+
+    items: tuple[str, ...]
+    kind: Literal["bullets"] = field(default="bullets", init=False)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a header; its rows have as many cells."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    text_columns: int = 1
+    """How many leading columns hold words; the others hold numbers and are set flush right."""
+    caption: str = ""
+    kind: Literal["table"] = field(default="table", init=False)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A figure."""
+
+    file: str
+    """File name beside the page."""
+    alternative: str
+    """What it shows, for who cannot see it."""
+    caption: str
+    kind: Literal["image"] = field(default="image", init=False)
+
+
+Block = Paragraph | Bullets | Table | Image
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report under one heading; the opening one has none."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+def make_row(*cells: str | Cell) -> tuple[Cell, ...]:
+    """A table row from cells and plain strings."""
+    row = []
+    for cell in cells:
+        if isinstance(cell, str):
+            cell = Cell(cell)
+        row.append(cell)
+    return tuple(row)
+
+
+def make_bullets(items: tuple[str, ...]) -> tuple[Bullets, ...]:
+    """The sentences as a block; none without a sentence."""
+    return (Bullets(items),) * bool(items)
 
 
 @dataclass(frozen=True)
 class Report:
-    """A report of either kind of run, before it is written."""
+    """A report before it is written."""
 
     title: str
     sections: tuple[Section, ...]
     folder: Path
     """Where it is written: other files there are left alone."""
-    files: Files
+    page: str
+    """Name of the HTML page; the Markdown file stands beside it."""
+    text: str
+    figures: tuple[str, ...]
+    """Names of all that it may have; those that it does not draw are removed."""
     draw: Callable[[], dict[str, Figure]]
     """Draws the figures, by file name. Called once, when the report is written: drawing takes seconds."""
-    numbers: object
-    """Everything, for programs."""
+    numbers: Mapping[str, Any]
+    """Everything, for programs: file -> its content. All of it is in the first."""
     printed: tuple[Block, ...]
     """What is shown on a terminal."""
-    facts: tuple[Fact, ...] = ()
-
-    @property
-    def page(self) -> Path:
-        """The report itself."""
-        return self.folder / self.files.page
+    is_refuted: bool = False
+    """Whether some fact is false."""
 
 
 def render_page(template: str, **values: object) -> str:
@@ -250,14 +315,14 @@ def write_report(report: Report) -> None:
     contents = {
         **images,
         **{Path(name).stem + ".pdf": to_pdf(figure) for name, figure in figures.items()},
-        report.files.numbers: to_json(report.numbers),
-        report.files.text: to_markdown(report.title, report.sections).encode(),
-        report.files.page: to_html(report.title, report.sections, images).encode(),
+        **{name: to_json(numbers) for name, numbers in report.numbers.items()},
+        report.text: to_markdown(report.title, report.sections).encode(),
+        report.page: to_html(report.title, report.sections, images).encode(),
     }
     mark(report.folder, report.folder.name)
     for name, content in contents.items():
         write_atomically(report.folder / name, content)
-    for name in report.files.figures:
+    for name in report.figures:
         if name not in images:
             for form in (".png", ".pdf"):
                 (report.folder / name).with_suffix(form).unlink(missing_ok=True)

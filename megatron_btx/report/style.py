@@ -19,7 +19,6 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from megatron_btx.recipe.names import EXPERT_PREFIX
 from megatron_btx.report.quantities import is_usable
 
 PAGE_WIDTH_INCHES = 9.0
@@ -30,6 +29,7 @@ INK, FAINT = "#222222", "#d9d9d9"
 FIXED_COLOURS = {
     "seed": "#7a7a7a",
     "average": "#b8a26a",
+    "average-finetuned": "#7d6a2f",
     "mix": "#f0a58a",
     "btx": "#c8401c",
     "finetune": "#c8401c",
@@ -50,17 +50,15 @@ class Palette:
     def __init__(self, names: Sequence[str]) -> None:
         self._index: dict[str, int] = {}
         for name in names:
-            own = name.removeprefix(EXPERT_PREFIX)
-            if own not in FIXED_COLOURS and own not in self._index:
-                self._index[own] = len(self._index)
+            if name not in FIXED_COLOURS and name not in self._index:
+                self._index[name] = len(self._index)
 
     def rank(self, name: str) -> int:
         """Where the name stands among those with a colour of their own; the others come last."""
-        return self._index.get(name.removeprefix(EXPERT_PREFIX), len(self._index))
+        return self._index.get(name, len(self._index))
 
     def colour(self, name: str) -> str:
         """The colour of a model, an expert or a stage."""
-        name = name.removeprefix(EXPERT_PREFIX)
         if name in FIXED_COLOURS:
             return FIXED_COLOURS[name]
         return CYCLE[self._index[name] % len(CYCLE)]
@@ -75,7 +73,7 @@ class Palette:
 
     def _round(self, name: str) -> int:
         """How often the colours were used up before this name."""
-        return self._index.get(name.removeprefix(EXPERT_PREFIX), 0) // len(CYCLE)
+        return self._index.get(name, 0) // len(CYCLE)
 
 
 def to_png(figure: Figure) -> bytes:

@@ -1,6 +1,6 @@
 """The files of a run and their forms, written and read here only.
 
-    RUN/plan.json  recipe.yaml  .lock  data/datasets.json
+    RUN/plan.json  recipe.yaml  models.json  .lock  data/datasets.json
     RUN/STAGE/config.yaml  command.sh  log.txt  manifest.json  metrics.jsonl  evaluation.json  checkpoint/
 
 One rule for what cannot be read. A file that is not there is None or empty. A number that is none is None. A line of
@@ -23,17 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from megatron_btx.common import manifest as manifests
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import parse_json, read_json, read_json_object
-from megatron_btx.recipe.names import LOCK_FILE, PLAN_FILE, RECIPE_FILE, TRACKER_FILE
+from megatron_btx.recipe.names import LOCK_FILE, MODELS_FILE, PLAN_FILE, RECIPE_FILE, TRACKER_FILE
 from megatron_btx.runner.schemas import (
+    LOSS,
     Evaluation,
     MetricsLine,
     ModelEvaluation,
+    ModelRow,
     PlannedStage,
+    Score,
     StageManifest,
     read_count,
 )
@@ -151,8 +154,23 @@ def parse_metrics(text: str) -> list[MetricsLine]:
     return found
 
 
+def read_model_table(run: Path) -> list[ModelRow] | None:
+    """The table of models of the run directory ``run``; None where there is none.
+
+    Raises:
+        InputError: it is broken.
+    """
+    path = run / MODELS_FILE
+    if not path.is_file():
+        return None
+    try:
+        return TypeAdapter(list[ModelRow]).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{path}: is no table of models ({_say_first(error)}); btx run writes it again") from None
+
+
 def read_evaluation(path: Path) -> Evaluation:
-    """The evaluation in ``path``.
+    """The evaluation in ``path``, of this version or an earlier one.
 
     Raises:
         InputError: it is not in the form of an evaluation.
@@ -160,25 +178,46 @@ def read_evaluation(path: Path) -> Evaluation:
     content = read_json_object(path, "run the stage that writes it again")
     if not isinstance(content.get("models"), dict):
         raise InputError(f"{path}: no mapping 'models'; expected an evaluation.json; evaluate the run again")
-    models = {str(name): _read_model(path, str(name), entry) for name, entry in content["models"].items()}
+    models = {}
+    for name, entry in content["models"].items():
+        models[str(name)] = _read_part(ModelEvaluation, entry, f"{path}: model {str(name)!r}")
+    scores = []
+    for name, model in models.items():
+        for domain, loss in model.losses.items():
+            scores.append(make_loss(name, domain, loss, model.tokens.get(domain)))
+    for number, entry in enumerate(content.get("scores") or ()):
+        scores.append(_read_part(Score, entry, f"{path}: score {number}"))
+    losses = [score for score in scores if score.measure == LOSS]
+    for name in dict.fromkeys([*models, *(score.model for score in scores)]):
+        own = [score for score in losses if score.model == name]
+        tokens = {score.data: score.count for score in own if score.count is not None}
+        stated = {"losses": {score.data: score.value for score in own}, "tokens": tokens}
+        models[name] = models.get(name, ModelEvaluation()).model_copy(update=stated)
     experts = [str(expert) for expert in content.get("experts") or ()] or None
     masked = content.get("eod_mask_loss")
     if not isinstance(masked, bool):
         masked = None
-    return Evaluation(models=models, experts=experts, eod_mask_loss=masked)
+    return Evaluation(scores=scores, models=models, experts=experts, eod_mask_loss=masked)
 
 
-def _read_model(path: Path, name: str, entry: object) -> ModelEvaluation:
+def make_loss(model: str, domain: str, loss: float, tokens: int | None, stderr: float | None = None) -> Score:
+    """The score of a mean loss over ``tokens``."""
+    return Score(model=model, measure=LOSS, data=domain, value=loss, stderr=stderr, count=tokens, unit="nats/token")
+
+
+def _read_part[Part: BaseModel](form: type[Part], entry: object, where: str) -> Part:
     try:
-        return ModelEvaluation.model_validate(entry)
+        return form.model_validate(entry)
     except (ValidationError, RecursionError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise InputError(
-            f"{path}: model {name!r} is not in the form of an evaluation ({reason}); evaluate the run again"
-        ) from None
+        raise InputError(f"{where} is not in the form of an evaluation ({_say_first(error)}); evaluate again") from None
+
+
+def _say_first(error: ValidationError | RecursionError) -> str:
+    """Where a record's first fault is, and what."""
+    if isinstance(error, RecursionError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def own_manifest(directory: Path, name: str) -> StageManifest | None:

@@ -200,10 +200,49 @@ class MetricsLine(_Record):
                 yield name, found
 
 
-class ModelEvaluation(_Record):
-    """What evaluation.json says of one model."""
+class ModelRow(_Record):
+    """One row of models.json, the run's table of models."""
 
-    losses: dict[str, float]
+    name: str
+    """As evaluations call it."""
+    role: str
+    """seed, expert, average, mix, btx, dense, or what a later version knows."""
+    home: Text = None
+    """An expert's domain."""
+    variant: Text = None
+    """Of an ablation."""
+    seed: Count = None
+    """Of an ablation's row: what draws its routers and shuffles its data."""
+    stage: Text = None
+    """The stage that makes it; None or empty for a given model."""
+    meaning: Text = None
+    """What it is, as a phrase."""
+
+
+LOSS = "loss"
+"""The measure of every evaluation: mean cross-entropy, nats per token."""
+
+
+class Score(_Record):
+    """One number that was measured of a model."""
+
+    model: str
+    measure: str
+    data: str
+    """The domain or the task."""
+    value: float
+    """May be NaN."""
+    stderr: Number = None
+    """Its standard error over the data; None where it was not taken."""
+    count: Count = None
+    """Of what it is the mean: tokens of a loss, items of a task."""
+    unit: str = ""
+
+
+class ModelEvaluation(_Record):
+    """What evaluation.json says of one model. An earlier version has its losses here, and no scores."""
+
+    losses: dict[str, float] = Field(default_factory=dict)
     """Domain -> loss, nats per token; may be NaN."""
     tokens: dict[str, int] = Field(default_factory=dict)
     """Domain -> evaluated tokens."""
@@ -217,6 +256,8 @@ class ModelEvaluation(_Record):
 class Evaluation(_Record):
     """An evaluation.json."""
 
+    scores: list[Score] = Field(default_factory=list)
+    """All that was measured."""
     models: dict[str, ModelEvaluation]
     experts: list[str] | None = None
     """Names of the experts, in the order of the routing's shares; None where no mixture was evaluated."""

@@ -7,7 +7,6 @@ pass over the same fixed text of every domain each time, with the function that 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from megatron_btx.common.log import say, say_from_last_rank
 from megatron_btx.engine import patch
 from megatron_btx.engine.checks.start import checkpoint_to_load
 from megatron_btx.engine.options import Options
-from megatron_btx.evaluation.losses import evaluate_domain
+from megatron_btx.runner.run_dir import read_evaluation
 from megatron_btx.training.hooks import Callback, log_scalars
 
 if TYPE_CHECKING:
@@ -150,23 +149,28 @@ def _worst_experts(where: str, file: Path, names: list[str], eod_mask_loss: bool
     if not names:
         raise InputError(f"{where}: bounds the loss on every domain; name them with --btx-valid-data DOMAIN=TEXT")
     try:
-        result = json.loads(file.read_text())
-        models, masked = result["models"], bool(result.get("eod_mask_loss"))
-        losses = {domain: {m: float(r["losses"][domain]) for m, r in models.items()} for domain in names}
+        file.open("rb").close()
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror}); give a number of nats, or {again}") from error
-    except KeyError as missing:
-        raise InputError(f"{where}: has no {missing}; {again}") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    try:
+        result = read_evaluation(file)
+    except InputError as error:
         raise InputError(f"{where}: is no result of megatron_btx.evaluate ({error}); {again}") from error
-    if not models:
+    if not result.models:
         raise InputError(f"{where}: holds no model; {again}")
-    check_masked_alike(where, masked, eod_mask_loss)
-    for domain, of in losses.items():
-        for model, loss in of.items():
+    check_masked_alike(where, bool(result.eod_mask_loss), eod_mask_loss)
+    worst: dict[str, tuple[float, str]] = {}
+    for domain in names:
+        losses = []
+        for name, model in result.models.items():
+            loss = model.losses.get(domain)
+            if loss is None:
+                raise InputError(f"{where}: has no {domain!r}; {again}")
             if not 0 < loss < math.inf:
-                raise InputError(f"{where}: the loss of {model} on {domain} is {loss}, expected above 0; {again}")
-    return {domain: max((loss, model) for model, loss in of.items()) for domain, of in losses.items()}
+                raise InputError(f"{where}: the loss of {name} on {domain} is {loss}, expected above 0; {again}")
+            losses.append((loss, name))
+        worst[domain] = max(losses)
+    return worst
 
 
 def check_masked_alike(where: str, masked: bool, eod_mask_loss: bool) -> None:
@@ -186,6 +190,9 @@ def _losses(
     from megatron.core.utils import get_model_config
     from megatron.training import get_timers, training
 
+    from megatron_btx.data.texts import start_of
+    from megatron_btx.model.step import batches_of, forward
+
     timer = get_timers()("interval-time")
     timer.stop()
     # The timers of forward passes (--timing-log-level 2) are of training.
@@ -203,7 +210,8 @@ def _losses(
         chunk.eval()
     losses: dict[str, float] = {}
     for domain, text in options.valid_texts.items():
-        losses[domain] = evaluate_domain(model, domain, text, options.valid_tokens)[0]
+        batches = batches_of(start_of(text, options.valid_tokens), f"{domain}: {text}")
+        losses[domain] = forward(model, batches).nats
     for chunk in model:
         chunk.train()
     if hooked:

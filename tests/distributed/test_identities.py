@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_btx.runner.run_dir import read_evaluation
 from tests import pico
 from tests.mixing import mix, rewrite
 from tests.runner import Zygote, read_losses
@@ -25,7 +25,7 @@ def evaluate(zygote: Zygote, folder: Path, models: dict[str, Path], corpus: Path
     entry = named.pop("entry", "megatron_btx.evaluation.program")
     world_size = named.pop("world_size", 1)
     zygote.wait(zygote.start(world_size, arguments, folder / "log" / "evaluate", entry=entry, **named))
-    return json.loads(output.read_text())["models"]
+    return {name: model.model_dump() for name, model in read_evaluation(output).models.items()}
 
 
 @pytest.mark.parametrize("topk", [1, 2, 4])
@@ -46,7 +46,7 @@ def test_equal_experts_are_the_dense_model(topk, zygote, dense, corpus, tmp_path
 
 def test_parameters_active_for_a_token(four_experts, dense):
     """Of four experts in four layers k are active; under sampled top-1 all of the first layer's, one of the others'."""
-    from megatron_btx.evaluation.losses import count_parameters
+    from megatron_btx.evaluation.program import count_parameters
     from megatron_btx.mixing.loader import open_source
 
     source, expert, routers = open_source("mix", str(four_experts)), 3 * 32 * 48, 4 * 4 * 32

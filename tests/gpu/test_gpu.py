@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_btx.runner.run_dir import read_evaluation
 from tests import pico
 from tests.distributed.test_routing_methods import METHODS
 from tests.mixing import mix, rewrite
@@ -186,16 +187,14 @@ def test_evaluation_is_the_cpus(gpu, cpu, mixture, corpus, tmp_path, record_prop
     for machine, zygote in zip(MACHINES, (cpu, gpu), strict=True):
         output = tmp_path / f"{machine}.json"
         zygote.run(1, [*arguments, str(output)], tmp_path / "log" / machine, entry="megatron_btx.evaluation.program")
-        results.append(json.loads(output.read_text())["models"]["mix"])
+        results.append(read_evaluation(output).models["mix"])
     on_cpu, on_gpu = results
-    difference = abs(on_cpu["losses"]["text"] - on_gpu["losses"]["text"])
+    difference = abs(on_cpu.losses["text"] - on_gpu.losses["text"])
     record_property("difference of the loss from the CPU's (bound 1e-5)", difference)
-    assert on_gpu["tokens"] == on_cpu["tokens"] == {"text": 1024}
+    assert on_gpu.tokens == on_cpu.tokens == {"text": 1024}
     assert difference < 1e-5
     # One choice in 2048 may fall the other way where two experts are nearly even.
-    assert torch.allclose(
-        torch.tensor(on_gpu["routing"]["text"]), torch.tensor(on_cpu["routing"]["text"]), atol=2.5 / 2048
-    )
+    assert torch.allclose(torch.tensor(on_gpu.routing["text"]), torch.tensor(on_cpu.routing["text"]), atol=2.5 / 2048)
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_btx.recipe.from_checkpoint import read_models
+from megatron_btx.runner.run_dir import read_evaluation
 from tests import hugging_face
 from tests.runner import REPOSITORY
 
@@ -99,7 +100,7 @@ def test_the_export_is_the_mixture_that_was_evaluated(run: Path) -> None:
     """transformers computes on the exported folder what Megatron computed on the finetuned checkpoint."""
     model = hugging_face.loaded(run / "export" / "model")
     assert model.config.num_local_experts == 4
-    losses = json.loads((run / "evaluate-moe" / "evaluation.json").read_text())["models"]["btx"]["losses"]
+    losses = read_evaluation(run / "evaluate-moe" / "evaluation.json").models["btx"].losses
     for domain in ("general", "math", "code", "wiki"):
         computed = hugging_face.loss_in_transformers(model, run / "data" / f"{domain}.test")
         assert computed == pytest.approx(losses[domain], abs=1e-5)  # sums in another order
@@ -117,8 +118,8 @@ def test_finetuning_helped_and_the_report_says_so(run: Path) -> None:
     assert "btx" in said and "average" in said
     means = {}
     for stage in ("evaluate-moe", "evaluate-experts"):
-        for name, found in json.loads((run / stage / "evaluation.json").read_text())["models"].items():
-            means[name] = sum(found["losses"].values())
+        for name, found in read_evaluation(run / stage / "evaluation.json").models.items():
+            means[name] = sum(found.losses.values())
     assert means["btx"] < means["mix"] and means["btx"] < means["seed"]
 
 

@@ -16,6 +16,7 @@ import torch
 
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
+from megatron_btx.runner.run_dir import read_evaluation
 from tests.asked_tokenizers import Asked
 from tests.hugging_face import OLDER
 from tests.quickstart_texts import FOLDER
@@ -93,9 +94,9 @@ def test_ends_with_a_report(run):
     evaluation = json.loads((run / "evaluate-moe" / "evaluation.json").read_text())
     assert evaluation["experts"] == ["math", "code", "knowledge", "seed"]
     # Ten random-looking steps do not make experts, but every expert has at least moved at home.
-    losses = json.loads((run / "evaluate-experts" / "evaluation.json").read_text())["models"]
+    losses = read_evaluation(run / "evaluate-experts" / "evaluation.json").models
     for domain in ("math", "code", "knowledge"):
-        assert losses[f"expert-{domain}"]["losses"][domain] < losses["seed"]["losses"][domain]
+        assert losses[f"expert-{domain}"].losses[domain] < losses["seed"].losses[domain]
 
 
 def test_the_mixture_starts_bounded_by_its_experts(run):

@@ -10,11 +10,19 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.evaluation.inputs import expert_names
-from megatron_btx.evaluation.routing import Routed, describe, describe_layers, overlap, overlaps, read_earlier
-from megatron_btx.evaluation.routing_counts import LayerCounts, RoutingCounts
-from megatron_btx.evaluation.token_routes import pieces_of
-from megatron_btx.report.routing_page import write_page
+from megatron_btx.evaluation.analyze_routing import pieces_of
+from megatron_btx.evaluation.program import expert_names
+from megatron_btx.evaluation.routing import (
+    LayerCounts,
+    Routed,
+    RoutingCounts,
+    describe,
+    describe_layers,
+    overlap,
+    overlaps,
+    read_earlier,
+)
+from megatron_btx.report.routing import write_page
 
 
 def test_counts_of_a_router():
@@ -119,7 +127,7 @@ def test_hostile_text_stays_data(tmp_path):
         ('{"experts": ["a", "b"], "models": ["x"]}', "is no routing.json"),
         (
             '{"experts": ["a", "b"], "models": {"x": {"y": {"loss": 1, "layers": [0]}}}}',
-            "is no routing.json.*'choices'",
+            "is no routing.json.*choices",
         ),
         ('{"experts": ["x"], "models": {}}', "its experts are x, expected a, b"),
         ('{"experts": ["a", "b"], "models": {"btx": {}}}', "btx is there already"),

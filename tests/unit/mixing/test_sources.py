@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_btx.runner.run_dir import read_evaluation
 from tests import pico
 from tests.mixing import mix, rewrite
 from tests.runner import Zygote, read_losses
@@ -121,7 +121,7 @@ class Architecture:
         arguments += ["--btx-eval-tokens", "1024", "--btx-eval-data", f"text={self.corpus}"]
         arguments += ["--btx-eval-model", f"{name}={checkpoint}"]
         self.zygote.run(1, arguments, self.folder / f"log-{name}", entry="megatron_btx.evaluation.program")
-        return json.loads(output.read_text())["models"][name]["losses"]["text"]
+        return read_evaluation(output).models[name].losses["text"]
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))

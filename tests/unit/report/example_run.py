@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.report.build import make_report
+from megatron_btx.report.models import Model, guess_row
 from megatron_btx.report.pages import to_json
+from megatron_btx.runner.run_dir import make_loss
 
 DOMAINS = ("general", "math", "code", "knowledge")
 LOSSES = {
@@ -91,7 +93,10 @@ def make_run(root: Path, seed: int = 7) -> Path:
         with open(run / stage / "metrics.jsonl", "w", encoding="utf-8") as lines:
             for iteration in range(1, iterations + 1):
                 loss = last + (first - last) * math.exp(-6 * iteration / iterations) + draw.gauss(0, 0.12)
-                lines.write(json.dumps({"iteration": iteration, "time": 1.7e9 + iteration, "lm loss": loss}) + "\n")
+                line = {"iteration": iteration, "time": 1.7e9 + iteration, "lm loss": loss}
+                if stage == "finetune" and iteration % 150 == 0:
+                    line |= watched_losses(iteration / iterations)
+                lines.write(json.dumps(line) + "\n")
     write_json(run / "mix" / "manifest.json", {"seconds": 3.1, "parents": dict.fromkeys(MIXED, "sha")})
     write_json(run / "data" / "manifest.json", {"seconds": 41.0, "parents": []})
     write_json(run / "data" / "datasets.json", datasets())
@@ -101,6 +106,60 @@ def make_run(root: Path, seed: int = 7) -> Path:
     write_json(run / "evaluate-dense" / "evaluation.json", evaluation(baselines))
     write_json(run / "evaluate-moe" / "evaluation.json", evaluation(("mix", "btx")))
     return run
+
+
+def watched_losses(part: float) -> dict[str, float]:
+    """What finetuning logs of every domain on its way from the mix to the finetuned mixture."""
+    left = math.exp(-4 * part)
+    losses = {}
+    for at, domain in enumerate(DOMAINS):
+        losses[domain] = LOSSES["btx"][at] + left * (LOSSES["mix"][at] - LOSSES["btx"][at])
+    named = {f"lm loss validation {domain}": loss for domain, loss in losses.items()}
+    return {**named, "lm loss validation mean": sum(losses.values()) / len(losses)}
+
+
+ABLATION = {  # variant: the mean loss of each of its seeds, and how many experts are dead
+    "top2": {1: (2.31, 0), 2: (2.335, 1)},
+    "soft": {1: (2.42, 0), 2: (2.4, 0)},
+    "top1": {2: (2.61, 3)},
+}
+
+
+def make_ablation(root: Path) -> Path:
+    """A finished ablation of three variants and two seeds: mixtures of three layers and four experts."""
+    run, draw = root / "ablation", random.Random(3)
+    variants = {name: {"seeds": list(seeds)} if len(seeds) < 2 else None for name, seeds in ABLATION.items()}
+    write_json(run / "recipe.yaml", {"ablation": {"seeds": [1, 2], "split": "test", "variants": variants}})
+    planned = [{"stage": name} for name in ("data", "seed", "evaluate-experts")]
+    for seed in (1, 2):
+        planned.append({"stage": f"mix-s{seed}"})
+        for name, seeds in ABLATION.items():
+            if seed in seeds:
+                planned.append({"stage": f"ablation-{name}-s{seed}"})
+                write_finetuning(run / f"ablation-{name}-s{seed}", *seeds[seed], draw)
+    write_json(run / "plan.json", [*planned, {"stage": "report"}])
+    return run
+
+
+def write_finetuning(stage: Path, loss: float, dead: int, draw: random.Random) -> None:
+    """A finetuning of a mixture, as it leaves its metrics: training, routing, and the loss per domain at its end."""
+    loads = {}
+    for layer in range(3):
+        weights = [draw.uniform(0.5, 1.5) for _ in EXPERTS]
+        loads |= {f"moe/load_layer_{layer}_expert_{at}": weight / sum(weights) for at, weight in enumerate(weights)}
+    dropped = {f"moe/dropped_layer_{layer}": 0.01 * layer for layer in range(3)}
+    losses = {domain: loss + offset for domain, offset in zip(DOMAINS, (1.5, -1.0, 0.5, -1.0), strict=True)}
+    watched = {f"lm loss validation {domain}": value for domain, value in losses.items()}
+    watched["lm loss validation mean"] = sum(losses.values()) / len(losses)
+    lines: list[dict[str, Any]] = []
+    for iteration in (10, 20, 30, 40):
+        line = {"iteration": iteration, "time": 1.7e9 + iteration, "lm loss": loss + 10 / iteration}
+        lines.append({**line, **loads, **dropped, "moe/dead_experts": float(dead)})
+    lines[-1] |= watched
+    stage.mkdir(parents=True)
+    (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    manifest = {"status": "finished", "steps": 40, "tokens": 40_960, "seconds": 4.5, "flops": 1.1e11, "parents": {}}
+    write_json(stage / "manifest.json", {"stage": stage.name, **manifest})
 
 
 def change(path: Path, edit: Any) -> None:
@@ -116,8 +175,14 @@ def results(run: Path) -> dict[str, Any]:
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON as the standard has it")
 
-    found: dict[str, Any] = json.loads(to_json(make_report(run).numbers), parse_constant=refuse)
+    found: dict[str, Any] = json.loads(to_json(make_report(run).numbers["results.json"]), parse_constant=refuse)
     return found
+
+
+def make_model(name: str, losses: dict[str, float], **about: Any) -> Model:
+    """A model as an evaluation states it."""
+    scores = tuple(make_loss(name, domain, loss, None) for domain, loss in losses.items())
+    return Model(guess_row(name), scores, **about)
 
 
 def facts_of(found: dict[str, Any]) -> dict[str, bool | None]:

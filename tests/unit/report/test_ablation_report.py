@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.report import build as report
-from megatron_btx.report.ablation import find_best
-from megatron_btx.report.ablation_outcomes import read_outcomes
 from megatron_btx.report.build import main
-from megatron_btx.report.figure_ablation import draw_variants
+from megatron_btx.report.inputs import read_run
+from megatron_btx.report.models import find_best
 from megatron_btx.report.quantities import spread
+from megatron_btx.report.sections import make_study
+from megatron_btx.runner.schemas import LOSS
+
+STAGES = ("ablation-one-s1", "ablation-one-s2", "ablation-two-s2")
 
 
 def write(folder, name, seed, loss, dead=0, **more):
@@ -26,9 +30,13 @@ def write(folder, name, seed, loss, dead=0, **more):
     lines = [
         {"iteration": 4, **load, "moe/dead_experts": 9, "moe/dropped_layer_0": 0.5},
         {"iteration": 8, **load, "moe/dead_experts": dead, "moe/dropped_layer_0": 0.1, "moe/dropped_layer_1": 0.3},
-        {"iteration": 9, "lm loss validation math": loss, "lm loss validation mean": loss + 1, **more},
+        {"iteration": 9, "lm loss validation math": loss, "lm loss validation mean": loss, **more},
     ]
     (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+
+
+def plan(folder, *stages):
+    (folder / "plan.json").write_text(json.dumps([{"stage": stage} for stage in stages]))
 
 
 @pytest.fixture
@@ -37,25 +45,34 @@ def finished(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         json.dumps({"ablation": {"seeds": [1, 2], "variants": {"one": None, "two": {"seeds": [2]}}}})
     )
+    plan(tmp_path, *STAGES)
     for name, seed, loss, dead in (("one", 1, 2.0, 0), ("one", 2, 2.5, 2), ("two", 2, 1.5, 1)):
         write(tmp_path, name, seed, loss, dead)
     return tmp_path
 
 
+def best(run):
+    """The variants with the lowest mean loss."""
+    study = make_study([read_run(run)], "")
+    return [line.label for line in find_best(study.lines, LOSS, None, study.domains)]
+
+
 def test_report(finished, capsys):
     """The last values of every run; mean and deviation over seeds; a table, pages, figures and numbers."""
-    outcomes = read_outcomes(finished).runs
-    assert outcomes["one"][2].losses == {"math": 2.5, "mean": 3.5}
-    assert (outcomes["one"][2].dead, outcomes["one"][2].dropped) == (2, pytest.approx(0.2))
-    assert outcomes["two"][2].loads == [[0.7, 0.3], [0.7, 0.3]]
-    assert list(outcomes["two"]) == [2]
+    found = {(model.row.variant, model.row.seed): model for model in read_run(finished).variants()}
+    assert found["one", 2].losses == {"math": 2.5} and found["one", 2].stage.routing.dead == 2
+    assert found["one", 2].stage.routing.dropped == pytest.approx(0.2)
+    assert found["two", 2].stage.routing.loads == [[0.7, 0.3], [0.7, 0.3]]
+    assert [seed for variant, seed in found if variant == "two"] == [2]
     assert main([str(finished)]) == 0
     printed = capsys.readouterr().out
     assert "2.250 ± 0.354" in printed and "0, 2" in printed and "30.0% to 70.0%" in printed
     text = (finished / "report" / "ablation.md").read_text()
-    assert "Lowest mean loss: two, 2.500" in text and "3.250 ± 0.354" in text
+    assert "Lowest mean loss: two, 1.500" in text and "2.250 ± 0.354" in text
     assert len(list((finished / "report").glob("*.png"))) == 2
-    assert json.loads((finished / "report" / "ablation.json").read_text())["one"]["1"]["dead"] == 0
+    numbers = json.loads((finished / "report" / "ablation.json").read_text())
+    assert numbers["one"]["1"]["dead"] == 0 and numbers["one"]["2"]["losses"] == {"math": 2.5, "mean": 2.5}
+    assert json.loads((finished / "report" / "results.json").read_text())["models"]["ablation-two-s2"]["role"] == "btx"
 
 
 def test_spread():
@@ -80,10 +97,11 @@ def test_a_variant_of_broken_losses_is_shown_and_is_never_the_best(broken, finis
                 write(finished, name, seed, losses[name] if seed == seeds[0] or name != variant else 2.0)
         assert main([str(finished)]) == 0
         other = {"one": "two", "two": "one"}[variant]
-        assert find_best(read_outcomes(finished)) == [other]
-        assert f"Lowest mean loss: {other}, 3.000" in (finished / "report" / "ablation.md").read_text()
+        assert best(finished) == [other]
+        assert f"Lowest mean loss: {other}, 2.000" in (finished / "report" / "ablation.md").read_text()
         assert ("NaN" if math.isnan(broken) else "inf") in capsys.readouterr().out
-        json.loads((finished / "report" / "ablation.json").read_text(), parse_constant=pytest.fail)
+        for name in ("ablation.json", "results.json"):
+            json.loads((finished / "report" / name).read_text(), parse_constant=pytest.fail)
 
 
 def test_without_a_finite_loss_there_is_no_best(finished):
@@ -99,7 +117,7 @@ def test_a_tie_names_both(finished):
     """Equal means have no order."""
     for name, seed in (("one", 1), ("one", 2), ("two", 2)):
         write(finished, name, seed, 2.0)
-    assert find_best(read_outcomes(finished)) == ["one", "two"]
+    assert best(finished) == ["one", "two"]
 
 
 def manifest(folder, name, **content):
@@ -119,77 +137,81 @@ def test_stages_that_are_not_at_their_end_are_named_and_their_variant_is_not_the
     elif broken == "stopped":
         manifest(finished, stage, status="stopped", steps=20)
     else:
+        plan(finished, *STAGES, "mix-s2")
         manifest(finished, "mix-s2", status="finished", fingerprint="new")
         manifest(finished, stage, status="finished", fingerprint="a", parents={"mix-s2": "old"})
     said = {
-        "metrics": "has not run",
-        "validation": "not come to its end",
-        "stopped": "is unfinished, stopped at step 9 of 20",
-        "another mix": "made from another mix-s2",
+        "metrics": f"{stage}: has not run",
+        "validation": f"{stage}: holds no loss per domain, so that it has not come to its end",
+        "stopped": f"Stage {stage} is unfinished: stopped at step 9 of 20",
+        "another mix": f"{stage}: made from another mix-s2",
     }
     assert main([str(finished)]) == 0
-    printed = capsys.readouterr().out
-    assert f"{stage}: " in printed and said[broken] in printed
-    assert "two (0 of 1 seeds)" in printed and "one  " in printed
+    printed = " ".join(capsys.readouterr().out.split())
+    assert said[broken] in printed
+    assert "two (0 of 1 seeds)" in printed and "one " in printed
     text = (finished / "report" / "ablation.md").read_text()
-    assert said[broken] in text and "Lowest mean loss: one, 3.250" in text
+    assert said[broken] in text and "Lowest mean loss: one, 2.250" in text
 
 
 def test_a_variant_that_lacks_a_seed_is_not_compared(finished):
     """Its mean is over other seeds than it was to be; the best of whole ones is named."""
     write(finished, "one", 1, 0.1)
     shutil.rmtree(finished / "ablation-one-s2")
-    assert find_best(read_outcomes(finished)) == ["two"]
+    assert best(finished) == ["two"]
 
 
 def test_variants_that_were_not_planned_are_not_waited_for(finished):
     """A variant without settings may have been taken back: what was planned counts."""
-    recipe = {"ablation": {"seeds": [1, 2], "variants": {"one": {}, "two": None, "three": {"seeds": [2]}}}}
-    (finished / "recipe.yaml").write_text(json.dumps(recipe))
-    (finished / "plan.json").write_text(json.dumps([{"stage": f"ablation-one-s{seed}"} for seed in (1, 2)]))
-    outcomes = read_outcomes(finished)
-    assert list(outcomes.runs) == list(outcomes.seeds) == ["one"] and outcomes.notes == ()
+    plan(finished, *STAGES[:2])
+    data = read_run(finished)
+    assert [model.name for model in data.variants()] == list(STAGES[:2])
+    assert data.marked == ("Left out: ablation-two-s2: not a stage of this run's recipe.",)
 
 
-@pytest.mark.parametrize("broken", ["nothing", "recipe", "no ablation", "yaml", "variants", "seeds", "plan", "shapes"])
+def test_variants_are_known_by_the_table_of_models(finished):
+    """Whatever their names are; without one, by their names."""
+    rows = [
+        {"name": stage, "role": "btx", "variant": variant, "seed": 1, "stage": stage, "meaning": "a variant"}
+        for stage, variant in (("ablation-one-s1", "first"), ("ablation-two-s2", "second"))
+    ]
+    (finished / "models.json").write_text(json.dumps(rows))
+    assert best(finished) == ["second"]
+    (finished / "models.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"models.json: is no table of models"):
+        read_run(finished)
+
+
+@pytest.mark.parametrize("broken", ["nothing", "yaml"])
 def test_what_is_no_ablation_is_refused(broken, finished):
     """In one line, with what was expected."""
-    recipe = finished / "recipe.yaml"
     if broken == "nothing":
         for folder in finished.glob("ablation-*"):
             shutil.rmtree(folder)
-    elif broken == "recipe":
-        recipe.unlink()
-    elif broken == "shapes":
-        write(finished, "two", 2, 1.5, **{"lm loss validation code": 1.0})
     else:
-        contents = {"no ablation": "name: other", "yaml": "a: [", "variants": "ablation: [1]"}
-        contents["plan"] = recipe.read_text()
-        (finished / "plan.json").write_text("[]")
-        recipe.write_text(contents.get(broken, "ablation: {variants: {one: {}}}"))
-    said = {
-        "nothing": "no stage of its ablation has come to its end: ablation-one-s1: has not run",
-        "recipe": "does not exist",
-        "no ablation": "btx report",
-        "yaml": "broken YAML",
-        "variants": "variants and their seeds are not there",
-        "seeds": "variants and their seeds are not there",
-        "plan": "the run's plan.json has none of its variants",
-        "shapes": "differ in their domains",
-    }
-    with pytest.raises(InputError, match=said[broken]):
-        read_outcomes(finished)
+        (finished / "recipe.yaml").write_text("a: [")
+    with pytest.raises(InputError, match={"nothing": "not a run directory", "yaml": "broken YAML"}[broken]):
+        read_run(finished)
+
+
+def test_a_domain_that_some_variants_lack_leaves_them_without_a_mean(finished, capsys):
+    """They are shown, and none of them is the best."""
+    write(finished, "two", 2, 1.5, **{"lm loss validation code": 1.0, "lm loss validation mean": 1.25})
+    assert main([str(finished)]) == 0
+    assert "2.250 ± 0.354" in capsys.readouterr().out and best(finished) == ["two"]
 
 
 def test_the_split_of_an_ablation_is_said(finished):
+    from megatron_btx.report.figures import draw_losses, make_palette
+
     recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
     recipe["ablation"]["split"] = "test"
     (finished / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    text = report.build_report(finished).page.with_name("ablation.md").read_text()
+    text = (report.build_report(finished).folder / "ablation.md").read_text()
     assert "on the test split." in text.split("\n")[2] and "Loss on the test split in nats per token" in text
     assert "validation" not in text.lower()
-    figure = draw_variants(read_outcomes(finished).runs, read_outcomes(finished).on_split)
-    assert figure.axes[0].get_xlabel() == "loss on the test split, mean of domains (nats per token)"
+    study = make_study([read_run(finished)], "")
+    assert "loss on the test split, nats per token" in draw_losses(study, make_palette(study)).get_supxlabel()
 
 
 def test_one_command_reports_on_both_kinds_of_run(finished, capsys):
@@ -199,11 +221,12 @@ def test_one_command_reports_on_both_kinds_of_run(finished, capsys):
     assert report.main([str(finished), "--require-facts"]) == 2
 
 
-def test_wide_mixtures_are_drawn(finished):
+def test_wide_mixtures_are_drawn(finished: Path):
     """32 layers of 16 experts, a name that is no name, and shares that are none."""
     load = {f"moe/load_layer_{layer}_expert_{e}": 1 / 16 for layer in range(32) for e in range(16)}
     load["moe/load_layer_3_expert_4"] = math.nan
-    recipe = {"ablation": {"seeds": [1], "variants": {"v$x$" + "y" * 50: {}}}}
-    (finished / "recipe.yaml").write_text(json.dumps(recipe))
-    write(finished, "v$x$" + "y" * 50, 1, 2.0, **load)
+    name = "v$x$" + "y" * 50
+    plan(finished, f"ablation-{name}-s1")
+    write(finished, name, 1, 2.0, **load)
     assert main([str(finished)]) == 0
+    assert (finished / "report" / "ablation-load.png").is_file()

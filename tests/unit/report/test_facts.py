@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.report.comparisons import difference_to_dense, routing_distances
-from megatron_btx.report.facts import check_facts
-from megatron_btx.report.inputs import Model, read_run
+from megatron_btx.report.claims import check_claims
+from megatron_btx.report.inputs import read_run
+from megatron_btx.report.models import DENSE, Cast, differences_to, routing_distances
 from tests.unit.report.example_run import (
     DOMAINS,
     EXPERTS,
     LOSSES,
     evaluation,
+    make_model,
     make_run,
     set_loss,
     write_evaluation,
@@ -50,7 +51,7 @@ BREAKING = {
 
 def facts_in(run: Path) -> dict[str, bool | None]:
     data = read_run(run)
-    return {fact.name: fact.holds for fact in check_facts(data.models, data.domains)}
+    return {fact.name: fact.holds for fact in check_claims(data)}
 
 
 def test_every_fact_holds_for_the_numbers_of_the_study(tmp_path: Path) -> None:
@@ -71,8 +72,8 @@ def test_one_pair_of_domains_routed_alike_makes_the_routing_fact_false() -> None
     routing = content["models"]["btx"]["routing"]
     routing["math"] = routing["code"]
     shares = {domain: tuple(map(tuple, layers)) for domain, layers in routing.items()}
-    btx = Model("btx", {}, {}, routing=shares, experts=EXPERTS)
-    assert check_facts({"btx": btx}, DOMAINS)[-1].holds is False
+    btx = make_model("btx", {"math": 1.0}, routing=shares, experts=EXPERTS)
+    assert check_claims(Cast((btx,), DOMAINS))[-1].holds is False
 
 
 @pytest.mark.parametrize(
@@ -96,11 +97,11 @@ def test_missing_models_leave_facts_unchecked_and_say_why(
 ) -> None:
     names = tuple(name for name in LOSSES if name not in absent)
     data = read_run(write_evaluation(tmp_path, evaluation(names)))
-    facts = check_facts(data.models, data.domains)
+    facts = check_claims(data)
     assert {fact.name for fact in facts if fact.holds is None} == set(unchecked)
     assert all(fact.detail for fact in facts)
-    assert tuple(data.models) == names
-    assert (difference_to_dense(data.models, data.domains) is None) == bool({"btx", "dense"} & set(absent))
+    assert tuple(model.name for model in data.measured) == names
+    assert (differences_to(data, DENSE) is None) == bool({"btx", "dense"} & set(absent))
     assert any(absent[0].split("-")[0] in note for note in data.notes)
 
 
@@ -141,14 +142,14 @@ def test_a_model_that_was_evaluated_twice_is_refused(tmp_path: Path) -> None:
 
 def test_routing_distance_is_total_variation_meaned_over_layers() -> None:
     routing = {"a": ((1.0, 0.0), (0.5, 0.5)), "b": ((0.0, 1.0), (0.75, 0.25))}
-    model = Model("btx", {}, {}, routing=routing, experts=("x", "y"))
+    model = make_model("btx", {}, routing=routing, experts=("x", "y"))
     assert routing_distances(model) == {("a", "b"): pytest.approx((1.0 + 0.25) / 2)}
 
 
 def test_dense_layers_have_no_say_in_the_distance() -> None:
     """Their shares are all zero."""
     routing = {"a": ((0.0, 0.0), (1.0, 0.0)), "b": ((0.0, 0.0), (0.0, 1.0))}
-    assert routing_distances(Model("btx", {}, {}, routing=routing, experts=("x", "y"))) == {("a", "b"): 1.0}
+    assert routing_distances(make_model("btx", {}, routing=routing, experts=("x", "y"))) == {("a", "b"): 1.0}
 
 
 @pytest.mark.parametrize(("top_k", "holds"), [(4, None), (2, False)])
@@ -160,7 +161,7 @@ def test_the_routing_of_a_soft_mixture_is_no_fact(top_k: int, holds: bool | None
     settings = {"moe-router-topk": top_k, "num-experts": 4}
     write_json(run / "evaluate" / "manifest.json", {"status": "finished", "settings": settings})
     data = read_run(run)
-    fact = check_facts(data.models, data.domains)[-1]
+    fact = check_claims(data)[-1]
     assert fact.holds is holds and ("soft routing sends every token" in fact.detail) == (top_k == 4)
 
 
@@ -177,9 +178,9 @@ def test_a_soft_mixture_is_known_as_one_whoever_evaluated_it(said_by: str, tmp_p
         settings = {"moe-router-topk": "4", "num-experts": "4"}
         write_json(run / "evaluate" / "manifest.json", {"status": "finished", "settings": settings})
     data = read_run(run)
-    assert check_facts(data.models, data.domains)[-1].holds is None
+    assert check_claims(data)[-1].holds is None
 
 
 def test_difference_to_dense_is_unknown_where_one_was_not_evaluated() -> None:
-    models = {"btx": Model("btx", {"a": 1.0, "b": 2.0}, {}), "dense": Model("dense", {"a": 1.5}, {})}
-    assert difference_to_dense(models, ("a", "b")) == {"a": -0.5, "b": None, None: None}
+    models = (make_model("btx", {"a": 1.0, "b": 2.0}), make_model("dense", {"a": 1.5}))
+    assert differences_to(Cast(models, ("a", "b")), DENSE) == {"a": -0.5, "b": None, None: None}

@@ -14,11 +14,10 @@ import pytest
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.report import build as report
-from megatron_btx.report import section_costs
-from megatron_btx.report.blocks import Paragraph
-from megatron_btx.report.datasets import read_datasets
 from megatron_btx.report.inputs import read_run
-from megatron_btx.report.stages import read_curve
+from megatron_btx.report.pages import Paragraph
+from megatron_btx.report.sections import data_section, make_study
+from megatron_btx.report.stages import read_log
 from megatron_btx.runner.run_dir import own_manifest
 from megatron_btx.runner.tables import with_prefix
 from tests.unit.report.example_run import (
@@ -28,6 +27,7 @@ from tests.unit.report.example_run import (
     change,
     evaluation,
     facts_of,
+    make_model,
     make_run,
     results,
     set_loss,
@@ -152,12 +152,12 @@ def test_every_headline_says_that_what_it_beats_was_not_finetuned(
     assert "The finetuned mixture beats the seed, which was not finetuned, on every domain." in text
     assert "the plain average and every single expert, none of which was finetuned." in text
     lead = text.split("## ")[0]
-    assert "the seed, which was not finetuned, had 3.134; no dense model was finetuned beside it" in lead
-    data = read_run(run)
-    assert say_lowest_loss(list(data.models.values()), data.domains).endswith("2.396, the only one that was finetuned")
+    assert "the seed, which was not finetuned, had 3.134; nothing finetuned stands beside it" in lead
+    data = make_study([read_run(run)], "")
+    assert say_lowest_loss(data.cast, data.lines).endswith("2.396, the only one that was finetuned")
     assert "btx: the mixture after finetuning, which no model above it had" in text
     set_loss("average", "general", 0.0)(content := evaluation())
-    with_dense = report.build_report(write_evaluation(tmp_path, content)).page.with_name("report.md").read_text()
+    with_dense = (report.build_report(write_evaluation(tmp_path, content)).folder / "report.md").read_text()
     assert "0.030 above the dense model" in with_dense.split("## ")[0] and "beside it" not in with_dense
 
 
@@ -183,10 +183,10 @@ def test_the_split_stands_wherever_a_loss_does(
     assert f"\n## Loss{on_split}\n" in text
     for shown in (printed, text, page):
         assert "validation" not in shown.lower()
-    data = read_run(reported)
+    study = make_study([read_run(reported)], "")
     from megatron_btx.report.figures import draw_losses, make_palette
 
-    figure = draw_losses(list(data.models.values()), data.domains, make_palette(data.models, ()), data.on_split)
+    figure = draw_losses(study, make_palette(study))
     assert f"loss{on_split}, nats" in figure.get_supxlabel()
 
 
@@ -253,7 +253,7 @@ def test_old_figures_go_and_other_files_stay(reported: Path) -> None:
 def test_a_report_by_hand_marks_its_folder_for_the_run_to_go_on_and_leaves_earlier_folders_out(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     shutil.copytree(run / "seed", run / "seed.20261124-235959")
-    folder = report.build_report(run).page.parent
+    folder = report.build_report(run).folder
     assert own_manifest(folder, "report").status == "made by hand"
     assert "seed.2026" not in (folder / "report.md").read_text()
     (folder / "manifest.json").write_text('{"stage": "report", "status": "finished"}')
@@ -268,7 +268,7 @@ def test_a_report_can_be_passed_on(reported: Path) -> None:
     made = {"inputs": ["/home/somebody/texts"], "versions": versions, "settings": settings}
     change(reported / "seed" / "manifest.json", lambda content: content.update(made))
     write_json(reported / "export" / "manifest.json", {"stage": "export", "status": "finished", "versions": versions})
-    folder = report.build_report(reported).page.parent
+    folder = report.build_report(reported).folder
     text = (folder / "report.md").read_text(encoding="utf-8")
     export = text.split("## Export")[1].split("## ")[0]
     assert 'from_pretrained("export/model")' in export and "read back and verified" in export
@@ -293,7 +293,7 @@ def test_epochs_are_said(tmp_path: Path) -> None:
     settings = {"train-data-path": blend[:4]}
     change(run / "finetune" / "manifest.json", lambda content: content.update(settings=settings, tokens=42_000_000))
     change(run / "seed" / "manifest.json", lambda content: content.update(settings={"train-data-path": blend[4:]}))
-    data = section_costs.data_section(read_datasets(run / "data" / "datasets.json"), read_run(run).stages)
+    data = data_section(read_run(run))
     (said,) = [block.text for block in data.blocks if isinstance(block, Paragraph)]
     assert said == "Epochs of finetune, the times that it read a text: math.train 15.00, code.train 5.00."
 
@@ -400,7 +400,7 @@ def test_the_last_line_of_an_iteration_counts_and_torn_lines_do_not(tmp_path: Pa
         '{"iteration": 2, "lm loss": 2.5}\n{"iteration": 2, "lm loss": 2.6}\n{"iteration": 3, "lm loss": 2.2}\n'
         '{"iteration": 4, "grad-norm": 1.0}\n'
     )
-    assert read_curve(path) == (((1, 3.0), (2, 2.6), (3, 2.2)), 4)
+    assert read_log(path)[:2] == (((1, 3.0), (2, 2.6), (3, 2.2)), 4)
 
 
 def test_a_skipped_step_is_in_no_curve_and_in_no_smoothing(tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ def test_many_experts_and_domains_stay_apart(tmp_path: Path) -> None:
     palette = Palette(names)
     assert len({(palette.colour(name), palette.hatch(name)) for name in names}) == 25
     assert len({(palette.colour(name), palette.dash(name)) for name in names}) == 25
-    assert palette.colour("expert-d3") == palette.colour("d3")
+    assert make_model("expert-d3", {}).look == make_model("btx", {}, experts=("d3",)).experts[0]  # one colour for both
     domains = [f"d{number}" for number in range(11)]
     losses = {name: dict.fromkeys(domains, 2.0) for name in ("seed", *names)}
     routing = {domain: [[1.0] * 25] * 3 for domain in domains}

@@ -25,10 +25,10 @@ def test_many_domains_make_a_picture_that_can_be_looked_at(tmp_path: Path, monke
     models: dict[str, Any] = {name: {"losses": dict.fromkeys(domains, 2.0)} for name in names}
     for name in ("mix", "btx"):
         models[name]["routing"] = {domain: [[1.0] * 30] for domain in domains}
-    page = report.build_report(write_evaluation(tmp_path, {"models": models, "experts": domains})).page
-    for picture in page.parent.glob("*.png"):
+    folder = report.build_report(write_evaluation(tmp_path, {"models": models, "experts": domains})).folder
+    for picture in folder.glob("*.png"):
         assert image.imread(picture).shape[0] < 4_000, picture.name
-    text = page.with_name("report.md").read_text()
+    text = (folder / "report.md").read_text()
     assert "| d29 |" in text and "28 of 435 pairs" in text
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from megatron_btx import cli
 from megatron_btx.report import build as report
-from megatron_btx.report.budgets import sum_budgets
 from megatron_btx.report.inputs import read_run
+from megatron_btx.report.models import BTX, DENSE
 from megatron_btx.report.pages import to_markdown
+from megatron_btx.report.sections import make_study
 from megatron_btx.report.stages import Stage, read_stage
 from megatron_btx.report.stale import find_left_out
 from megatron_btx.runner.schemas import StageManifest
@@ -94,7 +95,7 @@ def test_what_another_seed_made_is_left_out(plan: bool, tmp_path: Path) -> None:
         write_json(run / "plan.json", [{"stage": stage, "fingerprint": own} for stage, own in ours.items()])
     data = read_run(run)
     assert [stage.name for stage in data.stages] == ["data", "seed"]
-    assert data.models == {} and len(data.datasets.rows) == 3 * len(DOMAINS)
+    assert data.measured == [] and len(data.datasets.rows) == 3 * len(DOMAINS)
     marked = " ".join(data.marked)
     assert ("made with other settings" if plan else "made from another seed") in marked
     assert "trained on" not in text_of(run).split("## ")[0]
@@ -207,7 +208,7 @@ def test_equal_shares_have_no_largest(tmp_path: Path) -> None:
     """Under soft routing every expert takes every token."""
     content = evaluation()
     soft(content)
-    page = report.build_report(write_evaluation(tmp_path, content)).page.with_name("report.md").read_text()
+    page = (report.build_report(write_evaluation(tmp_path, content)).folder / "report.md").read_text()
     said = "btx: the expert of the domain's own name gets the largest share in 0 of 12 (domain, layer) cells."
     assert f"{said} In 12 no single expert does: the largest shares are equal." in page
     assert "mix: the expert of the domain's own name" in page and page.count("no single expert") == 1
@@ -218,8 +219,8 @@ def test_a_tie_for_the_lowest_loss_names_both(tmp_path: Path) -> None:
 
     content = evaluation()
     content["models"]["btx"]["losses"] = content["models"]["dense"]["losses"] = dict.fromkeys(DOMAINS, 1.0)
-    data = read_run(write_evaluation(tmp_path, content))
-    assert say_lowest_loss(list(data.models.values()), data.domains).endswith("models: btx and dense, 1.000")
+    data = make_study([read_run(write_evaluation(tmp_path, content))], "")
+    assert say_lowest_loss(data.cast, data.lines).endswith("models: btx and dense, 1.000")
 
 
 def test_what_the_average_and_the_dense_model_are_is_read_from_the_manifests(tmp_path: Path) -> None:
@@ -230,9 +231,10 @@ def test_what_the_average_and_the_dense_model_are_is_read_from_the_manifests(tmp
     assert "average: plain average of math, code;" in text and "seed included" not in text
     assert "0.030 above the dense model trained on as many tokens of each domain." in text
     assert "then on that of finetuning, with as many tokens of each domain." in text
-    assert sum_budgets(read_run(run).stages) == (1_996_800, 1_996_800)
+    data = read_run(run)
+    assert data.tokens_after_seed(BTX) == data.tokens_after_seed(DENSE) == 1_996_800
     change(run / "expert-math" / "manifest.json", lambda content: content.update(status="stopped", steps=9_000))
-    assert sum_budgets(read_run(run).stages).btx_tokens is None
+    assert read_run(run).tokens_after_seed(BTX) is None
     change(run / "expert-math" / "manifest.json", lambda content: content.update(status="finished"))
     change(run / "dense-domains" / "manifest.json", lambda content: content.update(tokens=900_000))
     text = text_of(run)

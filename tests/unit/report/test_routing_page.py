@@ -11,7 +11,7 @@ import pytest
 from markupsafe import escape
 
 from megatron_btx.common.files import write_atomically, write_json
-from megatron_btx.report.routing_page import write_page
+from megatron_btx.report.routing import write_page
 from tests.unit.report.test_routing_figures import full_disk
 
 HOSTILE = ["</script><script>alert(1)</script>", "<!--<script>", "\"'`&quot;", "$x$ \\u003c", "{{data}}", "{{title}}"]
