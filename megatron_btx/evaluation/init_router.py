@@ -209,7 +209,7 @@ def _drawn(router_rows: Any, args: argparse.Namespace, like: Any) -> Any:
     """Random routers, as a fresh mix has them."""
     import torch
 
-    from megatron_btx.mixing.request import RouterInit
+    from megatron_btx.mixing.routers import RouterInit
     from megatron_btx.model.watch import mixtures
 
     rows_LEH = torch.zeros_like(like)

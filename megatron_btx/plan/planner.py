@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.output_options import DIFFERENCES, RESULT
+from megatron_btx.mixing.options import DIFFERENCES, RESULT
 from megatron_btx.plan.convert import plan_data, plan_export, plan_import
 from megatron_btx.plan.evaluation import plan_evaluation
 from megatron_btx.plan.sources import DataPaths, Model, origins_of
@@ -44,7 +44,7 @@ from megatron_btx.recipe.names import (
     REPORT_STAGE,
     SEED_STAGE,
 )
-from megatron_btx.recipe.options import option_words, words_of
+from megatron_btx.recipe.options import option_words, takes_base, words_of
 from megatron_btx.recipe.schema import Mix, Recipe, Training
 from megatron_btx.recipe.sections import DenseSection, EvaluateSection
 
@@ -130,6 +130,10 @@ class _Planner:
         for name, model in models.items():
             words += ["--expert", f"{name}={model.path}"]
             settings[f"expert {name}"] = model.identity()
+        if takes_base(options):
+            models["base"] = self.seed.as_given()
+            settings["base"] = models["base"].identity()
+            words += ["--base", models["base"].path]
         words += ["--output", f"{stage}/{CHECKPOINT_FOLDER}", *options, "--verify"]
         parents, inputs = origins_of(models.values())
         for number, option in enumerate(options):

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, RESULT
+from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT
 from megatron_btx.recipe.cluster import ClusterSection
 from megatron_btx.recipe.flags import LAYOUT_FLAGS, FlagValue
 from megatron_btx.recipe.options import with_options
