@@ -68,7 +68,9 @@ class Experts:
 
 Making = tuple[Operation, tuple[Chunk, ...]]
 """What makes a piece, and of what."""
-_BASE = Option("base", "the model that the experts began from: it has no weight and becomes no expert", metavar="PATH")
+_BASE = Option(
+    "base", "the model that the experts began from: it has no weight and becomes no expert", metavar="PATH", read=str
+)
 
 
 @dataclasses.dataclass(frozen=True)
