@@ -12,8 +12,8 @@ from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.stored import bytes_of
 from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader
 from megatron_btx.mixing.cli import main
-from megatron_btx.mixing.planning import make_plan
-from megatron_btx.mixing.request import Request
+from megatron_btx.mixing.plan import make_plan
+from megatron_btx.mixing.request import read_request
 from megatron_btx.mixing.verify import check_against_sources
 from megatron_btx.mixing.writers import lay_out_result
 
@@ -27,7 +27,8 @@ def mix(experts: dict[str, Path], output: Path, *more: str) -> Path:
 
 def planned(experts: Mapping[str, Path], target: Path, output_format: str = "megatron", **request: object):
     """The plan of a mix, and its output as it would lie at ``target``."""
-    plan = make_plan(Request(tuple((name, str(path)) for name, path in experts.items()), **request))
+    method = request.pop("method", "btx")
+    plan = make_plan(read_request([(name, str(path)) for name, path in experts.items()], str(method), request))
     return plan, lay_out_result(plan, output_format, target)
 
 

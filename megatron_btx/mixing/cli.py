@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_btx.checkpoint.sizes import layer_frequency
-from megatron_btx.common.cli_args import read_pairs, split_pair
-from megatron_btx.common.errors import InputError, exits_with_one_line
+from megatron_btx.common.cli_args import split_pair
+from megatron_btx.common.errors import exits_with_one_line
 from megatron_btx.mixing.methods import METHODS
-from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, add_output_options, carry_out, option_group
-from megatron_btx.mixing.request import Request, RouterInit
+from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT, WORK
+from megatron_btx.mixing.request import Options, Request, list_options, read_options, read_request
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,90 +30,32 @@ def parser() -> argparse.ArgumentParser:
         "generalist",
     )
     add_output_options(p)
-    _add_mixture(option_group(p, MIXTURE))
-    _add_differences(option_group(p, DIFFERENCES))
-    _add_routers(option_group(p, MIXTURE))
+    mixture = p.add_argument_group(MIXTURE)
+    methods = "; ".join(f"{name}: {row.summary}" for name, row in METHODS.items())
+    mixture.add_argument(
+        "--method", choices=tuple(METHODS), default=Request.method, help=f"{methods} (default: %(default)s)"
+    )
+    for title, group in ((MIXTURE, mixture), (DIFFERENCES, p.add_argument_group(DIFFERENCES))):
+        for row in list_options(title).values():
+            row.add_to(group, row.default)
     p.add_argument("--explain", metavar="TENSOR", help="print where a tensor of the result comes from; write nothing")
     return p
 
 
-def _add_mixture(p: argparse._ArgumentGroup) -> None:
-    """Which parts make which experts, and in which layers."""
-    p.add_argument(
-        "--method",
-        choices=tuple(METHODS),
-        default="btx",
-        help="btx: every expert's feed-forward blocks become one expert; split: each is cut in --chunks experts; "
-        "blend: expert n is chunk n of all; upcycle: --copies of one model; average: the plain average of all; "
-        "reroute: one mixture with other routers (--router-init), all else bit for bit; copy: one model as it is, in "
-        "the other format or as one iteration's own checkpoint (default: btx)",
-    )
-    p.add_argument("--chunks", metavar="C", type=int, help="split: experts made of each source (no default)")
-    p.add_argument("--copies", metavar="N", type=int, help="upcycle: experts made of the one source (no default)")
-    p.add_argument(
-        "--moe-router-topk",
-        metavar="K",
-        type=int,
-        default=Request.topk,
-        help="experts per token in the mixture (default: %(default)s)",
-    )
-    p.add_argument(
-        "--moe-layer-freq",
-        metavar="FREQ",
-        default="1",
-        help="layers that become mixtures, as Megatron's flag: every FREQ-th from the first, or a list of 0 and 1 as "
-        "[0,1,1,0] or ([0]+[1]*3)*2; the others are averaged (default: 1, all)",
-    )
+def add_output_options(p: argparse.ArgumentParser, output_format: str = "") -> None:
+    """Add what the converting commands have in common.
 
-
-def _add_differences(p: argparse._ArgumentGroup) -> None:
-    """What the sources count for, and what of them may differ."""
-    p.add_argument(
-        "--weight",
-        metavar="NAME=W",
-        action="append",
-        default=[],
-        help="weight of an expert in the averages, normalised over all; repeat (default: 1 each)",
-    )
-    p.add_argument(
-        "--take",
-        metavar="FIELD=NAME",
-        action="append",
-        default=[],
-        help="where the experts' configurations differ in FIELD (rotary_base, layernorm_epsilon, rope_scaling, "
-        "max_position_embeddings, window_size, dtype, attention_dropout, hidden_dropout, init_method_std), take the "
-        "value of the expert NAME; repeat",
-    )
-    p.add_argument(
-        "--vocab",
-        choices=("same", "union"),
-        default="same",
-        help="union: vocabularies may extend one another, each row is averaged over its owners (default: same)",
-    )
-    p.add_argument(
-        "--allow-other-tokenizer", action="store_true", help="do not compare the experts' tokenizers by content"
-    )
-
-
-def _add_routers(p: argparse._ArgumentGroup) -> None:
-    """How new routers start."""
-    p.add_argument(
-        "--router-init",
-        metavar="HOW",
-        default="normal",
-        help="normal, zeros, or an .npy file with rows [layers, experts, hidden] or [experts, hidden] (default: "
-        "normal)",
-    )
-    p.add_argument(
-        "--router-std",
-        metavar="STD",
-        type=float,
-        default=RouterInit.std,
-        help="standard deviation of normal (default: %(default)s)",
-    )
-    p.add_argument(
-        "--router-seed", metavar="N", type=int, default=RouterInit.seed, help="seed of normal (default: %(default)s)"
-    )
+    Args:
+        output_format: the only format that the command writes; "" to let the user choose.
+    """
+    p.add_argument("--output", metavar="PATH", help="folder for the result: a checkpoint root, or a model folder")
+    p.set_defaults(output_format=output_format)
+    for row in list_options(WORK).values():
+        if not (output_format and row.name == "output_format"):
+            row.add_to(p, row.default)
+    group = p.add_argument_group(RESULT)
+    for row in list_options(RESULT).values():
+        row.add_to(group, row.default)
 
 
 @exits_with_one_line
@@ -123,11 +64,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.verify and options.output and not options.expert:
         return _check_old_output(Path(options.output))
-    return carry_out(request_of(options), options, options.explain)
+    request, work = request_of(options), work_of(options)
+    from megatron_btx.mixing.api import run_command
+
+    return run_command(request, work, options.output, options.explain)
 
 
 def _check_old_output(folder: Path) -> int:
-    from megatron_btx.mixing.conversion import check_result
+    from megatron_btx.mixing.api import check_result
 
     count = check_result(folder, show_progress=True)
     print(f"verified: all {count} tensors and all files of {folder} are as they were written")
@@ -138,35 +82,17 @@ def request_of(options: argparse.Namespace) -> Request:
     """The request that a command line makes.
 
     Raises:
-        InputError: a flag's value is not of its form.
+        InputError: a flag's value is not of its form, or is none that the method takes.
     """
     expected = "NAME=PATH, as --expert math=runs/math/checkpoint"
     experts = [split_pair(text, "--expert", expected) for text in options.expert]
-    weights = {}
-    for name, text in read_pairs(options.weight, "--weight", "NAME=W, as --weight math=2").items():
-        weights[name] = _number("--weight", name, text)
-    return Request(
-        experts=tuple(experts),
-        method=options.method,
-        topk=options.moe_router_topk,
-        chunks=options.chunks,
-        copies=options.copies,
-        layer_frequency=layer_frequency(options.moe_layer_freq),
-        weights=weights,
-        take=read_pairs(options.take, "--take", "FIELD=NAME, as --take rotary_base=code"),
-        vocabulary=options.vocab,
-        allow_other_tokenizer=options.allow_other_tokenizer,
-        router=RouterInit.parse(options.router_init, options.router_seed, options.router_std),
-        pad_vocabulary=options.pad_vocab_to_multiple_of,
-        allow_other_ids=options.allow_other_ids,
-    )
+    rows = list_options(RESULT, DIFFERENCES, MIXTURE).values()
+    return read_request(experts, options.method, {row.name: getattr(options, row.name) for row in rows})
 
 
-def _number(flag: str, name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InputError(f"{flag} {name}={text}: expected a number") from error
+def work_of(options: argparse.Namespace) -> Options:
+    """How a command line wants its work done."""
+    return read_options({row.name: getattr(options, row.name) for row in list_options(WORK).values()})
 
 
 if __name__ == "__main__":

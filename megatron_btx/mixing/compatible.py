@@ -1,14 +1,19 @@
-"""Whether sources can be mixed: copies of one seed, or different in ways the user has decided about."""
+"""Whether sources can be mixed: copies of one seed, or different in ways the user has decided about.
+
+What differs, changes no number of the result and is taken from one of them is said, with the owner.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.checkpoint import safetensors
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS, differences
+from megatron_btx.checkpoint.huggingface.config_writing import PASSED_THROUGH
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.overrides import TAKEABLE, field_with
-from megatron_btx.mixing.request import Request
+from megatron_btx.mixing.request import TAKEABLE, TRAINING_ARGUMENTS, Request
 from megatron_btx.mixing.sources import EMBEDDING
 from megatron_btx.tokenizers.comparison import (
     check_same_tokenizer,
@@ -16,16 +21,27 @@ from megatron_btx.tokenizers.comparison import (
     contradictions,
     differing_readings,
 )
+from megatron_btx.tokenizers.vocabulary import CONFIG_FILE
+from megatron_btx.tokenizers.written_files import object_in, travelling_files
 
 if TYPE_CHECKING:
+    from megatron_btx.mixing.plan import Plan
     from megatron_btx.mixing.sources import Source
 
 _REMEDY = "--allow-other-tokenizer"
 _VOCABULARY = {"padded_vocab_size", "vocab_size"}
+_NUMBERS = 4096
+"""Of each matrix, to see whether models resemble each other."""
+_UNRELATED = 0.1
+"""A smaller cosine means nothing: that of random numbers is below 0.03 for all but the smallest models."""
+_SAID_AS_ARGUMENT = ("initializer_range", "attention_dropout")
 
 
 def compare_sources(sources: Sequence[Source], request: Request) -> dict[str, Any]:
     """Refuse sources that are not copies of one seed; returns the arguments of their mix.
+
+    Args:
+        sources: those that are mixed, and last their base, where there is one.
 
     Raises:
         InputError: names the difference, both values, and the flag with which it can be accepted.
@@ -53,7 +69,11 @@ def compare_sources(sources: Sequence[Source], request: Request) -> dict[str, An
 
 def _check_arguments(first: Source, other: Source, taken: set[str], request: Request) -> None:
     left, right = _normalise_arguments(first.arguments), _normalise_arguments(other.arguments)
-    found = [(argument.name, x, y) for argument, x, y in differences(left, right)]
+    one_kind = bool(first.sizes.experts) == bool(other.sizes.experts)
+    found = []
+    for argument, x, y in differences(left, right):
+        if one_kind or not argument.moe:  # what a mixture has beside a dense model is no difference
+            found.append((argument.name, x, y))
     scaling, other_scaling = left.get("hf_rope_scaling"), right.get("hf_rope_scaling")
     if scaling != other_scaling:
         found.append(("hf_rope_scaling", scaling, other_scaling))
@@ -61,12 +81,20 @@ def _check_arguments(first: Source, other: Source, taken: set[str], request: Req
     if not found:
         return
     listed = "; ".join(f"{name}: {x!r} in {first.name}, {y!r} in {other.name}" for name, x, y in found)
-    fields = dict.fromkeys(field_with(name) for name, _, _ in found)
+    fields = dict.fromkeys(_field_with(name) for name, _, _ in found)
     remedy = "all must come from one seed"
     if None not in fields:
         choices = " ".join(f"--take {field}={first.name}" for field in fields)
         remedy += f", or choose a value: {choices} (or ={other.name})"
     raise InputError(f"experts differ in their configuration: {listed}; {remedy}")
+
+
+def _field_with(argument: str) -> str | None:
+    """The field that an argument belongs to; None where it cannot be taken."""
+    for field, arguments in TAKEABLE.items():
+        if argument in arguments:
+            return field
+    return None
 
 
 def _normalise_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,8 +115,10 @@ def _normalise_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_pieces(first: Source, other: Source, other_dtype: bool) -> None:
-    """Compare pieces of equal configurations: both have the same, maybe of other types or with other rows."""
+    """Compare pieces of equal configurations, maybe of other types or with other rows; all but those of experts."""
     for name, held in first.pieces.items():
+        if name not in other.pieces and first.sizes.mixture_layers != other.sizes.mixture_layers:
+            continue
         others = other.pieces[name]
         axis = int(name.startswith(("embedding.", "head.")))
         same_shape = held.shape[axis:] == others.shape[axis:]
@@ -112,7 +142,7 @@ def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str
         _check_sizes(sources, request)
         if not request.allow_other_tokenizer:
             _check_tokenizers(sources, request)
-    chosen = vocabulary_source(sources, request)
+    chosen = vocabulary_source(sources[: len(request.experts)], request)
     wanted = request.take.get("tokenizer", chosen.name)
     if chosen.name != wanted:
         raise InputError(f"--take tokenizer={wanted}: has fewer tokens than {chosen.name}, or none; take {chosen.name}")
@@ -196,7 +226,7 @@ def _check_tokenizers(sources: Sequence[Source], request: Request) -> None:
 def _check_union(sources: Sequence[Source], request: Request) -> None:
     """Refuse a union in which no tokenizer has every token."""
     tables = {source.name: source.tokens or {} for source in sources}
-    chosen = vocabulary_source(sources, request)
+    chosen = vocabulary_source(sources[: len(request.experts)], request)
     every = _all_tokens(tables)
     lacking = [number for number in sorted(every) if number not in tables[chosen.name]]
     if lacking:
@@ -216,3 +246,90 @@ def vocabulary_source(sources: Sequence[Source], request: Request) -> Source:
     """
     wanted = request.take.get("tokenizer")
     return max(sources, key=lambda s: (s.has_tokenizer, s.token_count, s.name == wanted, s.pieces[EMBEDDING].shape[0]))
+
+
+# --- what is said ------------------------------------------------------------------------------------------------
+
+
+def remarks(plan: Plan, stand_ins: Sequence[str] = ()) -> list[str]:
+    """One line for each value of sources that differs and nobody has decided about; of stand-ins, no likeness."""
+    lines = []
+    if len(plan.mixed) > 1 and not any(source.has_tokenizer for source in plan.mixed):
+        lines.append("no source has a tokenizer's files: the sizes of the vocabularies alone are compared")
+    first = plan.mixed[0].name
+    owner = vocabulary_source(plan.mixed, plan.request).name
+    for name in TRAINING_ARGUMENTS:
+        values = {source.name: source.arguments.get(name) for source in plan.mixed}
+        if _differ(values) and name not in plan.request.take:
+            lines.append(
+                f"{_list_values(name, values)}; the result has that of {first} (--take {name}=NAME for another)"
+            )
+    configs = {source.name: _config_of(source) for source in plan.mixed}
+    for key in PASSED_THROUGH:
+        values = {}
+        for name, config in configs.items():
+            if key in config:
+                values[name] = config[key]
+        if key not in _SAID_AS_ARGUMENT and _differ(values):
+            lines.append(f"{_list_values(key, values)}; the result has that of {owner}, whose tokenizer it gets")
+    if plan.request.allow_other_tokenizer:  # else it was refused, or somebody has chosen
+        differing = differing_readings([source.tokenizer for source in plan.mixed])
+        if differing:
+            lines.append(f"{_list_values(*differing)}; the result has that of {owner}")
+    if _differ({source.name: _chat_templates(source) for source in plan.mixed if source.hf_folder}):
+        lines.append(f"chat templates differ between sources; the result has those of {owner}")
+    return [*lines, *_likeness([source for source in plan.sources if source.name not in stand_ins])]
+
+
+def _chat_templates(source: Source) -> object:
+    """A folder's chat templates, wherever they stand."""
+    files = travelling_files(source.hf_folder or source.root)
+    inside = object_in(files.get(CONFIG_FILE, b"")).get("chat_template")
+    return inside, {name: content for name, content in files.items() if "chat_template" in name}
+
+
+def _likeness(sources: Sequence[Source]) -> Iterator[str]:
+    """A line for each pair whose weights are the same, or have nothing to do with each other.
+
+    Branches of one seed keep its directions: their matrices have a cosine far from 0, however long they were trained.
+    It is 0 for models that began from other random numbers. The first rows of each matrix show it.
+    """
+    import torch
+
+    if len(sources) < 2:
+        return
+    rows = {}
+    for source in sources:
+        found = []
+        for name, held in source.pieces.items():
+            in_all = all(name in other.pieces for other in sources)
+            if in_all and name.startswith("layers.") and len(held.shape) == 2:
+                count = min(held.shape[0], max(1, _NUMBERS // held.shape[1]))
+                found.append(source.read(name, 0, count).reshape(-1))
+        rows[source.name] = torch.cat(found).double()
+    for (left, one), (right, other) in itertools.combinations(rows.items(), 2):
+        cosine = float(one @ other / (one.norm() * other.norm()))
+        if torch.equal(one, other):
+            yield f"{left} and {right} have the same first rows in every matrix: is one model given twice?"
+        elif abs(cosine) < _UNRELATED:
+            yield (
+                f"{left} and {right} do not resemble each other: the first rows of their matrices have a cosine of "
+                f"{cosine:.3f}, those of one seed's branches are far from 0; of other bases no mean is a model"
+            )
+
+
+def _config_of(source: Source) -> Mapping[str, Any]:
+    folder = source.hf_folder
+    if folder is None:
+        return {}
+    return safetensors.read_json(folder / safetensors.CONFIG)
+
+
+def _differ(values: Mapping[str, Any]) -> bool:
+    given = [value for value in values.values() if value is not None]
+    return any(value != given[0] for value in given)
+
+
+def _list_values(name: str, values: Mapping[str, Any]) -> str:
+    listed = ", ".join(f"{value!r} in {source}" for source, value in values.items())
+    return f"{name} differs: {listed}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_btx.common.errors import CheckpointError
-from megatron_btx.mixing.merge import for_one_rounding
+from megatron_btx.mixing.operations import for_one_rounding
 from megatron_btx.mixing.plan import Plan, PlannedPiece
 
 if TYPE_CHECKING:
@@ -55,20 +55,21 @@ def mean_row(plan: Plan, planned: PlannedPiece) -> torch.Tensor:
     at most that of an average token: n new rows beside V tokens raise no loss by more than log(1 + n / V). (Hewitt
     2021, "Initializing New Word Embeddings for Pretrained Language Models".)
     """
+    return plan.once.get(("mean row", planned.name), lambda: _mean_row(plan, planned))
+
+
+def _mean_row(plan: Plan, planned: PlannedPiece) -> torch.Tensor:
     import torch
 
-    if planned.name not in plan.mean_rows:
-        step = max(1, STEP_BYTES // (8 * math.prod(planned.shape[1:])))
-        total = torch.zeros(planned.shape[1:], dtype=torch.float64)
-        stretches = _all_token_rows(plan, planned) or [(0, planned.source_rows)]
-        count = 0
-        for start, stop in stretches:
-            count += stop - start
-            for low in range(start, stop, step):
-                rows = planned.operation.rows(plan, planned, low, min(low + step, stop))
-                total += rows.sum(0, dtype=torch.float64)
-        plan.mean_rows[planned.name] = for_one_rounding(total / count, planned.dtype).to(planned.dtype)
-    return plan.mean_rows[planned.name]
+    step = max(1, STEP_BYTES // (8 * math.prod(planned.shape[1:])))
+    total = torch.zeros(planned.shape[1:], dtype=torch.float64)
+    count = 0
+    for start, stop in _all_token_rows(plan, planned) or [(0, planned.source_rows)]:
+        count += stop - start
+        for low in range(start, stop, step):
+            rows = planned.operation.rows(plan, planned, low, min(low + step, stop))
+            total += rows.sum(0, dtype=torch.float64)
+    return for_one_rounding(total / count, planned.dtype).to(planned.dtype)
 
 
 def _all_token_rows(plan: Plan, planned: PlannedPiece) -> list[tuple[int, int]]:
@@ -95,6 +96,19 @@ def _is_finite(rows: torch.Tensor) -> bool:
         dtype = torch.float32
     total = rows.sum(dtype=dtype)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(rows).all())
+
+
+def check_finite(plan: Plan, planned: PlannedPiece, looked_at_bytes: int) -> None:
+    """Refuse sources of which the first rows of what makes a piece are not finite; nothing is computed.
+
+    Raises:
+        CheckpointError: see :func:`rows_of`.
+    """
+    for part in planned.parts:
+        held = plan.sources[part.source].pieces[part.piece]
+        rows = max(1, looked_at_bytes // (held.dtype.itemsize * math.prod(held.shape[1:])))
+        if not _is_finite(plan.sources[part.source].read(part.piece, 0, min(rows, held.shape[0]))):
+            _refuse_not_finite(plan, planned, 0, rows)
 
 
 def _refuse_not_finite(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> None:

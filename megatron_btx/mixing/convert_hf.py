@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from megatron_btx.common.errors import InputError, exits_with_one_line
-from megatron_btx.mixing.output_options import add_output_options, carry_out
+from megatron_btx.mixing.cli import add_output_options, work_of
+from megatron_btx.mixing.request import read_request
 
 _DIRECTIONS = "import takes a Hugging Face model folder, export a Megatron checkpoint"
 
@@ -25,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--checkpoint", metavar="PATH", required=True, help="checkpoint root (its latest iteration) or one iter_ folder"
     )
-    for command, format_ in ((into, "megatron"), (out, "hf")):
-        add_output_options(command, format_)
+    for command, output_format in ((into, "megatron"), (out, "hf")):
+        add_output_options(command, output_format)
     return p
 
 
@@ -34,10 +35,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Plan, print, write and verify; see --help."""
     options = parser().parse_args(argv)
-    from megatron_btx.mixing.api import copy_request
+    settings = {"pad_vocabulary": options.pad_vocabulary, "allow_other_ids": options.allow_other_ids}
+    request = read_request([("model", str(_source_of(options)))], "copy", settings)
+    from megatron_btx.mixing.api import run_command
 
-    request = copy_request(_source_of(options), options.pad_vocab_to_multiple_of, options.allow_other_ids)
-    return carry_out(request, options)
+    return run_command(request, work_of(options), options.output)
 
 
 def _source_of(options: argparse.Namespace) -> Path:

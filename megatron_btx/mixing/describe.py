@@ -11,12 +11,11 @@ from megatron_btx.checkpoint.arguments import model_flags
 from megatron_btx.checkpoint.huggingface.servers import server_lines
 from megatron_btx.checkpoint.safetensors import CONFIG
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.compatible import vocabulary_source
+from megatron_btx.mixing.compatible import remarks, vocabulary_source
 from megatron_btx.mixing.compute import STEP_BYTES
 from megatron_btx.mixing.layout import Fill, LaidOutTensor
 from megatron_btx.mixing.methods import METHODS
-from megatron_btx.mixing.plan import Plan, PlannedPiece, SourceRows
-from megatron_btx.mixing.plan_warnings import remarks
+from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
 from megatron_btx.mixing.routers import describe_routers, router_rows, starting_route
 from megatron_btx.mixing.sources import EMBEDDING, Source
 from megatron_btx.mixing.writers import Output
@@ -58,7 +57,9 @@ def _source_lines(plan: Plan) -> list[str]:
         if source.is_hugging_face:
             form = "Hugging Face"
         share = ""
-        if plan.request.weights:
+        if source is plan.base:
+            share = "  of no weight"
+        elif plan.request.weights:
             share = f"  weight {plan.weights[number]:.4g}"
         lines.append(f"  {number}  {source.name:<12} {source.folder}  ({form}){share}")
     return lines
@@ -80,7 +81,7 @@ def _vocabulary_lines(plan: Plan) -> list[str]:
     lines = [f"  vocabulary of {source.name}: {_vocabulary_of(source)}" for source in plan.sources]
     embedding = next(planned for planned in plan.pieces if planned.name == EMBEDDING)
     rows, new = embedding.shape[0], embedding.new_rows
-    chosen = vocabulary_source(plan.sources, plan.request)
+    chosen = vocabulary_source(plan.mixed, plan.request)
     made = ""
     if new:
         made = f", {new} of them {_NEW_ROWS}"
@@ -118,7 +119,7 @@ def _configuration(plan: Plan, output: Output) -> str:
 def router_text(plan: Plan) -> list[str]:
     """What routing a mix starts with, and a warning where that is no good start; nothing for dense results."""
     layers = sum(plan.sizes.mixture_layers)
-    if not METHODS[plan.request.method].experts:
+    if not plan.arguments.get("btx_untrained_routers") or METHODS[plan.request.method].experts is None:
         return []
     init = plan.request.router
     rows = router_rows(init, layers, plan.sizes.experts, plan.sizes.hidden)
@@ -198,7 +199,7 @@ def _explain_fills(plan: Plan, fills: Sequence[Fill]) -> list[tuple[str, int]]:
     return lines
 
 
-def _explain_part(plan: Plan, planned: PlannedPiece, part: SourceRows) -> str:
+def _explain_part(plan: Plan, planned: PlannedPiece, part: Part) -> str:
     """A source's tensor, its index on the leading axes, and the rows or columns of its piece that are taken."""
     source = plan.sources[part.source]
     held = source.pieces[part.piece]
@@ -209,9 +210,7 @@ def _explain_part(plan: Plan, planned: PlannedPiece, part: SourceRows) -> str:
     return f"{source.name}: {held.location.key}{index} ({part.piece}{cut})"
 
 
-def _split_by_parts(
-    plan: Plan, fills: Sequence[Fill]
-) -> Iterator[tuple[int, int, PlannedPiece, tuple[SourceRows, ...]]]:
+def _split_by_parts(plan: Plan, fills: Sequence[Fill]) -> Iterator[tuple[int, int, PlannedPiece, tuple[Part, ...]]]:
     """Stretches of rows of one piece that are made of the same parts; of none where the rows are new padding."""
     for fill in fills:
         planned = fill.planned

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,11 +40,10 @@ def foresee(
     """
     from megatron_btx.checkpoint.huggingface.servers import server_lines
     from megatron_btx.checkpoint.safetensors import CONFIG
-    from megatron_btx.mixing.compatible import vocabulary_source
-    from megatron_btx.mixing.compute import rows_of
+    from megatron_btx.mixing.compatible import remarks, vocabulary_source
+    from megatron_btx.mixing.compute import check_finite
     from megatron_btx.mixing.describe import router_text
-    from megatron_btx.mixing.plan_warnings import remarks
-    from megatron_btx.mixing.planning import make_plan
+    from megatron_btx.mixing.plan import make_plan
     from megatron_btx.mixing.writers import lay_out_result
     from megatron_btx.tokenizers.comparison import check_same_tokenizer
 
@@ -54,11 +52,9 @@ def foresee(
     plan = dataclasses.replace(plan, arguments={**plan.arguments, **arguments})
     output = lay_out_result(plan, options.output_format, Path(options.output))
     for planned in plan.pieces:
-        rows = _LOOKED_AT_BYTES // (planned.dtype.itemsize * math.prod(planned.shape[1:]))
-        for _ in rows_of(plan, planned, 0, min(max(rows, 1), planned.source_rows)):
-            pass  # which refuses what is not finite
+        check_finite(plan, planned, _LOOKED_AT_BYTES)
     if tokenizer is not None:
-        own = vocabulary_source(plan.sources, plan.request).tokenizer_arguments
+        own = vocabulary_source(plan.mixed, plan.request).tokenizer_arguments
         asked = {**tokenizer, "padded_vocab_size": own["padded_vocab_size"]}
         check_same_tokenizer({"the result": own, "data.tokenizer": asked}, _OTHER_TOKENIZER)
     lines = router_text(plan)

@@ -1,4 +1,4 @@
-"""What a user asks of a conversion: plain records, filled by the command line or by :mod:`megatron_btx.mixing.api`.
+"""What a user asks of a conversion, read and refused before any source is opened; the table of all options.
 
 Nothing here imports torch, so that a command line can be read and refused at once.
 """
@@ -6,41 +6,86 @@ Nothing here imports torch, so that a command line can be read and refused at on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-RouterKind = Literal["normal", "zeros", "file"]
-Vocabulary = Literal["same", "union"]
-OutputFormat = Literal["megatron", "hf"]
+from megatron_btx.checkpoint.sizes import layer_frequency
+from megatron_btx.common.errors import InputError
+from megatron_btx.mixing.methods import METHODS, Given, Method, Model
+from megatron_btx.mixing.options import DIFFERENCES, RESULT, WORK, Option, between, option, options_of, read_pairs
+from megatron_btx.mixing.routers import RouterInit
+
+MULTIPLE_AT_MOST = 1 << 16
+_NO_NAME = "/\\ \t,:"
+"""Characters that no expert's name has: names stand in lists, in paths, and in NAME=PATH."""
+_ROPE_SCALING = ("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor", "hf_rope_scaling")
+
+TRAINING_ARGUMENTS = ("attention_dropout", "hidden_dropout", "init_method_std")
+"""What changes no number of the model and counts when it is trained on."""
+TAKEABLE: dict[str, tuple[str, ...]] = {
+    "rotary_base": ("rotary_base",),
+    "layernorm_epsilon": ("layernorm_epsilon",),
+    "max_position_embeddings": ("max_position_embeddings", "seq_length"),
+    "rope_scaling": _ROPE_SCALING,
+    "window_size": ("window_size", "window_attn_skip_freq"),
+    "dtype": ("bf16", "fp16", "params_dtype"),
+    "tokenizer": (),  # no argument: whose files the result gets, where experts have the same tokens
+    **{name: (name,) for name in TRAINING_ARGUMENTS},
+}
+"""What may be taken from one expert, because it shapes no tensor: field, and the arguments it stands for."""
+_SYNONYMS = {
+    "rope_theta": "rotary_base",
+    "rms_norm_eps": "layernorm_epsilon",
+    "norm_epsilon": "layernorm_epsilon",
+    "sliding_window": "window_size",
+    "torch_dtype": "dtype",
+    "initializer_range": "init_method_std",
+    "max_positions": "max_position_embeddings",
+} | dict.fromkeys(_ROPE_SCALING, "rope_scaling")
 
 
-@dataclasses.dataclass(frozen=True)
-class RouterInit:
-    """How the routers of a mix start."""
+def _read_frequency(given: str | int | Sequence[int]) -> int | tuple[int, ...]:
+    if isinstance(given, str):
+        return layer_frequency(given)
+    if isinstance(given, int):
+        return given
+    return tuple(given)
 
-    kind: RouterKind = "normal"
-    """normal: drawn; zeros: all gates equal; file: read from :attr:`file`."""
-    seed: int = 1234
-    """Seed of normal: 0 to 2**63 - 1."""
-    std: float = 0.02
-    """Standard deviation of normal; the paper is silent, this is how Megatron draws the other weights."""
-    file: Path | None = None
-    """An .npy file with rows [mixture layers, experts, hidden] or [experts, hidden]."""
 
-    @classmethod
-    def parse(cls, text: str | Path, seed: int, std: float) -> RouterInit:
-        """The start that a word or a path stands for, as in ``--router-init``."""
-        if text == "normal":
-            return cls("normal", seed, std)
-        if text == "zeros":
-            return cls("zeros", seed, std)
-        return cls("file", seed, std, Path(text))
+def _read_weights(given: Mapping[str, Any] | list[str]) -> dict[str, float]:
+    weights = {}
+    for name, text in read_pairs("--weight", "NAME=W, as --weight math=2")(given).items():
+        try:
+            weights[name] = float(text)
+        except ValueError as error:
+            raise InputError(f"--weight {name}={text}: expected a number") from error
+        if not (math.isfinite(weights[name]) and weights[name] >= 0):
+            raise InputError(f"--weight {name}={weights[name]}: expected a number of at least 0")
+    return weights
 
-    def __str__(self) -> str:
-        if self.kind == "file":
-            return str(self.file)
-        return self.kind
+
+def _read_take(given: Mapping[str, str] | list[str]) -> dict[str, str]:
+    """The sources to take fields from, by the fields' own names."""
+    found: dict[str, str] = {}
+    for written, name in read_pairs("--take", "FIELD=NAME, as --take rotary_base=code")(given).items():
+        plain = written.removeprefix("--").replace("-", "_")
+        field = _SYNONYMS.get(plain, plain)  # Megatron's name, its flag's, or Hugging Face's
+        if field not in TAKEABLE:
+            raise InputError(
+                f"--take {written}: shapes tensors or is not known; fields that can be taken: {', '.join(TAKEABLE)}"
+            )
+        if field in found:
+            raise InputError(f"--take {field}= is given twice; give it once")
+        found[field] = name
+    return found
+
+
+def _expect_spread(std: float) -> str:
+    if std > 0 and math.isfinite(std):
+        return ""
+    return "a number above 0; --router-init zeros gives zeros"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,49 +95,240 @@ class Request:
     experts: tuple[tuple[str, str], ...]
     """(name, path) of each source, in the order of the result's experts."""
     method: str = "btx"
-    """A key of ``METHODS`` in :mod:`megatron_btx.mixing.methods`."""
-    topk: int = 2
-    """Experts per token."""
-    chunks: int | None = None
-    """For split: the experts that each source is cut into."""
-    copies: int | None = None
-    """For upcycle: the experts made of the one source."""
-    layer_frequency: int | tuple[int, ...] = 1
-    """Which layers become mixtures, as Megatron's --moe-layer-freq: every n-th, or 0 or 1 for each layer."""
-    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Weight of each source in the averages, by name; 1 where not given."""
-    take: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Configuration fields that may differ: for each the source whose value the result gets."""
-    vocabulary: Vocabulary = "same"
-    """union: vocabularies may extend one another, and each row is averaged over its owners."""
-    allow_other_tokenizer: bool = False
-    """Do not compare the sources' tokenizers by content."""
-    router: RouterInit = RouterInit()
-    """How new routers start."""
-    pad_vocabulary: int = 1
-    """The rows of embedding and head become a multiple of this."""
-    allow_other_ids: bool = False
-    """Write a tokenizer even where it gives texts other ids than the source's own, or cannot be compared with it."""
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The values of the method's own options."""
+    topk: int = option(2, "experts per token in the mixture", kind=int, flag="moe-router-topk", metavar="K")
+    layer_frequency: int | tuple[int, ...] = option(
+        1,
+        "layers that become mixtures, as Megatron's flag: every FREQ-th from the first, or a list of 0 and 1 as "
+        "[0,1,1,0] or ([0]+[1]*3)*2; the others are averaged (default: 1, all)",
+        flag="moe-layer-freq",
+        metavar="FREQ",
+        read=_read_frequency,
+    )
+    weights: Mapping[str, float] = option(
+        {},
+        "weight of an expert in the averages, normalised over all; repeat (default: 1 each)",
+        kind=dict,
+        flag="weight",
+        metavar="NAME=W",
+        group=DIFFERENCES,
+        read=_read_weights,
+    )
+    take: Mapping[str, str] = option(
+        {},
+        f"where the experts' configurations differ in FIELD ({', '.join(TAKEABLE)}), take the value of the expert "
+        "NAME; repeat",
+        kind=dict,
+        metavar="FIELD=NAME",
+        group=DIFFERENCES,
+        read=_read_take,
+    )
+    vocabulary: Literal["same", "union"] = option(
+        "same",
+        "union: vocabularies may extend one another, each row is averaged over its owners",
+        flag="vocab",
+        group=DIFFERENCES,
+        choices=("same", "union"),
+    )
+    allow_other_tokenizer: bool = option(
+        False, "do not compare the experts' tokenizers by content", kind=bool, group=DIFFERENCES
+    )
+    router_init: str | Path = option(
+        "normal",
+        "how new routers start: normal, zeros, or an .npy file with rows [layers, experts, hidden] or [experts, "
+        "hidden]",
+        metavar="HOW",
+        read=str,
+    )
+    router_std: float = option(
+        RouterInit.std, "standard deviation of normal", kind=float, metavar="STD", expect=_expect_spread
+    )
+    router_seed: int = option(RouterInit.seed, "seed of normal", kind=int, metavar="N", expect=between(0, 2**63 - 1))
+    pad_vocabulary: int = option(
+        1,
+        "add rows to the embedding and the head until N divides them, as tensor parallelism needs it; a new row is the "
+        "mean of all tokens' rows, so its probability is below the tokens' average, and belongs to no token (default: "
+        "1, add none)",
+        kind=int,
+        flag="pad-vocab-to-multiple-of",
+        metavar="N",
+        group=RESULT,
+        expect=between(1, MULTIPLE_AT_MOST, "; 128 suits every tensor parallel size up to 128"),
+    )
+    allow_other_ids: bool = option(
+        False,
+        "write the tokenizer even where it gives texts other ids than the source's own, or cannot be compared with it "
+        "(by default that is refused)",
+        kind=bool,
+        group=RESULT,
+    )
 
     @property
     def vocabulary_union(self) -> bool:
         """Whether vocabularies may extend one another."""
         return self.vocabulary == "union"
 
+    @property
+    def router(self) -> RouterInit:
+        """How new routers start."""
+        if self.router_init == "normal":
+            return RouterInit("normal", self.router_seed, self.router_std)
+        if self.router_init == "zeros":
+            return RouterInit("zeros", self.router_seed, self.router_std)
+        return RouterInit("file", self.router_seed, self.router_std, Path(self.router_init))
+
+    @property
+    def given(self) -> Given:
+        """What its method makes the result of, before anything is known of the models."""
+        return Given(self, tuple(Model(name) for name, _ in self.experts))
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How a conversion is carried out: nothing here changes a number of the result."""
 
-    output_format: OutputFormat = "megatron"
-    """megatron: torch_dist, one release; hf: safetensors."""
-    workers: int | None = None
-    """Threads of each process that read, compute and write; None: the cores it may use, at most 4."""
-    verify: bool = False
-    """Read the result back and compare it with its sources, before it gets its name."""
-    overwrite: bool = False
-    """Replace an existing output, after success only."""
-    dry_run: bool = False
-    """Plan, and write nothing."""
+    output_format: Literal["megatron", "hf"] = option(
+        "megatron",
+        "megatron: torch_dist, one release; hf: safetensors that transformers 4.57 and 5 read",
+        group=WORK,
+        choices=("megatron", "hf"),
+    )
+    workers: int | None = option(
+        None,
+        "threads that read, compute and write, in each process (default: the cores it may use, at most 4)",
+        kind=int,
+        metavar="W",
+        group=WORK,
+        expect=lambda workers: "" if workers is None or 1 <= workers <= 256 else "1 to 256",
+    )
+    dry_run: bool = option(False, "print the plan and write nothing", kind=bool, group=WORK)
+    verify: bool = option(
+        False,
+        "read the result back and compare it with its sources, before it gets its name",
+        kind=bool,
+        group=WORK,
+    )
+    overwrite: bool = option(False, "replace an existing output, after success only", kind=bool, group=WORK)
     show_progress: bool = False
     """Show bytes, rate and time left on stderr."""
+
+
+def list_options(*groups: str) -> dict[str, Option]:
+    """The options of these groups by their keys, those of all methods among them."""
+    options = [*options_of(Request).values(), *own_options(METHODS), *options_of(Options).values()]
+    found = {}
+    for group in groups:
+        for row in options:
+            if row.group == group:
+                found[row.key] = row
+    return found
+
+
+def own_options(methods: Mapping[str, Method]) -> list[Option]:
+    """What methods have of their own, each name once; the help says whose it is, and each one's default."""
+    rows: dict[str, Option] = {}
+    for method, row in methods.items():
+        for own in row.options:
+            default = "no default"
+            if own.default is not None:
+                default = f"default: {own.default}"
+            said = f"{method}: {own.help} ({default})"
+            if own.name in rows:
+                said = f"{rows[own.name].help}; {said}"
+            rows[own.name] = dataclasses.replace(own, help=said, default=None)
+    return list(rows.values())
+
+
+def read_options(settings: Mapping[str, object]) -> Options:
+    """How to carry out a conversion, of keywords.
+
+    Raises:
+        InputError: names the flag, what was given and what is expected.
+    """
+    rows = options_of(Options)
+    values: dict[str, Any] = {}
+    for name, given in settings.items():
+        values[name] = given
+        if name in rows:
+            values[name] = rows[name].value_of(given)
+    return Options(**values)
+
+
+def read_request(
+    experts: Sequence[tuple[str, str]], method: str = Request.method, settings: Mapping[str, object] | None = None
+) -> Request:
+    """The request for a mix of (name, path), of keywords; None stands for an option that is not given.
+
+    Raises:
+        InputError: what no source can fulfil: names the flag or setting, what was given and what is expected.
+    """
+    if method not in METHODS:
+        raise InputError(f"--method {method}: expected one of {', '.join(METHODS)}")
+    names = [name for name, _ in experts]
+    _check_names(names, method)
+    rows = options_of(Request)
+    given = {name: value for name, value in (settings or {}).items() if value is not None}
+    values = {name: rows[name].value_of(value) for name, value in given.items() if name in rows}
+    others = {name: value for name, value in given.items() if name not in rows}
+    request = Request(tuple(experts), method, _read_own(method, others), **values)
+    _check_weights(request, names)
+    for name in request.take.values():
+        _check_named("--take", name, names)
+    return request
+
+
+def _read_own(method: str, given: Mapping[str, object]) -> dict[str, Any]:
+    """The values of all of a method's own options."""
+    rows = {row.name: row for row in METHODS[method].options}
+    for row in own_options(METHODS):
+        if row.name in given and row.name not in rows:
+            owners = [name for name, other in METHODS.items() if row.name in [own.name for own in other.options]]
+            raise InputError(f"--method {method}: --{row.key} does not apply, it belongs to {', '.join(owners)}")
+    if unknown := sorted(set(given) - set(rows)):
+        raise TypeError(f"there is no option {unknown[0]}; there are {', '.join(keywords())}")
+    values = {}
+    for name, row in rows.items():
+        value = given.get(name, row.default)
+        if value is None:
+            raise InputError(f"--method {method}: --{row.key} is missing")
+        values[name] = row.value_of(value)
+    return values
+
+
+def keywords() -> list[str]:
+    """The keywords of :func:`megatron_btx.mix` that are options."""
+    rows = [*own_options(METHODS), *options_of(Options).values()]
+    return [*options_of(Request), *(row.name for row in rows), "show_progress"]
+
+
+def _check_names(names: Sequence[str], method: str) -> None:
+    for name in names:
+        if not name or not name.isprintable() or set(_NO_NAME) & set(name):
+            raise InputError(
+                f"--expert {name!r}: expected a name without slashes, commas, colons, blanks or control characters"
+            )
+        if names.count(name) > 1:
+            raise InputError(f"--expert {name}= is given twice; every expert needs a name of its own")
+    row = METHODS[method]
+    if len(names) < row.at_least:
+        raise InputError(
+            f"{len(names)} expert given, at least {row.at_least} needed for {method}; repeat --expert NAME=PATH"
+        )
+    if row.at_most is not None and len(names) > row.at_most:
+        raise InputError(f"--expert: {len(names)} given, {method} takes {row.at_most}; leave the others out")
+
+
+def _check_weights(request: Request, names: Sequence[str]) -> None:
+    for name in request.weights:
+        _check_named("--weight", name, names)
+    if request.weights and not METHODS[request.method].averages:
+        raise InputError(f"--weight does not apply to --method {request.method}, which averages nothing")
+    weights = [request.weights.get(name, 1.0) for name in names]
+    if not 0 < sum(weights) < math.inf:
+        raise InputError("--weight: all weights are 0, or their sum is infinite; at least one must be more than 0")
+
+
+def _check_named(flag: str, name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        raise InputError(f"{flag} names the expert {name!r}; there are {', '.join(names)}")

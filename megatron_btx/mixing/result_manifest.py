@@ -53,7 +53,7 @@ def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder:
         }
         blocks.setdefault(task.block.tensor, []).append(entry)
     experts = []
-    for source, weight in zip(plan.sources, plan.weights, strict=True):
+    for source, weight in zip(plan.mixed, plan.weights, strict=True):
         experts.append({**source_identity(source), "weight": weight})
     tensors = {tensor.name: _tensor_entry(plan, tensor, blocks[tensor.name]) for tensor in output.tensors}
     request = plan.request
@@ -70,6 +70,10 @@ def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder:
         "versions": versions(),
         "tensors": tensors,
     }
+    if request.own:
+        content["options"] = dict(request.own)
+    if plan.base is not None:
+        content["base"] = source_identity(plan.base)
     stretches = stretches_by_file(content)
     content["files"] = {}
     for name in sorted([*output.files, *output.small_files]):
@@ -92,7 +96,7 @@ def _tensor_entry(plan: Plan, tensor: LaidOutTensor, blocks: Sequence[Mapping[st
 def _vocabulary(plan: Plan) -> dict[str, Any]:
     """Whose tokenizer the result has, and which of its rows are tokens."""
     planned = next(piece for piece in plan.pieces if piece.name == EMBEDDING)
-    chosen = vocabulary_source(plan.sources, plan.request)
+    chosen = vocabulary_source(plan.mixed, plan.request)
     return {
         "tokenizer_of": chosen.name,
         "known": chosen.tokens is not None,

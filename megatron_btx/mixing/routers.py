@@ -7,16 +7,34 @@ import functools
 import math
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megatron_btx.checkpoint.safe_pickle import UNREADABLE
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.request import RouterInit
 
 if TYPE_CHECKING:
     import torch
 
 _SAMPLES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterInit:
+    """How the routers of a mix start."""
+
+    kind: Literal["normal", "zeros", "file"] = "normal"
+    """normal: drawn; zeros: all gates equal; file: read from :attr:`file`."""
+    seed: int = 1234
+    """Seed of normal."""
+    std: float = 0.02
+    """Standard deviation of normal; the paper is silent, this is how Megatron draws the other weights."""
+    file: Path | None = None
+    """An .npy file with rows [mixture layers, experts, hidden] or [experts, hidden]."""
+
+    def __str__(self) -> str:
+        if self.kind == "file":
+            return str(self.file)
+        return self.kind
 
 
 def describe_routers(init: RouterInit, before: str = "") -> str:

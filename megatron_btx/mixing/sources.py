@@ -81,6 +81,14 @@ class Source:
         return isinstance(self.reader, safetensors.SafetensorsReader)
 
     @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Names of a mixture's experts, in order: those that its mix gave them, else their numbers."""
+        names = self.arguments.get("btx_experts")
+        if isinstance(names, list | tuple) and len(names) == self.sizes.experts:
+            return tuple(map(str, names))
+        return tuple(map(str, range(self.sizes.experts)))
+
+    @property
     def hf_folder(self) -> Path | None:
         """The folder with Hugging Face's configuration and tokenizer files, where there is one."""
         if self.is_hugging_face:

@@ -1,16 +1,21 @@
-"""Proof of a result: its files compared with their manifest, and what was written with what the rules give."""
+"""Proof of a result: its files against their manifest; what was written against what the rules give, twice.
+
+That what is stored is what :meth:`Operation.rows` gives proves bytes and places, and cannot see a wrong rule. So rows
+of every stretch are compared with :meth:`Operation.reference`, too, which gets there by another road.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.common.manifest import FILE_NAME
 from megatron_btx.mixing.compute import rows_of
 from megatron_btx.mixing.layout import Task
-from megatron_btx.mixing.plan import Plan
+from megatron_btx.mixing.plan import Plan, PlannedPiece
 from megatron_btx.mixing.result_manifest import (
     STEP_BYTES,
     Stretch,
@@ -19,10 +24,16 @@ from megatron_btx.mixing.result_manifest import (
     read_result_manifest,
     stretches_by_file,
 )
+from megatron_btx.mixing.verify_vocab import first_unequal
 from megatron_btx.mixing.writers import Output
+
+if TYPE_CHECKING:
+    import torch
 
 Progress = Callable[[int], None]
 """Called with the bytes done since the last call."""
+_SAMPLED_ROWS = 8
+"""Of each stretch of rows that a block holds, or of each MiB of a longer one, those that a reference is asked for."""
 _DAMAGED = (KeyError, TypeError, AttributeError, ValueError, OverflowError)
 
 
@@ -126,6 +137,7 @@ def check_against_sources(plan: Plan, output: Output, folder: Path) -> Callable[
         axis = len(block.sizes) - len(block.fills[0].planned.shape)
         row = block.offsets[axis]
         for fill in block.fills:
+            first = fill.start
             for rows in rows_of(plan, fill.planned, fill.start, fill.stop):
                 offsets = (*block.offsets[:axis], row, *block.offsets[axis + 1 :])
                 sizes = (*block.sizes[:axis], rows.shape[0], *block.sizes[axis + 1 :])
@@ -134,7 +146,24 @@ def check_against_sources(plan: Plan, output: Output, folder: Path) -> Callable[
                     raise CheckpointError(
                         f"{folder}: {block.tensor} at {list(offsets)} differs from its sources; convert again"
                     )
+                where = f"{folder}: {block.tensor} at {list(offsets)}"
+                _check_by_reference(plan, fill.planned, first, rows, where)
+                first += rows.shape[0]
                 row += rows.shape[0]
                 progress(rows.numel() * rows.element_size())
 
     return check
+
+
+def _check_by_reference(plan: Plan, planned: PlannedPiece, start: int, found: torch.Tensor, where: str) -> None:
+    """Compare some of the rows from ``start`` on, which the sources have, with what the operation says of them."""
+    stop = min(start + found.shape[0], planned.source_rows)
+    step = max(1, -(-(stop - start) // _SAMPLED_ROWS))
+    for row in range(start, stop, step):
+        numbers = planned.operation.numbers(plan, planned, row)
+        expected = planned.operation.reference(plan, planned, [row], numbers).to(planned.dtype)
+        if first_unequal(found[row - start : row - start + 1], expected) is not None:
+            raise CheckpointError(
+                f"{where}: row {row} of {planned.name} is not what its {planned.operation.name} has to be, computed "
+                "another way; this is a defect of the converter, please report it"
+            )

@@ -1,14 +1,14 @@
 """The vocabulary's rows of a written result, checked by another road than the one that made them.
 
-Comparing a result with what its rules give cannot see a wrong rule. Here every row is looked at by its token: the
-tokenizer that was *written* tells the token of each row, every source's tokenizer tells where that token is in the
-source, and the mean over the sources that know it must be what is stored, wherever they have it.
+Every row is looked at by its token: the tokenizer that was *written* tells the token of each row, every source's
+tokenizer tells where that token is in the source, and of the rows there the operation's own reference must make what is
+stored, wherever they are.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from megatron_btx.checkpoint.safetensors import SafetensorsReader
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError
-from megatron_btx.mixing.plan import Plan, PlannedPiece
+from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
 from megatron_btx.mixing.sources import Source
 from megatron_btx.mixing.writers import Output
 from megatron_btx.tokenizers.path import HF_FOLDER
@@ -34,7 +34,7 @@ def check_token_rows(plan: Plan, output: Output, folder: Path) -> str:
     Where a tokenizer is not known, or the user does not want them compared, there is nothing to look rows up by.
 
     Raises:
-        CheckpointError: names the token whose row is not the mean over the models that know it, or that has no row.
+        CheckpointError: names the token whose row is not made of the rows of the models that know it, or that has none.
     """
     tables = [source.tokens for source in plan.sources]
     if plan.request.allow_other_tokenizer or None in tables:
@@ -50,7 +50,7 @@ def check_token_rows(plan: Plan, output: Output, folder: Path) -> str:
             _check_tensor(plan, planned, reader, tensor.name, written)
     if len(plan.sources) == 1:
         return f"all rows of {len(written)} tokens are the model's own"
-    return f"all rows of {len(written)} tokens are the means over the models that know the token"
+    return f"all rows of {len(written)} tokens are what the models that know the token give"
 
 
 def _why_not(plan: Plan) -> str:
@@ -88,36 +88,47 @@ def _check_complete(sources: Sequence[Source], written: Mapping[int, str], folde
 def _check_tensor(plan: Plan, planned: PlannedPiece, reader: Reader, name: str, written: Mapping[int, str]) -> None:
     import torch
 
-    places = [_by_token(source, planned) for source in plan.sources]
+    places = {part: _by_token(plan.sources[part.source], planned) for part in planned.parts}
     rest = planned.shape[1:]
     had = planned.source_rows
-    known: set[str] = set()
-    for place in places:
-        known.update(place)
     total, count = torch.zeros(rest, dtype=torch.float64), 0
 
     def read(start: int, stop: int) -> torch.Tensor:
         return reader.read(name, (start, *(0,) * len(rest)), (stop - start, *rest))
 
     for low in range(0, had, _ROWS):
-        numbers = [number for number in range(low, min(low + _ROWS, had)) if written.get(number) in known]
-        if not numbers:
-            continue
-        found = _rows_at(read, numbers)
-        expected = _expected(plan, planned, places, [written[number] for number in numbers])
-        wrong = _first_unequal(found, expected)
-        if wrong is not None:
-            number = numbers[wrong]
-            raise CheckpointError(
-                f"{name}: row {number} ({written[number]!r}) is not the mean over the models that know this token; "
-                "this is a defect of the converter, please report it"
-            )
-        total += found.sum(0, dtype=torch.float64)
-        count += len(numbers)
+        for owners, numbers in _by_owners(places, written, range(low, min(low + _ROWS, had))).items():
+            found = rows_at(read, numbers)
+            held = {}
+            for part in owners:
+                there = [places[part][written[number]] for number in numbers]
+                held[part] = rows_at(functools.partial(plan.sources[part.source].read, part.piece), there).double()
+            expected = planned.operation.reference(plan, planned, numbers, held)
+            wrong = first_unequal(found, expected.to(planned.dtype))
+            if wrong is not None:
+                number = numbers[wrong]
+                raise CheckpointError(
+                    f"{name}: row {number} ({written[number]!r}) is not the {planned.operation.name} of the models "
+                    "that know this token; this is a defect of the converter, please report it"
+                )
+            total += found.sum(0, dtype=torch.float64)
+            count += len(numbers)
     if planned.new_rows and count:
         new = read(had, planned.shape[0])
-        if _first_unequal(new, (total / count).to(planned.dtype).expand_as(new)) is not None:
+        if first_unequal(new, (total / count).to(planned.dtype).expand_as(new)) is not None:
             raise CheckpointError(f"{name}: rows from {had} on are not the mean of the tokens' rows; convert again")
+
+
+def _by_owners(
+    places: Mapping[Part, Mapping[str, int]], written: Mapping[int, str], rows: Iterable[int]
+) -> dict[tuple[Part, ...], list[int]]:
+    """The rows of tokens, by the parts that know the token; those that nobody knows are left out."""
+    found: dict[tuple[Part, ...], list[int]] = {}
+    for row in rows:
+        owners = tuple(part for part, place in places.items() if written.get(row) in place)
+        if owners:
+            found.setdefault(owners, []).append(row)
+    return found
 
 
 def _by_token(source: Source, planned: PlannedPiece) -> dict[str, int]:
@@ -128,29 +139,7 @@ def _by_token(source: Source, planned: PlannedPiece) -> dict[str, int]:
     return {token: number for number, token in source.tokens.items() if number < held.shape[0]}
 
 
-def _expected(
-    plan: Plan, planned: PlannedPiece, places: Sequence[Mapping[str, int]], tokens: Sequence[str]
-) -> torch.Tensor:
-    """The weighted mean of each token's rows, wherever the sources have them: [tokens, ...]."""
-    import torch
-
-    known = torch.zeros(len(places), len(tokens), dtype=torch.bool)
-    for mine, place in zip(known, places, strict=True):
-        mine[:] = torch.tensor([token in place for token in tokens])
-    weights = torch.tensor(plan.weights, dtype=torch.float64)[:, None] * known
-    # A token that only models of weight zero know is theirs all the same.
-    weights = torch.where(weights.sum(0) > 0, weights, known.double())
-    total = torch.zeros(len(tokens), *planned.shape[1:], dtype=torch.float64)
-    for source, place, mine, weight in zip(plan.sources, places, known, weights, strict=True):
-        if not bool(mine.any()):
-            continue
-        numbers = [place[token] for token in tokens if token in place]
-        rows = _rows_at(functools.partial(source.read, planned.name), numbers)
-        total[mine] += rows.double() * weight[mine].view(-1, *(1,) * (rows.dim() - 1))
-    return (total / weights.sum(0).view(-1, *(1,) * (total.dim() - 1))).to(planned.dtype)
-
-
-def _rows_at(read: Callable[[int, int], torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+def rows_at(read: Callable[[int, int], torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
     """The rows of these numbers, in their order: one reading for each run of numbers that follow each other."""
     import torch
 
@@ -162,14 +151,14 @@ def _rows_at(read: Callable[[int, int], torch.Tensor], numbers: Sequence[int]) -
     return torch.cat(parts)
 
 
-def _first_unequal(found: torch.Tensor, expected: torch.Tensor) -> int | None:
+def first_unequal(found: torch.Tensor, expected: torch.Tensor) -> int | None:
     """The first row that differs by more than one rounding: this sum has another order, a wrong mean is far off."""
     import torch
 
     unit = torch.finfo(found.dtype)
     close = (found.double() - expected.double()).abs() <= expected.double().abs() * unit.eps + unit.tiny
     same = close | (found == expected) | (found.isnan() & expected.isnan())
-    wrong = ~same.flatten(1).all(dim=1)
+    wrong = ~same.reshape(len(same), -1).all(dim=1)
     if not bool(wrong.any()):
         return None
     return int(torch.nonzero(wrong)[0])

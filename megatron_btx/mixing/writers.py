@@ -22,14 +22,13 @@ from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader
 from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.compatible import vocabulary_source
 from megatron_btx.mixing.layout import LaidOutBlock, LaidOutTensor, Task, lay_out
-from megatron_btx.mixing.merge import RAMP, ZEROS
+from megatron_btx.mixing.operations import RAMP, ZEROS
 from megatron_btx.mixing.plan import Plan, PlannedPiece
 from megatron_btx.mixing.result import megatron_args_text
 from megatron_btx.tokenizers import written_files as tokenizer_files
 from megatron_btx.tokenizers.export import result_tokenizer
 from megatron_btx.tokenizers.path import HF_FOLDER
 
-FORMATS = ("megatron", "hf")
 _WRITTEN = {"zeros": ZEROS, "ramp": RAMP}
 """What :mod:`megatron_btx.checkpoint.huggingface.shared_expert` wants in its tensors."""
 
@@ -61,7 +60,7 @@ class Output:
 
 
 def lay_out_result(plan: Plan, output_format: str, target: Path) -> Output:
-    """Lay out the result of a plan in one of :data:`FORMATS`.
+    """Lay out the result of a plan as ``output_format`` says: megatron or hf.
 
     Raises:
         InputError: the format cannot express the model; says what it is.
@@ -107,7 +106,7 @@ def _megatron(plan: Plan, target: Path) -> Output:
 
 def _with_hf_files(plan: Plan, target: Path) -> tuple[dict[str, Any], dict[str, bytes], Mapping[str, Any]]:
     """The result's arguments, the files of Hugging Face's that travel along, and what was proved of its tokenizer."""
-    source = vocabulary_source(plan.sources, plan.request)
+    source = vocabulary_source(plan.mixed, plan.request)
     arguments, folder = dict(plan.arguments), source.hf_folder
     if folder is None:
         return arguments, {}, {"said": "the files that the arguments name"}
@@ -180,7 +179,7 @@ def _extra_states(sizes: Sizes, qk_layernorm: bool, numbered: bool) -> Iterator[
 
 
 def _hugging_face(plan: Plan) -> Output:
-    source = vocabulary_source(plan.sources, plan.request)
+    source = vocabulary_source(plan.mixed, plan.request)
     folder = source.hf_folder
     base = None
     if folder is not None:

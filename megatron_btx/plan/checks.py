@@ -105,6 +105,8 @@ def _put_given_models(words: list[str]) -> list[str] | None:
     given = [path for _, _, path in experts.values() if Path(path).is_dir()]
     if not given:
         return None
+    if "--base" in words and not Path(words[words.index("--base") + 1]).is_dir():
+        words[words.index("--base") + 1] = given[0]
     stand_ins = {name: number for number, (name, _, path) in experts.items() if path not in given}
     for name, number in stand_ins.items():
         words[number] = f"{name}={given[0]}"

@@ -20,7 +20,9 @@ from megatron_btx.recipe.names import (
     DATASETS_FILE,
     EXPORT_STAGE,
     EXPORTED_FOLDER,
+    SEED_MODEL,
 )
+from megatron_btx.recipe.options import takes_base
 from megatron_btx.recipe.recipe import Recipe
 
 
@@ -45,6 +47,10 @@ def plan_mix(recipe: Recipe, row: ModelSpec) -> Stage:
     for name, model in models.items():
         words += ["--expert", f"{name}={model.path}"]
         settings[f"expert {name}"] = model.identity()
+    if takes_base(options):
+        models["base"] = mixed_model_of(recipe.models[SEED_MODEL])
+        settings["base"] = models["base"].identity()
+        words += ["--base", models["base"].path]
     words += ["--output", f"{row.stage}/{CHECKPOINT_FOLDER}", *options, "--verify"]
     parents, inputs = origins_of(models.values())
     for number, option in enumerate(options):

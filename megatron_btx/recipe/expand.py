@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import WrapValidator, create_model
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.output_options import DIFFERENCES, RESULT
+from megatron_btx.mixing.options import DIFFERENCES, RESULT
 from megatron_btx.recipe.budgets import batch_tokens, padded_vocabulary, token_weighted, training_steps
 from megatron_btx.recipe.errors import refuse, unknown_key
 from megatron_btx.recipe.flags import Flags, FlagValue, merged, number

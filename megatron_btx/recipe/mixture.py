@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from megatron_btx.common.errors import InputError
 from megatron_btx.mixing import cli
 from megatron_btx.mixing.methods import METHODS
-from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE
-from megatron_btx.mixing.request_checks import MULTIPLE_AT_MOST, check_request, number_of
+from megatron_btx.mixing.options import DIFFERENCES, MIXTURE
+from megatron_btx.mixing.request import MULTIPLE_AT_MOST
 from megatron_btx.recipe.budgets import model_shape
 from megatron_btx.recipe.errors import refuse
 from megatron_btx.recipe.flags import Flags, FlagValue
@@ -37,6 +37,8 @@ def mixture_shape(
     words = option_words(section)
     asked = cli.parser().parse_args([*(f"--expert={name}=." for name in names), *words])
     method = METHODS[asked.method]
+    if method.has_base:
+        asked.base = "."
     if len(names) < method.at_least or len(set(names)) < len(names):
         refuse("mix.experts", f"found {list(names)!r}, expected at least two different experts")
     if section.from_ is not None:
@@ -52,12 +54,13 @@ def mixture_shape(
         makes = [name for name, row in METHODS.items() if row.experts is not None]
         refuse("mix.method", f"found {asked.method}, expected one that makes a mixture: {', '.join(makes)}")
     try:
-        request = check_request(cli.request_of(asked))
+        request = cli.request_of(asked)
     except InputError as error:
         raise InputError(say_keys(str(error), MIX_STAGE)) from None
-    shape: dict[str, FlagValue] = {"num-experts": len(method.experts(len(names), number_of(request)))}
-    if request.chunks:
-        shape["moe-ffn-hidden-size"] = model_shape(model, 1).ffn // request.chunks
+    experts = method.experts(request.given)
+    shape: dict[str, FlagValue] = {"num-experts": len(experts.names)}
+    if experts.chunks != experts.cut:
+        shape["moe-ffn-hidden-size"] = model_shape(model, 1).ffn // experts.cut * experts.chunks
     if request.layer_frequency != 1:
         shape[_LAYERS] = str(request.layer_frequency).replace(" ", "").replace("(", "[").replace(")", "]")
     known = [base if found is None else found for found in rows]

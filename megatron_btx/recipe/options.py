@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -12,7 +11,9 @@ from typing import Annotated, Any
 from pydantic import PlainValidator, create_model
 
 from megatron_btx.mixing import cli
-from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, RESULT, list_options
+from megatron_btx.mixing.methods import METHODS
+from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT, Option
+from megatron_btx.mixing.request import Request, list_options
 from megatron_btx.recipe.flags import DERIVED_FLAGS
 from megatron_btx.recipe.names import AVERAGE_STAGE, EXPERT_PREFIX, FINETUNE_STAGE, IMPORT_PREFIX, MIX_STAGE, SEED_STAGE
 from megatron_btx.recipe.section import Section
@@ -29,9 +30,19 @@ class Words(tuple[str, ...]):
     __slots__ = ()
 
 
+_METHOD = Option("method", "", default=Request.method, choices=tuple(METHODS))
+_BASE = "base"
+"""The base of a method that has one: the run's seed."""
+
+
 @cache
-def _options(*titles: str) -> Mapping[str, argparse.Action]:
-    return list_options(cli.parser(), *titles)
+def _options(*titles: str) -> Mapping[str, Option]:
+    """The options of these groups by their keys, and the method among them."""
+    found = list_options(*titles)
+    found.pop(_BASE, None)
+    if MIXTURE in titles:
+        found["method"] = _METHOD
+    return found
 
 
 def with_options[S: Section](*titles: str) -> Callable[[type[S]], type[S]]:
@@ -39,10 +50,10 @@ def with_options[S: Section](*titles: str) -> Callable[[type[S]], type[S]]:
 
     def extend(section: type[S]) -> type[S]:
         fields: dict[str, Any] = {}
-        for key, action in _options(*titles).items():
+        for key, option in _options(*titles).items():
             name = key.replace("-", "_")
             if key not in DERIVED_FLAGS and name not in section.model_fields:
-                fields[name] = (Annotated[Any, PlainValidator(partial(_read_option, action))], None)
+                fields[name] = (Annotated[Any, PlainValidator(partial(_read_option, option))], None)
         return create_model(section.__name__, __base__=section, __module__=section.__module__, **fields)
 
     return extend
@@ -66,7 +77,7 @@ def words_of(words: tuple[str, ...], *titles: str) -> tuple[str, ...]:
 
 def pad_rows(rows: int, words: Sequence[str]) -> int:
     """Rows of an embedding, made a multiple of what the words say; the converter refuses one that is none."""
-    multiple: int = cli.parser().parse_args(list(words)).pad_vocab_to_multiple_of or 1
+    multiple: int = cli.parser().parse_args(list(words)).pad_vocabulary or 1
     return -(-rows // multiple) * multiple
 
 
@@ -84,14 +95,14 @@ def place_of(stage: str) -> str:
 
 def say_keys(text: str, place: str) -> str:
     """A refusal of the converter's with the recipe's keys in place of the flags: mix.take: {dtype: math}."""
-    for key, action in _options(RESULT, DIFFERENCES, MIXTURE).items():
+    for key, option in _options(RESULT, DIFFERENCES, MIXTURE).items():
         where = place if key in _options(RESULT) else MIX_STAGE
         said = f"{where}.{DERIVED_FLAGS.get(key, key).rpartition('mix.')[2]}"
         flag = rf"(?<![\w-])--{key}(?![\w-])"
-        if action.nargs == 0:
+        if option.kind is bool:
             text = re.sub(flag, f"{said}: true", text)
         text = re.sub(rf"{flag} (\w+)=(\w[\w.-]*)", rf"{said}: {{\1: \2}}", text)
-        for choice in action.choices or ():
+        for choice in option.choices:
             text = re.sub(rf"{flag} {choice}\b", f"{said}: {choice}", text)
         text = re.sub(flag, said, text)
     text = text.replace("--description: ", f"{place}.").replace("--json-keys", "json-key")
@@ -99,33 +110,38 @@ def say_keys(text: str, place: str) -> str:
     return re.sub(r"(?<![\w-])--expert(?![\w-])( NAME=PATH)?", f"{place}.experts", text)
 
 
-def _read_option(action: argparse.Action, value: object) -> Words:
+def takes_base(words: Sequence[str]) -> bool:
+    """Whether the method that the words choose needs the model that the experts began from."""
+    return METHODS[cli.parser().parse_args(list(words)).method].has_base
+
+
+def _read_option(option: Option, value: object) -> Words:
     """The words that a key's value is on the command line. Raises ValueError with what is expected."""
-    flag = action.option_strings[0]
-    if action.nargs == 0:
+    flag = f"--{option.key}"
+    if option.kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"found {value!r}, expected true or false")
         return Words([flag] if value else [])
-    if action.default == []:
+    if option.kind is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"found {value!r}, expected a mapping, as {{{str(action.metavar).replace('=', ': ')}}}")
+            raise ValueError(f"found {value!r}, expected a mapping, as {{{option.metavar.replace('=', ': ')}}}")
         return Words(f"{flag}={name}={value[name]}" for name in sorted(value))
     text = str(value)
     if isinstance(value, list) and all(isinstance(item, int) for item in value):
         text = text.replace(" ", "")
     elif isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"found {value!r}, expected a value for {flag}")
-    if action.choices and text not in action.choices:
-        raise ValueError(f"found {value!r}, expected one of {', '.join(action.choices)}")
-    if callable(action.type):
+    if option.choices and text not in option.choices:
+        raise ValueError(f"found {value!r}, expected one of {', '.join(option.choices)}")
+    if option.kind in (int, float):
         try:
-            action.type(text)
+            option.kind(text)
         except ValueError:
             raise ValueError(f"found {value!r}, expected a number") from None
     if text.endswith(_FILE):
         text = str(absolute_path(text))
         if not Path(text).is_file():
             raise ValueError(f"{text} does not exist; make it, or mend the path")
-    if text == str(action.default):
+    if text == str(option.default):
         return Words()
     return Words([f"{flag}={text}"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_btx.mixing.merge import for_one_rounding
+from megatron_btx.mixing.operations import for_one_rounding
 from tests import pico
 from tests.mixing import mix, planned, rewrite
 from tests.unit.mixing.checkpoints import expert_words, same_bits, tensors

@@ -10,8 +10,7 @@ import pytest
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.mixing import cli, convert_hf
-from megatron_btx.mixing.api import convert, mix
-from megatron_btx.mixing.conversion import check_result
+from megatron_btx.mixing.api import check_result, convert, mix
 from tests.unit.mixing.checkpoints import expert_words
 from tests.unit.mixing.folders import llama_folder
 

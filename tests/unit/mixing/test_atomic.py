@@ -20,7 +20,6 @@ from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.mixing.cli import main
-from megatron_btx.mixing.request import RouterInit
 from megatron_btx.mixing.staging import Workplace
 from tests.mixing import mix, planned, verify
 from tests.unit.mixing.checkpoints import expert_words, refused, same_bits, tensors
@@ -113,7 +112,7 @@ def test_killed_between_two_renames(experts, tmp_path):
     os.rename(out, tmp_path / ".out.old")
     with files_no_larger_than(50_000):
         assert main([*expert_words(experts), "--output", str(out)]) == 2
-    verify(experts, out, router=RouterInit(seed=1))
+    verify(experts, out, router_seed=1)
     assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
@@ -321,7 +320,7 @@ def test_killed_while_overwriting(many, zygote, tmp_path):
         convert(zygote, [*words, "2"], tmp_path / "log", moments.uniform(0.2, 1.3) * whole_seconds)
         seed = 1 if _is(many, 1, out) else 2
         if seed == 2:
-            verify(many, out, router=RouterInit(seed=2))
+            verify(many, out, router_seed=2)
         seen[seed] += 1
         if seed == 2:
             convert(zygote, [*words, "1"], tmp_path / "log")
@@ -330,7 +329,7 @@ def test_killed_while_overwriting(many, zygote, tmp_path):
 
 def _is(experts, seed: int, folder: Path) -> bool:
     try:
-        verify(experts, folder, router=RouterInit(seed=seed))
+        verify(experts, folder, router_seed=seed)
     except CheckpointError:
         return False
     return True

@@ -20,7 +20,7 @@ GROWTH_MIB = 60
 MEASURE = """
 import sys, threading
 from pathlib import Path
-import megatron_btx.mixing.conversion
+import megatron_btx.mixing.api
 from megatron_btx.mixing.cli import main
 
 largest, over = 0, threading.Event()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
 
 from megatron_btx.mixing.api import mix
-from megatron_btx.mixing.methods import METHODS, Method
-from megatron_btx.mixing.plan import Operation, Plan, PlannedPiece
+from megatron_btx.mixing.methods import METHODS, Chunk, Method
+from megatron_btx.mixing.operations import Operation
+from megatron_btx.mixing.plan import Plan, PlannedPiece
 from tests.hugging_face import tensors
 from tests.unit.mixing.folders import llama_folder
 
@@ -22,6 +24,10 @@ class Largest(Operation):
         """Number by number."""
         return torch.stack([source.read(planned.name, start, stop) for source in plan.sources]).amax(0)
 
+    def reference(self, plan: Plan, planned: PlannedPiece, rows, numbers) -> torch.Tensor:
+        """One after the other."""
+        return functools.reduce(torch.maximum, numbers.values())
+
     def describe(self, plan: Plan, planned: PlannedPiece) -> str:
         """In words."""
         return f"largest of {len(planned.parts)}"
@@ -30,7 +36,11 @@ class Largest(Operation):
 def test_a_new_operation_needs_no_other_place(tmp_path: Path, monkeypatch):
     """Named by a row of the table, it is carried out, verified, printed, explained and recorded."""
     models = {name: llama_folder(tmp_path / name, seed) for seed, name in enumerate("ab")}
-    monkeypatch.setitem(METHODS, "largest", Method("the largest numbers", shared=Largest()))
+
+    def make(given, piece):
+        return Largest(), tuple(Chunk(source, piece.name) for source in range(len(given.models)))
+
+    monkeypatch.setitem(METHODS, "largest", Method("the largest numbers", make))
     result = mix(models, tmp_path / "out", method="largest", output_format="hf", verify=True)
     left, right, found = (tensors(tmp_path / name) for name in ("a", "b", "out"))
     assert all(torch.equal(found[key], torch.maximum(left[key], right[key])) for key in found)

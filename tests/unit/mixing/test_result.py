@@ -15,7 +15,6 @@ import torch
 
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.mixing.cli import main
-from megatron_btx.mixing.request import RouterInit
 from megatron_btx.mixing.staging import Workplace
 from megatron_btx.mixing.verify import check_manifest
 from tests import pico
@@ -205,7 +204,7 @@ def test_hashes_of_bf16_tensors(dense, tmp_path):
         assert manifest["tensors"][key]["sha256"] == hash_by_blocks(tensor, manifest["tensors"][key]["blocks"])
 
 
-SEED_42 = {"router": RouterInit(seed=42)}
+SEED_42 = {"router_seed": 42}
 
 
 def flip_a_bit_of(folder: Path, key: str) -> None:

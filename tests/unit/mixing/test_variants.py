@@ -14,8 +14,7 @@ import torch
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.mixing.cli import main
-from megatron_btx.mixing.request import RouterInit
-from megatron_btx.mixing.routers import router_rows, starting_route
+from megatron_btx.mixing.routers import RouterInit, router_rows, starting_route
 from tests import pico
 from tests.mixing import mix, rewrite
 from tests.runner import read_losses

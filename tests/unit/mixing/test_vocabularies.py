@@ -14,7 +14,7 @@ import torch
 
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
-from megatron_btx.mixing import compute, convert_hf, merge
+from megatron_btx.mixing import compute, convert_hf, operations
 from megatron_btx.mixing import verify_vocab as rows_proof
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.loader import open_source
@@ -245,22 +245,22 @@ def test_verify_sees_a_wrong_average(tmp_path, capsys, monkeypatch):
     def of_all(plan, planned, start, stop):
         yield start, stop, planned.parts
 
-    monkeypatch.setattr(merge, "owned_rows", of_all)
+    monkeypatch.setattr(operations, "owned_rows", of_all)
     experts = pair(tmp_path, (32, {"vocab.json": words(30)}), (32, {"vocab.json": words(31)}))
     message = refused(
         [*expert_words(experts), "--vocab=union", "--verify", "--allow-other-ids"], tmp_path / "out", capsys
     )
-    assert "row 30 ('word30') is not the mean over the models that know this token" in message
+    assert "row 30 ('word30') is not the average of the models that know this token" in message
 
 
 def test_verify_sees_a_row_that_is_no_number():
     """Nothing is larger than nan: a comparison by size alone would let it pass."""
     held = torch.tensor([[1.0, 2.0], [3.0, math.nan], [math.inf, 5.0]])
     written = held.clone()
-    assert rows_proof._first_unequal(written, held) is None
+    assert rows_proof.first_unequal(written, held) is None
     written[0, 1] = math.nan
-    assert rows_proof._first_unequal(written, held) == 0
-    assert rows_proof._first_unequal(held, torch.ones_like(held)) == 0
+    assert rows_proof.first_unequal(written, held) == 0
+    assert rows_proof.first_unequal(held, torch.ones_like(held)) == 0
 
 
 def test_verify_sees_wrong_new_rows(tmp_path, capsys, monkeypatch):

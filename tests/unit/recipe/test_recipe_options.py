@@ -16,8 +16,8 @@ import yaml
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.table import render
 from megatron_btx.data.domains import read_description
-from megatron_btx.mixing import cli
-from megatron_btx.mixing.output_options import DIFFERENCES, MIXTURE, RESULT, list_options
+from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT
+from megatron_btx.mixing.request import list_options
 from megatron_btx.plan.checks import check_inputs
 from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.planner import plan_stages
@@ -69,7 +69,7 @@ def test_an_option_is_a_key(key: str, value: object, words: list[str], tree: dic
 def test_all_options_are_keys() -> None:
     """So that a new one is a key, too; the routing's k has a key of its own."""
     keys = {field.alias for field in MixSection.model_fields.values()}
-    assert set(list_options(cli.parser(), RESULT, DIFFERENCES, MIXTURE)) - keys == {"moe-router-topk"}
+    assert {"method", *list_options(RESULT, DIFFERENCES, MIXTURE)} - keys == {"moe-router-topk"}
 
 
 def test_a_mix_is_verified(tree: dict[str, Any]) -> None:

@@ -2,20 +2,88 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_btx.mixing.plan import Operation, Plan, PlannedPiece, SourceRows
 from megatron_btx.mixing.routers import describe_routers, router_rows
 
 if TYPE_CHECKING:
     import torch
 
+    from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
+
 _BEYOND_FP32 = (1 << 29) - 1
 """The bits of a number in fp64 that fp32 lacks."""
+_STREAM_BYTES = 4 << 20
 _SUM_NUMBERS = 1 << 16
 """Means are taken over this many numbers at a time: half a MiB of fp64 stays in the cache of one core."""
+
+
+class Operation(abc.ABC):
+    """One way to make a piece."""
+
+    name: str
+    """As the manifest says it."""
+
+    @abc.abstractmethod
+    def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of a piece, in its dtype; new rows of the vocabulary are not asked for.
+
+        Asked for by several threads and processes, in any order, and twice when a result is verified.
+        """
+
+    @abc.abstractmethod
+    def describe(self, plan: Plan, planned: PlannedPiece) -> str:
+        """What is done, in words, for the column "made by" of a plan."""
+
+    @abc.abstractmethod
+    def reference(
+        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
+    ) -> torch.Tensor:
+        """What rows of a piece must be, by another road than :meth:`rows`: ``--verify`` compares with it.
+
+        Args:
+            rows: their numbers in the piece.
+            numbers: what each part holds there, in fp64, [rows, ...]; parts that have nothing to say are left out.
+
+        Returns:
+            In fp64, [rows, ...]. What is stored may differ by one rounding.
+        """
+
+    def prepare(self, plan: Plan, planned: PlannedPiece) -> object:
+        """What :meth:`rows` has to know of whole tensors: a threshold, a norm; ``plan.prepared(planned)`` has it.
+
+        Called once for a piece in each process, when its first rows are asked for. It may read all that its parts hold,
+        some rows at a time (:func:`stream`), and is kept to the end, so it should be small. It must be the same in
+        every process: what is drawn is drawn by the name of the tensor.
+        """
+        return None
+
+    def stretches(
+        self, plan: Plan, planned: PlannedPiece, start: int, stop: int
+    ) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
+        """Rows in stretches, each with the parts that its rows are made of."""
+        yield start, stop, planned.parts
+
+    def numbers(self, plan: Plan, planned: PlannedPiece, row: int) -> dict[Part, torch.Tensor]:
+        """What the parts hold of one row, for :meth:`reference`: each the same row."""
+        found = {}
+        for _, _, parts in self.stretches(plan, planned, row, row + 1):
+            for part in parts:
+                found[part] = plan.sources[part.source].read(part.piece, row, row + 1).double()
+        return found
+
+
+def stream(plan: Plan, part: Part) -> Iterator[torch.Tensor]:
+    """All rows of a source's piece, some MiB at a time and in order."""
+    source = plan.sources[part.source]
+    held = source.pieces[part.piece]
+    step = max(1, _STREAM_BYTES // max(1, held.dtype.itemsize * math.prod(held.shape[1:])))
+    for start in range(0, held.shape[0], step):
+        yield source.read(part.piece, start, min(start + step, held.shape[0]))
 
 
 class Move(Operation):
@@ -52,6 +120,27 @@ class Move(Operation):
             return f"{axis} of one source, moved bit for bit"
         return "moved bit for bit"
 
+    def numbers(self, plan: Plan, planned: PlannedPiece, row: int) -> dict[Part, torch.Tensor]:
+        """Of the one part that has the row; of all where the parts are columns."""
+        if planned.axis == 1:
+            return super().numbers(plan, planned, row)
+        rows: list[tuple[Part, int]] = []
+        for part in planned.parts:
+            rows.extend((part, at) for at in range(part.start, part.stop))
+        part, at = rows[row]
+        return {part: plan.sources[part.source].read(part.piece, at, at + 1).double()}
+
+    def reference(
+        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
+    ) -> torch.Tensor:
+        """The row itself, or its columns side by side."""
+        import torch
+
+        if planned.axis == 0:
+            (found,) = numbers.values()
+            return found
+        return torch.cat([numbers[part][:, part.start : part.stop] for part in planned.parts], 1)
+
 
 class Average(Operation):
     """The weighted mean over the sources, rounded once to the stored dtype.
@@ -74,9 +163,20 @@ class Average(Operation):
             return "weighted mean"
         return "mean of all"
 
+    def reference(
+        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
+    ) -> torch.Tensor:
+        """Each times its weight, over the sum of the weights."""
+        import torch
+
+        weights = torch.tensor([plan.weights[part.source] for part in numbers], dtype=torch.float64)
+        if not bool(weights.any()):  # a token that only models of weight zero know is theirs all the same
+            weights = torch.ones_like(weights)
+        return torch.tensordot(weights / weights.sum(), torch.stack(list(numbers.values())), dims=1)
+
     def stretches(
         self, plan: Plan, planned: PlannedPiece, start: int, stop: int
-    ) -> Iterator[tuple[int, int, tuple[SourceRows, ...]]]:
+    ) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
         """All rows over all sources, but those of an embedding or head over their owners."""
         if planned.has_token_rows:
             yield from owned_rows(plan, planned, start, stop)
@@ -101,6 +201,27 @@ class NewRouters(Operation):
         """How they start."""
         return describe_routers(plan.request.router, "rows: ")
 
+    def reference(
+        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
+    ) -> torch.Tensor:
+        """Drawn again, one mixture layer after the other up to this one; or read by numpy."""
+        import numpy as np
+        import torch
+
+        init, experts, hidden = plan.request.router, plan.sizes.experts, plan.sizes.hidden
+        before = sum(plan.sizes.mixture_layers[: planned.piece.numbers["layer"]])
+        found = torch.zeros(experts, hidden)
+        if init.kind == "normal":
+            generator = torch.Generator().manual_seed(init.seed)
+            for _ in range(before + 1):
+                found = torch.empty(experts, hidden).normal_(0.0, init.std, generator=generator)
+        elif init.file is not None:
+            read = np.load(init.file, allow_pickle=False)
+            if read.ndim == 3:
+                read = read[before]
+            found = torch.from_numpy(read.astype(np.float32))
+        return found[list(rows)].double()
+
 
 class Zeros(Operation):
     """Zeros: biases of new routers, and experts that add nothing."""
@@ -116,6 +237,14 @@ class Zeros(Operation):
     def describe(self, plan: Plan, planned: PlannedPiece) -> str:
         """What they are."""
         return "zeros"
+
+    def reference(
+        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
+    ) -> torch.Tensor:
+        """Nothing but zeros."""
+        import torch
+
+        return torch.tensor(0.0, dtype=torch.float64).expand(len(rows), *planned.shape[1:])
 
 
 class Ramp(Operation):
@@ -135,13 +264,20 @@ class Ramp(Operation):
         """What they are for."""
         return "1 to 2, so that no token's gate is zero"
 
+    def reference(
+        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
+    ) -> torch.Tensor:
+        """Evenly from 1 on."""
+        import torch
+
+        columns = planned.shape[1]
+        return torch.linspace(1, 2, columns + 1, dtype=torch.float64)[:columns].expand(len(rows), columns)
+
 
 MOVE, AVERAGE, NEW_ROUTERS, ZEROS, RAMP = Move(), Average(), NewRouters(), Zeros(), Ramp()
 
 
-def owned_rows(
-    plan: Plan, planned: PlannedPiece, start: int, stop: int
-) -> Iterator[tuple[int, int, tuple[SourceRows, ...]]]:
+def owned_rows(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
     """Rows of an embedding or head in stretches, each with the parts it is averaged over.
 
     They are the sources whose token the row is: padding enters no average. A row that is nobody's token is averaged
@@ -164,7 +300,7 @@ def _contains(stretches: Sequence[tuple[int, int]], row: int) -> bool:
     return any(begin <= row < end for begin, end in stretches)
 
 
-def _mean(plan: Plan, planned: PlannedPiece, parts: Sequence[SourceRows], start: int, stop: int) -> torch.Tensor:
+def _mean(plan: Plan, planned: PlannedPiece, parts: Sequence[Part], start: int, stop: int) -> torch.Tensor:
     """The weighted mean of the parts' rows, in the piece's dtype."""
     import torch
 
