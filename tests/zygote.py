@@ -141,8 +141,8 @@ def warm_up() -> None:
     import megatron.training.argument_utils
     import megatron.training.arguments
     import megatron.training.training
-    import torch._dynamo.trace_rules
-    import torch.utils.serialization
+    import torch._dynamo  # by every optimizer's first step
+    import torch.utils.serialization  # noqa: F401
 
     from megatron_btx.data import texts, training  # noqa: F401
     from megatron_btx.engine import adam, async_saves, cpu_in_megatron, retention  # noqa: F401
@@ -157,7 +157,6 @@ def warm_up() -> None:
     # torch asks every installed package whether it is a backend, two dozen times for each group of processes.
     importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
     importlib.metadata.entry_points(group="torch.distributed.backends")
-    torch._dynamo.trace_rules.get_torch_obj_rule_map()
     # What is there now is not looked at by the ranks' garbage collectors: they would copy every page that they touch.
     gc.collect()
     gc.freeze()
@@ -165,10 +164,11 @@ def warm_up() -> None:
 
 def main() -> None:
     """Import once, then serve requests until stdin closes."""
-    from megatron_btx.engine.cpu import hide_kernels_for_gpus
+    from megatron_btx.engine import cpu
 
-    if sys.argv[1:] != ["gpu"]:
-        hide_kernels_for_gpus()
+    if sys.argv[1:] != ["gpu"]:  # what a program on the CPU does before it imports Megatron
+        cpu.hide_kernels_for_gpus()
+        cpu._leave_uncompiled()
     warm_up()
     fork = sys.argv[1:] != ["gpu"] or forked_child_can_use_gpu()
     print(json.dumps({"ready": "fork" if fork else "spawn"}), flush=True)
