@@ -1,15 +1,68 @@
-"""Session fixtures: one forking process, one pico corpus, one dense checkpoint, shared by all tests that need them."""
+"""Session fixtures: a forking process and a pico corpus for each worker, models that are made once for all of them."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import pico
 from tests.runner import Zygote, gpu_count
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, Callable[[Path], object]], Path]]:
+    """``once(name, make)``: a folder that ``make(folder)`` fills once for all workers of a call; no test may change it.
+
+    It is made anew in every call of pytest, so that no change of the code can find an old one.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    used: dict[Path, str] = {}
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, record = root / name, root / f"{name}.sha256"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not record.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                record.write_text(hash_of(folder))
+        used[folder] = record.read_text()
+        return folder
+
+    yield folder_of
+    assert [folder for folder, made in used.items() if hash_of(folder) != made] == [], "changed by a test"
+
+
+LONGEST = (
+    *("slurm/test_slurm", "quickstart/test_quickstart", "quickstart/test_four_models", "slurm/test_submission"),
+    *("faults/test_orphans", "unit/test_python_api", "unit/mixing/test_memory", "unit/plan/test_quickstart_script"),
+)
+"""Files that take a minute or more and are not collected early, the longest first; the rest follows as collected."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers take the files in this order: one that took a long file last would work on alone."""
+    place = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+
+
+def hash_of(folder: Path) -> str:
+    """A hash of all files of a folder, with their names."""
+    found = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        found.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 @pytest.fixture(scope="session")
@@ -30,30 +83,33 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dense(zygote: Zygote, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense(zygote: Zygote, corpus: Path, once: Callable[..., Path]) -> Path:
     """Root of a dense pico checkpoint with iterations 5 and 10."""
-    folder = tmp_path_factory.mktemp("dense")
-    arguments = pico.train(corpus, 10) + ["--save", str(folder / "checkpoint"), "--save-interval", "5"]
-    zygote.run(1, arguments, folder / "log")
-    return folder / "checkpoint"
+
+    def make(folder: Path) -> None:
+        arguments = pico.train(corpus, 10) + ["--save", str(folder / "checkpoint"), "--save-interval", "5"]
+        zygote.run(1, arguments, folder / "log")
+
+    return once("dense", make) / "checkpoint"
 
 
 @pytest.fixture(scope="session")
-def four_experts(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def four_experts(dense: Path, once: Callable[..., Path]) -> Path:
     """A mixture of four different experts: two iterations of one run, and perturbed copies."""
     import torch
 
     from tests.mixing import mix, rewrite
 
-    folder = tmp_path_factory.mktemp("four-experts")
-
     def perturbed(seed: int) -> object:
         generator = torch.Generator().manual_seed(seed)
         return lambda key, tensor: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
 
-    experts = {"a": dense / "iter_0000005", "b": dense}
-    experts |= {name: rewrite(dense, folder / name, perturbed(seed)) for seed, name in enumerate("cd")}
-    return mix(experts, folder / "mix")
+    def make(folder: Path) -> None:
+        experts = {"a": dense / "iter_0000005", "b": dense}
+        experts |= {name: rewrite(dense, folder / name, perturbed(seed)) for seed, name in enumerate("cd")}
+        mix(experts, folder / "mix")
+
+    return once("four-experts", make) / "mix"
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
+import importlib.metadata
 import inspect
 import json
 import os
@@ -57,6 +59,8 @@ def run_rank(request: dict, rank: int, port: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # The one of the zygote has wandb's hook for every write, of which Megatron makes a thousand for its arguments.
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if request.get("file_size_limit_bytes"):  # as a disk that is full: writing beyond it fails
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size_limit_bytes"],) * 2)
@@ -128,30 +132,44 @@ def wait(ranks: list[int], grace_seconds: float) -> list[int]:
     return [codes[pid] for pid in ranks]
 
 
-def main() -> None:
-    """Import once, then serve requests until stdin closes."""
-    from megatron_btx.engine.cpu import hide_kernels_for_gpus
-
-    if sys.argv[1:] != ["gpu"]:
-        hide_kernels_for_gpus()
+def warm_up() -> None:
+    """Import, and compute once, what every rank would: what is computed depends on the installed packages alone."""
     # What the programs import late counts too: transformers alone, by Megatron's tokenizers, takes each rank seconds.
+    import megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader
     import megatron.core.models.mimo
     import megatron.core.tokenizers.text.models
+    import megatron.training.argument_utils
     import megatron.training.arguments
     import megatron.training.training
-    import torch  # noqa: F401
+    import torch._dynamo  # by every optimizer's first step
+    import torch.utils.serialization  # noqa: F401
 
     from megatron_btx.data import texts, training  # noqa: F401
-    from megatron_btx.model import layers  # noqa: F401
-    from megatron_btx.training import (
-        telemetry,  # noqa: F401
-        validation,  # noqa: F401
-    )
+    from megatron_btx.engine import adam, async_saves, cpu_in_megatron, retention  # noqa: F401
+    from megatron_btx.model import freezing, layers, watch  # noqa: F401
+    from megatron_btx.training import bad_steps, metrics, optimizer, telemetry, validation  # noqa: F401
 
-    # Megatron's parser finds its help texts in source files, and inspect reads a whole file for every class.
+    # Megatron's parser finds its help texts in source files: inspect reads a whole file for every class.
     inspect.getsource = functools.cache(inspect.getsource)
+    factory = megatron.training.argument_utils.ArgumentGroupFactory
+    factory._get_field_docstrings = staticmethod(functools.cache(factory._get_field_docstrings.__get__(factory)))
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
+    # torch asks every installed package whether it is a backend, two dozen times for each group of processes.
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+    importlib.metadata.entry_points(group="torch.distributed.backends")
+    # What is there now is not looked at by the ranks' garbage collectors: they would copy every page that they touch.
+    gc.collect()
+    gc.freeze()
 
+
+def main() -> None:
+    """Import once, then serve requests until stdin closes."""
+    from megatron_btx.engine import cpu
+
+    if sys.argv[1:] != ["gpu"]:  # what a program on the CPU does before it imports Megatron
+        cpu.hide_kernels_for_gpus()
+        cpu._leave_uncompiled()
+    warm_up()
     fork = sys.argv[1:] != ["gpu"] or forked_child_can_use_gpu()
     print(json.dumps({"ready": "fork" if fork else "spawn"}), flush=True)
     runs: dict[int, list[int]] = {}

@@ -39,10 +39,10 @@ EP2 = ["--expert-model-parallel-size", "2"]
 FROZEN = ["--btx-freeze", "experts"]
 DROPOUT = ["--attention-dropout", "0.1", "--hidden-dropout", "0.1"]
 KILLED_CASES = {
-    "dense": (1, False, []),
+    "dense": (1, False, pico.READERS),
     "dropout": (1, False, DROPOUT),
     "dense-distributed": (2, False, ["--use-distributed-optimizer"]),
-    "moe-ep2": (2, True, EP2),
+    "moe-ep2": (2, True, [*EP2, *pico.READERS]),
     "moe-ep2-distributed": (2, True, [*EP2, "--use-distributed-optimizer"]),
     "moe-ep2-reshardable": (2, True, [*EP2, *RESHARDABLE]),
     "sampled-ep2-reshardable": (2, True, [*EP2, *RESHARDABLE, *SAMPLED]),

@@ -56,7 +56,7 @@ def test_stops_where_nothing_is_saved(zygote, corpus, tmp_path):
 
 DISTRIBUTED = ["--use-distributed-optimizer"]
 LAYOUTS = {
-    "one rank": (1, "0", []),
+    "one rank": (1, "0", pico.READERS),
     "dp2": (2, "1", [*DISTRIBUTED, *BY_PARAMETER]),
     "dp2-overlap": (2, "0", [*DISTRIBUTED, *BY_PARAMETER, "--overlap-grad-reduce", "--overlap-param-gather"]),
     "pp2": (2, "1", ["--pipeline-model-parallel-size", "2"]),
@@ -68,7 +68,7 @@ BIASED = ["--moe-router-enable-expert-bias", "--moe-router-score-function", "sig
 
 FIRST_STEPS = {
     # name: ranks, point, ranks that it hits, step that the start begins with, more flags, what is said
-    "a loss": (1, "bad_loss", "0", 5, [], "the loss of samples 16 to 16 is no number (NaN)"),
+    "a loss": (1, "bad_loss", "0", 5, pico.READERS, "the loss of samples 16 to 16 is no number (NaN)"),
     "a gradient of the other rank": (2, "bad_gradient", "1", 5, ["--use-distributed-optimizer"], "found NaN in local"),
     "a pipeline, its first stage": (2, "bad_gradient", "0", 5, LAYOUTS["pp2"][2], "found NaN in local grad norm"),
     "experts, bf16": (2, "bad_loss", "1", 5, [*LAYOUTS["ep2"][2], "--bf16"], "the loss of samples 17 to 17"),

@@ -25,7 +25,7 @@ def fault(at, step, ranks, number):
 
 def flags(corpus, folder, more=()):
     """Two data-parallel ranks that resume by themselves; dropout and a schedule would show a state that was lost."""
-    arguments = pico.train(corpus, STEPS, folder / "metrics.jsonl")
+    arguments = pico.train(corpus, STEPS, folder / "metrics.jsonl") + pico.READERS
     arguments += ["--save", str(folder / "checkpoint"), "--load", str(folder / "checkpoint")]
     arguments += ["--attention-dropout", "0.1", "--hidden-dropout", "0.1", "--use-distributed-optimizer"]
     arguments += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--min-lr", "1e-3"]

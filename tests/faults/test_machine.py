@@ -41,7 +41,7 @@ def flags(corpus, folder, root=None):
     """A run that resumes by itself, saves every two steps and reads its data as it goes."""
     root = str(root or folder / "checkpoint")
     arguments = pico.train(corpus, STEPS, folder / "metrics.jsonl", cache=folder / "cache")
-    return [*arguments, "--save", root, "--load", root, "--save-interval", "2", "--num-workers", "0"]
+    return [*arguments, "--save", root, "--load", root, "--save-interval", "2"]
 
 
 def fault(at, step, **more):

@@ -41,7 +41,7 @@ def start(corpus, folder, mark):
     """A long run under a real torchrun, which saves often: writing processes are there most of the time."""
     arguments = pico.train(corpus, 5000, folder / "metrics.jsonl")
     arguments += ["--save", str(folder / "checkpoint"), "--load", str(folder / "checkpoint"), "--save-interval", "20"]
-    arguments += ["--async-save"]  # its writer is a process more
+    arguments += [*pico.READERS, "--async-save"]  # readers and its writer are processes more
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
     command += [str(25_000 + os.getpid() % 5000 + len(mark)), "-m", "megatron_btx.pretrain", *arguments]
     with open(folder / "log", "wb") as log:
@@ -92,7 +92,7 @@ def start_alone(corpus, folder, more=()):
 
 def test_helpers_that_die_and_helpers_that_are_asked(corpus, tmp_path):
     """A reader or a collector that is killed ends the run in seconds, with status 1; a signal to all lets it save."""
-    more = {"reader": [], "collector": ["--num-workers", "0"], "asked": ["--async-save"]}
+    more = {"reader": pico.READERS, "collector": [], "asked": [*pico.READERS, "--async-save"]}
     runs = {name: start_alone(corpus, tmp_path / name, flags) for name, flags in more.items()}
     try:
         for name, run in runs.items():

@@ -20,7 +20,7 @@ CASES = {
 
 def test_the_rank_that_hangs_is_named(zygote, corpus, tmp_path):
     """One line of every rank that can still speak, status 1, within the timeout and some seconds. All cases at once."""
-    arguments = [*pico.train(corpus, 4), "--save-interval", "2"]
+    arguments = [*pico.train(corpus, 4), *pico.READERS, "--save-interval", "2"]
     saved = ["--save", str(tmp_path / "gone/checkpoint"), "--load", str(tmp_path / "gone/checkpoint")]
     zygote.run(2, [*arguments, *saved, "--exit-interval", "2"], tmp_path / "gone/before")
     began, runs = time.monotonic(), {}

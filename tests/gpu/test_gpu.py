@@ -91,7 +91,7 @@ def losses_from_start(gpu, cpu, seed, mixture, corpus, tmp_path_factory) -> Call
     def losses(machine: str, moe: bool, *flags: str) -> dict[int, float]:
         if (machine, moe, flags) not in known:
             folder = tmp_path_factory.mktemp(machine)
-            arguments = pico.train(corpus, 10, folder / "metrics.jsonl", moe=moe)
+            arguments = pico.train(corpus, 10, folder / "metrics.jsonl", moe=moe) + pico.READERS
             arguments += ["--pretrained-checkpoint", str(mixture if moe else seed), *flags]
             {"cpu": cpu, "gpu": gpu}[machine].run(1, arguments, folder / "log")
             known[machine, moe, flags] = read_losses(folder / "metrics.jsonl")
@@ -161,7 +161,7 @@ def test_resumed_run_goes_on(case, gpu, seed, mixture, corpus, tmp_path, record_
     schedule = "--lr-decay-style cosine --lr-warmup-iters 2 --min-lr 1e-3 --save-interval 4".split()
 
     def run(folder: Path) -> dict[int, float]:
-        arguments = pico.train(corpus, STEPS, folder / "metrics.jsonl", moe=moe) + schedule + flags
+        arguments = pico.train(corpus, STEPS, folder / "metrics.jsonl", moe=moe) + pico.READERS + schedule + flags
         arguments += ["--pretrained-checkpoint", str(mixture if moe else seed)]
         arguments += ["--save", str(folder / "checkpoint"), "--load", str(folder / "checkpoint")]
         gpu.run(1, arguments, folder / "log")

@@ -27,6 +27,8 @@ SMALL = [
     *("seed.tokens=12_288", "training.save-interval=4"),
     *(f"experts.{domain}.tokens=10_240" for domain in ("math", "code", "knowledge")),
     *("finetune.tokens=8_192", "evaluate.tokens=4_096"),
+    # A process more takes ten seconds to start: finetuning has two, and tests/distributed all the other layouts.
+    *("seed.layout.processes=1", "baselines.dense.mixture.layout.processes=1"),
 ]
 
 

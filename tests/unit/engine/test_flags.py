@@ -105,17 +105,14 @@ def test_missing_flags_are_named_our_own_first(monkeypatch):
 @pytest.mark.parametrize(
     ("program", "said"),
     [
-        ("-m megatron_btx.pretrain", "missing: --num-layers, --hidden-size"),
-        ("-m megatron_btx.evaluate", "--btx-eval-model is missing"),
-        ("tools/analyze_routing.py", "--btx-route-model is missing"),
+        ("megatron_btx.pretrain", "missing: --num-layers, --hidden-size"),
+        ("megatron_btx.evaluate", "--btx-eval-model is missing"),
+        ("megatron_btx.evaluation.analyze_routing", "--btx-route-model is missing"),
     ],
 )
-def test_a_program_without_flags(program, said):
+def test_a_program_without_flags(program, said, zygote, tmp_path):
     """What is missing first, of the program's own or of the model."""
-    done = subprocess.run(
-        [sys.executable, *program.split()], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2 and f"error: {said}" in done.stderr
+    assert f"error: {said}" in zygote.run(1, [], tmp_path / "log", entry=program, expect=2).text()
 
 
 def test_the_page_lists_what_is_refused_and_nothing_else():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +21,12 @@ def older() -> Iterator[Older]:
 
 
 @pytest.fixture(scope="session")
-def experts(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def experts(dense: Path, once: Callable[..., Path]) -> dict[str, Path]:
     """Three experts whose every tensor differs: two iterations of one run, and a perturbed copy."""
     generator = torch.Generator().manual_seed(7)
 
     def perturbed(key: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
 
-    folder = tmp_path_factory.mktemp("experts")
-    return {"math": dense / "iter_0000005", "code": dense, "wiki": rewrite(dense, folder / "wiki", perturbed)}
+    wiki = once("wiki", lambda folder: rewrite(dense, folder, perturbed))
+    return {"math": dense / "iter_0000005", "code": dense, "wiki": wiki}

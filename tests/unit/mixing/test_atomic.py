@@ -222,7 +222,7 @@ def test_what_an_interrupted_run_left_is_checked(experts, tmp_path, monkeypatch)
 
 
 MANY = 3
-KILLS = 40
+KILLS = 24
 
 
 @pytest.fixture
