@@ -145,9 +145,9 @@ def warm_up() -> None:
     import torch.utils.serialization  # noqa: F401
 
     from megatron_btx.data import texts, training  # noqa: F401
-    from megatron_btx.engine import adam, async_saves, cpu_in_megatron, retention  # noqa: F401
-    from megatron_btx.model import freezing, layers, watch  # noqa: F401
-    from megatron_btx.training import bad_steps, metrics, optimizer, telemetry, validation  # noqa: F401
+    from megatron_btx.engine import fallback, optimizer, saving  # noqa: F401
+    from megatron_btx.model import groups, layers, torch_parts, watch  # noqa: F401
+    from megatron_btx.training import bad_steps, metrics, telemetry, validation  # noqa: F401
 
     # Megatron's parser finds its help texts in source files: inspect reads a whole file for every class.
     inspect.getsource = functools.cache(inspect.getsource)

@@ -251,7 +251,7 @@ def write_page(file: Path, texts: Texts, experts: Sequence[str], trained: Collec
     on the first.
 
     Args:
-        texts: model -> label -> the result of :func:`megatron_btx.evaluation.token_routes.route_text`.
+        texts: model -> label -> the result of :func:`megatron_btx.evaluation.analyze_routing.route_text`.
         trained: the models whose routers were trained.
     """
     palette = Palette(experts)

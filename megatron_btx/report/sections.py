@@ -40,8 +40,8 @@ from megatron_btx.report.quantities import (
     total,
 )
 from megatron_btx.report.stages import Stage
-from megatron_btx.runner.plan_table import count_epochs, with_prefix
 from megatron_btx.runner.schemas import LOSS
+from megatron_btx.runner.tables import count_epochs, with_prefix
 
 LOSSES_FIGURE, CURVES_FIGURE, WATCHED_FIGURE = "losses.png", "curves.png", "finetuning.png"
 ROUTING_FIGURE, LOAD_FIGURE = "routing.png", "load.png"
