@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.common.errors import InputError, bare_exceptions_as
+from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import hash_file
 from megatron_btx.tokenizers.rules import first_difference, read_rules
 from megatron_btx.tokenizers.texts import texts
-from megatron_btx.tokenizers.verify import LoadedTokenizer, ids_around, load_with_transformers
+from megatron_btx.tokenizers.verify import LoadedTokenizer, encode_with_transformers, ids_around, load_with_transformers
 from megatron_btx.tokenizers.vocabulary import (
     CONFIG_FILE,
     TOKENIZER_FILES,
@@ -267,8 +267,8 @@ def _first_text(loaded: Mapping[ModelTokenizer, LoadedTokenizer]) -> tuple[str, 
     for text in texts([*marked, *map(str.swapcase, marked)], at_most=2 * len(marked)):
         ids = {}
         for tokenizer, read in loaded.items():
-            with contextlib.suppress(InputError), bare_exceptions_as(lambda error: InputError(str(error))):
-                ids[tokenizer.model] = list(read(text, add_special_tokens=False)["input_ids"])
+            with contextlib.suppress(InputError):
+                ids[tokenizer.model] = encode_with_transformers(read)([text], False)[0]
         if len(set(map(tuple, ids.values()))) > 1 and all(map(common.issuperset, ids.values())):
             shown = {name: str(found)[:_TEXT_SHOWN] for name, found in ids.items()}
             return f"the ids of the text {text[:_TEXT_SHOWN]!r}", shown

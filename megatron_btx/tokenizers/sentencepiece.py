@@ -76,7 +76,6 @@ def read_model(content: bytes) -> Model:
 
     Raises:
         InputError: they hold none.
-        ModuleNotFoundError: protobuf is not installed.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2

@@ -182,8 +182,8 @@ def transformers_name(loaded: LoadedTokenizer) -> str:
 
 def ids_around(loaded: LoadedTokenizer) -> tuple[list[int], list[int]]:
     """The ids before and after a text."""
-    bare = list(loaded("a", add_special_tokens=False)["input_ids"])
-    whole = list(loaded("a", add_special_tokens=True)["input_ids"])
+    encode = encode_with_transformers(loaded)
+    bare, whole = encode(["a"], False)[0], encode(["a"], True)[0]
     starts = (at for at in range(len(whole)) if bare and whole[at : at + len(bare)] == bare)
     start = next(starts, len(whole))
     return whole[:start], whole[start + len(bare) :]
