@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 type _StorageId = tuple[str, torch.dtype, str, str, int]
 """What a pickle says of a storage: the word "storage", its dtype, its key, its device, and how many numbers it has."""
+_DESCRIPTION_AT_MOST_BYTES = 1 << 20
 _DESCRIPTOR_AT_MOST_BYTES = 24
 """Sizes and a checksum, which writers that stream put after a member."""
 _STORAGE_DTYPES = {
@@ -117,8 +118,8 @@ def locate_tensor(files: Files, start: Place, length: int, where: str) -> Record
         archive = zipfile.ZipFile(_Window(files, start, length))  # type: ignore[arg-type]
         members = _members(archive)
         description = members["data.pkl"]
-        if description.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("its description is compressed")
+        if description.compress_type != zipfile.ZIP_STORED or description.file_size > _DESCRIPTION_AT_MOST_BYTES:
+            raise ValueError(f"a description of {description.file_size} bytes")
         content = load_with(_RecordUnpickler(io.BytesIO(archive.read(description))), where)
         kind, (dtype, key, count), offset, shape, stride = content
         if not all(type(n) is int and n >= 0 for n in (count, offset, *shape, *stride)) or len(shape) != len(stride):
