@@ -183,16 +183,10 @@ def run(
         outcome = planned.execute(Reporter())
     if outcome.status:
         raise RunError(outcome)
-    return RunResult(planned.directory, _read_manifests(planned))
-
-
-def _read_manifests(planned: PlannedRun) -> dict[str, StageManifest]:
     manifests = {}
     for stage in planned.chosen_stages():
-        manifest = read_stage_manifest(planned.directory / stage.name)
-        if manifest is not None:
-            manifests[stage.name] = manifest
-    return manifests
+        manifests[stage.name] = read_stage_manifest(planned.directory / stage.name) or StageManifest()
+    return RunResult(planned.directory, manifests)
 
 
 def list_planned(stages: Sequence[Stage]) -> list[dict[str, Any]]:
@@ -200,9 +194,7 @@ def list_planned(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     known = identities(stages)
     entries: list[dict[str, Any]] = []
     for stage in stages:
-        entry: dict[str, Any] = {"stage": stage.name, "steps": stage.iterations, "tokens": stage.tokens}
-        entry["fingerprint"] = None
-        if not stage.only_shows:
-            entry["fingerprint"] = known[stage.name].fingerprint
+        fingerprint = None if stage.only_shows else known[stage.name].fingerprint
+        entry = {"stage": stage.name, "steps": stage.iterations, "tokens": stage.tokens, "fingerprint": fingerprint}
         entries.append(entry)
     return entries
