@@ -83,11 +83,11 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_btx.slurm.submission import submit_recipe
 
         return submit_recipe(arguments)
-    from megatron_btx.runner import commands
+    from megatron_btx.runner import api
 
     if arguments.command == "plan":
-        return commands.plan(arguments)
-    return commands.run(arguments, _print_report)
+        return api.plan_command(arguments)
+    return api.run_command(arguments, _print_report)
 
 
 def _call_program(name: str, words: Sequence[str]) -> int:
