@@ -83,11 +83,11 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_btx.slurm.submission import submit_recipe
 
         return submit_recipe(arguments)
-    from megatron_btx.runner import commands
+    from megatron_btx.runner import api
 
     if arguments.command == "plan":
-        return commands.plan(arguments)
-    return commands.run(arguments, _print_report)
+        return api.plan_command(arguments)
+    return api.run_command(arguments, _print_report)
 
 
 def _call_program(name: str, words: Sequence[str]) -> int:
@@ -105,34 +105,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run_command = commands.add_parser(
-        "run",
-        help="run a recipe: train, mix, finetune, evaluate, report",
-        description=_RUN_DESCRIPTION,
-        usage="btx run RECIPE.yaml [--dry-run] [--set KEY=VALUE ...] [--only STAGE ...] [--rerun STAGE ...]\n"
-        "               [--output RUN] [--cpu]",
-    )
-    _add_recipe_arguments(run_command)
+    what = "run a recipe: train, mix, finetune, evaluate, report"
+    run_command = _add_recipe_command(commands, "run", what, _RUN_DESCRIPTION, " [--dry-run] [--cpu]")
     run_command.add_argument("--dry-run", action="store_true", help="print the plan and a shell script that does it")
     run_command.add_argument("--cpu", action="store_true", help="use no GPU")
-    submit_command = commands.add_parser(
-        "submit",
-        help="run a recipe as jobs of Slurm",
-        description=_SUBMIT_DESCRIPTION,
-        usage="btx submit RECIPE.yaml [--dry-run] [--set KEY=VALUE ...] [--only STAGE ...] [--rerun STAGE ...]\n"
-        "                  [--output RUN]",
-    )
-    _add_recipe_arguments(submit_command)
+    what = "run a recipe as jobs of Slurm"
+    submit_command = _add_recipe_command(commands, "submit", what, _SUBMIT_DESCRIPTION, " [--dry-run]")
     submit_command.add_argument("--dry-run", action="store_true", help="print the scripts; submit and write nothing")
-    submit_command.set_defaults(cpu=False)
-    plan_command = commands.add_parser(
-        "plan",
-        help="print the stages of a recipe, with their tokens and FLOPs",
-        description=_PLAN_DESCRIPTION,
-        usage="btx plan RECIPE.yaml [--set KEY=VALUE ...] [--only STAGE ...] [--rerun STAGE ...] [--output RUN]",
-    )
-    _add_recipe_arguments(plan_command)
-    plan_command.set_defaults(cpu=False)
+    what = "print the stages of a recipe, with their tokens and FLOPs"
+    _add_recipe_command(commands, "plan", what, _PLAN_DESCRIPTION)
     status_command = commands.add_parser("status", help="print how far a run is", description=_STATUS_DESCRIPTION)
     status_command.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/quickstart")
     for name, (_, what) in {**DISPATCHED, **PROGRAMS}.items():
@@ -140,30 +121,30 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help="the recipe, as examples/recipes/quickstart.yaml"
-    )
-    _add_list(
-        parser,
-        "--set",
-        "KEY=VALUE",
-        "change settings of the recipe, as random-seed=7 or experts.math.tokens=600_000; a mapping is replaced as "
-        "a whole, null takes a setting out",
-    )
-    _add_list(parser, "--only", "STAGE", "these stages, which btx plan names (default: all)")
-    _add_list(
-        parser,
-        "--rerun",
-        "STAGE",
-        "run these stages again whatever is there; the old folders are kept, dated, beside the new ones",
-    )
+def _add_recipe_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    what: str,
+    description: str,
+    flags: str = "",
+) -> argparse.ArgumentParser:
+    """A command that takes a recipe; ``flags`` stand in its usage behind those of all."""
+    usage = f"btx {name} RECIPE.yaml [--set KEY=VALUE ...] [--only STAGE ...] [--rerun STAGE ...] [--output RUN]{flags}"
+    parser = commands.add_parser(name, help=what, description=description, usage=usage)
+    parser.set_defaults(cpu=False)
+    what = "the recipe, as examples/recipes/quickstart.yaml"
+    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help=what)
+    lists = {
+        "--set": "change settings of the recipe, as random-seed=7 or experts.math.tokens=600_000; a mapping is "
+        "replaced as a whole, null takes a setting out",
+        "--only": "these stages, which btx plan names (default: all)",
+        "--rerun": "run these stages again whatever is there; the old folders are kept, dated, beside the new ones",
+    }
+    for flag, what in lists.items():
+        metavar = "KEY=VALUE" if flag == "--set" else "STAGE"
+        parser.add_argument(flag, metavar=metavar, nargs="+", action="extend", default=[], help=what)
     parser.add_argument("--output", type=Path, metavar="RUN", help="run directory (default: runs/NAME)")
-
-
-def _add_list(parser: argparse.ArgumentParser, flag: str, metavar: str, what: str) -> None:
-    """A flag with one or more values, which may be given several times."""
-    parser.add_argument(flag, metavar=metavar, nargs="+", action="extend", default=[], help=what)
+    return parser
 
 
 def _print_report(directory: Path) -> None:

@@ -1,16 +1,20 @@
-"""Run a recipe from Python: ``megatron_btx.run``. The command ``btx run`` stands on the same steps."""
+"""Run a recipe: ``megatron_btx.run`` from Python, and ``btx plan`` and ``btx run`` behind their command lines."""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from megatron_btx.common.errors import BTXError, InputError
+from megatron_btx.common.table import render
 from megatron_btx.plan.checks import check_inputs, check_with_megatron
 from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.planner import plan_stages
@@ -19,11 +23,18 @@ from megatron_btx.recipe.flags import MissingFlagError
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.names import MODELS_FILE, PLAN_FILE, RECIPE_FILE, REPORT_STAGE
 from megatron_btx.recipe.recipe import Recipe
-from megatron_btx.runner.decisions import RERUN, RUN, Action, check_chosen, decide, list_kept
+from megatron_btx.runner.decisions import RERUN, RUN, SKIP, Action, check_chosen, decide, list_kept
 from megatron_btx.runner.local import Machine, Outcome, execute_stages
 from megatron_btx.runner.run_dir import check_run, read_stage_manifest
 from megatron_btx.runner.schemas import StageManifest
-from megatron_btx.runner.tables import Progress, Reporter
+from megatron_btx.runner.scripts import as_comment, one_line, shell_script
+from megatron_btx.runner.tables import (
+    Progress,
+    Reporter,
+    describe_repeats,
+    describe_total,
+    make_plan_table,
+)
 
 RUNS_FOLDER = Path("runs")
 """Where a run goes whose directory is not given."""
@@ -183,16 +194,10 @@ def run(
         outcome = planned.execute(Reporter())
     if outcome.status:
         raise RunError(outcome)
-    return RunResult(planned.directory, _read_manifests(planned))
-
-
-def _read_manifests(planned: PlannedRun) -> dict[str, StageManifest]:
     manifests = {}
     for stage in planned.chosen_stages():
-        manifest = read_stage_manifest(planned.directory / stage.name)
-        if manifest is not None:
-            manifests[stage.name] = manifest
-    return manifests
+        manifests[stage.name] = read_stage_manifest(planned.directory / stage.name) or StageManifest()
+    return RunResult(planned.directory, manifests)
 
 
 def list_planned(stages: Sequence[Stage]) -> list[dict[str, Any]]:
@@ -200,9 +205,88 @@ def list_planned(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     known = identities(stages)
     entries: list[dict[str, Any]] = []
     for stage in stages:
-        entry: dict[str, Any] = {"stage": stage.name, "steps": stage.iterations, "tokens": stage.tokens}
-        entry["fingerprint"] = None
-        if not stage.only_shows:
-            entry["fingerprint"] = known[stage.name].fingerprint
+        fingerprint = None if stage.only_shows else known[stage.name].fingerprint
+        entry = {"stage": stage.name, "steps": stage.iterations, "tokens": stage.tokens, "fingerprint": fingerprint}
         entries.append(entry)
     return entries
+
+
+def plan_command(arguments: argparse.Namespace) -> int:
+    """``btx plan``: the stages of a recipe as a table."""
+    planned = plan_as_asked(arguments, check=False)
+    print(describe_plan(planned))
+    return 0
+
+
+def run_command(arguments: argparse.Namespace, show_report: Callable[[Path], None]) -> int:
+    """``btx run``: plan the recipe, check it, and run it or print its commands; at the end its report is shown."""
+    planned = plan_as_asked(arguments)
+    if arguments.dry_run:
+        table = as_comment(describe_plan(planned))
+        script = shell_script(planned.chosen_stages(), planned.actions, planned.directory)
+        print(table, script, table, sep="\n")  # on a terminal the first scrolls away
+        return 0
+    with Progress(planned.directory, planned.stages) as progress:
+        outcome = planned.execute(progress)
+    if outcome.failure:
+        print(f"error: {outcome.failure}", file=sys.stderr, flush=True)
+    has_report = any(stage.name == REPORT_STAGE for stage in planned.stages)
+    if outcome.status == 0 and has_report and not arguments.only:
+        show_report(planned.directory)
+    return outcome.status
+
+
+def plan_as_asked(arguments: argparse.Namespace, check: bool = True) -> PlannedRun:
+    """The run that the command line asks for; what was read otherwise than it is written is said."""
+    planned = plan_run(
+        arguments.recipe,
+        arguments.output,
+        changes=arguments.set,
+        only=arguments.only,
+        rerun=arguments.rerun,
+        use_gpus=not arguments.cpu,
+    )
+    for note in planned.notes:
+        print(f"# note: {one_line(note)}", flush=True)
+    try:
+        if check:
+            planned.check()
+    except ChangedStagesError as error:
+        _refuse_changes(arguments, planned, error)
+    return planned
+
+
+def describe_plan(planned: PlannedRun) -> str:
+    """The table of a plan, the stages that are finished or have to be kept, and the estimate of the rest."""
+    stages, actions = planned.chosen_stages(), planned.actions
+    lines = [render(make_plan_table(stages, actions, str(planned.directory)))]
+    finished = [stage.name for stage in stages if actions[stage.name].verb == SKIP]
+    if finished:
+        lines.append(f"finished: {', '.join(finished)}")
+    kept = list_kept(actions, [stage.name for stage in stages])
+    if kept:
+        named = "; ".join(f"{name}: {one_line(why)}" for name, why in kept.items())
+        meaning = "made otherwise, so btx run would stop; name them in --rerun, or give another --output"
+        lines.append(f"keep: {meaning} ({named})")
+    lines.append(describe_total(stages, actions))
+    repeats = describe_repeats(stages, planned.recipe.data.texts)
+    if repeats:
+        lines.append(repeats)
+    return "\n".join(lines)
+
+
+def _refuse_changes(arguments: argparse.Namespace, planned: PlannedRun, error: ChangedStagesError) -> NoReturn:
+    """Say what changed in which stage, and the command that would run them again. Always raises InputError."""
+    for name, why in error.changed.items():
+        print(f"{name}: {one_line(why)}", file=sys.stderr, flush=True)
+    again = list(dict.fromkeys([*arguments.rerun, *error.changed]))
+    command = ["btx", arguments.command, str(arguments.recipe), "--output", str(planned.directory)]
+    for flag, words in (("--set", arguments.set), ("--only", arguments.only), ("--rerun", again)):
+        if words:
+            command += [flag, *words]
+    if arguments.cpu:
+        command.append("--cpu")
+    raise InputError(
+        f"{planned.directory}: what was made otherwise (above: {len(error.changed)}) is kept, and nothing was run; "
+        f"take another --output, or to run them again beside their old folders: {shlex.join(command)}"
+    )

@@ -48,18 +48,12 @@ def find_resources(cluster: ClusterSection, stage: Stage, workers: int = 1) -> R
         stage = replace(stage, processes=1)  # one task, which starts its workers itself
     asked = cluster.merge(("gpu" if stage.on_gpu else "cpu", stage.cluster or stage.kind))
     nodes, tasks_per_node = _spread(stage, asked.get("nodes"), asked.get("tasks_per_node"))
-    gpus = 0
-    if stage.on_gpu:
-        gpus = asked.get("gpus_per_task", 1) * tasks_per_node
-    cpus = stage.threads
-    if makes_data:
-        cpus = max(cpus, workers)
+    gpus = asked.get("gpus_per_task", 1) * tasks_per_node if stage.on_gpu else 0
+    cpus = max(stage.threads, workers) if makes_data else stage.threads
     options: dict[str, str | None] = {}
-    for name in ("account", "partition", "qos", "reservation", "constraint", "time"):
+    for name in ("account", "partition", "qos", "reservation", "constraint", "time", "memory"):
         if name in asked:
-            options[name] = asked[name]
-    if "memory" in asked:
-        options["mem"] = asked["memory"]
+            options["mem" if name == "memory" else name] = asked[name]
     if asked.get("exclusive"):
         options["exclusive"] = None
     resources = Resources(

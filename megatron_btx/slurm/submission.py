@@ -20,8 +20,7 @@ from megatron_btx.plan.fingerprint import Identity, identities
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.cluster import ClusterSection
 from megatron_btx.recipe.names import PLAN_FILE
-from megatron_btx.runner.api import PlannedRun
-from megatron_btx.runner.commands import describe_plan, plan_as_asked
+from megatron_btx.runner.api import PlannedRun, describe_plan, plan_as_asked
 from megatron_btx.runner.decisions import RERUN, SKIP, Action, decide, make_records
 from megatron_btx.runner.run_dir import is_locked, lock_run, read_plan, take_turn
 from megatron_btx.runner.scripts import as_comment
