@@ -24,7 +24,6 @@ from megatron_btx.engine.checks.start import compare_with_stored
 from megatron_btx.engine.program import start_tool
 from megatron_btx.engine.restricted_loading import load_weights
 from megatron_btx.evaluation.program import named_paths
-from megatron_btx.mixing.api import mix
 from megatron_btx.mixing.routers import RouterInit, router_rows
 from megatron_btx.model.build import build_model
 from megatron_btx.model.step import batches_of
@@ -244,6 +243,8 @@ def _table(reports: dict[str, Any], choices: list[dict[str, Any]], sizes: dict[s
 def _write(model: str, rows_LEH: Any, report: dict[str, Any], output: Path) -> None:
     """The checkpoint with the new rows, written and proved by the mixing engine."""
     import numpy as np
+
+    from megatron_btx.mixing.api import mix
 
     rows_file = output.with_name(output.name + ROWS_SUFFIX)
     output.parent.mkdir(parents=True, exist_ok=True)

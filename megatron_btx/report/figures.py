@@ -72,7 +72,7 @@ def draw_figures(study: Study) -> dict[str, Figure]:
     if study.domains:
         figures[LOSSES_FIGURE] = draw_losses(study, palette)
     if find_watched(study.cast):
-        figures[WATCHED_FIGURE] = draw_watched(study.cast, study.domains, study.on_split, palette)
+        figures[WATCHED_FIGURE] = draw_watched(study.cast, study.on_split, palette)
     if find_loads(study):
         figures[LOAD_FIGURE] = draw_loads(find_loads(study))
     if len(study.runs) == 1:
@@ -249,20 +249,24 @@ def draw_curves(run: RunData, palette: Palette) -> Figure:
     return figure
 
 
-def draw_watched(cast: Cast, domains: Sequence[str], on_split: str, palette: Palette) -> Figure:
+def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
     """Loss per domain while models were trained: a panel for each domain, as far as they fit, and for their mean."""
     models = find_watched(cast)[:NAMED_CURVES]
     looks = [model.look for model in models]
     if len(set(looks)) < len(looks):  # several seeds or runs of one role
         looks = [f"{model.name} {model.run}" for model in models]
         palette = Palette(looks)
+    domains: dict[str, None] = {}
     ends, units = [], set()
     for stage in (model.stage for model in models if model.stage is not None):
         scale, unit = stage.progress_unit()
         units.add(unit)
+        domains |= dict.fromkeys(domain for domain in stage.watched if domain != MEAN)
         ends += [curve[-1][0] * scale for curve in stage.watched.values()]
     divisor, prefix = _choose_unit(max(ends))
-    shown = [*domains[: LOSS_PANELS - 1], *[MEAN] * (len(domains) > 1)]
+    shown = list(domains)[: LOSS_PANELS - 1]
+    if len(domains) > 1:
+        shown.append(MEAN)
     per_row = min(len(shown), 5)
     figure = new_page(0.9 + 1.9 * math.ceil(len(shown) / per_row))
     panels = make_panels(figure, len(shown), per_row)

@@ -180,9 +180,9 @@ def _draw_maps(maps: Mapping[str, _HeatMap], scale: str) -> Figure:
             style.say_absent(panel, _NOT_MEASURED)
             continue
         style.draw_heat_map(panel, one.values, _write_part, points, is_square=one.rows == one.columns)
-        names: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-        if one.rows != one.columns:
-            names = {}
+        names: dict[str, Any] = {}
+        if one.rows == one.columns:
+            names = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
         panel.set_xticks(range(len(one.columns)), shorten_all(one.columns, 28), fontsize=7, **names)
         panel.set_yticks(range(len(one.rows)), shorten_all(one.rows, 28), fontsize=7)
     style.add_heat_scale(figure, panels, scale)

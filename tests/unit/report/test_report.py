@@ -204,7 +204,7 @@ def test_stages_are_listed_after_what_they_were_made_from(reported_once: Path) -
 def test_page_needs_nothing_outside_itself(reported_once: Path) -> None:
     page = reported_once / "report" / "index.html"
     reader = read_page(page)
-    assert len(reader.addresses) == 3
+    assert len(reader.addresses) == 4
     assert all(address.startswith("data:image/png;base64,iVBORw0KGgo") for address in reader.addresses)
     assert not {"script", "link", "iframe"} & set(reader.elements)
     source = page.read_text(encoding="utf-8")
@@ -228,7 +228,7 @@ def test_a_run_that_only_trained_so_far(tmp_path: Path, capsys: pytest.CaptureFi
     (run / "data" / "datasets.json").unlink()
     assert report.main([str(run)]) == 0
     assert "no model was evaluated" in capsys.readouterr().out
-    assert sorted(path.name for path in (run / "report").glob("*.png")) == ["curves.png"]
+    assert sorted(path.name for path in (run / "report").glob("*.png")) == ["curves.png", "finetuning.png"]
     found = results(run)
     assert set(facts_of(found).values()) == {None}
     assert found["models"] == {} and found["datasets"] == []

@@ -110,11 +110,11 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, capsys) -> None:
     assert "second: The finetuned mixture beats the seed" in printed and "quickstart: btx - dense -0.031" in printed
     assert build.main([str(first), str(second), "--require-facts"]) == 1
     folder = first / "report"
-    assert {path.name for path in folder.glob("*.png")} == {"comparison-losses.png"}
+    assert {path.name for path in folder.glob("*.png")} == {"comparison-losses.png", "comparison-finetuning.png"}
     found = json.loads((folder / "comparison.json").read_text())["runs"]
     assert found["quickstart"] == results(first) and found["second"]["models"]["btx"]["losses"]["general"] == 4.5
     text = (folder / "comparison.md").read_text()
-    assert "**second: The finetuned mixture reaches a mean loss" in text and "| second | 5,632" in text
+    assert "**second: The finetuned mixture reaches a mean loss" in text and "| second | 5,017,600" in text
     build.build_report(first)
     assert {"comparison.html", "index.html", "results.json"} <= {path.name for path in folder.iterdir()}
     with pytest.raises(InputError, match="quickstart: two of the runs have this name"):
