@@ -72,7 +72,7 @@ class Option:
             words |= {"action": "append", "default": []}
         elif self.kind in (int, float):
             words["type"] = self.kind
-        if self.kind is not bool and default is not None and "default" not in self.help:
+        if self.kind not in (bool, dict) and default is not None and "default" not in self.help:
             words["help"] += " (default: %(default)s)"
         parser.add_argument(f"--{self.key}", **words)
 
