@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
 
+    Numbers = Mapping[Part, torch.Tensor]
+
 _BEYOND_FP32 = (1 << 29) - 1
 """The bits of a number in fp64 that fp32 lacks."""
 _STREAM_BYTES = 4 << 20
@@ -40,9 +42,7 @@ class Operation(abc.ABC):
         """What is done, in words, for the column "made by" of a plan."""
 
     @abc.abstractmethod
-    def reference(
-        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
-    ) -> torch.Tensor:
+    def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
         """What rows of a piece must be, by another road than :meth:`rows`: ``--verify`` compares with it.
 
         Args:
@@ -124,15 +124,15 @@ class Move(Operation):
         """Of the one part that has the row; of all where the parts are columns."""
         if planned.axis == 1:
             return super().numbers(plan, planned, row)
-        rows: list[tuple[Part, int]] = []
         for part in planned.parts:
-            rows.extend((part, at) for at in range(part.start, part.stop))
-        part, at = rows[row]
-        return {part: plan.sources[part.source].read(part.piece, at, at + 1).double()}
+            count = part.stop - part.start
+            if row < count:
+                at = part.start + row
+                return {part: plan.sources[part.source].read(part.piece, at, at + 1).double()}
+            row -= count
+        raise IndexError(f"{planned.name}: its parts end {row + 1} rows before")
 
-    def reference(
-        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
-    ) -> torch.Tensor:
+    def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
         """The row itself, or its columns side by side."""
         import torch
 
@@ -163,9 +163,7 @@ class Average(Operation):
             return "weighted mean"
         return "mean of all"
 
-    def reference(
-        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
-    ) -> torch.Tensor:
+    def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
         """Each times its weight, over the sum of the weights."""
         import torch
 
@@ -201,9 +199,7 @@ class NewRouters(Operation):
         """How they start."""
         return describe_routers(plan.request.router, "rows: ")
 
-    def reference(
-        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
-    ) -> torch.Tensor:
+    def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
         """Drawn again, one mixture layer after the other up to this one; or read by numpy."""
         import numpy as np
         import torch
@@ -238,9 +234,7 @@ class Zeros(Operation):
         """What they are."""
         return "zeros"
 
-    def reference(
-        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
-    ) -> torch.Tensor:
+    def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
         """Nothing but zeros."""
         import torch
 
@@ -264,9 +258,7 @@ class Ramp(Operation):
         """What they are for."""
         return "1 to 2, so that no token's gate is zero"
 
-    def reference(
-        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
-    ) -> torch.Tensor:
+    def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
         """Evenly from 1 on."""
         import torch
 

@@ -179,7 +179,9 @@ def test_the_command_line_knows_it(models, tmp_path, capsys):
 
 def test_a_rule_that_is_broken_is_found(models, tmp_path, monkeypatch):
     """Writing and reading back agree: the operation's other road does not."""
-    monkeypatch.setattr(Trim, "prepare", lambda self, plan, planned: [0.0] * (len(planned.parts) - 1))  # keeps everything
+    monkeypatch.setattr(
+        Trim, "prepare", lambda self, plan, planned: [0.0] * (len(planned.parts) - 1)
+    )  # keeps everything
     with pytest.raises(CheckpointError, match=r"is not what its trim has to be, computed another way"):
         mixed(models, tmp_path / "out", verify=True)
     assert list(tmp_path.iterdir()) == []
