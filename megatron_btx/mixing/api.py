@@ -156,7 +156,10 @@ def mix(
     """
     work = {field.name: options.pop(field.name) for field in dataclasses.fields(Options) if field.name in options}
     pairs = [(name, str(path)) for name, path in experts.items()]
-    return carry_out(read_request(pairs, method, options), output, read_options(work))
+    request, target = read_request(pairs, method, options), None
+    if output is not None:
+        target = Path(output).expanduser()
+    return Conversion(request, target, read_options(work), Ranks()).write()
 
 
 def _signature() -> inspect.Signature:
@@ -200,14 +203,6 @@ def convert(
         if is_model_folder(path):
             output_format = "megatron"
     return mix({"model": path}, output, method="copy", output_format=output_format, **options)
-
-
-def carry_out(request: Request, output: str | Path | None, options: Options) -> Result:
-    """Plan a request, write its result, and verify it where asked to, in this process alone."""
-    target = None
-    if output is not None:
-        target = Path(output).expanduser()
-    return Conversion(request, target, options, Ranks()).write()
 
 
 def run_command(request: Request, options: Options, output: str | None, explained: str | None = None) -> int:
