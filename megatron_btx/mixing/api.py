@@ -20,9 +20,12 @@ from megatron_btx.common.manifest import read_manifest
 from megatron_btx.mixing import verify as proof
 from megatron_btx.mixing.describe import explain, plan_text, router_text
 from megatron_btx.mixing.execute import Execution, default_workers, refuse_output
-from megatron_btx.mixing.plan import Plan, make_plan
+from megatron_btx.mixing.options import options_of
+from megatron_btx.mixing.plan import Plan
+from megatron_btx.mixing.planning import make_plan
 from megatron_btx.mixing.ranks import Ranks
-from megatron_btx.mixing.request import Options, Request, keywords, options_of, read_options, read_request
+from megatron_btx.mixing.reading import keywords, read_options, read_request
+from megatron_btx.mixing.request import Options, Request
 from megatron_btx.mixing.writers import Output, lay_out_result
 
 _NO_OUTPUT = Path("result")
