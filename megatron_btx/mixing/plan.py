@@ -163,7 +163,7 @@ class Operation(abc.ABC):
         """What :meth:`rows` has to know of whole tensors: a threshold, a norm; ``plan.prepared(planned)`` has it.
 
         Called once for a piece in each process, when its first rows are asked for. It may read all that its parts hold,
-        some rows at a time (``operations.stream``), and is kept to the end, so it should be small. It must be the same in
+        some rows at a time (``operations.stream``), and is kept to the end, so keep it small. It must be the same in
         every process: what is drawn is drawn by the name of the tensor.
         """
         return None
