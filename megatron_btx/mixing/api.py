@@ -20,9 +20,12 @@ from megatron_btx.common.manifest import read_manifest
 from megatron_btx.mixing import verify as proof
 from megatron_btx.mixing.describe import explain, plan_text, router_text
 from megatron_btx.mixing.execute import Execution, default_workers, refuse_output
-from megatron_btx.mixing.plan import Plan, make_plan
+from megatron_btx.mixing.options import options_of
+from megatron_btx.mixing.plan import Plan
+from megatron_btx.mixing.planning import make_plan
 from megatron_btx.mixing.ranks import Ranks
-from megatron_btx.mixing.request import Options, Request, keywords, options_of, read_options, read_request
+from megatron_btx.mixing.reading import keywords, read_options, read_request
+from megatron_btx.mixing.request import Options, Request
 from megatron_btx.mixing.writers import Output, lay_out_result
 
 _NO_OUTPUT = Path("result")
@@ -156,7 +159,10 @@ def mix(
     """
     work = {field.name: options.pop(field.name) for field in dataclasses.fields(Options) if field.name in options}
     pairs = [(name, str(path)) for name, path in experts.items()]
-    return carry_out(read_request(pairs, method, options), output, read_options(work))
+    request, target = read_request(pairs, method, options), None
+    if output is not None:
+        target = Path(output).expanduser()
+    return Conversion(request, target, read_options(work), Ranks()).write()
 
 
 def _signature() -> inspect.Signature:
@@ -200,14 +206,6 @@ def convert(
         if is_model_folder(path):
             output_format = "megatron"
     return mix({"model": path}, output, method="copy", output_format=output_format, **options)
-
-
-def carry_out(request: Request, output: str | Path | None, options: Options) -> Result:
-    """Plan a request, write its result, and verify it where asked to, in this process alone."""
-    target = None
-    if output is not None:
-        target = Path(output).expanduser()
-    return Conversion(request, target, options, Ranks()).write()
 
 
 def run_command(request: Request, options: Options, output: str | None, explained: str | None = None) -> int:

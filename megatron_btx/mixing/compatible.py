@@ -72,7 +72,8 @@ def _check_arguments(first: Source, other: Source, taken: set[str], request: Req
     one_kind = bool(first.sizes.experts) == bool(other.sizes.experts)
     found = []
     for argument, x, y in differences(left, right):
-        if one_kind or not argument.moe:  # what a mixture has beside a dense model is no difference
+        of_experts = argument.moe or argument.name == "num_experts"
+        if one_kind or not of_experts:  # what a mixture has beside a dense model is no difference
             found.append((argument.name, x, y))
     scaling, other_scaling = left.get("hf_rope_scaling"), right.get("hf_rope_scaling")
     if scaling != other_scaling:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.mixing.cli import add_output_options, work_of
-from megatron_btx.mixing.request import read_request
+from megatron_btx.mixing.reading import read_request
 
 _DIRECTIONS = "import takes a Hugging Face model folder, export a Megatron checkpoint"
 

@@ -43,7 +43,7 @@ def foresee(
     from megatron_btx.mixing.compatible import remarks, vocabulary_source
     from megatron_btx.mixing.compute import check_finite
     from megatron_btx.mixing.describe import router_text
-    from megatron_btx.mixing.plan import make_plan
+    from megatron_btx.mixing.planning import make_plan
     from megatron_btx.mixing.writers import lay_out_result
     from megatron_btx.tokenizers.comparison import check_same_tokenizer
 

@@ -10,15 +10,14 @@ arXiv 2212.05055 (upcycle).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_btx.mixing.operations import AVERAGE, MOVE, NEW_ROUTERS, ZEROS, Operation
 from megatron_btx.mixing.options import Option, between
 
 if TYPE_CHECKING:
     from megatron_btx.checkpoint.pieces import Piece
-    from megatron_btx.mixing.request import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Model:
 class Given:
     """What a method makes a result of."""
 
-    request: Request
+    own: Mapping[str, Any]
+    """The values of the method's own options."""
     models: tuple[Model, ...]
     """Those that are mixed, in the user's order."""
 
@@ -137,7 +137,7 @@ def _btx(given: Given, piece: Piece) -> Making:
 
 def _split(given: Given, piece: Piece) -> Making:
     if "expert" in piece.numbers:
-        count = given.request.own["chunks"]
+        count = given.own["chunks"]
         source, index = divmod(piece.numbers["expert"], count)
         return MOVE, (Chunk(source, dense_name(piece), index, count),)
     return average_rest(given, piece)
@@ -173,7 +173,7 @@ def _each(given: Given) -> Experts:
 
 
 def _each_chunk(given: Given) -> Experts:
-    count = given.request.own["chunks"]
+    count = given.own["chunks"]
     return Experts(tuple(f"{model.name}.{index}" for model in given.models for index in range(count)), cut=count)
 
 
@@ -183,7 +183,7 @@ def _each_blend(given: Given) -> Experts:
 
 
 def _each_copy(given: Given) -> Experts:
-    return Experts(tuple(f"{given.models[0].name}.{index}" for index in range(given.request.own["copies"])))
+    return Experts(tuple(f"{given.models[0].name}.{index}" for index in range(given.own["copies"])))
 
 
 _number = between(2, 4096)  # a slip of the keyboard would take all memory before anything else could refuse it

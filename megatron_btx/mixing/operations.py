@@ -2,79 +2,23 @@
 
 from __future__ import annotations
 
-import abc
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_btx.mixing.plan import Numbers, Operation, Part, Plan, PlannedPiece
 from megatron_btx.mixing.routers import describe_routers, router_rows
 
 if TYPE_CHECKING:
     import torch
 
-    from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
 
 _BEYOND_FP32 = (1 << 29) - 1
 """The bits of a number in fp64 that fp32 lacks."""
 _STREAM_BYTES = 4 << 20
 _SUM_NUMBERS = 1 << 16
 """Means are taken over this many numbers at a time: half a MiB of fp64 stays in the cache of one core."""
-
-
-class Operation(abc.ABC):
-    """One way to make a piece."""
-
-    name: str
-    """As the manifest says it."""
-
-    @abc.abstractmethod
-    def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` of a piece, in its dtype; new rows of the vocabulary are not asked for.
-
-        Asked for by several threads and processes, in any order, and twice when a result is verified.
-        """
-
-    @abc.abstractmethod
-    def describe(self, plan: Plan, planned: PlannedPiece) -> str:
-        """What is done, in words, for the column "made by" of a plan."""
-
-    @abc.abstractmethod
-    def reference(
-        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
-    ) -> torch.Tensor:
-        """What rows of a piece must be, by another road than :meth:`rows`: ``--verify`` compares with it.
-
-        Args:
-            rows: their numbers in the piece.
-            numbers: what each part holds there, in fp64, [rows, ...]; parts that have nothing to say are left out.
-
-        Returns:
-            In fp64, [rows, ...]. What is stored may differ by one rounding.
-        """
-
-    def prepare(self, plan: Plan, planned: PlannedPiece) -> object:
-        """What :meth:`rows` has to know of whole tensors: a threshold, a norm; ``plan.prepared(planned)`` has it.
-
-        Called once for a piece in each process, when its first rows are asked for. It may read all that its parts hold,
-        some rows at a time (:func:`stream`), and is kept to the end, so it should be small. It must be the same in
-        every process: what is drawn is drawn by the name of the tensor.
-        """
-        return None
-
-    def stretches(
-        self, plan: Plan, planned: PlannedPiece, start: int, stop: int
-    ) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
-        """Rows in stretches, each with the parts that its rows are made of."""
-        yield start, stop, planned.parts
-
-    def numbers(self, plan: Plan, planned: PlannedPiece, row: int) -> dict[Part, torch.Tensor]:
-        """What the parts hold of one row, for :meth:`reference`: each the same row."""
-        found = {}
-        for _, _, parts in self.stretches(plan, planned, row, row + 1):
-            for part in parts:
-                found[part] = plan.sources[part.source].read(part.piece, row, row + 1).double()
-        return found
 
 
 def stream(plan: Plan, part: Part) -> Iterator[torch.Tensor]:
@@ -124,15 +68,15 @@ class Move(Operation):
         """Of the one part that has the row; of all where the parts are columns."""
         if planned.axis == 1:
             return super().numbers(plan, planned, row)
-        rows: list[tuple[Part, int]] = []
         for part in planned.parts:
-            rows.extend((part, at) for at in range(part.start, part.stop))
-        part, at = rows[row]
-        return {part: plan.sources[part.source].read(part.piece, at, at + 1).double()}
+            count = part.stop - part.start
+            if row < count:
+                at = part.start + row
+                return {part: plan.sources[part.source].read(part.piece, at, at + 1).double()}
+            row -= count
+        raise IndexError(f"{planned.name}: its parts end {row + 1} rows before")
 
-    def reference(
-        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
-    ) -> torch.Tensor:
+    def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
         """The row itself, or its columns side by side."""
         import torch
 
@@ -163,9 +107,7 @@ class Average(Operation):
             return "weighted mean"
         return "mean of all"
 
-    def reference(
-        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
-    ) -> torch.Tensor:
+    def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
         """Each times its weight, over the sum of the weights."""
         import torch
 
@@ -201,9 +143,7 @@ class NewRouters(Operation):
         """How they start."""
         return describe_routers(plan.request.router, "rows: ")
 
-    def reference(
-        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
-    ) -> torch.Tensor:
+    def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
         """Drawn again, one mixture layer after the other up to this one; or read by numpy."""
         import numpy as np
         import torch
@@ -238,9 +178,7 @@ class Zeros(Operation):
         """What they are."""
         return "zeros"
 
-    def reference(
-        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
-    ) -> torch.Tensor:
+    def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
         """Nothing but zeros."""
         import torch
 
@@ -264,9 +202,7 @@ class Ramp(Operation):
         """What they are for."""
         return "1 to 2, so that no token's gate is zero"
 
-    def reference(
-        self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Mapping[Part, torch.Tensor]
-    ) -> torch.Tensor:
+    def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
         """Evenly from 1 on."""
         import torch
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_btx.common import cli_args
 from megatron_btx.common.errors import InputError
 
 RESULT, DIFFERENCES, MIXTURE = "what the result holds", "what models may differ in", "which mixture is made"
@@ -72,7 +73,7 @@ class Option:
             words |= {"action": "append", "default": []}
         elif self.kind in (int, float):
             words["type"] = self.kind
-        if self.kind is not bool and default is not None and "default" not in self.help:
+        if self.kind not in (bool, dict) and default is not None and "default" not in self.help:
             words["help"] += " (default: %(default)s)"
         parser.add_argument(f"--{self.key}", **words)
 
@@ -101,11 +102,10 @@ def between(least: int, most: int, remedy: str = "") -> Callable[[int], str]:
 
 def read_pairs(flag: str, example: str) -> Callable[[Mapping[str, Any] | list[str]], dict[str, Any]]:
     """Makes a mapping of the words of a repeated flag; a mapping stays one."""
-    from megatron_btx.common.cli_args import read_pairs as read_words
 
     def read(given: Mapping[str, Any] | list[str]) -> dict[str, Any]:
         if isinstance(given, Mapping):
             return dict(given)
-        return dict(read_words(given, flag, example))
+        return dict(cli_args.read_pairs(given, flag, example))
 
     return read

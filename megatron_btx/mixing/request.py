@@ -1,4 +1,4 @@
-"""What a user asks of a conversion, read and refused before any source is opened; the table of all options.
+"""What a user asks of a conversion: records whose fields are the table of the options that every method has.
 
 Nothing here imports torch, so that a command line can be read and refused at once.
 """
@@ -13,13 +13,10 @@ from typing import Any, Literal
 
 from megatron_btx.checkpoint.sizes import layer_frequency
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.methods import METHODS, Given, Method, Model
-from megatron_btx.mixing.options import DIFFERENCES, RESULT, WORK, Option, between, option, options_of, read_pairs
+from megatron_btx.mixing.options import DIFFERENCES, RESULT, WORK, between, option, read_pairs
 from megatron_btx.mixing.routers import RouterInit
 
 MULTIPLE_AT_MOST = 1 << 16
-_NO_NAME = "/\\ \t,:"
-"""Characters that no expert's name has: names stand in lists, in paths, and in NAME=PATH."""
 _ROPE_SCALING = ("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor", "hf_rope_scaling")
 
 TRAINING_ARGUMENTS = ("attention_dropout", "hidden_dropout", "init_method_std")
@@ -178,11 +175,6 @@ class Request:
             return RouterInit("zeros", self.router_seed, self.router_std)
         return RouterInit("file", self.router_seed, self.router_std, Path(self.router_init))
 
-    @property
-    def given(self) -> Given:
-        """What its method makes the result of, before anything is known of the models."""
-        return Given(self, tuple(Model(name) for name, _ in self.experts))
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -212,123 +204,3 @@ class Options:
     overwrite: bool = option(False, "replace an existing output, after success only", kind=bool, group=WORK)
     show_progress: bool = False
     """Show bytes, rate and time left on stderr."""
-
-
-def list_options(*groups: str) -> dict[str, Option]:
-    """The options of these groups by their keys, those of all methods among them."""
-    options = [*options_of(Request).values(), *own_options(METHODS), *options_of(Options).values()]
-    found = {}
-    for group in groups:
-        for row in options:
-            if row.group == group:
-                found[row.key] = row
-    return found
-
-
-def own_options(methods: Mapping[str, Method]) -> list[Option]:
-    """What methods have of their own, each name once; the help says whose it is, and each one's default."""
-    rows: dict[str, Option] = {}
-    for method, row in methods.items():
-        for own in row.options:
-            default = "no default"
-            if own.default is not None:
-                default = f"default: {own.default}"
-            said = f"{method}: {own.help} ({default})"
-            if own.name in rows:
-                said = f"{rows[own.name].help}; {said}"
-            rows[own.name] = dataclasses.replace(own, help=said, default=None)
-    return list(rows.values())
-
-
-def read_options(settings: Mapping[str, object]) -> Options:
-    """How to carry out a conversion, of keywords.
-
-    Raises:
-        InputError: names the flag, what was given and what is expected.
-    """
-    rows = options_of(Options)
-    values: dict[str, Any] = {}
-    for name, given in settings.items():
-        values[name] = given
-        if name in rows:
-            values[name] = rows[name].value_of(given)
-    return Options(**values)
-
-
-def read_request(
-    experts: Sequence[tuple[str, str]], method: str = Request.method, settings: Mapping[str, object] | None = None
-) -> Request:
-    """The request for a mix of (name, path), of keywords; None stands for an option that is not given.
-
-    Raises:
-        InputError: what no source can fulfil: names the flag or setting, what was given and what is expected.
-    """
-    if method not in METHODS:
-        raise InputError(f"--method {method}: expected one of {', '.join(METHODS)}")
-    names = [name for name, _ in experts]
-    _check_names(names, method)
-    rows = options_of(Request)
-    given = {name: value for name, value in (settings or {}).items() if value is not None}
-    values = {name: rows[name].value_of(value) for name, value in given.items() if name in rows}
-    others = {name: value for name, value in given.items() if name not in rows}
-    request = Request(tuple(experts), method, _read_own(method, others), **values)
-    _check_weights(request, names)
-    for name in request.take.values():
-        _check_named("--take", name, names)
-    return request
-
-
-def _read_own(method: str, given: Mapping[str, object]) -> dict[str, Any]:
-    """The values of all of a method's own options."""
-    rows = {row.name: row for row in METHODS[method].options}
-    for row in own_options(METHODS):
-        if row.name in given and row.name not in rows:
-            owners = [name for name, other in METHODS.items() if row.name in [own.name for own in other.options]]
-            raise InputError(f"--method {method}: --{row.key} does not apply, it belongs to {', '.join(owners)}")
-    if unknown := sorted(set(given) - set(rows)):
-        raise TypeError(f"there is no option {unknown[0]}; there are {', '.join(keywords())}")
-    values = {}
-    for name, row in rows.items():
-        value = given.get(name, row.default)
-        if value is None:
-            raise InputError(f"--method {method}: --{row.key} is missing")
-        values[name] = row.value_of(value)
-    return values
-
-
-def keywords() -> list[str]:
-    """The keywords of :func:`megatron_btx.mix` that are options."""
-    rows = [*own_options(METHODS), *options_of(Options).values()]
-    return [*options_of(Request), *(row.name for row in rows), "show_progress"]
-
-
-def _check_names(names: Sequence[str], method: str) -> None:
-    for name in names:
-        if not name or not name.isprintable() or set(_NO_NAME) & set(name):
-            raise InputError(
-                f"--expert {name!r}: expected a name without slashes, commas, colons, blanks or control characters"
-            )
-        if names.count(name) > 1:
-            raise InputError(f"--expert {name}= is given twice; every expert needs a name of its own")
-    row = METHODS[method]
-    if len(names) < row.at_least:
-        raise InputError(
-            f"{len(names)} expert given, at least {row.at_least} needed for {method}; repeat --expert NAME=PATH"
-        )
-    if row.at_most is not None and len(names) > row.at_most:
-        raise InputError(f"--expert: {len(names)} given, {method} takes {row.at_most}; leave the others out")
-
-
-def _check_weights(request: Request, names: Sequence[str]) -> None:
-    for name in request.weights:
-        _check_named("--weight", name, names)
-    if request.weights and not METHODS[request.method].averages:
-        raise InputError(f"--weight does not apply to --method {request.method}, which averages nothing")
-    weights = [request.weights.get(name, 1.0) for name in names]
-    if not 0 < sum(weights) < math.inf:
-        raise InputError("--weight: all weights are 0, or their sum is infinite; at least one must be more than 0")
-
-
-def _check_named(flag: str, name: str, names: Sequence[str]) -> None:
-    if name not in names:
-        raise InputError(f"{flag} names the expert {name!r}; there are {', '.join(names)}")

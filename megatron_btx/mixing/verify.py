@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.common.manifest import FILE_NAME
 from megatron_btx.mixing.compute import rows_of
-from megatron_btx.mixing.layout import Task
-from megatron_btx.mixing.plan import Plan, PlannedPiece
+from megatron_btx.mixing.layout import Fill, Task
+from megatron_btx.mixing.plan import Plan
 from megatron_btx.mixing.result_manifest import (
     STEP_BYTES,
     Stretch,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int], None]
 """Called with the bytes done since the last call."""
 _SAMPLED_ROWS = 8
-"""Of each stretch of rows that a block holds, or of each MiB of a longer one, those that a reference is asked for."""
+"""Of each stretch of rows that a block holds, so many are compared with the reference."""
 _DAMAGED = (KeyError, TypeError, AttributeError, ValueError, OverflowError)
 
 
@@ -147,7 +147,7 @@ def check_against_sources(plan: Plan, output: Output, folder: Path) -> Callable[
                         f"{folder}: {block.tensor} at {list(offsets)} differs from its sources; convert again"
                     )
                 where = f"{folder}: {block.tensor} at {list(offsets)}"
-                _check_by_reference(plan, fill.planned, first, rows, where)
+                _check_by_reference(plan, fill, first, rows, where)
                 first += rows.shape[0]
                 row += rows.shape[0]
                 progress(rows.numel() * rows.element_size())
@@ -155,11 +155,13 @@ def check_against_sources(plan: Plan, output: Output, folder: Path) -> Callable[
     return check
 
 
-def _check_by_reference(plan: Plan, planned: PlannedPiece, start: int, found: torch.Tensor, where: str) -> None:
-    """Compare some of the rows from ``start`` on, which the sources have, with what the operation says of them."""
-    stop = min(start + found.shape[0], planned.source_rows)
-    step = max(1, -(-(stop - start) // _SAMPLED_ROWS))
-    for row in range(start, stop, step):
+def _check_by_reference(plan: Plan, fill: Fill, start: int, found: torch.Tensor, where: str) -> None:
+    """Compare some rows of a stretch, where they are among those from ``start`` on, with what the operation says."""
+    planned = fill.planned
+    stop = min(fill.stop, planned.source_rows)  # no source has the new ones
+    for row in range(fill.start, stop, max(1, -(-(stop - fill.start) // _SAMPLED_ROWS))):
+        if not start <= row < start + found.shape[0]:
+            continue
         numbers = planned.operation.numbers(plan, planned, row)
         expected = planned.operation.reference(plan, planned, [row], numbers).to(planned.dtype)
         if first_unequal(found[row - start : row - start + 1], expected) is not None:

@@ -264,18 +264,18 @@ class Expansion:
             if row.role in ("expert", "btx") and row.budget is None:
                 place = "finetune" if row.role == "btx" else f"experts.{row.home}"
                 refuse(place, f"baselines.{key} is derived from its blend and tokens; state both beside from")
-        experts = []
-        for name in self.mixed():
-            if name == GENERALIST:
-                continue
-            expert = self.rows.get(f"{EXPERT_PREFIX}{name}")
-            if expert is None or expert.budget is None:
+        mixed = self.mixed()
+        for name in mixed:
+            if name != GENERALIST and name not in self.sections.experts:
                 raise InputError(
                     f"baselines.{key}: the mix has {name}, which is no expert of the recipe, so "
                     "that its data are not known; name it under experts with its from, blend and tokens, or leave "
                     f"{key} out"
                 )
-            experts.append(self.consumed(expert.stage, expert.budget, self.sections.experts[name], {}))
+        experts = []
+        for row in self.rows.values():
+            if row.role == "expert" and row.home in mixed and row.budget is not None:
+                experts.append(self.consumed(row.stage, row.budget, self.sections.experts[row.home], {}))
         btx = self.rows[BTX_MODEL]
         assert btx.budget is not None
         return token_weighted(experts), self.consumed(FINETUNE_STAGE, btx.budget, finetune, btx.flags)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.mixing import cli
-from megatron_btx.mixing.methods import METHODS
+from megatron_btx.mixing.methods import METHODS, Given, Model
 from megatron_btx.mixing.options import DIFFERENCES, MIXTURE
 from megatron_btx.mixing.request import MULTIPLE_AT_MOST
 from megatron_btx.recipe.budgets import model_shape
@@ -57,7 +57,7 @@ def mixture_shape(
         request = cli.request_of(asked)
     except InputError as error:
         raise InputError(say_keys(str(error), MIX_STAGE)) from None
-    experts = method.experts(request.given)
+    experts = method.experts(Given(request.own, tuple(Model(name) for name in names)))
     shape: dict[str, FlagValue] = {"num-experts": len(experts.names)}
     if experts.chunks != experts.cut:
         shape["moe-ffn-hidden-size"] = model_shape(model, 1).ffn // experts.cut * experts.chunks

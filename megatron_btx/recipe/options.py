@@ -13,7 +13,8 @@ from pydantic import PlainValidator, create_model
 from megatron_btx.mixing import cli
 from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT, Option
-from megatron_btx.mixing.request import Request, list_options
+from megatron_btx.mixing.reading import list_options
+from megatron_btx.mixing.request import Request
 from megatron_btx.recipe.flags import DERIVED_FLAGS
 from megatron_btx.recipe.names import AVERAGE_STAGE, EXPERT_PREFIX, FINETUNE_STAGE, IMPORT_PREFIX, MIX_STAGE, SEED_STAGE
 from megatron_btx.recipe.section import Section
@@ -38,10 +39,12 @@ _BASE = "base"
 @cache
 def _options(*titles: str) -> Mapping[str, Option]:
     """The options of these groups by their keys, and the method among them."""
-    found = list_options(*titles)
+    found: dict[str, Option] = {}
+    for title in titles:
+        if title == MIXTURE:
+            found["method"] = _METHOD
+        found |= list_options(title)
     found.pop(_BASE, None)
-    if MIXTURE in titles:
-        found["method"] = _METHOD
     return found
 
 

@@ -343,7 +343,7 @@ WORDS: dict[str, tuple[str, list[str]]] = {
     "chunks of no split": ("--chunks 2", ["--method btx", "--chunks does not apply"]),
     "split without chunks": ("--method split", ["--chunks is missing"]),
     "copies of no upcycling": ("--copies 2", ["--method btx", "does not apply"]),
-    "copies and chunks": ("--copies 2 --chunks 2", ["--chunks", "--copies", "one of them"]),
+    "copies and chunks": ("--copies 2 --chunks 2", ["--method btx", "does not apply, it belongs to"]),
     "upcycling of two": ("--method upcycle --copies 4", ["--expert: 2 given", "upcycle takes 1"]),
     "frequency of the wrong length": ("--moe-layer-freq [1,0,1]", ["[1,0,1]", "expected 2 numbers"]),
     "frequency of no mixture": ("--moe-layer-freq [0,0]", ["[0,0]", "at least one 1"]),

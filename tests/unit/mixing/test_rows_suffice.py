@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ class Trim(Operation):
         thresholds = plan.prepared(planned)
         its = plan.sources[base.source].read(base.piece, start, stop).double()
         total = torch.zeros_like(its)
-        for part, threshold in zip(experts, thresholds, strict=False):
+        for part, threshold in zip(experts, thresholds, strict=True):
             change = plan.sources[part.source].read(part.piece, start, stop).double() - its
             total += torch.where(change.abs() >= threshold, change, 0.0)
         return (its + total / len(experts)).to(planned.dtype)
@@ -178,20 +179,30 @@ def test_the_command_line_knows_it(models, tmp_path, capsys):
 
 def test_a_rule_that_is_broken_is_found(models, tmp_path, monkeypatch):
     """Writing and reading back agree: the operation's other road does not."""
-    monkeypatch.setattr(Trim, "prepare", lambda self, plan, planned: [0.0] * 2)  # keeps everything
+    monkeypatch.setattr(
+        Trim, "prepare", lambda self, plan, planned: [0.0] * (len(planned.parts) - 1)
+    )  # keeps everything
     with pytest.raises(CheckpointError, match=r"is not what its trim has to be, computed another way"):
         mixed(models, tmp_path / "out", verify=True)
     assert list(tmp_path.iterdir()) == []
 
 
 RECIPE = """
+data: {split: {train: 0.9, valid: 0.1}, domains: {math: {text: a.txt}, code: {text: b.txt}},
+       tokenizer: {tokenizer-type: NullTokenizer, vocab-size: 1000}}
+model: {num-layers: 2, hidden-size: 32, num-attention-heads: 4, seq-length: 64, max-position-embeddings: 64}
+training: {micro-batch-size: 1, global-batch-size: 2, save-interval: 9, lr: 1.0e-3}
+seed: {blend: {math: 1}, tokens: 1280}
+experts: {math: {blend: {math: 1}, tokens: 1280}, code: {blend: {code: 1}, tokens: 1280}}
+mix: {method: trim, density: 0.3, experts: [math, code]}
+"""
+PLAN = """
 from megatron_btx.mixing.methods import METHODS
 from tests.unit.mixing.test_rows_suffice import add_method
 METHODS["trim"] = add_method()
 from megatron_btx.plan.planner import plan_stages
 from megatron_btx.recipe.load import load_recipe
-changes = ["mix.method=trim", "mix.density=0.3"]
-stages = {stage.name: stage for stage in plan_stages(load_recipe("examples/recipes/quickstart.yaml", changes))}
+stages = {stage.name: stage for stage in plan_stages(load_recipe("r.yaml"))}
 mix = stages["mix"]
 print(*mix.command)
 print(*sorted(mix.parents))
@@ -199,10 +210,20 @@ print(mix.settings["options"], "base" in mix.settings)
 """
 
 
-def test_a_recipe_has_its_option_as_a_key_and_the_seed_as_its_base():
+def test_a_recipe_has_its_option_as_a_key_and_the_seed_as_its_base(tmp_path):
     """In a process of its own, because recipes take the table as it is when they are first imported."""
     root = Path(__file__).resolve().parents[3]
-    done = subprocess.run([sys.executable, "-c", RECIPE], cwd=root, capture_output=True, text=True, check=False)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+    done = subprocess.run(
+        [sys.executable, "-c", PLAN],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     command, parents, settings = done.stdout.splitlines()
     assert "--base seed/checkpoint" in command and "--method=trim" in command and "--density=0.3" in command

@@ -330,7 +330,7 @@ def test_added_rows_are_never_averaged(tmp_path, capsys):
     assert open_source("padded", padded).token_rows("head.weight") == ((0, 30),)
     flags = ["--vocab=union", "--take=dtype=b"]
     found = mixed({"padded": padded, "b": experts["b"]}, tmp_path / "out", "hf", *flags)
-    assert "all rows of 32 tokens are the means over the models that know the token" in capsys.readouterr().out
+    assert "all rows of 32 tokens are what the models that know the token give" in capsys.readouterr().out
     for key in KEYS:
         assert torch.equal(found[key][30:], tensors(experts["b"])[key][30:])
 
