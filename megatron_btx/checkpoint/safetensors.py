@@ -81,8 +81,8 @@ def _choose_file(folder: Path) -> str:
         return INDEX
     if any((folder / Path(name).name).is_file() for name in shards):
         raise CheckpointError(
-            f"{folder}: holds two sets of weights: {SINGLE}, which transformers reads, and {INDEX} with its shards; "
-            "remove the one that is left over from another save"
+            f"{folder}: holds two sets of weights: {folder / SINGLE}, which transformers reads, and {INDEX} with its "
+            "shards; remove the one that is left over from another save"
         )
     return SINGLE
 
