@@ -34,6 +34,7 @@ from megatron_btx.report.sections import (
     Study,
     find_loads,
     find_watched,
+    watched_curve,
 )
 from megatron_btx.report.stages import MEAN, LossCurve, make_curve
 from megatron_btx.report.style import (
@@ -275,7 +276,7 @@ def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
         for model, look in zip(models, looks, strict=True):
             if model.stage is None:
                 continue
-            curve, scale = model.stage.watched.get(domain, ()), model.stage.progress_unit()[0] / divisor
+            curve, scale = watched_curve(cast, model, domain), model.stage.progress_unit()[0] / divisor
             drawn.append(_with_gaps([loss for _, loss in curve]))
             label, colour, dash = shorten(model.label, 24), palette.colour(look), palette.dash(look)
             x = [iteration * scale for iteration, _ in curve]

@@ -39,7 +39,7 @@ from megatron_btx.report.quantities import (
     spread_text,
     total,
 )
-from megatron_btx.report.stages import Stage
+from megatron_btx.report.stages import MEAN, Stage
 from megatron_btx.runner.schemas import LOSS
 from megatron_btx.runner.tables import count_epochs, with_prefix
 
@@ -360,12 +360,23 @@ def find_watched(cast: Cast) -> list[Model]:
     return found
 
 
+def watched_curve(cast: Cast, model: Model, domain: str) -> list[tuple[int, float]]:
+    """(iteration, loss) on a domain; the mixture's begins with what the mix was measured to have."""
+    assert model.stage is not None
+    curve = list(model.stage.watched.get(domain, ()))
+    start = cast.find(MIX)
+    if start is None or model.role != BTX or model.row.variant or not curve:
+        return curve
+    loss = start.mean_loss(cast.domains) if domain == MEAN else start.losses.get(domain)
+    return curve if loss is None else [(0, loss), *curve]
+
+
 def _watched_section(study: Study) -> Section:
     title = "Loss per domain while finetuning"
     if not find_watched(study.cast):
         return Section(title, ())
     caption = f"Loss{study.on_split} of every domain, and their mean, measured while the model was trained. Each panel "
-    caption += "has its own scale. Dashed: the seed."
+    caption += "has its own scale. The mixture's begins with the mix. Dashed: the seed."
     return Section(title, (Image(study.prefix + WATCHED_FIGURE, title, caption),))
 
 
