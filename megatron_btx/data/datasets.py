@@ -23,10 +23,10 @@ from typing import Any
 from megatron_btx.common.errors import InputError, exits_with_one_line, printable
 from megatron_btx.common.files import ByteProgress, write_json
 from megatron_btx.data import readers
-from megatron_btx.data.domains import SPLITS, Description, Domain, find_files, read_description
+from megatron_btx.data.domains import SPLITS, Description, Domain, read_description
 from megatron_btx.data.encoding import EncodedUnit, check_workers, in_order, make_encoder
 from megatron_btx.data.indexed import Sink, publish_all
-from megatron_btx.data.inputs import Inputs, listed
+from megatron_btx.data.inputs import Inputs, find_files, listed
 from megatron_btx.data.records import BadRecord, Tally
 
 SUMMARY = "datasets.json"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -21,8 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import read_json_object
 from megatron_btx.common.names import check_name
-from megatron_btx.data.inputs import Inputs, expand_inputs
-from megatron_btx.data.readers import TEXT_KEY
 from megatron_btx.data.tokenizers import TokenizerSettings
 
 Split = Literal["train", "valid", "test"]
@@ -42,7 +39,7 @@ class Domain(BaseModel):
     test: Paths | None = None
     text: Paths | None = None
     shares: dict[Split, float] | None = None
-    json_key: str = TEXT_KEY
+    json_key: str = "text"
     """Of a record's text, or the column of a Parquet file."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """skip: records that cannot be read are counted and left out."""
@@ -110,44 +107,6 @@ def check_description(said: Mapping[str, object]) -> Description:
     for name, domain in description.domains.items():
         _check_domain(f"--description: domains.{name}", name, domain)
     return description
-
-
-def find_files(description: Description, where: str = "--description: ") -> dict[tuple[str, str], Inputs]:
-    """(domain, "text" or split) -> its files.
-
-    Args:
-        where: what gave the description, for messages.
-
-    Raises:
-        InputError: files do not exist, or stand twice: what a model is tested on would be what it was trained on, or
-            two experts would be the same. All are named.
-    """
-    found: dict[tuple[str, str], Inputs] = {}
-    owners: dict[str, str] = {}
-    refused: list[str] = []
-    for name, domain in description.domains.items():
-        for source, paths in domain.sources().items():
-            place = f"{where}domains.{name}.{source}"
-            try:
-                inputs = found[name, source] = expand_inputs(paths, f"{place}:")
-                _check_owner(inputs, place, owners)
-            except InputError as error:
-                refused.append(str(error))
-            except OSError as error:
-                refused.append(f"{place}: {error.filename}: {error.strerror}")
-    if refused:
-        raise InputError("; ".join(refused))
-    return found
-
-
-def _check_owner(inputs: Inputs, place: str, owners: dict[str, str]) -> None:
-    """Refuse a file that cannot be read, or is text of another place, too."""
-    for file in inputs.files:
-        owner = owners.setdefault(os.path.realpath(file), place)
-        if owner != place:
-            raise InputError(f"{place}: {file} is text of {owner.rpartition(' ')[2]}, too; leave it out of one")
-        if not os.access(file, os.R_OK):
-            raise InputError(f"{place}: {file} cannot be read; change its rights, or leave it out")
 
 
 def _check_domain(place: str, name: str, domain: Domain) -> None:

@@ -18,10 +18,13 @@ import zlib
 from collections.abc import Buffer, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.data.description import SUFFIX
+
+if TYPE_CHECKING:
+    from megatron_btx.data.domains import Description
 
 SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 """Endings, and what they promise. The first bytes decide."""
@@ -355,3 +358,41 @@ def _contents(directory: Path, where: str) -> tuple[list[Path], list[Path]]:
 
 def _refuse(error: OSError) -> None:
     raise error
+
+
+def find_files(description: Description, where: str = "--description: ") -> dict[tuple[str, str], Inputs]:
+    """(domain, "text" or split) -> its files.
+
+    Args:
+        where: what gave the description, for messages.
+
+    Raises:
+        InputError: files do not exist, or stand twice: what a model is tested on would be what it was trained on, or
+            two experts would be the same. All are named.
+    """
+    found: dict[tuple[str, str], Inputs] = {}
+    owners: dict[str, str] = {}
+    refused: list[str] = []
+    for name, domain in description.domains.items():
+        for source, paths in domain.sources().items():
+            place = f"{where}domains.{name}.{source}"
+            try:
+                inputs = found[name, source] = expand_inputs(paths, f"{place}:")
+                _check_owner(inputs, place, owners)
+            except InputError as error:
+                refused.append(str(error))
+            except OSError as error:
+                refused.append(f"{place}: {error.filename}: {error.strerror}")
+    if refused:
+        raise InputError("; ".join(refused))
+    return found
+
+
+def _check_owner(inputs: Inputs, place: str, owners: dict[str, str]) -> None:
+    """Refuse a file that cannot be read, or is text of another place, too."""
+    for file in inputs.files:
+        owner = owners.setdefault(os.path.realpath(file), place)
+        if owner != place:
+            raise InputError(f"{place}: {file} is text of {owner.rpartition(' ')[2]}, too; leave it out of one")
+        if not os.access(file, os.R_OK):
+            raise InputError(f"{place}: {file} cannot be read; change its rights, or leave it out")

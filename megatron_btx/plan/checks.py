@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.data.domains import check_description, find_files
+from megatron_btx.data.domains import check_description
+from megatron_btx.data.inputs import find_files
 from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe.flags import Flags, to_argv
 from megatron_btx.recipe.from_checkpoint import ask
