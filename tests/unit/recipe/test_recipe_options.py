@@ -254,7 +254,7 @@ def test_an_adapter_is_refused_as_the_converter_does(tree: dict[str, Any], tmp_p
     (tmp_path / "models" / "lora").mkdir()
     (tmp_path / "models" / "lora" / "adapter_config.json").write_text('{"base_model_name_or_path": "llama"}')
     tree["experts"]["math"]["from"] = "models/lora"
-    with pytest.raises(InputError, match=r"experts\.math\.from: .*a LoRA .* to the model llama; merge it first"):
+    with pytest.raises(InputError, match=r"experts\.math\.from: .*a LoRA or another adapter.*; merge it first"):
         parse_recipe(tree, "r.yaml")
 
 
