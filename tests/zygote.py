@@ -23,6 +23,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 
@@ -74,6 +75,9 @@ def run_rank(request: dict, rank: int, port: int) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        for thread in threading.enumerate():  # as Python does at its end
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -253,6 +253,10 @@ def replace_in_megatron() -> None:
         patch.expect_parameters(owner, name, parameters.split())
         patch.replace(owner, name, stand_in)
 
+    def surround(owner: object, name: str, parameters: str, call: Callable[..., Any]) -> None:
+        patch.expect_parameters(owner, name, parameters.split())
+        patch.around(owner, name, call)
+
     def set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
@@ -264,7 +268,13 @@ def replace_in_megatron() -> None:
             return tensor.detach().cpu().numpy()
         return tensor
 
-    def load(dataset: object, consumed_samples: int) -> Any:
+    def allow_no_cuda(start: patch.Call) -> patch.Call:
+        return functools.partial(start, allow_no_cuda=True)
+
+    def fork_worker(start: patch.Call, rank: int, mp_mode: str = "fork") -> Any:
+        return start(rank, "fork")
+
+    def load(build: patch.Call, dataset: object, consumed_samples: int) -> Any:
         loader = build(dataset, consumed_samples)
         if loader is not None:
             loader.generator = torch.Generator()
@@ -274,24 +284,20 @@ def replace_in_megatron() -> None:
     put(random, "_set_cuda_rng_state", "new_state device graph_safe", set_rng_state)
     put(random, "_get_cuda_rng_state", "device clone graph_safe", get_rng_state)
     # "Megatron requires CUDA": it has a switch for that, which pretrain() does not pass on.
-    start = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-    patch.wrap(training, "initialize_megatron", lambda _: start, ["allow_no_cuda"])
+    patch.wrap(training, "initialize_megatron", allow_no_cuda, ["allow_no_cuda"])
     # Warms up torch.compile'd functions that are not compiled here.
     put(training, "set_jit_fusion_options", "tp_size", lambda tp_size=None: None)
     # torch's record of CUDA memory; asked for after the first step.
     put(training, "report_memory", "name process_group", lambda name, process_group=None: None)
     # Loaders draw a number from the CPU's generator when they are asked for batches, which on a GPU no model uses. Here
     # it would move dropout and routers' noise: on resume after their state was loaded, in a new run before.
-    build = training.build_pretraining_data_loader
-    put(training, "build_pretraining_data_loader", "dataset consumed_samples", load)
+    surround(training, "build_pretraining_data_loader", "dataset consumed_samples", load)
     # The process that writes --async-save's checkpoints is a new program to Megatron, for CUDA's sake; without these
     # stand-ins it asks for a GPU and ends. A fork has them.
-    worker = initialize.init_persistent_async_worker
-    put(initialize, "init_persistent_async_worker", "rank mp_mode", lambda rank, mp_mode="fork": worker(rank, "fork"))
+    surround(initialize, "init_persistent_async_worker", "rank mp_mode", fork_worker)
     # The queue of the checkpoint writer lives in a process of its own. Megatron spawns it, because a CUDA context does
     # not survive a fork, which costs an import of torch per run; without CUDA a fork does.
-    queue = filesystem_async.get_write_results_queue
-    put(filesystem_async, "get_write_results_queue", "mp_mode", lambda mp_mode="fork": queue("fork"))
+    surround(filesystem_async, "get_write_results_queue", "mp_mode", lambda make, mp_mode="fork": make("fork"))
     # The dispatcher wants split sizes as numpy arrays; the original converts only tensors found on a GPU.
     for module in (moe_utils, token_dispatcher):
         put(module, "maybe_move_tensor_to_cpu", "tensor as_numpy record_stream", as_on_a_gpu)

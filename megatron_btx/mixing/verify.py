@@ -164,7 +164,7 @@ def _check_by_reference(plan: Plan, fill: Fill, start: int, found: torch.Tensor,
             continue
         numbers = planned.operation.numbers(plan, planned, row)
         expected = planned.operation.reference(plan, planned, [row], numbers).to(planned.dtype)
-        if first_unequal(found[row - start : row - start + 1], expected) is not None:
+        if first_unequal(found[row - start : row - start + 1], expected, numbers.values()) is not None:
             raise CheckpointError(
                 f"{where}: row {row} of {planned.name} is not what its {planned.operation.name} has to be, computed "
                 "another way; this is a defect of the converter, please report it"

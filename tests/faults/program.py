@@ -80,11 +80,13 @@ def in_step(step: int) -> None:
     """In the forward pass of a step."""
     from megatron.training import get_args
 
+    from megatron_btx.training import run
+
     def strike(*_: Any, **__: Any) -> None:
         if get_args().curr_iteration == step - 1:
             _strike()
 
-    _before(program, "forward_step", strike)
+    _before(run, "forward_step", strike)
 
 
 def while_saving(step: int) -> None:
@@ -219,6 +221,8 @@ def bad_gradient(step: int) -> None:
     """One gradient of a step is multiplied by ``FAULT_SIGNAL``, in its first micro-batch; the losses are good."""
     from megatron.training import get_args
 
+    from megatron_btx.training import run
+
     hooks: list[Any] = []
 
     def strike(_: Any, model: Any, **__: Any) -> None:
@@ -229,7 +233,7 @@ def bad_gradient(step: int) -> None:
             parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
             hooks.append(parameter.register_hook(lambda gradient: gradient * float(os.environ["FAULT_SIGNAL"])))
 
-    _before(program, "forward_step", strike)
+    _before(run, "forward_step", strike)
 
 
 def nothing(_: int) -> None:
@@ -240,6 +244,8 @@ def _at_step(step: int, act: Callable[[], None]) -> None:
     """Act once on the first of ``FAULT_RANKS``, before the first micro-batch of a step is read."""
     from megatron.training import get_args
 
+    from megatron_btx.training import run
+
     done: list[int] = []
 
     def strike(*_: Any, **__: Any) -> None:
@@ -247,7 +253,7 @@ def _at_step(step: int, act: Callable[[], None]) -> None:
             done.append(step)
             act()
 
-    _before(program, "forward_step", strike)
+    _before(run, "forward_step", strike)
 
 
 POINTS = {

@@ -156,7 +156,7 @@ def test_every_refusal_is_said_once_with_all_its_stages_and_then_a_server_that_w
     with pytest.raises(InputError) as refusal:
         check(tree)
     said = str(refusal.value)
-    assert said.startswith("r.yaml: stage average, mix, export: model.embed_tokens.weight: ")
+    assert said.startswith("r.yaml: stage mix, average, export: model.embed_tokens.weight: ")
     assert "mix.take: {dtype: seed}" in said and "--" not in said
     tree["mix"]["take"] = {"dtype": "seed"}
     (warning,) = check(tree)
@@ -167,6 +167,6 @@ def test_what_a_mix_is_noted_for_is_said_once_with_its_stages(tree: dict[str, An
     """Of models that are given: what is trained here is its seed's equal until then."""
     tree["mix"] |= {"router-std": 40.0}
     note, routing, server = check(tree)
-    assert note.startswith("average, mix, export: seed and math have the same first rows in every matrix")
+    assert note.startswith("mix, average, export: seed and math have the same first rows in every matrix")
     assert routing.startswith("mix, export: warning: routing starts") and "a smaller mix.router-std (the" in routing
     assert server.startswith("export: warning: llama.cpp")

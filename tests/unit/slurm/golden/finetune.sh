@@ -115,10 +115,10 @@ BTX_STAGE="slurm-$SLURM_JOB_ID:" srun --nodes=2 --ntasks=2 --ntasks-per-node=1 -
     --hidden-dropout 0 \
     --tokenizer-type SentencePieceTokenizer \
     --tokenizer-model /inputs/tokenizer.model \
-    --moe-router-dtype fp32 \
     --moe-token-dispatcher-type alltoall \
     --moe-router-load-balancing-type aux_loss \
     --moe-aux-loss-coeff 0.01 \
+    --moe-router-dtype fp32 \
     --num-experts 2 \
     --moe-router-topk 2 \
     --btx-valid-data general=data/general.valid math=data/math.valid \
