@@ -40,7 +40,7 @@ def btx_run(run: Path, *more: str) -> list[str]:
 
 def called(command: list[str], cwd: Path | None = None) -> str:
     """Run a command to its end; its output."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, cwd=cwd)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, cwd=cwd)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -124,7 +124,7 @@ def test_nothing_runs_twice(run, root):
     said = called(btx_run(run), root)
     assert said.count("skipped (finished)") == 14 and "running" not in said
     command = btx_run(run, "finetune.megatron.lr=0.001", "training.log-interval=2")
-    changed = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, cwd=root)
+    changed = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, cwd=root)
     *lines, last = changed.stderr.splitlines()
     assert changed.returncode == 2
     assert lines == ["finetune: lr: 0.003 -> 0.001", "evaluate-moe: made from another finetune"]
