@@ -18,7 +18,7 @@ from megatron_btx.common.errors import InputError, exits_with_one_line, printabl
 DISPATCHED = {
     "cancel": ("megatron_btx.slurm.submission", "cancel the jobs of a run in Slurm's queue"),
     "doctor": ("megatron_btx.doctor", "what this machine has of what training needs"),
-    "report": ("megatron_btx.report.build", "write and print the report of a run directory"),
+    "report": ("megatron_btx.report.build", "write and print the report of a run, or of several side by side"),
     "preprocess": ("megatron_btx.data.preprocess", "turn JSONL, text or Parquet files into Megatron's datasets"),
     "datasets": ("megatron_btx.data.datasets", "turn the texts of several domains into the datasets of a run"),
     "convert": ("megatron_btx.mixing.cli", "mix experts' checkpoints into one mixture of experts"),

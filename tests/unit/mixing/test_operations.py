@@ -13,8 +13,9 @@ from megatron_btx.checkpoint.pieces import Piece
 from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.api import mix
 from megatron_btx.mixing.methods import METHODS, Chunk, Experts, Given, Method, dense_name
-from megatron_btx.mixing.operations import MOVE, Operation
+from megatron_btx.mixing.operations import AVERAGE, MOVE, NEW_ROUTERS, Operation
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
+from megatron_btx.mixing.verify_vocab import first_unequal
 from tests.hugging_face import tensors
 from tests.unit.mixing.folders import llama_folder
 
@@ -131,3 +132,27 @@ def test_a_part_may_be_any_expert_of_a_mixture(form: str, tmp_path: Path, monkey
     assert torch.equal(swapped[key.format(0)], found[key.format(1)])
     with pytest.raises(InputError, match=r"b \(.*\): has no routers|a \(.*\): has no routers, expected a mixture"):
         mix({name: models[name] for name in "ab"}, tmp_path / "no", method="join")
+
+
+@pytest.mark.parametrize("operation", [MOVE, AVERAGE, NEW_ROUTERS], ids=lambda operation: operation.name)
+def test_a_wrong_rule_is_found_by_its_other_road(operation, tmp_path, monkeypatch):
+    """Comparing a result with the rule that made it could not see this."""
+    models = {name: llama_folder(tmp_path / name, seed) for seed, name in enumerate("ab")}
+    right = type(operation).rows
+
+    def wrong(self, plan, planned, start, stop):
+        return right(self, plan, planned, start, stop) * 1.01
+
+    monkeypatch.setattr(type(operation), "rows", wrong)
+    mix(models, tmp_path / "unseen")
+    with pytest.raises(InputError, match=f"not what its {operation.name} has to be|is not the {operation.name} of"):
+        mix(models, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_cancel_are_their_sums_rounding():
+    """Of a mean that is zero but for the order of its sum nothing is left to compare relatively."""
+    numbers = [torch.tensor([[number]], dtype=torch.float64) for number in (0.1, 0.2, -0.3)]
+    one, other = sum(numbers), sum(reversed(numbers))
+    assert not torch.equal(one, other) and first_unequal(one.float(), other.float(), numbers) is None
+    assert first_unequal(one.float() + 1e-6, other.float(), numbers) == 0
