@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import pico
-from tests.runner import Zygote, gpu_count
+from tests.support import pico
+from tests.support.runner import Zygote, gpu_count
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +98,7 @@ def four_experts(dense: Path, once: Callable[..., Path]) -> Path:
     """A mixture of four different experts: two iterations of one run, and perturbed copies."""
     import torch
 
-    from tests.mixing import mix, rewrite
+    from tests.support.mixing import mix, rewrite
 
     def perturbed(seed: int) -> object:
         generator = torch.Generator().manual_seed(seed)
@@ -115,7 +115,7 @@ def four_experts(dense: Path, once: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def quickstart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny texts where the quickstart's recipe looks for its own."""
-    from tests.quickstart_texts import write_texts
+    from tests.support.quickstart_texts import write_texts
 
     return write_texts(tmp_path_factory.mktemp("quickstart"))
 

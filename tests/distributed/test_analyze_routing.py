@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import pico
 from tests.distributed.test_identities import evaluate
-from tests.mixing import mix
-from tests.runner import Zygote
+from tests.support import pico
+from tests.support.mixing import mix
+from tests.support.runner import Zygote
 
 ENTRY = "megatron_btx.evaluation.analyze_routing"
 LAYOUTS = {

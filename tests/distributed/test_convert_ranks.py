@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.mixing import mix, rewrite
-from tests.runner import REPOSITORY
-from tests.srun import become_task
+from tests.support.mixing import mix, rewrite
+from tests.support.runner import REPOSITORY
+from tests.support.srun import become_task
 from tests.unit.mixing.checkpoints import expert_words
 from tests.unit.mixing.folders import llama_folder
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import pico
-from tests.runner import Zygote, read_losses
+from tests.support import pico
+from tests.support.runner import Zygote, read_losses
 
 LAYOUTS = {
     "one": (1, ""),

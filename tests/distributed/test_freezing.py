@@ -9,9 +9,9 @@ import torch
 
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
-from tests import pico
-from tests.mixing import mix
-from tests.runner import Zygote, read_metrics
+from tests.support import pico
+from tests.support.mixing import mix
+from tests.support.runner import Zygote, read_metrics
 
 GROUP_OF_KEY = {
     "embedding.word_embeddings.weight": "embeddings",

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_btx.runner.run_dir import read_evaluation
-from tests import pico
-from tests.mixing import mix, rewrite
-from tests.runner import Zygote, read_losses
+from tests.support import pico
+from tests.support.mixing import mix, rewrite
+from tests.support.runner import Zygote, read_losses
 
 TOLERANCE = 1e-6
 """Sums of the same fp32 numbers in another order."""
@@ -85,7 +85,7 @@ def test_a_forced_router_is_that_expert(experts_with_equal_shared_weights, zygot
     losses = {name: result["losses"]["text"] for name, result in alone.items()}
     assert max(losses.values()) - min(losses.values()) > 1e-3, "the experts must differ for this test to mean anything"
     for number, name in enumerate(experts):
-        named = {"entry": "tests.forced_router", "environment": {"FORCED_EXPERT": str(number)}}
+        named = {"entry": "tests.support.forced_router", "environment": {"FORCED_EXPERT": str(number)}}
         result = evaluate(zygote, tmp_path / name, {"mix": mixture}, corpus, MOE_OF_THREE, **named)["mix"]
         assert result["losses"]["text"] == pytest.approx(losses[name], abs=TOLERANCE)
         for shares in result["routing"]["text"]:

@@ -13,9 +13,9 @@ from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import InputError
 from megatron_btx.evaluation.init_router import check_output
-from tests import pico
-from tests.mixing import mix
-from tests.runner import Zygote
+from tests.support import pico
+from tests.support.mixing import mix
+from tests.support.runner import Zygote
 
 ENTRY = "megatron_btx.evaluation.init_router"
 LAYOUTS = {

@@ -14,10 +14,10 @@ import pytest
 
 from megatron_btx.common.routing_methods import BALANCING, METHODS
 from megatron_btx.distributed.launcher import find_place
-from tests import pico
-from tests.mixing import mix
-from tests.runner import REPOSITORY, Zygote, read_losses
-from tests.zygote import free_port
+from tests.support import pico
+from tests.support.mixing import mix
+from tests.support.runner import REPOSITORY, Zygote, read_losses
+from tests.support.zygote import free_port
 
 EXPERT = str(REPOSITORY / "examples" / "train_expert.sh")
 FINETUNE = str(REPOSITORY / "examples" / "btx_finetune.sh")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests import pico
-from tests.runner import read_losses
+from tests.support import pico
+from tests.support.runner import read_losses
 
 TOLERANCE = 1e-5
 """Ten steps of fp32 training whose sums are taken in other orders; measured: under 1e-6."""

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from megatron.core.datasets.utils import compile_helpers
 
-from tests import pico
-from tests.hostile import Call, payload, plant
-from tests.mixing import mix, rewrite
-from tests.runner import Zygote, read_losses
+from tests.support import pico
+from tests.support.hostile import Call, payload, plant
+from tests.support.mixing import mix, rewrite
+from tests.support.runner import Zygote, read_losses
 
 
 def refusal(zygote: Zygote, arguments: list[str], log: Path, world_size: int = 1) -> str:

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from tests import pico
-from tests.mixing import mix
-from tests.runner import read_losses
+from tests.support import pico
+from tests.support.mixing import mix
+from tests.support.runner import read_losses
 
 STEPS, SAVED, KILLED = 12, 4, 7
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import pico
 from tests.distributed.test_layouts import LAYOUTS
-from tests.runner import Zygote, read_metrics
+from tests.support import pico
+from tests.support.runner import Zygote, read_metrics
 
 STEPS = 4
 """What a layout does wrong is in a first step's numbers, or by its gradients in those of the steps after it."""

@@ -9,6 +9,6 @@ CHECKS = ("top_k", "pre_softmax", "switch", "soft", "sample", "sample_in_evaluat
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_is_the_reference(check, zygote, tmp_path):
-    """See tests/routing_reference.py, which draws shapes, coefficients and methods."""
-    run = zygote.run(1, [], tmp_path / "log", entry="tests.routing_reference", environment={"CHECK": check})
+    """See tests/support/routing_reference.py, which draws shapes, coefficients and methods."""
+    run = zygote.run(1, [], tmp_path / "log", entry="tests.support.routing_reference", environment={"CHECK": check})
     assert "checked" in run.text()

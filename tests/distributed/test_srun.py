@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import pico
-from tests.runner import Zygote, read_losses
-from tests.srun import ENTRY
+from tests.support import pico
+from tests.support.runner import Zygote, read_losses
+from tests.support.srun import ENTRY
 
 PROGRAMS = ("pretrain", "evaluate", "evaluation.init_router", "evaluation.analyze_routing")
 
@@ -23,7 +23,7 @@ def step(program: str, **variables: str) -> dict[str, str]:
 def test_tasks_that_know_no_meeting_place(program, zygote: Zygote, corpus: Path, tmp_path: Path):
     """Each would be a run of its own: all end with one line, before anything is written."""
     words = [*pico.train(corpus, 1, moe=True), "--save", str(tmp_path / "save")]
-    run = zygote.start(2, words, tmp_path / "log", entry="tests.srun", environment=step(program))
+    run = zygote.start(2, words, tmp_path / "log", entry="tests.support.srun", environment=step(program))
     zygote.wait(run, expect=None)
     assert run.codes == [2, 2]
     first, second = (line for line in run.text().splitlines() if "error: " in line)
@@ -37,7 +37,7 @@ def test_tasks_of_one_step_are_one_run(zygote: Zygote, corpus: Path, tmp_path: P
     save, metrics = tmp_path / "save", tmp_path / "metrics"
     words = [*pico.train(corpus, 2, metrics), "--save", str(save), "--save-interval", "2"]
     environment = step("pretrain", SLURM_STEP_NODELIST="localhost,n[2-3]")
-    run = zygote.run(2, words, tmp_path / "log", entry="tests.srun", environment=environment)
+    run = zygote.run(2, words, tmp_path / "log", entry="tests.support.srun", environment=environment)
     assert "world size: 2, data-parallel size: 2" in run.text()
     assert sorted(read_losses(metrics)) == [1, 2]
     written = {file.name for file in (save / "iter_0000002").glob("*.distcp")}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import pico
-from tests.mixing import mix, rewrite
-from tests.runner import read_losses, read_metrics
+from tests.support import pico
+from tests.support.mixing import mix, rewrite
+from tests.support.runner import read_losses, read_metrics
 
 TOLERANCE = 1e-5
 """Megatron's own attention and norms sum in another order than torch's."""
@@ -51,7 +51,7 @@ def ours(mixture, zygote, corpus, tmp_path_factory) -> dict[int, float]:
 def test_stock_megatron_continues_from_a_mix(how, mixture, ours, zygote, corpus, tmp_path):
     """With exactly the flags beside the mix, Megatron's own layers and no check: the same losses."""
     arguments = [*flags_of(mixture), *running(corpus, tmp_path, tmp_path / "metrics.jsonl"), how, str(mixture)]
-    zygote.run(1, arguments, tmp_path / "log", entry="tests.stock_program")
+    zygote.run(1, arguments, tmp_path / "log", entry="tests.support.stock_program")
     losses = read_losses(tmp_path / "metrics.jsonl")
     assert losses == pytest.approx(ours, abs=TOLERANCE) and len(losses) == 3
     assert "loading release distributed checkpoint" in (tmp_path / "log.0").read_text()
@@ -63,7 +63,7 @@ def test_the_epsilon_matters_for_this_comparison(mixture, ours, zygote, corpus, 
     assert flags[flags.index("--norm-epsilon") + 1] == "0.0001"
     flags[flags.index("--norm-epsilon") + 1] = "1e-5"
     arguments = [*flags, *running(corpus, tmp_path, tmp_path / "metrics.jsonl"), "--load", str(mixture)]
-    zygote.run(1, arguments, tmp_path / "log", entry="tests.stock_program")
+    zygote.run(1, arguments, tmp_path / "log", entry="tests.support.stock_program")
     assert abs(read_losses(tmp_path / "metrics.jsonl")[1] - ours[1]) > 2 * TOLERANCE
 
 
@@ -74,7 +74,7 @@ def test_use_checkpoint_args(mixture, ours, zygote, corpus, tmp_path):
     told += " --tokenizer-type NullTokenizer --vocab-size 96 --padded-vocab-size 128"
     arguments = [*told.split(), *running(corpus, tmp_path, tmp_path / "metrics.jsonl"), "--load", str(mixture)]
     arguments += ["--use-checkpoint-args", "--micro-batch-size", "1"]
-    zygote.run(1, arguments, tmp_path / "log", entry="tests.stock_program")
+    zygote.run(1, arguments, tmp_path / "log", entry="tests.support.stock_program")
     assert read_losses(tmp_path / "metrics.jsonl") == pytest.approx(ours, abs=TOLERANCE)
 
 
@@ -85,7 +85,7 @@ def test_our_routers_in_megatrons_own_layers(layout, mixture, zygote, corpus, tm
     flags += "--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1 --btx-load-balancing paper".split()
     flags += ["--moe-aux-loss-coeff", "0.5"]
     losses = {}
-    for entry in ("megatron_btx.training.program", "tests.stock_program"):
+    for entry in ("megatron_btx.training.program", "tests.support.stock_program"):
         words = [*running(corpus, tmp_path, tmp_path / f"{entry}.jsonl"), *layout, "--load", str(mixture)]
         zygote.run(2 if layout else 1, [*flags, *words, "--finetune"], tmp_path / f"log-{entry}", entry=entry)
         losses[entry] = read_metrics(tmp_path / f"{entry}.jsonl")
@@ -107,6 +107,6 @@ def test_the_average_has_flags_of_its_own(dense, zygote, corpus, tmp_path):
             "--pretrained-checkpoint",
             str(path),
         ]
-        zygote.run(1, arguments, tmp_path / f"log-{name}", entry="tests.stock_program")
+        zygote.run(1, arguments, tmp_path / f"log-{name}", entry="tests.support.stock_program")
         losses[name] = read_losses(tmp_path / f"{name}.jsonl")
     assert losses["average"] == losses["dense"]

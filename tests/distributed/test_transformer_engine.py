@@ -1,6 +1,7 @@
 """Our routers in Megatron's Transformer Engine layers, and a mix loaded into them: built on the CPU, nothing computed.
 
-With the real Transformer Engine too where it is installed; else with stand-ins for its modules (tests/te_stand_ins.py).
+With the real Transformer Engine too where it is installed; else with stand-ins for its modules
+(tests/support/te_stand_ins.py).
 Megatron's wrappers, specifications, keys and loader are its own either way.
 """
 
@@ -17,7 +18,7 @@ import torch
 
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
-from tests.runner import REPOSITORY
+from tests.support.runner import REPOSITORY
 
 
 def kinds() -> list[str]:
@@ -32,7 +33,7 @@ def kinds() -> list[str]:
 def built(request, four_experts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
     """Facts of the models, and their parameters after loading."""
     parameters = tmp_path_factory.mktemp("te") / "parameters.pt"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.te_program", str(four_experts), request.param]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.te_program", str(four_experts), request.param]
     done = subprocess.run([*command, str(parameters)], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1]), torch.load(parameters)

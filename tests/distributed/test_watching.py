@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.training.validation import MARGIN_NATS
-from tests import pico
 from tests.distributed.test_identities import evaluate
 from tests.distributed.test_refusals import refusal
-from tests.mixing import mix, rewrite
-from tests.runner import read_metrics
+from tests.support import pico
+from tests.support.mixing import mix, rewrite
+from tests.support.runner import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from megatron_btx.checkpoint.iterations import TRACKER, read_tracker, resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from tests.faults.test_kills import PROGRAM, STEPS, fault, flags
-from tests.runner import read_losses
+from tests.support.runner import read_losses
 
 # Megatron's other format stores a buffer whole, with what lay in memory between the parameters.
 BY_PARAMETER = ["--dist-ckpt-optim-fully-reshardable"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_btx.checkpoint.iterations import TRACKER, read_tracker
-from tests import pico
 from tests.faults.test_async_save import BY_PARAMETER, tensors
 from tests.faults.test_kills import PROGRAM, fault
-from tests.runner import read_losses, read_metrics
+from tests.support import pico
+from tests.support.runner import read_losses, read_metrics
 
 SKIP = ["--btx-skip-bad-steps"]
 

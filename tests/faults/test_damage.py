@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from megatron_btx.checkpoint.iterations import TRACKER
-from tests import pico
-from tests.runner import read_losses
+from tests.support import pico
+from tests.support.runner import read_losses
 
 STEPS, EVERY = 6, 2
 

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_btx.checkpoint.iterations import read_tracker, resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
-from tests import pico
-from tests.runner import read_losses
+from tests.support import pico
+from tests.support.runner import read_losses
 
 STEPS, EVERY = 6, 2
 PROGRAM = "tests.faults.program"

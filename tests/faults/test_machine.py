@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 
-from tests import pico
-from tests.runner import read_losses, read_metrics
+from tests.support import pico
+from tests.support.runner import read_losses, read_metrics
 
 STEPS = 6
 

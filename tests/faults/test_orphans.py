@@ -11,9 +11,9 @@ import time
 import psutil
 
 from megatron_btx.checkpoint.iterations import read_tracker
-from tests import pico
 from tests.distributed.test_launchers import environment
-from tests.runner import REPOSITORY, read_losses
+from tests.support import pico
+from tests.support.runner import REPOSITORY, read_losses
 
 AT_MOST_SECONDS = 15
 

@@ -10,10 +10,10 @@ import pytest
 from megatron_btx.checkpoint.iterations import TRACKER, list_iterations, read_tracker, resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.engine.saving import REPLACED
-from tests import pico
 from tests.faults.test_bad_loss import errors_of
 from tests.faults.test_kills import PROGRAM, fault
-from tests.runner import read_losses
+from tests.support import pico
+from tests.support.runner import read_losses
 
 
 def flags(corpus, folder, steps=8, more=()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 
-from tests import pico
+from tests.support import pico
 
 TIMEOUT_SECONDS = 6
 AT_MOST_SECONDS = 40

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from megatron_btx.runner.run_dir import read_evaluation
-from tests import pico
 from tests.distributed.test_routing_methods import METHODS
-from tests.mixing import mix, rewrite
-from tests.runner import Zygote, gpu_count, read_losses
+from tests.support import pico
+from tests.support.mixing import mix, rewrite
+from tests.support.runner import Zygote, gpu_count, read_losses
 
 pytestmark = pytest.mark.gpu
 

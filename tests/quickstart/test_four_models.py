@@ -15,8 +15,8 @@ import torch
 
 from megatron_btx.recipe.from_checkpoint import read_models
 from megatron_btx.runner.run_dir import read_evaluation
-from tests import hugging_face
-from tests.runner import REPOSITORY
+from tests.support import hugging_face
+from tests.support.runner import REPOSITORY
 
 RECIPE = REPOSITORY / "examples" / "recipes" / "four-models.yaml"
 NAMES = ("seed", "math", "code", "wiki")

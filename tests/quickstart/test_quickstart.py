@@ -17,10 +17,10 @@ import torch
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.runner.run_dir import read_evaluation
-from tests.asked_tokenizers import Asked
-from tests.hugging_face import OLDER
-from tests.quickstart_texts import FOLDER
-from tests.runner import REPOSITORY, read_losses
+from tests.support.asked_tokenizers import Asked
+from tests.support.hugging_face import OLDER
+from tests.support.quickstart_texts import FOLDER
+from tests.support.runner import REPOSITORY, read_losses
 
 RECIPE = REPOSITORY / "examples" / "recipes" / "quickstart.yaml"
 SMALL = [

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from megatron_btx.mixing import cli, convert_hf
-from tests import hugging_face
 from tests.serving import exchange
+from tests.support import hugging_face
 
 EXPERTS = 3
 _SIZES = {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from tests import hugging_face
 from tests.serving import exchange
+from tests.support import hugging_face
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ import pytest
 
 import megatron_btx
 from megatron_btx.common.errors import InputError
-from tests import pico
-from tests.mixing import mix
-from tests.runner import Zygote
+from tests.support import pico
+from tests.support.mixing import mix
+from tests.support.runner import Zygote
 
 
 def in_a_fresh_process(program: str) -> str:

@@ -17,9 +17,9 @@ from megatron_btx.checkpoint.huggingface.config import arguments_from_config
 from megatron_btx.checkpoint.huggingface.config_writing import config_from_arguments, refuse_for_megatron
 from megatron_btx.checkpoint.huggingface.families import FAMILIES, Family
 from megatron_btx.common.errors import InputError
-from tests.hugging_face import OLDER
-from tests.public_configurations import MIXTURES, PUBLIC, pico
-from tests.runner import REPOSITORY
+from tests.support.hugging_face import OLDER
+from tests.support.public_configurations import MIXTURES, PUBLIC, pico
+from tests.support.runner import REPOSITORY
 
 WHERE = "model/config.json"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -16,8 +16,8 @@ from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError, InputError
 from megatron_btx.mixing import convert_hf
 from megatron_btx.mixing.loader import open_source
-from tests.hugging_face import same_tensors
-from tests.mixing import write_checkpoint
+from tests.support.hugging_face import same_tensors
+from tests.support.mixing import write_checkpoint
 from tests.unit.mixing.folders import CONFIG, FFN, HIDDEN, LAYERS, VOCABULARY, llama_folder
 
 MODEL: dict[str, Any] = {

@@ -19,7 +19,7 @@ from megatron_btx.checkpoint.safe_pickle import load_pickle
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.checkpoint.torch_record import load_torch
 from megatron_btx.common.errors import CheckpointError
-from tests.hostile import Call
+from tests.support.hostile import Call
 
 FLIPS = 400
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_btx.checkpoint.huggingface.servers import SERVERS, TABLE, deviations, server_lines
 from megatron_btx.mixing.cli import main
-from tests.runner import REPOSITORY
+from tests.support.runner import REPOSITORY
 from tests.unit.mixing import folders
 
 _COMMON: dict[str, Any] = {

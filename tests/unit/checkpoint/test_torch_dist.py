@@ -21,7 +21,7 @@ from megatron_btx.checkpoint.stored import Files, Place, bytes_of, read_box
 from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader, record_frame
 from megatron_btx.checkpoint.torch_record import locate_tensor
 from megatron_btx.common.errors import CheckpointError
-from tests.mixing import write_checkpoint
+from tests.support.mixing import write_checkpoint
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from megatron_btx.common.errors import InputError
 from megatron_btx.data import texts
 from megatron_btx.data.texts import check_documents, check_texts
-from tests import pico
+from tests.support import pico
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_btx.distributed import process_cleanup as orphans
 from megatron_btx.engine import saving
-from tests.runner import REPOSITORY
+from tests.support.runner import REPOSITORY
 
 AT_MOST_SECONDS = 20
 async_utils = "megatron.core.dist_checkpointing.strategies.async_utils"

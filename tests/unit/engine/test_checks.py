@@ -8,7 +8,7 @@ import pytest
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.engine.checks import check_arguments
-from tests import pico
+from tests.support import pico
 
 SAMPLE = "--moe-router-topk 1 --moe-router-pre-softmax --btx-sample-top1 "
 SWITCH = "--moe-router-topk 1 --moe-router-pre-softmax "

@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 import pytest
 
-from tests.runner import Zygote
+from tests.support.runner import Zygote
 
 REPLACED = {
     "megatron.core.tensor_parallel.random": ["_set_cuda_rng_state", "_get_cuda_rng_state"],

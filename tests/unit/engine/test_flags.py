@@ -13,13 +13,13 @@ import pytest
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.routing_methods import DEFAULT_TOPK, METHODS
 from megatron_btx.engine.checks import arguments
-from tests import flags_page
+from tests.support import flags_page
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def test_the_page_of_flags_is_what_the_parsers_say():
-    """docs/flags.md is written by ``python -m tests.flags_page``."""
+    """docs/flags.md is written by ``python -m tests.support.flags_page``."""
     assert flags_page.PAGE.read_text(encoding="utf-8") == flags_page.page()
 
 

@@ -31,8 +31,8 @@ from megatron_btx.engine.checks.start import check_against_checkpoint, checkpoin
 from megatron_btx.engine.fallback import choose_checkpoint
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
 from megatron_btx.model.groups import TrainedGroups
-from tests.hostile import Call, byte_entries, payload, plant, read_index
-from tests.mixing import write_checkpoint
+from tests.support.hostile import Call, byte_entries, payload, plant, read_index
+from tests.support.mixing import write_checkpoint
 
 KEYS = (
     "decoder.layers.self_attention.linear_qkv._extra_state",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tests.runner import REPOSITORY
+from tests.support.runner import REPOSITORY
 
 PAGE = (REPOSITORY / "docs/guarantees.md").read_text()
 NAME = re.compile(r"`([\w/]+)::(test_\w+)`")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.hugging_face import Older
-from tests.mixing import rewrite
+from tests.support.hugging_face import Older
+from tests.support.mixing import rewrite
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_btx.mixing.operations import for_one_rounding
-from tests import pico
-from tests.mixing import mix, planned, rewrite
+from tests.support import pico
+from tests.support.mixing import mix, planned, rewrite
 from tests.unit.mixing.checkpoints import expert_words, same_bits, tensors
 from tests.unit.mixing.folders import CONFIG, HIDDEN, llama_folder, llama_tensors, safetensors_bytes
 

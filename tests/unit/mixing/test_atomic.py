@@ -21,7 +21,7 @@ from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.staging import Workplace
-from tests.mixing import mix, planned, verify
+from tests.support.mixing import mix, planned, verify
 from tests.unit.mixing.checkpoints import expert_words, refused, same_bits, tensors
 
 

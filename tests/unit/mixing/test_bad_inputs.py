@@ -15,7 +15,7 @@ import torch
 
 from megatron_btx.mixing import convert_hf
 from megatron_btx.mixing.cli import main
-from tests.mixing import mix, rewrite
+from tests.support.mixing import mix, rewrite
 from tests.unit.mixing.checkpoints import expert_words, refused
 from tests.unit.mixing.folders import CONFIG, header_of, in_shards, llama_folder, llama_tensors, safetensors_bytes
 

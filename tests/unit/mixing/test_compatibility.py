@@ -21,7 +21,7 @@ import torch
 
 from megatron_btx.mixing import cli, convert_hf
 from megatron_btx.tokenizers.vocabulary import known_vocabulary
-from tests.hugging_face import (
+from tests.support.hugging_face import (
     Older,
     assert_equal_logits,
     config_of,
@@ -35,8 +35,8 @@ from tests.hugging_face import (
     save,
     tensors,
 )
-from tests.public_configurations import DENSE, MIXTURES, PUBLIC, pico
-from tests.runner import REPOSITORY
+from tests.support.public_configurations import DENSE, MIXTURES, PUBLIC, pico
+from tests.support.runner import REPOSITORY
 
 DOCUMENT = REPOSITORY / "docs" / "conversion.md"
 HEADING = "\n## Models that can be mixed\n"

@@ -16,8 +16,8 @@ from megatron_btx.plan.checks import check_inputs
 from megatron_btx.plan.planner import plan_stages
 from megatron_btx.recipe.load import parse_recipe
 from megatron_btx.recipe.options import say_keys
-from tests import hugging_face
 from tests.quickstart.test_four_models import make_tokenizer
+from tests.support import hugging_face
 
 Numbers = dict[str, torch.Tensor]
 Edit = Callable[[dict[str, Any], Numbers], None]

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.mixing.convert_hf import main as convert_hf
-from tests.mixing import mix
-from tests.old_formats import FORMS, MIXTURE_FORMS, Form, write_form
+from tests.support.mixing import mix
+from tests.support.old_formats import FORMS, MIXTURE_FORMS, Form, write_form
 from tests.unit.mixing.checkpoints import byte_entry, iteration, same_bits, tensors
 
 COMMON = "common_state/shard_0_1"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_btx.mixing import convert_hf
-from tests.hugging_face import (
+from tests.support.hugging_face import (
     DENSE,
     MODELS,
     assert_equal_logits,

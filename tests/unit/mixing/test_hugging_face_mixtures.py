@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_btx.mixing import convert_hf
-from tests.hugging_face import (
+from tests.support.hugging_face import (
     DENSE,
     MODELS,
     assert_equal_logits,
@@ -31,7 +31,7 @@ from tests.hugging_face import (
     save,
     tensors,
 )
-from tests.mixing import mix, rewrite
+from tests.support.mixing import mix, rewrite
 from tests.unit.mixing.checkpoints import expert_words, refused
 
 COUNT = 3

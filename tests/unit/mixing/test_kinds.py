@@ -13,7 +13,7 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.mixing import convert_hf
 from megatron_btx.mixing.loader import open_source
-from tests.hugging_face import VOCABULARY, logits
+from tests.support.hugging_face import VOCABULARY, logits
 from tests.unit.mixing.folders import CONFIG, in_shards, llama_folder, llama_tensors, safetensors_bytes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.runner import REPOSITORY
+from tests.support.runner import REPOSITORY
 
 MIB = 2**20
 GROWTH_MIB = 60

@@ -16,7 +16,7 @@ from megatron_btx.engine.program import find_tokenizer
 from megatron_btx.mixing.cli import main
 from megatron_btx.tokenizers.path import as_shell_word, locate_tokenizer
 from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES
-from tests import pico
+from tests.support import pico
 from tests.unit.mixing.checkpoints import expert_words
 from tests.unit.mixing.test_vocabularies import model, words
 

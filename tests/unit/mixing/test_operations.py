@@ -16,7 +16,7 @@ from megatron_btx.mixing.methods import METHODS, Chunk, Experts, Given, Method, 
 from megatron_btx.mixing.operations import AVERAGE, MOVE, NEW_ROUTERS, Operation
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
 from megatron_btx.mixing.verify_vocab import first_unequal
-from tests.hugging_face import tensors
+from tests.support.hugging_face import tensors
 from tests.unit.mixing.folders import llama_folder
 
 

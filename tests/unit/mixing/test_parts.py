@@ -12,7 +12,7 @@ import torch
 
 from megatron_btx.mixing import convert_hf
 from megatron_btx.mixing.loader import open_source
-from tests.mixing import mix, rewrite
+from tests.support.mixing import mix, rewrite
 from tests.unit.mixing.checkpoints import expert_words, refused
 from tests.unit.mixing.folders import CONFIG, FFN, HIDDEN, llama_folder, llama_tensors, safetensors_bytes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.mixing.cli import main
-from tests.mixing import mix
+from tests.support.mixing import mix
 from tests.unit.mixing.checkpoints import expert_words, refused
 from tests.unit.mixing.folders import llama_folder
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mixing import mix, rewrite
-from tests.runner import REPOSITORY
+from tests.support.mixing import mix, rewrite
+from tests.support.runner import REPOSITORY
 from tests.unit.mixing.checkpoints import expert_words, refused
 
 # --- the command line -----------------------------------------------------------------------------------------

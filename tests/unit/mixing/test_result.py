@@ -17,8 +17,8 @@ from megatron_btx.common.errors import CheckpointError
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.staging import Workplace
 from megatron_btx.mixing.verify import check_manifest
-from tests import pico
-from tests.mixing import mix, planned, rewrite, verify
+from tests.support import pico
+from tests.support.mixing import mix, planned, rewrite, verify
 from tests.unit.mixing.checkpoints import byte_entry, expert_words, index, refused, tensors
 
 LAYERS = range(pico.LAYERS)

@@ -23,7 +23,7 @@ from megatron_btx.mixing.api import mix
 from megatron_btx.mixing.methods import METHODS, Chunk, Experts, Method, dense_name, new_router
 from megatron_btx.mixing.operations import Operation, stream
 from megatron_btx.mixing.options import Option
-from tests.hugging_face import tensors
+from tests.support.hugging_face import tensors
 from tests.unit.mixing.folders import llama_folder
 
 DENSITY = 0.3

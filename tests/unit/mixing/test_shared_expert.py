@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_btx.mixing import cli, convert_hf
-from tests.hugging_face import MODELS, config_of, logits, make_model, same_tensors, save, tensors, write_folder
+from tests.support.hugging_face import MODELS, config_of, logits, make_model, same_tensors, save, tensors, write_folder
 from tests.unit.mixing.checkpoints import tensors as megatron_tensors
 
 CONFIG = MODELS["qwen2_moe"]
@@ -120,7 +120,7 @@ def test_its_own_result_is_read_back(written, imported, tmp_path):
 
 def test_zeros_stay_zeros_when_the_mixture_is_trained_further(written):
     """What users tune in transformers can come back: every gradient has a factor of zero."""
-    from tests.hugging_face import loaded
+    from tests.support.hugging_face import loaded
 
     model = loaded(written).train()
     tokens = torch.arange(1, 33)[None]

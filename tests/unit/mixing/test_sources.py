@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megatron_btx.runner.run_dir import read_evaluation
-from tests import pico
-from tests.mixing import mix, rewrite
-from tests.runner import Zygote, read_losses
+from tests.support import pico
+from tests.support.mixing import mix, rewrite
+from tests.support.runner import Zygote, read_losses
 from tests.unit.mixing.checkpoints import byte_entry, expert_words, refused, same_bits, tensors
 
 LAYOUTS = {

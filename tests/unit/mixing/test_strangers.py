@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megatron_btx.mixing.cli import main
-from tests.mixing import mix
+from tests.support.mixing import mix
 from tests.unit.checkpoint.test_safe_pickle import little_memory
 from tests.unit.mixing.checkpoints import expert_words, refused
 from tests.unit.mixing.folders import llama_folder

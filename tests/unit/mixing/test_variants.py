@@ -15,9 +15,9 @@ from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.routers import RouterInit, router_rows, starting_route
-from tests import pico
-from tests.mixing import mix, rewrite
-from tests.runner import read_losses
+from tests.support import pico
+from tests.support.mixing import mix, rewrite
+from tests.support.runner import read_losses
 from tests.unit.mixing.checkpoints import byte_entry, expert_words, refused, same_bits, tensors
 
 FFN = 48

@@ -20,8 +20,8 @@ from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.loader import open_source
 from megatron_btx.mixing.sources import Source
 from megatron_btx.tokenizers.vocabulary import known_vocabulary
-from tests.hugging_face import config_of, loaded, tensors
-from tests.mixing import mix, rewrite
+from tests.support.hugging_face import config_of, loaded, tensors
+from tests.support.mixing import mix, rewrite
 from tests.unit.mixing.checkpoints import expert_words, refused
 from tests.unit.mixing.folders import CONFIG, HIDDEN, llama_tensors, safetensors_bytes
 

@@ -15,7 +15,7 @@ from megatron_btx.model.groups import (
     refuse_optimizers,
     resolve_groups,
 )
-from tests import pico
+from tests.support import pico
 
 NAMES = {
     "embedding.word_embeddings.weight": "embeddings",

@@ -16,7 +16,7 @@ from megatron_btx.recipe.load import load_recipe, parse_recipe
 from megatron_btx.recipe.models import Budget, ModelSpec, Train
 from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.section import Section
-from tests.runner import REPOSITORY
+from tests.support.runner import REPOSITORY
 from tests.unit.recipe.test_from_checkpoint import tree, values
 
 QUICKSTART = REPOSITORY / "examples" / "recipes" / "quickstart.yaml"

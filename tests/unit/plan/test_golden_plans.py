@@ -19,7 +19,7 @@ from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe import load as reading
 from megatron_btx.recipe.from_checkpoint import GivenModel
 from megatron_btx.recipe.load import load_recipe
-from tests.runner import REPOSITORY
+from tests.support.runner import REPOSITORY
 
 RECIPES = REPOSITORY / "examples" / "recipes"
 GOLDEN = Path(__file__).parent / "golden" / "plans"

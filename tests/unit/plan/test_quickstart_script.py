@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.quickstart_texts import FOLDER
-from tests.runner import REPOSITORY
+from tests.support.quickstart_texts import FOLDER
+from tests.support.runner import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from megatron_btx.plan import fingerprint as identity
 from megatron_btx.plan.planner import plan_stages
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.training import check_stages
-from tests import pico
+from tests.support import pico
 
 RECIPES = Path(__file__).resolve().parents[3] / "examples" / "recipes"
 WITHOUT_INPUTS = {"four-models", "four-models-slurm"}

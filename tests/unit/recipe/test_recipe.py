@@ -30,7 +30,7 @@ from megatron_btx.runner.api import list_planned
 from megatron_btx.runner.decisions import Action
 from megatron_btx.runner.scripts import command_script, shell_script
 from megatron_btx.training import check_stages
-from tests.quickstart_texts import FOLDER
+from tests.support.quickstart_texts import FOLDER
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "recipes" / "quickstart.yaml"
 

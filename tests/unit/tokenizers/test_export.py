@@ -16,9 +16,9 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.mixing import convert_hf
 from megatron_btx.tokenizers.texts import texts
 from megatron_btx.tokenizers.written_files import has_written_form, travelling_files
-from tests.asked_tokenizers import Asked
-from tests.hugging_face import OLDER, REPOSITORY
-from tests.mixing import planned, rewrite
+from tests.support.asked_tokenizers import Asked
+from tests.support.hugging_face import OLDER, REPOSITORY
+from tests.support.mixing import planned, rewrite
 from tests.unit.mixing.folders import CONFIG, HIDDEN, llama_tensors, safetensors_bytes
 
 ROWS = 800

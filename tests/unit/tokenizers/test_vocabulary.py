@@ -16,7 +16,7 @@ import pytest
 from megatron_btx.common.errors import InputError
 from megatron_btx.tokenizers.comparison import check_same_tokenizer
 from megatron_btx.tokenizers.vocabulary import known_vocabulary, read_vocabulary, unknown_reason
-from tests.hugging_face import OLDER
+from tests.support.hugging_face import OLDER
 
 WORDS = [f"word {i} of {i * 7 % 13} letters {chr(97 + i % 26)}" for i in range(400)]
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

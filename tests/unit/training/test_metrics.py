@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_btx.training.metrics import MetricsWriter
-from tests import pico
-from tests.runner import read_losses, read_metrics
+from tests.support import pico
+from tests.support.runner import read_losses, read_metrics
 
 
 class Inner:

@@ -13,7 +13,7 @@ from megatron_btx.checkpoint.iterations import TRACKER
 from megatron_btx.common.errors import InputError
 from megatron_btx.engine.options import resolve_options
 from megatron_btx.training import validation
-from tests import pico
+from tests.support import pico
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""docs/flags.md, made from the parsers themselves: ``python -m tests.flags_page`` writes it, a test compares it."""
+"""docs/flags.md, made from the parsers: ``python -m tests.support.flags_page`` writes it, a test compares it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_btx.mixing import cli as mixing
 from megatron_btx.mixing import convert_hf
 from megatron_btx.training.program import add_training_arguments
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 INTRODUCTION = """# Flags
 
-Made from the parsers by `python -m tests.flags_page`. The programs also take every flag of Megatron's.
+Made from the parsers by `python -m tests.support.flags_page`. The programs also take every flag of Megatron's.
 `--help-megatron` lists them. TEXT is the prefix of an indexed dataset, or a text file ([data.md](data.md)), which is
 tokenized as it is read. Started without torchrun or srun, each program is one process.
 """

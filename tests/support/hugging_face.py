@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from megatron_btx.runner.run_dir import read_evaluation
-from tests.runner import REPOSITORY, Zygote
+from tests.support.runner import REPOSITORY, Zygote
 
 OLDER = REPOSITORY / ".venv" / "transformers-4"
 
@@ -244,7 +244,7 @@ class Older:
             pytest.skip(f"{OLDER} does not exist; bash tools/environment.sh --tests installs it")
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(OLDER), str(REPOSITORY)])}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-W", "ignore", "-m", "tests.hugging_face"]
+        command = [sys.executable, "-W", "ignore", "-m", "tests.support.hugging_face"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
         )

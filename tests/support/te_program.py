@@ -22,7 +22,7 @@ def main(mix: Path, kind: str, parameters: Path) -> dict[str, Any]:
     """Facts of four models: sampled top-1 and the paper's balancing, over single and grouped experts."""
     prepare_environment()
     if kind == "stand-ins":
-        from tests import te_stand_ins
+        from tests.support import te_stand_ins
 
         te_stand_ins.install()
     import transformer_engine  # noqa: F401

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.hugging_face import OLDER, REPOSITORY
+from tests.support.hugging_face import OLDER, REPOSITORY
 
 _ASK = """
 import json, sys, transformers

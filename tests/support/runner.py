@@ -15,7 +15,8 @@ import pytest
 
 GRACE_SECONDS = 5.0
 """How long the other ranks live on when one has failed."""
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
+ZYGOTE = REPOSITORY / "tests" / "support" / "zygote.py"
 
 
 def gpu_count() -> int:
@@ -56,7 +57,13 @@ class Zygote:
         if not self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(REPOSITORY / "tests" / "zygote.py"), "gpu" if self.gpus else "cpu"],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                str(REPOSITORY / "tests" / "support" / "zygote.py"),
+                "gpu" if self.gpus else "cpu",
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
