@@ -24,7 +24,8 @@ from megatron_btx.engine.checks.start import compare_with_stored
 from megatron_btx.engine.program import start_tool
 from megatron_btx.engine.restricted_loading import load_weights
 from megatron_btx.evaluation.program import named_paths
-from megatron_btx.mixing.routers import RouterInit, router_rows
+from megatron_btx.mixing.operations import router_rows
+from megatron_btx.mixing.request import RouterInit
 from megatron_btx.model.build import build_model
 from megatron_btx.model.step import batches_of
 

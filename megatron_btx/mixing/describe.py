@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_btx.checkpoint.arguments import model_flags
 from megatron_btx.checkpoint.huggingface.servers import server_lines
@@ -15,16 +17,20 @@ from megatron_btx.mixing.compatible import remarks, vocabulary_source
 from megatron_btx.mixing.compute import STEP_BYTES
 from megatron_btx.mixing.layout import Fill, LaidOutTensor
 from megatron_btx.mixing.methods import METHODS
+from megatron_btx.mixing.operations import describe_routers, router_rows
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
-from megatron_btx.mixing.routers import describe_routers, router_rows, starting_route
 from megatron_btx.mixing.sources import EMBEDDING, Source
 from megatron_btx.mixing.writers import Output
 from megatron_btx.tokenizers.vocabulary import unknown_reason
+
+if TYPE_CHECKING:
+    import torch
 
 _NEW_ROWS = "new rows, each the mean of all tokens' rows"
 _TENSOR_PARALLEL_SIZES = (2, 4, 8)
 _IMPORTS_BYTES = 250 << 20
 """What Python and torch take before any work."""
+_SAMPLES = 4096
 
 
 def plan_text(plan: Plan, output: Output, workers: int) -> str:
@@ -137,6 +143,45 @@ def router_text(plan: Plan) -> list[str]:
     elif route.least_load == 0:
         lines.append("  warning: some experts get no token at first; with equal logits the first k experts get all")
     return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class StartingRoute:
+    """What routing starts with, for inputs of unit root mean square."""
+
+    entropy: float
+    """Mean entropy of the routing probabilities, as a share of its largest value ln E."""
+    first_gate: float
+    """Mean share of the expert with the largest gate among the k chosen: 1 is one-hot, 1/k even."""
+    least_load: float
+    largest_load: float
+    """Smallest and largest share of (token, choice) pairs that an expert of any layer gets, as a share of even."""
+
+    @property
+    def nearly_one_hot(self) -> bool:
+        """Whether the choice is all but made: gradients hardly reach the other experts."""
+        return self.entropy < 0.1
+
+
+def starting_route(rows_LEH: torch.Tensor, topk: int) -> StartingRoute:
+    """Estimate the routing of a fresh mix from normal inputs of unit root mean square (as norms make them)."""
+    import torch
+
+    experts, hidden = rows_LEH.shape[1:]
+    inputs_TH = torch.randn(_SAMPLES, hidden, generator=torch.Generator().manual_seed(0))
+    entropy = first_gate = 0.0
+    loads = []
+    for weight_EH in rows_LEH:
+        logits_TE = inputs_TH @ weight_EH.T
+        log_probabilities_TE = torch.log_softmax(logits_TE, dim=-1)
+        entropy += float(-(log_probabilities_TE.exp() * log_probabilities_TE).sum(-1).mean()) / math.log(experts)
+        chosen = torch.topk(logits_TE, topk, dim=-1)
+        gates_TK = torch.softmax(chosen.values, dim=-1) if topk > 1 else log_probabilities_TE.exp().amax(-1, True)
+        first_gate += float(gates_TK[:, 0].mean())
+        loads.append(torch.bincount(chosen.indices.flatten(), minlength=experts) * experts / (topk * _SAMPLES))
+    layers = len(rows_LEH)
+    load_LE = torch.stack(loads)
+    return StartingRoute(entropy / layers, first_gate / layers, float(load_LE.min()), float(load_LE.max()))
 
 
 def _by_pattern(tensors: Sequence[LaidOutTensor]) -> dict[str, list[LaidOutTensor]]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.plan import Numbers, Operation, Part, Plan, PlannedPiece
-from megatron_btx.mixing.routers import describe_routers, router_rows
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
+    from megatron_btx.mixing.request import RouterInit
 
 _BEYOND_FP32 = (1 << 29) - 1
 """The bits of a number in fp64 that fp32 lacks."""
@@ -127,7 +131,7 @@ class Average(Operation):
 
 
 class NewRouters(Operation):
-    """Rows of new routers; see :func:`megatron_btx.mixing.routers.router_rows`."""
+    """Rows of new routers; see :func:`router_rows`."""
 
     name = "router"
 
@@ -151,7 +155,7 @@ class NewRouters(Operation):
         init, experts, hidden = plan.request.router, plan.sizes.experts, plan.sizes.hidden
         before = sum(plan.sizes.mixture_layers[: planned.piece.numbers["layer"]])
         found = torch.zeros(experts, hidden)
-        if init.kind == "normal":
+        if init.how == "normal":
             generator = torch.Generator().manual_seed(init.seed)
             for _ in range(before + 1):
                 found = torch.empty(experts, hidden).normal_(0.0, init.std, generator=generator)
@@ -280,3 +284,66 @@ def _join(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     if len(tensors) == 1:
         return tensors[0].contiguous()
     return torch.cat(list(tensors), dim=dim)
+
+
+def describe_routers(init: RouterInit, before: str = "") -> str:
+    """How routers start, in words.
+
+    Args:
+        before: what stands before the word or the file's name where they are not drawn.
+    """
+    if init.how == "normal":
+        return f"normal, std {init.std:g}, seed {init.seed}"
+    return f"{before}{init.how}"
+
+
+def router_rows(init: RouterInit, layers: int, experts: int, hidden: int) -> torch.Tensor:
+    """The routers of all mixture layers, in order: fp32 [L, E, H]; one generator draws them all, layer after layer.
+
+    Raises:
+        InputError: a file of rows cannot be read, is of another shape, or holds numbers that are not finite.
+    """
+    written = 0
+    if init.file is not None and init.file.is_file():
+        written = init.file.stat().st_mtime_ns
+    return _router_rows(init, written, layers, experts, hidden)
+
+
+@functools.lru_cache(maxsize=2)
+def _router_rows(init: RouterInit, written: int, layers: int, experts: int, hidden: int) -> torch.Tensor:
+    """As :func:`router_rows`, made once for all its readers; ``written`` tells one file from the next of its name."""
+    import torch
+
+    if init.how == "normal":
+        generator = torch.Generator().manual_seed(init.seed)
+        drawn = [torch.empty(experts, hidden).normal_(0.0, init.std, generator=generator) for _ in range(layers)]
+        return torch.stack(drawn)
+    if init.file is None:
+        return torch.zeros(layers, experts, hidden)
+    rows = _rows_of_file(init.file)
+    if rows.dim() == 2:
+        rows = rows.expand(layers, *rows.shape)
+    if tuple(rows.shape) != (layers, experts, hidden):
+        raise InputError(
+            f"--router-init {init.how}: holds {list(rows.shape)}, expected [{layers}, {experts}, {hidden}] "
+            f"(mixture layers, experts, hidden) or [{experts}, {hidden}] for all layers"
+        )
+    if not bool(torch.isfinite(rows).all()):
+        raise InputError(f"--router-init {init.how}: holds NaN or infinite numbers; make it again")
+    return rows
+
+
+def _rows_of_file(file: Path) -> torch.Tensor:
+    import numpy as np
+    import torch
+
+    if not file.is_file():  # reading a pipe would wait forever
+        raise InputError(f"--router-init {file}: expected normal, zeros, or an .npy file; there is none")
+    try:
+        # Mapped, so that a header which claims more than the file holds is refused before memory is asked for.
+        rows = np.lib.format.open_memmap(file, mode="r")
+        if rows.dtype.kind not in "fiu":
+            raise TypeError(f"its type is {rows.dtype}")
+        return torch.from_numpy(np.array(rows)).float()
+    except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"--router-init {file}: is not an .npy file of numbers ({error}); see numpy.save") from error

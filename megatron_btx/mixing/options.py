@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from megatron_btx.common import cli_args
 from megatron_btx.common.errors import InputError
 
 RESULT, DIFFERENCES, MIXTURE = "what the result holds", "what models may differ in", "which mixture is made"
@@ -98,14 +97,3 @@ def options_of(record: type) -> dict[str, Option]:
 def between(least: int, most: int, remedy: str = "") -> Callable[[int], str]:
     """Expects a whole number in a range."""
     return lambda number: "" if least <= number <= most else f"{least} to {most}{remedy}"
-
-
-def read_pairs(flag: str, example: str) -> Callable[[Mapping[str, Any] | list[str]], dict[str, Any]]:
-    """Makes a mapping of the words of a repeated flag; a mapping stays one."""
-
-    def read(given: Mapping[str, Any] | list[str]) -> dict[str, Any]:
-        if isinstance(given, Mapping):
-            return dict(given)
-        return dict(cli_args.read_pairs(given, flag, example))
-
-    return read

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_btx.checkpoint.sizes import layer_frequency
+from megatron_btx.common.cli_args import read_pairs
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.options import DIFFERENCES, RESULT, WORK, between, option, read_pairs
-from megatron_btx.mixing.routers import RouterInit
+from megatron_btx.mixing.options import DIFFERENCES, RESULT, WORK, between, option
 
 MULTIPLE_AT_MOST = 1 << 16
 _ROPE_SCALING = ("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor", "hf_rope_scaling")
@@ -43,6 +43,26 @@ _SYNONYMS = {
 } | dict.fromkeys(_ROPE_SCALING, "rope_scaling")
 
 
+@dataclasses.dataclass(frozen=True)
+class RouterInit:
+    """How the routers of a mix start."""
+
+    how: str = "normal"
+    """normal: drawn; zeros: all gates equal; else an .npy file, with rows [mixture layers, experts, hidden] or
+    [experts, hidden]."""
+    seed: int = 1234
+    """Seed of normal."""
+    std: float = 0.02
+    """Standard deviation of normal; the paper is silent, this is how Megatron draws the other weights."""
+
+    @property
+    def file(self) -> Path | None:
+        """The file of rows, where there is one."""
+        if self.how in ("normal", "zeros"):
+            return None
+        return Path(self.how)
+
+
 def _read_frequency(given: str | int | Sequence[int]) -> int | tuple[int, ...]:
     if isinstance(given, str):
         return layer_frequency(given)
@@ -51,9 +71,16 @@ def _read_frequency(given: str | int | Sequence[int]) -> int | tuple[int, ...]:
     return tuple(given)
 
 
+def _pairs_of(given: Mapping[str, Any] | list[str], flag: str, expected: str) -> Mapping[str, Any]:
+    """A mapping, as Python gives it, or that of a repeated flag's words."""
+    if isinstance(given, Mapping):
+        return given
+    return read_pairs(given, flag, expected)
+
+
 def _read_weights(given: Mapping[str, Any] | list[str]) -> dict[str, float]:
     weights = {}
-    for name, text in read_pairs("--weight", "NAME=W, as --weight math=2")(given).items():
+    for name, text in _pairs_of(given, "--weight", "NAME=W, as --weight math=2").items():
         try:
             weights[name] = float(text)
         except ValueError as error:
@@ -66,7 +93,7 @@ def _read_weights(given: Mapping[str, Any] | list[str]) -> dict[str, float]:
 def _read_take(given: Mapping[str, str] | list[str]) -> dict[str, str]:
     """The sources to take fields from, by the fields' own names."""
     found: dict[str, str] = {}
-    for written, name in read_pairs("--take", "FIELD=NAME, as --take rotary_base=code")(given).items():
+    for written, name in _pairs_of(given, "--take", "FIELD=NAME, as --take rotary_base=code").items():
         plain = written.removeprefix("--").replace("-", "_")
         field = _SYNONYMS.get(plain, plain)  # Megatron's name, its flag's, or Hugging Face's
         if field not in TAKEABLE:
@@ -169,11 +196,7 @@ class Request:
     @property
     def router(self) -> RouterInit:
         """How new routers start."""
-        if self.router_init == "normal":
-            return RouterInit("normal", self.router_seed, self.router_std)
-        if self.router_init == "zeros":
-            return RouterInit("zeros", self.router_seed, self.router_std)
-        return RouterInit("file", self.router_seed, self.router_std, Path(self.router_init))
+        return RouterInit(str(Path(self.router_init)), self.router_seed, self.router_std)
 
 
 @dataclasses.dataclass(frozen=True)

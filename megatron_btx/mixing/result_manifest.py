@@ -61,7 +61,7 @@ def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder:
         "form": FORM,
         "format": output.format,
         "method": request.method,
-        "router": {"init": str(request.router), "seed": request.router.seed, "std": request.router.std},
+        "router": {"init": request.router.how, "seed": request.router.seed, "std": request.router.std},
         "take": dict(request.take),
         "vocabulary_union": request.vocabulary_union,
         "vocabulary": _vocabulary(plan),

@@ -14,7 +14,9 @@ import torch
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.mixing.cli import main
-from megatron_btx.mixing.routers import RouterInit, router_rows, starting_route
+from megatron_btx.mixing.describe import starting_route
+from megatron_btx.mixing.operations import router_rows
+from megatron_btx.mixing.request import RouterInit
 from tests.support import pico
 from tests.support.mixing import mix, rewrite
 from tests.support.runner import read_losses
