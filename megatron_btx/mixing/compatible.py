@@ -159,7 +159,7 @@ def _check_sizes(sources: Sequence[Source], request: Request) -> None:
 
     Tokenizers that are missing, or not to be compared, say nothing: then the configurations' sizes count.
     """
-    tables = {source.name: source.tokens for source in sources}
+    tables = {source.name: source.tokenizer.tokens for source in sources}
     known = {name: table for name, table in tables.items() if table is not None}
     compares = len(known) == len(tables) and not request.allow_other_tokenizer
     if request.vocabulary_union or (compares and contradictions(known)):
@@ -206,7 +206,7 @@ def _all_tokens(tables: Mapping[str, Mapping[int, str]]) -> dict[int, tuple[str,
 
 
 def _check_tokenizers(sources: Sequence[Source], request: Request) -> None:
-    stored = {source.name: source.tokenizer_arguments for source in sources}
+    stored = {source.name: source.tokenizer.arguments for source in sources}
     if request.vocabulary_union:
         check_vocabulary_union(stored, _REMEDY)
         _check_union(sources, request)
@@ -226,7 +226,7 @@ def _check_tokenizers(sources: Sequence[Source], request: Request) -> None:
 
 def _check_union(sources: Sequence[Source], request: Request) -> None:
     """Refuse a union in which no tokenizer has every token."""
-    tables = {source.name: source.tokens or {} for source in sources}
+    tables = {source.name: source.tokenizer.tokens or {} for source in sources}
     chosen = vocabulary_source(sources[: len(request.experts)], request)
     every = _all_tokens(tables)
     lacking = [number for number in sorted(every) if number not in tables[chosen.name]]
@@ -246,7 +246,12 @@ def vocabulary_source(sources: Sequence[Source], request: Request) -> Source:
     beside the rows of a larger model they would seem to have one.
     """
     wanted = request.take.get("tokenizer")
-    return max(sources, key=lambda s: (s.has_tokenizer, s.token_count, s.name == wanted, s.pieces[EMBEDDING].shape[0]))
+
+    def rank(source: Source) -> tuple[int, ...]:
+        rows = source.pieces[EMBEDDING].shape[0]
+        return source.tokenizer.place is not None, source.token_count, source.name == wanted, rows
+
+    return max(sources, key=rank)
 
 
 # --- what is said ------------------------------------------------------------------------------------------------
@@ -255,7 +260,7 @@ def vocabulary_source(sources: Sequence[Source], request: Request) -> Source:
 def remarks(plan: Plan, stand_ins: Sequence[str] = ()) -> list[str]:
     """One line for each value of sources that differs and nobody has decided about; of stand-ins, no likeness."""
     lines = []
-    if len(plan.mixed) > 1 and not any(source.has_tokenizer for source in plan.mixed):
+    if len(plan.mixed) > 1 and not any(source.tokenizer.place for source in plan.mixed):
         lines.append("no source has a tokenizer's files: the sizes of the vocabularies alone are compared")
     first = plan.mixed[0].name
     owner = vocabulary_source(plan.mixed, plan.request).name

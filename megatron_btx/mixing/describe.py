@@ -52,7 +52,7 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
     lines.append(f"  result: {_configuration(plan, output)}")
     if output.format == "hf":
         lines += server_lines(json.loads(output.small_files[CONFIG]))
-    return "\n".join(lines)
+    return "\n".join(lines + router_text(plan))
 
 
 def _source_lines(plan: Plan) -> list[str]:
@@ -105,14 +105,15 @@ def _vocabulary_lines(plan: Plan) -> list[str]:
 
 def _vocabulary_of(source: Source) -> str:
     rows = source.pieces[EMBEDDING].shape[0]
-    if source.vocabulary is None:
-        why = unknown_reason(source.tokenizer_arguments)
+    vocabulary = source.tokenizer.vocabulary
+    if vocabulary is None:
+        why = unknown_reason(source.tokenizer.arguments)
         return f"not known ({why}); its configuration counts {source.token_count} tokens in {rows} rows"
-    beyond = sum(number >= rows for number in source.vocabulary.tokens)
+    beyond = sum(number >= rows for number in vocabulary.tokens)
     without = ""
     if beyond:
         without = f", {beyond} more tokens have no row"
-    return f"{source.token_count} tokens in {rows} rows, by {source.vocabulary.base}{without}"
+    return f"{source.token_count} tokens in {rows} rows, by {vocabulary.base}{without}"
 
 
 def _configuration(plan: Plan, output: Output) -> str:

@@ -54,7 +54,7 @@ def foresee(
     for planned in plan.pieces:
         check_finite(plan, planned, _LOOKED_AT_BYTES)
     if tokenizer is not None:
-        own = vocabulary_source(plan.mixed, plan.request).tokenizer_arguments
+        own = vocabulary_source(plan.mixed, plan.request).tokenizer.arguments
         asked = {**tokenizer, "padded_vocab_size": own["padded_vocab_size"]}
         check_same_tokenizer({"the result": own, "data.tokenizer": asked}, _OTHER_TOKENIZER)
     lines = router_text(plan)

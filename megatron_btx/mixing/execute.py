@@ -3,65 +3,92 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.checkpoint.stored import Slot, bytes_of
 from megatron_btx.common.errors import BTXError, CheckpointError, InputError, KeptError, is_of_the_machine
-from megatron_btx.common.files import hash_file, write_flushed
-from megatron_btx.common.manifest import FILE_NAME, versions
+from megatron_btx.common.files import ByteProgress, hash_file, write_flushed
+from megatron_btx.common.manifest import FILE_NAME, read_manifest, versions
 from megatron_btx.mixing import result_manifest
 from megatron_btx.mixing import verify as proof
 from megatron_btx.mixing.compute import rows_of
+from megatron_btx.mixing.describe import plan_text
 from megatron_btx.mixing.layout import Task
 from megatron_btx.mixing.plan import Plan
+from megatron_btx.mixing.planning import make_plan
 from megatron_btx.mixing.ranks import Ranks
-from megatron_btx.mixing.request import Request
+from megatron_btx.mixing.request import Options, Request
 from megatron_btx.mixing.staging import Workplace
-from megatron_btx.mixing.verify import Progress
 from megatron_btx.mixing.verify_vocab import check_token_rows
-from megatron_btx.mixing.writers import Output
+from megatron_btx.mixing.writers import Output, lay_out_result
 
+_NO_OUTPUT = Path("result")
+"""Stands for the folder in the plan of a dry run that names none."""
 _NOTED_BYTES = 4 << 30
 """With several ranks, written blocks are flushed and noted after about this many bytes each."""
 
 
-class Execution:
-    """One result being made, by this process and the other ranks of its run.
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a conversion has made."""
+
+    folder: Path | None
+    """The checkpoint root or model folder; None after a dry run."""
+    summary: str
+    """The plan in words: sources, rules, sizes, vocabulary, routers, configuration."""
+    arguments_file: Path | None = None
+    """The flags with which Megatron continues from the result; None for Hugging Face results and dry runs."""
+    verification: str = ""
+    """What was read back and compared, in words; "" where that was not asked for."""
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """The result's manifest: its sources, and of every tensor operation, origin and hash; {} after a dry run."""
+        if self.folder is None:
+            return {}
+        return read_manifest(self.folder) or {}
+
+
+class Conversion:
+    """A request with its plan, carried out by this process and the other ranks of its run.
 
     Args:
-        workers: threads of this process that compute and write.
-        progress: called with the bytes done since the last call.
+        target: the folder to be made; may be None for a dry run.
+
+    Raises:
+        InputError: from the constructor: see the modules of this package. Nothing is written then.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        output: Output,
-        target: Path,
-        ranks: Ranks,
-        workers: int,
-        progress: Progress,
-        overwrite: bool = False,
-    ) -> None:
-        self.plan = plan
-        self.output = output
-        self.target = target
+    def __init__(self, request: Request, target: Path | None, options: Options, ranks: Ranks) -> None:
+        if target is None and not options.dry_run:
+            raise InputError("--output is missing; name the folder for the result, or look at the plan with --dry-run")
+        self.target = target or _NO_OUTPUT
+        self.options = options
         self.ranks = ranks
-        self.workers = workers
-        self.progress = progress
-        self.place = Workplace(target, overwrite)
-        self.checked_rows = ""
-        self._share = range(ranks.rank, len(output.tasks), ranks.world)
+        # Disks, not cores, bound the work from four threads on.
+        self.workers = options.workers or min(4, len(os.sched_getaffinity(0)))
+        self.place = Workplace(self.target, options.overwrite)
         self._stop = threading.Event()
+        # A file can be missing on one node alone, and nobody writes before everybody has looked.
+        ranks.run_on_all(lambda: self._make_plan(request))
+        self._share = range(ranks.rank, len(self.output.tasks), ranks.world)
 
-    def run(self, verified: bool) -> None:
-        """Write the result, and publish it once it is complete and, if asked for, verified.
+    def _make_plan(self, request: Request) -> None:
+        self.plan = make_plan(request)
+        self.output = lay_out_result(self.plan, self.options.output_format, self.target)
+        self.summary = plan_text(self.plan, self.output, self.workers)
+        if not self.options.dry_run:
+            refuse_output(self.plan, self.output, self.target, self.options.overwrite)
+
+    def write(self) -> Result:
+        """Write the result, and publish it once it is complete and, if asked for, verified; of a dry run, nothing.
 
         Raises:
             CheckpointError: a source is damaged, or what was read back is not what was to be written.
@@ -69,15 +96,36 @@ class Execution:
                 it stays, and the same command goes on from it.
             KeptError: another process is gone or works on the same output, or a source cannot be read for now.
         """
-        _allow_many_open_files()
+        if self.options.dry_run:
+            self.ranks.close()
+            return Result(None, self.summary)
+        passes = 1 + self.options.verify
+        written = sum(task.slot.length_bytes for task in self.output.tasks) * passes // self.ranks.world
+        manifests = sum(proof.manifest_bytes(source.root) for source in self.plan.sources)
+        quiet = self.ranks.rank > 0 or not self.options.show_progress
+        with ByteProgress("mixing", written + manifests, quiet) as progress:
+            self.progress = progress.advance
+            verification = self._write_all()
+        self.ranks.close()
+        arguments_file = None
+        if self.output.format == "megatron":
+            arguments_file = self.target / "megatron_args.txt"
+        return Result(self.target, self.summary, arguments_file, verification)
+
+    def _write_all(self) -> str:
+        """Returns what was verified, in words."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:  # checkpoints of large runs are thousands of files
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        verification = ""
         try:
             self._run_on_all(self._prepare)
             hashes: dict[int, str] = {}
             for share in self._run_on_all(self._write_share):
                 hashes |= share
             self._run_on_all(lambda: self._finish(hashes))
-            if verified:
-                self._run_on_all(self._verify_share)
+            if self.options.verify:
+                verification = self._run_on_all(self._verify_share)[0]
             self._run_on_all(self._publish)
         except (BTXError, OSError) as error:
             if self.ranks.rank == 0 and not isinstance(error, KeptError):
@@ -85,7 +133,7 @@ class Execution:
             raise
         finally:
             self.place.close()
-            self.place.release()
+        return verification
 
     def _run_on_all(self, step: Callable[[], Any]) -> list[Any]:
         """As :meth:`Ranks.run_on_all`; what the system says is said of the output."""
@@ -106,20 +154,21 @@ class Execution:
     def _prepare(self) -> None:
         if self.ranks.rank == 0:
             for source in self.plan.sources:
-                if proof.carries_manifest(source.root, source.folder):
-                    self._check_source(source.root, source.name)
+                if not proof.carries_manifest(source.root, source.folder):
+                    continue
+                try:
+                    proof.check_manifest(source.root, self.progress)
+                except CheckpointError as error:
+                    raise CheckpointError(f"the expert {source.name} is not what it was: {error}") from error
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self.place.prepare(self._identity(), self.output.files)
 
-    def _check_source(self, root: Path, name: str) -> None:
-        """A source that carries a manifest is what the manifest says, or is not used."""
-        try:
-            proof.check_manifest(root, self.progress)
-        except CheckpointError as error:
-            raise CheckpointError(f"the expert {name} is not what it was: {error}") from error
-
     def _identity(self) -> dict[str, Any]:
         """All that a result depends on: what an interrupted run left is only built upon when this is the same."""
+        router_file = self.plan.request.router.file
+        router_hash = None
+        if router_file is not None and router_file.is_file():
+            router_hash = hash_file(router_file)
         layout = hashlib.sha256()
         for task in self.output.tasks:
             slot = task.slot
@@ -127,7 +176,7 @@ class Execution:
         return {
             "form": result_manifest.FORM,
             "request": repr(self.plan.request),
-            "router_sha256": _router_file_hash(self.plan.request),
+            "router_sha256": router_hash,
             "versions": versions(),
             "sources": [result_manifest.source_identity(source) for source in self.plan.sources],
             "layout_sha256": layout.hexdigest(),
@@ -236,34 +285,17 @@ class Execution:
         manifest = result_manifest.make_manifest(self.plan, self.output, hashes, self.place.result)
         write_flushed(self.place.result / FILE_NAME, manifest)
 
-    def _verify_share(self) -> None:
+    def _verify_share(self) -> str:
         check = proof.check_against_sources(self.plan, self.output, self.place.result)
         self._in_threads(lambda number: check(self.output.tasks[number], self.progress), self._share)
-        if self.ranks.rank == 0:
-            self.checked_rows = check_token_rows(self.plan, self.output, self.place.result)
+        if self.ranks.rank != 0:
+            return ""
+        rows = check_token_rows(self.plan, self.output, self.place.result)
+        return f"all {len(self.output.tensors)} tensors equal what their rules give; {rows}"
 
     def _publish(self) -> None:
         if self.ranks.rank == 0:
             self.place.publish()
-
-
-def _allow_many_open_files() -> None:
-    """Checkpoints of large runs are thousands of files, more than a process may have open by default."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _router_file_hash(request: Request) -> str | None:
-    """SHA-256 of the file that holds the routers' rows; None where they come from none."""
-    if request.router.file is None or not request.router.file.is_file():
-        return None
-    return hash_file(request.router.file)
-
-
-def default_workers() -> int:
-    """As many threads as this process may run at once, four at most: disks, not cores, bound the work from there."""
-    return min(4, len(os.sched_getaffinity(0)))
 
 
 def refuse_output(plan: Plan, output: Output, target: Path, overwrite: bool) -> None:

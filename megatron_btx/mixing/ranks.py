@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from megatron_btx.common.errors import BTXError, KeptError, MachineError, as_ours
-from megatron_btx.distributed.launcher import Place, find_place
+from megatron_btx.distributed.launcher import Place
 
 T = TypeVar("T")
 
@@ -35,10 +35,11 @@ class Ranks:
     def __init__(self, place: Place | None = None) -> None:
         self.rank = 0
         self.world = 1
-        if place is not None:
-            self.rank = place.rank
-            self.world = place.world
-        if place is not None and self.world > 1:
+        if place is None:
+            return
+        self.rank = place.rank
+        self.world = place.world
+        if self.world > 1:
             import torch.distributed
 
             os.environ |= place.variables()
@@ -50,11 +51,6 @@ class Ranks:
                     f"the {self.world} processes did not meet at {place.address}:{place.port} (MASTER_ADDR, "
                     f"MASTER_PORT): {str(error).splitlines()[0]}; start them all again"
                 ) from error
-
-    @classmethod
-    def of_launcher(cls) -> Ranks:
-        """The place that torchrun or srun gave this process; alone where nothing launched several."""
-        return cls(find_place(os.environ))
 
     def gather(self, value: object) -> list[Any]:
         """Every rank's value, in the order of ranks, on every rank; also a barrier.

@@ -99,7 +99,7 @@ def _vocabulary(plan: Plan) -> dict[str, Any]:
     chosen = vocabulary_source(plan.mixed, plan.request)
     return {
         "tokenizer_of": chosen.name,
-        "known": chosen.tokens is not None,
+        "known": chosen.tokenizer.tokens is not None,
         "token_rows": [list(stretch) for stretch in chosen.token_rows(EMBEDDING)],
         "rows": planned.shape[0],
         "new_rows": planned.new_rows,

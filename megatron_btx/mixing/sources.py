@@ -17,7 +17,7 @@ from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.tokenizers.path import HF_FOLDER
-from megatron_btx.tokenizers.vocabulary import ModelTokenizer, Vocabulary
+from megatron_btx.tokenizers.vocabulary import ModelTokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +110,7 @@ class Source:
             locations = list(piece.locations(self.dialect, self.sizes))
             found = [self._held(piece, place, where) for place in locations if place.key in self.reader.tensors]
             unused.difference_update(place.key for place in locations)
+            # Some save the head of tied models too, or a norm under both its names: what is used must be all there is.
             original, why = EMBEDDING, "though the configuration ties the two"
             if not (tied and piece.name == HEAD):
                 original, why = piece.name, "though the two are one part of the model"
@@ -121,7 +122,11 @@ class Source:
                         f"{where}: {key} is missing; its configuration asks for it, so it is incomplete"
                     )
             for copy in found:
-                self._refuse_other_copy(copy, self.pieces[original], why, where)
+                if not self._are_equal(copy, self.pieces[original]):
+                    raise CheckpointError(
+                        f"{where}: {copy.location.key} is stored and is not {self.pieces[original].location.key}, "
+                        f"{why}; say which is meant: correct the configuration, or leave {copy.location.key} out"
+                    )
         self._refuse_unknown(unused, where)
 
     def _refuse_unknown(self, unused: set[str], where: str) -> None:
@@ -138,14 +143,6 @@ class Source:
                     f"{where}: {key} is no tensor of the model that its configuration describes; correct the "
                     "configuration if it says too little; else this architecture is not supported"
                 )
-
-    def _refuse_other_copy(self, copy: Held, original: Held, why: str, where: str) -> None:
-        """Some save the head of tied models too, or a norm under both its names: what is used must be all there is."""
-        if not self._are_equal(copy, original):
-            raise CheckpointError(
-                f"{where}: {copy.location.key} is stored and is not {original.location.key}, {why}; say which is "
-                f"meant: correct the configuration, or leave {copy.location.key} out"
-            )
 
     def _are_equal(self, left: Held, right: Held) -> bool:
         """Whether two pieces hold the same numbers in the same dtype."""
@@ -169,7 +166,9 @@ class Source:
                 rows = stored.shape[len(location.lead)]
             shape = (rows, *piece.shape[1:])
             location = dataclasses.replace(location, unit=rows)
-        expected = (*self._leading(piece), location.stored_rows, *shape[1:])
+        extents = {"layer": self.sizes.layers, "expert": self.sizes.experts}
+        leading = [extents[axis] for axis in self.dialect.axes if axis in piece.numbers]  # as the dialect stacks them
+        expected = (*leading, location.stored_rows, *shape[1:])
         if tuple(stored.shape) != expected:
             raise CheckpointError(
                 f"{where}: {location.key}: {list(stored.shape)} is stored, its configuration says {list(expected)} "
@@ -183,11 +182,6 @@ class Source:
                 "save the model unquantised"
             )
         return Held(piece, location, shape, stored.dtype)
-
-    def _leading(self, piece: Piece) -> list[int]:
-        """Extents of the axes on which a piece has one index: layers and experts, as the dialect stacks them."""
-        extents = {"layer": self.sizes.layers, "expert": self.sizes.experts}
-        return [extents[axis] for axis in self.dialect.axes if axis in piece.numbers]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of a piece, in the dtype stored."""
@@ -218,35 +212,16 @@ class Source:
         stored = {**self.arguments, "hf_folder": folder, "padded_vocab_size": rows}
         return ModelTokenizer(self.name, stored, rows, self.root)
 
-    @property
-    def tokenizer_arguments(self) -> Mapping[str, Any]:
-        """The stored arguments with what tells the tokenizer."""
-        return self.tokenizer.arguments
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether files of a tokenizer belong to it."""
-        return self.tokenizer.place is not None
-
-    @property
-    def vocabulary(self) -> Vocabulary | None:
-        """What the tokenizer's files say; None where they cannot be read."""
-        return self.tokenizer.vocabulary
-
-    @property
-    def tokens(self) -> dict[int, str] | None:
-        """The token of each row that has one; None where the tokenizer's files cannot be read."""
-        return self.tokenizer.tokens
-
     def token_rows(self, name: str) -> tuple[tuple[int, int], ...]:
         """The rows of an embedding or head that are tokens, in stretches from ``start`` to before ``stop``.
 
         All others are padding. Where no table is known, they are those that the configuration counts as vocabulary.
         """
         rows = self.pieces[name].shape[0]
-        if self.tokens is None:
+        tokens = self.tokenizer.tokens
+        if tokens is None:
             return ((0, min(rows, self.arguments.get("vocab_size") or rows)),)
-        return tuple(_stretches(number for number in sorted(self.tokens) if number < rows))
+        return tuple(_stretches(number for number in sorted(tokens) if number < rows))
 
     @property
     def token_count(self) -> int:

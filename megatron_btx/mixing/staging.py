@@ -53,7 +53,12 @@ class Workplace:
             os.rename(self._old, self.target)  # killed between the two renames of publish
         is_same_plan = self._plan.is_file() and self._plan.read_text() == text
         if not is_same_plan:
-            self._empty()
+            self._plan.unlink(missing_ok=True)  # first: without it nothing is built upon what is left
+            for entry in self.folder.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
         self.result.mkdir(parents=True, exist_ok=True)
         self._journals.mkdir(exist_ok=True)
         self._check_room(files, is_same_plan)
@@ -103,15 +108,6 @@ class Workplace:
             else:  # the other one finished, and removed it, in between
                 os.close(descriptor)
 
-    def _empty(self) -> None:
-        """Remove what is in the folder, plan first: without it nothing is built upon what is left."""
-        self._plan.unlink(missing_ok=True)
-        for entry in self.folder.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-
     # --- data ---
 
     def write(self, file: str, position: int, content: memoryview | bytes) -> None:
@@ -142,7 +138,13 @@ class Workplace:
             os.fsync(descriptor)
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files, and let other processes have the folder."""
+        self._close_files()
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _close_files(self) -> None:
         for descriptor, _ in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -204,19 +206,13 @@ class Workplace:
 
     def discard(self) -> None:
         """Remove the hidden folder, where it is this process's, and what is left of an old output."""
-        self.close()
         if self._held is None:
             return
+        self._close_files()
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.target.exists():
             shutil.rmtree(self._old, ignore_errors=True)
-        self.release()
-
-    def release(self) -> None:
-        """Let other processes have the folder."""
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        self.close()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -38,7 +38,7 @@ def check_token_rows(plan: Plan, output: Output, folder: Path) -> str:
     Raises:
         CheckpointError: names the token whose row is not made of the rows of the models that know it, or that has none.
     """
-    tables = [source.tokens for source in plan.sources]
+    tables = [source.tokenizer.tokens for source in plan.sources]
     if plan.request.allow_other_tokenizer or None in tables:
         return "the vocabulary's rows were not looked up by token: " + _why_not(plan)
     reader = output.reader(folder)
@@ -58,7 +58,7 @@ def check_token_rows(plan: Plan, output: Output, folder: Path) -> str:
 def _why_not(plan: Plan) -> str:
     if plan.request.allow_other_tokenizer:
         return "--allow-other-tokenizer"
-    unknown = [source.name for source in plan.sources if source.tokens is None]
+    unknown = [source.name for source in plan.sources if source.tokenizer.tokens is None]
     return f"the tokenizer of {unknown[0]} is not known"
 
 
@@ -79,7 +79,7 @@ def _written_tokens(reader: Reader, folder: Path) -> Mapping[int, str] | None:
 
 def _check_complete(sources: Sequence[Source], written: Mapping[int, str], folder: Path) -> None:
     for source in sources:
-        for number, token in (source.tokens or {}).items():
+        for number, token in (source.tokenizer.tokens or {}).items():
             if written.get(number) != token:
                 raise CheckpointError(
                     f"{folder}: the tokenizer that was written says token {number} is {written.get(number)!r}, it is "
@@ -136,9 +136,10 @@ def _by_owners(
 def _by_token(source: Source, planned: PlannedPiece) -> dict[str, int]:
     """Where each token is in a source's piece."""
     held = source.pieces.get(planned.name)
-    if held is None or source.tokens is None:
+    tokens = source.tokenizer.tokens
+    if held is None or tokens is None:
         return {}
-    return {token: number for number, token in source.tokens.items() if number < held.shape[0]}
+    return {token: number for number, token in tokens.items() if number < held.shape[0]}
 
 
 def rows_at(read: Callable[[int, int], torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
