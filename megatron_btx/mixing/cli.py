@@ -64,19 +64,16 @@ def main(argv: list[str] | None = None) -> int:
     """Plan, print, write and verify; see --help."""
     options = parser().parse_args(argv)
     if options.verify and options.output and not options.expert:
-        return _check_old_output(Path(options.output))
+        from megatron_btx.mixing.api import check_result
+
+        folder = Path(options.output)
+        count = check_result(folder, show_progress=True)
+        print(f"verified: all {count} tensors and all files of {folder} are as they were written")
+        return 0
     request, work = request_of(options), work_of(options)
     from megatron_btx.mixing.api import run_command
 
     return run_command(request, work, options.output, options.explain)
-
-
-def _check_old_output(folder: Path) -> int:
-    from megatron_btx.mixing.api import check_result
-
-    count = check_result(folder, show_progress=True)
-    print(f"verified: all {count} tensors and all files of {folder} are as they were written")
-    return 0
 
 
 def request_of(options: argparse.Namespace) -> Request:

@@ -82,20 +82,13 @@ def _check_arguments(first: Source, other: Source, taken: set[str], request: Req
     if not found:
         return
     listed = "; ".join(f"{name}: {x!r} in {first.name}, {y!r} in {other.name}" for name, x, y in found)
-    fields = dict.fromkeys(_field_with(name) for name, _, _ in found)
+    field_of = {argument: field for field, arguments in TAKEABLE.items() for argument in arguments}
+    fields = dict.fromkeys(field_of.get(name) for name, _, _ in found)
     remedy = "all must come from one seed"
     if None not in fields:
         choices = " ".join(f"--take {field}={first.name}" for field in fields)
         remedy += f", or choose a value: {choices} (or ={other.name})"
     raise InputError(f"experts differ in their configuration: {listed}; {remedy}")
-
-
-def _field_with(argument: str) -> str | None:
-    """The field that an argument belongs to; None where it cannot be taken."""
-    for field, arguments in TAKEABLE.items():
-        if argument in arguments:
-            return field
-    return None
 
 
 def _normalise_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,11 +132,11 @@ def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str
 
     Rows of padding may differ: they belong to no token, and no average counts them.
     """
+    chosen = vocabulary_source(sources[: len(request.experts)], request)
     if len(sources) > 1:
         _check_sizes(sources, request)
         if not request.allow_other_tokenizer:
-            _check_tokenizers(sources, request)
-    chosen = vocabulary_source(sources[: len(request.experts)], request)
+            _check_tokenizers(sources, chosen, request)
     wanted = request.take.get("tokenizer", chosen.name)
     if chosen.name != wanted:
         raise InputError(f"--take tokenizer={wanted}: has fewer tokens than {chosen.name}, or none; take {chosen.name}")
@@ -164,12 +157,15 @@ def _check_sizes(sources: Sequence[Source], request: Request) -> None:
     compares = len(known) == len(tables) and not request.allow_other_tokenizer
     if request.vocabulary_union or (compares and contradictions(known)):
         return  # what is wrong is said where tokenizers are compared
+    sizes: dict[str, int] = {}
     if compares:
         sizes = {name: len(table) for name, table in known.items()}
         missing = _describe_missing_token(known)
     else:
-        sizes = {source.name: _configured_size(source) for source in sources}
         missing = ""
+        for source in sources:  # by the configuration alone, which may count padding
+            rows = source.pieces[EMBEDDING].shape[0]
+            sizes[source.name] = min(rows, source.arguments.get("vocab_size") or rows)
     if len(set(sizes.values())) > 1 or missing:
         smallest = min(sizes, key=sizes.__getitem__)
         largest = max(sizes, key=sizes.__getitem__)
@@ -177,12 +173,6 @@ def _check_sizes(sources: Sequence[Source], request: Request) -> None:
             f"vocabularies differ: {smallest} has {sizes[smallest]} tokens, {largest} has {sizes[largest]}{missing}; "
             "where one extends the other, --vocab union averages each row over its owners"
         )
-
-
-def _configured_size(source: Source) -> int:
-    """Tokens by the configuration alone, which may count padding."""
-    rows = source.pieces[EMBEDDING].shape[0]
-    return min(rows, source.arguments.get("vocab_size") or rows)
 
 
 def _describe_missing_token(tables: Mapping[str, Mapping[int, str]]) -> str:
@@ -205,17 +195,16 @@ def _all_tokens(tables: Mapping[str, Mapping[int, str]]) -> dict[int, tuple[str,
     return every
 
 
-def _check_tokenizers(sources: Sequence[Source], request: Request) -> None:
+def _check_tokenizers(sources: Sequence[Source], chosen: Source, request: Request) -> None:
     stored = {source.name: source.tokenizer.arguments for source in sources}
     if request.vocabulary_union:
         check_vocabulary_union(stored, _REMEDY)
-        _check_union(sources, request)
+        _check_union(sources, chosen)
     else:
         check_same_tokenizer(stored, _REMEDY)
     if "tokenizer" in request.take:
         return
-    differing = differing_readings([source.tokenizer for source in sources])
-    if differing:
+    if differing := differing_readings([source.tokenizer for source in sources]):
         what, shown = differing
         listed = ", ".join(f"{value!r} in {name}" for name, value in shown.items())
         choices = ", ".join(f"--take tokenizer={name}" for name in shown)
@@ -224,10 +213,9 @@ def _check_tokenizers(sources: Sequence[Source], request: Request) -> None:
         )
 
 
-def _check_union(sources: Sequence[Source], request: Request) -> None:
+def _check_union(sources: Sequence[Source], chosen: Source) -> None:
     """Refuse a union in which no tokenizer has every token."""
     tables = {source.name: source.tokenizer.tokens or {} for source in sources}
-    chosen = vocabulary_source(sources[: len(request.experts)], request)
     every = _all_tokens(tables)
     lacking = [number for number in sorted(every) if number not in tables[chosen.name]]
     if lacking:
@@ -270,18 +258,17 @@ def remarks(plan: Plan, stand_ins: Sequence[str] = ()) -> list[str]:
             lines.append(
                 f"{_list_values(name, values)}; the result has that of {first} (--take {name}=NAME for another)"
             )
-    configs = {source.name: _config_of(source) for source in plan.mixed}
+    configs = {}
+    for source in plan.mixed:
+        if source.hf_folder is not None:
+            configs[source.name] = safetensors.read_json(source.hf_folder / safetensors.CONFIG)
     for key in PASSED_THROUGH:
-        values = {}
-        for name, config in configs.items():
-            if key in config:
-                values[name] = config[key]
+        values = {name: config[key] for name, config in configs.items() if key in config}
         if key not in _SAID_AS_ARGUMENT and _differ(values):
             lines.append(f"{_list_values(key, values)}; the result has that of {owner}, whose tokenizer it gets")
-    if plan.request.allow_other_tokenizer:  # else it was refused, or somebody has chosen
-        differing = differing_readings([source.tokenizer for source in plan.mixed])
-        if differing:
-            lines.append(f"{_list_values(*differing)}; the result has that of {owner}")
+    differing = differing_readings([source.tokenizer for source in plan.mixed])
+    if differing and plan.request.allow_other_tokenizer:  # else it was refused, or somebody has chosen
+        lines.append(f"{_list_values(*differing)}; the result has that of {owner}")
     if _differ({source.name: _chat_templates(source) for source in plan.mixed if source.hf_folder}):
         lines.append(f"chat templates differ between sources; the result has those of {owner}")
     return [*lines, *_likeness([source for source in plan.sources if source.name not in stand_ins])]
@@ -322,13 +309,6 @@ def _likeness(sources: Sequence[Source]) -> Iterator[str]:
                 f"{left} and {right} do not resemble each other: the first rows of their matrices have a cosine of "
                 f"{cosine:.3f}, those of one seed's branches are far from 0; of other bases no mean is a model"
             )
-
-
-def _config_of(source: Source) -> Mapping[str, Any]:
-    folder = source.hf_folder
-    if folder is None:
-        return {}
-    return safetensors.read_json(folder / safetensors.CONFIG)
 
 
 def _differ(values: Mapping[str, Any]) -> bool:

@@ -39,7 +39,10 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
     lines = [f"{request.method}: {METHODS[request.method].summary}"]
     lines += _source_lines(plan)
     lines.append(f"  {'tensor of the result':<62} {'number':>6} {'shape':<18} {'MiB':>10}  made by")
-    for pattern, tensors in _by_pattern(output.tensors).items():
+    kinds: dict[str, list[LaidOutTensor]] = {}
+    for tensor in output.tensors:  # those whose names differ in the number of a layer or expert alone, together
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", tensor.name), []).append(tensor)
+    for pattern, tensors in kinds.items():
         lines.append(_tensor_line(plan, pattern, tensors))
     memory = _IMPORTS_BYTES + workers * STEP_BYTES * (4 + 2 * len(plan.sources))
     lines.append(
@@ -49,9 +52,12 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
     lines += _vocabulary_lines(plan)
     lines += [f"  note: {remark}" for remark in remarks(plan)]
     lines.append(f"  tokenizer of the result: {output.tokenizer['said']}")
-    lines.append(f"  result: {_configuration(plan, output)}")
     if output.format == "hf":
-        lines += server_lines(json.loads(output.small_files[CONFIG]))
+        config = json.loads(output.small_files[CONFIG])
+        lines.append(f"  result: {' '.join(json.dumps(config, sort_keys=True).split())}")
+        lines += server_lines(config)
+    else:
+        lines.append(f"  result: {' '.join(' '.join(flag) for flag in model_flags(plan.arguments))}")
     return "\n".join(lines + router_text(plan))
 
 
@@ -116,13 +122,6 @@ def _vocabulary_of(source: Source) -> str:
     return f"{source.token_count} tokens in {rows} rows, by {vocabulary.base}{without}"
 
 
-def _configuration(plan: Plan, output: Output) -> str:
-    """The result's configuration as its own format says it."""
-    if output.format == "hf":
-        return " ".join(json.dumps(json.loads(output.small_files[CONFIG]), sort_keys=True).split())
-    return " ".join(" ".join(flag) for flag in model_flags(plan.arguments))
-
-
 def router_text(plan: Plan) -> list[str]:
     """What routing a mix starts with, and a warning where that is no good start; nothing for dense results."""
     layers = sum(plan.sizes.mixture_layers)
@@ -185,14 +184,6 @@ def starting_route(rows_LEH: torch.Tensor, topk: int) -> StartingRoute:
     return StartingRoute(entropy / layers, first_gate / layers, float(load_LE.min()), float(load_LE.max()))
 
 
-def _by_pattern(tensors: Sequence[LaidOutTensor]) -> dict[str, list[LaidOutTensor]]:
-    """Tensors whose names differ in the number of a layer or expert alone, together."""
-    found: dict[str, list[LaidOutTensor]] = {}
-    for tensor in tensors:
-        found.setdefault(re.sub(r"\.\d+\.", ".*.", tensor.name), []).append(tensor)
-    return found
-
-
 def explain(plan: Plan, output: Output, name: str) -> str:
     """Where a tensor of the result comes from: for each of its slices the rule, the sources and their rows.
 
@@ -219,11 +210,10 @@ def explain(plan: Plan, output: Output, name: str) -> str:
 
 def _find_tensor(output: Output, name: str) -> LaidOutTensor:
     close = []
-    ending = name.split(".")[-2:]
     for tensor in output.tensors:
         if tensor.name == name:
             return tensor
-        if name in tensor.name or tensor.name.split(".")[-2:] == ending:
+        if name in tensor.name or tensor.name.split(".")[-2:] == name.split(".")[-2:]:
             close.append(tensor.name)
     hint = ""
     if close:
@@ -231,18 +221,21 @@ def _find_tensor(output: Output, name: str) -> LaidOutTensor:
     raise InputError(f"--explain {name}: the result has no such tensor{hint}; --dry-run shows all kinds of them")
 
 
-def _explain_fills(plan: Plan, fills: Sequence[Fill]) -> list[tuple[str, int]]:
-    """What fills a block, in words, and how many rows each line stands for."""
-    lines = []
-    for low, high, planned, parts in _split_by_parts(plan, fills):
-        rule = planned.operation.describe(plan, planned)
-        if planned.parts and not parts:
-            rule = _NEW_ROWS
-        origin = ""
-        if parts:
-            origin = f" from {', '.join(_explain_part(plan, planned, part) for part in parts)}"
-        lines.append((f"{planned.name} rows {low}:{high}: {rule}{origin}", high - low))
-    return lines
+def _explain_fills(plan: Plan, fills: Sequence[Fill]) -> Iterator[tuple[str, int]]:
+    """What fills a block, in words, and how many rows each line stands for: all made of the same parts."""
+    for fill in fills:
+        planned, had = fill.planned, fill.planned.source_rows
+        if fill.start < had:
+            stretches = planned.operation.stretches(plan, planned, fill.start, min(fill.stop, had))
+            rule = planned.operation.describe(plan, planned)
+            for low, high, parts in stretches:
+                origin = ""
+                if parts:
+                    origin = f" from {', '.join(_explain_part(plan, planned, part) for part in parts)}"
+                yield f"{planned.name} rows {low}:{high}: {rule}{origin}", high - low
+        if fill.stop > had:
+            low = max(fill.start, had)
+            yield f"{planned.name} rows {low}:{fill.stop}: {_NEW_ROWS}", fill.stop - low
 
 
 def _explain_part(plan: Plan, planned: PlannedPiece, part: Part) -> str:
@@ -254,16 +247,3 @@ def _explain_part(plan: Plan, planned: PlannedPiece, part: Part) -> str:
     if part.stop - part.start != held.shape[planned.axis]:
         cut = f" {('rows', 'columns')[planned.axis]} {part.start}:{part.stop}"
     return f"{source.name}: {held.location.key}{index} ({part.piece}{cut})"
-
-
-def _split_by_parts(plan: Plan, fills: Sequence[Fill]) -> Iterator[tuple[int, int, PlannedPiece, tuple[Part, ...]]]:
-    """Stretches of rows of one piece that are made of the same parts; of none where the rows are new padding."""
-    for fill in fills:
-        planned = fill.planned
-        had = planned.shape[0] - planned.new_rows
-        if fill.start < had:
-            start, stop = fill.start, min(fill.stop, had)
-            for low, high, parts in planned.operation.stretches(plan, planned, start, stop):
-                yield low, high, planned, parts
-        if fill.stop > had:
-            yield max(fill.start, had), fill.stop, planned, ()

@@ -11,7 +11,7 @@ from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.compatible import compare_sources
 from megatron_btx.mixing.loader import open_source
-from megatron_btx.mixing.methods import METHODS, Chunk, Experts, Given, Method, Model
+from megatron_btx.mixing.methods import METHODS, Chunk, Given, Method, Model
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.result import dense_arguments, mixture_arguments
@@ -38,7 +38,7 @@ def make_plan(request: Request) -> Plan:
     if method.has_base:
         sources.append(open_source(_BASE, request.own["base"]))
     first = compare_sources(sources, request)
-    first["padded_vocab_size"] = _round_up(first["padded_vocab_size"], request.pad_vocabulary)
+    first["padded_vocab_size"] += -first["padded_vocab_size"] % request.pad_vocabulary
     given = Given(request.own, tuple(models))
     arguments = _arguments(request, given, sources[0], first)
     sizes = Sizes.of(arguments)
@@ -66,7 +66,13 @@ def _arguments(request: Request, given: Given, source: Source, first: Mapping[st
     if method.experts is None:
         return dense_arguments(first)
     experts = method.experts(given)
-    ffn = _expert_ffn(experts, source.sizes.expert_ffn, request.method)
+    ffn = source.sizes.expert_ffn
+    if ffn % experts.cut:
+        raise InputError(
+            f"--method {request.method}: the feed-forward size {ffn} cannot be cut in {experts.cut} equal parts; "
+            f"choose a divisor of {ffn}"
+        )
+    ffn = ffn // experts.cut * experts.chunks
     if source.sizes.experts:
         changed = {"num_experts": len(experts.names), "btx_experts": list(experts.names), "moe_ffn_hidden_size": ffn}
         return dense_arguments(first) | changed
@@ -92,16 +98,6 @@ def _check_frequency(frequency: int | tuple[int, ...], layers: int) -> int | lis
     return 1
 
 
-def _expert_ffn(experts: Experts, ffn: int, method: str) -> int:
-    """Feed-forward size of the result's experts."""
-    if ffn % experts.cut:
-        raise InputError(
-            f"--method {method}: the feed-forward size {ffn} cannot be cut in {experts.cut} equal parts; "
-            f"choose a divisor of {ffn}"
-        )
-    return ffn // experts.cut * experts.chunks
-
-
 def _plan_pieces(request: Request, given: Given, sources: Sequence[Source], sizes: Sizes) -> Iterator[PlannedPiece]:
     """Every piece of the result; whether it has a head of its own, the sources show."""
     first = sources[0]
@@ -124,7 +120,8 @@ def _plan_pieces(request: Request, given: Given, sources: Sequence[Source], size
             shape = (rows, *piece.shape[1:])
         planned = PlannedPiece(piece, shape, _dtype(piece, chunks, first, sources), operation, parts, axis)
         if planned.has_token_rows:
-            planned = _add_new_rows(planned, request)
+            new_rows = -shape[0] % request.pad_vocabulary
+            planned = dataclasses.replace(planned, shape=(shape[0] + new_rows, *shape[1:]), new_rows=new_rows)
         yield planned
 
 
@@ -148,14 +145,3 @@ def _part(piece: Piece, chunk: Chunk, sources: Sequence[Source], axis: int) -> P
     extent = sources[chunk.source].pieces[chunk.piece].shape[axis]
     start = extent * chunk.index // chunk.count
     return Part(chunk.source, chunk.piece, start, extent * (chunk.index + 1) // chunk.count)
-
-
-def _round_up(rows: int, multiple: int) -> int:
-    return -(-rows // multiple) * multiple
-
-
-def _add_new_rows(planned: PlannedPiece, request: Request) -> PlannedPiece:
-    """An embedding or head with as many rows as the user asks for."""
-    rows, *rest = planned.shape
-    padded = _round_up(rows, request.pad_vocabulary)
-    return dataclasses.replace(planned, shape=(padded, *rest), new_rows=padded - rows)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.methods import METHODS, Method
+from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.options import Option, options_of
 from megatron_btx.mixing.request import Options, Request
 
@@ -18,7 +18,7 @@ _NO_NAME = "/\\ \t,:"
 
 def list_options(*groups: str) -> dict[str, Option]:
     """The options of these groups by their keys, those of all methods among them."""
-    options = [*own_options(METHODS), *options_of(Request).values(), *options_of(Options).values()]
+    options = [*own_options(), *options_of(Request).values(), *options_of(Options).values()]
     found = {}
     for group in groups:
         for row in options:
@@ -27,10 +27,10 @@ def list_options(*groups: str) -> dict[str, Option]:
     return found
 
 
-def own_options(methods: Mapping[str, Method]) -> list[Option]:
+def own_options() -> list[Option]:
     """What methods have of their own, each name once; the help says whose it is, and each one's default."""
     rows: dict[str, Option] = {}
-    for method, row in methods.items():
+    for method, row in METHODS.items():
         for own in row.options:
             default = "no default"
             if own.default is not None:
@@ -74,16 +74,21 @@ def read_request(
     values = {name: rows[name].value_of(value) for name, value in given.items() if name in rows}
     others = {name: value for name, value in given.items() if name not in rows}
     request = Request(tuple(experts), method, _read_own(method, others), **values)
-    _check_weights(request, names)
-    for name in request.take.values():
-        _check_named("--take", name, names)
+    for flag, named in (("--weight", request.weights), ("--take", request.take.values())):
+        for name in named:
+            if name not in names:
+                raise InputError(f"{flag} names the expert {name!r}; there are {', '.join(names)}")
+    if request.weights and not METHODS[method].averages:
+        raise InputError(f"--weight does not apply to --method {method}, which averages nothing")
+    if not 0 < sum(request.weights.get(name, 1.0) for name in names) < math.inf:
+        raise InputError("--weight: all weights are 0, or their sum is infinite; at least one must be more than 0")
     return request
 
 
 def _read_own(method: str, given: Mapping[str, object]) -> dict[str, Any]:
     """The values of all of a method's own options."""
     rows = {row.name: row for row in METHODS[method].options}
-    for row in own_options(METHODS):
+    for row in own_options():
         if row.name in given and row.name not in rows:
             owners = [name for name, other in METHODS.items() if row.name in [own.name for own in other.options]]
             raise InputError(f"--method {method}: --{row.key} does not apply, it belongs to {', '.join(owners)}")
@@ -100,7 +105,7 @@ def _read_own(method: str, given: Mapping[str, object]) -> dict[str, Any]:
 
 def keywords() -> list[str]:
     """The keywords of :func:`megatron_btx.mix` that are options."""
-    rows = [*own_options(METHODS), *options_of(Options).values()]
+    rows = [*own_options(), *options_of(Options).values()]
     return [*options_of(Request), *(row.name for row in rows), "show_progress"]
 
 
@@ -119,18 +124,3 @@ def _check_names(names: Sequence[str], method: str) -> None:
         )
     if row.at_most is not None and len(names) > row.at_most:
         raise InputError(f"--expert: {len(names)} given, {method} takes {row.at_most}; leave the others out")
-
-
-def _check_weights(request: Request, names: Sequence[str]) -> None:
-    for name in request.weights:
-        _check_named("--weight", name, names)
-    if request.weights and not METHODS[request.method].averages:
-        raise InputError(f"--weight does not apply to --method {request.method}, which averages nothing")
-    weights = [request.weights.get(name, 1.0) for name in names]
-    if not 0 < sum(weights) < math.inf:
-        raise InputError("--weight: all weights are 0, or their sum is infinite; at least one must be more than 0")
-
-
-def _check_named(flag: str, name: str, names: Sequence[str]) -> None:
-    if name not in names:
-        raise InputError(f"{flag} names the expert {name!r}; there are {', '.join(names)}")

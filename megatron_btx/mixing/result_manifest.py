@@ -83,12 +83,23 @@ def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder:
 
 
 def _tensor_entry(plan: Plan, tensor: LaidOutTensor, blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    operations: dict[str, None] = {}
+    sources: dict[str, dict[str, None]] = {}
+    for block in tensor.blocks:
+        for fill in block.fills:
+            operations[fill.planned.operation.name] = None
+            for part in fill.planned.parts:
+                source = plan.sources[part.source]
+                sources.setdefault(source.name, {})[source.pieces[part.piece].location.key] = None
+    digest = blocks[0]["sha256"]
+    if len(blocks) > 1:
+        digest = hashlib.sha256(b"".join(bytes.fromhex(block["sha256"]) for block in blocks)).hexdigest()
     return {
-        "operation": "+".join(_operations_of(tensor)),
-        "sources": _sources_of(plan, tensor),
+        "operation": "+".join(operations),
+        "sources": {name: list(keys) for name, keys in sources.items()},
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
-        "sha256": _tensor_hash([block["sha256"] for block in blocks]),
+        "sha256": digest,
         "blocks": list(blocks),
     }
 
@@ -104,33 +115,6 @@ def _vocabulary(plan: Plan) -> dict[str, Any]:
         "rows": planned.shape[0],
         "new_rows": planned.new_rows,
     }
-
-
-def _operations_of(tensor: LaidOutTensor) -> list[str]:
-    """The operations that make a tensor, each once."""
-    found: dict[str, None] = {}
-    for block in tensor.blocks:
-        for fill in block.fills:
-            found[fill.planned.operation.name] = None
-    return list(found)
-
-
-def _sources_of(plan: Plan, tensor: LaidOutTensor) -> dict[str, list[str]]:
-    """For each expert, the tensors of its checkpoint that a tensor is made from."""
-    found: dict[str, dict[str, None]] = {}
-    for block in tensor.blocks:
-        for fill in block.fills:
-            for part in fill.planned.parts:
-                source = plan.sources[part.source]
-                found.setdefault(source.name, {})[source.pieces[part.piece].location.key] = None
-    return {name: list(keys) for name, keys in found.items()}
-
-
-def _tensor_hash(hashes: Sequence[str]) -> str:
-    """The hash of a tensor: its block's, or of its blocks' hashes one after the other where there are several."""
-    if len(hashes) == 1:
-        return hashes[0]
-    return hashlib.sha256(b"".join(bytes.fromhex(h) for h in hashes)).hexdigest()
 
 
 def source_identity(source: Source) -> dict[str, Any]:

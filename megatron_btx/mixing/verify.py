@@ -37,10 +37,6 @@ _SAMPLED_ROWS = 8
 _DAMAGED = (KeyError, TypeError, AttributeError, ValueError, OverflowError)
 
 
-def _ignore_progress(done_bytes: int) -> None:
-    pass
-
-
 def carries_manifest(root: Path, folder: Path) -> bool:
     """Whether a folder has a manifest that :func:`check_manifest` can check: of what is read from ``folder`` in it.
 
@@ -65,7 +61,7 @@ def manifest_bytes(folder: Path) -> int:
         raise CheckpointError(f"{folder / FILE_NAME}: is damaged ({error!r}); make the result again") from error
 
 
-def check_manifest(folder: Path, progress: Progress = _ignore_progress) -> int:
+def check_manifest(folder: Path, progress: Progress = lambda done_bytes: None) -> int:
     """Compare every byte of a result with its manifest; returns the number of tensors.
 
     Raises:
@@ -80,7 +76,12 @@ def check_manifest(folder: Path, progress: Progress = _ignore_progress) -> int:
     try:
         if own_hash(manifest) != manifest["manifest_sha256"]:
             raise CheckpointError(f"{folder / FILE_NAME}: was changed after it was written; {remedy}")
-        _refuse_additional(folder, {FILE_NAME, *manifest["files"]})
+        for file in sorted(folder.rglob("*")):  # one more can change what is read: an index, a tokenizer, a common.pt
+            is_named = str(file.relative_to(folder)) in {FILE_NAME, *manifest["files"]}
+            if not is_named and (file.is_symlink() or not file.is_dir()):
+                raise CheckpointError(
+                    f"{file}: was not written with the rest, {FILE_NAME} does not name it; move it away"
+                )
         stretches = stretches_by_file(manifest)
         for name, entry in manifest["files"].items():
             file = folder / name
@@ -94,14 +95,6 @@ def check_manifest(folder: Path, progress: Progress = _ignore_progress) -> int:
         return len(manifest["tensors"])
     except _DAMAGED as error:
         raise CheckpointError(f"{folder / FILE_NAME}: is damaged ({error!r}); {remedy}") from error
-
-
-def _refuse_additional(folder: Path, named: set[str]) -> None:
-    """Refuse files that were not written: one more can change what is read (an index, a tokenizer, a common.pt)."""
-    for file in sorted(folder.rglob("*")):
-        name = str(file.relative_to(folder))
-        if name not in named and (file.is_symlink() or not file.is_dir()):
-            raise CheckpointError(f"{file}: was not written with the rest, {FILE_NAME} does not name it; move it away")
 
 
 def _check_stretches(file: Path, stretches: Sequence[Stretch], remedy: str, progress: Progress) -> None:

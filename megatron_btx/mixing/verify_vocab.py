@@ -38,14 +38,23 @@ def check_token_rows(plan: Plan, output: Output, folder: Path) -> str:
     Raises:
         CheckpointError: names the token whose row is not made of the rows of the models that know it, or that has none.
     """
-    tables = [source.tokenizer.tokens for source in plan.sources]
-    if plan.request.allow_other_tokenizer or None in tables:
-        return "the vocabulary's rows were not looked up by token: " + _why_not(plan)
+    unlooked = "the vocabulary's rows were not looked up by token"
+    if plan.request.allow_other_tokenizer:
+        return f"{unlooked}: --allow-other-tokenizer"
+    for source in plan.sources:
+        if source.tokenizer.tokens is None:
+            return f"{unlooked}: the tokenizer of {source.name} is not known"
     reader = output.reader(folder)
     written = _written_tokens(reader, folder)
     if written is None:
         raise CheckpointError(f"{folder}: the tokenizer that was written cannot be read; convert again")
-    _check_complete(plan.sources, written, folder)
+    for source in plan.sources:
+        for number, token in (source.tokenizer.tokens or {}).items():
+            if written.get(number) != token:
+                raise CheckpointError(
+                    f"{folder}: the tokenizer that was written says token {number} is {written.get(number)!r}, it is "
+                    f"{token!r} in {source.name}; convert again"
+                )
     for tensor in output.tensors:
         planned = tensor.blocks[0].fills[0].planned
         if planned.has_token_rows:
@@ -53,13 +62,6 @@ def check_token_rows(plan: Plan, output: Output, folder: Path) -> str:
     if len(plan.sources) == 1:
         return f"all rows of {len(written)} tokens are the model's own"
     return f"all rows of {len(written)} tokens are what the models that know the token give"
-
-
-def _why_not(plan: Plan) -> str:
-    if plan.request.allow_other_tokenizer:
-        return "--allow-other-tokenizer"
-    unknown = [source.name for source in plan.sources if source.tokenizer.tokens is None]
-    return f"the tokenizer of {unknown[0]} is not known"
 
 
 def _written_tokens(reader: Reader, folder: Path) -> Mapping[int, str] | None:
@@ -75,16 +77,6 @@ def _written_tokens(reader: Reader, folder: Path) -> Mapping[int, str] | None:
     if vocabulary is None:
         return None
     return vocabulary.tokens
-
-
-def _check_complete(sources: Sequence[Source], written: Mapping[int, str], folder: Path) -> None:
-    for source in sources:
-        for number, token in (source.tokenizer.tokens or {}).items():
-            if written.get(number) != token:
-                raise CheckpointError(
-                    f"{folder}: the tokenizer that was written says token {number} is {written.get(number)!r}, it is "
-                    f"{token!r} in {source.name}; convert again"
-                )
 
 
 def _check_tensor(plan: Plan, planned: PlannedPiece, reader: Reader, name: str, written: Mapping[int, str]) -> None:

@@ -21,7 +21,7 @@ from megatron_btx.checkpoint.stored import Reader, Slot
 from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader
 from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.compatible import vocabulary_source
-from megatron_btx.mixing.layout import LaidOutBlock, LaidOutTensor, Task, lay_out
+from megatron_btx.mixing.layout import LaidOutTensor, Task, lay_out
 from megatron_btx.mixing.operations import RAMP, ZEROS
 from megatron_btx.mixing.plan import Plan, PlannedPiece
 from megatron_btx.mixing.result import megatron_args_text
@@ -87,8 +87,9 @@ def _megatron(plan: Plan, target: Path) -> Output:
             slot = layout.add_block(tensor.name, tensor.shape, block.offsets, block.sizes, tensor.dtype)
             tasks.append(Task(block, dataclasses.replace(slot, file=f"{RELEASE}/{slot.file}")))
     arguments, small, tokenizer = _with_hf_files(plan, target)
-    for name, value in _objects(arguments, plan.sizes, numbered):
-        layout.add_object(name, value)
+    layout.add_object("common_state/shard_0_1", [_common_state(arguments)])
+    for key in _extra_states(plan.sizes, bool(arguments.get("qk_layernorm")), numbered):
+        layout.add_object(key, [None])
     small |= {f"{RELEASE}/{name}": content for name, content in layout.small_files().items()}
     small |= {"megatron_args.txt": megatron_args_text(arguments).encode(), TRACKER: RELEASE.encode()}
     return Output(
@@ -127,52 +128,42 @@ def _with_hf_files(plan: Plan, target: Path) -> tuple[dict[str, Any], dict[str, 
     return arguments, files, made.record
 
 
-def _objects(arguments: Mapping[str, Any], sizes: Sizes, numbered: bool) -> Iterator[tuple[str, Any]]:
-    """The entries that are not tensors: the arguments, and the empty extra states that a loading model asks for.
-
-    Megatron refuses to load where an extra state has no entry. Local and Transformer Engine layers ask for different
-    ones; all are written, and entries that nobody asks for are ignored.
-    """
-    yield (
-        "common_state/shard_0_1",
-        [
-            {
-                "args": argparse.Namespace(**arguments),
-                "checkpoint_version": 3.0,
-                "iteration": 0,
-                "num_floating_point_operations_so_far": 0,
-                "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-            }
-        ],
-    )
-    for key in _extra_states(sizes, bool(arguments.get("qk_layernorm")), numbered):
-        yield key, [None]
-    yield "decoder.final_layernorm._extra_state/shard_0_1", [None]
+def _common_state(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "args": argparse.Namespace(**arguments),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    }
 
 
 def _extra_states(sizes: Sizes, qk_layernorm: bool, numbered: bool) -> Iterator[str]:
-    """Keys of the extra states of all layers."""
+    """Keys of the empty extra states that a loading model asks for, and refuses to load without.
+
+    Local and Transformer Engine layers ask for different ones; all are written, and those nobody asks for are ignored.
+    """
     names = ["self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"]
     names += ["pre_mlp_layernorm", "input_layernorm"]
     if qk_layernorm:
         names += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
-    dense_names = [*names, "mlp.linear_fc1", "mlp.linear_fc2"]
     for layer, is_mixture in enumerate(sizes.mixture_layers):
         prefix, shard = "decoder.layers.", f"{layer}_{sizes.layers}"
         if numbered:
             prefix, shard = f"decoder.layers.{layer}.", "0_1"
-        if not is_mixture:
-            for name in dense_names:
-                yield f"{prefix}{name}._extra_state/shard_{shard}"
-            continue
         for name in names:
             yield f"{prefix}{name}._extra_state/shard_{shard}"
+        if not is_mixture:
+            for name in ("linear_fc1", "linear_fc2"):
+                yield f"{prefix}mlp.{name}._extra_state/shard_{shard}"
+            continue
         for expert in range(sizes.experts):
             expert_shard = f"{layer}.{expert}_{sizes.layers}.{sizes.experts}"
             if numbered:
                 expert_shard = f"{expert}_{sizes.experts}"
             for name in ("linear_fc1", "linear_fc2"):
                 yield f"{prefix}mlp.experts.experts.{name}._extra_state/shard_{expert_shard}"
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------------------
@@ -193,17 +184,28 @@ def _hugging_face(plan: Plan) -> Output:
                 f"{planned.name}: {family.architecture} has no such tensor; write --output-format megatron"
             )
     if family.model_type == shared_expert.MODEL_TYPE:
-        plan = dataclasses.replace(plan, pieces=plan.pieces + tuple(_zero_shared_experts(plan)))
+        # Qwen2-MoE has them in every mixture layer and the model has not: they add nothing.
+        added = []
+        for piece, content in shared_expert.pieces(plan.sizes, shared_expert.WRITTEN_WIDTH):
+            added.append(PlannedPiece(piece, piece.shape, plan.pieces[0].dtype, _WRITTEN[content]))
+        plan = dataclasses.replace(plan, pieces=(*plan.pieces, *added))
     tensors = tuple(lay_out(plan, dialect, with_other_names=False))
     layout = safetensors.SafetensorsLayout([(t.name, t.shape, t.dtype) for t in tensors])
     tasks = []
     for tensor in tensors:
+        whole = layout.slot(tensor.name)
+        row_bytes = tensor.dtype.itemsize * math.prod(tensor.shape[1:])
         for block in tensor.blocks:
-            tasks.append(Task(block, _slot_of_rows(block, layout.slot(tensor.name), tensor.dtype.itemsize)))
+            begin = whole.position_bytes + block.offsets[0] * row_bytes
+            tasks.append(Task(block, Slot(whole.file, begin, block.sizes[0] * row_bytes)))
     tokenizer = result_tokenizer(source.tokenizer, config, plan.request.allow_other_ids)
     small = layout.small_files() | dict(tokenizer.files)
     config = tokenizer_files.complete_ids(config, tokenizer.ids, tokenizer.rows)
-    generation = tokenizer_files.generation_file(tokenizer.files, _ids_of(config), tokenizer.rows)
+    ids = {}
+    for token in tokenizer_files.NAMES:
+        if config.get(f"{token}_id") is not None:
+            ids[f"{token}_id"] = config[f"{token}_id"]
+    generation = tokenizer_files.generation_file(tokenizer.files, ids, tokenizer.rows)
     if generation is not None:
         small[tokenizer_files.GENERATION] = generation
     small[safetensors.CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
@@ -218,27 +220,3 @@ def _hugging_face(plan: Plan) -> Output:
         safetensors.SafetensorsReader,
         tokenizer.record,
     )
-
-
-def _ids_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids of special tokens that a configuration gives."""
-    ids = {}
-    for token in tokenizer_files.NAMES:
-        name = f"{token}_id"
-        if config.get(name) is not None:
-            ids[name] = config[name]
-    return ids
-
-
-def _slot_of_rows(block: LaidOutBlock, tensor: Slot, itemsize: int) -> Slot:
-    """Where a block's rows are in the one stretch of bytes that a tensor is."""
-    row_bytes = itemsize * math.prod(block.sizes[1:])
-    begin = tensor.position_bytes + block.offsets[0] * row_bytes
-    return Slot(tensor.file, begin, row_bytes * block.sizes[0])
-
-
-def _zero_shared_experts(plan: Plan) -> Iterator[PlannedPiece]:
-    """The parts that Qwen2-MoE has in every mixture layer and the model has not: they add nothing."""
-    dtype = plan.pieces[0].dtype
-    for piece, content in shared_expert.pieces(plan.sizes, shared_expert.WRITTEN_WIDTH):
-        yield PlannedPiece(piece, piece.shape, dtype, _WRITTEN[content])
