@@ -155,7 +155,7 @@ def _check_sizes(sources: Sequence[Source], request: Request) -> None:
     tables = {source.name: source.tokenizer.tokens for source in sources}
     known = {name: table for name, table in tables.items() if table is not None}
     compares = len(known) == len(tables) and not request.allow_other_tokenizer
-    if request.vocabulary_union or (compares and contradictions(known)):
+    if request.vocabulary == "union" or (compares and contradictions(known)):
         return  # what is wrong is said where tokenizers are compared
     sizes: dict[str, int] = {}
     if compares:
@@ -197,7 +197,7 @@ def _all_tokens(tables: Mapping[str, Mapping[int, str]]) -> dict[int, tuple[str,
 
 def _check_tokenizers(sources: Sequence[Source], chosen: Source, request: Request) -> None:
     stored = {source.name: source.tokenizer.arguments for source in sources}
-    if request.vocabulary_union:
+    if request.vocabulary == "union":
         check_vocabulary_union(stored, _REMEDY)
         _check_union(sources, chosen)
     else:
@@ -266,8 +266,8 @@ def remarks(plan: Plan, stand_ins: Sequence[str] = ()) -> list[str]:
         values = {name: config[key] for name, config in configs.items() if key in config}
         if key not in _SAID_AS_ARGUMENT and _differ(values):
             lines.append(f"{_list_values(key, values)}; the result has that of {owner}, whose tokenizer it gets")
-    differing = differing_readings([source.tokenizer for source in plan.mixed])
-    if differing and plan.request.allow_other_tokenizer:  # else it was refused, or somebody has chosen
+    # Without the flag this was refused, or somebody has chosen.
+    if plan.request.allow_other_tokenizer and (differing := differing_readings([s.tokenizer for s in plan.mixed])):
         lines.append(f"{_list_values(*differing)}; the result has that of {owner}")
     if _differ({source.name: _chat_templates(source) for source in plan.mixed if source.hf_folder}):
         lines.append(f"chat templates differ between sources; the result has those of {owner}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from megatron_btx.checkpoint.iterations import is_checkpoint
+from megatron_btx.checkpoint.paths import model_path
+from megatron_btx.checkpoint.safetensors import is_model_folder
 from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.mixing.cli import add_output_options, work_of
 from megatron_btx.mixing.reading import read_request
-
-_DIRECTIONS = "import takes a Hugging Face model folder, export a Megatron checkpoint"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,25 +36,18 @@ def main(argv: list[str] | None = None) -> int:
     """Plan, print, write and verify; see --help."""
     options = parser().parse_args(argv)
     settings = {"pad_vocabulary": options.pad_vocabulary, "allow_other_ids": options.allow_other_ids}
-    request = read_request([("model", str(_source_of(options)))], "copy", settings)
     from megatron_btx.mixing.api import run_command
-
-    return run_command(request, work_of(options), options.output)
-
-
-def _source_of(options: argparse.Namespace) -> Path:
-    """The model to move. Raises InputError for one of the other format; what else it may be is seen later."""
-    from megatron_btx.checkpoint.iterations import is_checkpoint
-    from megatron_btx.checkpoint.paths import model_path
-    from megatron_btx.checkpoint.safetensors import is_model_folder
 
     if options.command == "import":
         path, is_other, other = model_path(options.hf_model), is_checkpoint, "Megatron checkpoint"
     else:
         path, is_other, other = model_path(options.checkpoint), is_model_folder, "Hugging Face model folder"
-    if path.is_dir() and is_other(path):
-        raise InputError(f"{path}: is a {other}; {_DIRECTIONS}")
-    return path
+    if path.is_dir() and is_other(path):  # what else it may be is seen later
+        raise InputError(
+            f"{path}: is a {other}; import takes a Hugging Face model folder, export a Megatron checkpoint"
+        )
+    request = read_request([("model", str(path))], "copy", settings)
+    return run_command(request, work_of(options), options.output)
 
 
 if __name__ == "__main__":

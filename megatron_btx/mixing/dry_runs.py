@@ -13,8 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.checkpoint.huggingface.servers import server_lines
+from megatron_btx.checkpoint.safetensors import CONFIG
 from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.mixing import cli
+from megatron_btx.mixing.compatible import remarks, vocabulary_source
+from megatron_btx.mixing.compute import check_finite
+from megatron_btx.mixing.describe import router_text
+from megatron_btx.mixing.planning import make_plan
+from megatron_btx.mixing.writers import lay_out_result
+from megatron_btx.tokenizers.comparison import check_same_tokenizer
 
 _OTHER_TOKENIZER = "training: {btx-allow-change: tokenizer_model}"
 _LOOKED_AT_BYTES = 1 << 16
@@ -38,15 +46,6 @@ def foresee(
     Raises:
         InputError: what the conversion would be refused for, or the first program that loads its result.
     """
-    from megatron_btx.checkpoint.huggingface.servers import server_lines
-    from megatron_btx.checkpoint.safetensors import CONFIG
-    from megatron_btx.mixing.compatible import remarks, vocabulary_source
-    from megatron_btx.mixing.compute import check_finite
-    from megatron_btx.mixing.describe import router_text
-    from megatron_btx.mixing.planning import make_plan
-    from megatron_btx.mixing.writers import lay_out_result
-    from megatron_btx.tokenizers.comparison import check_same_tokenizer
-
     options = cli.parser().parse_args(words)
     plan = make_plan(cli.request_of(options))
     plan = dataclasses.replace(plan, arguments={**plan.arguments, **arguments})

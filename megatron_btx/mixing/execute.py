@@ -25,6 +25,7 @@ from megatron_btx.mixing.plan import Plan
 from megatron_btx.mixing.planning import make_plan
 from megatron_btx.mixing.ranks import Ranks
 from megatron_btx.mixing.request import Options, Request
+from megatron_btx.mixing.result_manifest import hash_stretch
 from megatron_btx.mixing.staging import Workplace
 from megatron_btx.mixing.verify_vocab import check_token_rows
 from megatron_btx.mixing.writers import Output, lay_out_result
@@ -202,7 +203,8 @@ class Conversion:
             task = self.output.tasks[number]
             slot = task.slot
             noted_hash = noted.get(number)
-            if noted_hash and noted_hash == self.place.hash_of(slot.file, slot.position_bytes, slot.length_bytes):
+            file = self.place.result / slot.file
+            if noted_hash and noted_hash == hash_stretch(file, slot.position_bytes, slot.length_bytes):
                 self._write_around(slot)
                 hashes[number] = noted_hash
                 self.progress(slot.length_bytes)

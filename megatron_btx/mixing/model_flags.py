@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
 
 from megatron_btx.common.errors import InputError, exits_with_one_line
+from megatron_btx.mixing.loader import open_source
 from megatron_btx.mixing.result import dense_arguments, megatron_args_text
+from megatron_btx.mixing.sources import Source
 from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES, tokenizer_files
-
-if TYPE_CHECKING:
-    from megatron_btx.mixing.sources import Source
 
 Flags = dict[str, str | int | bool]
 _ELSEWHERE = ("ckpt-format", "vocab-size")
@@ -49,8 +47,6 @@ def tokenizer_flags_of(source: Source) -> Flags:
 @exits_with_one_line
 def main() -> int:
     """Read names and paths from standard input; print what the models there are."""
-    from megatron_btx.mixing.loader import open_source
-
     found: dict[str, dict[str, Flags]] = {}
     refused = []
     for name, path in json.load(sys.stdin).items():

@@ -58,7 +58,6 @@ class Move(Operation):
         return _join(found, dim=0).to(planned.dtype)
 
     def describe(self, plan: Plan, planned: PlannedPiece) -> str:
-        """Whether rows or columns are moved, and whether all of a source's or some."""
         axis = ("rows", "columns")[planned.axis]
         if len(planned.parts) > 1:
             return f"{axis} of {len(planned.parts)} sources, one after the other"
@@ -106,7 +105,6 @@ class Average(Operation):
         return _join(means, dim=0)
 
     def describe(self, plan: Plan, planned: PlannedPiece) -> str:
-        """Whether the mean is weighted."""
         if plan.request.weights:
             return "weighted mean"
         return "mean of all"
@@ -136,7 +134,6 @@ class NewRouters(Operation):
     name = "router"
 
     def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
-        """Rows of the layer's router."""
         layer = planned.piece.numbers["layer"]
         mixtures = plan.sizes.mixture_layers
         rows_LEH = router_rows(plan.request.router, sum(mixtures), plan.sizes.experts, plan.sizes.hidden)
@@ -144,7 +141,6 @@ class NewRouters(Operation):
         return rows_LEH[index, start:stop].to(planned.dtype)
 
     def describe(self, plan: Plan, planned: PlannedPiece) -> str:
-        """How they start."""
         return describe_routers(plan.request.router, "rows: ")
 
     def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
@@ -179,11 +175,9 @@ class Zeros(Operation):
         return torch.zeros(stop - start, *planned.shape[1:], dtype=planned.dtype)
 
     def describe(self, plan: Plan, planned: PlannedPiece) -> str:
-        """What they are."""
         return "zeros"
 
     def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
-        """Nothing but zeros."""
         import torch
 
         return torch.tensor(0.0, dtype=torch.float64).expand(len(rows), *planned.shape[1:])
@@ -195,7 +189,6 @@ class Ramp(Operation):
     name = "ramp"
 
     def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
-        """The same row each time."""
         import torch
 
         columns = planned.shape[1]
@@ -203,11 +196,9 @@ class Ramp(Operation):
         return row.to(planned.dtype).repeat(stop - start, 1)
 
     def describe(self, plan: Plan, planned: PlannedPiece) -> str:
-        """What they are for."""
         return "1 to 2, so that no token's gate is zero"
 
     def reference(self, plan: Plan, planned: PlannedPiece, rows: Sequence[int], numbers: Numbers) -> torch.Tensor:
-        """Evenly from 1 on."""
         import torch
 
         columns = planned.shape[1]

@@ -189,11 +189,6 @@ class Request:
     )
 
     @property
-    def vocabulary_union(self) -> bool:
-        """Whether vocabularies may extend one another."""
-        return self.vocabulary == "union"
-
-    @property
     def router(self) -> RouterInit:
         """How new routers start."""
         return RouterInit(str(Path(self.router_init)), self.router_seed, self.router_std)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ from megatron_btx.mixing.writers import Output
 
 FORM = 2
 """Version of the manifest's form."""
-STEP_BYTES = 4 << 20
+Progress = Callable[[int], None]
+"""Called with the bytes done since the last call."""
+_STEP_BYTES = 4 << 20
 """Files are read this many bytes at a time."""
 
 
@@ -63,7 +65,7 @@ def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder:
         "method": request.method,
         "router": {"init": request.router.how, "seed": request.router.seed, "std": request.router.std},
         "take": dict(request.take),
-        "vocabulary_union": request.vocabulary_union,
+        "vocabulary_union": request.vocabulary == "union",
         "vocabulary": _vocabulary(plan),
         "tokenizer": dict(output.tokenizer),
         "experts": experts,
@@ -152,6 +154,18 @@ def stretches_by_file(manifest: Mapping[str, Any]) -> dict[str, list[Stretch]]:
     return {file: sorted(stretches) for file, stretches in found.items()}
 
 
+def hash_stretch(file: Path, position: int, length: int, progress: Progress = lambda done_bytes: None) -> str:
+    """SHA-256 of a stretch of a file, as hexadecimal digits; of what is there, where the file is shorter."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        opened.seek(position)
+        while length > 0 and (piece := opened.read(min(length, _STEP_BYTES))):
+            digest.update(piece)
+            length -= len(piece)
+            progress(len(piece))
+    return digest.hexdigest()
+
+
 def describe_frame(file: Path, stretches: Sequence[Stretch]) -> dict[str, Any]:
     """Size of a file, and the hash of all its bytes that are no tensor's numbers."""
     digest, size = hashlib.sha256(), file.stat().st_size
@@ -159,7 +173,7 @@ def describe_frame(file: Path, stretches: Sequence[Stretch]) -> dict[str, Any]:
         at = 0
         for stretch in [*stretches, Stretch(size, 0, "", "")]:
             opened.seek(at)
-            while at < stretch.position and (piece := opened.read(min(stretch.position - at, STEP_BYTES))):
+            while at < stretch.position and (piece := opened.read(min(stretch.position - at, _STEP_BYTES))):
                 digest.update(piece)
                 at += len(piece)
             at = max(at, stretch.position + stretch.length)

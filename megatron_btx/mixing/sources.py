@@ -36,38 +36,30 @@ class Held:
     dtype: torch.dtype
 
 
+@dataclasses.dataclass(eq=False)
 class Source:
     """One model to be mixed or converted.
-
-    Args:
-        config: its config.json, of a Hugging Face model folder.
 
     Raises:
         CheckpointError: from the constructor: a tensor is missing, too much, or of another shape than the model's
             configuration says.
     """
 
-    def __init__(
-        self,
-        name: str,
-        root: Path,
-        reader: Reader,
-        arguments: Mapping[str, Any],
-        dialect: Dialect,
-        sizes: Sizes,
-        config: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.name = name
-        self.root = root
-        self.reader = reader
-        self.arguments = arguments
-        self.dialect = dialect
-        self.sizes = sizes
-        self.pieces: dict[str, Held] = {}
-        unused = set(reader.tensors)
-        if config is not None:
-            where = f"{name} ({reader.folder})"
-            unused -= shared_expert.names_without_effect(reader, config, self.sizes, where)
+    name: str
+    root: Path
+    reader: Reader
+    arguments: Mapping[str, Any]
+    dialect: Dialect
+    sizes: Sizes
+    config: Mapping[str, Any] | None = None
+    """Its config.json, of a Hugging Face model folder."""
+    pieces: dict[str, Held] = dataclasses.field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        unused = set(self.reader.tensors)
+        if self.config is not None:
+            where = f"{self.name} ({self.folder})"
+            unused -= shared_expert.names_without_effect(self.reader, self.config, self.sizes, where)
         self._hold(unused)
 
     @property

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -121,16 +120,6 @@ class Workplace:
         with lock:
             while done < len(view):
                 done += os.pwrite(descriptor, view[done:], position + done)
-
-    def hash_of(self, file: str, position: int, length: int) -> str:
-        """SHA-256 of a stretch of a data file, as hexadecimal digits."""
-        digest = hashlib.sha256()
-        with (self.result / file).open("rb") as opened:
-            opened.seek(position)
-            while length > 0 and (piece := opened.read(min(length, 4 << 20))):
-                digest.update(piece)
-                length -= len(piece)
-        return digest.hexdigest()
 
     def flush(self) -> None:
         """Wait until what this process has written is on disk."""

@@ -6,8 +6,7 @@ of every stretch are compared with :meth:`Operation.reference`, too, which gets 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,9 @@ from megatron_btx.mixing.compute import rows_of
 from megatron_btx.mixing.layout import Fill, Task
 from megatron_btx.mixing.plan import Plan
 from megatron_btx.mixing.result_manifest import (
-    STEP_BYTES,
-    Stretch,
+    Progress,
     describe_frame,
+    hash_stretch,
     own_hash,
     read_result_manifest,
     stretches_by_file,
@@ -30,8 +29,6 @@ from megatron_btx.mixing.writers import Output
 if TYPE_CHECKING:
     import torch
 
-Progress = Callable[[int], None]
-"""Called with the bytes done since the last call."""
 _SAMPLED_ROWS = 8
 """Of each stretch of rows that a block holds, so many are compared with the reference."""
 _DAMAGED = (KeyError, TypeError, AttributeError, ValueError, OverflowError)
@@ -91,23 +88,12 @@ def check_manifest(folder: Path, progress: Progress = lambda done_bytes: None) -
                 raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {entry['bytes']} were written; {remedy}")
             if describe_frame(file, stretches.get(name, [])) != entry:
                 raise CheckpointError(f"{file}: differs from what was written, outside of its tensors; {remedy}")
-            _check_stretches(file, stretches.get(name, []), remedy, progress)
+            for stretch in stretches.get(name, []):
+                if hash_stretch(file, stretch.position, stretch.length, progress) != stretch.sha256:
+                    raise CheckpointError(f"{file}: {stretch.tensor}: differs from what was written; {remedy}")
         return len(manifest["tensors"])
     except _DAMAGED as error:
         raise CheckpointError(f"{folder / FILE_NAME}: is damaged ({error!r}); {remedy}") from error
-
-
-def _check_stretches(file: Path, stretches: Sequence[Stretch], remedy: str, progress: Progress) -> None:
-    with file.open("rb") as opened:
-        for stretch in stretches:
-            digest, left = hashlib.sha256(), stretch.length
-            opened.seek(stretch.position)
-            while left and (piece := opened.read(min(left, STEP_BYTES))):
-                digest.update(piece)
-                left -= len(piece)
-                progress(len(piece))
-            if digest.hexdigest() != stretch.sha256:
-                raise CheckpointError(f"{file}: {stretch.tensor}: differs from what was written; {remedy}")
 
 
 def check_against_sources(plan: Plan, output: Output, folder: Path) -> Callable[[Task, Progress], None]:
