@@ -21,14 +21,13 @@ from megatron_btx.mixing import verify as proof
 from megatron_btx.mixing.compute import rows_of
 from megatron_btx.mixing.describe import plan_text
 from megatron_btx.mixing.layout import Task
-from megatron_btx.mixing.plan import Plan
 from megatron_btx.mixing.planning import make_plan
 from megatron_btx.mixing.ranks import Ranks
 from megatron_btx.mixing.request import Options, Request
 from megatron_btx.mixing.result_manifest import hash_stretch
 from megatron_btx.mixing.staging import Workplace
 from megatron_btx.mixing.verify_vocab import check_token_rows
-from megatron_btx.mixing.writers import Output, lay_out_result
+from megatron_btx.mixing.writers import lay_out_result
 
 _NO_OUTPUT = Path("result")
 """Stands for the folder in the plan of a dry run that names none."""
@@ -86,7 +85,28 @@ class Conversion:
         self.output = lay_out_result(self.plan, self.options.output_format, self.target)
         self.summary = plan_text(self.plan, self.output, self.workers)
         if not self.options.dry_run:
-            refuse_output(self.plan, self.output, self.target, self.options.overwrite)
+            self._refuse_output()
+
+    def _refuse_output(self) -> None:
+        """Refuse an output that exists (but one of its own kind, to be overwritten) or that is, or holds, a source."""
+        target, mark = self.target, self.output.mark
+        resolved = target.resolve()
+        for source in self.plan.sources:
+            place = source.folder.resolve()
+            if resolved == place or resolved in place.parents:
+                raise InputError(f"--output {target}: holds the expert {source.name} ({place}); choose another folder")
+            if {place, source.root.resolve()} & set(resolved.parents):
+                raise InputError(
+                    f"--output {target}: lies in the expert {source.name} ({place}); choose another folder"
+                )
+        if target.name in ("", ".."):
+            raise InputError(f"--output {str(target)!r}: expected a name for the folder at its end")
+        if os.path.lexists(target) and not self.options.overwrite:
+            raise InputError(
+                f"--output {target}: exists already; choose another folder, or replace it with --overwrite"
+            )
+        if target.exists() and not (target / mark).is_file():
+            raise InputError(f"--output {target}: is not a checkpoint (no {mark}), so --overwrite will not remove it")
 
     def write(self) -> Result:
         """Write the result, and publish it once it is complete and, if asked for, verified; of a dry run, nothing.
@@ -239,10 +259,8 @@ class Conversion:
 
     def _write_around(self, slot: Slot) -> None:
         """What belongs before and after the numbers of a block."""
-        if slot.before:
-            self.place.write(slot.file, slot.position_bytes - len(slot.before), slot.before)
-        if slot.after:
-            self.place.write(slot.file, slot.position_bytes + slot.length_bytes, slot.after)
+        self.place.write(slot.file, slot.position_bytes - len(slot.before), slot.before)
+        self.place.write(slot.file, slot.position_bytes + slot.length_bytes, slot.after)
 
     def _in_threads(self, work: Callable[[int], None], numbers: Iterable[int]) -> None:
         """Do ``work`` for all numbers in this process's threads; the first failure ends the others soon."""
@@ -298,26 +316,3 @@ class Conversion:
     def _publish(self) -> None:
         if self.ranks.rank == 0:
             self.place.publish()
-
-
-def refuse_output(plan: Plan, output: Output, target: Path, overwrite: bool) -> None:
-    """Refuse an output that exists (unless one of its own kind is to be overwritten) or that is, or holds, a source.
-
-    Raises:
-        InputError: says which.
-    """
-    resolved = target.resolve()
-    for source in plan.sources:
-        place = source.folder.resolve()
-        if resolved == place or resolved in place.parents:
-            raise InputError(f"--output {target}: holds the expert {source.name} ({place}); choose another folder")
-        if {place, source.root.resolve()} & set(resolved.parents):
-            raise InputError(f"--output {target}: lies in the expert {source.name} ({place}); choose another folder")
-    if target.name in ("", ".."):
-        raise InputError(f"--output {str(target)!r}: expected a name for the folder at its end")
-    if os.path.lexists(target) and not overwrite:
-        raise InputError(f"--output {target}: exists already; choose another folder, or replace it with --overwrite")
-    if target.exists() and not (target / output.mark).is_file():
-        raise InputError(
-            f"--output {target}: is not a checkpoint (no {output.mark}), so --overwrite will not remove it"
-        )

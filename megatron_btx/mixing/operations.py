@@ -98,7 +98,6 @@ class Average(Operation):
     name = "average"
 
     def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
-        """The mean; of an embedding's or head's row over the sources whose token it is."""
         means = []
         for low, high, parts in self.stretches(plan, planned, start, stop):
             means.append(_mean(plan, planned, parts, low, high))

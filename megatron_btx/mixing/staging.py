@@ -35,7 +35,6 @@ class Workplace:
         self._journals = self.folder / "journal"
         self._old = target.parent / f".{target.name}.old"
         self._lock = threading.Lock()
-        self._journal: int | None = None
         self._held: int | None = None
         self._descriptors: dict[str, tuple[int, threading.Lock]] = {}
 
@@ -137,21 +136,14 @@ class Workplace:
         for descriptor, _ in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-        if self._journal is not None:
-            os.close(self._journal)
-            self._journal = None
 
     # --- the journal ---
 
     def note(self, rank: int, hashes: Iterable[tuple[int, str]]) -> None:
         """Note blocks as written: one write, so that a kill leaves whole lines and at most one torn one."""
-        lines = "".join(f"{number} {digest}\n" for number, digest in hashes).encode()
-        with self._lock:
-            if self._journal is None:
-                path = self._journals / str(rank)
-                self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                os.write(self._journal, b"\n")  # ends a torn line of a killed run
-            os.write(self._journal, lines)
+        lines = "".join(f"{number} {digest}\n" for number, digest in hashes)
+        with self._lock, (self._journals / str(rank)).open("ab", buffering=0) as journal:
+            journal.write(f"\n{lines}".encode())  # the first newline ends a torn line of a killed run
 
     def read_journal(self) -> dict[int, str]:
         """The blocks that earlier runs have noted as written."""

@@ -73,9 +73,9 @@ def check_manifest(folder: Path, progress: Progress = lambda done_bytes: None) -
     try:
         if own_hash(manifest) != manifest["manifest_sha256"]:
             raise CheckpointError(f"{folder / FILE_NAME}: was changed after it was written; {remedy}")
+        named = {FILE_NAME, *manifest["files"]}
         for file in sorted(folder.rglob("*")):  # one more can change what is read: an index, a tokenizer, a common.pt
-            is_named = str(file.relative_to(folder)) in {FILE_NAME, *manifest["files"]}
-            if not is_named and (file.is_symlink() or not file.is_dir()):
+            if str(file.relative_to(folder)) not in named and (file.is_symlink() or not file.is_dir()):
                 raise CheckpointError(
                     f"{file}: was not written with the rest, {FILE_NAME} does not name it; move it away"
                 )
