@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_btx.common.cli_args import read_pairs
 from megatron_btx.common.errors import InputError, exits_with_one_line
@@ -24,14 +24,11 @@ from megatron_btx.common.log import say
 from megatron_btx.engine.checks.start import compare_with_stored
 from megatron_btx.engine.program import start_tool
 from megatron_btx.engine.restricted_loading import load_weights
-from megatron_btx.mixing.loader import open_source
+from megatron_btx.mixing.loader import Source, open_source
 from megatron_btx.model.build import build_model
 from megatron_btx.model.step import batches_of, forward
 from megatron_btx.runner.run_dir import make_loss
 from megatron_btx.runner.schemas import Score
-
-if TYPE_CHECKING:
-    from megatron_btx.mixing.sources import Source
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -44,11 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_output_options(p: argparse.ArgumentParser, output_format: str = "") -> None:
-    """Add what the converting commands have in common.
-
-    Args:
-        output_format: the only format that the command writes; "" to let the user choose.
-    """
+    """Add what the converting commands have in common; ``output_format`` is the only one of a command that has one."""
     p.add_argument("--output", metavar="PATH", help="folder for the result: a checkpoint root, or a model folder")
     p.set_defaults(output_format=output_format)
     for row in list_options(WORK).values():

@@ -13,8 +13,8 @@ from megatron_btx.checkpoint import safetensors
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS, differences
 from megatron_btx.checkpoint.huggingface.config_writing import PASSED_THROUGH
 from megatron_btx.common.errors import InputError
+from megatron_btx.mixing.loader import EMBEDDING
 from megatron_btx.mixing.request import TAKEABLE, TRAINING_ARGUMENTS, Request
-from megatron_btx.mixing.sources import EMBEDDING
 from megatron_btx.tokenizers.comparison import (
     check_same_tokenizer,
     check_vocabulary_union,
@@ -25,8 +25,8 @@ from megatron_btx.tokenizers.vocabulary import CONFIG_FILE
 from megatron_btx.tokenizers.written_files import object_in, travelling_files
 
 if TYPE_CHECKING:
+    from megatron_btx.mixing.loader import Source
     from megatron_btx.mixing.plan import Plan
-    from megatron_btx.mixing.sources import Source
 
 _REMEDY = "--allow-other-tokenizer"
 _VOCABULARY = {"padded_vocab_size", "vocab_size"}

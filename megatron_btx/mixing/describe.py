@@ -16,10 +16,10 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.compatible import remarks, vocabulary_source
 from megatron_btx.mixing.compute import STEP_BYTES
 from megatron_btx.mixing.layout import Fill, LaidOutTensor
+from megatron_btx.mixing.loader import EMBEDDING, Source
 from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.operations import describe_routers, router_rows
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
-from megatron_btx.mixing.sources import EMBEDDING, Source
 from megatron_btx.mixing.writers import Output
 from megatron_btx.tokenizers.vocabulary import unknown_reason
 

@@ -10,9 +10,8 @@ import json
 import sys
 
 from megatron_btx.common.errors import InputError, exits_with_one_line
-from megatron_btx.mixing.loader import open_source
+from megatron_btx.mixing.loader import Source, open_source
 from megatron_btx.mixing.result import dense_arguments, megatron_args_text
-from megatron_btx.mixing.sources import Source
 from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES, tokenizer_files
 
 Flags = dict[str, str | int | bool]

@@ -277,11 +277,7 @@ def _join(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
 
 
 def describe_routers(init: RouterInit, before: str = "") -> str:
-    """How routers start, in words.
-
-    Args:
-        before: what stands before the word or the file's name where they are not drawn.
-    """
+    """How routers start, in words; ``before`` stands before the word or the file's name where they are not drawn."""
     if init.how == "normal":
         return f"normal, std {init.std:g}, seed {init.seed}"
     return f"{before}{init.how}"

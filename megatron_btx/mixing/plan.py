@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from megatron_btx.checkpoint.pieces import Piece
     from megatron_btx.checkpoint.sizes import Sizes
+    from megatron_btx.mixing.loader import Source
     from megatron_btx.mixing.request import Request
-    from megatron_btx.mixing.sources import Source
 
 T = TypeVar("T")
 

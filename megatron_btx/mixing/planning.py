@@ -10,12 +10,11 @@ from megatron_btx.checkpoint.pieces import Piece, pieces_of
 from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.compatible import compare_sources
-from megatron_btx.mixing.loader import open_source
+from megatron_btx.mixing.loader import HEAD, Source, open_source
 from megatron_btx.mixing.methods import METHODS, Chunk, Given, Method, Model
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
 from megatron_btx.mixing.request import Request
 from megatron_btx.mixing.result import dense_arguments, mixture_arguments
-from megatron_btx.mixing.sources import HEAD, Source
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from megatron_btx.common.errors import CheckpointError, InputError
 from megatron_btx.common.manifest import FILE_NAME, read_manifest, versions
 from megatron_btx.mixing.compatible import vocabulary_source
 from megatron_btx.mixing.layout import LaidOutTensor
+from megatron_btx.mixing.loader import EMBEDDING, Source
 from megatron_btx.mixing.plan import Plan
-from megatron_btx.mixing.sources import EMBEDDING, Source
 from megatron_btx.mixing.writers import Output
 
 FORM = 2

@@ -16,8 +16,8 @@ from megatron_btx.checkpoint.safetensors import SafetensorsReader
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError
+from megatron_btx.mixing.loader import Source
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
-from megatron_btx.mixing.sources import Source
 from megatron_btx.mixing.writers import Output
 from megatron_btx.tokenizers.path import HF_FOLDER
 from megatron_btx.tokenizers.vocabulary import read_vocabulary

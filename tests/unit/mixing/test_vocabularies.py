@@ -17,8 +17,7 @@ from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.mixing import compute, convert_hf, operations
 from megatron_btx.mixing import verify_vocab as rows_proof
 from megatron_btx.mixing.cli import main
-from megatron_btx.mixing.loader import open_source
-from megatron_btx.mixing.sources import Source
+from megatron_btx.mixing.loader import Source, open_source
 from megatron_btx.tokenizers.vocabulary import known_vocabulary
 from tests.support.hugging_face import config_of, loaded, tensors
 from tests.support.mixing import mix, rewrite
