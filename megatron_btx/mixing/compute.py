@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_btx.common.errors import CheckpointError
+from megatron_btx.mixing.loader import stretches_of
 from megatron_btx.mixing.operations import for_one_rounding
 from megatron_btx.mixing.plan import Plan, PlannedPiece
 
@@ -64,26 +65,16 @@ def _mean_row(plan: Plan, planned: PlannedPiece) -> torch.Tensor:
     step = max(1, STEP_BYTES // (8 * math.prod(planned.shape[1:])))
     total = torch.zeros(planned.shape[1:], dtype=torch.float64)
     count = 0
-    for start, stop in _all_token_rows(plan, planned) or [(0, planned.source_rows)]:
+    tokens: set[int] = set()
+    for part in planned.parts:
+        for start, stop in plan.sources[part.source].token_rows(part.piece):
+            tokens.update(range(start, stop))
+    for start, stop in stretches_of(sorted(tokens)) or [(0, planned.source_rows)]:
         count += stop - start
         for low in range(start, stop, step):
             rows = planned.operation.rows(plan, planned, low, min(low + step, stop))
             total += rows.sum(0, dtype=torch.float64)
     return for_one_rounding(total / count, planned.dtype).to(planned.dtype)
-
-
-def _all_token_rows(plan: Plan, planned: PlannedPiece) -> list[tuple[int, int]]:
-    """The rows that are a token of any source."""
-    stretches: list[tuple[int, int]] = []
-    for part in planned.parts:
-        stretches.extend(plan.sources[part.source].token_rows(part.piece))
-    found: list[tuple[int, int]] = []
-    for start, stop in sorted(stretches):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(stop, found[-1][1]))
-        else:
-            found.append((start, stop))
-    return found
 
 
 def _is_finite(rows: torch.Tensor) -> bool:

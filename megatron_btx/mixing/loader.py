@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,7 +226,7 @@ class Source:
         tokens = self.tokenizer.tokens
         if tokens is None:
             return ((0, min(rows, self.arguments.get("vocab_size") or rows)),)
-        return tuple(_stretches(number for number in sorted(tokens) if number < rows))
+        return tuple(stretches_of(number for number in sorted(tokens) if number < rows))
 
     @property
     def token_count(self) -> int:
@@ -234,17 +234,15 @@ class Source:
         return sum(stop - start for start, stop in self.token_rows(EMBEDDING))
 
 
-def _stretches(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+def stretches_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
     """Ascending numbers as stretches from ``start`` to before ``stop``."""
-    start = stop = -1
+    found: list[tuple[int, int]] = []
     for number in numbers:
-        if number != stop:
-            if start < stop:
-                yield start, stop
-            start = number
-        stop = number + 1
-    if start < stop:
-        yield start, stop
+        if found and found[-1][1] == number:
+            found[-1] = (found[-1][0], number + 1)
+        else:
+            found.append((number, number + 1))
+    return found
 
 
 # --- opening one -----------------------------------------------------------------------------------------------

@@ -220,14 +220,10 @@ def owned_rows(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> Iter
             if start < bound < stop:
                 bounds.add(bound)
     for low, high in itertools.pairwise(sorted(bounds)):
-        owners = [part for part in planned.parts if _contains(tokens[part], low)]
+        owners = [part for part in planned.parts if any(begin <= low < end for begin, end in tokens[part])]
         if not owners:
             owners = [part for part in planned.parts if low < part.stop]
         yield low, high, tuple(owners)
-
-
-def _contains(stretches: Sequence[tuple[int, int]], row: int) -> bool:
-    return any(begin <= row < end for begin, end in stretches)
 
 
 def _mean(plan: Plan, planned: PlannedPiece, parts: Sequence[Part], start: int, stop: int) -> torch.Tensor:
