@@ -235,7 +235,7 @@ class Source:
 
 
 def stretches_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Ascending numbers as stretches from ``start`` to before ``stop``."""
+    """Numbers that follow each other as stretches from ``start`` to before ``stop``."""
     found: list[tuple[int, int]] = []
     for number in numbers:
         if found and found[-1][1] == number:

@@ -7,8 +7,7 @@ stored, wherever they are.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from megatron_btx.checkpoint.safetensors import SafetensorsReader
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError
-from megatron_btx.mixing.loader import Source
+from megatron_btx.mixing.loader import stretches_of
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
 from megatron_btx.mixing.writers import Output
 from megatron_btx.tokenizers.path import HF_FOLDER
@@ -82,7 +81,11 @@ def _written_tokens(reader: Reader, folder: Path) -> Mapping[int, str] | None:
 def _check_tensor(plan: Plan, planned: PlannedPiece, reader: Reader, name: str, written: Mapping[int, str]) -> None:
     import torch
 
-    places = {part: _by_token(plan.sources[part.source], planned) for part in planned.parts}
+    places = {}
+    for part in planned.parts:
+        source = plan.sources[part.source]
+        rows, tokens = source.pieces[part.piece].shape[0], source.tokenizer.tokens or {}
+        places[part] = {token: number for number, token in tokens.items() if number < rows}
     rest = planned.shape[1:]
     had = planned.source_rows
     total, count = torch.zeros(rest, dtype=torch.float64), 0
@@ -92,11 +95,12 @@ def _check_tensor(plan: Plan, planned: PlannedPiece, reader: Reader, name: str, 
 
     for low in range(0, had, _ROWS):
         for owners, numbers in _by_owners(places, written, range(low, min(low + _ROWS, had))).items():
-            found = rows_at(read, numbers)
+            found = torch.cat([read(*stretch) for stretch in stretches_of(numbers)])
             held = {}
             for part in owners:
-                there = [places[part][written[number]] for number in numbers]
-                held[part] = rows_at(functools.partial(plan.sources[part.source].read, part.piece), there).double()
+                source = plan.sources[part.source]
+                there = stretches_of(places[part][written[number]] for number in numbers)
+                held[part] = torch.cat([source.read(part.piece, *stretch) for stretch in there]).double()
             expected = planned.operation.reference(plan, planned, numbers, held)
             wrong = first_unequal(found, expected.to(planned.dtype), held.values())
             if wrong is not None:
@@ -123,27 +127,6 @@ def _by_owners(
         if owners:
             found.setdefault(owners, []).append(row)
     return found
-
-
-def _by_token(source: Source, planned: PlannedPiece) -> dict[str, int]:
-    """Where each token is in a source's piece."""
-    held = source.pieces.get(planned.name)
-    tokens = source.tokenizer.tokens
-    if held is None or tokens is None:
-        return {}
-    return {token: number for number, token in tokens.items() if number < held.shape[0]}
-
-
-def rows_at(read: Callable[[int, int], torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
-    """The rows of these numbers, in their order: one reading for each run of numbers that follow each other."""
-    import torch
-
-    parts, first = [], 0
-    for index in range(1, len(numbers) + 1):
-        if index == len(numbers) or numbers[index] != numbers[index - 1] + 1:
-            parts.append(read(numbers[first], numbers[index - 1] + 1))
-            first = index
-    return torch.cat(parts)
 
 
 def first_unequal(found: torch.Tensor, expected: torch.Tensor, numbers: Iterable[torch.Tensor] = ()) -> int | None:
