@@ -268,7 +268,8 @@ def _sizes(name: str, folder: Path, arguments: Mapping[str, Any]) -> Sizes:
         if not isinstance(arguments.get(argument), str | Path | None):
             raise CheckpointError(f"{where}: its stored arguments say {argument} = {arguments[argument]!r}, no path")
     frequency = arguments.get("moe_layer_freq", 1)
-    if not _is_frequency(frequency):
+    numbers = frequency if isinstance(frequency, list | tuple) else [frequency]
+    if not numbers or any(type(number) is not int for number in numbers):
         raise CheckpointError(f"{where}: its stored arguments say moe_layer_freq = {frequency!r}, expected numbers")
     sizes = Sizes.of(arguments)
     if sizes.heads % sizes.groups or len(sizes.mixture_layers) != sizes.layers:
@@ -277,13 +278,6 @@ def _sizes(name: str, folder: Path, arguments: Mapping[str, Any]) -> Sizes:
             f"= {arguments.get('moe_layer_freq')!r} for {sizes.layers} layers, which is impossible"
         )
     return sizes
-
-
-def _is_frequency(value: object) -> bool:
-    """Whether a value is a whole number, or a list of such."""
-    if isinstance(value, list | tuple):
-        return len(value) > 0 and all(type(number) is int for number in value)
-    return type(value) is int
 
 
 def _check_layers(layers: object, where: str) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from megatron_btx.checkpoint.sizes import Sizes
     from megatron_btx.mixing.loader import Source
     from megatron_btx.mixing.request import Request
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Once:
         self._locks: dict[Hashable, threading.Lock] = {}
         self._values: dict[Hashable, Any] = {}
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+    def get[T](self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of a key; whoever asks while it is made waits."""
         with self._lock:
             lock = self._locks.setdefault(key, threading.Lock())

@@ -5,12 +5,10 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_btx.common.errors import BTXError, KeptError, MachineError, as_ours
 from megatron_btx.distributed.launcher import Place
-
-T = TypeVar("T")
 
 _PATIENCE = datetime.timedelta(days=2)
 """How long a rank waits for the slowest; one that died is noticed at once, by its closed connection."""
@@ -52,27 +50,15 @@ class Ranks:
                     f"MASTER_PORT): {str(error).splitlines()[0]}; start them all again"
                 ) from error
 
-    def gather(self, value: object) -> list[Any]:
-        """Every rank's value, in the order of ranks, on every rank; also a barrier.
+    def run_on_all[T](self, step: Callable[[], T]) -> list[T]:
+        """Do a step on all ranks and wait for all; the first failure is everybody's, as one line.
+
+        Returns:
+            What the step gave on each rank, in the order of ranks.
 
         Raises:
             RankLostError: another rank is gone.
         """
-        if self.world == 1:
-            return [value]
-        import torch.distributed
-
-        values: list[Any] = [None] * self.world
-        try:
-            torch.distributed.all_gather_object(values, value, group=self._group)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise RankLostError(
-                f"another of the {self.world} processes ended early; start the same command again"
-            ) from error
-        return values
-
-    def run_on_all(self, step: Callable[[], T]) -> list[T]:
-        """Do a step on all ranks and wait for all; the first failure is everybody's, as one line."""
         failure: BTXError | None = None
         value = None
         try:
@@ -81,7 +67,17 @@ class Ranks:
             failure = error
         except OSError as error:
             failure = as_ours(error)
-        answers = self.gather((value, failure))
+        answers: list[Any] = [(value, failure)]
+        if self.world > 1:
+            import torch.distributed
+
+            answers *= self.world
+            try:
+                torch.distributed.all_gather_object(answers, (value, failure), group=self._group)  # type: ignore[arg-type]
+            except RuntimeError as error:
+                raise RankLostError(
+                    f"another of the {self.world} processes ended early; start the same command again"
+                ) from error
         for _, problem in answers:
             if problem is not None:
                 raise problem
