@@ -96,9 +96,9 @@ def check_finite(plan: Plan, planned: PlannedPiece, looked_at_bytes: int) -> Non
         CheckpointError: see :func:`rows_of`.
     """
     for part in planned.parts:
-        held = plan.sources[part.source].pieces[part.piece]
+        held = plan.held(part)
         rows = max(1, looked_at_bytes // (held.dtype.itemsize * math.prod(held.shape[1:])))
-        if not _is_finite(plan.sources[part.source].read(part.piece, 0, min(rows, held.shape[0]))):
+        if not _is_finite(plan.read(part, 0, min(rows, held.shape[0]))):
             _refuse_not_finite(plan, planned, 0, rows)
 
 

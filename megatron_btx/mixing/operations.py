@@ -27,11 +27,10 @@ _SUM_NUMBERS = 1 << 16
 
 def stream(plan: Plan, part: Part) -> Iterator[torch.Tensor]:
     """All rows of a source's piece, some MiB at a time and in order."""
-    source = plan.sources[part.source]
-    held = source.pieces[part.piece]
+    held = plan.held(part)
     step = max(1, _STREAM_BYTES // max(1, held.dtype.itemsize * math.prod(held.shape[1:])))
     for start in range(0, held.shape[0], step):
-        yield source.read(part.piece, start, min(start + step, held.shape[0]))
+        yield plan.read(part, start, min(start + step, held.shape[0]))
 
 
 class Move(Operation):
@@ -44,8 +43,7 @@ class Move(Operation):
         found = []
         if planned.axis == 1:
             for part in planned.parts:
-                rows = plan.sources[part.source].read(part.piece, start, stop)
-                found.append(rows[:, part.start : part.stop])
+                found.append(plan.read(part, start, stop)[:, part.start : part.stop])
             return _join(found, dim=1).to(planned.dtype)
         before = 0
         for part in planned.parts:
@@ -53,7 +51,7 @@ class Move(Operation):
             high = min(stop, before + part.stop - part.start)
             if low < high:
                 shift = part.start - before
-                found.append(plan.sources[part.source].read(part.piece, shift + low, shift + high))
+                found.append(plan.read(part, shift + low, shift + high))
             before += part.stop - part.start
         return _join(found, dim=0).to(planned.dtype)
 
@@ -62,8 +60,7 @@ class Move(Operation):
         if len(planned.parts) > 1:
             return f"{axis} of {len(planned.parts)} sources, one after the other"
         part = planned.parts[0]
-        extent = plan.sources[part.source].pieces[part.piece].shape[planned.axis]
-        if part.stop - part.start < extent:
+        if part.stop - part.start < plan.held(part).shape[planned.axis]:
             return f"{axis} of one source, moved bit for bit"
         return "moved bit for bit"
 
@@ -75,7 +72,7 @@ class Move(Operation):
             count = part.stop - part.start
             if row < count:
                 at = part.start + row
-                return {part: plan.sources[part.source].read(part.piece, at, at + 1).double()}
+                return {part: plan.read(part, at, at + 1).double()}
             row -= count
         raise IndexError(f"{planned.name}: its parts end {row + 1} rows before")
 
@@ -120,11 +117,24 @@ class Average(Operation):
     def stretches(
         self, plan: Plan, planned: PlannedPiece, start: int, stop: int
     ) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
-        """All rows over all sources, but those of an embedding or head over their owners."""
-        if planned.has_token_rows:
-            yield from owned_rows(plan, planned, start, stop)
-        else:
+        """All rows over all sources, but those of an embedding or head over the sources whose token the row is.
+
+        Padding enters no average. A row that is nobody's token is averaged over those that have it at all.
+        """
+        if not planned.has_token_rows:
             yield start, stop, planned.parts
+            return
+        tokens = {part: plan.sources[part.source].token_rows(part.piece) for part in planned.parts}
+        bounds = {start, stop}
+        for part, stretches in tokens.items():
+            for bound in (part.stop, *itertools.chain(*stretches)):
+                if start < bound < stop:
+                    bounds.add(bound)
+        for low, high in itertools.pairwise(sorted(bounds)):
+            owners = [part for part in planned.parts if any(begin <= low < end for begin, end in tokens[part])]
+            if not owners:
+                owners = [part for part in planned.parts if low < part.stop]
+            yield low, high, tuple(owners)
 
 
 class NewRouters(Operation):
@@ -207,25 +217,6 @@ class Ramp(Operation):
 MOVE, AVERAGE, NEW_ROUTERS, ZEROS, RAMP = Move(), Average(), NewRouters(), Zeros(), Ramp()
 
 
-def owned_rows(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
-    """Rows of an embedding or head in stretches, each with the parts it is averaged over.
-
-    They are the sources whose token the row is: padding enters no average. A row that is nobody's token is averaged
-    over those that have it at all.
-    """
-    tokens = {part: plan.sources[part.source].token_rows(part.piece) for part in planned.parts}
-    bounds = {start, stop}
-    for part, stretches in tokens.items():
-        for bound in (part.stop, *itertools.chain(*stretches)):
-            if start < bound < stop:
-                bounds.add(bound)
-    for low, high in itertools.pairwise(sorted(bounds)):
-        owners = [part for part in planned.parts if any(begin <= low < end for begin, end in tokens[part])]
-        if not owners:
-            owners = [part for part in planned.parts if low < part.stop]
-        yield low, high, tuple(owners)
-
-
 def _mean(plan: Plan, planned: PlannedPiece, parts: Sequence[Part], start: int, stop: int) -> torch.Tensor:
     """The weighted mean of the parts' rows, in the piece's dtype."""
     import torch
@@ -235,7 +226,7 @@ def _mean(plan: Plan, planned: PlannedPiece, parts: Sequence[Part], start: int, 
     if len(set(weights)) == 1:  # whole numbers sum and divide without rounding
         weights = [1.0] * len(parts)
         divisor = len(parts)
-    sources = [plan.sources[part.source].read(part.piece, start, stop).reshape(-1) for part in parts]
+    sources = [plan.read(part, start, stop).reshape(-1) for part in parts]
     result = torch.empty(stop - start, *planned.shape[1:], dtype=planned.dtype)
     flat = result.view(-1)
     total = torch.empty(min(_SUM_NUMBERS, flat.numel()), dtype=torch.float64)

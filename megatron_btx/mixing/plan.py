@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from megatron_btx.checkpoint.pieces import Piece
     from megatron_btx.checkpoint.sizes import Sizes
-    from megatron_btx.mixing.loader import Source
+    from megatron_btx.mixing.loader import Held, Source
     from megatron_btx.mixing.request import Request
 
 
@@ -108,6 +108,14 @@ class Plan:
             return self.sources[-1]
         return None
 
+    def held(self, part: Part) -> Held:
+        """The whole piece that a part is of."""
+        return self.sources[part.source].pieces[part.piece]
+
+    def read(self, part: Part, start: int, stop: int) -> torch.Tensor:
+        """Rows of the whole piece that a part is of."""
+        return self.sources[part.source].read(part.piece, start, stop)
+
     def prepared(self, planned: PlannedPiece) -> Any:
         """What the operation of a piece has found in whole tensors: see :meth:`Operation.prepare`."""
         return self.once.get(("prepared", planned.name), lambda: planned.operation.prepare(self, planned))
@@ -118,7 +126,7 @@ class Plan:
         total = 0
         for planned in self.pieces:
             for part in planned.parts:
-                held = self.sources[part.source].pieces[part.piece]
+                held = self.held(part)
                 share = (part.stop - part.start) / max(1, held.shape[planned.axis])
                 total += round(math.prod(held.shape) * share) * held.dtype.itemsize
         return total
@@ -177,5 +185,5 @@ class Operation(abc.ABC):
         found = {}
         for _, _, parts in self.stretches(plan, planned, row, row + 1):
             for part in parts:
-                found[part] = plan.sources[part.source].read(part.piece, row, row + 1).double()
+                found[part] = plan.read(part, row, row + 1).double()
         return found

@@ -91,8 +91,7 @@ def _tensor_entry(plan: Plan, tensor: LaidOutTensor, blocks: Sequence[Mapping[st
         for fill in block.fills:
             operations[fill.planned.operation.name] = None
             for part in fill.planned.parts:
-                source = plan.sources[part.source]
-                sources.setdefault(source.name, {})[source.pieces[part.piece].location.key] = None
+                sources.setdefault(plan.sources[part.source].name, {})[plan.held(part).location.key] = None
     digest = blocks[0]["sha256"]
     if len(blocks) > 1:
         digest = hashlib.sha256(b"".join(bytes.fromhex(block["sha256"]) for block in blocks)).hexdigest()

@@ -49,10 +49,10 @@ class Trim(Operation):
         """A stretch of rows, with the thresholds of the whole."""
         *experts, base = planned.parts
         thresholds = plan.prepared(planned)
-        its = plan.sources[base.source].read(base.piece, start, stop).double()
+        its = plan.read(base, start, stop).double()
         total = torch.zeros_like(its)
         for part, threshold in zip(experts, thresholds, strict=True):
-            change = plan.sources[part.source].read(part.piece, start, stop).double() - its
+            change = plan.read(part, start, stop).double() - its
             total += torch.where(change.abs() >= threshold, change, 0.0)
         return (its + total / len(experts)).to(planned.dtype)
 

@@ -241,10 +241,10 @@ def test_three_models_and_their_owners(tmp_path):
 def test_verify_sees_a_wrong_average(tmp_path, capsys, monkeypatch):
     """The rule itself is wrong here, in writing and in checking alike: looking rows up by their token shows it."""
 
-    def of_all(plan, planned, start, stop):
+    def of_all(self, plan, planned, start, stop):
         yield start, stop, planned.parts
 
-    monkeypatch.setattr(operations, "owned_rows", of_all)
+    monkeypatch.setattr(operations.Average, "stretches", of_all)
     experts = pair(tmp_path, (32, {"vocab.json": words(30)}), (32, {"vocab.json": words(31)}))
     message = refused(
         [*expert_words(experts), "--vocab=union", "--verify", "--allow-other-ids"], tmp_path / "out", capsys
