@@ -215,10 +215,8 @@ def _check_tokenizers(sources: Sequence[Source], chosen: Source, request: Reques
 
 def _check_union(sources: Sequence[Source], chosen: Source) -> None:
     """Refuse a union in which no tokenizer has every token."""
-    tables = {source.name: source.tokenizer.tokens or {} for source in sources}
-    every = _all_tokens(tables)
-    lacking = [number for number in sorted(every) if number not in tables[chosen.name]]
-    if lacking:
+    every = _all_tokens({source.name: source.tokenizer.tokens or {} for source in sources})
+    if lacking := sorted(every.keys() - (chosen.tokenizer.tokens or {}).keys()):
         token, owner = every[lacking[0]]
         raise InputError(
             f"--vocab union: no expert's tokenizer has every token: that of {chosen.name} has the most and lacks "

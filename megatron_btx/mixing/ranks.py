@@ -51,10 +51,7 @@ class Ranks:
                 ) from error
 
     def run_on_all[T](self, step: Callable[[], T]) -> list[T]:
-        """Do a step on all ranks and wait for all; the first failure is everybody's, as one line.
-
-        Returns:
-            What the step gave on each rank, in the order of ranks.
+        """Do a step on all ranks and wait for all: what it gave on each, or the first failure, which is everybody's.
 
         Raises:
             RankLostError: another rank is gone.

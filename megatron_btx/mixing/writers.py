@@ -87,7 +87,14 @@ def _megatron(plan: Plan, target: Path) -> Output:
             slot = layout.add_block(tensor.name, tensor.shape, block.offsets, block.sizes, tensor.dtype)
             tasks.append(Task(block, dataclasses.replace(slot, file=f"{RELEASE}/{slot.file}")))
     arguments, small, tokenizer = _with_hf_files(plan, target)
-    layout.add_object("common_state/shard_0_1", [_common_state(arguments)])
+    common = {
+        "args": argparse.Namespace(**arguments),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    }
+    layout.add_object("common_state/shard_0_1", [common])
     for key in _extra_states(plan.sizes, bool(arguments.get("qk_layernorm")), numbered):
         layout.add_object(key, [None])
     small |= {f"{RELEASE}/{name}": content for name, content in layout.small_files().items()}
@@ -126,16 +133,6 @@ def _with_hf_files(plan: Plan, target: Path) -> tuple[dict[str, Any], dict[str, 
         arguments["tokenizer_type"] = "NullTokenizer"
         arguments["tokenizer_model"] = None
     return arguments, files, made.record
-
-
-def _common_state(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "args": argparse.Namespace(**arguments),
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "num_floating_point_operations_so_far": 0,
-        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-    }
 
 
 def _extra_states(sizes: Sizes, qk_layernorm: bool, numbered: bool) -> Iterator[str]:
