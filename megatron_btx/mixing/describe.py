@@ -18,7 +18,7 @@ from megatron_btx.mixing.compute import STEP_BYTES
 from megatron_btx.mixing.layout import Fill, LaidOutTensor
 from megatron_btx.mixing.loader import EMBEDDING, Source
 from megatron_btx.mixing.methods import METHODS
-from megatron_btx.mixing.operations import describe_routers, router_rows
+from megatron_btx.mixing.operations import describe_routers, new_routers
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
 from megatron_btx.mixing.writers import Output
 from megatron_btx.tokenizers.vocabulary import unknown_reason
@@ -124,12 +124,10 @@ def _vocabulary_of(source: Source) -> str:
 
 def router_text(plan: Plan) -> list[str]:
     """What routing a mix starts with, and a warning where that is no good start; nothing for dense results."""
-    layers = sum(plan.sizes.mixture_layers)
     if not plan.arguments.get("btx_untrained_routers") or METHODS[plan.request.method].experts is None:
         return []
     init = plan.request.router
-    rows = router_rows(init, layers, plan.sizes.experts, plan.sizes.hidden)
-    route = starting_route(rows, plan.request.topk)
+    route = starting_route(new_routers(plan), plan.request.topk)
     lines = [
         f"  routers ({describe_routers(init)}): for inputs of unit RMS the routing probabilities have "
         f"{route.entropy:.0%} of the largest entropy, the first gate is {route.first_gate:.2f}, experts get "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -143,11 +142,8 @@ class NewRouters(Operation):
     name = "router"
 
     def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
-        layer = planned.piece.numbers["layer"]
-        mixtures = plan.sizes.mixture_layers
-        rows_LEH = router_rows(plan.request.router, sum(mixtures), plan.sizes.experts, plan.sizes.hidden)
-        index = sum(mixtures[:layer])
-        return rows_LEH[index, start:stop].to(planned.dtype)
+        index = sum(plan.sizes.mixture_layers[: planned.piece.numbers["layer"]])
+        return new_routers(plan)[index, start:stop].to(planned.dtype)
 
     def describe(self, plan: Plan, planned: PlannedPiece) -> str:
         return describe_routers(plan.request.router, "rows: ")
@@ -270,21 +266,19 @@ def describe_routers(init: RouterInit, before: str = "") -> str:
     return f"{before}{init.how}"
 
 
+def new_routers(plan: Plan) -> torch.Tensor:
+    """The routers of a plan, made once for all who ask; see :func:`router_rows`."""
+    init, sizes = plan.request.router, plan.sizes
+    layers = sum(sizes.mixture_layers)
+    return plan.once.get("routers", lambda: router_rows(init, layers, sizes.experts, sizes.hidden))
+
+
 def router_rows(init: RouterInit, layers: int, experts: int, hidden: int) -> torch.Tensor:
     """The routers of all mixture layers, in order: fp32 [L, E, H]; one generator draws them all, layer after layer.
 
     Raises:
         InputError: a file of rows cannot be read, is of another shape, or holds numbers that are not finite.
     """
-    written = 0
-    if init.file is not None and init.file.is_file():
-        written = init.file.stat().st_mtime_ns
-    return _router_rows(init, written, layers, experts, hidden)
-
-
-@functools.lru_cache(maxsize=2)
-def _router_rows(init: RouterInit, written: int, layers: int, experts: int, hidden: int) -> torch.Tensor:
-    """As :func:`router_rows`, made once for all its readers; ``written`` tells one file from the next of its name."""
     import torch
 
     if init.how == "normal":
