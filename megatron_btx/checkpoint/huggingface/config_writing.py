@@ -186,8 +186,9 @@ def _written_window(before: int | None, family: Family, layers: int) -> dict[str
     if family.window == "none":
         return {}
     if before is None:
-        # An absent key is a window of 4096 for Mistral.
-        return {"own": {"sliding_window": None}, "switched": {"use_sliding_window": False}}[family.window]
+        if family.window == "own":
+            return {"sliding_window": None}  # an absent key is a window of 4096 for Mistral
+        return {"use_sliding_window": False}
     if family.window == "own":
         return {"sliding_window": before + 1}
     # Both: 4.57 goes by the first sliding layer, and 5 has another default for Qwen2-MoE's list.
@@ -207,8 +208,8 @@ def _written_scaling(values: Mapping[str, Any], where: str) -> dict[str, Any] | 
             raise bad_value(where, "rotary_seq_len_interpolation_factor", interpolation, expected, remedy)
         given = values.get("rope_scaling_factor", MEGATRON_ROPE_FACTOR)
         factor = check_number(where, "rope_scaling_factor", given, POSITIVE)
-        llama3 = {"rope_type": "llama3", "factor": float(factor)} | MEGATRON_LLAMA3
-        return llama3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        llama3: dict[str, Any] = {"rope_type": "llama3", "factor": float(factor)}
+        return llama3 | MEGATRON_LLAMA3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     if interpolation is None:
         return None
     factor = check_number(where, "rotary_seq_len_interpolation_factor", interpolation, POSITIVE)
