@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.stored import Block, Files, Place, Slot, StoredTensor, check_whole, read_box, read_slice
+from megatron_btx.checkpoint.stored import Block, Place, Reader, Slot, StoredTensor, check_whole
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.common.files import parse_json, read_json_object
 
@@ -24,8 +24,6 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
-_STEP_BYTES = 4 << 20
-"""Two copies of a tensor are compared this many bytes at a time."""
 type _Form = tuple[str, tuple[int, ...], torch.dtype]
 """The name, shape and type of a tensor that is to be written."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -66,28 +64,25 @@ def _choose_file(folder: Path) -> str:
     Raises:
         CheckpointError: there is neither, or the index has shards too: one of the two is left over from another save.
     """
-    single, index = (folder / SINGLE).is_file(), os.path.lexists(folder / INDEX)
-    if not single and not index:
+    single, index = folder / SINGLE, folder / INDEX
+    if not single.is_file():
+        if os.path.lexists(index):
+            return INDEX
         found = f"has neither {SINGLE} nor {INDEX}"
-        if os.path.lexists(folder / SINGLE):
+        if os.path.lexists(single):
             found = f"{SINGLE} is no file, or a link to none"
         raise CheckpointError(f"{folder}: {found}; the model folder is incomplete")
-    if not index:
-        return SINGLE
-    if not single:
-        return INDEX
-    shards = set(_weight_map(folder).values())
-    if shards == {SINGLE}:
-        return INDEX
-    if any((folder / Path(name).name).is_file() for name in shards):
-        raise CheckpointError(
-            f"{folder}: holds two sets of weights: {folder / SINGLE}, which transformers reads, and {INDEX} with its "
-            "shards; remove the one that is left over from another save"
-        )
+    if os.path.lexists(index):
+        shards = set(_weight_map(folder).values()) - {SINGLE}
+        if any((folder / Path(name).name).is_file() for name in shards):
+            raise CheckpointError(
+                f"{folder}: holds two sets of weights: {single}, which transformers reads, and {INDEX} with its "
+                "shards; remove the one that is left over from another save"
+            )
     return SINGLE
 
 
-class SafetensorsReader:
+class SafetensorsReader(Reader):
     """Reads tensors and slices of one model folder.
 
     Raises:
@@ -95,11 +90,8 @@ class SafetensorsReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tensors: dict[str, StoredTensor] = {}
-        self._files = Files()
+        super().__init__(folder)
         self._file = _choose_file(folder)
-        self._weight_map: dict[str, str] = {}
         if self._file == INDEX:
             self._open_index()
         else:
@@ -107,7 +99,6 @@ class SafetensorsReader:
 
     def _open_index(self) -> None:
         index, weight_map = self.folder / INDEX, _weight_map(self.folder)
-        self._weight_map = weight_map
         names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
@@ -134,6 +125,8 @@ class SafetensorsReader:
         return self.tensors[name].blocks[0].file
 
     def _open_file(self, name: str) -> None:
+        import torch
+
         file = self.folder / name
         size = file.stat().st_size
         if size < 8:
@@ -152,65 +145,30 @@ class SafetensorsReader:
                 entries.append((extent, tensor, shape, str(entry["dtype"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file}: its header cannot be read ({error!r}); it is damaged") from error
+        data_at = 8 + length
         end = 0
         for extent, tensor, shape, code in sorted(entries):
-            before = self.tensors.get(tensor)
-            self._add(file, tensor, code, shape, extent, 8 + length, end)
-            end = extent[1]
-            if before is not None:
-                self._choose_copy(file, tensor, before)
-        if 8 + length + end != size:
-            raise CheckpointError(f"{file}: {size} bytes, but its header names {8 + length + end}; it is truncated")
-
-    def _choose_copy(self, file: Path, name: str, before: StoredTensor) -> None:
-        """Of a tensor that two shards hold with the same bytes, which transformers loads, keep that of the index."""
-        mine = self.tensors[name]
-        is_same = (mine.shape, mine.dtype) == (before.shape, before.dtype)
-        starts = range(0, mine.blocks[0].length_bytes, _STEP_BYTES)
-        if not is_same or any(self._bytes_of(mine, start) != self._bytes_of(before, start) for start in starts):
-            raise CheckpointError(f"{file}: {name} is in {before.blocks[0].file} as well, with other numbers; damaged")
-        if self._weight_map.get(name) == before.blocks[0].file:
-            self.tensors[name] = before
-
-    def _bytes_of(self, stored: StoredTensor, start: int) -> bytes:
-        """Some bytes of a tensor from its byte ``start`` on."""
-        block = stored.blocks[0]
-        count = min(_STEP_BYTES, block.length_bytes - start)
-        return self._files.bytes_at(Place(self.folder / block.file, block.position_bytes + start), count)
-
-    def _add(
-        self,
-        file: Path,
-        name: str,
-        code: str,
-        shape: tuple[int, ...],
-        extent: tuple[int, ...],
-        data_at: int,
-        end: int,
-    ) -> None:
-        """Add a tensor of a file whose numbers begin at ``data_at``; the tensor before ends at ``end``."""
-        import torch
-
-        if code not in DTYPES:
-            raise CheckpointError(
-                f"{file}: {name}: is stored as {code}, expected one of {', '.join(DTYPES)}; "
-                "save the model unquantised in bf16, fp16 or fp32"
-            )
-        dtype: torch.dtype = getattr(torch, DTYPES[code])
-        if len(extent) != 2 or extent[0] != end or extent[1] - extent[0] != math.prod(shape) * dtype.itemsize:
-            raise CheckpointError(f"{file}: {name}: shape {list(shape)} does not fit its bytes {list(extent)}; damaged")
-        block = Block((0,) * len(shape), shape, file.name, data_at + extent[0], extent[1] - extent[0])
-        self.tensors[name] = StoredTensor(shape, dtype, (block,))
-
-    def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """The slice of a tensor at ``offsets`` of ``sizes``."""
-        stored = self.tensors[name]
-
-        def read_block(block: Block, low: tuple[int, ...], extent: tuple[int, ...]) -> torch.Tensor:
-            place = Place(self.folder / block.file, block.position_bytes)
-            return read_box(self._files, place, block.sizes, low, extent, stored.dtype)
-
-        return read_slice(name, stored, offsets, sizes, read_block, self.folder)
+            if tensor in self.tensors:
+                raise CheckpointError(
+                    f"{file}: {tensor} is in {self._file_of(tensor)} as well; load the model with transformers and "
+                    "save it with save_pretrained"
+                )
+            if code not in DTYPES:
+                raise CheckpointError(
+                    f"{file}: {tensor}: is stored as {code}, expected one of {', '.join(DTYPES)}; "
+                    "save the model unquantised in bf16, fp16 or fp32"
+                )
+            dtype: torch.dtype = getattr(torch, DTYPES[code])
+            length_bytes = math.prod(shape) * dtype.itemsize
+            if extent != (end, end + length_bytes):
+                raise CheckpointError(
+                    f"{file}: {tensor}: shape {list(shape)} does not fit its bytes {list(extent)}; damaged"
+                )
+            block = Block((0,) * len(shape), shape, name, data_at + end, length_bytes)
+            self.tensors[tensor] = StoredTensor(shape, dtype, (block,))
+            end += length_bytes
+        if data_at + end != size:
+            raise CheckpointError(f"{file}: {size} bytes, but its header names {data_at + end}; it is truncated")
 
     def dtypes(self) -> list[str]:
         """The names of the tensors' types, that with the most bytes first."""
@@ -223,7 +181,7 @@ class SafetensorsReader:
     def files(self) -> list[Path]:
         """The configuration, the index where there is one, and all files that hold tensors."""
         names = sorted(set(map(self._file_of, self.tensors)))
-        if self._file == INDEX and names != [SINGLE]:
+        if self._file == INDEX:
             names.insert(0, INDEX)
         if (self.folder / CONFIG).is_file():
             names.insert(0, CONFIG)

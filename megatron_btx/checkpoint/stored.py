@@ -12,9 +12,9 @@ import math
 import operator
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from megatron_btx.common.errors import CheckpointError, KeptError
 
@@ -88,21 +88,6 @@ class Slot:
     length_bytes: int
     before: bytes = b""
     after: bytes = b""
-
-
-class Reader(Protocol):
-    """What the two formats' readers have in common."""
-
-    folder: Path
-    tensors: dict[str, StoredTensor]
-
-    def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """The slice of a tensor at ``offsets`` of ``sizes``."""
-        ...
-
-    def files(self) -> list[Path]:
-        """All files the tensors lie in, and the index that names them."""
-        ...
 
 
 class Files:
@@ -193,66 +178,70 @@ type Box = tuple[tuple[int, ...], tuple[int, ...]]
 """A part of a tensor: along each axis the first index, and the one after the last."""
 
 
-def _common_box(block: Block, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box | None:
-    """The part of a slice that lies in a block, as indices of the whole tensor; None where there is none."""
-    low, high = [], []
-    for wanted, size, stored, stored_size in zip(offsets, sizes, block.offsets, block.sizes, strict=True):
-        low.append(max(wanted, stored))
-        high.append(min(wanted + size, stored + stored_size))
-        if low[-1] >= high[-1]:
-            return None
-    return tuple(low), tuple(high)
+def _box(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box:
+    return tuple(offsets), tuple(map(operator.add, offsets, sizes))
 
 
-def _overlap(one: Box, other: Box) -> bool:
-    (low, high), (other_low, other_high) = one, other
-    return all(map(operator.lt, low, other_high)) and all(map(operator.lt, other_low, high))
+def _common(one: Box, other: Box) -> Box | None:
+    """What lies in both boxes; None where nothing does."""
+    low = tuple(map(max, one[0], other[0]))
+    high = tuple(map(min, one[1], other[1]))
+    if all(map(operator.lt, low, high)):
+        return low, high
+    return None
 
 
 def _minus(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(map(operator.sub, left, right))
 
 
-def read_slice(
-    name: str,
-    stored: StoredTensor,
-    offsets: tuple[int, ...],
-    sizes: tuple[int, ...],
-    read_block: Callable[[Block, tuple[int, ...], tuple[int, ...]], torch.Tensor],
-    where: Path,
-) -> torch.Tensor:
-    """The slice of a tensor at ``offsets`` of ``sizes``, put together from the blocks that overlap it.
+class Reader:
+    """Reads slices of a folder's tensors; what they are, and where a block's numbers begin, its format says."""
 
-    Args:
-        read_block: called as ``read_block(block, low, sizes)`` for the part of one block, ``low`` counted in the block.
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        self._files = Files()
 
-    Raises:
-        CheckpointError: the blocks do not hold all of it.
-    """
-    import torch
+    def files(self) -> list[Path]:
+        """All files the tensors lie in, and the index that names them."""
+        raise NotImplementedError
 
-    result: torch.Tensor | None = None
-    filled = 0
-    boxes: list[Box] = []
-    for block in stored.blocks_near(offsets, sizes):
-        box = _common_box(block, offsets, sizes)
-        if box is None:
-            continue
-        low, high = box
-        extent = _minus(high, low)
-        part = read_block(block, _minus(low, block.offsets), extent)
-        filled += part.numel()
-        if any(_overlap(box, other) for other in boxes):
-            raise CheckpointError(f"{where}: {name}: two stored blocks overlap at {list(low)}; it is damaged")
-        boxes.append(box)
-        if extent == tuple(sizes):
-            result = part
-            continue
+    def place_of(self, name: str, block: Block) -> Place:
+        """Where the numbers of a tensor's block begin."""
+        return Place(self.folder / block.file, block.position_bytes)
+
+    def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """The slice of a tensor at ``offsets`` of ``sizes``, put together from the blocks that overlap it.
+
+        Raises:
+            CheckpointError: the blocks do not hold all of it, or overlap.
+        """
+        import torch
+
+        stored, wanted = self.tensors[name], _box(offsets, sizes)
+        result: torch.Tensor | None = None
+        filled = 0
+        boxes: list[Box] = []
+        for block in stored.blocks_near(offsets, sizes):
+            box = _common(wanted, _box(block.offsets, block.sizes))
+            if box is None:
+                continue
+            low, high = box
+            if any(_common(box, other) for other in boxes):
+                raise CheckpointError(f"{self.folder}: {name}: two stored blocks overlap at {list(low)}; it is damaged")
+            boxes.append(box)
+            place, extent = self.place_of(name, block), _minus(high, low)
+            part = read_box(self._files, place, block.sizes, _minus(low, block.offsets), extent, stored.dtype)
+            filled += part.numel()
+            if extent == tuple(sizes):
+                result = part
+                continue
+            if result is None:
+                result = torch.empty(sizes, dtype=stored.dtype)
+            result[tuple(map(slice, _minus(low, offsets), _minus(high, offsets)))] = part
+        if filled != math.prod(sizes):
+            raise CheckpointError(f"{self.folder}: {name}: {filled} of {math.prod(sizes)} elements are stored")
         if result is None:
-            result = torch.empty(sizes, dtype=stored.dtype)
-        result[tuple(map(slice, _minus(low, offsets), _minus(high, offsets)))] = part
-    if filled != math.prod(sizes):
-        raise CheckpointError(f"{where}: {name}: {filled} of {math.prod(sizes)} elements are stored")
-    if result is None:
-        return torch.empty(sizes, dtype=stored.dtype)
-    return result
+            return torch.empty(sizes, dtype=stored.dtype)
+        return result

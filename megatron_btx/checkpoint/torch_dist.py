@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import argparse
 import copyreg
-import functools
 import hashlib
 import io
 import json
 import math
 import os
 import pickle
-from collections.abc import Buffer, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE
 from megatron_btx.checkpoint.safe_pickle import load_pickle, old_state
-from megatron_btx.checkpoint.stored import Block, Files, Place, Slot, StoredTensor, check_whole, read_box, read_slice
-from megatron_btx.checkpoint.torch_record import RecordedTensor, load_torch, locate_tensor
+from megatron_btx.checkpoint.stored import Block, Place, Reader, Slot, StoredTensor, check_whole
+from megatron_btx.checkpoint.torch_record import RecordedTensor, load_torch, locate_tensor, record_frame
 from megatron_btx.common.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ _OLDER_COMMON_STATE = "common.pt"
 """Where Megatron before 0.19 keeps arguments, iteration and scheduler."""
 
 
-class TorchDistReader:
+class TorchDistReader(Reader):
     """Reads tensors, slices of tensors and objects of one iteration folder.
 
     Raises:
@@ -49,17 +48,15 @@ class TorchDistReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self._file_sizes_bytes: dict[str, int] = {}
         index_file = folder / ".metadata"
         if not index_file.is_file():
             raise CheckpointError(f"{index_file}: does not exist; the checkpoint is incomplete")
         with index_file.open("rb") as file:
             index = load_pickle(file, str(index_file))
-        self.tensors: dict[str, StoredTensor] = {}
         self._objects: dict[str, list[_StorageInfo]] = {}
         """Name -> the places of its records: one, unless the index says otherwise."""
-        self._files = Files()
         self._located: dict[tuple[str, int], RecordedTensor] = {}
         try:
             self._fill(index)
@@ -106,12 +103,9 @@ class TorchDistReader:
 
     def _check_record(self, relative: str, position: int, length: int) -> None:
         """No record may lie outside the folder or past the end of its file."""
-        if not (type(position) is type(length) is int):
-            raise TypeError(f"{length!r} bytes at {position!r}")
+        check_whole((position, length))
         if os.path.isabs(relative) or ".." in Path(relative).parts:
             raise CheckpointError(f"{self.folder / '.metadata'}: names {relative!r}, outside the checkpoint; refused")
-        if position < 0 or length < 0:
-            raise CheckpointError(f"{self.folder / '.metadata'}: names {length} bytes at {position}; it is damaged")
         file = self.folder / relative
         if relative not in self._file_sizes_bytes:
             if not file.is_file():
@@ -150,28 +144,18 @@ class TorchDistReader:
         if (self.folder / _OLDER_COMMON_STATE).is_file():
             self.common_state()
 
-    def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """The slice of a tensor at ``offsets`` of ``sizes``, put together from the blocks that overlap it."""
-
-        def read_block(block: Block, low: tuple[int, ...], extent: tuple[int, ...]) -> torch.Tensor:
-            recorded = self._locate(name, block)
-            return read_box(self._files, recorded.place, block.sizes, low, extent, recorded.dtype)
-
-        return read_slice(name, self.tensors[name], offsets, sizes, read_block, self.folder)
-
-    def _locate(self, name: str, block: Block) -> RecordedTensor:
-        where = (block.file, block.position_bytes)
-        recorded = self._located.get(where)
+    def place_of(self, name: str, block: Block) -> Place:
+        """Where the numbers of a block begin inside its record."""
+        file = self.folder / block.file
+        recorded = self._located.get((block.file, block.position_bytes))
         if recorded is None:
-            start = Place(self.folder / block.file, block.position_bytes)
-            recorded = locate_tensor(self._files, start, block.length_bytes, f"{self.folder / block.file}: {name}")
-            self._located[where] = recorded
+            start = Place(file, block.position_bytes)
+            recorded = locate_tensor(self._files, start, block.length_bytes, f"{file}: {name}")
+            self._located[block.file, block.position_bytes] = recorded
         found, expected = (recorded.shape, recorded.dtype), (block.sizes, self.tensors[name].dtype)
         if found != expected:
-            raise CheckpointError(
-                f"{self.folder / block.file}: {name}: holds {found}, the index says {expected}; it is damaged"
-            )
-        return recorded
+            raise CheckpointError(f"{file}: {name}: holds {found}, the index says {expected}; it is damaged")
+        return recorded.place
 
     def _record_of(self, info: _StorageInfo) -> bytes:
         return self._files.bytes_at(Place(self.folder / info.relative_path, info.offset), info.length)
@@ -184,41 +168,38 @@ class TorchDistReader:
         return [self.folder / name for name in (".metadata", *sorted(names))]
 
     def arguments(self) -> dict[str, Any]:
-        """Megatron's stored arguments, from ``common_state`` or from the older ``common.pt``.
+        """Megatron's stored arguments.
 
         Raises:
-            CheckpointError: the checkpoint has neither.
+            CheckpointError: the checkpoint has none.
         """
         arguments = self.common_state().get("args")
         if not isinstance(arguments, argparse.Namespace):
-            raise CheckpointError(f"{self.folder}: its common state holds no arguments; save it with stock Megatron")
+            raise CheckpointError(
+                f"{self.folder}: neither common_state nor common.pt holds arguments, so it has no model configuration; "
+                "save it with stock Megatron"
+            )
         return dict(vars(arguments))
 
     def has_arguments(self) -> bool:
         """Whether there are stored arguments: programs other than Megatron's own leave them out."""
-        if self._common_state_name() is None and not (self.folder / _OLDER_COMMON_STATE).is_file():
-            return False
         return isinstance(self.common_state().get("args"), argparse.Namespace)
 
     def common_state(self) -> dict[str, Any]:
-        """The entry that holds arguments, iteration and scheduler: where both forms are there, Megatron's choice."""
-        older, name = self.folder / _OLDER_COMMON_STATE, self._common_state_name()
-        if older.is_file():
+        """Arguments, iteration and scheduler, from ``common.pt`` or from the entry of 0.19; empty without either."""
+        older = self.folder / _OLDER_COMMON_STATE
+        state: Any = {}
+        entries = [name for name in self._objects if name.split("/")[0] == "common_state"]
+        if older.is_file():  # where both are there, Megatron reads this one
             with older.open("rb") as file:
-                name, state = older.name, load_torch(file, str(older))
-        elif name is None:
-            raise CheckpointError(f"{self.folder}: has neither common_state nor common.pt, so no model configuration")
-        else:
-            state = self.read_object(name)
+                state = load_torch(file, str(older))
+        elif entries:
+            state = self.read_object(entries[0])
             if isinstance(state, list) and state:
                 state = state[0]
         if not isinstance(state, dict):
-            raise CheckpointError(f"{self.folder}: {name}: is a {type(state).__name__}, expected a dict; it is damaged")
+            raise CheckpointError(f"{self.folder}: common_state is a {type(state).__name__}, expected a dict; damaged")
         return state
-
-    def _common_state_name(self) -> str | None:
-        """The entry that Megatron 0.19 keeps the common state in."""
-        return next((name for name in self._objects if name.split("/")[0] == "common_state"), None)
 
 
 class TorchDistLayout:
@@ -298,59 +279,3 @@ class _IndexPickler(pickle.Pickler):
         if isinstance(value, TensorProperties):
             return copyreg.__newobj__, (TensorProperties,), old_state(value)  # type: ignore[attr-defined]
         return NotImplemented
-
-
-class _Skeleton(io.RawIOBase):
-    """Takes what ``torch.save`` writes and leaves out what it skips."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: list[tuple[int, bytes]] = []
-        self._at = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_CUR:
-            offset += self._at
-        self._at = offset
-        return self._at
-
-    def write(self, content: Buffer) -> int:
-        written = bytes(content)
-        self.parts.append((self._at, written))
-        self._at += len(written)
-        return len(written)
-
-
-@functools.lru_cache(maxsize=4096)
-def record_frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What ``torch.save`` writes before and after the numbers of a contiguous tensor, made without the numbers.
-
-    The checksums of the archive are those of skipped data; PyTorch does not look at them.
-    """
-    import torch
-    from torch.serialization import skip_data
-
-    out = _Skeleton()
-    with skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), out)  # type: ignore[arg-type]  # it needs what is there alone
-    size = math.prod(shape) * dtype.itemsize
-    before, after, at = bytearray(), bytearray(), 0
-    numbers_passed = False
-    for position, content in out.parts:
-        if size > 0 and position == at + size:
-            numbers_passed = True
-        if numbers_passed:
-            after += content
-        else:
-            before += content
-        at = position + len(content)
-    return bytes(before), bytes(after)

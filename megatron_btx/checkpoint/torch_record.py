@@ -7,9 +7,11 @@ lie lets them be read at their place, in any order and by several processes, wit
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 import struct
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -82,8 +84,45 @@ class _Window(io.RawIOBase):
         return content
 
 
+class _Record(zipfile.ZipFile):
+    """The archive of a record; ``members`` are named without the folder that all of them lie in."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self.members = {info.filename.partition("/")[2]: info for info in self.infolist()}
+        if len(self.members) < len(self.infolist()):
+            raise ValueError("two members have one name")
+
+    def begin_of(self, name: str) -> int:
+        """Where a member's bytes begin: told by its own header, which the archive's directory must agree with."""
+        member = self.members[name]
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed")
+        assert self.fp is not None
+        self.fp.seek(member.header_offset)
+        header = self.fp.read(30)
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        begin = member.header_offset + 30 + name_length + extra_length
+        starts = [info.header_offset for info in self.infolist()] + [self.start_dir]
+        gap = min(start for start in starts if start > member.header_offset) - begin - member.file_size
+        named = self.fp.read(name_length) == member.orig_filename.encode()
+        if header[:4] != b"PK\3\4" or not named or not 0 <= gap <= _DESCRIPTOR_AT_MOST_BYTES:
+            raise ValueError(f"the header of {member.filename} and the archive's directory differ")
+        return begin
+
+    def content(self, name: str) -> bytes:
+        """A member's bytes, whatever its checksum: PyTorch can be told to write none, and does not look at it."""
+        begin, size = self.begin_of(name), self.members[name].file_size
+        assert self.fp is not None
+        self.fp.seek(begin)
+        found = self.fp.read(size)
+        if len(found) < size:
+            raise EOFError(f"{name} ends early")
+        return found
+
+
 class _RecordUnpickler(AllowListUnpickler):
-    """Knows PyTorch's names of tensors and storages; what is made of them, the two below say."""
+    """Knows PyTorch's names of tensors and storages, and describes both without reading a number."""
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a name of PyTorch's; for any other what the allow-list says."""
@@ -98,11 +137,11 @@ class _RecordUnpickler(AllowListUnpickler):
         return super().find_class(module, name)
 
     def make_tensor(self, storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *_: object) -> Any:
-        """What stands for a tensor: here its description."""
-        return "tensor", storage, offset, tuple(size), tuple(stride)
+        """What stands for a tensor."""
+        return storage, offset, tuple(size), tuple(stride)
 
     def persistent_load(self, pid: _StorageId) -> Any:
-        """What stands for a storage: here its dtype, key and count, and nothing is read."""
+        """What stands for a storage: its dtype, key and count."""
         _, dtype, key, _, count = pid
         return dtype, key, count
 
@@ -115,25 +154,22 @@ def locate_tensor(files: Files, start: Place, length: int, where: str) -> Record
     """
     damaged = f"{where}: is not a tensor's record"
     try:
-        archive = zipfile.ZipFile(_Window(files, start, length))  # type: ignore[arg-type]
-        members = _members(archive)
-        description = members["data.pkl"]
+        record = _Record(_Window(files, start, length))  # type: ignore[arg-type]
+        description = record.members["data.pkl"]
         if description.compress_type != zipfile.ZIP_STORED or description.file_size > _DESCRIPTION_AT_MOST_BYTES:
             raise ValueError(f"a description of {description.file_size} bytes")
-        content = load_with(_RecordUnpickler(io.BytesIO(archive.read(description))), where)
-        kind, (dtype, key, count), offset, shape, stride = content
+        content = load_with(_RecordUnpickler(io.BytesIO(record.read(description))), where)
+        (dtype, key, count), offset, shape, stride = content
         if not all(type(n) is int and n >= 0 for n in (count, offset, *shape, *stride)) or len(shape) != len(stride):
             raise ValueError(f"shape {shape}, strides {stride}, offset {offset} of {count}")
-        item_bytes = int(dtype.itemsize)
-        data = members[f"data/{key}"]
-        numbers_at = _numbers_at(archive, data)
+        begin = record.begin_of(f"data/{key}") + offset * dtype.itemsize
+        held_bytes = record.members[f"data/{key}"].file_size
     except (zipfile.BadZipFile, struct.error, *UNREADABLE) as error:
         raise CheckpointError(f"{damaged} ({type(error).__name__}: {str(error)[:80]}); it is damaged") from error
-    if kind != "tensor" or data.compress_type != zipfile.ZIP_STORED or not _is_contiguous(shape, stride):
+    if not _is_contiguous(shape, stride):
         raise CheckpointError(f"{damaged} of contiguous numbers; save the checkpoint again")
     size = math.prod(shape)
-    begin = numbers_at + offset * item_bytes
-    if offset + size > count or begin + size * item_bytes > length or data.file_size < count * item_bytes:
+    if offset + size > count or begin + size * dtype.itemsize > length or held_bytes < count * dtype.itemsize:
         raise CheckpointError(f"{damaged}: {size} numbers do not lie inside it; it is damaged")
     return RecordedTensor(Place(start.file, start.position_bytes + begin), shape, dtype)
 
@@ -150,38 +186,15 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The members of a record by name, without the folder that all of them lie in."""
-    members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-    if len(members) < len(archive.infolist()):
-        raise ValueError("two members have one name")
-    return members
-
-
-def _numbers_at(archive: zipfile.ZipFile, data: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: told by its own header, which the archive's directory must agree with."""
-    assert archive.fp is not None
-    archive.fp.seek(data.header_offset)
-    header = archive.fp.read(30)
-    name_length, extra_length = struct.unpack("<HH", header[26:30])
-    begin = data.header_offset + 30 + name_length + extra_length
-    starts = [info.header_offset for info in archive.infolist()] + [archive.start_dir]
-    gap = min(start for start in starts if start > data.header_offset) - begin - data.file_size
-    named = archive.fp.read(name_length) == data.orig_filename.encode()
-    if header[:4] != b"PK\3\4" or not named or not 0 <= gap <= _DESCRIPTOR_AT_MOST_BYTES:
-        raise ValueError(f"the header of {data.filename} and the archive's directory differ")
-    return begin
-
-
 class _ObjectUnpickler(_RecordUnpickler):
     """Unpickles any object of a record; its tensors are views of the record's other members."""
 
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        self._archive, self._members = archive, _members(archive)
+    def __init__(self, record: _Record) -> None:
+        self._record = record
         self._storages: dict[str, torch.Tensor] = {}  # by key: two tensors may share one
-        if "byteorder" in self._members and self._read("byteorder") != b"little":
+        if "byteorder" in record.members and record.content("byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
-        super().__init__(io.BytesIO(self._read("data.pkl")))
+        super().__init__(io.BytesIO(record.content("data.pkl")))
 
     def make_tensor(
         self, storage: torch.Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: object
@@ -195,7 +208,7 @@ class _ObjectUnpickler(_RecordUnpickler):
 
         _, dtype, key, _, count = pid
         if key not in self._storages:
-            content = bytearray(self._read(f"data/{key}"))
+            content = bytearray(self._record.content(f"data/{key}"))
             if len(content) != count * dtype.itemsize:
                 raise ValueError(f"{len(content)} bytes for {count} numbers of {dtype}")
             numbers = torch.empty(0, dtype=dtype)
@@ -203,18 +216,6 @@ class _ObjectUnpickler(_RecordUnpickler):
                 numbers = torch.frombuffer(content, dtype=dtype)
             self._storages[key] = numbers
         return self._storages[key]
-
-    def _read(self, name: str) -> bytes:
-        """A member's bytes, whatever its checksum: PyTorch can be told to write none, and does not look at it."""
-        member = self._members[name]
-        assert self._archive.fp is not None
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{name} is compressed")
-        self._archive.fp.seek(_numbers_at(self._archive, member))
-        content = self._archive.fp.read(member.file_size)
-        if len(content) < member.file_size:
-            raise EOFError(f"{name} ends early")
-        return content
 
 
 def load_torch(file: BinaryIO, where: str) -> Any:
@@ -227,6 +228,25 @@ def load_torch(file: BinaryIO, where: str) -> Any:
         CheckpointError: as :func:`megatron_btx.checkpoint.safe_pickle.load_pickle`.
     """
     try:
-        return load_with(_ObjectUnpickler(zipfile.ZipFile(file)), where)
+        return load_with(_ObjectUnpickler(_Record(file)), where)
     except (zipfile.BadZipFile, OSError, struct.error, *UNREADABLE) as error:
         raise CheckpointError(f"{where}: cannot be read ({first_line(error)}); it is truncated or damaged") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def record_frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What ``torch.save`` writes before and after the numbers of a contiguous tensor, which are a hole in a file here.
+
+    The checksums of the archive are those of skipped data; PyTorch does not look at them.
+    """
+    import torch
+    from torch.serialization import skip_data
+
+    with tempfile.TemporaryFile() as out:
+        with skip_data():
+            torch.save(torch.empty(shape, dtype=dtype), out)
+        begin = _Record(out).begin_of("data/0")
+        out.seek(0)
+        before = out.read(begin)
+        out.seek(begin + math.prod(shape) * dtype.itemsize)
+        return before, out.read()

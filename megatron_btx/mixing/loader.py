@@ -311,7 +311,7 @@ def _open_folder(name: str, folder: Path) -> Source:
     reader = safetensors.SafetensorsReader(folder)
     reader.tensors = unwrap_names(reader.tensors, f"{name} ({folder})")
     family = hf_families.family_of(config, where)
-    arguments |= hf_config.dtype_arguments(config, reader.dtypes(), where)
+    arguments |= hf_config.dtype_arguments(config, where, reader.dtypes())
     dialect = DIALECTS[family.dialect]
     if any(key.endswith(".mlp.experts.gate_up_proj") for key in reader.tensors):
         dialect = DIALECTS["fused_moe"]

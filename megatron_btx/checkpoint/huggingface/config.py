@@ -28,8 +28,6 @@ from megatron_btx.common.errors import InputError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 """Of transformers 5 and 4."""
-_FIRST_SLIDING = "max_window_layers"
-"""The first layer with a window, despite its name."""
 _OTHER_NAMES = {"half": "float16", "float": "float32"}
 """torch's other names of types, which transformers takes, too, as it does torch.float32."""
 
@@ -76,20 +74,13 @@ def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, An
     for row in ROWS:
         if family.is_mixture or not row.mixture:
             arguments[row.argument] = check_number(where, row.key_of(family), filled.get(row.key_of(family)), row.kind)
-    heads, groups = arguments["num_attention_heads"], arguments["num_query_groups"]
-    if heads % groups:
-        expected = f"a divisor of num_attention_heads {heads}"
-        raise bad_value(where, "num_key_value_heads", groups, expected, "correct one of the two")
     theta, scaling = read_rope(config, class_defaults(family)["rope_theta"], where)
     bias = family.qkv_biases[0]
     if len(family.qkv_biases) > 1:
         bias = _switch(where, filled, "qkv_bias")
-    key, dtype = _stated_dtype(config)
-    if dtype not in (*DTYPES, ""):
-        raise bad_value(where, key, dtype, f"one of {', '.join(DTYPES)}", "save the model in one of those types")
     arguments |= scaling_arguments(scaling)
     arguments |= {
-        "group_query_attention": groups != heads,
+        "group_query_attention": arguments["num_query_groups"] != arguments["num_attention_heads"],
         "rotary_base": as_int(theta),
         "add_qkv_bias": bias,
         "qk_layernorm": family.qk_norm,
@@ -97,7 +88,7 @@ def arguments_from_config(config: Mapping[str, Any], where: str) -> dict[str, An
         "untie_embeddings_and_output_weights": not _switch(where, filled, "tie_word_embeddings"),
         "vocab_size": arguments["padded_vocab_size"],
         "seq_length": arguments["max_position_embeddings"],
-        **_dtype_arguments(dtype or "float32"),
+        **dtype_arguments(config, where),
     }
     if family.is_mixture:
         arguments |= _mixture_arguments(filled, family, arguments, where)
@@ -155,27 +146,6 @@ def _refuse_unknown_keys(config: Mapping[str, Any], family: Family, where: str) 
             f"{where}: auto_map names code of the model's own, which is not run, expected a class of "
             "transformers; take auto_map away if transformers' class computes the same"
         )
-    _refuse_other_windows(config, family, where)
-
-
-def _refuse_other_windows(config: Mapping[str, Any], family: Family, where: str) -> None:
-    """Windows that the family's class passes over, and layers that see in another way."""
-    kinds = config.get("layer_types")
-    if not isinstance(kinds, list):
-        kinds = []
-    allowed = ["full_attention"]
-    if family.window != "none":
-        allowed.append("sliding_attention")
-    for kind in kinds:
-        if kind not in allowed:
-            remedy = "such layers cannot be converted"
-            raise bad_value(where, "layer_types", kind, f"{' or '.join(allowed)} in this architecture", remedy)
-    if family.window == "own" and len(set(kinds)) > 1:
-        remedy = "a window in some layers has no counterpart; take a model with one kind of layers"
-        raise bad_value(where, "layer_types", kinds, "the same for all layers", remedy)
-    if family.window == "none" and config.get("sliding_window") and config.get("use_sliding_window", True):
-        remedy = "say MistralForCausalLM if it was trained with one, else take the key away"
-        raise bad_value(where, "sliding_window", config["sliding_window"], "none in this architecture", remedy)
 
 
 def _fill_sizes(filled: dict[str, Any], config: Mapping[str, Any], family: Family, where: str) -> None:
@@ -200,78 +170,74 @@ def _fill_sizes(filled: dict[str, Any], config: Mapping[str, Any], family: Famil
         filled["num_experts"] = filled["num_local_experts"] = experts
 
 
-def _stated_dtype(config: Mapping[str, Any]) -> tuple[str, str]:
-    """The key that says the weights' type, and what it says; "" where nothing does."""
-    for key in _DTYPE_KEYS:
-        if config.get(key) is not None:
-            name = str(config[key]).removeprefix("torch.")
-            return key, _OTHER_NAMES.get(name, name)
-    return _DTYPE_KEYS[0], ""
-
-
-def dtype_arguments(config: Mapping[str, Any], dtypes: Sequence[str], where: str) -> dict[str, Any]:
+def dtype_arguments(config: Mapping[str, Any], where: str, dtypes: Sequence[str] = ()) -> dict[str, Any]:
     """The arguments that say the weights' type: what the configuration states, else what the tensors have.
 
     Args:
-        dtypes: the names of the tensors' types, that with the most bytes first.
+        dtypes: the names of the tensors' types, that with the most bytes first; none before they are known.
 
     Raises:
-        InputError: no tensor has the type that is stated; nobody can know which of the two is meant.
+        InputError: an unknown type is stated, or one that no tensor has; nobody can know which of the two is meant.
     """
-    key, stated = _stated_dtype(config)
-    if dtypes and stated and stated not in dtypes:
-        remedy = f'set it to "{dtypes[0]}" if the weights are as they are meant, else save the model in {stated}'
-        raise bad_value(where, key, stated, f"{' or '.join(dtypes)}, as its tensors are", remedy)
-    return _dtype_arguments(stated or next((name for name in dtypes if name in DTYPES), "float32"))
-
-
-def _dtype_arguments(name: str) -> dict[str, Any]:
+    stated = [key for key in _DTYPE_KEYS if config.get(key) is not None]
+    if stated:
+        key = stated[0]
+        name = str(config[key]).removeprefix("torch.")
+        name = _OTHER_NAMES.get(name, name)
+        if name not in DTYPES:
+            raise bad_value(where, key, name, f"one of {', '.join(DTYPES)}", "save the model in one of those types")
+        if dtypes and name not in dtypes:
+            remedy = f'set it to "{dtypes[0]}" if the weights are as they are meant, else save the model in {name}'
+            raise bad_value(where, key, name, f"{' or '.join(dtypes)}, as its tensors are", remedy)
+    else:
+        name = next((name for name in dtypes if name in DTYPES), "float32")
     return {"params_dtype": name, "bf16": name == "bfloat16", "fp16": name == "float16"}
 
 
 def _window(filled: Mapping[str, Any], family: Family, where: str) -> tuple[int, int] | None:
-    """Megatron's (keys before, keys after) of a sliding window that all layers have; None for full attention."""
-    if family.window == "none" or (family.window == "own" and filled["sliding_window"] is None):
-        return None
-    layers, types = filled["num_hidden_layers"], filled.get("layer_types")
-    if family.model_type == "mistral" and types == ["full_attention"] * layers:
-        return None  # AutoModel of transformers 4 and 5 goes by the kinds of layers
-    if family.window == "switched" and not _every_layer_slides(filled, family, where):
-        return None
-    return int(check_number(where, "sliding_window", filled["sliding_window"], COUNT)) - 1, 0
-
-
-def _every_layer_slides(filled: Mapping[str, Any], family: Family, where: str) -> bool:
-    """Whether a window that can be switched is on: in all layers, or in none.
+    """Megatron's (keys before, keys after) of a sliding window that all layers have; None for full attention.
 
     Raises:
-        InputError: it is on in some layers, or two ways of saying it contradict each other.
+        InputError: layers that see in another way, a window in some of them, or one that the class passes over.
     """
-    layers, start, types = filled["num_hidden_layers"], filled.get(_FIRST_SLIDING), filled.get("layer_types")
-    slides = [True] * layers  # all that Qwen3-MoE's class knows of
-    if family.model_type != "qwen3_moe":
-        if type(start) is not int or start < 0:
-            raise bad_value(where, _FIRST_SLIDING, start, "an integer of at least 0", "correct it there")
-        slides = [layer >= start for layer in range(layers)]
-    if family.model_type != "qwen3_moe" and types is not None:
-        if not isinstance(types, list) or len(types) != layers:
-            raise bad_value(where, "layer_types", types, f"a list of {layers} kinds", "correct it there")
-        slides = [kind == "sliding_attention" for kind in types]
-    if not _switch(where, filled, "use_sliding_window"):
-        if types is not None and any(slides):
+    width, types = filled.get("sliding_window"), filled.get("layer_types") or []
+    if not isinstance(types, list):
+        types = [types]
+    all_slide = types == ["sliding_attention"] * filled["num_hidden_layers"]
+    allowed = ["full_attention"]
+    if family.window != "none":
+        allowed.append("sliding_attention")
+    for kind in types:
+        if kind not in allowed:
+            expected = f"{' or '.join(allowed)} in this architecture"
+            raise bad_value(where, "layer_types", kind, expected, "such layers cannot be converted")
+    remedy = "a window in some layers has no counterpart; take a model with one kind of layers"
+    if family.window == "none":
+        if width and filled.get("use_sliding_window", True):
+            remedy = "say MistralForCausalLM if it was trained with one, else take the key away"
+            raise bad_value(where, "sliding_window", width, "none in this architecture", remedy)
+        return None
+    if family.window == "own":
+        if len(set(types)) > 1:
+            raise bad_value(where, "layer_types", types, "the same for all layers", remedy)
+        # AutoModel of transformers 4 and 5 takes a class for Mistral that goes by the kinds of layers.
+        if width is None or (family.model_type == "mistral" and "full_attention" in types):
+            return None
+    elif not _switch(where, filled, "use_sliding_window"):
+        if "sliding_attention" in types:
             raise bad_value(where, "use_sliding_window", False, "true as layer_types slides", "correct one of the two")
-        return False
-    # transformers 4 and 5 agree about Qwen2-MoE only where both ways of saying it are there.
-    doubtful = family.model_type == "qwen2_moe" and (types is None or start != 0)
-    if not any(slides) and not doubtful:
-        return False
-    if not all(slides) or doubtful:
-        remedy = "a window in some layers has no counterpart; take a model with use_sliding_window false"
-        raise InputError(
-            f"{where}: use_sliding_window is true with {_FIRST_SLIDING} {start!r} and layer_types {types!r}, expected "
-            f"it for all layers; {remedy}"
-        )
-    return True
+        return None
+    elif family.model_type != "qwen3_moe":  # whose class knows of one window for all layers
+        start = filled.get("max_window_layers")  # the first layer with a window, despite its name
+        is_said = all_slide or (not types and start == 0)
+        if family.model_type == "qwen2_moe":  # transformers 4 goes by the start and 5 by the list
+            is_said = all_slide and start == 0
+        if not is_said:
+            raise InputError(
+                f"{where}: use_sliding_window is true with max_window_layers {start!r} and layer_types {types!r}, "
+                f"expected it for all layers; {remedy}, as with use_sliding_window false"
+            )
+    return int(check_number(where, "sliding_window", width, COUNT)) - 1, 0
 
 
 def _mixture_arguments(

@@ -21,7 +21,7 @@ from megatron_btx.checkpoint.huggingface.families import (
     check_number,
     family_of,
 )
-from megatron_btx.checkpoint.huggingface.rope import foreign_llama3, scaling_arguments
+from megatron_btx.checkpoint.huggingface.rope import foreign_llama3
 from megatron_btx.checkpoint.sizes import mixture_layers
 from megatron_btx.common.errors import InputError
 
@@ -82,7 +82,8 @@ def config_from_arguments(
     mixture = arguments.get("num_experts") is not None
     _refuse_unsayable(arguments, mixture, where)
     values = _completed(arguments, where)
-    family = _fitting(values, mixture, base, where)
+    before = _keys_before(values, where)
+    family = _fitting(values, mixture, before, base, where)
     config: dict[str, Any] = {}
     for key in PASSED_THROUGH:
         if base and key in base:
@@ -100,7 +101,7 @@ def config_from_arguments(
         "tie_word_embeddings": not values.get("untie_embeddings_and_output_weights", False),
         "torch_dtype": _written_dtype(values, where),
     }
-    config |= _written_window(values, family, where)
+    config |= _written_window(before, family, values["num_layers"])
     if mixture:
         config |= _written_mixture(values, family, where)
     usual_heads = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
@@ -132,16 +133,9 @@ def _completed(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
     heads = check_number(where, "num_attention_heads", values.get("num_attention_heads"), COUNT)
     if not values.get("group_query_attention"):
         values["num_query_groups"] = heads
-    elif heads % check_number(where, "num_query_groups", values.get("num_query_groups"), COUNT):
-        wanted = f"a divisor of num_attention_heads {heads}"
-        raise bad_value(where, "num_query_groups", values["num_query_groups"], wanted, "correct one of the two")
     if values.get("kv_channels") is None:
-        if hidden % heads:
-            wanted = f"a multiple of num_attention_heads {heads}"
-            raise bad_value(where, "hidden_size", hidden, wanted, "correct it, or give kv_channels")
         values["kv_channels"] = hidden // heads
     values.setdefault("layernorm_epsilon", values.get("norm_epsilon", 1e-5))
-    values.setdefault("rope_scaling_factor", MEGATRON_ROPE_FACTOR)
     values.setdefault("ffn_hidden_size", None)
     for name, other in {"padded_vocab_size": "vocab_size", "moe_ffn_hidden_size": "ffn_hidden_size"}.items():
         if values.get(name) is None:
@@ -149,32 +143,28 @@ def _completed(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
-def _fitting(values: Mapping[str, Any], mixture: bool, base: Mapping[str, Any] | None, where: str) -> Family:
-    """The base's family where it can say the model, else the first that can."""
+def _fitting(
+    values: Mapping[str, Any], mixture: bool, before: int | None, base: Mapping[str, Any] | None, where: str
+) -> Family:
+    """The base's family where its layers can have the model's parts, else the first whose layers can."""
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     families = list(FAMILIES)
     if base:
         families.insert(0, family_of(base, f"the base configuration of {where}"))
     for family in families:
-        if family.is_mixture is not mixture or not _has_parts(family, values, where):
+        fits = family.is_mixture is mixture and family.qk_norm is bool(values.get("qk_layernorm"))
+        fits = fits and bool(values.get("add_qkv_bias")) in family.qkv_biases
+        if family.window == "none":
+            fits = fits and before is None
+        if family.model_type == "llama":  # transformers 5 demands it
+            fits = fits and hidden % heads == 0
+        if not fits:
             continue
         if family.model_type == "qwen2_moe" and values["kv_channels"] * heads != hidden:
             remedy = "the Qwen2-MoE form has no other head size; keep this model in Megatron's format"
             raise bad_value(where, "kv_channels", values["kv_channels"], f"{hidden}/{heads} (hidden/heads)", remedy)
         return family
     raise InputError(f"{where}: no Hugging Face architecture has these parts; keep this model in Megatron's format")
-
-
-def _has_parts(family: Family, values: Mapping[str, Any], where: str) -> bool:
-    """Whether a family's layers can have the model's parts."""
-    if family.qk_norm is not bool(values.get("qk_layernorm")):
-        return False
-    if bool(values.get("add_qkv_bias")) not in family.qkv_biases:
-        return False
-    if family.window == "none" and _keys_before(values, where) is not None:
-        return False
-    # transformers 5 demands it of Llama.
-    return family.model_type != "llama" or values["hidden_size"] % values["num_attention_heads"] == 0
 
 
 def _keys_before(values: Mapping[str, Any], where: str) -> int | None:
@@ -192,41 +182,38 @@ def _keys_before(values: Mapping[str, Any], where: str) -> int | None:
     raise bad_value(where, "window_size", window, expected, "train the seed with such a window")
 
 
-def _written_window(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
-    before = _keys_before(values, where)
+def _written_window(before: int | None, family: Family, layers: int) -> dict[str, Any]:
     if family.window == "none":
         return {}
-    width = None
-    if before is not None:
-        width = before + 1
-    if family.window == "own":
-        return {"sliding_window": width}  # also when None: an absent key is a window of 4096 for Mistral
-    if width is None:
+    if before is None:
+        if family.window == "own":
+            return {"sliding_window": None}  # an absent key is a window of 4096 for Mistral
         return {"use_sliding_window": False}
+    if family.window == "own":
+        return {"sliding_window": before + 1}
     # Both: 4.57 goes by the first sliding layer, and 5 has another default for Qwen2-MoE's list.
-    types = ["sliding_attention"] * values["num_layers"]
-    return {"use_sliding_window": True, "sliding_window": width, "max_window_layers": 0, "layer_types": types}
+    types = ["sliding_attention"] * layers
+    return {"use_sliding_window": True, "sliding_window": before + 1, "max_window_layers": 0, "layer_types": types}
 
 
 def _written_scaling(values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """transformers 4's ``rope_scaling``; a carried one must say what the arguments say."""
-    carried, interpolation = values.get("hf_rope_scaling"), values.get("rotary_seq_len_interpolation_factor")
-    made: dict[str, Any] | None = None
-    if carried:
-        made = dict(carried)
-    elif values.get("use_rope_scaling"):
-        factor = check_number(where, "rope_scaling_factor", values["rope_scaling_factor"], POSITIVE)
-        llama3 = {"rope_type": "llama3", "factor": float(factor)} | MEGATRON_LLAMA3
-        made = llama3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    elif interpolation is not None:
-        factor = check_number(where, "rotary_seq_len_interpolation_factor", interpolation, POSITIVE)
-        made = {"rope_type": "linear", "factor": float(factor)}
-    for name, said in scaling_arguments(made).items():
-        matters = name != "rope_scaling_factor" or values.get("use_rope_scaling")
-        if matters and (values.get(name) or None) != (said or None):
+    """transformers 4's ``rope_scaling``: the one that was read, or what Megatron's arguments say."""
+    if values.get("hf_rope_scaling"):
+        return dict(values["hf_rope_scaling"])
+    interpolation = values.get("rotary_seq_len_interpolation_factor")
+    if values.get("use_rope_scaling"):
+        if interpolation is not None:
             remedy = "Hugging Face has one rotary scaling; correct one of the two"
-            raise bad_value(where, name, values.get(name), f"{said!r} as of the rotary scaling {made}", remedy)
-    return made
+            expected = "None as use_rope_scaling (llama3) is on"
+            raise bad_value(where, "rotary_seq_len_interpolation_factor", interpolation, expected, remedy)
+        given = values.get("rope_scaling_factor", MEGATRON_ROPE_FACTOR)
+        factor = check_number(where, "rope_scaling_factor", given, POSITIVE)
+        llama3: dict[str, Any] = {"rope_type": "llama3", "factor": float(factor)}
+        return llama3 | MEGATRON_LLAMA3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if interpolation is None:
+        return None
+    factor = check_number(where, "rotary_seq_len_interpolation_factor", interpolation, POSITIVE)
+    return {"rope_type": "linear", "factor": float(factor)}
 
 
 def _written_dtype(values: Mapping[str, Any], where: str) -> str:
@@ -247,11 +234,6 @@ def _written_mixture(values: Mapping[str, Any], family: Family, where: str) -> d
     if topk > experts:
         raise bad_value(where, "moe_router_topk", topk, f"at most num_experts {experts}", "correct one of the two")
     frequency, layers = values.get("moe_layer_freq", 1), values["num_layers"]
-    is_step = isinstance(frequency, int) and frequency > 0
-    is_pattern = isinstance(frequency, list | tuple) and len(frequency) == layers
-    if not is_step and not (is_pattern and set(frequency) in ({1}, {0, 1})):
-        wanted = f"a whole number or a list of {layers} zeros and ones"
-        raise bad_value(where, "moe_layer_freq", frequency, wanted, "correct it there")
     dense = [layer for layer, mixture in enumerate(mixture_layers(frequency, layers)) if not mixture]
     pre_softmax = bool(values.get("moe_router_pre_softmax"))
     if family.dialect == "mixtral":

@@ -78,8 +78,7 @@ def _scaling_of(form: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in form.items():
         if value is not None and name not in ("type", "rope_theta", "partial_rotary_factor"):
             scaling[name] = value
-    kinds = [form[key] for key in ("rope_type", "type") if isinstance(form.get(key), str)]
-    scaling["rope_type"] = next(iter(kinds), "default")
+    scaling["rope_type"] = str(form.get("rope_type") or form.get("type") or "default")
     return scaling
 
 

@@ -18,8 +18,8 @@ from megatron_btx.checkpoint import torch_dist
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.safe_pickle import load_pickle
 from megatron_btx.checkpoint.stored import Files, Place, bytes_of, read_box
-from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader, record_frame
-from megatron_btx.checkpoint.torch_record import locate_tensor
+from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader
+from megatron_btx.checkpoint.torch_record import locate_tensor, record_frame
 from megatron_btx.common.errors import CheckpointError
 from tests.support.mixing import write_checkpoint
 
