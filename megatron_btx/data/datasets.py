@@ -24,7 +24,7 @@ from megatron_btx.common.errors import InputError, exits_with_one_line, printabl
 from megatron_btx.common.files import ByteProgress, write_json
 from megatron_btx.data import readers
 from megatron_btx.data.domains import SPLITS, Description, Domain, read_description
-from megatron_btx.data.encoding import EncodedUnit, check_workers, in_order, make_encoder
+from megatron_btx.data.encoding import EncodedUnit, in_order, make_encoder
 from megatron_btx.data.indexed import Sink, publish_all
 from megatron_btx.data.inputs import Inputs, find_files, listed
 from megatron_btx.data.records import BadRecord, Tally
@@ -45,20 +45,18 @@ def make_datasets(output: Path, description: Description, workers: int = 1, quie
             nothing of this call is left.
         OSError: the disk is full, or a file cannot be read or written; again nothing is left.
     """
-    check_workers(workers)
     found = find_files(description)
-    encoder = make_encoder(
-        description.tokenizer_settings(), append_eod=True, refuse_record=_refuse_record, draw_seed=description.seed
-    )
+    encoder = make_encoder(description.tokenizer_settings(), append_eod=True, draw_seed=description.seed)
     bad_records = {name: Tally() for name in description.domains}
     with contextlib.ExitStack() as stack:
         # The pools start before the progress bar does: forking a process that runs threads is unsafe.
-        encode_all = {}
+        encode_all = {}  # one pool for all domains that are read alike
         for domain in description.domains.values():
-            if _reading(domain) not in encode_all:
-                refuse = encoder.refuse_record if domain.on_bad_record == "stop" else None
+            reading = domain.json_key, domain.on_bad_record
+            if reading not in encode_all:
+                refuse = _refuse_record if domain.on_bad_record == "stop" else None
                 own = replace(encoder, keys=(domain.json_key,), refuse_record=refuse)
-                encode_all[_reading(domain)] = in_order(stack, own.encode, workers)
+                encode_all[reading] = in_order(stack, own.encode, workers)
         sinks: dict[tuple[str, str], Sink] = {}
         for name, domain in description.domains.items():
             for split in domain.splits():
@@ -68,21 +66,17 @@ def make_datasets(output: Path, description: Description, workers: int = 1, quie
         progress = stack.enter_context(ByteProgress(title, total_bytes, quiet))
         for (name, source), inputs in found.items():
             domain = description.domains[name]
-            for encoded in encode_all[_reading(domain)](readers.cut_all(inputs.files, (domain.json_key,))):
+            encode = encode_all[domain.json_key, domain.on_bad_record]
+            for encoded in encode(readers.cut_all(inputs.files, (domain.json_key,))):
                 _add(encoded, sinks, name, source, domain)
                 bad_records[name].merge(encoded.bad_records)
                 progress.advance(encoded.input_bytes)
-        _check_made(sinks, found)
+        _refuse_empty_and_equal(sinks, found)
         publish_all(sinks.values(), encoder.described, replaces=output / SUMMARY)
     summary = _summarize(description, sinks, found)
     summary["left_out"] = {name: tally.text() for name, tally in bad_records.items() if tally.counts}
     write_json(output / SUMMARY, summary)
     return summary
-
-
-def _reading(domain: Domain) -> tuple[str, str]:
-    """What the workers of a domain have to know."""
-    return domain.json_key, domain.on_bad_record
 
 
 def _refuse_record(record: BadRecord) -> None:
@@ -116,7 +110,7 @@ def choose_split(drawn: float, shares: Mapping[Any, float]) -> str:
     return present[-1]  # the shares' sum may be a little below 1
 
 
-def _check_made(sinks: Sinks, found: Mapping[tuple[str, str], Inputs]) -> None:
+def _refuse_empty_and_equal(sinks: Sinks, found: Mapping[tuple[str, str], Inputs]) -> None:
     """Refuse a dataset without a document, and two with the same."""
     made: dict[str, str] = {}
     for (name, split), sink in sinks.items():

@@ -61,7 +61,7 @@ class Encoder:
     draw_seed: int | None
     """Draws a number for each document, see :func:`draw`; None where nobody wants any."""
 
-    def encode(self, unit: readers.Unit) -> EncodedUnit:
+    def encode(self, unit: Unit) -> EncodedUnit:
         """Tokenize the documents of a unit; InputError names the document that cannot be."""
         import numpy
 
@@ -105,7 +105,7 @@ def make_encoder(
     keys: tuple[str, ...] = (readers.TEXT_KEY,),
     *,
     append_eod: bool,
-    refuse_record: Callable[[BadRecord], None] | None = readers.refuse,
+    refuse_record: Callable[[BadRecord], None] | None = None,
     draw_seed: int | None = None,
 ) -> Encoder:
     """Load a tokenizer, and choose how its numbers are stored.
@@ -114,10 +114,15 @@ def make_encoder(
         InputError: the tokenizer cannot be read, or has no end-of-document token where one is asked for.
     """
     tokenizer = tokenizers.load(settings)
+    size = tokenizers.count_numbers(tokenizer)
     eod = None
     if append_eod:
-        eod = tokenizers.end_of_document(tokenizer, settings)
-    size = tokenizers.count_numbers(tokenizer)
+        eod = tokenizer.eod
+        if eod is None or not 0 <= eod < size:  # Megatron would write -1, which wraps to a huge id
+            raise InputError(
+                f"--append-eod: the tokenizer {settings.tokenizer_model or settings.tokenizer_type} has no "
+                f"end-of-document token (found {eod}); train it with an eos token, or leave the flag out"
+            )
     return Encoder(
         document_ids=DocumentEncoder.of(tokenizer, eod),
         keys=keys,
@@ -149,12 +154,6 @@ class _Worker:
         return cls.encode(unit)
 
 
-def check_workers(workers: int) -> None:
-    """Refuse a number of worker processes that is none; raises InputError."""
-    if workers < 1:
-        raise InputError(f"--workers {workers}: expected at least 1")
-
-
 def in_order[Encoded](
     stack: contextlib.ExitStack, encode: Callable[[Unit], Encoded], workers: int
 ) -> Callable[[Iterator[Unit]], Iterator[Encoded]]:
@@ -162,7 +161,12 @@ def in_order[Encoded](
 
     The processes start now and end with the stack. What a worker raises is raised here; a worker that dies is a
     MachineError with the signal.
+
+    Raises:
+        InputError: there is to be no worker.
     """
+    if workers < 1:
+        raise InputError(f"--workers {workers}: expected at least 1")
     if workers == 1:
         return lambda units: map(encode, units)
     # Rust threads of Hugging Face tokenizers would fight over the cores that the processes use already.
@@ -187,12 +191,12 @@ def in_order[Encoded](
                 yield future.result()
         except BrokenProcessPool as error:
             pool.shutdown()  # so that every exit status is known
-            raise MachineError(f"a worker was killed ({_cause(processes)}) at {path or 'start'}{_REMEDY}") from error
+            raise MachineError(
+                f"a worker was killed ({_cause(processes)}) at {path or 'start'}, most likely for want of memory: "
+                "lower --workers; if one worker dies as well, leave that file out"
+            ) from error
 
     return run
-
-
-_REMEDY = ", most likely for want of memory: lower --workers; if one worker dies as well, leave that file out"
 
 
 def _cause(processes: Sequence[BaseProcess]) -> str:

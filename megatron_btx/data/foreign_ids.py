@@ -42,8 +42,7 @@ def check_batch(batch: Mapping[str, Any], args: argparse.Namespace, training: bo
         ForeignIdError: names id, dataset and place.
     """
     end = vocabulary_end(args)
-    for name in ("tokens", "labels"):
-        ids_BS = batch.get(name)
+    for ids_BS in (batch.get("tokens"), batch.get("labels")):
         if ids_BS is None:
             continue
         smallest, largest = torch.aminmax(ids_BS)
@@ -55,7 +54,11 @@ def _refusal(
     ids_BS: torch.Tensor, dataset_B: torch.Tensor | None, end: int, args: argparse.Namespace, training: bool
 ) -> str:
     row, column = torch.nonzero((ids_BS < 0) | (ids_BS >= end))[0].tolist()
-    names = _datasets(args, training)
+    found: dict[str, None] = {}
+    for split in splits_of(args):
+        if (split.name == "train") == training:
+            found |= dict.fromkeys(split.blend[0])
+    names = list(found)
     if training and dataset_B is not None:
         names = [names[int(dataset_B[row])]]
     shown = ", ".join(names[:_SHOWN])
@@ -71,26 +74,11 @@ def _refusal(
     )
 
 
-def _datasets(args: argparse.Namespace, training: bool) -> list[str]:
-    """The datasets that a batch may come from."""
-    found: dict[str, None] = {}
-    for split in splits_of(args):
-        if (split.name == "train") == training:
-            found |= dict.fromkeys(split.blend[0])
-    return list(found)
-
-
 def check_text(ids: Any, where: str, args: argparse.Namespace) -> None:
-    """Refuse a text of ids that is measured, in the same way; every rank sees all of it.
-
-    Raises:
-        ForeignIdError: names the text and the id.
-    """
+    """Refuse a text of ids that is measured, as :func:`check_batch` does; every rank sees all of it."""
     end = vocabulary_end(args)
     if len(ids) and not 0 <= ids.min() <= ids.max() < end:
-        foreign = ids.max()
-        if ids.min() < 0:
-            foreign = ids.min()
+        foreign = ids.min() if ids.min() < 0 else ids.max()
         raise ForeignIdError(
             f"{where}: holds the token id {int(foreign)}, and the vocabulary of this run ends at {end - 1}; make it "
             "with this run's tokenizer (tools/preprocess_data.py), or give the tokenizer it was made with"

@@ -19,7 +19,7 @@ import struct
 from array import array
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.data.description import SUFFIX, Tokenizer, describe
 
@@ -40,26 +40,6 @@ def choose_dtype(vocab_size: int) -> type[numpy.number[Any]]:
     if vocab_size < _SMALL_VOCABULARY:
         return numpy.uint16
     return numpy.int32
-
-
-def write_index(file: IO[bytes], lengths: Sequence[int], dtype: type[numpy.number[Any]]) -> None:
-    """Write the index of documents of these lengths.
-
-    Args:
-        lengths: tokens of each document.
-        dtype: type of the tokens in the ``.bin`` file.
-    """
-    import numpy
-
-    lengths_D = numpy.array(lengths, dtype="<i4")
-    token_bytes = numpy.dtype(dtype).itemsize
-    starts_D = numpy.zeros(len(lengths), dtype="<i8")
-    numpy.cumsum(lengths_D[:-1], out=starts_D[1:], dtype="<i8")
-    file.write(_HEADER)
-    file.write(struct.pack("<QBQQ", _VERSION, _TYPE_CODES[dtype.__name__], len(lengths), len(lengths) + 1))
-    file.write(lengths_D.tobytes())
-    file.write((starts_D * token_bytes).tobytes())
-    file.write(numpy.arange(len(lengths) + 1, dtype="<i8").tobytes())
 
 
 class Sink:
@@ -99,9 +79,20 @@ class Sink:
 
     def write_index(self, tokenizer: Tokenizer) -> None:
         """Close the data, write the index and the description, all still under temporary names."""
+        import numpy
+
         self._data.close()
-        with open(self._temporary[".idx"], "wb") as index:
-            write_index(index, self._lengths, self._dtype)
+        lengths_D = numpy.array(self._lengths, dtype="<i4")
+        starts_D = numpy.zeros(self.documents, dtype="<i8")
+        numpy.cumsum(lengths_D[:-1], out=starts_D[1:], dtype="<i8")
+        boundaries = numpy.arange(self.documents + 1, dtype="<i8")
+        with open(self._temporary[".idx"], "wb") as file:
+            file.write(_HEADER)
+            code = _TYPE_CODES[self._dtype.__name__]
+            file.write(struct.pack("<QBQQ", _VERSION, code, self.documents, self.documents + 1))
+            file.write(lengths_D.tobytes())
+            file.write((starts_D * numpy.dtype(self._dtype).itemsize).tobytes())
+            file.write(boundaries.tobytes())
         text = describe(tokenizer, self._largest_id, self.documents, self.tokens, self._temporary)
         Path(self._temporary[SUFFIX]).write_text(text, encoding="utf-8")
 

@@ -15,10 +15,13 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Buffer, Callable, Iterable, Iterator, Sequence
+from collections.abc import Buffer, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+import zstandard
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.data.description import SUFFIX
@@ -42,19 +45,18 @@ _NOT_READ = {
 }
 _LONGEST_ZSTD_WINDOW_BYTES = 1 << 31
 """What ``zstd --long=31`` asks for, the most that the format's library allows."""
+_DECOMPRESSORS: Mapping[str, Callable[[], Any]] = {
+    "gzip": partial(zlib.decompressobj, wbits=31),
+    "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=_LONGEST_ZSTD_WINDOW_BYTES).decompressobj(),
+    "xz": lzma.LZMADecompressor,
+    "bzip2": bz2.BZ2Decompressor,
+}
+"""They read one member, and have ``decompress``, ``eof`` and ``unused_data`` in common."""
+_DAMAGE = (zstandard.ZstdError, zlib.error, lzma.LZMAError, OSError, ValueError, MemoryError)
+"""What they raise for bad data (bz2 an OSError), or a MemoryError for a window too large."""
 _PIECE_BYTES = 8 * 1024
 """Compressed bytes given at a time: small, because a piece of zeros grows some ten thousand times."""
 _HEAD_BYTES = 4096
-
-
-class _Decompressor(Protocol):
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    def decompress(self, data: bytes, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -130,21 +132,15 @@ class _Members(io.RawIOBase):
 
     def __init__(self, raw: io.BufferedReader, name: str, path: Path) -> None:
         self._raw, self._format, self._path = raw, name, path
-        self._decompressor: _Decompressor | None = None
+        self._decompressor: Any = None
         self._input = b""
         self._output = memoryview(b"")
-        self._errors = _errors_of(name)
 
     def readable(self) -> bool:
-        """As io.RawIOBase has it."""
         return True
 
     def readinto(self, buffer: Buffer, /) -> int:
-        """As io.RawIOBase has it.
-
-        Raises:
-            InputError: the data are damaged or cut off.
-        """
+        """As io.RawIOBase has it; raises InputError for data that are damaged or cut off."""
         target = memoryview(buffer).cast("B")
         while not self._output:
             if not self._advance():
@@ -163,10 +159,9 @@ class _Members(io.RawIOBase):
                 return False
         elif not self._input:
             raise self._damaged("it ends in the middle")
-        assert self._decompressor is not None
         try:
             self._output = memoryview(self._decompressor.decompress(self._input))
-        except self._errors as error:
+        except _DAMAGE as error:
             raise self._damaged(str(error) or type(error).__name__) from error
         self._input = b""
         if self._decompressor.eof:
@@ -186,7 +181,7 @@ class _Members(io.RawIOBase):
             return False
         if format_of(self._input) != self._format:
             raise self._damaged(f"what follows the end of the {self._format} data is none")
-        self._decompressor = _new_decompressor(self._format)
+        self._decompressor = _DECOMPRESSORS[self._format]()
         return True
 
     def _damaged(self, why: str) -> InputError:
@@ -194,28 +189,6 @@ class _Members(io.RawIOBase):
             return InputError(f"{self._path}: {self._format}: {why}; a long window needs up to 2 GiB: free some memory")
         at = f"near byte {self._raw.tell():,} of {os.fstat(self._raw.fileno()).st_size:,}"
         return InputError(f"{self._path}: damaged {self._format} data {at}: {why}; fetch or write the file again")
-
-
-def _new_decompressor(name: str) -> _Decompressor:
-    if name == "zstd":
-        import zstandard
-
-        return zstandard.ZstdDecompressor(max_window_size=_LONGEST_ZSTD_WINDOW_BYTES).decompressobj()
-    makers: dict[str, Callable[[], _Decompressor]] = {
-        "gzip": lambda: zlib.decompressobj(wbits=31),
-        "xz": lzma.LZMADecompressor,
-        "bzip2": bz2.BZ2Decompressor,
-    }
-    return makers[name]()
-
-
-def _errors_of(name: str) -> tuple[type[Exception], ...]:
-    """What the format's library raises for bad data, or MemoryError for a window too large; bz2 raises OSError."""
-    if name == "zstd":
-        import zstandard
-
-        return (zstandard.ZstdError, MemoryError)
-    return (zlib.error, lzma.LZMAError, OSError, ValueError, MemoryError)
 
 
 class Form(enum.StrEnum):

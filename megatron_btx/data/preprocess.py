@@ -11,14 +11,14 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_btx.common.errors import InputError, exits_with_one_line, printable
 from megatron_btx.common.files import ByteProgress
 from megatron_btx.data import readers, tokenizers
-from megatron_btx.data.encoding import check_workers, in_order, make_encoder
+from megatron_btx.data.encoding import in_order, make_encoder
 from megatron_btx.data.indexed import Sink, publish_all
 from megatron_btx.data.inputs import ENDINGS, expand_inputs, listed
 from megatron_btx.data.records import BadRecord, Tally
@@ -87,15 +87,14 @@ def preprocess(
         OSError: the disk is full, or a file cannot be read or written; again nothing is left.
     """
     started = time.monotonic()
-    check_workers(workers)
     found = expand_inputs(inputs)
     keys = tuple(dict.fromkeys(json_keys))
     prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
-    if not overwrite:
-        _refuse_existing(prefixes.values())
-    encoder = make_encoder(tokenizer_settings, keys, append_eod=append_eod, refuse_record=_refuse_record)
-    if skip_bad_records:
-        encoder = replace(encoder, refuse_record=None)
+    for existing in (Path(f"{prefix}{suffix}") for prefix in prefixes.values() for suffix in (".bin", ".idx")):
+        if existing.exists() and not overwrite:
+            raise InputError(f"--output-prefix: {existing} exists; choose another prefix or add --overwrite")
+    refuse = None if skip_bad_records else _refuse_record
+    encoder = make_encoder(tokenizer_settings, keys, append_eod=append_eod, refuse_record=refuse)
     empty_documents = 0
     bad_records = Tally()
     with contextlib.ExitStack() as stack:
@@ -110,7 +109,12 @@ def preprocess(
             empty_documents += encoded.empty_documents
             bad_records.merge(encoded.bad_records)
             progress.advance(encoded.input_bytes)
-        _refuse_empty(sinks, inputs, _describe_seen(len(found.files), empty_documents, bad_records))
+        for key, sink in sinks.items():
+            if sink.documents == 0:
+                seen = f"{len(found.files)} file(s), {empty_documents} document(s) without tokens"
+                if bad_records.counts:
+                    seen += f", {bad_records.text()}; the first: {bad_records.shown[0]}"
+                raise InputError(f"--input {' '.join(inputs)}: no text under the key {key!r} ({seen})")
         publish_all(sinks.values(), encoder.described)
     return DatasetSummary(
         prefixes=tuple(prefixes.values()),
@@ -124,32 +128,11 @@ def preprocess(
     )
 
 
-def _refuse_empty(sinks: Mapping[str, Sink], inputs: Sequence[str], seen: str) -> None:
-    for key, sink in sinks.items():
-        if sink.documents == 0:
-            raise InputError(f"--input {' '.join(inputs)}: no text under the key {key!r} ({seen})")
-
-
 def _refuse_record(record: BadRecord) -> None:
     first = ""
     if record.cause == "no key":
         first = "name the right key with --json-keys, "
     raise InputError(f"{record.line()}; {first}mend the record, or leave such records out with --on-bad-record skip")
-
-
-def _refuse_existing(prefixes: Iterable[str]) -> None:
-    for prefix in prefixes:
-        for existing in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
-            if existing.exists():
-                raise InputError(f"--output-prefix: {existing} exists; choose another prefix or add --overwrite")
-
-
-def _describe_seen(files: int, empty_documents: int, bad_records: Tally) -> str:
-    """What was read where no text was found."""
-    seen = f"{files} file(s), {empty_documents} document(s) without tokens"
-    if bad_records.counts:
-        seen += f", {bad_records.text()}; the first: {bad_records.shown[0]}"
-    return seen
 
 
 def make_parser() -> argparse.ArgumentParser:

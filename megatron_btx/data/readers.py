@@ -14,7 +14,6 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -36,11 +35,6 @@ TEXT_KEY = "text"
 
 _UNIT_BYTES = 256 * 1024
 _PARQUET_ROWS_READ = 256
-_UTF_16_AND_32 = {
-    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
-    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
-}
-"""Byte order marks; UTF-32's first, because its mark begins as that of UTF-16 does."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +45,10 @@ class Unit:
     """The input file."""
     form: Form
     """How the records are to be parsed; never JSON, whose values are LINES once they are cut."""
-    records: tuple[bytes, ...]
-    """Raw JSON texts; or the one text; or one Arrow stream with rows of a Parquet file."""
-    numbers: Sequence[int]
-    """The line, from 1, of each JSON text; or the first row, from 0 in its row group, of a Parquet piece."""
-    row_group: int
-    """Of a Parquet piece, from 0."""
+    records: Sequence[Any]
+    """Raw JSON texts; or the one text; or rows of a Parquet file, each the bytes of its columns or None for null."""
+    places: Sequence[str]
+    """Where each record stands in the file, as it follows the path: ``:LINE``, or row group and row from 0."""
     input_bytes: int
     """How much of the file on disk this piece stands for; the progress bar adds these up."""
 
@@ -83,13 +75,21 @@ def cut(path: Path, keys: Sequence[str]) -> Iterator[Unit]:
         yield from _cut_rows(path, keys)
         return
     head = head_of(path)
-    _check_encoding(path, head)
+    if b"\0" in head[:2] or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        name = "UTF-32" if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else "UTF-16"
+        raise InputError(f"{path}: {name} text; convert it to UTF-8, as `iconv -f {name} -t UTF-8` does")
+    if head.startswith(b"PAR1"):
+        raise InputError(f"{path}: a Parquet file; name it .parquet")
     if form is Form.TEXT:
-        yield _whole_text(path, keys)
-    elif form is Form.JSON and (start := _first_line(head)) in (b"[", b"{"):
-        yield from _cut_values(path, array=start == b"[")
-    elif form is Form.JSON and start.startswith(b"["):
-        yield from _cut_values(path, array=True)
+        if tuple(keys) != (TEXT_KEY,):
+            raise InputError(f"{path}: a plain text file only has the key {TEXT_KEY!r}, asked for {list(keys)}")
+        with open_input(path) as file:
+            yield Unit(str(path), form, (file.content.read(),), ("",), file.raw.tell())
+        return
+    first_line = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0].rstrip()
+    is_array = first_line.startswith(b"[")
+    if form is Form.JSON and (is_array or first_line == b"{"):
+        yield from _cut_values(path, is_array)
     else:
         yield from _cut_lines(path)
 
@@ -106,60 +106,32 @@ def parse(unit: Unit, keys: Sequence[str], on_bad: Callable[[BadRecord], None]) 
     Args:
         on_bad: gets the records that give none, and raises unless they are to be left out. See :func:`refuse`.
     """
-    for where, read in _records(unit, keys):
+    for record, place in zip(unit.records, unit.places, strict=True):
+        where = unit.path + place
         try:
-            texts = read()
-        except BadRecord as record:
-            record.where = where
-            on_bad(record)
+            texts = _texts_of(record, unit.form, keys)
+        except BadRecord as bad:
+            bad.where = where
+            on_bad(bad)
             continue
         if texts is not None:
             yield Document(where, texts)
 
 
 def refuse(record: BadRecord) -> None:
-    """Stop at a bad record.
-
-    Raises:
-        InputError: always; names the record and what is wrong.
-    """
+    """Stop at a bad record, with an InputError that names it and what is wrong."""
     raise InputError(f"{record.line()}; mend the record or take it out")
 
 
-_Reader = Callable[[], dict[str, str] | None]
-
-
-def _records(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, _Reader]]:
-    """Where each record stands, and the function that reads it."""
-    if unit.form is Form.PARQUET:
-        for row, values in enumerate(_rows(unit.records[0], keys), start=unit.numbers[0]):
-            where = f"{unit.path}: row group {unit.row_group}, row {row}"
-            yield where, partial(texts_of_values, values, keys)
-    elif unit.form is Form.TEXT:
-        yield unit.path, partial(_texts_of_a_file, unit.records[0])
-    else:
-        for number, raw in zip(unit.numbers, unit.records, strict=True):
-            yield f"{unit.path}:{number}", partial(texts_of_json, raw, keys)
-
-
-def _texts_of_a_file(raw: bytes) -> dict[str, str]:
-    """Text files are written with any line ends and may begin with a byte order mark; neither is of the text."""
-    text = decoded(raw).removeprefix("\ufeff")
+def _texts_of(record: Any, form: Form, keys: Sequence[str]) -> dict[str, str] | None:
+    """The texts of a record by key; None for a blank line."""
+    if form is Form.PARQUET:
+        return texts_of_values(dict(zip(keys, record, strict=True)), keys)
+    if form is Form.LINES:
+        return texts_of_json(record, keys)
+    # Text files are written with any line ends and may begin with a byte order mark; neither is of the text.
+    text = decoded(record).removeprefix("\ufeff")
     return {TEXT_KEY: text.replace("\r\n", "\n").replace("\r", "\n")}
-
-
-def _check_encoding(path: Path, head: bytes) -> None:
-    for name, marks in _UTF_16_AND_32.items():
-        if head.startswith(marks):
-            raise InputError(f"{path}: {name} text; convert it to UTF-8, as `iconv -f {name} -t UTF-8` does")
-    if head[:1] and b"\0" in head[:2]:
-        raise InputError(f"{path}: text of two or four bytes for each character, as UTF-16; convert it to UTF-8")
-    if head.startswith(b"PAR1"):
-        raise InputError(f"{path}: a Parquet file; name it .parquet")
-
-
-def _first_line(head: bytes) -> bytes:
-    return head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0].rstrip()
 
 
 def _cut_lines(path: Path) -> Iterator[Unit]:
@@ -167,37 +139,29 @@ def _cut_lines(path: Path) -> Iterator[Unit]:
     with open_input(path) as file:
         while lines := file.content.readlines(_UNIT_BYTES):
             reached = file.raw.tell()
-            numbers = range(number, number + len(lines))
-            yield Unit(str(path), Form.LINES, tuple(lines), numbers, 0, reached - position)
+            places = [f":{line}" for line in range(number, number + len(lines))]
+            yield Unit(str(path), Form.LINES, lines, places, reached - position)
             number, position = number + len(lines), reached
 
 
 def _cut_values(path: Path, array: bool) -> Iterator[Unit]:
     values: list[bytes] = []
-    numbers: list[int] = []
+    places: list[str] = []
     size_bytes = position = 0
     with open_input(path) as file:
         try:
             for number, value in json_values(file.content, array):
                 values.append(value)
-                numbers.append(number)
+                places.append(f":{number}")
                 size_bytes += len(value)
                 if size_bytes >= _UNIT_BYTES:
                     reached = file.raw.tell()
-                    yield Unit(str(path), Form.LINES, tuple(values), tuple(numbers), 0, reached - position)
-                    values, numbers, size_bytes, position = [], [], 0, reached
+                    yield Unit(str(path), Form.LINES, values, places, reached - position)
+                    values, places, size_bytes, position = [], [], 0, reached
         except CutOffError as error:
             raise InputError(f"{path}: {error}; fetch or write it again") from error
         if values:
-            yield Unit(str(path), Form.LINES, tuple(values), tuple(numbers), 0, file.raw.tell() - position)
-
-
-def _whole_text(path: Path, keys: Sequence[str]) -> Unit:
-    if tuple(keys) != (TEXT_KEY,):
-        raise InputError(f"{path}: a plain text file only has the key {TEXT_KEY!r}, asked for {list(keys)}")
-    with open_input(path) as file:
-        content = file.content.read()
-        return Unit(str(path), Form.TEXT, (content,), (1,), 0, file.raw.tell())
+            yield Unit(str(path), Form.LINES, values, places, file.raw.tell() - position)
 
 
 def _cut_rows(path: Path, keys: Sequence[str]) -> Iterator[Unit]:
@@ -211,12 +175,14 @@ def _cut_rows(path: Path, keys: Sequence[str]) -> Iterator[Unit]:
                 _check_columns(path, file.schema_arrow, keys)
                 groups = file.num_row_groups
                 for group in range(groups):
-                    row = 0
+                    first = 0
                     share = size * (group + 1) // groups - size * group // groups
                     for batch in file.iter_batches(_PARQUET_ROWS_READ, row_groups=[group], columns=list(keys)):
-                        for piece in _pieces(batch):
-                            yield Unit(str(path), Form.PARQUET, (_stream_of(piece),), (row,), group, share)
-                            row, share = row + len(piece), 0
+                        for rows in _pieces(batch, keys):
+                            numbers = range(first, first + len(rows))
+                            places = [f": row group {group}, row {row}" for row in numbers]
+                            yield Unit(str(path), Form.PARQUET, rows, places, share)
+                            first, share = first + len(rows), 0
         # Damage shows as almost any error, because the file says how much memory and which codec to use.
         except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError, MemoryError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -256,37 +222,19 @@ def _check_columns(path: Path, schema: pyarrow.Schema, keys: Sequence[str]) -> N
             raise InputError(f"{path}: the column {key!r} should hold strings, found {kind}; name the right one")
 
 
-def _pieces(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
-    """A batch in slices of about a unit's size, so that long texts do not fill the memory."""
-    rows = max(1, len(batch) * _UNIT_BYTES // max(batch.nbytes, 1))
-    for start in range(0, len(batch), rows):
-        yield batch.slice(start, rows)
+def _pieces(batch: pyarrow.RecordBatch, keys: Sequence[str]) -> Iterator[list[tuple[bytes | None, ...]]]:
+    """The rows of a batch, about a unit's bytes at a time, so that long texts do not fill the memory.
 
-
-def _stream_of(batch: pyarrow.RecordBatch) -> bytes:
+    Strings are given as bytes: nobody has checked that they are UTF-8.
+    """
     import pyarrow
 
-    target = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(target, batch.schema) as writer:
-        writer.write_batch(batch)
-    return bytes(target.getvalue())
-
-
-def _rows(stream: bytes, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of an Arrow stream, strings as bytes: nobody has checked that they are UTF-8."""
-    import pyarrow
-
-    with pyarrow.ipc.open_stream(stream) as reader:
-        for batch in reader:
-            columns = [_raw_values(batch.column(key)) for key in keys]
-            for values in zip(*columns, strict=True):
-                yield dict(zip(keys, values, strict=True))
-
-
-def _raw_values(column: pyarrow.Array) -> list[bytes | None]:
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    values: list[bytes | None] = column.cast(pyarrow.large_binary()).to_pylist()
-    return values
+    count = max(1, len(batch) * _UNIT_BYTES // max(batch.nbytes, 1))
+    for start in range(0, len(batch), count):
+        columns = []
+        for key in keys:
+            column = batch.column(key).slice(start, count)
+            if pyarrow.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            columns.append(column.cast(pyarrow.large_binary()).to_pylist())
+        yield list(zip(*columns, strict=True))

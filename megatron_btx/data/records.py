@@ -83,20 +83,12 @@ def texts_of_json(raw: bytes, keys: Sequence[str]) -> dict[str, str] | None:
 
 
 def texts_of_values(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, str]:
-    """The texts of a row by key. A byte order mark before a text is no part of it.
-
-    Raises:
-        BadRecord: a key is missing, or its value is no text.
-    """
+    """The texts of a row by key; raises BadRecord where a key is missing, or its value is no text."""
     return {key: _text(row, key) for key in keys}
 
 
 def decoded(raw: bytes) -> str:
-    """UTF-8 bytes as text.
-
-    Raises:
-        BadRecord: they are none; names the byte, from 0.
-    """
+    """UTF-8 bytes as text; raises BadRecord with the first byte that is none, from 0."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -131,7 +123,7 @@ def _text(row: Mapping[str, Any], key: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character; tokenizers fail on it obscurely
         raise BadRecord("not Unicode", f"{key!r} is not valid Unicode at character {error.start}") from error
-    return value.removeprefix(_BOM)
+    return value.removeprefix(_BOM)  # such a mark is no part of a text
 
 
 _CHUNK_BYTES = 256 * 1024
@@ -152,93 +144,49 @@ def json_values(stream: io.BufferedReader[Any], array: bool) -> Iterator[tuple[i
     Raises:
         CutOffError: the array has no end, or something follows it; names the line.
     """
-    cutter = _Cutter(array)
+    held = bytearray()  # what follows the last value, as far as it was read
+    line = 1  # in which it begins
+    at = depth = 0
+    in_string = after_comma = ended = False
+
+    def take(end: int, rest: int) -> tuple[int, bytes]:
+        """Take what stands before ``end`` out of ``held``, and go on from ``rest``; its first line and its content."""
+        nonlocal line, at
+        raw = bytes(held[:end])
+        start = line + raw[: len(raw) - len(raw.lstrip())].count(b"\n")
+        line += raw.count(b"\n")
+        del held[:rest]
+        at = 0
+        return start, raw.removeprefix(_BOM.encode()).strip()
+
     while chunk := stream.read(_CHUNK_BYTES):
-        yield from cutter.feed(chunk)
-    yield from cutter.finish()
-
-
-class _Cutter:
-    def __init__(self, array: bool) -> None:
-        self._array = array
-        self._depth = 0
-        self._in_string = False
-        self._hidden = 0  # bytes of the next chunk that a backslash at the end of this one hides
-        self._ended = False  # the array's last bracket was seen
-        self._after_comma = False
-        self._line = 1
-        self._parts: list[bytes] = []  # of the value that has begun
-
-    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes]]:
-        """The values that end in this chunk."""
-        start = 0
-        for at, mark in self._marks(chunk):
-            if mark in b"[{":
-                self._depth += 1
-                if self._array and self._depth == 1 and not self._ended:
-                    self._drop(chunk[start : at + 1])
-                    start = at + 1
+        held += chunk
+        while not ended and (match := (_INSIDE_STRINGS if in_string else _OUTSIDE_STRINGS).search(held, at)):
+            at, mark = match.end(), match.group()
+            if mark == b"\\":
+                at += 1
+            elif mark == b'"':
+                in_string = not in_string
+            elif mark in b"[{":
+                depth += 1
+                if array and depth == 1:
+                    take(at, at)
             elif mark in b"]}":
-                self._depth -= 1
-                if self._depth <= 0 and not self._ended:
-                    end = at if self._array else at + 1
-                    yield from self._last_value(chunk[start:end])
-                    start = at + 1
-            elif self._array and self._depth == 1:
-                yield self._value(chunk[start:at])
-                self._after_comma = True
-                start = at + 1
-        self._parts.append(chunk[start:])
-
-    def _marks(self, chunk: bytes) -> Iterator[tuple[int, bytes]]:
-        """Brackets and commas outside strings, with their positions."""
-        position = self._hidden
-        while position < len(chunk):
-            match = (_INSIDE_STRINGS if self._in_string else _OUTSIDE_STRINGS).search(chunk, position)
-            if match is None:
-                break
-            position = match.end()
-            if match.group() == b"\\":
-                position += 1
-            elif match.group() == b'"':
-                self._in_string = not self._in_string
-            else:
-                yield match.start(), match.group()
-        self._hidden = max(position - len(chunk), 0)
-
-    def _last_value(self, last_part: bytes) -> Iterator[tuple[int, bytes]]:
-        """What a bracket ends: an object of a sequence, or an array with its last value, if it has any."""
-        self._depth = 0
-        self._ended = self._array
-        is_empty = not b"".join([*self._parts, last_part]).strip()
-        if is_empty and not self._after_comma:
-            self._drop(last_part)
-        else:
-            yield self._value(last_part)
-
-    def finish(self) -> Iterator[tuple[int, bytes]]:
-        """What the end of the stream leaves."""
-        rest = b"".join(self._parts)
-        line = self._line + _leading_lines(rest)
-        if not self._array:
-            if rest.strip():
-                yield self._value(b"")
-            return
-        if not self._ended:
-            raise CutOffError(f"line {line}: the array has no end: the file was cut off, or a bracket or quote is open")
-        if rest.strip():
-            raise CutOffError(f"line {line}: something follows the end of the array")
-
-    def _value(self, last_part: bytes) -> tuple[int, bytes]:
-        raw = b"".join(self._parts) + last_part
-        line = self._line + _leading_lines(raw)
-        self._drop(last_part)
-        return line, raw.removeprefix(_BOM.encode()).strip()
-
-    def _drop(self, last_part: bytes) -> None:
-        self._line += b"".join(self._parts).count(b"\n") + last_part.count(b"\n")
-        self._parts.clear()
-
-
-def _leading_lines(raw: bytes) -> int:
-    return raw[: len(raw) - len(raw.lstrip())].count(b"\n")
+                depth = max(depth - 1, 0)
+                if depth > 0:
+                    continue
+                ended = array
+                value = take(at - 1 if array else at, at)
+                if value[1] or after_comma:  # an array may be empty
+                    yield value
+            elif array and depth == 1:
+                yield take(at - 1, at)
+                after_comma = True
+        at = max(at, len(held))
+    line, rest = take(len(held), len(held))
+    if array and not ended:
+        raise CutOffError(f"line {line}: the array has no end: the file was cut off, or a bracket or quote is open")
+    if array and rest:
+        raise CutOffError(f"line {line}: something follows the end of the array")
+    if rest:
+        yield line, rest

@@ -9,9 +9,10 @@ lengths in the indices (``core/datasets/blended_megatron_dataset_builder.py`` an
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,26 +152,26 @@ def check_splits(args: argparse.Namespace, is_there: Callable[[str], object] = l
     splits = splits_of(args)
     _check_presence(args, {split.name for split in splits})
     wanted = wanted_sequences(args)
-    known: dict[str, Dataset] = {}
+
+    @functools.cache
+    def dataset_of(prefix: str) -> Dataset:
+        index = _IndexReader(f"{prefix}.idx", multimodal=False)
+        return Dataset(prefix, index.sequence_lengths, index)
+
     for split in splits:
         prefixes, weights = split.blend
-        _check_weights(split.where, weights)
+        for weight in weights or ():
+            if not 0 < weight < math.inf:
+                has = f"a dataset has the weight {weight:g}"
+                raise InputError(f"{split.where}: {has}; expected above 0, or leave the dataset out")
         present = [prefix for prefix in prefixes if is_there(prefix)]
-        for dataset in _datasets(present, known):
+        for dataset in map(dataset_of, present):
             if dataset.tokens(split.part) == 0:
                 raise split.empty(dataset)
         if weights is not None and split.name != "train":
             _check_weighted(split, wanted[split.name])
         if weights is None and len(prefixes) > 1 and present == prefixes:
-            _check_unweighted(split, list(_datasets(prefixes, known)), args, wanted[split.name])
-
-
-def _datasets(prefixes: list[str], known: dict[str, Dataset]) -> Iterator[Dataset]:
-    for prefix in prefixes:
-        if prefix not in known:
-            index = _IndexReader(f"{prefix}.idx", multimodal=False)
-            known[prefix] = Dataset(prefix, index.sequence_lengths, index)
-        yield known[prefix]
+            _check_unweighted(split, list(map(dataset_of, prefixes)), args, wanted[split.name])
 
 
 def _check_presence(args: argparse.Namespace, names: set[str]) -> None:
@@ -180,19 +181,12 @@ def _check_presence(args: argparse.Namespace, names: set[str]) -> None:
         raise InputError(
             f"the data paths{given}: nothing to train on; give --train-data-path, or a share of --data-path"
         )
-    if "valid" in names or not (args.eval_iters or args.full_validation):
-        return
-    asked = "--full-validation" if args.full_validation else f"--eval-iters {args.eval_iters}"
-    raise InputError(
-        f"{asked}: there is no validation data, and the evaluation after the last step would fail; give "
-        "--valid-data-path (or a share of --split), or --eval-iters 0"
-    )
-
-
-def _check_weights(flag: str, weights: list[float] | None) -> None:
-    for weight in weights or ():
-        if not 0 < weight < math.inf:
-            raise InputError(f"{flag}: a dataset has the weight {weight:g}; expected above 0, or leave the dataset out")
+    if "valid" not in names and (args.eval_iters or args.full_validation):
+        asked = "--full-validation" if args.full_validation else f"--eval-iters {args.eval_iters}"
+        raise InputError(
+            f"{asked}: there is no validation data, and the evaluation after the last step would fail; give "
+            "--valid-data-path (or a share of --split), or --eval-iters 0"
+        )
 
 
 def _check_weighted(split: Split, wanted: int | None) -> None:

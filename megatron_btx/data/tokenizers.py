@@ -33,10 +33,7 @@ class Tokenizer(Protocol):
         """End of document: SentencePiece's eos id (-1 when it has none), Hugging Face's eos token, or None."""
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text."""
-
-    def detokenize(self, ids: list[int]) -> str:
-        """The text behind token ids."""
+        """Token ids of a text; ValueError for one that it does not take."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,7 @@ class TokenizerSettings:
     """Hugging Face only: leave out what the tokenizer itself would add at the start and end of a text."""
 
     def check(self) -> None:
-        """Refuse what can be seen without loading anything.
-
-        Raises:
-            InputError: an unknown type, a model that is missing, a vocabulary size that is missing or too many.
-        """
+        """Refuse what can be seen without loading anything."""
         if self.tokenizer_type not in TOKENIZER_TYPES:
             expected = ", ".join(TOKENIZER_TYPES)
             raise InputError(f"--tokenizer-type {self.tokenizer_type}: unknown; expected one of {expected}")
@@ -80,12 +73,7 @@ class NumberTokenizer:
         self.eod = vocab_size - 1
 
     def tokenize(self, text: str) -> list[int]:
-        """The numbers. Raises ValueError for words."""
         return [int(word) for word in text.split(" ")]
-
-    def detokenize(self, ids: list[int]) -> str:
-        """The text behind token ids."""
-        return " ".join(map(str, ids))
 
 
 class PieceTokenizer:
@@ -100,14 +88,8 @@ class PieceTokenizer:
         self.eod = int(self._processor.eos_id())
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text."""
         ids: list[int] = self._processor.encode_as_ids(text)
         return ids
-
-    def detokenize(self, ids: list[int]) -> str:
-        """The text behind token ids."""
-        text: str = self._processor.decode_ids(ids)
-        return text
 
 
 def count_numbers(tokenizer: Any) -> int:
@@ -135,33 +117,24 @@ def _refuse_chance(tokenizer: Any) -> None:
 
 
 def load(settings: TokenizerSettings) -> Tokenizer:
-    """Build the tokenizer that Megatron's training would build from the same flags.
-
-    Raises:
-        InputError: the settings do not fit, or the tokenizer cannot be read.
-    """
+    """The tokenizer that Megatron's training would build from the same flags; raises InputError where there is none."""
     settings.check()
     try:
         with bare_exceptions_as(lambda error: ValueError(str(error))):
-            return _build(settings)
+            if settings.vocab_size is not None and settings.tokenizer_type == "NullTokenizer":
+                return NumberTokenizer(settings.vocab_size)
+            if settings.tokenizer_model is not None and settings.tokenizer_type == "SentencePieceTokenizer":
+                return PieceTokenizer(settings.tokenizer_model)
+            return _build_by_megatron(settings)
     except (ValueError, RuntimeError, OSError) as error:
         what = f"--tokenizer-model {settings.tokenizer_model}: not a readable {settings.tokenizer_type}"
         raise InputError(f"{what}: {error}") from error
 
 
-def _build(settings: TokenizerSettings) -> Tokenizer:
-    if settings.vocab_size is not None and settings.tokenizer_type == "NullTokenizer":
-        return NumberTokenizer(settings.vocab_size)
-    if settings.tokenizer_model is not None and settings.tokenizer_type == "SentencePieceTokenizer":
-        return PieceTokenizer(settings.tokenizer_model)
-    return _build_by_megatron(settings)
-
-
 def _build_by_megatron(settings: TokenizerSettings) -> Tokenizer:
-    """Import Megatron, some seconds, once, and without its warnings.
+    """Import Megatron, some seconds, once, and without its warnings: they would bury the one line of a refusal.
 
-    They are about Transformer Engine, apex and a missing GPU, none of which matters here, and they would bury the
-    one line in which bad input is refused.
+    They are about Transformer Engine, apex and a missing GPU, none of which matters here.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -189,21 +162,6 @@ def _namespace(settings: TokenizerSettings) -> argparse.Namespace:
     )
 
 
-def end_of_document(tokenizer: Tokenizer, settings: TokenizerSettings) -> int:
-    """The token that ends a document.
-
-    Raises:
-        InputError: the tokenizer has none (Megatron would write -1, which wraps to a huge id).
-    """
-    eod = tokenizer.eod
-    if eod is None or not 0 <= eod < count_numbers(tokenizer):
-        raise InputError(
-            f"--append-eod: the tokenizer {settings.tokenizer_model or settings.tokenizer_type} has no end-of-document"
-            f" token (found {eod}); train it with an eos token, or leave the flag out"
-        )
-    return eod
-
-
 @dataclass(frozen=True)
 class DocumentEncoder:
     """Texts into the token ids of documents, the same wherever documents are made or measured.
@@ -226,8 +184,9 @@ class DocumentEncoder:
     def of(cls, tokenizer: Tokenizer, eod: int | None) -> DocumentEncoder:
         """Look at what the tokenizer makes of an empty text. Raises InputError where it cuts at random."""
         _refuse_chance(tokenizer)
-        frame, framed = _ids_or_none(tokenizer, ""), _ids_or_none(tokenizer, "a")
-        if not frame or not framed:
+        try:
+            frame, framed = _tokenized(tokenizer, ""), _tokenized(tokenizer, "a")
+        except ValueError:  # the NullTokenizer takes numbers alone
             return cls(tokenizer, eod, (), ())
         split = 0
         while split < min(len(frame), len(framed)) and frame[split] == framed[split]:
@@ -235,11 +194,7 @@ class DocumentEncoder:
         return cls(tokenizer, eod, tuple(frame[:split]), tuple(frame[split:]))
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a document; none for a text that holds no token.
-
-        Raises:
-            ValueError: the tokenizer does not take the text.
-        """
+        """Token ids of a document, none for a text that holds no token; ValueError for one that cannot be taken."""
         body = _tokenized(self.tokenizer, text) if text else []
         while self.before and tuple(body[: len(self.before)]) == self.before:
             body = body[len(self.before) :]
@@ -256,10 +211,3 @@ class DocumentEncoder:
 def _tokenized(tokenizer: Tokenizer, text: str) -> list[int]:
     with bare_exceptions_as(lambda error: ValueError(str(error))):  # a word without a token, for instance
         return tokenizer.tokenize(text)
-
-
-def _ids_or_none(tokenizer: Tokenizer, text: str) -> list[int] | None:
-    try:
-        return _tokenized(tokenizer, text)
-    except ValueError:  # the NullTokenizer takes numbers alone
-        return None

@@ -181,25 +181,16 @@ def check_descriptions(named: Mapping[str, str], args: argparse.Namespace) -> No
 
     Args:
         named: prefixes of datasets, each with the flag that named it.
-
-    Raises:
-        InputError: see :func:`megatron_btx.data.description.check_description`.
     """
-    described = [prefix for prefix in named if Path(prefix + SUFFIX).is_file()]
-    if not described:
-        return
+    if not any(Path(prefix + SUFFIX).is_file() for prefix in named):
+        return  # reading the tokenizer's files can take seconds
     tokenizer = Tokenizer.of(vars(args), get_tokenizer().vocab_size)
-    for prefix in described:
-        allowed = ALLOWANCE in args.btx_allow_change
-        check_description(prefix, named[prefix], tokenizer, args.padded_vocab_size, allowed)
+    for prefix, flag in named.items():
+        check_description(prefix, flag, tokenizer, args.padded_vocab_size, ALLOWANCE in args.btx_allow_change)
 
 
 def check_indexed_dataset(prefix: str, where: str) -> int:
-    """Refuse a prefix whose .bin or .idx is missing, empty, cut off or of another kind.
-
-    Returns:
-        The tokens it holds.
-    """
+    """The tokens of a dataset; refuses one whose .bin or .idx is missing, empty, cut off or of another kind."""
     again = "make it again with tools/preprocess_data.py"
     for suffix in (".bin", ".idx"):
         file = Path(prefix + suffix)

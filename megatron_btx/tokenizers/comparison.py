@@ -133,8 +133,8 @@ def _check_pair(one: _Compared, other: _Compared, remedy: str) -> None:
     if different:
         shown = []
         for number in different[:_SHOWN]:
-            theirs = f"{_show(left, number)} in {one.name} and {_show(right, number)} in {other.name}"
-            shown.append(f"token {number} is {theirs}")
+            tokens = [repr(table[number]) if number in table else "nobody's" for table in (left, right)]
+            shown.append(f"token {number} is {tokens[0]} in {one.name} and {tokens[1]} in {other.name}")
         raise InputError(
             f"tokenizers differ: {', '.join(shown)}; {_count(different)}; models can only be mixed or continued with "
             f"one tokenizer ({remedy} if you know better)"
@@ -155,16 +155,8 @@ def _refuse_other_rules(one: _Compared, other: _Compared, among: Mapping[int, st
         )
 
 
-def _show(table: Mapping[int, str], number: int) -> str:
-    if number in table:
-        return repr(table[number])
-    return "nobody's"
-
-
 def _count(different: Sized) -> str:
-    if len(different) == 1:
-        return "1 number differs"
-    return f"{len(different)} numbers differ"
+    return "1 number differs" if len(different) == 1 else f"{len(different)} numbers differ"
 
 
 def _why_unknown(one: _Compared, other: _Compared, remedy: str) -> str:

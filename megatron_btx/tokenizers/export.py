@@ -30,15 +30,16 @@ from megatron_btx.tokenizers.verify import (
     ids_around,
     load_files,
     load_with_transformers,
-    read_made_files,
     transformers_name,
 )
 from megatron_btx.tokenizers.vocabulary import (
     CONFIG_FILE,
     TOKENIZER_FILE,
     ModelTokenizer,
+    UnknownVocabularyError,
+    Vocabulary,
+    known_vocabulary,
     old_megatrons_tokens,
-    unknown_reason,
 )
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def result_tokenizer(source: ModelTokenizer, model_config: _Config, allow_other_
     place = source.place
     if place is None:
         record = {"said": "no tokenizer came along", "texts": 0}
-        return ResultTokenizer(_files_in(source.folder), record, source.rows)
+        return ResultTokenizer(written_files.travelling_files(source.folder), record, source.rows)
     asked = None
     if model_config.get("model_type") in _BUILDS_ITS_OWN:
         asked = model_config
@@ -111,14 +112,7 @@ def result_tokenizer(source: ModelTokenizer, model_config: _Config, allow_other_
         if not allow_other_ids:
             raise InputError(f"{source.model}: {error}") from error
         record = {"said": f"not proved, {FLAG} was given: {error}", "texts": 0}
-        return ResultTokenizer(_files_in(place), record, source.rows)
-
-
-def _files_in(place: Path | None) -> dict[str, bytes]:
-    """A folder's files that make tokens and text; none where there is no folder."""
-    if place is None or not place.is_dir():
-        return {}
-    return written_files.travelling_files(place)
+        return ResultTokenizer(written_files.travelling_files(place), record, source.rows)
 
 
 def _first_proved(candidates: Sequence[_Candidate], rows: int, allow_other_ids: bool) -> ResultTokenizer:
@@ -143,8 +137,11 @@ def _first_proved(candidates: Sequence[_Candidate], rows: int, allow_other_ids: 
 def _prove(candidate: _Candidate, rows: int) -> ResultTokenizer | Difference:
     """Compare written files with the source's own tokenizer."""
     tried, form, name = texts(candidate.special), candidate.form, candidate.reference.name
+    readers = [encode_with_tokenizers(candidate.files)]
+    if candidate.asked is not None:
+        readers.append(encode_with_transformers(load_files(candidate.files, candidate.asked)))
     ties = compared = 0
-    for encode in read_made_files(candidate.files, candidate.asked):
+    for encode in readers:
         difference, ties, compared = compare(candidate.reference, encode, tried, rows)
         if difference is not None:
             return difference
@@ -164,19 +161,19 @@ def _prove(candidate: _Candidate, rows: int) -> ResultTokenizer | Difference:
 
 def _of_folder(source: ModelTokenizer, folder: Path, model_config: _Config, asked: _Config | None) -> list[_Candidate]:
     """The folder's own files where every reader understands them alike, else what may be written, nearest first."""
-    why = unknown_reason(source.arguments)
-    if why:
-        raise InputError(f"its vocabulary cannot be read: {why}; {FLAG} carries the files as they are")
+    try:
+        vocabulary = known_vocabulary(source.arguments)
+    except UnknownVocabularyError as error:
+        raise InputError(f"its vocabulary cannot be read: {error}; {FLAG} carries the files as they are") from error
     files = written_files.travelling_files(folder)
     if written_files.has_written_form(files, source.rows) and asked is None:
         config = json.loads(files[CONFIG_FILE])
-        encode = encode_with_tokenizers(files[TOKENIZER_FILE].decode(), bool(config.get("split_special_tokens")))
         special = [written_files.text_of(config[name]) for name in written_files.ALL_NAMES if config.get(name)]
-        reference = Reference("the same file", encode)
+        reference = Reference("the same file", encode_with_tokenizers(files))
         return [_Candidate(reference, files, f"tokenizer.json of {folder} as it is", special, None)]
     loaded = load_with_transformers(folder)
     name = transformers_name(loaded)
-    _check_table(source, loaded, folder)
+    _check_table(vocabulary, source.rows, loaded, folder)
     made = []
     if TOKENIZER_FILE in files:
         made.append((f"tokenizer.json of {folder}", json.loads(files[TOKENIZER_FILE])))
@@ -202,20 +199,18 @@ def _of_folder(source: ModelTokenizer, folder: Path, model_config: _Config, aske
     return candidates
 
 
-def _check_table(source: ModelTokenizer, loaded: LoadedTokenizer, folder: Path) -> None:
+def _check_table(vocabulary: Vocabulary, rows: int, loaded: LoadedTokenizer, folder: Path) -> None:
     """Some classes make a tokenizer of nothing where they find no file that they know."""
-    if source.tokens is None or source.vocabulary is None:
-        return
-    numbers = loaded.get_vocab()
-    lost = [number for number, token in source.tokens.items() if numbers.get(token) != number]
+    tokens, numbers = vocabulary.below(rows), loaded.get_vocab()
+    lost = [number for number, token in tokens.items() if numbers.get(token) != number]
     if not lost:
         return
-    token = source.tokens[lost[0]]
+    token = tokens[lost[0]]
     found = "no token"
     if token in numbers:
         found = f"token {numbers[token]}"
     raise InputError(
-        f"{transformers_name(loaded)} reads {folder} without {len(lost)} tokens of {source.vocabulary.base.name}: "
+        f"{transformers_name(loaded)} reads {folder} without {len(lost)} tokens of {vocabulary.base.name}: "
         f"token {lost[0]} is {token!r}, there it is {found}; put a tokenizer.json into the folder, or {FLAG} carries "
         "the files as they are"
     )

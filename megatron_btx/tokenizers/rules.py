@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.tokenizers.sentencepiece import NORMAL, ModelPiece, read_model
+from megatron_btx.tokenizers.sentencepiece import NORMAL, read_model
 from megatron_btx.tokenizers.vocabulary import Vocabulary, read_tokenizer
 
 _SETTINGS = {
@@ -85,31 +85,19 @@ def _describe(name: str, one: object, other: object) -> str:
 
 
 def _short(value: object) -> str:
-    text = value
-    if not isinstance(text, str):
-        text = json.dumps(value)
-    if len(text) > 120:
-        return f"{text[:120]}..."
-    return text
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def read_rules(vocabulary: Vocabulary, merges: object = None) -> dict[str, Any]:
-    """The rules that a tokenizer's files tell, by the name they have in a refusal.
-
-    Args:
-        merges: the file of merges that stored arguments name, for tokenizers that are no folders.
-    """
+    """The rules that a tokenizer's files tell, by the name they have in a refusal; as :func:`rule_fingerprints`."""
     base = vocabulary.base
     if base.name == "tokenizer.json":
         return _rules_of_json(base)
-    if base.suffix in (".json", ".txt"):
-        file = base.parent / "merges.txt"
-        if merges:
-            file = Path(str(merges))
-        if file.is_file():
-            return {"merges": _read_merges(file)}
-        return {}
-    return _rules_of_sentencepiece(base)
+    if base.suffix not in (".json", ".txt"):
+        return _rules_of_sentencepiece(base)
+    file = Path(str(merges or base.parent / "merges.txt"))
+    return {"merges": _read_merges(file)} if file.is_file() else {}
 
 
 def _rules_among(rules: Mapping[str, Any], others: Mapping[str, Any], tokens: Mapping[int, str]) -> dict[str, Any]:
@@ -175,7 +163,8 @@ def _rules_of_sentencepiece(file: Path) -> dict[str, Any]:
     kind = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}[model.trainer_spec.model_type]
     rules: dict[str, Any] = {"kind": kind}
     if kind == "Unigram":
-        rules["scores"] = list(map(_score_of_piece, model.pieces))
+        # Those of special pieces mean nothing.
+        rules["scores"] = [piece.score if piece.type == NORMAL else None for piece in model.pieces]
     else:  # a score says which merge comes first, its number means nothing
         scores = [piece.score for piece in model.pieces]
         rules["order of pieces"] = sorted(range(len(scores)), key=lambda number: -scores[number])
@@ -186,10 +175,3 @@ def _rules_of_sentencepiece(file: Path) -> dict[str, Any]:
         "SentencePiece removal of blanks": bool(spec.remove_extra_whitespaces),
         "SentencePiece escaping of blanks": bool(spec.escape_whitespaces),
     }
-
-
-def _score_of_piece(piece: ModelPiece) -> float | None:
-    """The score of an ordinary piece; those of special pieces mean nothing."""
-    if piece.type == NORMAL:
-        return piece.score
-    return None

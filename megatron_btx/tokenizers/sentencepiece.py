@@ -72,11 +72,7 @@ class Model(Protocol):
 
 
 def read_model(content: bytes) -> Model:
-    """The model that a file's bytes hold.
-
-    Raises:
-        InputError: they hold none.
-    """
+    """The model that a file's bytes hold; raises InputError where they hold none."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -160,18 +156,17 @@ def _build_byte_pairs(model: Model, reasons: list[str]) -> Tokenizer:
     _refuse_lone_letters(mergeable.keys(), reasons)
     if len({*mergeable.values()}) < sum(len(piece) > 1 for piece in mergeable):
         reasons.append("several pieces have one score")
-    pairs = _merges_of(mergeable)
-    unknown, fallback = _unknown_piece(model), bool(model.trainer_spec.byte_fallback)
-    made = Tokenizer(models.BPE(numbers, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=fallback))
+    unknown = next(iter(pieces_of_type(model, UNKNOWN)), None)
+    fallback = bool(model.trainer_spec.byte_fallback)
+    byte_pairs = models.BPE(numbers, _merges_of(mergeable), unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
+    made = Tokenizer(byte_pairs)
     whole = [piece for piece in pieces_of_type(model, USER_DEFINED) if len(piece) > 1]
     if not whole or not model.normalizer_spec.add_dummy_prefix:
         return made  # one letter is one symbol anyway; longer pieces are added tokens, see _add_tokens
     unreachable = _first_unreachable(made, mergeable, numbers)
     if unreachable:
         reasons.append(f"merges never make the piece {unreachable!r}, and it has pieces of the user's own")
-    made.model = models.BPE(
-        numbers, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=fallback, ignore_merges=True
-    )
+    byte_pairs.ignore_merges = True
     made.pre_tokenizer = _cut_out(whole, pieces_of_type(model, CONTROL, UNKNOWN, BYTE))
     return made
 
@@ -226,16 +221,6 @@ def _refuse_lone_letters(pieces: Collection[str], reasons: list[str]) -> None:
         reasons.append(f"the letter {alone[0]!r} is part of pieces and no piece itself")
 
 
-def _unknown_piece(model: Model) -> str | None:
-    return next(iter(pieces_of_type(model, UNKNOWN)), None)
-
-
-def _blanks_are_free(model: Model) -> bool:
-    """Whether a text can be cut anywhere before it is normalised: no blank is added or taken away at its ends."""
-    spec = model.normalizer_spec
-    return not spec.add_dummy_prefix and not spec.remove_extra_whitespaces
-
-
 def _cut_out(pieces: Sequence[str], hidden: Sequence[str]) -> Any:
     """Pieces of the user's own stand alone; what stands between them and is the text of a special token is no token."""
     from tokenizers import Regex, pre_tokenizers
@@ -252,12 +237,14 @@ def _add_tokens(tokenizer: Tokenizer, model: Model, added: Sequence[str]) -> Non
     """Special tokens, never made from a text; then the user's own pieces and added tokens, found before all else."""
     from tokenizers import AddedToken
 
+    spec = model.normalizer_spec
     for piece in model.pieces:
         if piece.type in (CONTROL, UNKNOWN):
             tokenizer.add_special_tokens([AddedToken(piece.piece, special=True, normalized=False)])
-        elif piece.type == USER_DEFINED and not model.normalizer_spec.add_dummy_prefix:
-            # A text can be cut at them before its blanks are seen to, or has to be cut after that.
-            tokenizer.add_tokens([AddedToken(piece.piece, special=False, normalized=not _blanks_are_free(model))])
+        elif piece.type == USER_DEFINED and not spec.add_dummy_prefix:
+            # Where blanks are taken away at a text's ends, it has to be cut at them after that.
+            after = bool(spec.remove_extra_whitespaces)
+            tokenizer.add_tokens([AddedToken(piece.piece, special=False, normalized=after)])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
     tokenizer.encode_special_tokens = True
 

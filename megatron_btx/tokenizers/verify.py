@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
 import itertools
 import json
@@ -13,7 +12,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, cast
 
 from megatron_btx.common.errors import InputError, bare_exceptions_as
@@ -29,24 +27,18 @@ _TRANSFORMERS_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError
 
 
 class LoadedTokenizer(Protocol):
-    """A tokenizer of transformers: what is used of it."""
+    """A tokenizer of transformers: what is used of it, spelled as there."""
 
     bos_token_id: int | None
     eos_token_id: int | None
     all_special_tokens: Sequence[str]
     padding_side: str
 
-    def __call__(self, text: str, add_special_tokens: bool) -> Mapping[str, Sequence[int]]:
-        """``input_ids`` and more of a text."""
-        ...
+    def __call__(self, text: str, add_special_tokens: bool) -> Mapping[str, Sequence[int]]: ...
 
-    def get_vocab(self) -> Mapping[str, int]:
-        """The number of every token."""
-        ...
+    def get_vocab(self) -> Mapping[str, int]: ...
 
-    def get_added_vocab(self) -> Mapping[str, int]:
-        """The numbers of those tokens that are not the model's."""
-        ...
+    def get_added_vocab(self) -> Mapping[str, int]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +54,7 @@ class Reference:
 
     def ties(self, one: Sequence[int], other: Sequence[int]) -> bool:
         """Whether both ways to cut a text are as probable, and spell the same."""
-        known = len(self.pieces)
-        if max(*one, *other, 0) >= known:
+        if max(*one, *other, 0) >= len(self.pieces):
             return False
         text, score = self._spell(one)
         other_text, other_score = self._spell(other)
@@ -115,26 +106,22 @@ def compare(
             expected = [number for number in given if number < rows]
             if expected == found:
                 continue
-            if reference.ties(expected, found):
-                ties += not whole
-                continue
-            wrong.append((text, expected, found))
+            if not reference.ties(expected, found):
+                wrong.append((text, expected, found))
+            elif not whole:
+                ties += 1
     if not wrong:
         return None, ties, sum(readable)
     count = len({text for text, _, _ in wrong})
     return Difference(*wrong[0], count), ties, sum(readable)
 
 
-def encode_with_tokenizers(content: str, split_special_tokens: bool) -> Encode:
-    """What the ``tokenizers`` library, and so every class of transformers that adds nothing, makes of a file.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    tokenizer = load_tokenizer(content)
+def encode_with_tokenizers(files: Mapping[str, bytes]) -> Encode:
+    """How the ``tokenizers`` library encodes by files, and so every class of transformers that adds nothing."""
+    tokenizer = load_tokenizer(files[TOKENIZER_FILE].decode())
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = split_special_tokens
+    tokenizer.encode_special_tokens = bool(json.loads(files[CONFIG_FILE]).get("split_special_tokens"))
 
     def encode(texts: Sequence[str], whole: bool) -> Ids:
         with bare_exceptions_as(lambda error: InputError(f"tokenizer.json cannot encode every text ({error})")):
@@ -144,35 +131,21 @@ def encode_with_tokenizers(content: str, split_special_tokens: bool) -> Encode:
 
 
 def load_with_transformers(folder: Path) -> LoadedTokenizer:
-    """The tokenizer that the installed transformers makes of a folder; none of the folder's code runs.
+    """The tokenizer that transformers makes of a folder, without its code; raises InputError where it makes none."""
+    import transformers
 
-    Raises:
-        InputError: it makes none.
-    """
-    transformers = _quiet_transformers()
+    transformers.logging.set_verbosity_error()
     try:
         with warnings.catch_warnings(), bare_exceptions_as(lambda error: ValueError(str(error))):
             warnings.simplefilter("ignore")
             loaded = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
             return cast(LoadedTokenizer, loaded)
     except _TRANSFORMERS_ERRORS as error:
-        raise InputError(_refusal_of(transformers, folder, error)) from error
-
-
-def _refusal_of(transformers: ModuleType, folder: Path, error: Exception) -> str:
-    said = re.sub(r"\s+", " ", str(error))[:160]
-    return (
-        f"transformers {transformers.__version__} makes no tokenizer of {folder} ({type(error).__name__}: {said}); put "
-        "a tokenizer.json that it reads into the folder, or --allow-other-ids carries the files as they are"
-    )
-
-
-@functools.cache
-def _quiet_transformers() -> ModuleType:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    return transformers
+        said = re.sub(r"\s+", " ", str(error))[:160]
+        raise InputError(
+            f"transformers {transformers.__version__} makes no tokenizer of {folder} ({type(error).__name__}: {said}); "
+            "put a tokenizer.json that it reads into the folder, or --allow-other-ids carries the files as they are"
+        ) from error
 
 
 def transformers_name(loaded: LoadedTokenizer) -> str:
@@ -198,22 +171,6 @@ def encode_with_transformers(tokenizer: LoadedTokenizer) -> Encode:
             return [list(tokenizer(text, add_special_tokens=whole)["input_ids"]) for text in texts]
 
     return encode
-
-
-def read_made_files(files: Mapping[str, bytes], model_config: Mapping[str, Any] | None) -> list[Encode]:
-    """How written files encode: by the tokenizers library, and by the installed transformers where a class may step in.
-
-    Args:
-        model_config: the model's configuration, where transformers is to be asked.
-
-    Raises:
-        InputError: they cannot be read.
-    """
-    config = json.loads(files[CONFIG_FILE])
-    readers = [encode_with_tokenizers(files[TOKENIZER_FILE].decode(), bool(config.get("split_special_tokens")))]
-    if model_config is None:
-        return readers
-    return [*readers, encode_with_transformers(load_files(files, model_config))]
 
 
 def load_files(files: Mapping[str, bytes], model_config: Mapping[str, Any]) -> LoadedTokenizer:

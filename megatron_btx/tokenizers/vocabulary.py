@@ -139,18 +139,14 @@ def tokenizer_place(arguments: Mapping[str, Any]) -> Path | None:
     folder = arguments.get("hf_folder")
     if folder is not None and tokenizer_files(Path(folder)):
         return Path(folder)
-    if folder is not None and (Path(folder) / "config.json").is_file() and _is_same(folder, arguments):
-        return None
+    if folder is not None and (Path(folder) / "config.json").is_file():
+        named = arguments.get("tokenizer_model")
+        if named is None or Path(named) == Path(folder):  # the folder itself, which holds no tokenizer
+            return None
     for argument in TOKENIZER_FILES:
         if arguments.get(argument):
             return Path(arguments[argument])
     return None
-
-
-def _is_same(folder: object, arguments: Mapping[str, Any]) -> bool:
-    """Whether the stored tokenizer is the folder itself, in which there is no file of a tokenizer."""
-    named = arguments.get("tokenizer_model")
-    return named is None or Path(named) == Path(str(folder))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -227,11 +223,7 @@ def _named_tokens(config: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """A tokenizer.json as the ``tokenizers`` library reads it.
-
-    Raises:
-        UnknownVocabularyError: the file is no text, or no tokenizer of the installed library.
-    """
+    """A tokenizer.json as the ``tokenizers`` library reads it; UnknownVocabularyError where it cannot."""
     content = _read_text(file)
     try:
         return load_tokenizer(content)
@@ -240,11 +232,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
 
 
 def load_tokenizer(content: str) -> Tokenizer:
-    """The tokenizer that the content of a tokenizer.json is.
-
-    Raises:
-        InputError: the installed library reads none in it.
-    """
+    """The tokenizer that the content of a tokenizer.json is; InputError where the installed library reads none."""
     from tokenizers import Tokenizer
 
     unreadable = "tokenizer.json cannot be read by the tokenizers library"
@@ -258,20 +246,11 @@ def _read_tokens(file: Path) -> dict[str, int]:
         return read_tokenizer(file).get_vocab()
     if file.suffix == ".json":
         return {token: _number_of(number, file) for token, number in read_object(file).items()}
-    if file.suffix == ".txt":
-        return _read_lines(file)
-    return _read_sentencepiece(file)
-
-
-def _read_lines(file: Path) -> dict[str, int]:
-    """One token a line, numbered from 0; nothing follows the last line's end."""
-    lines = _read_text(file).split("\n")
-    if not lines[-1]:
-        lines.pop()
-    return {line.rstrip("\r"): number for number, line in enumerate(lines)}
-
-
-def _read_sentencepiece(file: Path) -> dict[str, int]:
+    if file.suffix == ".txt":  # a token a line, numbered from 0
+        lines = _read_text(file).split("\n")
+        if not lines[-1]:
+            lines.pop()
+        return {line.rstrip("\r"): number for number, line in enumerate(lines)}
     import sentencepiece
 
     refuse_pointer(file)
@@ -307,11 +286,7 @@ def old_megatrons_tokens(pieces: Mapping[str, int], arguments: Mapping[str, Any]
 
 
 def refuse_pointer(file: Path) -> None:
-    """Refuse what Git LFS leaves where a file was not fetched.
-
-    Raises:
-        UnknownVocabularyError: the file is such a pointer.
-    """
+    """Raise UnknownVocabularyError for what Git LFS leaves where a file was not fetched."""
     if is_pointer(file):
         raise UnknownVocabularyError(f"{file} is a pointer of Git LFS in place of the file; fetch it: git lfs pull")
 
@@ -331,11 +306,7 @@ def _read_text(file: Path) -> str:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is no file.
-
-    Raises:
-        UnknownVocabularyError: the file holds none.
-    """
+    """The JSON object in a file, empty where there is no file; UnknownVocabularyError where it holds none."""
     if not file.is_file():
         return {}
     refuse_pointer(file)

@@ -29,11 +29,12 @@ _OF_ANOTHER_CLASS = (
 )  # fmt: skip
 
 
-def travelling_files(folder: Path) -> dict[str, bytes]:
-    """The files of a folder that make tokens and text, as they are."""
-    patterns = (*TOKENIZER_FOLDER_FILES, GENERATION, "chat_template*", "additional_chat_templates/*.jinja")
+def travelling_files(folder: Path | None) -> dict[str, bytes]:
+    """The files of a folder that make tokens and text, as they are; none where there is no folder."""
+    if folder is None:
+        return {}
     found: set[Path] = set()
-    for pattern in patterns:
+    for pattern in (*TOKENIZER_FOLDER_FILES, GENERATION, "chat_template*", "additional_chat_templates/*.jinja"):
         found.update(folder.glob(pattern))
     contents = {}
     for file in sorted(found):
@@ -59,17 +60,10 @@ def has_written_form(files: Mapping[str, bytes], rows: int) -> bool:
     prefix = _prefix_space(content)
     if prefix is not None and bool(config.get("add_prefix_space", False)) != prefix:
         return False
+    special = [config[name] for name in ALL_NAMES if config.get(name) is not None]
+    special += config.get("additional_special_tokens") or []
     added = {str(entry.get("content")) for entry in content.get("added_tokens") or []}
-    return set(_special_tokens(config)) <= added
-
-
-def _special_tokens(config: Mapping[str, Any]) -> list[str]:
-    """The tokens that a tokenizer_config.json calls special."""
-    tokens = list(config.get("additional_special_tokens") or [])
-    for name in ALL_NAMES:
-        if config.get(name) is not None:
-            tokens.append(config[name])
-    return [text_of(token) for token in tokens]
+    return added.issuperset(map(text_of, special))
 
 
 def make_config(
@@ -91,15 +85,15 @@ def make_config(
     config = dict(source)
     for name in (*_OF_ANOTHER_CLASS, *ALL_NAMES):
         config.pop(name, None)
-    listed = source.get("additional_special_tokens") or source.get("extra_special_tokens") or []
-    known = {str(entry["content"]) for entry in tokenizer.get("added_tokens") or []}
+    config.pop("additional_special_tokens", None)
+    listed = source.get("additional_special_tokens") or source.get("extra_special_tokens")
     if not isinstance(listed, list):
         listed = []
     texts = list(map(text_of, listed))
     texts += [text for text in special if text not in (*texts, *tokens.values())]
-    config["additional_special_tokens"] = [text for text in texts if text in known]
-    if not config["additional_special_tokens"]:
-        del config["additional_special_tokens"]
+    known = {str(entry["content"]) for entry in tokenizer.get("added_tokens") or []}
+    if known.intersection(texts):
+        config["additional_special_tokens"] = [text for text in texts if text in known]
     config |= {"tokenizer_class": CLASS, **tokens}
     config.setdefault("clean_up_tokenization_spaces", False)
     config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # transformers 4 has a third for this class
@@ -232,22 +226,16 @@ def complete_ids(config: Mapping[str, Any], ids: Mapping[str, Any], rows: int) -
 
 def generation_file(files: Mapping[str, bytes], ids: Mapping[str, Any], rows: int) -> bytes | None:
     """generation_config.json with the ids of special tokens; None where there is nothing to say."""
-    if GENERATION in files:
-        given = object_in(files[GENERATION])
-        made = complete_ids(given, ids, rows)
-        if made == given:
-            return files[GENERATION]
-        return as_json(made)
-    if ids:
-        return as_json(ids)
-    return None
+    if GENERATION not in files:
+        return as_json(ids) if ids else None
+    given = object_in(files[GENERATION])
+    made = complete_ids(given, ids, rows)
+    return files[GENERATION] if made == given else as_json(made)
 
 
 def text_of(token: object) -> str:
     """A token's text, given as such or as an object."""
-    if isinstance(token, dict):
-        return str(token.get("content"))
-    return str(token)
+    return str(token.get("content") if isinstance(token, dict) else token)
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
@@ -255,14 +243,12 @@ def as_json(content: Mapping[str, Any]) -> bytes:
 
 
 def object_in(content: bytes) -> dict[str, Any]:
-    """JSON that was read before, so that it is known to be an object."""
+    """The JSON object that a file holds; an empty one where it holds none."""
     try:
         read = json.loads(content)
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(read, dict):
-        return {}
-    return read
+    return read if isinstance(read, dict) else {}
 
 
 def _prefix_space(tokenizer: Mapping[str, Any]) -> bool | None:
