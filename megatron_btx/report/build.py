@@ -74,15 +74,15 @@ def make_report(*paths: Path) -> Report:
     return Report(
         title,
         make_sections(study),
-        paths[0] / REPORT_STAGE,
-        page,
-        text,
-        tuple(f"{prefix}{name}" for name in FIGURES),
-        draw,
-        _number_files(study, stem),
-        printed_blocks(study),
-        any(fact.holds is False for fact in chain.from_iterable(study.facts.values())),
-        tuple(run.name for run in runs if run.variants()),
+        folder=paths[0] / REPORT_STAGE,
+        page=page,
+        text=text,
+        figures=tuple(f"{prefix}{name}" for name in FIGURES),
+        draw=draw,
+        numbers=_number_files(study, stem),
+        printed=printed_blocks(study),
+        is_refuted=any(fact.holds is False for fact in chain.from_iterable(study.facts.values())),
+        without_facts=tuple(run.name for run in runs if run.variants()),
     )
 
 
@@ -117,8 +117,7 @@ def _number_run(run: RunData, study: Study) -> dict[str, Any]:
         if stage.written and isinstance(stage.written.get("inputs"), list):
             stages[stage.name] = {**stage.written, "inputs": list(map(name_path, stage.written["inputs"]))}
         if stage.log.curve:
-            curve = make_curve(stage)
-            curves[stage.name] = {"unit": curve.unit, "x": curve.x, "loss": curve.loss, "smooth": curve.smooth}
+            curves[stage.name] = make_curve(stage)._asdict()
     models = {}
     for model in run.measured:
         models[model.name] = {

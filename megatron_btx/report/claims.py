@@ -109,10 +109,9 @@ def check_claims(cast: Cast) -> list[Fact]:
             facts.append(Fact(claim.name, claim.text, None, found))
             continue
         verdict = claim.reduce(found)
-        numbers: dict[str, Any] = {}
+        numbers = dict(verdict.numbers)
         if claim.key:
-            numbers[claim.key] = {label: pair.numbers() for label, pair in found.pairs.items()}
-        numbers |= verdict.numbers
+            numbers = {claim.key: {label: pair.numbers() for label, pair in found.pairs.items()}, **numbers}
         facts.append(Fact(claim.name, claim.text, verdict.holds, verdict.detail, numbers))
     return facts
 

@@ -34,9 +34,8 @@ from megatron_btx.report.sections import (
     Study,
     find_loads,
     find_watched,
-    watched_curve,
 )
-from megatron_btx.report.stages import MEAN, LossCurve, make_curve
+from megatron_btx.report.stages import MEAN, Stage, make_curve
 from megatron_btx.report.style import (
     FIXED_COLOURS,
     INK,
@@ -62,6 +61,7 @@ CELLS_WRITTEN = 80
 """Up to so many cells of a load have their number in the figure; more would lie over each other."""
 PANELS, _OTHERS = {SEED: "seed", EXPERT: "experts"}, "mixture and baselines"
 """Role of the model that is trained -> the panel of its curve; a last one for all other roles."""
+_SEED_LINE: dict[str, Any] = {"color": FIXED_COLOURS[SEED], "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
 _MOMENTS = {MIX: "before finetuning", BTX: "after finetuning"}
 _LARGE_UNITS = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
 
@@ -146,7 +146,7 @@ def _draw_loss_panel(panel: Axes, lines: Sequence[Line], data: Sequence[str], pa
         if usable[row]:
             model = line.models[0]
             if model.role == SEED:
-                panel.axvline(values[0], color=FIXED_COLOURS[SEED], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+                panel.axvline(values[0], **_SEED_LINE)
             colour = palette.colour(model.look)
             if len(values) > 1:
                 panel.plot(usable[row], [row] * len(usable[row]), "o", color=colour, alpha=0.45, markersize=4, zorder=3)
@@ -195,7 +195,7 @@ def say_lowest_loss(cast: Cast, lines: Sequence[Line]) -> str:
         measure = "mean loss"
     names = " and ".join(shorten(line.label) for line in best[:3])
     message = f"Lowest {measure} of {len(compared)} models: {names}, {loss_text(lowest)}"
-    mixture, own = cast.find(BTX), cast.mean_loss(BTX)
+    mixture, own = cast.find(BTX), cast.loss(BTX)
     is_best = [line.models for line in best] == [[mixture]]
     if is_best and not any(map(cast.find, BASELINES)):
         message += ", the only one that was finetuned"
@@ -210,19 +210,21 @@ def say_lowest_loss(cast: Cast, lines: Sequence[Line]) -> str:
 
 def draw_curves(run: RunData, palette: Palette) -> Figure:
     """Training loss over tokens of every stage, in the panel of the model that it makes."""
-    looks, curves = looks_of(run), [make_curve(stage) for stage in run.stages if stage.log.curve]
+    looks, trained = looks_of(run), [stage for stage in run.stages if stage.log.curve]
+    curves = {stage.name: make_curve(stage) for stage in trained}
     roles = {model.stage.name: model.role for model in run.models if model.stage is not None}
-    groups: dict[str, list[LossCurve]] = {title: [] for title in (*PANELS.values(), _OTHERS)}
-    for curve in sorted(curves, key=lambda curve: palette.rank(looks[curve.stage])):
-        groups[PANELS.get(roles.get(curve.stage, ""), _OTHERS)].append(curve)
-    groups = {title: members for title, members in groups.items() if members}
+    groups: dict[str, list[Stage]] = {title: [] for title in (*PANELS.values(), _OTHERS)}
+    for stage in sorted(trained, key=lambda stage: palette.rank(looks[stage.name])):
+        groups[PANELS.get(roles.get(stage.name, ""), _OTHERS)].append(stage)
+    groups = {title: stages for title, stages in groups.items() if stages}
     figure = new_page(3.9)
-    for panel, (group, members) in zip(make_panels(figure, len(groups), len(groups)), groups.items(), strict=True):
+    for panel, (group, stages) in zip(make_panels(figure, len(groups), len(groups)), groups.items(), strict=True):
+        members = [curves[stage.name] for stage in stages]
         scale, prefix = _choose_unit(max(curve.x[-1] for curve in members))
-        for number, curve in enumerate(members):
+        for number, (stage, curve) in enumerate(zip(stages, members, strict=True)):
             x = [position / scale for position in curve.x]
-            colour, dash = palette.colour(looks[curve.stage]), palette.dash(looks[curve.stage])
-            label = shorten(curve.stage) + " (unfinished)" * curve.unfinished
+            colour, dash = palette.colour(looks[stage.name]), palette.dash(looks[stage.name])
+            label = shorten(stage.name) + " (unfinished)" * bool(stage.unfinished)
             if number >= NAMED_CURVES:
                 label = "_unnamed"
             panel.plot(x, _with_gaps(curve.loss), color=colour, linewidth=0.6, alpha=0.3)
@@ -232,20 +234,20 @@ def draw_curves(run: RunData, palette: Palette) -> Figure:
         _finish_curves(panel, [curve.smooth for curve in members])
         panel.set_title(group, fontsize=9.5, color=INK)
     figure.axes[0].set_ylabel("training loss, nats per token", fontsize=9)
-    set_title(figure, say_fall(curves))
+    set_title(figure, say_fall({name: curve.loss for name, curve in curves.items()}))
     return figure
 
 
 def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
     """Loss per domain while models were trained: a panel for each domain, as far as they fit, and for their mean."""
-    models = find_watched(cast)[:NAMED_CURVES]
-    looks = [model.look for model in models]
+    watched = find_watched(cast)[:NAMED_CURVES]
+    looks = [model.look for model, _ in watched]
     if len(set(looks)) < len(looks):  # several seeds or runs of one role
-        looks = [f"{model.name} {model.run}" for model in models]
+        looks = [f"{model.name} {model.run}" for model, _ in watched]
         palette = Palette(looks)
     domains: dict[str, None] = {}
     ends, units = [], set()
-    for stage in (model.stage for model in models if model.stage is not None):
+    for _, stage in watched:
         scale, unit = stage.progress_unit()
         units.add(unit)
         domains |= dict.fromkeys(domain for domain in stage.log.watched if domain != MEAN)
@@ -259,15 +261,18 @@ def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
     panels = make_panels(figure, len(shown), per_row)
     for panel, domain in zip(panels, shown, strict=True):
         drawn = []
-        for model, look in zip(models, looks, strict=True):
-            if model.stage is None:
-                continue
-            curve, scale = watched_curve(cast, model, domain), model.stage.progress_unit()[0] / divisor
+        for (model, stage), look in zip(watched, looks, strict=True):
+            curve = list(stage.log.watched.get(domain, ()))
+            start = cast.loss(MIX, domain)
+            if curve and start is not None and model.role == BTX and not model.row.variant:
+                curve = [(0, start), *curve]  # the mixture begins with what the mix was measured to have
+            x = [iteration * (stage.progress_unit()[0] / divisor) for iteration, _ in curve]
             drawn.append(_with_gaps([loss for _, loss in curve]))
             label, colour, dash = shorten(model.label, 24), palette.colour(look), palette.dash(look)
-            x = [iteration * scale for iteration, _ in curve]
             panel.plot(x, drawn[-1], "o", color=colour, linestyle=dash, markersize=2.5, linewidth=1.4, label=label)
-        _draw_seed_line(panel, cast, domain)
+        seed = cast.loss(SEED, domain)
+        if seed is not None and is_usable(seed):
+            panel.axhline(seed, **_SEED_LINE)
         panel.set_title(shorten(domain), fontsize=9.5, color=INK)
         _finish_curves(panel, drawn)
         panel.xaxis.set_major_locator(MaxNLocator(3))
@@ -276,15 +281,6 @@ def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
     figure.supylabel(f"loss{on_split}, nats per token", fontsize=9)
     set_title(figure, "Loss per domain while finetuning")
     return figure
-
-
-def _draw_seed_line(panel: Axes, cast: Cast, domain: str) -> None:
-    """Draw the seed's loss across a panel."""
-    seed, loss = cast.find(SEED), cast.mean_loss(SEED)
-    if seed is not None and domain != MEAN:
-        loss = seed.losses.get(domain)
-    if loss is not None and is_usable(loss):
-        panel.axhline(loss, color=FIXED_COLOURS[SEED], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
 
 
 def _choose_unit(largest: float) -> tuple[float, str]:
@@ -313,18 +309,16 @@ def _finish_curves(panel: Axes, curves: Sequence[Sequence[float]]) -> None:
         panel.set_ylim(low - 2 * margin, high + 2 * margin)
 
 
-def say_fall(curves: Sequence[LossCurve]) -> str:
+def say_fall(losses: Mapping[str, Sequence[float]]) -> str:
     """Whether every stage ended below where it began: the mean of its last tenth below that of its first."""
     unfallen = []
-    for curve in curves:
-        tenth = math.ceil(len(curve.loss) / 10)
-        if not mean(curve.loss[-tenth:]) < mean(curve.loss[:tenth]):  # nor when a loss there is not finite
-            unfallen.append(shorten(curve.stage))
+    for stage, curve in losses.items():
+        tenth = math.ceil(len(curve) / 10)
+        if not mean(curve[-tenth:]) < mean(curve[:tenth]):  # nor when a loss there is not finite
+            unfallen.append(shorten(stage))
     if unfallen:
         return "Training loss; it did not fall in " + ", ".join(unfallen[:4])
-    if len(curves) > 1:
-        return "Training loss fell in every stage"
-    return "Training loss fell"
+    return "Training loss fell in every stage" if len(losses) > 1 else "Training loss fell"
 
 
 # --- routing and load --------------------------------------------------------------------------------------
@@ -368,8 +362,8 @@ def draw_loads(variants: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> F
         experts = len(load_LE[0])
         draw_heat_map(panel, load_LE, write_percent if len(load_LE) * experts <= CELLS_WRITTEN else None)
         panel.set_title(shorten(variant), fontsize=8)
-        panel.set_xticks(choose_ticks(range(experts)))
-        ticks = choose_ticks(range(len(load_LE)))
+        panel.set_xticks(choose_ticks(experts))
+        ticks = choose_ticks(len(load_LE))
         panel.set_yticks(ticks, [str(layer + 1) for layer in ticks])
         panel.tick_params(labelsize=7, length=0)
     add_heat_scale(figure, panels, "share of the layer's choices")

@@ -201,20 +201,15 @@ def _read_models(
                     raise InputError(
                         f"{file}: model {name!r}: routing is not of {len(experts)} experts; evaluate again"
                     )
-                top_k = _read_top_k(stages.get(file.parent.name))
-                stated |= {"routing": found.routing, "experts": experts, "top_k": top_k}
+                stated |= {"routing": found.routing, "experts": experts}
+                stage = stages.get(file.parent.name)
+                if stage is not None and str(stage.settings.get("moe-router-topk")).isdecimal():
+                    stated["top_k"] = int(stage.settings["moe-router-topk"])  # a text where it is a mixture's own
             models[name] = replace(known, **stated)
     for name, model in models.items():
         if model.row.variant and not model.scores:
             models[name] = replace(model, scores=_last_scores(model))
     return sort_models(models.values())
-
-
-def _read_top_k(stage: Stage | None) -> int | None:
-    """How many experts a token takes, by the settings of the stage that evaluated."""
-    if stage is not None and str(stage.settings.get("moe-router-topk")).isdecimal():
-        return int(stage.settings["moe-router-topk"])  # from a text where it is a given mixture's own
-    return None
 
 
 def _last_scores(model: Model) -> tuple[Score, ...]:

@@ -24,7 +24,7 @@ from megatron_btx.recipe.names import (
     SEED_STAGE,
 )
 from megatron_btx.report.quantities import mean
-from megatron_btx.report.stages import Stage
+from megatron_btx.report.stages import MEAN, Stage
 from megatron_btx.runner.schemas import LOSS, ModelRow, Score
 
 SEED, EXPERT, AVERAGE, MIX, BTX, TUNED_AVERAGE, DENSE = ROLES = (
@@ -115,7 +115,7 @@ class Model:
         """Domain or task -> the value of a measure."""
         return {score.data: score.value for score in self.scores if score.measure == measure}
 
-    def mean(self, measure: str, data: Sequence[str]) -> float | None:
+    def mean_of(self, measure: str, data: Sequence[str]) -> float | None:
         """Unweighted mean of a measure over domains or tasks; None without any, and when one of them has no value."""
         values = self.values(measure)
         found = [values[name] for name in data if name in values]
@@ -125,7 +125,7 @@ class Model:
 
     def mean_loss(self, domains: Sequence[str]) -> float | None:
         """Its mean loss over ``domains``."""
-        return self.mean(LOSS, domains)
+        return self.mean_of(LOSS, domains)
 
     def chooses_experts(self) -> bool:
         """Whether a token takes some of the experts only. Under soft routing it takes all, and shares say nothing."""
@@ -159,10 +159,12 @@ class Cast:
         """The model of a role that is no variant of an ablation and was measured."""
         return next((model for model in self.having(role) if not model.row.variant), None)
 
-    def mean_loss(self, role: str) -> float | None:
-        """The mean loss over all domains of the model of a role; None where there is none."""
+    def loss(self, role: str, domain: str = MEAN) -> float | None:
+        """The loss of the model of a role on a domain, or over all of them; None where there is none."""
         model = self.find(role)
-        return None if model is None else model.mean_loss(self.domains)
+        if model is None:
+            return None
+        return model.mean_loss(self.domains) if domain == MEAN else model.losses.get(domain)
 
     def having(self, role: str) -> list[Model]:
         """All models of a role that were measured."""
@@ -212,7 +214,7 @@ class Line(NamedTuple):
 
     def values(self, measure: str, data: Sequence[str]) -> list[float]:
         """The mean of a measure over domains or tasks, a value per seed that has it."""
-        found = [model.mean(measure, data) for model in self.models]
+        found = [model.mean_of(measure, data) for model in self.models]
         return [value for value in found if value is not None]
 
 
@@ -253,7 +255,7 @@ def differences_to(cast: Cast, role: str) -> Difference | None:
     if mixture is None or baseline is None:
         return None
     by_domain = {domain: subtract(mixture.losses.get(domain), baseline.losses.get(domain)) for domain in cast.domains}
-    return Difference(subtract(cast.mean_loss(BTX), cast.mean_loss(role)), by_domain)
+    return Difference(subtract(cast.loss(BTX), cast.loss(role)), by_domain)
 
 
 def subtract(loss: float | None, reference: float | None) -> float | None:

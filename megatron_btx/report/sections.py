@@ -38,7 +38,7 @@ from megatron_btx.report.quantities import (
     spread_text,
     total,
 )
-from megatron_btx.report.stages import MEAN, Stage
+from megatron_btx.report.stages import Stage
 from megatron_btx.runner.schemas import LOSS
 from megatron_btx.runner.tables import count_epochs, with_prefix
 
@@ -162,7 +162,7 @@ def _marked(study: Study) -> list[str]:
 def _lead(run: RunData) -> str:
     if run.variants():
         return _lead_of_variants(run)
-    reached, before = run.mean_loss(BTX), run.mean_loss(SEED)
+    reached, before = run.loss(BTX), run.loss(SEED)
     if reached is None:
         return "This run has no finetuned mixture that was evaluated on every domain; the report shows what there is."
     parts = [f"The finetuned mixture reaches a mean loss of {loss_text(reached)} nats per token{run.on_split}"]
@@ -343,24 +343,13 @@ def _show_training(study: Study) -> Iterator[Block]:
         yield Image(study.prefix + CURVES_FIGURE, "Training loss of every stage over tokens", caption)
 
 
-def find_watched(cast: Cast) -> list[Model]:
-    """The models whose loss per domain was measured more than once while they were trained."""
+def find_watched(cast: Cast) -> list[tuple[Model, Stage]]:
+    """The models whose loss per domain was measured more than once while a stage trained them."""
     found = []
     for model in cast.models:
         if model.stage is not None and any(len(curve) > 1 for curve in model.stage.log.watched.values()):
-            found.append(model)
+            found.append((model, model.stage))
     return found
-
-
-def watched_curve(cast: Cast, model: Model, domain: str) -> list[tuple[int, float]]:
-    """(iteration, loss) on a domain; the mixture's begins with what the mix was measured to have."""
-    assert model.stage is not None
-    curve = list(model.stage.log.watched.get(domain, ()))
-    start = cast.find(MIX)
-    if start is None or model.role != BTX or model.row.variant or not curve:
-        return curve
-    loss = start.mean_loss(cast.domains) if domain == MEAN else start.losses.get(domain)
-    return curve if loss is None else [(0, loss), *curve]
 
 
 def _show_watched(study: Study) -> Iterator[Block]:

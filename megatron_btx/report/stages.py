@@ -203,18 +203,14 @@ def _tokens_per_iteration(manifest: StageManifest, flags: object, steps: int | N
     return None
 
 
-@dataclass(frozen=True)
-class LossCurve:
+class LossCurve(NamedTuple):
     """A loss curve as it is drawn: means over equal runs of iterations, and their moving average."""
 
-    stage: str
     unit: str
     """"tokens" or, where a stage does not say how many it saw, "iterations"."""
-    x: tuple[float, ...]
-    loss: tuple[float, ...]
-    smooth: tuple[float, ...]
-    unfinished: bool
-    """Whether the stage ended early, and its curve with it."""
+    x: list[float]
+    loss: list[float]
+    smooth: list[float]
 
 
 def make_curve(stage: Stage) -> LossCurve:
@@ -231,7 +227,7 @@ def make_curve(stage: Stage) -> LossCurve:
     for at in range(len(losses)):
         reach = min(len(losses) // 40, at)
         smooth.append(mean(losses[at - reach : at + reach + 1]))
-    return LossCurve(stage.name, unit, tuple(x), tuple(losses), tuple(smooth), bool(stage.unfinished))
+    return LossCurve(unit, x, losses, smooth)
 
 
 def sum_tokens(name: str, known: Mapping[str, Stage], first: str) -> float | None:

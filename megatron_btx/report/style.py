@@ -118,13 +118,12 @@ def set_title(figure: Figure, text: str) -> None:
 
 
 def plain_axes(panel: Axes, grid: str) -> None:
-    """Axes without a frame; ``grid``: of "x", "y" or "both" axes, or empty for none."""
+    """Axes without a frame; ``grid``: of "x", "y" or "both" axes."""
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set_color("#999999")
     panel.tick_params(labelsize=8, color="#999999")
-    if grid:
-        panel.grid(axis=grid, color=FAINT, linewidth=0.6)  # type: ignore[arg-type]
-        panel.set_axisbelow(True)
+    panel.grid(axis=grid, color=FAINT, linewidth=0.6)  # type: ignore[arg-type]
+    panel.set_axisbelow(True)
 
 
 def draw_shares(
@@ -149,7 +148,7 @@ def draw_shares(
     panel.set_xlim(-0.6, len(shares_LE) - 0.4)
     panel.set_ylim(0, 1)
     panel.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
-    ticks = choose_ticks(range(len(shares_LE)))
+    ticks = choose_ticks(len(shares_LE))
     panel.set_xticks(ticks, [str(layers[at] + 1) for at in ticks])
 
 
@@ -195,10 +194,9 @@ def say_absent(panel: Axes, text: str) -> None:
     panel.set_xticks([])
 
 
-def choose_ticks(places: Sequence[int]) -> Sequence[int]:
-    """At most eight of the places, evenly spaced: those whose number is written."""
-    step = max(1, math.ceil(len(places) / _TICKS))
-    return places[::step]
+def choose_ticks(count: int) -> range:
+    """At most eight of so many places, evenly spaced: those whose number is written."""
+    return range(0, count, max(1, math.ceil(count / _TICKS)))
 
 
 def write_percent(share: float) -> str:
