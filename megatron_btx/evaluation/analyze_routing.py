@@ -25,7 +25,7 @@ from megatron_btx.common.log import say
 from megatron_btx.engine.checks.start import compare_with_stored
 from megatron_btx.engine.program import start_tool
 from megatron_btx.engine.restricted_loading import load_weights
-from megatron_btx.evaluation.program import expert_names, inputs_of
+from megatron_btx.evaluation.program import add_pairs, expert_names, inputs_of
 from megatron_btx.model.build import build_model
 from megatron_btx.model.step import batches_of, forward
 
@@ -36,23 +36,10 @@ _ROUTING_FLAGS = ("moe_router_topk", "moe_router_pre_softmax", "moe_expert_capac
 def add_analysis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of this program to Megatron's parser."""
     group = parser.add_argument_group("megatron_btx routing analysis", "used by tools/analyze_routing.py")
-    group.add_argument(
-        "--btx-route-model",
-        metavar="NAME=PATH",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="a mixture, and the name it gets in the figures; several of one architecture side by side (required)",
-    )
-    group.add_argument(
-        "--btx-route-data",
-        metavar="LABEL=TEXT",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="the prefix of an indexed dataset, or a text file (docs/data.md), and its label: a domain, or "
-        "domain/task (required)",
-    )
+    models = "a mixture, and the name it gets in the figures; several of one architecture side by side (required)"
+    add_pairs(group, "--btx-route-model", "NAME=PATH", models)
+    texts = "the prefix of an indexed dataset, or a text file (docs/data.md), and its label: a domain, or domain/task "
+    add_pairs(group, "--btx-route-data", "LABEL=TEXT", f"{texts}(required)")
     group.add_argument("--btx-route-output", metavar="FOLDER", help="folder for routing.json, figures, page (required)")
     group.add_argument(
         "--btx-route-tokens",
@@ -82,8 +69,8 @@ class _Inputs:
 
     models: dict[str, str]
     """Name -> path."""
-    stored: dict[str, dict[str, Any]]
-    """Model -> the arguments that its checkpoint holds."""
+    trained: list[str]
+    """The models whose routers were trained; the page opens on the first."""
     data: dict[str, str]
     """Label -> path of its text."""
     experts: list[str]
@@ -91,16 +78,6 @@ class _Inputs:
     """Models of earlier analyses, drawn beside."""
     text: str | None
     """The text that the page colours; None for the start of every label's."""
-
-    def page_texts(self) -> dict[str, str]:
-        """Label -> the text that the page colours, or the path of the dataset that begins with it."""
-        if self.text is None:
-            return self.data
-        return {"text": self.text}
-
-    def trained(self) -> list[str]:
-        """The models whose routers were trained."""
-        return [name for name, arguments in self.stored.items() if not arguments.get("btx_untrained_routers")]
 
 
 @exits_with_one_line
@@ -112,6 +89,7 @@ def main() -> int:
     result: dict[str, Any] = {"experts": inputs.experts, "checkpoints": inputs.models, "texts": inputs.data}
     result |= {"routing": {flag: getattr(args, flag) for flag in _ROUTING_FLAGS}, "models": {}, "overlap": {}}
     model = build_model(args)
+    shown = inputs.data if inputs.text is None else {"text": inputs.text}
     texts: dict[str, dict[str, Any]] = {}
     for name, path in inputs.models.items():
         load_weights(model, path)
@@ -121,10 +99,10 @@ def main() -> int:
         result["models"][name] = describe(routed)
         result["overlap"][name] = overlaps(result["models"][name])
         texts[name] = {}
-        for label, text in inputs.page_texts().items():
+        for label, text in shown.items():
             texts[name][label] = route_text(model, text, is_text=inputs.text is not None)
     if args.rank == 0:
-        _write(Path(args.btx_route_output), result, inputs.earlier, texts, inputs.trained())
+        _write(Path(args.btx_route_output), inputs, result, texts)
     return 0
 
 
@@ -139,7 +117,9 @@ def _check_inputs(args: argparse.Namespace) -> _Inputs:
     stored, stored_by_path = {}, {}
     for name, path in models.items():
         stored[name] = stored_by_path[path] = compare_with_stored(path, vars(args))
-    _check_labels(data)
+    for label, prefix in data.items():
+        if label.count("/") > 1 or label.startswith("/") or label.endswith("/"):
+            raise InputError(f"--btx-route-data {label}={prefix}: expected DOMAIN=TEXT or DOMAIN/TASK=TEXT")
     check_texts(data, "--btx-route-data", args.btx_route_tokens, "--btx-route-tokens", args)
     text = _read_text(args.btx_route_text)
     if args.context_parallel_size > 1:
@@ -151,34 +131,20 @@ def _check_inputs(args: argparse.Namespace) -> _Inputs:
     earlier = read_earlier([Path(file) for file in args.btx_route_beside], list(models), experts)
     if args.rank == 0:
         Path(args.btx_route_output).mkdir(parents=True, exist_ok=True)
-    return _Inputs(models, stored, data, experts, earlier, text)
+    trained = [name for name, arguments in stored.items() if not arguments.get("btx_untrained_routers")]
+    return _Inputs(models, trained, data, experts, earlier, text)
 
 
-def _check_labels(data: dict[str, str]) -> None:
-    for label, prefix in data.items():
-        if label.count("/") > 1 or label.startswith("/") or label.endswith("/"):
-            raise InputError(f"--btx-route-data {label}={prefix}: expected DOMAIN=TEXT or DOMAIN/TASK=TEXT")
-
-
-def _write(
-    folder: Path, result: dict[str, Any], earlier: dict[str, Any], texts: dict[str, Any], trained: list[str]
-) -> None:
-    """Write what was found, draw it, and print its table.
-
-    Args:
-        earlier: models of other analyses, drawn beside.
-        texts: model -> label -> the tokens that the page colours.
-        trained: models whose routers were trained; the page opens on the first.
-    """
+def _write(folder: Path, inputs: _Inputs, result: dict[str, Any], texts: dict[str, Any]) -> None:
+    """Write what was found, draw it, and print its table; ``texts``: model -> label -> what the page colours."""
     from megatron_btx.evaluation.routing import make_table
     from megatron_btx.report.routing import write_figures, write_page
 
-    experts = result["experts"]
     write_json(folder / "routing.json", result)
-    everything = {**earlier, **result["models"]}
-    figures = write_figures(folder, everything, experts)
-    write_page(folder / "tokens.html", texts, experts, trained)
-    say(make_table(everything, experts))
+    everything = {**inputs.earlier, **result["models"]}
+    figures = write_figures(folder, everything, inputs.experts)
+    write_page(folder / "tokens.html", texts, inputs.experts, inputs.trained)
+    say(make_table(everything, inputs.experts))
     names = ["routing.json", *figures, "tokens.html"]
     say("\nwrote " + ", ".join(str(folder / name) for name in names))
 
@@ -203,20 +169,25 @@ def _read_text(file: str | None) -> str | None:
 
 
 def route_text(model: list[Any], text: str, is_text: bool) -> dict[str, Any]:
-    """The route of every token of a text (or of the start of the dataset ``text``), up to one micro-batch.
+    """The route of every token of a text, up to one micro-batch; or of the first sequence of the dataset ``text``.
 
     Returns:
-        ``pieces``: the tokens' texts; ``layers``: numbers from 0; ``gates``: [L, T, E], rounded to 1/1000.
+        ``pieces``: the tokens' texts, or numbers where there is no tokenizer; ``layers``: numbers from 0; ``gates``:
+        [L, T, E], rounded to 1/1000.
     """
     import torch
     from megatron.core import mpu
-    from megatron.training import get_args
+    from megatron.training import get_args, get_tokenizer
 
+    from megatron_btx.data.texts import start_of
     from megatron_btx.model.watch import mixtures, watching
 
-    args = get_args()
+    args, tokenizer = get_args(), get_tokenizer()
     length, micro = args.seq_length, args.micro_batch_size
-    ids = _token_ids(text, is_text)
+    if is_text:
+        ids = list(map(int, tokenizer.tokenize(text)))[: micro * length]
+    else:
+        ids = start_of(text, length)[:length].tolist()
     batches = batches_of(_fill_batches(ids), "the text")
     gates_LBSE = torch.zeros(args.num_layers, micro, length, args.num_experts, device="cuda")
     first = mpu.get_tensor_model_parallel_rank()
@@ -224,9 +195,7 @@ def route_text(model: list[Any], text: str, is_text: bool) -> dict[str, Any]:
     def add(layer: int, _router: Any, x_SBH: torch.Tensor, outputs: Any) -> None:
         """Keep the gates; under sequence parallelism a rank has its part of the sequence."""
         part = x_SBH.shape[0]
-        start = 0
-        if part < length:
-            start = first * part
+        start = first * part if part < length else 0
         gates_SBE = outputs[0].float().reshape(part, micro, -1)
         gates_LBSE[layer, :, start : start + part] = gates_SBE.transpose(0, 1)
 
@@ -237,21 +206,10 @@ def route_text(model: list[Any], text: str, is_text: bool) -> dict[str, Any]:
     torch.distributed.all_reduce(gates_LBSE)
     layers = mixtures()
     gates_LTE = gates_LBSE[layers].flatten(1, 2)[:, : len(ids)]
-    return {"pieces": _show_tokens(ids), "layers": layers, "gates": gates_LTE.double().round(decimals=3).tolist()}
-
-
-def _token_ids(text: str, is_text: bool) -> list[int]:
-    """The tokens of a text, as many as a micro-batch holds; or of a dataset's first sequence."""
-    from megatron.training import get_args, get_tokenizer
-
-    from megatron_btx.data.texts import start_of
-
-    args = get_args()
-    if is_text:
-        tokens, most = get_tokenizer().tokenize(text), args.micro_batch_size * args.seq_length
-    else:
-        tokens, most = start_of(text, args.seq_length), args.seq_length
-    return list(map(int, tokens))[:most]
+    pieces = [f"{token} " for token in ids]
+    if args.tokenizer_type != "NullTokenizer":
+        pieces = pieces_of(ids, tokenizer)
+    return {"pieces": pieces, "layers": layers, "gates": gates_LTE.double().round(decimals=3).tolist()}
 
 
 def _fill_batches(ids: list[int]) -> Any:
@@ -268,15 +226,6 @@ def _fill_batches(ids: list[int]) -> Any:
     padded = np.resize(np.array(ids, dtype=np.int64), args.micro_batch_size * args.seq_length)
     padded[len(ids) :] = 0
     return np.append(np.tile(padded, repeats), 0)
-
-
-def _show_tokens(ids: list[int]) -> list[str]:
-    """The texts of tokens; their numbers where there is no tokenizer."""
-    from megatron.training import get_args, get_tokenizer
-
-    if get_args().tokenizer_type == "NullTokenizer":
-        return [f"{token} " for token in ids]
-    return pieces_of(ids, get_tokenizer())
 
 
 def pieces_of(ids: list[int], tokenizer: Any) -> list[str]:

@@ -54,27 +54,20 @@ def evaluate(
     """
     if not models or not texts:
         raise InputError("evaluate: no models or no texts; give at least one of each, by name")
+    first = next(iter(models.values()))
+    if not is_checkpoint(Path(first)):
+        raise InputError(
+            f"{first}: is no Megatron checkpoint; convert a Hugging Face model first (megatron_btx.convert)"
+        )
+    stored = open_source("the model", str(first)).arguments
     with tempfile.TemporaryDirectory(prefix="btx-evaluate-") as folder:
         output = Path(folder) / "evaluation.json"
-        words = [*_stored_flags(next(iter(models.values()))), "--micro-batch-size", "1", *flags]
-        words += ["--btx-eval-model", *_name(models), "--btx-eval-data", *_name(texts)]
+        words = [*shlex.split(megatron_args_text(stored)), "--micro-batch-size", "1", *flags]
+        words += ["--btx-eval-model", *(f"{name}={path}" for name, path in models.items())]
+        words += ["--btx-eval-data", *(f"{name}={path}" for name, path in texts.items())]
         words += ["--btx-eval-tokens", str(tokens), "--btx-eval-output", str(output)]
         _run(processes, words, use_gpus)
         return read_evaluation(output)
-
-
-def _stored_flags(path: str | Path) -> list[str]:
-    """The flags that build the model of a checkpoint."""
-
-    if not is_checkpoint(Path(path)):
-        raise InputError(
-            f"{path}: is no Megatron checkpoint; convert a Hugging Face model first (megatron_btx.convert)"
-        )
-    return shlex.split(megatron_args_text(open_source("the model", str(path)).arguments))
-
-
-def _name(paths: Mapping[str, str | Path]) -> list[str]:
-    return [f"{name}={path}" for name, path in paths.items()]
 
 
 def _run(processes: int, words: list[str], use_gpus: bool) -> None:

@@ -23,7 +23,7 @@ from megatron_btx.common.log import say
 from megatron_btx.engine.checks.start import compare_with_stored
 from megatron_btx.engine.program import start_tool
 from megatron_btx.engine.restricted_loading import load_weights
-from megatron_btx.evaluation.program import named_paths
+from megatron_btx.evaluation.program import add_pairs, expert_names, named_paths
 from megatron_btx.mixing.operations import router_rows
 from megatron_btx.mixing.request import RouterInit
 from megatron_btx.model.build import build_model
@@ -39,15 +39,8 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     """Add the flags of this program to Megatron's parser."""
     group = parser.add_argument_group("megatron_btx router initialisation", "used by tools/init_router.py")
     group.add_argument("--btx-init-model", metavar="PATH", help="the mixed checkpoint (required)")
-    group.add_argument(
-        "--btx-init-data",
-        metavar="EXPERT=TEXT",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="for every expert of the mixture the prefix of an indexed dataset, or a text file (docs/data.md): "
-        "documents that are to go to it (required)",
-    )
+    texts = "for every expert of the mixture the prefix of an indexed dataset, or a text file (docs/data.md): "
+    add_pairs(group, "--btx-init-data", "EXPERT=TEXT", f"{texts}documents that are to go to it (required)")
     group.add_argument(
         "--btx-init-output", metavar="PATH", help="folder for the checkpoint with the new routers (required)"
     )
@@ -88,7 +81,7 @@ def main() -> int:
     load_weights(model, args.btx_init_model)
     before = own_rows(model)
     reports = {"before": measure(model, held_out)}
-    install_rows(model, _drawn(router_rows, args, before))
+    install_rows(model, _draw_rows(args, before))
     reports["random"] = measure(model, held_out)
     install_rows(model, before)
     choices: list[dict[str, Any]] = []
@@ -129,27 +122,18 @@ def check_output(given: str) -> None:
 
 def _check_inputs(args: argparse.Namespace) -> dict[str, str]:
     """Check the mixture, its texts and the output; return expert -> prefix, in the order of the mixture's experts."""
-
     stored = compare_with_stored(args.btx_init_model, vars(args))
-    _check_numbers(args)
-    names = stored.get("btx_experts") or [f"expert {number}" for number in range(args.num_experts)]
-    data = _check_texts(args, names)
-    check_output(args.btx_init_output)
-    return data
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
     if not args.num_experts:
         raise InputError(f"--btx-init-model {args.btx_init_model}: has no routers; give a mixture and --num-experts")
     if args.add_bias_linear:
         raise InputError("routers with biases are not fitted here; the model must have --disable-bias-linear")
-    smallest = (
-        ("--btx-init-documents", args.btx_init_documents, HELD_OUT_EVERY),
-        ("--btx-init-passes", args.btx_init_passes, 1),
-    )
-    for flag, value, least in smallest:
-        if value < least:
-            raise InputError(f"{flag} {value}: expected at least {least}")
+    if args.btx_init_documents < HELD_OUT_EVERY:
+        raise InputError(f"--btx-init-documents {args.btx_init_documents}: expected at least {HELD_OUT_EVERY}")
+    if args.btx_init_passes < 1:
+        raise InputError(f"--btx-init-passes {args.btx_init_passes}: expected at least 1")
+    data = _check_texts(args, expert_names({args.btx_init_model: stored}, args.num_experts) or [])
+    check_output(args.btx_init_output)
+    return data
 
 
 def _check_texts(args: argparse.Namespace, names: list[str]) -> dict[str, str]:
@@ -206,7 +190,7 @@ def _texts(data: dict[str, str], documents: int) -> tuple[list[Any], list[Any], 
     return *parts, sizes
 
 
-def _drawn(router_rows: Any, args: argparse.Namespace, like: Any) -> Any:
+def _draw_rows(args: argparse.Namespace, like: Any) -> Any:
     """Random routers, as a fresh mix has them."""
     import torch
 

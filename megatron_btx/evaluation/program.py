@@ -13,7 +13,6 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +33,10 @@ from megatron_btx.runner.schemas import Score
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of this program to Megatron's parser."""
     group = parser.add_argument_group("megatron_btx evaluation", "used by python -m megatron_btx.evaluate")
-    group.add_argument(
-        "--btx-eval-model",
-        metavar="NAME=PATH",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="a checkpoint to evaluate, and the name it gets in the results; repeat for several of one architecture "
-        "(required)",
-    )
-    group.add_argument(
-        "--btx-eval-data",
-        metavar="DOMAIN=TEXT",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="the prefix of an indexed dataset, or a text file (docs/data.md), and the domain it stands for (required)",
-    )
+    models = "a checkpoint to evaluate, and the name it gets in the results; repeat for several of one architecture "
+    add_pairs(group, "--btx-eval-model", "NAME=PATH", f"{models}(required)")
+    texts = "the prefix of an indexed dataset, or a text file (docs/data.md), and the domain it stands for (required)"
+    add_pairs(group, "--btx-eval-data", "DOMAIN=TEXT", texts)
     group.add_argument(
         "--btx-eval-tokens",
         metavar="TOKENS",
@@ -59,37 +45,24 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         help="tokens per domain, rounded down to whole batches of sequences, from the start of each dataset "
         "(default: 65536)",
     )
-    group.add_argument(
-        "--btx-eval-output", metavar="FILE", default=None, help="where to write the results as JSON (required)"
-    )
+    group.add_argument("--btx-eval-output", metavar="FILE", help="where to write the results as JSON (required)")
     return parser
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What is evaluated, checked."""
-
-    models: dict[str, str]
-    """Name -> path."""
-    data: dict[str, str]
-    """Domain -> path of its text."""
-    experts: list[str] | None
-    """None for dense models."""
 
 
 @exits_with_one_line
 def main() -> int:
     """Evaluate what the command line names; see --help."""
-    args, inputs = start_tool(__doc__, add_evaluation_arguments, _names_of, _check_inputs)
+    args, experts = start_tool(__doc__, add_evaluation_arguments, _names_of, _check_inputs)
+    models, data = _names_of(args)
     model = build_model(args)
     scores, about = [], {}
-    for name, path in inputs.models.items():
+    for name, path in models.items():
         load_weights(model, path)
-        losses, about[name] = evaluate_model(model, name, inputs.data, path)
+        losses, about[name] = evaluate_model(model, name, data, path)
         scores += [score.model_dump() for score in losses]
         say(f"{name}: " + ", ".join(f"{score.data} {score.value:.4f}" for score in losses))
     if args.rank == 0:
-        result = {"scores": scores, "models": about, "experts": inputs.experts, "eod_mask_loss": args.eod_mask_loss}
+        result = {"scores": scores, "models": about, "experts": experts, "eod_mask_loss": args.eod_mask_loss}
         write_json(Path(args.btx_eval_output), result)
     return 0
 
@@ -98,16 +71,15 @@ def _names_of(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]
     return inputs_of(args, "eval", "the file")
 
 
-def _check_inputs(args: argparse.Namespace) -> _Inputs:
+def _check_inputs(args: argparse.Namespace) -> list[str] | None:
+    """Check the models and texts; returns the names of the experts, None for dense models."""
     from megatron_btx.data.texts import check_texts
 
     models, data = _names_of(args)
-    stored = {}
-    for path in models.values():
-        stored[path] = compare_with_stored(path, vars(args))
+    stored = {path: compare_with_stored(path, vars(args)) for path in models.values()}
     experts = expert_names(stored, args.num_experts)
     check_texts(data, "--btx-eval-data", args.btx_eval_tokens, "--btx-eval-tokens", args)
-    return _Inputs(models, data, experts)
+    return experts
 
 
 def evaluate_model(model: list[Any], name: str, data: dict[str, str], path: str) -> tuple[list[Score], dict[str, Any]]:
@@ -155,14 +127,16 @@ def count_parameters(source: Source, topk: int, sampled: bool) -> tuple[int, int
     return total, total - in_experts + in_experts * taken // (experts * layers)
 
 
+def add_pairs(group: argparse._ActionsContainer, flag: str, metavar: str, what: str) -> None:
+    """Add a flag that takes NAME=PATH words, and may stand several times."""
+    group.add_argument(flag, metavar=metavar, nargs="+", action="extend", default=[], help=what)
+
+
 def inputs_of(args: argparse.Namespace, kind: str, output: str) -> tuple[dict[str, str], dict[str, str]]:
     """The models and the texts, name -> path, of ``--btx-KIND-model`` and ``--btx-KIND-data``.
 
-    Args:
-        output: what ``--btx-KIND-output`` names, for the refusal.
-
     Raises:
-        InputError: something is missing or has another form.
+        InputError: something is missing, the output (which ``output`` describes) too, or has another form.
     """
     models = named_paths(getattr(args, f"btx_{kind}_model"), f"--btx-{kind}-model")
     data = named_paths(getattr(args, f"btx_{kind}_data"), f"--btx-{kind}-data")
@@ -189,10 +163,7 @@ def expert_names(stored: Mapping[str, Mapping[str, Any]], count: int | None) -> 
     """
     if not count:
         return None
-    named = {}
-    for path, arguments in stored.items():
-        if arguments.get("btx_experts"):
-            named[path] = list(arguments["btx_experts"])
+    named = {path: list(arguments["btx_experts"]) for path, arguments in stored.items() if arguments.get("btx_experts")}
     if not named:
         return [f"expert {number}" for number in range(count)]
     first, names = next(iter(named.items()))

@@ -98,17 +98,6 @@ def centroid_rows(second_HH: torch.Tensor, mean_EH: torch.Tensor) -> torch.Tenso
     return centred_EH / lengths_E / second_HH.diagonal().mean().sqrt()
 
 
-def _candidate_rows(second_HH: torch.Tensor, mean_EH: torch.Tensor, ridges: tuple[float | None, ...]) -> torch.Tensor:
-    """One layer's rows for every ridge, fp32 [C, E, H]; None stands for centroids."""
-    candidates = []
-    for ridge in ridges:
-        if ridge is None:
-            candidates.append(centroid_rows(second_HH, mean_EH))
-        else:
-            candidates.append(ridge_rows(second_HH, mean_EH, ridge))
-    return torch.stack(candidates).float()
-
-
 def refit(model: list[Any], fit: Texts, held_out: Texts, method: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """Rows for all routers from the inputs they get now, and what was chosen per layer.
 
@@ -117,12 +106,14 @@ def refit(model: list[Any], fit: Texts, held_out: Texts, method: str) -> tuple[t
     """
     second_LHH, mean_LEH = moments(model, fit)
     layers = mixtures()
-    ridges: tuple[float | None, ...] = (None,)
-    if method == "ridge":
-        ridges = RIDGES
-    candidates = {}
+    ridges: tuple[float | None, ...] = RIDGES if method == "ridge" else (None,)
+    candidates = {}  # of every mixture layer for every ridge, fp32 [C, E, H]
     for layer in layers:
-        candidates[layer] = _candidate_rows(second_LHH[layer], mean_LEH[layer], ridges)
+        if method == "ridge":
+            rows = [ridge_rows(second_LHH[layer], mean_LEH[layer], ridge) for ridge in RIDGES]
+        else:
+            rows = [centroid_rows(second_LHH[layer], mean_LEH[layer])]
+        candidates[layer] = torch.stack(rows).float()
     # Cross-entropy against the domain, every domain weighing the same: [L, candidates, scales].
     entropy_LCS = torch.zeros(len(mean_LEH), len(ridges), len(SCALES), dtype=torch.float64, device="cuda")
     scales_S = torch.tensor(SCALES, device="cuda")

@@ -83,10 +83,6 @@ class RoutingCounts:
         self.tokens_L[layer] += tokens
         self.wanted_L[layer] += tokens * router.topk
 
-    def sum_over_ranks(self) -> None:
-        """Make the counts those of all ranks; every token was counted by one of them."""
-        torch.distributed.all_reduce(self.buffer)
-
     def by_layer(self) -> list[LayerCounts]:
         """The same as plain numbers."""
         lists = (self.choices_LE, self.first_LE, self.probabilities_LE, self.gates_LE)
@@ -119,7 +115,7 @@ def route(model: list[Any], where: str, prefix: str, tokens: int) -> Routed:
     counts = RoutingCounts.start(args.num_layers, args.num_experts)
     with watching(model, counts.add):
         loss = forward(model, batches)
-    counts.sum_over_ranks()
+    torch.distributed.all_reduce(counts.buffer)  # every token was counted by one rank
     return Routed(loss.nats, loss.tokens, counts.by_layer(), loss.stderr)
 
 
@@ -136,8 +132,9 @@ def describe(routed: Mapping[str, Routed]) -> dict[str, dict[str, Any]]:
         domain, _, task = label.partition("/")
         tasks = [other for name, other in routed.items() if name.startswith(f"{domain}/")]
         if task and len(tasks) > 1 and domain not in routed and domain not in result:
-            result[domain] = _describe_text(_join(tasks))
-        result[label] = _describe_text(text)
+            whole = _join(tasks)
+            result[domain] = {"loss": whole.loss, "tokens": whole.tokens, **describe_layers(whole.layers)}
+        result[label] = {"loss": text.loss, "tokens": text.tokens, **describe_layers(text.layers)}
     return result
 
 
@@ -145,19 +142,12 @@ def _join(texts: Sequence[Routed]) -> Routed:
     """Several texts as one."""
     tokens = sum(text.tokens for text in texts)
     loss = sum(text.loss * text.tokens for text in texts) / tokens
-    layers = zip(*(text.layers for text in texts), strict=True)
-    return Routed(loss, tokens, list(map(_add_up, layers)))
-
-
-def _add_up(parts: Sequence[LayerCounts]) -> LayerCounts:
-    """The counts of one layer over several texts together."""
-    *lists, entropies, tokens, wanted = zip(*parts, strict=True)
-    added = ([sum(cells) for cells in zip(*columns, strict=True)] for columns in lists)
-    return LayerCounts._make([*added, sum(entropies), sum(tokens), sum(wanted)])
-
-
-def _describe_text(text: Routed) -> dict[str, Any]:
-    return {"loss": text.loss, "tokens": text.tokens, **describe_layers(text.layers)}
+    layers = []
+    for parts in zip(*(text.layers for text in texts), strict=True):
+        *lists, entropies, counted, wanted = zip(*parts, strict=True)
+        added = [[sum(cells) for cells in zip(*columns, strict=True)] for columns in lists]
+        layers.append(LayerCounts._make([*added, sum(entropies), sum(counted), sum(wanted)]))
+    return Routed(loss, tokens, layers)
 
 
 def describe_layers(layers: Sequence[LayerCounts]) -> dict[str, list[Any]]:
@@ -190,15 +180,13 @@ def _divide(values: list[float], divisor: float) -> list[float]:
     return [value / divisor for value in values]
 
 
-def overlap(one_LE: list[list[float]], other_LE: list[list[float]]) -> float:
-    """Mean over layers of 1 less the total variation distance of two labels' shares: 1 is the same routing."""
-    return 1.0 - routing_distance(one_LE, other_LE)
-
-
 def overlaps(labels: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The overlap of every two labels of a model."""
+    """The overlap of every two labels of a model: 1 less the distance of their shares; 1 is the same routing."""
     choices = {name: label["choices"] for name, label in labels.items()}
-    return {one: {other: overlap(choices[one], choices[other]) for other in choices} for one in choices}
+    found = {}
+    for one, shares in choices.items():
+        found[one] = {name: 1.0 - routing_distance(shares, other) for name, other in choices.items()}
+    return found
 
 
 def make_table(models: Mapping[str, Any], experts: Sequence[str]) -> str:
@@ -208,18 +196,14 @@ def make_table(models: Mapping[str, Any], experts: Sequence[str]) -> str:
     ]
     for name, labels in models.items():
         for label, routed in labels.items():
-            lines.append(f"{name:<16} {label:<20} {_table_cells(routed, experts)}")
+            layers = len(routed["layers"])
+            shares = [sum(of_expert) / layers for of_expert in zip(*routed["first"], strict=True)]
+            most = shares.index(max(shares))
+            entropy = sum(routed["entropy"]) / layers / math.log(max(len(experts), 2))
+            dead, dropped = sum(map(len, routed["dead"])), sum(routed["dropped"]) / layers
+            cells = f"{experts[most]:<14} {shares[most]:>7.1%} {entropy:>16.2f} {dead:>5} {dropped:>8.1%}"
+            lines.append(f"{name:<16} {label:<20} {cells}")
     return "\n".join(lines)
-
-
-def _table_cells(routed: Mapping[str, Any], experts: Sequence[str]) -> str:
-    layers = len(routed["layers"])
-    shares = [sum(of_expert) / layers for of_expert in zip(*routed["first"], strict=True)]
-    most = shares.index(max(shares))
-    entropy = sum(routed["entropy"]) / layers / math.log(max(len(experts), 2))
-    dead = sum(map(len, routed["dead"]))
-    dropped = sum(routed["dropped"]) / layers
-    return f"{experts[most]:<14} {shares[most]:>7.1%} {entropy:>16.2f} {dead:>5} {dropped:>8.1%}"
 
 
 def read_earlier(files: Sequence[Path], names: Sequence[str], experts: list[str]) -> dict[str, Any]:

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError, exits_with_one_line, printable
 from megatron_btx.recipe.names import ABLATION_REPORT_FILE, REPORT_FILE, REPORT_STAGE
 from megatron_btx.report.inputs import RunData, name_path, read_run
-from megatron_btx.report.models import BASELINES, BTX, DENSE, Difference, Model, differences_to
+from megatron_btx.report.models import BASELINES, BTX, DENSE, differences_to
 from megatron_btx.report.pages import Report, print_blocks, write_report
 from megatron_btx.report.sections import FIGURES, Study, make_sections, make_study, printed_blocks
-from megatron_btx.report.stages import MEAN, Stage, make_curve
+from megatron_btx.report.stages import MEAN, make_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,52 +36,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, such as runs/quickstart")
     parser.add_argument("--require-facts", action="store_true", help="exit with 1 when a fact is false")
     arguments = parser.parse_args(argv)
-    runs = read_runs(arguments.runs)
-    for run in runs:
-        if arguments.require_facts and run.variants():
-            raise InputError(f"--require-facts: {run.name} is an ablation, which has no facts; leave it out")
-    report = make_report_of(runs, arguments.runs[0])
+    report = make_report(*arguments.runs)
+    if arguments.require_facts and report.without_facts:
+        raise InputError(f"--require-facts: {report.without_facts[0]} is an ablation, which has no facts; leave it out")
     write_report(report)
     print_core(report)
     return int(arguments.require_facts and report.is_refuted)
 
 
-def build_report(*runs: Path) -> Report:
-    """Write the report of runs into the folder of the first; raises InputError as :func:`make_report` does.
+def make_report(*paths: Path) -> Report:
+    """The report of runs, not written yet; it will lie in the folder of the first.
 
-    Files of the report folder that are not the report's own are left alone, and all of them after an error.
+    Raises:
+        InputError: a path is no run, a file in it is broken, or two runs have one name, which nothing could tell apart.
     """
-    report = make_report(*runs)
-    write_report(report)
-    return report
-
-
-def make_report(*runs: Path) -> Report:
-    """The report of runs, not written yet. Raises InputError when one is none, or a file in it is broken."""
-    return make_report_of(read_runs(runs), runs[0])
-
-
-def read_runs(paths: Sequence[Path]) -> list[RunData]:
-    """What the runs left behind. Raises InputError when two have one name, which nothing could tell apart."""
     runs = [read_run(path) for path in paths]
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{name}: two of the runs have this name; give runs of different names")
-    return runs
-
-
-def make_report_of(runs: Sequence[RunData], first: Path) -> Report:
-    """The report of what was read; it is written into the run directory ``first``."""
     run = runs[0]
-    title, stem, prefix = f"Branch-Train-MiX report: {run.name}", REPORT_FILE.removesuffix(".md"), ""
-    page = "index.html"
+    title, text, page, prefix = f"Branch-Train-MiX report: {run.name}", REPORT_FILE, "index.html", ""
     if len(runs) > 1:
-        title = f"Branch-Train-MiX: {', '.join(one.name for one in runs)}"
-        stem, prefix, page = "comparison", "comparison-", "comparison.html"
+        title, text = f"Branch-Train-MiX: {', '.join(names)}", "comparison.md"
     elif run.variants():
-        stem = ABLATION_REPORT_FILE.removesuffix(".md")
-        title, prefix, page = "Ablation", "ablation-", "ablation.html"
+        title, text = "Ablation", ABLATION_REPORT_FILE
+    stem = Path(text).stem
+    if text != REPORT_FILE:
+        page, prefix = f"{stem}.html", f"{stem}-"
     study = make_study(runs, prefix)
 
     def draw() -> dict[str, Figure]:
@@ -92,14 +74,15 @@ def make_report_of(runs: Sequence[RunData], first: Path) -> Report:
     return Report(
         title,
         make_sections(study),
-        first / REPORT_STAGE,
-        page,
-        f"{stem}.md",
-        tuple(f"{prefix}{name}" for name in FIGURES),
-        draw,
-        _number_files(study, stem),
-        printed_blocks(study),
-        any(fact.holds is False for fact in study.all_facts()),
+        folder=paths[0] / REPORT_STAGE,
+        page=page,
+        text=text,
+        figures=tuple(f"{prefix}{name}" for name in FIGURES),
+        draw=draw,
+        numbers=_number_files(study, stem),
+        printed=printed_blocks(study),
+        is_refuted=any(fact.holds is False for fact in chain.from_iterable(study.facts.values())),
+        without_facts=tuple(run.name for run in runs if run.variants()),
     )
 
 
@@ -123,55 +106,44 @@ def _number_files(study: Study, stem: str) -> dict[str, Any]:
 
 def _number_run(run: RunData, study: Study) -> dict[str, Any]:
     """Every number of a run's report."""
-    numbered_curves = {}
-    for curve in (make_curve(stage) for stage in run.stages if stage.curve):
-        numbered_curves[curve.stage] = {"unit": curve.unit, "x": curve.x, "loss": curve.loss, "smooth": curve.smooth}
-    tokens = {f"{BTX}_tokens": run.tokens_after_seed(BTX), f"{DENSE}_tokens": run.tokens_after_seed(DENSE)}
     differences = {}
     for role in BASELINES:
-        difference = differences_to(run, role)
-        if difference is not None or role == DENSE:
-            differences[f"btx_minus_{role.replace('-', '_')}"] = _number_difference(difference)
+        found = differences_to(run, role)
+        if found is not None or role == DENSE:
+            differences[f"btx_minus_{role.replace('-', '_')}"] = found and found._asdict()
+    stages, curves = {}, {}
+    for stage in run.stages:
+        stages[stage.name] = stage.written
+        if stage.written and isinstance(stage.written.get("inputs"), list):
+            stages[stage.name] = {**stage.written, "inputs": list(map(name_path, stage.written["inputs"]))}
+        if stage.log.curve:
+            curves[stage.name] = make_curve(stage)._asdict()
+    models = {}
+    for model in run.measured:
+        models[model.name] = {
+            "role": model.role,
+            "losses": model.losses,
+            "mean_loss": model.mean_loss(run.domains),
+            "tokens": model.tokens,
+            "parameters": model.parameters,
+            "active_parameters": model.active_parameters,
+            "experts": model.experts or None,
+            "routing": model.routing,
+        }
     return {
         "run": run.name,
         "domains": run.domains,
-        "models": {model.name: _number_model(model, run.domains) for model in run.measured},
+        "models": models,
         "scores": [score.model_dump() for model in run.measured for score in model.scores],
         **differences,
-        "tokens_after_the_seed": tokens,
+        "tokens_after_the_seed": {f"{role}_tokens": run.tokens_after_seed(role) for role in (BTX, DENSE)},
         "facts": study.facts.get(run.name, []),
-        "stages": {stage.name: _number_stage(stage) for stage in run.stages},
-        "curves": numbered_curves,
-        "losses_while_finetuning": {stage.name: stage.watched for stage in run.stages if stage.watched},
+        "stages": stages,
+        "curves": curves,
+        "losses_while_finetuning": {stage.name: stage.log.watched for stage in run.stages if stage.log.watched},
         "datasets": run.datasets.rows,
         "sources": run.datasets.sources,
         "notes": [*run.marked, *run.notes],
-    }
-
-
-def _number_stage(stage: Stage) -> Any:
-    if stage.written and isinstance(stage.written.get("inputs"), list):
-        return {**stage.written, "inputs": list(map(name_path, stage.written["inputs"]))}
-    return stage.written
-
-
-def _number_difference(difference: Difference | None) -> dict[str, object] | None:
-    if difference is None:
-        return None
-    domains = {domain: value for domain, value in difference.items() if domain is not None}
-    return {"mean": difference[None], "domains": domains}
-
-
-def _number_model(model: Model, domains: tuple[str, ...]) -> dict[str, object]:
-    return {
-        "role": model.role,
-        "losses": model.losses,
-        "mean_loss": model.mean_loss(domains),
-        "tokens": model.tokens,
-        "parameters": model.parameters,
-        "active_parameters": model.active_parameters,
-        "experts": model.experts or None,
-        "routing": model.routing,
     }
 
 
@@ -179,12 +151,11 @@ def _number_variants(run: RunData) -> dict[str, dict[str, object]]:
     """Variant -> seed -> its losses and how it loads its experts."""
     variants: dict[str, dict[str, object]] = {}
     for model in run.variants():
-        if not model.scores:
-            continue
-        numbers: dict[str, object] = {"losses": {**model.losses, MEAN: model.mean_loss(run.domains)}}
-        if model.stage is not None and model.stage.routing:
-            numbers |= model.stage.routing._asdict()
-        variants.setdefault(model.label, {})[str(model.row.seed)] = numbers
+        if model.scores:
+            numbers: dict[str, object] = {"losses": {**model.losses, MEAN: model.mean_loss(run.domains)}}
+            if model.stage is not None and model.stage.log.routing:
+                numbers |= model.stage.log.routing._asdict()
+            variants.setdefault(model.label, {})[str(model.row.seed)] = numbers
     return variants
 
 

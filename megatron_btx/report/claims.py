@@ -13,15 +13,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from megatron_btx.report.models import AVERAGE, BTX, EXPERT, SEED, Cast, Model, routing_distances, subtract
+from megatron_btx.report.models import AVERAGE, BTX, EXPERT, SEED, Cast, routing_distances, subtract
 from megatron_btx.report.quantities import difference_text, loss_text, mean
 
 ROUTING_DISTANCE_THRESHOLD = 0.05
 """Of a distance between 0 and 1. Far above the sampling noise of shares over some thousand tokens (about 0.01)."""
-_VERDICTS = {True: "true", False: "false", None: "not checked"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,6 @@ class Fact:
     """The numbers behind the verdict in one line, or why it was not checked."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def verdict(self) -> str:
-        """The verdict in words."""
-        return _VERDICTS[self.holds]
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -54,18 +48,18 @@ class Pair:
         """The value minus its reference."""
         return subtract(self.loss, self.reference)
 
-    def is_lower(self) -> bool | None:
-        """Whether the value is below its reference; None when that cannot be known."""
-        return self._compare(operator.lt)
+    def holds(self, relation: Callable[[float, float], bool]) -> bool | None:
+        """Whether the value stands in a relation to its reference, as ``operator.lt`` or ``gt``.
 
-    def is_higher(self) -> bool | None:
-        """Whether the value is above its reference; one that is not finite is no evidence of that."""
-        return self._compare(operator.gt)
-
-    def _compare(self, relation: Callable[[float, float], bool]) -> bool | None:
+        None when that cannot be known; a value that is not finite stands in none.
+        """
         if self.loss is None or self.reference is None or not math.isfinite(self.reference):
             return None
         return math.isfinite(self.loss) and relation(self.loss, self.reference)
+
+    def numbers(self) -> dict[str, float | None]:
+        """Both values and their difference, for programs."""
+        return {"loss": self.loss, "reference": self.reference, "difference": self.difference}
 
     def describe(self, label: str) -> str:
         """Both values and their difference."""
@@ -115,16 +109,11 @@ def check_claims(cast: Cast) -> list[Fact]:
             facts.append(Fact(claim.name, claim.text, None, found))
             continue
         verdict = claim.reduce(found)
-        numbers: dict[str, Any] = {}
+        numbers = dict(verdict.numbers)
         if claim.key:
-            numbers[claim.key] = {label: _number_pair(pair) for label, pair in found.pairs.items()}
-        numbers |= verdict.numbers
+            numbers = {claim.key: {label: pair.numbers() for label, pair in found.pairs.items()}, **numbers}
         facts.append(Fact(claim.name, claim.text, verdict.holds, verdict.detail, numbers))
     return facts
-
-
-def _number_pair(pair: Pair) -> dict[str, float | None]:
-    return {**asdict(pair), "difference": pair.difference}
 
 
 # --- reducers ----------------------------------------------------------------------------------------------
@@ -143,19 +132,20 @@ def settle(verdicts: Iterable[bool | None], one: bool) -> bool | None:
 def every_lower(found: Selection) -> Verdict:
     """Every value is below its reference."""
     details = [pair.describe(label) for label, pair in found.pairs.items()]
-    verdicts = [pair.is_lower() for pair in found.pairs.values()]
+    verdicts = [pair.holds(operator.lt) for pair in found.pairs.values()]
     return Verdict(settle([*verdicts, *[None] * len(found.gaps)], False), "; ".join([*details, *found.gaps]))
 
 
 def some_higher(found: Selection) -> Verdict:
     """Some value is above its reference."""
     pairs = found.pairs
-    worse = [label for label, pair in pairs.items() if pair.is_higher()]
+    verdicts = {label: pair.holds(operator.gt) for label, pair in pairs.items()}
+    worse = [label for label, holds in verdicts.items() if holds]
     detail = f"worse in {len(worse)} of {len(pairs)} cases"
     if worse:
         most = max(worse, key=lambda label: pairs[label].difference or 0.0)
         detail += f", most: {pairs[most].describe(most)}"
-    return Verdict(settle([pair.is_higher() for pair in pairs.values()], True), detail, {"worse": len(worse)})
+    return Verdict(settle(verdicts.values(), True), detail, {"worse": len(worse)})
 
 
 def every_distance(found: Selection) -> Verdict:
@@ -166,27 +156,20 @@ def every_distance(found: Selection) -> Verdict:
     detail = f"mean {average:.3f}; smallest {distances[smallest]:.3f} ({smallest}); "
     detail += f"largest {distances[largest]:.3f} ({largest})"
     numbers = {"threshold": ROUTING_DISTANCE_THRESHOLD, "mean": average, "distances": distances}
-    return Verdict(settle([pair.is_lower() for pair in found.pairs.values()], False), detail, numbers)
+    return Verdict(settle([pair.holds(operator.lt) for pair in found.pairs.values()], False), detail, numbers)
 
 
 # --- selectors ---------------------------------------------------------------------------------------------
 
 
-def _experts_and_seed(cast: Cast) -> tuple[list[Model], Model] | str:
-    experts, seed = cast.having(EXPERT), cast.find(SEED)
-    if seed is None:
-        return cast.name_missing(SEED)
-    if not experts:
-        return "no evaluation of single experts"
-    return experts, seed
+_NO_EXPERTS = "no evaluation of single experts"
 
 
 def experts_at_home(cast: Cast) -> Selection | str:
     """Every expert against the seed on its own domain."""
-    found = _experts_and_seed(cast)
-    if isinstance(found, str):
-        return found
-    experts, seed = found
+    experts, seed = cast.having(EXPERT), cast.find(SEED)
+    if seed is None or not experts:
+        return cast.name_missing(SEED) or _NO_EXPERTS
     pairs, homeless = {}, []
     for expert in experts:
         home = expert.row.home
@@ -203,10 +186,9 @@ def experts_at_home(cast: Cast) -> Selection | str:
 
 def experts_away(cast: Cast) -> Selection | str:
     """Every expert against the seed on every other domain."""
-    found = _experts_and_seed(cast)
-    if isinstance(found, str):
-        return found
-    experts, seed = found
+    experts, seed = cast.having(EXPERT), cast.find(SEED)
+    if seed is None or not experts:
+        return cast.name_missing(SEED) or _NO_EXPERTS
     pairs = {}
     for expert in experts:
         for domain in cast.domains:
@@ -234,12 +216,8 @@ def mixture_and_parts(cast: Cast) -> Selection | str:
     for model in cast.measured:
         if model is average or model in experts:
             pairs[model.name] = Pair(own, model.mean_loss(cast.domains))
-    gaps = []
-    if average is None:
-        gaps.append(cast.name_missing(AVERAGE))
-    if not experts:
-        gaps.append("no evaluation of single experts")
-    return Selection(pairs, tuple(gaps))
+    gaps = [cast.name_missing(AVERAGE), _NO_EXPERTS * (not experts)]
+    return Selection(pairs, tuple(filter(None, gaps)))
 
 
 def routing_of_domains(cast: Cast) -> Selection | str:

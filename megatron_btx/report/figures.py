@@ -34,9 +34,8 @@ from megatron_btx.report.sections import (
     Study,
     find_loads,
     find_watched,
-    watched_curve,
 )
-from megatron_btx.report.stages import MEAN, LossCurve, make_curve
+from megatron_btx.report.stages import MEAN, Stage, make_curve
 from megatron_btx.report.style import (
     FIXED_COLOURS,
     INK,
@@ -60,8 +59,9 @@ NAMED_CURVES = 16
 """Of a panel: a legend of more would leave no room for them."""
 CELLS_WRITTEN = 80
 """Up to so many cells of a load have their number in the figure; more would lie over each other."""
-PANELS = {SEED: "seed", EXPERT: "experts", "": "mixture and baselines"}
-"""Role of the model that is trained -> the panel of its curve, in order; "" for all other roles."""
+PANELS, _OTHERS = {SEED: "seed", EXPERT: "experts"}, "mixture and baselines"
+"""Role of the model that is trained -> the panel of its curve; a last one for all other roles."""
+_SEED_LINE: dict[str, Any] = {"color": FIXED_COLOURS[SEED], "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
 _MOMENTS = {MIX: "before finetuning", BTX: "after finetuning"}
 _LARGE_UNITS = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
 
@@ -77,7 +77,7 @@ def draw_figures(study: Study) -> dict[str, Figure]:
     if find_loads(study):
         figures[LOAD_FIGURE] = draw_loads(find_loads(study))
     if len(study.runs) == 1:
-        if any(stage.curve for stage in study.runs[0].stages):
+        if any(stage.log.curve for stage in study.runs[0].stages):
             figures[CURVES_FIGURE] = draw_curves(study.runs[0], palette)
         if study.cast.mixtures():
             figures[ROUTING_FIGURE] = draw_routing(study.cast.mixtures(), palette)
@@ -98,7 +98,7 @@ def make_palette(study: Study) -> Palette:
 
 def looks_of(run: RunData) -> dict[str, str]:
     """Stage -> what decides its colour: that of the model it makes."""
-    looks = {stage.name: stage.name for stage in run.stages if stage.curve}
+    looks = {stage.name: stage.name for stage in run.stages if stage.log.curve}
     for model in run.models:
         if model.stage is not None:
             looks[model.stage.name] = model.look
@@ -111,20 +111,17 @@ def looks_of(run: RunData) -> dict[str, str]:
 def draw_losses(study: Study, palette: Palette) -> Figure:
     """Losses: one panel per domain, as far as they fit, and one for their mean; one row per model or variant."""
     lines, domains = study.lines, study.domains
-    if len(lines) > LINES_SHOWN:
-        lines = tuple(sorted(lines, key=_is_expert)[:LINES_SHOWN])  # single experts are the many
-    shown: tuple[str, ...] = domains
-    if len(domains) >= LOSS_PANELS:
-        shown = domains[: LOSS_PANELS - 1]
-    columns: list[tuple[str, str | None]] = [(domain, domain) for domain in shown]
+    if len(lines) > LINES_SHOWN:  # single experts are the many
+        lines = tuple(sorted(lines, key=lambda line: any(model.role == EXPERT for model in line.models))[:LINES_SHOWN])
+    columns: dict[str, tuple[str, ...]] = {domain: (domain,) for domain in domains[: LOSS_PANELS - 1]}
     if len(domains) > 1:
-        columns.append((f"mean, {len(domains)} domains", None))
+        columns[f"mean, {len(domains)} domains"] = domains
     per_row = min(len(columns), 5)
     rows = math.ceil(len(columns) / per_row)
     figure = new_page(rows * (0.9 + 0.27 * len(lines)) + 0.7)
     panels = make_panels(figure, len(columns), per_row, share_y=True)
-    for panel, (title, column) in zip(panels, columns, strict=True):
-        _draw_loss_panel(panel, lines, column, domains, palette)
+    for panel, (title, data) in zip(panels, columns.items(), strict=True):
+        _draw_loss_panel(panel, lines, data, palette)
         panel.set_title(shorten(title), fontsize=9.5, color=INK)
     panels[0].set_yticks(range(len(lines)), shorten_all((line.label for line in lines), 30))
     panels[0].set_ylim(len(lines) - 0.5, -0.5)
@@ -134,14 +131,8 @@ def draw_losses(study: Study, palette: Palette) -> Figure:
     return figure
 
 
-def _is_expert(line: Line) -> bool:
-    return bool(line.models) and line.models[0].role == EXPERT
-
-
-def _draw_loss_panel(
-    panel: Axes, lines: Sequence[Line], column: str | None, domains: Sequence[str], palette: Palette
-) -> None:
-    losses = [line.values(LOSS, column, domains) for line in lines]
+def _draw_loss_panel(panel: Axes, lines: Sequence[Line], data: Sequence[str], palette: Palette) -> None:
+    losses = [line.values(LOSS, data) for line in lines]
     usable = [list(filter(is_usable, values)) for values in losses]
     finite = sum(usable, [])
     low, high = min(finite, default=0.0), max(finite, default=1.0)
@@ -155,7 +146,7 @@ def _draw_loss_panel(
         if usable[row]:
             model = line.models[0]
             if model.role == SEED:
-                panel.axvline(values[0], color=FIXED_COLOURS[SEED], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+                panel.axvline(values[0], **_SEED_LINE)
             colour = palette.colour(model.look)
             if len(values) > 1:
                 panel.plot(usable[row], [row] * len(usable[row]), "o", color=colour, alpha=0.45, markersize=4, zorder=3)
@@ -194,24 +185,22 @@ def _draw_mean(panel: Axes, row: int, values: Sequence[float], colour: str, lowe
 
 def say_lowest_loss(cast: Cast, lines: Sequence[Line]) -> str:
     """Who has the lowest mean loss, as a sentence."""
-    best = find_best(lines, LOSS, None, cast.domains)
+    best = find_best(lines, cast.domains)
     if not best:
         return "Loss per model and domain"
-    compared = [line for line in lines if line.values(LOSS, None, cast.domains)]
-    lowest = mean(best[0].values(LOSS, None, cast.domains))
+    compared = [line for line in lines if line.values(LOSS, cast.domains)]
+    lowest = mean(best[0].values(LOSS, cast.domains))
     measure = "loss"
     if len(cast.domains) > 1:
         measure = "mean loss"
     names = " and ".join(shorten(line.label) for line in best[:3])
     message = f"Lowest {measure} of {len(compared)} models: {names}, {loss_text(lowest)}"
-    mixture = cast.find(BTX)
-    own = None
-    if mixture is not None and not mixture.run:
-        own = mixture.mean_loss(cast.domains)
-    is_best = mixture is not None and [line.models for line in best] == [[mixture]]
+    mixture, own = cast.find(BTX), cast.loss(BTX)
+    is_best = [line.models for line in best] == [[mixture]]
     if is_best and not any(map(cast.find, BASELINES)):
         message += ", the only one that was finetuned"
-    if own is not None and math.isfinite(own) and own != lowest:
+    is_alone = mixture is not None and not mixture.run
+    if is_alone and own is not None and math.isfinite(own) and own != lowest:
         message += f" (btx: {loss_text(own)})"
     return message
 
@@ -221,22 +210,21 @@ def say_lowest_loss(cast: Cast, lines: Sequence[Line]) -> str:
 
 def draw_curves(run: RunData, palette: Palette) -> Figure:
     """Training loss over tokens of every stage, in the panel of the model that it makes."""
-    looks, curves = looks_of(run), [make_curve(stage) for stage in run.stages if stage.curve]
+    looks, trained = looks_of(run), [stage for stage in run.stages if stage.log.curve]
+    curves = {stage.name: make_curve(stage) for stage in trained}
     roles = {model.stage.name: model.role for model in run.models if model.stage is not None}
-    groups: dict[str, list[LossCurve]] = {}
-    for role, title in PANELS.items():
-        members = [curve for curve in curves if roles.get(curve.stage, "") == role]
-        if not role:
-            members = [curve for curve in curves if roles.get(curve.stage) not in PANELS]
-        if members:
-            groups[title] = sorted(members, key=lambda curve: palette.rank(looks[curve.stage]))
+    groups: dict[str, list[Stage]] = {title: [] for title in (*PANELS.values(), _OTHERS)}
+    for stage in sorted(trained, key=lambda stage: palette.rank(looks[stage.name])):
+        groups[PANELS.get(roles.get(stage.name, ""), _OTHERS)].append(stage)
+    groups = {title: stages for title, stages in groups.items() if stages}
     figure = new_page(3.9)
-    for panel, (group, members) in zip(make_panels(figure, len(groups), len(groups)), groups.items(), strict=True):
+    for panel, (group, stages) in zip(make_panels(figure, len(groups), len(groups)), groups.items(), strict=True):
+        members = [curves[stage.name] for stage in stages]
         scale, prefix = _choose_unit(max(curve.x[-1] for curve in members))
-        for number, curve in enumerate(members):
+        for number, (stage, curve) in enumerate(zip(stages, members, strict=True)):
             x = [position / scale for position in curve.x]
-            colour, dash = palette.colour(looks[curve.stage]), palette.dash(looks[curve.stage])
-            label = shorten(curve.stage) + " (unfinished)" * curve.unfinished
+            colour, dash = palette.colour(looks[stage.name]), palette.dash(looks[stage.name])
+            label = shorten(stage.name) + " (unfinished)" * bool(stage.unfinished)
             if number >= NAMED_CURVES:
                 label = "_unnamed"
             panel.plot(x, _with_gaps(curve.loss), color=colour, linewidth=0.6, alpha=0.3)
@@ -246,24 +234,24 @@ def draw_curves(run: RunData, palette: Palette) -> Figure:
         _finish_curves(panel, [curve.smooth for curve in members])
         panel.set_title(group, fontsize=9.5, color=INK)
     figure.axes[0].set_ylabel("training loss, nats per token", fontsize=9)
-    set_title(figure, say_fall(curves))
+    set_title(figure, say_fall({name: curve.loss for name, curve in curves.items()}))
     return figure
 
 
 def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
     """Loss per domain while models were trained: a panel for each domain, as far as they fit, and for their mean."""
-    models = find_watched(cast)[:NAMED_CURVES]
-    looks = [model.look for model in models]
+    watched = find_watched(cast)[:NAMED_CURVES]
+    looks = [model.look for model, _ in watched]
     if len(set(looks)) < len(looks):  # several seeds or runs of one role
-        looks = [f"{model.name} {model.run}" for model in models]
+        looks = [f"{model.name} {model.run}" for model, _ in watched]
         palette = Palette(looks)
     domains: dict[str, None] = {}
     ends, units = [], set()
-    for stage in (model.stage for model in models if model.stage is not None):
+    for _, stage in watched:
         scale, unit = stage.progress_unit()
         units.add(unit)
-        domains |= dict.fromkeys(domain for domain in stage.watched if domain != MEAN)
-        ends += [curve[-1][0] * scale for curve in stage.watched.values()]
+        domains |= dict.fromkeys(domain for domain in stage.log.watched if domain != MEAN)
+        ends += [curve[-1][0] * scale for curve in stage.log.watched.values()]
     divisor, prefix = _choose_unit(max(ends))
     shown = list(domains)[: LOSS_PANELS - 1]
     if len(domains) > 1:
@@ -273,15 +261,18 @@ def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
     panels = make_panels(figure, len(shown), per_row)
     for panel, domain in zip(panels, shown, strict=True):
         drawn = []
-        for model, look in zip(models, looks, strict=True):
-            if model.stage is None:
-                continue
-            curve, scale = watched_curve(cast, model, domain), model.stage.progress_unit()[0] / divisor
+        for (model, stage), look in zip(watched, looks, strict=True):
+            curve = list(stage.log.watched.get(domain, ()))
+            start = cast.loss(MIX, domain)
+            if curve and start is not None and model.role == BTX and not model.row.variant:
+                curve = [(0, start), *curve]  # the mixture begins with what the mix was measured to have
+            x = [iteration * (stage.progress_unit()[0] / divisor) for iteration, _ in curve]
             drawn.append(_with_gaps([loss for _, loss in curve]))
             label, colour, dash = shorten(model.label, 24), palette.colour(look), palette.dash(look)
-            x = [iteration * scale for iteration, _ in curve]
             panel.plot(x, drawn[-1], "o", color=colour, linestyle=dash, markersize=2.5, linewidth=1.4, label=label)
-        _draw_seed_line(panel, cast, domain)
+        seed = cast.loss(SEED, domain)
+        if seed is not None and is_usable(seed):
+            panel.axhline(seed, **_SEED_LINE)
         panel.set_title(shorten(domain), fontsize=9.5, color=INK)
         _finish_curves(panel, drawn)
         panel.xaxis.set_major_locator(MaxNLocator(3))
@@ -290,18 +281,6 @@ def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
     figure.supylabel(f"loss{on_split}, nats per token", fontsize=9)
     set_title(figure, "Loss per domain while finetuning")
     return figure
-
-
-def _draw_seed_line(panel: Axes, cast: Cast, domain: str) -> None:
-    """Draw the seed's loss across a panel."""
-    seed = cast.find(SEED)
-    if seed is None:
-        return
-    loss = seed.losses.get(domain)
-    if domain == MEAN:
-        loss = seed.mean_loss(cast.domains)
-    if loss is not None and is_usable(loss):
-        panel.axhline(loss, color=FIXED_COLOURS[SEED], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
 
 
 def _choose_unit(largest: float) -> tuple[float, str]:
@@ -313,12 +292,7 @@ def _choose_unit(largest: float) -> tuple[float, str]:
 
 def _with_gaps(losses: Sequence[float]) -> list[float]:
     """The same with a gap where a loss is none."""
-    drawable = []
-    for loss in losses:
-        if not is_usable(loss):
-            loss = math.nan
-        drawable.append(loss)
-    return drawable
+    return [loss if is_usable(loss) else math.nan for loss in losses]
 
 
 def _finish_curves(panel: Axes, curves: Sequence[Sequence[float]]) -> None:
@@ -335,20 +309,16 @@ def _finish_curves(panel: Axes, curves: Sequence[Sequence[float]]) -> None:
         panel.set_ylim(low - 2 * margin, high + 2 * margin)
 
 
-def say_fall(curves: Sequence[LossCurve]) -> str:
-    """Whether every stage ended below where it began."""
-    unfallen = [shorten(curve.stage) for curve in curves if not _fell(curve.loss)]
+def say_fall(losses: Mapping[str, Sequence[float]]) -> str:
+    """Whether every stage ended below where it began: the mean of its last tenth below that of its first."""
+    unfallen = []
+    for stage, curve in losses.items():
+        tenth = math.ceil(len(curve) / 10)
+        if not mean(curve[-tenth:]) < mean(curve[:tenth]):  # nor when a loss there is not finite
+            unfallen.append(shorten(stage))
     if unfallen:
         return "Training loss; it did not fall in " + ", ".join(unfallen[:4])
-    if len(curves) > 1:
-        return "Training loss fell in every stage"
-    return "Training loss fell"
-
-
-def _fell(loss: Sequence[float]) -> bool:
-    """Whether the last tenth lies below the first, on average; not when a loss there is not finite."""
-    tenth = math.ceil(len(loss) / 10)
-    return mean(loss[-tenth:]) < mean(loss[:tenth])
+    return "Training loss fell in every stage" if len(losses) > 1 else "Training loss fell"
 
 
 # --- routing and load --------------------------------------------------------------------------------------
@@ -360,17 +330,12 @@ def draw_routing(all_mixtures: Sequence[Model], palette: Palette) -> Figure:
     mixtures = [model for model in all_mixtures if model.experts == experts][-MIXTURES_SHOWN:]
     shown: dict[str, dict[str, Any]] = {}
     for model in mixtures:
-        shown[_MOMENTS.get(model.role, model.name)] = _routed_texts(model)
+        texts = shown.setdefault(_MOMENTS.get(model.role, model.name), {})
+        for domain, layers in list((model.routing or {}).items())[:ROUTING_DOMAINS]:
+            # Without the dense layers, which have zeros alone.
+            kept = {layer: shares for layer, shares in enumerate(layers) if any(shares)}
+            texts[domain] = {"layers": list(kept), "choices": list(kept.values())}
     return draw_shares(shown, experts, palette=palette, title=say_routing(mixtures[-1]))
-
-
-def _routed_texts(model: Model) -> dict[str, Any]:
-    """A model's routing as routing.json has it: without dense layers, whose shares are all zero."""
-    texts = {}
-    for domain, layers in list((model.routing or {}).items())[:ROUTING_DOMAINS]:
-        kept = [layer for layer, shares in enumerate(layers) if any(shares)]
-        texts[domain] = {"layers": kept, "choices": [layers[layer] for layer in kept]}
-    return texts
 
 
 def say_routing(model: Model) -> str:
@@ -395,20 +360,13 @@ def draw_loads(variants: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> F
         for layers in zip(*seeds, strict=False):
             load_LE.append([mean(shares) for shares in zip(*layers, strict=False)])
         experts = len(load_LE[0])
-        write = write_percent
-        if len(load_LE) * experts > CELLS_WRITTEN:
-            write = _write_nothing
-        draw_heat_map(panel, load_LE, write)
+        draw_heat_map(panel, load_LE, write_percent if len(load_LE) * experts <= CELLS_WRITTEN else None)
         panel.set_title(shorten(variant), fontsize=8)
-        panel.set_xticks(choose_ticks(range(experts)))
-        ticks = choose_ticks(range(len(load_LE)))
+        panel.set_xticks(choose_ticks(experts))
+        ticks = choose_ticks(len(load_LE))
         panel.set_yticks(ticks, [str(layer + 1) for layer in ticks])
         panel.tick_params(labelsize=7, length=0)
     add_heat_scale(figure, panels, "share of the layer's choices")
     figure.supxlabel("expert, in the order of the mix", fontsize=8)
     figure.supylabel("layer", fontsize=8)
     return figure
-
-
-def _write_nothing(share: float) -> str:
-    return ""

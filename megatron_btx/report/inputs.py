@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,10 @@ class DatasetRow:
 
 @dataclass(frozen=True)
 class Datasets:
-    """What datasets.json states."""
+    """What datasets.json states; nothing of a run that was given its datasets."""
 
-    rows: tuple[DatasetRow, ...]
-    """Empty for a run that was given its datasets."""
-    sources: Mapping[str, str]
+    rows: tuple[DatasetRow, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
     """The tokenizer's flags, the seed of the split, and the texts of every domain, in words."""
 
 
@@ -91,8 +90,9 @@ class RunData(Cast):
 
     def tokens_after_seed(self, role: str) -> float | None:
         """Tokens that a finetuned model and all it is made from consumed after the seed; None where that is unknown."""
+        known = {stage.name: stage for stage in self.stages}
         first = {BTX: self._stage_of(MIX), DENSE: DENSE_DOMAINS_STAGE, TUNED_AVERAGE: self._stage_of(AVERAGE)}
-        return sum_tokens(self._stage_of(role), {stage.name: stage for stage in self.stages}, first[role])
+        return sum_tokens(self._stage_of(role), known, first[role])
 
     def had_equal_tokens(self, role: str) -> bool:
         """Whether a baseline was trained on as many tokens as the mixture, and both are known."""
@@ -101,8 +101,10 @@ class RunData(Cast):
 
     def _stage_of(self, role: str) -> str:
         """The stage that makes the model of a role."""
-        named = [model.row.stage for model in self.models if model.role == role and not model.row.variant]
-        return next(filter(None, named), None) or guess_row(role).stage or ""
+        for model in self.models:
+            if model.role == role and not model.row.variant and model.row.stage:
+                return model.row.stage
+        return guess_row(role).stage or ""
 
 
 def read_run(run: Path) -> RunData:
@@ -111,21 +113,17 @@ def read_run(run: Path) -> RunData:
         raise InputError(f"{run}: no such directory; expected a run directory such as runs/quickstart, made by btx run")
     folders = [path for path in sorted(run.iterdir()) if path.is_dir() and path.name != REPORT_STAGE]
     folders = [folder for folder in folders if not is_set_aside(folder.name)]
-    found: dict[str, Stage] = {}
-    for folder in folders:
-        stage = read_stage(folder)
-        if stage is not None:
-            found[folder.name] = stage
+    found = {stage.name: stage for stage in map(read_stage, folders) if stage is not None}
     reasons = find_left_out(run, {name: stage.manifest for name, stage in found.items()})
     stages = {name: stage for name, stage in found.items() if name not in reasons}
-    evaluations = [folder / EVALUATION_FILE for folder in folders if folder.name not in reasons]
-    evaluations = [file for file in evaluations if file.is_file()]
+    files = [folder / EVALUATION_FILE for folder in folders if folder.name not in reasons]
+    evaluations = [file for file in files if file.is_file()]
     planned = planned_fingerprints(run)
     table = read_model_table(run)
     if table is None:
         table = guess_table(stages if planned is None else planned)
     models = _read_models(table, evaluations, stages)
-    datasets = Datasets((), {})
+    datasets = Datasets()
     if DATA_STAGE not in reasons:
         datasets = read_datasets(run / DATA_STAGE / DATASETS_FILE)
     if not found and not evaluations and not datasets.rows:
@@ -199,9 +197,14 @@ def _read_models(
             if found.parameters is not None:
                 stated |= {"parameters": found.parameters, "active_parameters": found.active_parameters}
             if found.routing:
-                top_k = _read_top_k(stages.get(file.parent.name))
-                routing = _check_routing(found.routing, len(experts), f"{file}: model {name!r}")
-                stated |= {"routing": routing, "experts": experts, "top_k": top_k}
+                if any(len(shares) != len(experts) for shares in chain.from_iterable(found.routing.values())):
+                    raise InputError(
+                        f"{file}: model {name!r}: routing is not of {len(experts)} experts; evaluate again"
+                    )
+                stated |= {"routing": found.routing, "experts": experts}
+                stage = stages.get(file.parent.name)
+                if stage is not None and str(stage.settings.get("moe-router-topk")).isdecimal():
+                    stated["top_k"] = int(stage.settings["moe-router-topk"])  # a text where it is a mixture's own
             models[name] = replace(known, **stated)
     for name, model in models.items():
         if model.row.variant and not model.scores:
@@ -209,30 +212,13 @@ def _read_models(
     return sort_models(models.values())
 
 
-def _check_routing(
-    routing: Mapping[str, list[list[float]]], experts: int, where: str
-) -> dict[str, tuple[tuple[float, ...], ...]]:
-    checked = {}
-    for domain, layers in routing.items():
-        if any(len(shares) != experts for shares in layers):
-            raise InputError(f"{where}: routing is not of {experts} experts; evaluate again")
-        checked[domain] = tuple(map(tuple, layers))
-    return checked
-
-
-def _read_top_k(stage: Stage | None) -> int | None:
-    """How many experts a token takes, by the settings of the stage that evaluated."""
-    if stage is not None and str(stage.settings.get("moe-router-topk")).isdecimal():
-        return int(stage.settings["moe-router-topk"])  # from a text where it is a given mixture's own
-    return None
-
-
 def _last_scores(model: Model) -> tuple[Score, ...]:
     """The losses after the last step of what made a variant, which no stage of its own evaluates."""
-    losses = {}
-    if model.stage is not None:
-        losses = model.stage.last_losses()
-    return tuple(make_loss(model.name, domain, loss, None) for domain, loss in losses.items() if domain != MEAN)
+    stage = model.stage
+    if stage is None or stage.unfinished or MEAN not in stage.log.watched:
+        return ()
+    curves = {domain: curve for domain, curve in stage.log.watched.items() if domain != MEAN}
+    return tuple(make_loss(model.name, domain, curve[-1][1], None) for domain, curve in curves.items())
 
 
 def _marks(data: RunData, reasons: Mapping[str, str], strange: Sequence[str]) -> Iterator[str]:
@@ -243,13 +229,12 @@ def _marks(data: RunData, reasons: Mapping[str, str], strange: Sequence[str]) ->
     for reason, names in left_out.items():
         yield f"Left out: {', '.join(names)}: {reason}."
     unfinished = [stage for stage in data.stages if stage.unfinished]
-    finished = [stage for stage in data.stages if not stage.unfinished]
     for stage in unfinished:
-        yield (
-            f"Stage {stage.name} is unfinished: {stage.unfinished}. Its curve, tokens and FLOPs are those up to there."
-        )
+        shown = "Its curve, tokens and FLOPs are those up to there."
+        yield f"Stage {stage.name} is unfinished: {stage.unfinished}. {shown}"
     for stage in unfinished:
-        earlier = [other.name for other in finished if stage.name in other.parents]
+        made = [other for other in data.stages if stage.name in other.manifest.parents]
+        earlier = [other.name for other in made if not other.unfinished]
         if earlier:
             yield f"Made before {stage.name} started again: {', '.join(earlier)}."
     for model in data.variants():
@@ -277,12 +262,12 @@ def _notes(data: RunData) -> Iterator[str]:
     if not data.mixtures() and not data.variants():
         yield "No routing was recorded."
     for stage in data.stages:
-        if stage.manifest is None:
+        if stage.written is None:
             yield f"Stage {stage.name} has a loss curve and no manifest: it is unfinished, or was stopped."
-        broken = stage.count_broken_losses()
+        broken = sum(not math.isfinite(loss) for _, loss in stage.log.curve)
         if broken:
             yield f"Stage {stage.name}: the training loss is not a finite number at {broken} iterations."
-    if not any(stage.curve for stage in data.stages):
+    if not any(stage.log.curve for stage in data.stages):
         yield "No loss curves: no stage of this run trained."
     if not data.datasets.rows and data.asks_for(DATA_STAGE):
         yield "No data statement (data/datasets.json): the datasets were given, or an older version made them."
@@ -291,14 +276,12 @@ def _notes(data: RunData) -> Iterator[str]:
 # --- the data statement ---------------------------------------------------------------------------------------
 
 _REMEDY = "run the stage that writes it again"
-_ALL_SPLITS = "text"
-"""The source of a domain whose documents were split by shares, in datasets.json."""
 
 
 def read_datasets(file: Path) -> Datasets:
     """The data statement in ``file``; an empty one when there is no such file. Raises InputError when it is broken."""
     if not file.is_file():
-        return Datasets((), {})
+        return Datasets()
     content = read_json_object(file, _REMEDY)
     try:
         return Datasets(tuple(_read_rows(content)), _read_sources(content))
@@ -306,33 +289,25 @@ def read_datasets(file: Path) -> Datasets:
         raise InputError(f"{file}: is no data statement of btx datasets ({error!r}); {_REMEDY}") from error
 
 
-def _read_rows(content: dict[str, Any]) -> list[DatasetRow]:
-    rows = []
+def _read_rows(content: dict[str, Any]) -> Iterator[DatasetRow]:
     for domain, splits in content["domains"].items():
         for split, sizes in splits.items():
             own_files = content["sources"][domain].get(split, {})
-            rows.append(DatasetRow(domain, split, sizes.get("documents"), sizes.get("tokens"), own_files.get("bytes")))
-    return rows
+            yield DatasetRow(domain, split, sizes.get("documents"), sizes.get("tokens"), own_files.get("bytes"))
 
 
 def _read_sources(content: dict[str, Any]) -> dict[str, str]:
-    sources = {}
-    for flag, value in content["tokenizer"].items():
-        sources[flag] = name_path(value)
+    sources = {flag: name_path(value) for flag, value in content["tokenizer"].items()}
     for domain, texts in content["sources"].items():
         for source, text in texts.items():
-            said = f"{len(text['files'])} file(s), {text['bytes']:,} bytes"
-            if source == _ALL_SPLITS:
+            files = list(map(name_path, text["files"]))
+            said = f"{len(files)} file(s), {text['bytes']:,} bytes"
+            if source == "text":  # whose documents were split by shares
                 said += f", split by shares with seed {content['seed']}"
-            sources[f"{domain}: {source}"] = f"{said}: {_first_and_last(text['files'])}"
+            if len(files) > 2:
+                files[1:-1] = ["…"]
+            sources[f"{domain}: {source}"] = f"{said}: {', '.join(files)}"
     return sources
-
-
-def _first_and_last(files: list[str]) -> str:
-    """The files, shortened where there are many."""
-    if len(files) <= 2:
-        return ", ".join(map(name_path, files))
-    return f"{name_path(files[0])}, …, {name_path(files[-1])}"
 
 
 def name_path(value: object) -> str:

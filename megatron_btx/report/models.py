@@ -24,7 +24,7 @@ from megatron_btx.recipe.names import (
     SEED_STAGE,
 )
 from megatron_btx.report.quantities import mean
-from megatron_btx.report.stages import Stage
+from megatron_btx.report.stages import MEAN, Stage
 from megatron_btx.runner.schemas import LOSS, ModelRow, Score
 
 SEED, EXPERT, AVERAGE, MIX, BTX, TUNED_AVERAGE, DENSE = ROLES = (
@@ -36,8 +36,6 @@ BASELINES = (DENSE, TUNED_AVERAGE)
 _STAGES = {SEED: SEED_STAGE, AVERAGE: AVERAGE_STAGE, MIX: MIX_STAGE, BTX: FINETUNE_STAGE, DENSE: DENSE_STAGE}
 """Of a run without a table of models: a model that plays the role of its name -> the stage that makes it."""
 _VARIANT = re.compile(r"ablation-(.+)-s(\d{1,9})")
-_SAME_SHARE = 1e-12
-"""Shares this close are equal: what they differ by is rounding."""
 
 
 def guess_row(name: str) -> ModelRow:
@@ -67,7 +65,7 @@ class Model:
     parameters: int | None = None
     active_parameters: int | None = None
     """Parameters that work on one token."""
-    routing: Mapping[str, tuple[tuple[float, ...], ...]] | None = None
+    routing: Mapping[str, Sequence[Sequence[float]]] | None = None
     """Per domain, per layer: share of the routed (token, expert) pairs per expert. Dense layers have zeros alone."""
     experts: tuple[str, ...] = ()
     """Names of the experts, in the order of the routing shares."""
@@ -117,19 +115,17 @@ class Model:
         """Domain or task -> the value of a measure."""
         return {score.data: score.value for score in self.scores if score.measure == measure}
 
-    def mean_loss(self, domains: Sequence[str]) -> float | None:
-        """Unweighted mean over ``domains``, or None when one of them was not evaluated."""
-        return self.in_column(LOSS, None, domains)
-
-    def in_column(self, measure: str, column: str | None, columns: Sequence[str]) -> float | None:
-        """A value in a column of a table: on a domain, or the mean over ``columns`` in the column None."""
+    def mean_of(self, measure: str, data: Sequence[str]) -> float | None:
+        """Unweighted mean of a measure over domains or tasks; None without any, and when one of them has no value."""
         values = self.values(measure)
-        if column is not None:
-            return values.get(column)
-        found = [values[name] for name in columns if name in values]
-        if not found or len(found) < len(columns):
+        found = [values[name] for name in data if name in values]
+        if not found or len(found) < len(data):
             return None
         return mean(found)
+
+    def mean_loss(self, domains: Sequence[str]) -> float | None:
+        """Its mean loss over ``domains``."""
+        return self.mean_of(LOSS, domains)
 
     def chooses_experts(self) -> bool:
         """Whether a token takes some of the experts only. Under soft routing it takes all, and shares say nothing."""
@@ -138,7 +134,7 @@ class Model:
         return self.top_k is None or self.top_k < len(self.experts)
 
     @property
-    def routed_layers(self) -> dict[str, list[tuple[float, ...]]]:
+    def routed_layers(self) -> dict[str, list[Sequence[float]]]:
         """Its routing without the dense layers, whose shares are all zero."""
         kept = {}
         for domain, layers in (self.routing or {}).items():
@@ -162,6 +158,13 @@ class Cast:
     def find(self, role: str) -> Model | None:
         """The model of a role that is no variant of an ablation and was measured."""
         return next((model for model in self.having(role) if not model.row.variant), None)
+
+    def loss(self, role: str, domain: str = MEAN) -> float | None:
+        """The loss of the model of a role on a domain, or over all of them; None where there is none."""
+        model = self.find(role)
+        if model is None:
+            return None
+        return model.mean_loss(self.domains) if domain == MEAN else model.losses.get(domain)
 
     def having(self, role: str) -> list[Model]:
         """All models of a role that were measured."""
@@ -209,9 +212,9 @@ class Line(NamedTuple):
         """Whether all seeds are there."""
         return len(self.models) == self.due
 
-    def values(self, measure: str, column: str | None, columns: Sequence[str]) -> list[float]:
-        """A value per seed in a column of a table."""
-        found = [model.in_column(measure, column, columns) for model in self.models]
+    def values(self, measure: str, data: Sequence[str]) -> list[float]:
+        """The mean of a measure over domains or tasks, a value per seed that has it."""
+        found = [model.mean_of(measure, data) for model in self.models]
         return [value for value in found if value is not None]
 
 
@@ -224,11 +227,11 @@ def make_lines(cast: Cast) -> list[Line]:
     return [Line(label, [one for one in models if one.scores], len(models)) for label, models in lines.items()]
 
 
-def find_best(lines: Sequence[Line], measure: str, column: str | None, columns: Sequence[str]) -> list[Line]:
-    """The lines with the lowest finite value in a column, of those that are whole; several when they are equal."""
+def find_best(lines: Sequence[Line], data: Sequence[str]) -> list[Line]:
+    """The lines with the lowest finite mean loss, of those that are whole; several when they are equal."""
     finite = []
     for line in lines:
-        values = line.values(measure, column, columns)
+        values = line.values(LOSS, data)
         average = mean(values)
         if line.is_whole() and len(values) == line.due and math.isfinite(average):
             finite.append((average, line))
@@ -236,8 +239,11 @@ def find_best(lines: Sequence[Line], measure: str, column: str | None, columns: 
     return [line for average, line in finite if average == lowest]
 
 
-Difference = dict[str | None, float | None]
-"""By domain, and of the means under None."""
+class Difference(NamedTuple):
+    """What two models differ by; None where one of them has no loss."""
+
+    mean: float | None
+    domains: dict[str, float | None]
 
 
 def differences_to(cast: Cast, role: str) -> Difference | None:
@@ -248,11 +254,8 @@ def differences_to(cast: Cast, role: str) -> Difference | None:
     mixture, baseline = cast.find(BTX), cast.find(role)
     if mixture is None or baseline is None:
         return None
-    differences: Difference = {}
-    for column in (*cast.domains, None):
-        own = mixture.in_column(LOSS, column, cast.domains)
-        differences[column] = subtract(own, baseline.in_column(LOSS, column, cast.domains))
-    return differences
+    by_domain = {domain: subtract(mixture.losses.get(domain), baseline.losses.get(domain)) for domain in cast.domains}
+    return Difference(subtract(cast.loss(BTX), cast.loss(role)), by_domain)
 
 
 def subtract(loss: float | None, reference: float | None) -> float | None:
@@ -272,29 +275,3 @@ def routing_distances(model: Model) -> dict[tuple[str, str], float]:
     for first, second in combinations(routing, 2):
         distances[first, second] = routing_distance(routing[first], routing[second])
     return distances
-
-
-class HomeExpert(NamedTuple):
-    """Over (domain, layer) cells: how the expert of the domain's own name compares with the others."""
-
-    first: int
-    """Cells in which its share is above every other."""
-    tied: int
-    """Cells in which the largest share is not one expert's."""
-    cells: int
-
-
-def count_home_expert(model: Model) -> HomeExpert:
-    """How often the expert of a domain's name has the largest share of the domain's tokens."""
-    first = tied = cells = 0
-    for domain, layers in model.routed_layers.items():
-        if domain not in model.experts:
-            continue
-        home = model.experts.index(domain)
-        for shares in layers:
-            largest = max(shares) - _SAME_SHARE
-            leaders = [expert for expert, share in enumerate(shares) if share >= largest]
-            cells += 1
-            tied += len(leaders) > 1
-            first += leaders == [home]
-    return HomeExpert(first, tied, cells)

@@ -7,15 +7,14 @@ functions below in Markdown; a terminal gets no control characters.
 from __future__ import annotations
 
 import base64
-import functools
 import html
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from rich import box
@@ -58,7 +57,6 @@ class Paragraph:
     text: str
     lead: bool = False
     """Whether it is the sentence that a hurried reader should see."""
-    kind: Literal["paragraph"] = field(default="paragraph", init=False)
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,6 @@ class Bullets:
     """A list of sentences."""
 
     items: tuple[str, ...]
-    kind: Literal["bullets"] = field(default="bullets", init=False)
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,6 @@ class Table:
     text_columns: int = 1
     """How many leading columns hold words; the others hold numbers and are set flush right."""
     caption: str = ""
-    kind: Literal["table"] = field(default="table", init=False)
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,6 @@ class Image:
     alternative: str
     """What it shows, for who cannot see it."""
     caption: str
-    kind: Literal["image"] = field(default="image", init=False)
 
 
 Block = Paragraph | Bullets | Table | Image
@@ -114,9 +109,9 @@ def make_row(*cells: str | Cell) -> tuple[Cell, ...]:
     return tuple(row)
 
 
-def make_bullets(items: tuple[str, ...]) -> tuple[Bullets, ...]:
+def make_bullets(items: Sequence[str]) -> list[Bullets]:
     """The sentences as a block; none without a sentence."""
-    return (Bullets(items),) * bool(items)
+    return [Bullets(tuple(items))] * bool(items)
 
 
 @dataclass(frozen=True)
@@ -138,17 +133,14 @@ class Report:
     """Everything, for programs: file -> its content. All of it is in the first."""
     printed: tuple[Block, ...]
     """What is shown on a terminal."""
-    is_refuted: bool = False
+    is_refuted: bool
     """Whether some fact is false."""
+    without_facts: tuple[str, ...]
+    """The runs that have no facts: ablations."""
 
 
 def render_page(template: str, **values: object) -> str:
     """A page from one of the templates of this package."""
-    return _environment().get_template(template).render(**values)
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("megatron_btx.report"),
         autoescape=True,
@@ -157,15 +149,13 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["one_line"] = one_line
-    return environment
+    environment.filters |= {"one_line": one_line, "kind": lambda block: type(block).__name__}
+    return environment.get_template(template).render(**values)
 
 
 def to_html(title: str, sections: Sequence[Section], images: Mapping[str, bytes]) -> str:
     """One page with its style and its figures (PNG bytes by file name) inside."""
-    addresses = {}
-    for name, picture in images.items():
-        addresses[name] = f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"
+    addresses = {name: f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}" for name, png in images.items()}
     return render_page(
         "report.html.j2", title=title, sections=sections, addresses=addresses, rows_kept_together=ROWS_KEPT_TOGETHER
     )
@@ -196,24 +186,14 @@ def _block_to_markdown(block: Block) -> str:
 
 
 def _table_to_markdown(table: Table) -> str:
-    rule = ["---"] * table.text_columns + ["---:"] * (len(table.header) - table.text_columns)
-    lines = [_markdown_row(map(_escape_markdown, table.header)), _markdown_row(rule)]
+    rows = [list(map(_escape_markdown, table.header))]
+    rows.append(["---"] * table.text_columns + ["---:"] * (len(table.header) - table.text_columns))
     for row in table.rows:
-        lines.append(_markdown_row(map(_cell_to_markdown, row)))
-    text = "\n".join(lines)
+        strong = ["**" * cell.strong for cell in row]
+        rows.append([f"{mark}{_escape_markdown(cell.text)}{mark}" for mark, cell in zip(strong, row, strict=True)])
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     if table.caption:
         text += f"\n\n{_escape_markdown(table.caption)}"
-    return text
-
-
-def _markdown_row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell_to_markdown(cell: Cell) -> str:
-    text = _escape_markdown(cell.text)
-    if cell.strong:
-        return f"**{text}**"
     return text
 
 
@@ -256,27 +236,19 @@ def _print_table(console: Console, table: Table) -> None:
         if number >= table.text_columns:
             widest = max(map(cell_len, (header, *map(str, cells)))) + 1  # for a star
             grid.add_column(Text(header), justify="right", no_wrap=True, min_width=widest)
-        elif has_numbers:
-            grid.add_column(Text(header), min_width=_NAME_COLUMNS)
         else:
-            grid.add_column(Text(header))
-    for row, cells in zip(table.rows, texts, strict=True):
-        if has_numbers:
-            _leave_room_for_stars(row, cells)
-        grid.add_row(*cells)
+            grid.add_column(Text(header), min_width=_NAME_COLUMNS * has_numbers)
     grid.lines = [describe_cells(headers, list(map(str, cells))) for cells in texts]
+    for row, cells in zip(table.rows, texts, strict=True):
+        for cell, text in zip(row, cells, strict=True):
+            if has_numbers and not cell.strong:
+                text.append(" ")  # so that the digits of a column stay in line with those before a star
+        grid.add_row(*cells)
     if has_numbers and not console.is_terminal:
         console = Console(highlight=False, width=_WIDE_COLUMNS, no_color=True)
     console.print(grid)
     if table.caption:
         console.print(Text(one_line(table.caption), style="dim"))
-
-
-def _leave_room_for_stars(row: Sequence[Cell], texts: Sequence[Text]) -> None:
-    """Let every cell end in its star or a space, so that the digits of a column stay in line."""
-    for cell, text in zip(row, texts, strict=True):
-        if not cell.strong:
-            text.append(" ")
 
 
 def _terminal_cell(cell: Cell) -> Text:

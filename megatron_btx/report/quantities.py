@@ -29,10 +29,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation.
-
-    The deviation is NaN of a single value, and of values that are not all finite.
-    """
+    """Mean and sample standard deviation, which is NaN of a single value, and of values that are not all finite."""
     average = mean(values)
     if len(values) < 2 or not math.isfinite(average):
         return average, math.nan
@@ -46,11 +43,7 @@ def is_usable(loss: float | None) -> bool:
 
 
 def loss_text(loss: float | None, sign: str = "") -> str:
-    """A loss in three decimals; what it is where it is no number.
-
-    Args:
-        sign: "+" writes the sign of positive values too, as of differences.
-    """
+    """A loss in three decimals; what it is where it is no number. ``sign``: "+" writes that of positive values too."""
     if loss is None:
         return ABSENT
     if math.isnan(loss):

@@ -21,14 +21,7 @@ from megatron_btx.common.files import write_atomically
 from megatron_btx.common.shares import DEAD_SHARE, find_dead_experts, routing_distance
 from megatron_btx.report import style
 from megatron_btx.report.pages import render_page
-from megatron_btx.report.style import (
-    HATCHES,
-    Palette,
-    make_panels,
-    new_page,
-    shorten,
-    shorten_all,
-)
+from megatron_btx.report.style import HATCHES, Palette, make_panels, new_page, shorten, shorten_all
 
 POINTS_PER_INCH = 72
 LEGEND_POINTS = 8.5
@@ -73,7 +66,9 @@ def draw_shares(
         title: by default what is shared out.
     """
     labels, palette = _order_labels(models), palette or Palette(experts)
-    layers = _count_layers(models)
+    layers = (
+        max((len(routed["layers"]) for of_model in models.values() for routed in of_model.values()), default=1) or 1
+    )
     width = max(style.PAGE_WIDTH_INCHES, 1.6 + len(models) * max(2.3, 0.072 * layers))  # a bar holds a small digit
     height = 0.7 + len(labels) * min(1.5, max(0.8, 48 / len(labels)))
     slot_points = (width - 1.6) / len(models) / layers * POINTS_PER_INCH
@@ -81,7 +76,8 @@ def draw_shares(
     panels = figure.subplots(len(labels), len(models), squeeze=False, sharey=True)
     has_dead = False
     for row, label in enumerate(labels):
-        panels[row][0].set_ylabel(_wrap(label), fontsize=8.5, rotation=0, ha="right", va="center")
+        name = "/\n".join(shorten_all(label.split("/"), 22))  # a domain, and below it the task
+        panels[row][0].set_ylabel(name, fontsize=8.5, rotation=0, ha="right", va="center")
         for panel, routed in zip(panels[row], models.values(), strict=True):
             panel.spines[["top", "right"]].set_visible(False)
             panel.tick_params(labelsize=7)
@@ -106,29 +102,16 @@ def draw_shares(
     return figure
 
 
-def _count_layers(models: Models) -> int:
-    """Layers of the model that has the most."""
-    return max((len(routed["layers"]) for labels in models.values() for routed in labels.values()), default=1) or 1
-
-
 def _write_dead_counts(panel: Axes, shares_LE: Sequence[Sequence[float]], slot_points: float) -> bool:
-    """Write above each bar how many of its experts are dead; returns whether there are any.
-
-    Args:
-        slot_points: about how wide a bar and its gap are.
-    """
-    rotation = 90
-    if slot_points > 24:
-        rotation = 0
+    """Write above each bar (with its gap ``slot_points`` wide) how many of its experts are dead; whether any is."""
+    rotation = 0 if slot_points > 24 else 90
     size = min(7.0, 0.9 * slot_points)
-    has_dead = False
-    for at, shares_E in enumerate(shares_LE):
-        count = len(find_dead_experts(shares_E))
+    counts = [len(find_dead_experts(shares_E)) for shares_E in shares_LE]
+    for at, count in enumerate(counts):
         if count:
-            has_dead = True
             text = panel.text(at, 1.04, f"{count} ×", ha="center", va="bottom", fontsize=size, rotation=rotation)
             text.set_in_layout(False)
-    return has_dead
+    return any(counts)
 
 
 def draw_overlap(models: Models) -> Figure:
@@ -220,44 +203,34 @@ def _add_legend(figure: Figure, handles: Sequence[Patch], names: Sequence[str], 
     figure.set_figheight(figure.get_figheight() + (1.6 * rows + 2.5) * LEGEND_POINTS / POINTS_PER_INCH)
 
 
-def _wrap(label: str) -> str:
-    """A label as it may stand left of a row: a domain, and below it the task."""
-    return "/\n".join(shorten_all(label.split("/"), 22))
-
-
-def _domain_of(label: str) -> str:
-    return label.partition("/")[0]
-
-
 def _order_labels(models: Models) -> list[str]:
     """All labels, tasks of one domain side by side, in the order in which domains were first given."""
     labels: dict[str, None] = {}
     for routed in models.values():
         labels |= dict.fromkeys(routed)
-    domains = list(dict.fromkeys(map(_domain_of, labels)))
-    return sorted(labels, key=lambda label: domains.index(_domain_of(label)))
+    domain_of = {label: label.partition("/")[0] for label in labels}
+    domains = list(dict.fromkeys(domain_of.values()))
+    return sorted(labels, key=lambda label: domains.index(domain_of[label]))
 
 
 # --- the page of tokens ---------------------------------------------------------------------------------------
 
 Texts = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""Model -> label -> pieces, layers and gates [L, T, E] of a text."""
+"""Model -> label -> pieces, layers and gates [L, T, E] of a text; see ``evaluation.analyze_routing.route_text``."""
 
 
 def write_page(file: Path, texts: Texts, experts: Sequence[str], trained: Collection[str] = ()) -> None:
     """Write the page: the whole one or, when that fails, none.
 
-    It opens on the first model whose routers were trained, because those of a fresh mix say nothing yet; without one,
-    on the first.
-
-    Args:
-        texts: model -> label -> the result of :func:`megatron_btx.evaluation.analyze_routing.route_text`.
-        trained: the models whose routers were trained.
+    It opens on the first of the models in ``trained``: the routers of a fresh mix say nothing yet.
     """
     palette = Palette(experts)
     models: dict[str, dict[str, Any]] = {}
     for model, labels in texts.items():
-        models[model] = {label: _pack(routed) for label, routed in labels.items()}
+        models[model] = {}
+        for label, routed in labels.items():
+            layers = [list(map(_pair, gates_TE)) for gates_TE in routed["gates"]]
+            models[model][label] = {"pieces": routed["pieces"], "layers": routed["layers"], "gates": layers}
     content = {
         "experts": experts,
         "colours": list(map(palette.colour, experts)),
@@ -272,12 +245,7 @@ def write_page(file: Path, texts: Texts, experts: Sequence[str], trained: Collec
     write_atomically(file, page.encode("utf-8", "xmlcharrefreplace"))
 
 
-def _pack(routed: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with pairs [expert, gate] for the gates above zero, largest first: most of [L, T, E] is zeros."""
-    layers = [list(map(_pair, gates_TE)) for gates_TE in routed["gates"]]
-    return {"pieces": routed["pieces"], "layers": routed["layers"], "gates": layers}
-
-
 def _pair(gates_E: Sequence[float]) -> list[tuple[int, float]]:
+    """(expert, gate) for the gates above zero, largest first: most of them are zeros."""
     pairs = [(expert, gate) for expert, gate in enumerate(gates_E) if gate > 0]
     return sorted(pairs, key=lambda pair: -pair[1])  # stable: of equal ones the first expert, as argmax takes it

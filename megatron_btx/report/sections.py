@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from itertools import chain
@@ -22,13 +22,12 @@ from megatron_btx.report.models import (
     Cast,
     Line,
     Model,
-    count_home_expert,
     differences_to,
     find_best,
     make_lines,
     routing_distances,
 )
-from megatron_btx.report.pages import Block, Bullets, Cell, Image, Paragraph, Section, Table, make_bullets, make_row
+from megatron_btx.report.pages import Block, Cell, Image, Paragraph, Section, Table, make_bullets, make_row
 from megatron_btx.report.quantities import (
     ABSENT,
     count_text,
@@ -39,7 +38,7 @@ from megatron_btx.report.quantities import (
     spread_text,
     total,
 )
-from megatron_btx.report.stages import MEAN, Stage
+from megatron_btx.report.stages import Stage
 from megatron_btx.runner.schemas import LOSS
 from megatron_btx.runner.tables import count_epochs, with_prefix
 
@@ -48,7 +47,14 @@ ROUTING_FIGURE, LOAD_FIGURE = "routing.png", "load.png"
 FIGURES = (LOSSES_FIGURE, CURVES_FIGURE, WATCHED_FIGURE, ROUTING_FIGURE, LOAD_FIGURE)
 PAIRS_SHOWN = 28
 """Of two domains each: all of eight domains."""
-_TONES = {True: "good", False: "bad", None: "unknown"}
+_VERDICTS = {
+    True: Cell("true", tone="good"),
+    False: Cell("false", tone="bad"),
+    None: Cell("not checked", tone="unknown"),
+}
+_WATCHED_TITLE, _LOAD_TITLE = "Loss per domain while finetuning", "Load while finetuning"
+_SAME_SHARE = 1e-12
+"""Shares this close are equal: what they differ by is rounding."""
 _EXPORTED = f"{EXPORT_STAGE}/{EXPORTED_FOLDER}"
 _SETTINGS = ("lr", "min-lr", "lr-decay-style", "global-batch-size", "seq-length", "weight-decay", "clip-grad", "seed")
 """Of a stage that trains, as the report shows them."""
@@ -85,10 +91,6 @@ class Study:
             return text
         return f"{run.name}: {text}"
 
-    def all_facts(self) -> list[Fact]:
-        """The facts of all runs."""
-        return list(chain.from_iterable(self.facts.values()))
-
 
 def make_study(runs: Sequence[RunData], prefix: str) -> Study:
     """Everything that a report computes from its inputs, once."""
@@ -99,22 +101,32 @@ def make_study(runs: Sequence[RunData], prefix: str) -> Study:
 
 def make_sections(study: Study) -> tuple[Section, ...]:
     """The whole report in reading order; sections that would be empty are left out."""
-    run = study.runs[0]
-    leads = [Paragraph(study.name(run, _lead(run)), lead=True) for run in study.runs]
-    sections = [
-        Section("", (*leads, *make_bullets(_marked(study)))),
-        Section("Facts", tuple(facts_tables(study))),
-        _losses_section(study),
-        *(_measure_section(study, measure) for measure in _other_measures(study.cast)),
-    ]
-    if len(study.runs) == 1:
-        sections += [_training_section(study), _watched_section(study), _routing_section(study), _load_section(study)]
-        sections += [_export_section(run.stages), _sizes_section(study.cast), _accounting_section(run.stages)]
-        sections += [_settings_section(run.stages), data_section(run)]
-    else:
-        sections += [_watched_section(study), _load_section(study), _sizes_section(study.cast), _costs_section(study)]
     notes = [study.name(run, note) for run in study.runs for note in run.notes]
-    sections += [Section("Absent or broken", make_bullets(tuple(notes))), _reading_section(study)]
+    parts: list[tuple[str, Iterable[Block]]] = [("", _open(study)), ("Facts", tabulate_facts(study))]
+    parts.append((f"Loss{study.on_split}", _show_losses(study)))
+    parts += [(measure.capitalize(), [_tabulate_measure(study, measure)]) for measure in _other_measures(study.cast)]
+    if len(study.runs) == 1:
+        run = study.runs[0]
+        parts += [
+            ("Training", _show_training(study)),
+            (_WATCHED_TITLE, _show_watched(study)),
+            ("Routing", _show_routing(study)),
+            (_LOAD_TITLE, _show_loads(study)),
+            ("Export", _say_export(run)),
+            ("Sizes", _tabulate_sizes(study.cast)),
+            ("Accounting", _tabulate_stages(run)),
+            ("Settings", _show_settings(run)),
+            ("Data", show_data(run)),
+        ]
+    else:
+        parts += [
+            (_WATCHED_TITLE, _show_watched(study)),
+            (_LOAD_TITLE, _show_loads(study)),
+            ("Sizes", _tabulate_sizes(study.cast)),
+            ("Accounting", _tabulate_runs(study)),
+        ]
+    parts += [("Absent or broken", make_bullets(notes)), ("How to read this", make_bullets(_say_caution(study)))]
+    sections = [Section(title, tuple(blocks)) for title, blocks in parts]
     return tuple(section for section in sections if section.blocks)
 
 
@@ -123,41 +135,40 @@ def printed_blocks(study: Study) -> tuple[Block, ...]:
     blocks: list[Block] = []
     if study.domains:
         blocks.append(Paragraph(f"loss{study.on_split}, nats per token (lower is better; * lowest of its column)"))
-        blocks.append(losses_table(study))
+        blocks.append(_tabulate_losses(study))
     else:
         blocks.append(Paragraph("no model was evaluated: no losses to show"))
-    for measure in _other_measures(study.cast):
-        blocks += _measure_section(study, measure).blocks
+    blocks += [_tabulate_measure(study, measure) for measure in _other_measures(study.cast)]
     if study.cast.variants():
-        blocks += _load_section(study).blocks[:1]
+        blocks += list(_show_loads(study))[:1]
         blocks += [Paragraph(_lead(run)) for run in study.runs]
-    blocks += describe_differences(study)
-    return (*blocks, *make_bullets(_marked(study)), *facts_tables(study))
+    blocks += _describe_differences(study)
+    return (*blocks, *make_bullets(_marked(study)), *tabulate_facts(study))
 
 
 # --- the opening -------------------------------------------------------------------------------------------
 
 
-def _marked(study: Study) -> tuple[str, ...]:
-    return tuple(study.name(run, sentence) for run in study.runs for sentence in run.marked)
+def _open(study: Study) -> Iterator[Block]:
+    for run in study.runs:
+        yield Paragraph(study.name(run, _lead(run)), lead=True)
+    yield from make_bullets(_marked(study))
+
+
+def _marked(study: Study) -> list[str]:
+    return [study.name(run, sentence) for run in study.runs for sentence in run.marked]
 
 
 def _lead(run: RunData) -> str:
     if run.variants():
         return _lead_of_variants(run)
-    mixture, seed = run.find(BTX), run.find(SEED)
-    reached = None
-    if mixture is not None:
-        reached = mixture.mean_loss(run.domains)
+    reached, before = run.loss(BTX), run.loss(SEED)
     if reached is None:
         return "This run has no finetuned mixture that was evaluated on every domain; the report shows what there is."
     parts = [f"The finetuned mixture reaches a mean loss of {loss_text(reached)} nats per token{run.on_split}"]
-    before = None
-    if seed is not None:
-        before = seed.mean_loss(run.domains)
     if before is not None:
         parts.append(f"the seed, which was not finetuned, had {loss_text(before)}")
-    compared = [sentence for role in BASELINES if (sentence := _compare(run, role))]
+    compared = list(filter(None, [_compare(run, role) for role in BASELINES]))
     if not compared and before is not None:
         compared = ["nothing finetuned stands beside it, so that nothing says how much of this the mixture gave"]
     return "; ".join([*parts, *compared]) + "."
@@ -165,14 +176,14 @@ def _lead(run: RunData) -> str:
 
 def _compare(run: RunData, role: str) -> str:
     """By how much the mixture lies above or below a baseline; empty without a number."""
-    difference = (differences_to(run, role) or {}).get(None)
-    if difference is None or not math.isfinite(difference):
+    differences = differences_to(run, role)
+    if differences is None or differences.mean is None or not math.isfinite(differences.mean):
         return ""
     side = "from"
-    if difference:
-        side = "above" if difference > 0 else "below"
+    if differences.mean:
+        side = "above" if differences.mean > 0 else "below"
     name = {DENSE: "the dense model", TUNED_AVERAGE: "the average, finetuned as the mixture was"}[role]
-    text = f"the mixture is {loss_text(abs(difference))} {side} {name}"
+    text = f"the mixture is {loss_text(abs(differences.mean))} {side} {name}"
     own, others = run.tokens_after_seed(BTX), run.tokens_after_seed(role)
     if role != DENSE or own is None or others is None:
         return text
@@ -184,20 +195,19 @@ def _compare(run: RunData, role: str) -> str:
 
 def _lead_of_variants(run: RunData) -> str:
     lines = [line for line in make_lines(run) if line.models and line.models[0].row.variant]
-    best = find_best(lines, LOSS, None, run.domains)
+    best = find_best(lines, run.domains)
     if not best:
         return "No variant came to its end on all of its seeds with losses that are finite numbers."
-    lowest = spread_text(best[0].values(LOSS, None, run.domains))
+    lowest = spread_text(best[0].values(LOSS, run.domains))
     return f"Lowest mean loss: {' and '.join(line.label for line in best)}, {lowest}{run.on_split}."
 
 
-def facts_tables(study: Study) -> list[Table]:
+def tabulate_facts(study: Study) -> list[Table]:
     """A row per fact; no table without one."""
     rows = []
     for run in study.runs:
         for fact in study.facts.get(run.name, ()):
-            cell = Cell(fact.verdict, tone=_TONES[fact.holds])
-            rows.append(make_row(cell, study.name(run, fact.text), fact.detail))
+            rows.append(make_row(_VERDICTS[fact.holds], study.name(run, fact.text), fact.detail))
     caption = "Computed from this run's numbers: loss of the model, loss of what it is compared with, difference."
     table = Table(("verdict", "claim", "numbers"), tuple(rows), 3, caption)
     return [table] if rows else []
@@ -206,88 +216,74 @@ def facts_tables(study: Study) -> list[Table]:
 # --- what was measured -------------------------------------------------------------------------------------
 
 
-def losses_table(study: Study) -> Table:
+def _make_columns(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Heading -> the domains or tasks whose mean stands under it: each alone, then all together."""
+    columns = {name: (name,) for name in names}
+    return {**columns, "mean over domains" if "mean" in names else "mean": tuple(names)}
+
+
+def _tabulate_losses(study: Study, caption: str = "") -> Table:
     """A row per model, and what the mixture and each baseline differ by."""
-    columns = (*study.domains, None)
-    rows = _value_rows(study.lines, LOSS, study.domains)
+    columns = _make_columns(study.domains)
+    rows = _value_rows(study.lines, LOSS, columns)
     for run in study.runs:
         for role in BASELINES:
-            differences = differences_to(run, role)
-            if differences is not None:
-                cells = [difference_text(differences.get(column)) for column in columns]
-                rows.append(make_row(study.name(run, f"{BTX} - {role}"), *cells))
-    counts = [_count_evaluated(study.cast, domain) for domain in study.domains]
+            found = differences_to(run, role)
+            if found is not None:
+                values = [*map(found.domains.get, study.domains), found.mean]
+                rows.append(make_row(study.name(run, f"{BTX} - {role}"), *map(difference_text, values)))
+    counts = []
+    for domain in study.domains:
+        counted = {model.tokens[domain] for model in study.cast.models if domain in model.tokens}
+        counts.append(" / ".join(map(count_text, sorted(counted))) or ABSENT)
     if set(counts) != {ABSENT}:
         rows.append(make_row("tokens evaluated", *counts, ""))
-    return Table(("model", *study.domains, _name_mean_column(study.domains)), tuple(rows))
+    return Table(("model", *columns), tuple(rows), caption=caption)
 
 
-def _name_mean_column(columns: Sequence[str]) -> str:
-    """The heading of the means; another where a domain has that name."""
-    if "mean" in columns:
-        return "mean over domains"
-    return "mean"
-
-
-def _value_rows(lines: Sequence[Line], measure: str, columns: Sequence[str]) -> list[tuple[Cell, ...]]:
-    """A row for each model or variant: its values, over seeds as mean ± deviation; the best of a column is strong."""
-    shown = (*columns, None)
-    best: dict[str | None, list[Line]] = {}
+def _value_rows(lines: Sequence[Line], measure: str, columns: Mapping[str, Sequence[str]]) -> list[tuple[Cell, ...]]:
+    """A row for each model or variant: its values, over seeds as mean ± deviation; the lowest loss is strong."""
+    best: dict[str, list[Line]] = {}
     if measure == LOSS:  # of others nothing says which value is better
-        best = {column: find_best(lines, measure, column, columns) for column in shown}
+        best = {heading: find_best(lines, data) for heading, data in columns.items()}
     rows = []
     for line in lines:
         cells = [Cell(line.name)]
-        for column in shown:
-            values = line.values(measure, column, columns)
-            text = ABSENT
-            if values:
-                text = spread_text(values)
-            cells.append(Cell(text, strong=line in best.get(column, ())))
+        for heading, data in columns.items():
+            values = line.values(measure, data)
+            text = spread_text(values) if values else ABSENT
+            cells.append(Cell(text, strong=line in best.get(heading, ())))
         rows.append(tuple(cells))
     return rows
 
 
-def _count_evaluated(cast: Cast, domain: str) -> str:
-    counts = {model.tokens[domain] for model in cast.models if domain in model.tokens}
-    return " / ".join(map(count_text, sorted(counts))) or ABSENT
-
-
-def describe_differences(study: Study) -> tuple[Paragraph, ...]:
+def _describe_differences(study: Study) -> list[Paragraph]:
     """What the row of the difference to the dense model is, or why there is none; nothing where none is asked for."""
-    asked = [run for run in study.runs if run.asks_for(DENSE) and not run.variants()]
     if any(differences_to(run, DENSE) for run in study.runs):
         text = "btx - dense is shown whatever it is: below zero the mixture is better. Nothing is tuned for it."
-    elif asked:
+    elif any(run.asks_for(DENSE) and not run.variants() for run in study.runs):
         text = "btx - dense was not computed, because btx and dense were not both evaluated."
     else:
-        return ()
-    return (Paragraph(text),)
+        return []
+    return [Paragraph(text)]
 
 
-def _losses_section(study: Study) -> Section:
-    title = f"Loss{study.on_split}"
+def _show_losses(study: Study) -> Iterator[Block]:
     if not study.domains:
-        return Section(title, ())
+        return
+    title = f"Loss{study.on_split}"
     sentences = [f"{title} in nats per token, lower is better; bold: lowest of its column."]
+    points = "The same numbers as points, as many as fit. Dashed: the seed."
     seeds = sorted({model.row.seed for model in study.cast.variants() if model.row.seed is not None})
     if seeds:
         sentences.append(f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}.")
+        points += " Of a variant a point for each seed, and mean ± deviation."
     meant = [f"{name}: {meaning}" for name, meaning in _find_meanings(study).items()]
     if meant:
         sentences.append(f"{'; '.join(meant)}.")
-    table = losses_table(study)
-    points = "The same numbers as points, as many as fit. Dashed: the seed."
-    if seeds:
-        points += " Of a variant a point for each seed, and mean ± deviation."
-    return Section(
-        title,
-        (
-            Table(table.header, table.rows, caption=" ".join(sentences)),
-            Image(study.prefix + LOSSES_FIGURE, f"{title} per model and domain", points),
-            *describe_differences(study),
-        ),
-    )
+    yield _tabulate_losses(study, " ".join(sentences))
+    yield Image(study.prefix + LOSSES_FIGURE, f"{title} per model and domain", points)
+    yield from _describe_differences(study)
 
 
 def _find_meanings(study: Study) -> dict[str, str]:
@@ -325,279 +321,247 @@ def _other_measures(cast: Cast) -> list[str]:
     return [measure for measure in measures if measure != LOSS]
 
 
-def _measure_section(study: Study, measure: str) -> Section:
+def _tabulate_measure(study: Study, measure: str) -> Table:
     """The values of a measure: a row per model, a column per data set or task."""
     scores = [score for model in study.cast.models for score in model.scores if score.measure == measure]
-    columns = tuple(dict.fromkeys(score.data for score in scores))
-    title = measure.capitalize()
+    columns = _make_columns(list(dict.fromkeys(score.data for score in scores)))
     lines = [line for line in study.lines if any(model.values(measure) for model in line.models)]
-    header = ("model", *columns, _name_mean_column(columns))
-    caption = f"{title}{study.on_split}" + f", {scores[0].unit}" * bool(scores[0].unit)
-    return Section(title, (Table(header, tuple(_value_rows(lines, measure, columns)), caption=f"{caption}."),))
+    caption = f"{measure.capitalize()}{study.on_split}" + f", {scores[0].unit}" * bool(scores[0].unit)
+    return Table(("model", *columns), tuple(_value_rows(lines, measure, columns)), caption=f"{caption}.")
 
 
 # --- training ----------------------------------------------------------------------------------------------
 
 
-def _training_section(study: Study) -> Section:
-    if not any(stage.curve for stage in study.runs[0].stages):
-        return Section("Training", ())
-    caption = (
-        "Training loss of each stage over the tokens it saw, each stage from zero. Strong: moving average over "
-        "about 5 % of the stage; faint: before smoothing. Skipped steps, which trained nothing, are left out. Each "
-        "panel has its own scales. The curve of an unfinished stage ends where the stage did."
-    )
-    image = Image(study.prefix + CURVES_FIGURE, "Training loss of every stage over tokens", caption)
-    return Section("Training", (image,))
+def _show_training(study: Study) -> Iterator[Block]:
+    if any(stage.log.curve for stage in study.runs[0].stages):
+        caption = (
+            "Training loss of each stage over the tokens it saw, each stage from zero. Strong: moving average over "
+            "about 5 % of the stage; faint: before smoothing. Skipped steps, which trained nothing, are left out. Each "
+            "panel has its own scales. The curve of an unfinished stage ends where the stage did."
+        )
+        yield Image(study.prefix + CURVES_FIGURE, "Training loss of every stage over tokens", caption)
 
 
-def find_watched(cast: Cast) -> list[Model]:
-    """The models whose loss per domain was measured more than once while they were trained."""
+def find_watched(cast: Cast) -> list[tuple[Model, Stage]]:
+    """The models whose loss per domain was measured more than once while a stage trained them."""
     found = []
     for model in cast.models:
-        if model.stage is not None and any(len(curve) > 1 for curve in model.stage.watched.values()):
-            found.append(model)
+        if model.stage is not None and any(len(curve) > 1 for curve in model.stage.log.watched.values()):
+            found.append((model, model.stage))
     return found
 
 
-def watched_curve(cast: Cast, model: Model, domain: str) -> list[tuple[int, float]]:
-    """(iteration, loss) on a domain; the mixture's begins with what the mix was measured to have."""
-    assert model.stage is not None
-    curve = list(model.stage.watched.get(domain, ()))
-    start = cast.find(MIX)
-    if start is None or model.role != BTX or model.row.variant or not curve:
-        return curve
-    loss = start.mean_loss(cast.domains) if domain == MEAN else start.losses.get(domain)
-    return curve if loss is None else [(0, loss), *curve]
+def _show_watched(study: Study) -> Iterator[Block]:
+    if find_watched(study.cast):
+        caption = (
+            f"Loss{study.on_split} of every domain, and their mean, measured while the model was trained. Each panel "
+            "has its own scale. The mixture's begins with the mix. Dashed: the seed."
+        )
+        yield Image(study.prefix + WATCHED_FIGURE, _WATCHED_TITLE, caption)
 
 
-def _watched_section(study: Study) -> Section:
-    title = "Loss per domain while finetuning"
-    if not find_watched(study.cast):
-        return Section(title, ())
-    caption = f"Loss{study.on_split} of every domain, and their mean, measured while the model was trained. Each panel "
-    caption += "has its own scale. The mixture's begins with the mix. Dashed: the seed."
-    return Section(title, (Image(study.prefix + WATCHED_FIGURE, title, caption),))
-
-
-def _load_section(study: Study) -> Section:
+def _show_loads(study: Study) -> Iterator[Block]:
     """How the mixtures loaded their experts while they were trained."""
-    title = "Load while finetuning"
     rows = []
     for line in study.lines:
-        logs = [model.stage.routing for model in line.models if model.stage is not None and model.stage.routing]
-        if not logs or line.models[0].row.role != BTX:
+        logs = [model.stage.log.routing for model in line.models if model.stage is not None]
+        known = list(filter(None, logs))
+        if not known or line.models[0].role != BTX:
             continue
-        dead = [ABSENT if log.dead is None else str(log.dead) for log in logs]
-        loads = list(chain.from_iterable(chain.from_iterable(log.loads for log in logs)))
+        dead = [ABSENT if log.dead is None else str(log.dead) for log in known]
+        layers = chain.from_iterable(log.loads for log in known)
+        loads = list(chain.from_iterable(layers))
         spread = ABSENT
         if any(map(math.isnan, loads)):
             spread = "NaN"
         elif loads:
             spread = f"{percent_text(min(loads))} to {percent_text(max(loads))}"
-        rows.append(make_row(line.name, ", ".join(dead), spread, percent_text(mean(log.dropped for log in logs))))
+        rows.append(make_row(line.name, ", ".join(dead), spread, percent_text(mean(log.dropped for log in known))))
     if not rows:
-        return Section(title, ())
+        return
     caption = (
         "Over the last logged interval. Dead experts: (layer, expert) cells with under 1 % of an even load, one number "
         "per seed. Load: smallest and largest share of a layer's choices that an expert got."
     )
-    blocks: list[Block] = [Table(("model", "dead experts", "load", "dropped"), tuple(rows), caption=caption)]
+    yield Table(("model", "dead experts", "load", "dropped"), tuple(rows), caption=caption)
     variants = find_loads(study)
     if variants:
         experts = max(len(seeds[0][0]) for seeds in variants.values())
         text = "Share of a layer's choices per expert, mean over seeds; layers from top to bottom. "
         text += f"{percent_text(1 / experts)} is even."
-        blocks.append(Image(study.prefix + LOAD_FIGURE, "Load per layer and expert of every variant", text))
-    return Section(title, tuple(blocks))
+        yield Image(study.prefix + LOAD_FIGURE, "Load per layer and expert of every variant", text)
 
 
 def find_loads(study: Study) -> dict[str, list[list[list[float]]]]:
     """Variant -> for every seed the load of all layers and experts, [L][E]; of one shape."""
     loads: dict[str, list[list[list[float]]]] = {}
     for model in study.cast.variants():
-        if model.scores and model.stage is not None and model.stage.routing and model.stage.routing.loads:
-            loads.setdefault(model.label, []).append(model.stage.routing.loads)
+        if model.scores and model.stage is not None and model.stage.log.routing and model.stage.log.routing.loads:
+            loads.setdefault(model.label, []).append(model.stage.log.routing.loads)
     return loads
 
 
 # --- routing -----------------------------------------------------------------------------------------------
 
 
-def _routing_section(study: Study) -> Section:
+def _show_routing(study: Study) -> Iterator[Block]:
     mixtures = study.cast.mixtures()
     if not mixtures:
-        return Section("Routing", ())
+        return
     caption = (
         "Share of the routed (token, expert) pairs that each expert gets, per layer, for the evaluated tokens of "
         "each domain, of as many domains as fit. Layers count from the input."
     )
-    alternative = "Share of tokens per expert, layer and domain"
-    blocks: list[Block] = [Image(study.prefix + ROUTING_FIGURE, alternative, caption)]
-    choosing = [model for model in mixtures if model.chooses_experts()]
-    if any(map(routing_distances, choosing)):
-        blocks.append(_distances_table(choosing))
-    sentences = filter(None, map(_say_home, mixtures))
-    return Section("Routing", (*blocks, *map(Paragraph, sentences)))
+    yield Image(study.prefix + ROUTING_FIGURE, "Share of tokens per expert, layer and domain", caption)
+    distances = {model.name: routing_distances(model) for model in mixtures if model.chooses_experts()}
+    pairs = list(dict.fromkeys(chain.from_iterable(distances.values())))
+    if pairs:
+        rows = []
+        for pair in pairs[:PAIRS_SHOWN]:
+            cells = [loss_text(of_model.get(pair)) for of_model in distances.values()]
+            rows.append(make_row(" and ".join(pair), *cells))
+        caption = "Total-variation distance between two domains' expert shares, mean over layers: 0 alike, 1 disjoint."
+        if len(rows) < len(pairs):
+            caption += f" The first {len(rows)} of {len(pairs)} pairs; results.json has the shares of all."
+        yield Table(("domains", *distances), tuple(rows), caption=caption)
+    for model in mixtures:
+        if model.chooses_experts():
+            yield from _say_home(model)
+        else:
+            text = "soft routing sends every token to every expert, so that all shares are equal."
+            yield Paragraph(f"{model.name}: {text}")
 
 
-def _distances_table(mixtures: list[Model]) -> Table:
-    distances = {model.name: routing_distances(model) for model in mixtures}
-    pairs: dict[tuple[str, str], None] = {}
-    for of_model in distances.values():
-        pairs |= dict.fromkeys(of_model)
-    rows = []
-    for pair in list(pairs)[:PAIRS_SHOWN]:
-        cells = [loss_text(of_model.get(pair)) for of_model in distances.values()]
-        rows.append(make_row(" and ".join(pair), *cells))
-    caption = "Total-variation distance between two domains' expert shares, mean over layers: 0 alike, 1 disjoint."
-    if len(rows) < len(pairs):
-        caption += f" The first {len(rows)} of {len(pairs)} pairs; results.json has the shares of all."
-    return Table(("domains", *distances), tuple(rows), 1, caption)
-
-
-def _say_home(model: Model) -> str:
-    """How often the expert at home leads; empty where no domain is named like an expert."""
-    if not model.chooses_experts():
-        return f"{model.name}: soft routing sends every token to every expert, so that all shares are equal."
-    home = count_home_expert(model)
-    if not home.cells:
-        return ""
-    text = f"{model.name}: the expert of the domain's own name gets the largest share in {home.first} of "
-    text += f"{home.cells} (domain, layer) cells."
-    if home.tied:
-        text += f" In {home.tied} no single expert does: the largest shares are equal."
-    return text
+def _say_home(model: Model) -> Iterator[Paragraph]:
+    """How often the expert of a domain's name has the largest share; nothing where no domain is named like one."""
+    first = tied = cells = 0
+    for domain, layers in model.routed_layers.items():
+        if domain not in model.experts:
+            continue
+        home = model.experts.index(domain)
+        for shares in layers:
+            largest = max(shares) - _SAME_SHARE
+            leaders = [expert for expert, share in enumerate(shares) if share >= largest]
+            cells += 1
+            tied += len(leaders) > 1
+            first += leaders == [home]
+    text = f"{model.name}: the expert of the domain's own name gets the largest share in {first} of "
+    text += f"{cells} (domain, layer) cells."
+    if tied:
+        text += f" In {tied} no single expert does: the largest shares are equal."
+    if cells:
+        yield Paragraph(text)
 
 
 # --- sizes, costs and data ---------------------------------------------------------------------------------
 
 
-def _sizes_section(cast: Cast) -> Section:
+def _tabulate_sizes(cast: Cast) -> Iterator[Block]:
     """Parameters, a row for all models of one size."""
     alike: dict[tuple[int | None, int | None], list[str]] = {}
     for model in cast.measured:
         alike.setdefault((model.parameters, model.active_parameters), []).append(model.label)
     alike.pop((None, None), None)
-    if not alike:
-        return Section("Sizes", ())
     rows = []
     for (parameters, active), names in alike.items():
         rows.append(make_row(", ".join(names), count_text(parameters), count_text(active)))
-    return Section("Sizes", (Table(("models", "parameters", "active per token"), tuple(rows)),))
+    if rows:
+        yield Table(("models", "parameters", "active per token"), tuple(rows))
 
 
-def _accounting_section(stages: tuple[Stage, ...]) -> Section:
+def _tabulate_stages(run: RunData) -> Iterator[Block]:
     """What each stage took, and all together."""
-    recorded = [stage for stage in stages if stage.manifest is not None]
+    recorded = {stage.name: stage for stage in run.stages if stage.written is not None}
     if not recorded:
-        return Section("Accounting", ())
-    order = list(TopologicalSorter({stage.name: stage.parents for stage in recorded}).static_order())
-    recorded.sort(key=lambda stage: order.index(stage.name))
-    rows = list(map(_stage_row, recorded))
-    tokens, seconds, operations = _sum_costs(recorded)
-    rows.append(make_row("sum", "", tokens, seconds, ABSENT, operations))
+        return
+    rows = []
+    for name in TopologicalSorter({name: stage.manifest.parents for name, stage in recorded.items()}).static_order():
+        if name not in recorded:  # a parent that left no manifest
+            continue
+        stage = recorded[name]
+        label = name + f" ({stage.unfinished})" * bool(stage.unfinished)
+        speed = None
+        if stage.tokens and stage.manifest.seconds:
+            speed = stage.tokens / stage.manifest.seconds
+        tokens, seconds, flops = _sum_costs([stage])
+        parents = ", ".join(stage.manifest.parents) or ABSENT
+        rows.append(make_row(label, parents, tokens, seconds, count_text(speed), flops))
+    tokens, seconds, flops = _sum_costs(recorded.values())
+    rows.append(make_row("sum", "", tokens, seconds, ABSENT, flops))
     header = ("stage", "made from", "tokens", "seconds", "tokens/s, start included", "FLOPs")
     caption = (
         f"From the manifests; of unfinished stages, tokens and FLOPs up to where they went. {ABSENT}: the stage states "
         "none. Stages may have run side by side. Seconds are those of whole programs, their start included."
     )
-    return Section("Accounting", (Table(header, tuple(rows), 2, caption),))
+    yield Table(header, tuple(rows), 2, caption)
 
 
-def _stage_row(stage: Stage) -> tuple[Cell, ...]:
-    name = stage.name
-    if stage.unfinished:
-        name += f" ({stage.unfinished})"
-    speed = None
-    if stage.tokens and stage.seconds:
-        speed = stage.tokens / stage.seconds
-    costs = (count_text(stage.tokens), count_text(stage.seconds, decimals=1), count_text(speed))
-    return make_row(name, ", ".join(stage.parents) or ABSENT, *costs, _flops_text(stage.flops))
+def _tabulate_runs(study: Study) -> Iterator[Block]:
+    """What all stages of each run took."""
+    rows = []
+    for run in study.runs:
+        rows.append(make_row(run.name, *_sum_costs(stage for stage in run.stages if stage.written is not None)))
+    caption = "The sums of the runs' manifests. Each run's own report has its stages."
+    yield Table(("run", "tokens", "seconds", "FLOPs"), tuple(rows), caption=caption)
 
 
-def _sum_costs(stages: Sequence[Stage]) -> tuple[str, str, str]:
+def _sum_costs(stages: Iterable[Stage]) -> tuple[str, str, str]:
     """Tokens, seconds and FLOPs of all stages that state them, as text."""
-    tokens = _sum_known(stage.tokens for stage in stages)
-    seconds, flops = _sum_known(stage.seconds for stage in stages), _sum_known(stage.flops for stage in stages)
-    return count_text(tokens), count_text(seconds, decimals=1), _flops_text(flops)
+    costs = [(stage.tokens, stage.manifest.seconds, stage.flops) for stage in stages]
+    sums: list[float | None] = []
+    for column in zip(*costs, strict=True):
+        known = [cost for cost in column if cost is not None]
+        sums.append(total(known) if known else None)
+    tokens, seconds, flops = sums or (None, None, None)
+    return count_text(tokens), count_text(seconds, decimals=1), ABSENT if flops is None else with_prefix(flops)
 
 
-def _flops_text(flops: float | None) -> str:
-    if flops is None:
-        return ABSENT
-    return with_prefix(flops)
-
-
-def _sum_known(costs: Iterable[float | None]) -> float | None:
-    """The sum of those that are stated; None where none is."""
-    known = [cost for cost in costs if cost is not None]
-    if not known:
-        return None
-    return total(known)
-
-
-def _export_section(stages: tuple[Stage, ...]) -> Section:
+def _say_export(run: RunData) -> Iterator[Block]:
     """Where the exported model lies, and how it is loaded."""
-    blocks = []
-    for stage in stages:
-        if stage.name == EXPORT_STAGE and not stage.unfinished:
-            text = f"The finetuned mixture and its tokenizer lie as a Hugging Face model in {_EXPORTED}, in this run's "
-            text += f"folder. Every tensor was read back and verified ({EXPORT_STAGE}/{LOG_FILE}). "
-            text += f'To load both: AutoModelForCausalLM.from_pretrained("{_EXPORTED}") and AutoTokenizer likewise.'
-            blocks.append(Paragraph(text))
-    return Section("Export", tuple(blocks))
+    if any(stage.name == EXPORT_STAGE and not stage.unfinished for stage in run.stages):
+        text = f"The finetuned mixture and its tokenizer lie as a Hugging Face model in {_EXPORTED}, in this run's "
+        text += f"folder. Every tensor was read back and verified ({EXPORT_STAGE}/{LOG_FILE}). "
+        text += f'To load both: AutoModelForCausalLM.from_pretrained("{_EXPORTED}") and AutoTokenizer likewise.'
+        yield Paragraph(text)
 
 
-def _settings_section(stages: tuple[Stage, ...]) -> Section:
+def _show_settings(run: RunData) -> Iterator[Block]:
     """What the stages that train were set to, and the versions of what made the run."""
     rows, versions = [], set()
-    for stage in stages:
-        if stage.curve and stage.settings:
+    for stage in run.stages:
+        if stage.log.curve and stage.settings:
             rows.append(make_row(stage.name, *(str(stage.settings.get(flag, ABSENT)) for flag in _SETTINGS)))
-        found = (stage.written or {}).get("versions")
-        if isinstance(found, dict):
-            versions.add(", ".join(f"{name} {version}" for name, version in found.items()))
-    blocks: list[Block] = [Paragraph(f"Made by {version}.") for version in sorted(versions)]
+        if stage.manifest.versions is not None:
+            versions.add(", ".join(f"{name} {version}" for name, version in stage.manifest.versions.items()))
     if rows:
         caption = "Megatron's flags. Every setting that decided a stage's result is in results.json, under stages."
-        blocks.insert(0, Table(("stage", *_SETTINGS), tuple(rows), caption=caption))
-    return Section("Settings", tuple(blocks))
+        yield Table(("stage", *_SETTINGS), tuple(rows), caption=caption)
+    for version in sorted(versions):
+        yield Paragraph(f"Made by {version}.")
 
 
-def data_section(run: RunData) -> Section:
+def show_data(run: RunData) -> Iterator[Block]:
     """The data statement, and how often each stage read its texts."""
     datasets = run.datasets
     if not datasets.rows:
-        return Section("Data", ())
+        return
     rows = []
     for row in datasets.rows:
         sizes = (count_text(row.documents), count_text(row.tokens), count_text(row.size_bytes))
         rows.append(make_row(row.domain, row.split, *sizes))
-    blocks: list[Block] = [Table(("domain", "split", "documents", "tokens", "bytes of text"), tuple(rows), 2)]
+    yield Table(("domain", "split", "documents", "tokens", "bytes of text"), tuple(rows), 2)
     known = {f"{DATA_STAGE}/{row.domain}.{row.split}": row.tokens for row in datasets.rows if row.tokens}
     for stage in run.stages:
         epochs = count_epochs(stage.settings, stage.tokens, known)
         read = ", ".join(f"{name.removeprefix(f'{DATA_STAGE}/')} {times:.2f}" for name, times in epochs.items())
         if read:
-            blocks.append(Paragraph(f"Epochs of {stage.name}, the times that it read a text: {read}."))
+            yield Paragraph(f"Epochs of {stage.name}, the times that it read a text: {read}.")
     if datasets.sources:
-        stated = [make_row(*pair) for pair in datasets.sources.items()]
-        blocks.append(Table(("made of", "value"), tuple(stated), 2))
-    return Section("Data", tuple(blocks))
+        yield Table(("made of", "value"), tuple(make_row(*pair) for pair in datasets.sources.items()), 2)
 
 
-def _costs_section(study: Study) -> Section:
-    """What all stages of each run took."""
-    rows = []
-    for run in study.runs:
-        recorded = [stage for stage in run.stages if stage.manifest is not None]
-        rows.append(make_row(run.name, *_sum_costs(recorded)))
-    caption = "The sums of the runs' manifests. Each run's own report has its stages."
-    return Section("Accounting", (Table(("run", "tokens", "seconds", "FLOPs"), tuple(rows), caption=caption),))
-
-
-def _reading_section(study: Study) -> Section:
+def _say_caution(study: Study) -> list[str]:
     """What to keep in mind."""
     samples = (
         "Every stage reads each domain from its first sample on. Experts that share a domain read the same samples of "
@@ -608,7 +572,7 @@ def _reading_section(study: Study) -> Section:
     seeds = "One run with one random seed. "
     if study.cast.variants():
         seeds = ""
-    items = (
+    return [
         f"{seeds}At small sizes, losses on small sets move by about 0.1 nats between "
         "seeds: read the sign and the size of a difference, and repeat the run before relying on a small one.",
         samples,
@@ -617,5 +581,4 @@ def _reading_section(study: Study) -> Section:
         "Facts are checked by sign. One whose inputs are missing is not checked; a model whose loss is not a finite "
         "number does not hold a claim made for it.",
         "All numbers are in results.json beside this page.",
-    )
-    return Section("How to read this", (Bullets(items),))
+    ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,70 +49,70 @@ class RoutingLog(NamedTuple):
     """Share of choices dropped, mean over layers; NaN when none was logged."""
 
 
+class Log(NamedTuple):
+    """What a metrics.jsonl holds."""
+
+    curve: Curve
+    """The training loss; empty for a stage that does not train."""
+    last: int
+    """The last iteration; 0 without any."""
+    watched: dict[str, Curve]
+    """Domain -> its losses while the stage trained; also their mean."""
+    routing: RoutingLog | None
+    """None where no mixture trained."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One directory of the run that holds a manifest or a loss curve."""
 
     name: str
-    manifest: StageManifest | None
-    curve: Curve
-    """Empty for a stage that does not train."""
+    manifest: StageManifest
+    """An empty one where there is none."""
+    written: Mapping[str, Any] | None
+    """The manifest as it stands in its file, for programs; None where there is none."""
+    log: Log
     tokens_per_iteration: float | None
-    steps: int | None = None
+    steps: int | None
     """How many it was to train."""
-    reached: int | None = None
-    """The last one that left metrics or a checkpoint."""
-    written: Mapping[str, Any] | None = None
-    """The manifest as it stands in its file, for programs."""
-    watched: Mapping[str, Curve] = field(default_factory=dict)
-    """Domain -> its losses while the stage trained; also their mean."""
-    routing: RoutingLog | None = None
-    """None where no mixture trained."""
-
-    @property
-    def _stated(self) -> StageManifest:
-        return self.manifest or StageManifest()
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        """The stages it is made from."""
-        return tuple(self._stated.parents)
+    reached: int
+    """The last one that left metrics or a checkpoint; 0 without any."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
         """The settings that decided its result; empty where nothing states them."""
-        return self._stated.settings or {}
+        return self.manifest.settings or {}
 
     @property
     def unfinished(self) -> str:
         """How far an unfinished stage went, in words; empty for a finished one."""
-        if self.manifest is None or self.manifest.is_finished:
-            return ""
         status = self.manifest.status or ""
-        reached = self.reached or 0
-        is_short = self.steps is not None and self.reached is not None and reached < self.steps
-        if status not in _ENDED_EARLY and not is_short:
+        is_short = 0 < self.reached < (self.steps or 0)
+        if self.written is None or self.manifest.is_finished or not (status in _ENDED_EARLY or is_short):
             return ""
         ending = _ENDED_EARLY.get(status, "not finished")
         if not self.steps:
             return ending
         comma = "," * (ending == "not finished")
-        return f"{ending}{comma} at step {reached:,} of {self.steps:,}"
+        return f"{ending}{comma} at step {self.reached:,} of {self.steps:,}"
 
     @property
     def tokens(self) -> float | None:
         """What it trained on, up to where an unfinished stage went; None where nothing states it."""
-        return self._so_far(self._stated.tokens)
+        return self._so_far(self.manifest.tokens)
 
     @property
     def flops(self) -> float | None:
         """What it computed, up to where an unfinished stage went; None where nothing states it."""
-        return self._so_far(self._stated.flops)
+        return self._so_far(self.manifest.flops)
 
-    @property
-    def seconds(self) -> float | None:
-        """What all its starts took; None where nothing states it."""
-        return self._stated.seconds
+    def _so_far(self, stated: float | None) -> float | None:
+        """The part of a cost of the whole stage that it has come to."""
+        if stated is None or not self.unfinished:
+            return stated
+        if not self.steps:
+            return None
+        return float(stated) * self.reached / self.steps
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -128,53 +128,22 @@ class Stage:
             return self.tokens_per_iteration, "tokens"
         return 1.0, "iterations"
 
-    def last_losses(self) -> dict[str, float]:
-        """The loss on every domain after its last step; empty where its end was not watched."""
-        if self.unfinished or MEAN not in self.watched:
-            return {}
-        return {domain: curve[-1][1] for domain, curve in self.watched.items()}
-
-    def count_broken_losses(self) -> int:
-        """Iterations whose training loss is not a finite number."""
-        return sum(not math.isfinite(loss) for _, loss in self.curve)
-
-    def _so_far(self, stated: float | None) -> float | None:
-        """The part of a cost of the whole stage that it has come to."""
-        if stated is None or not self.unfinished:
-            return stated
-        if not self.steps:
-            return None
-        return float(stated) * (self.reached or 0) / self.steps
-
 
 def read_stage(folder: Path) -> Stage | None:
     """The stage in ``folder``; None when neither a manifest nor a curve is there."""
     if not (folder / MANIFEST_FILE).is_file() and not (folder / METRICS_FILE).is_file():
         return None
     written = read_manifest(folder)
-    manifest = None
-    if written is not None:
-        manifest = StageManifest.model_validate(written)
+    manifest = StageManifest.model_validate(written or {})
     log = read_log(folder / METRICS_FILE)
     config = read_yaml(folder / CONFIG_FILE)
-    stated = manifest or StageManifest()
-    steps = stated.steps or read_count(config.get("iterations")) or None
-    reached = max(read_checkpointed_iteration(folder), log.last) or None
-    per_iteration = _tokens_per_iteration(stated, config.get("flags"), steps, log.curve)
-    return Stage(folder.name, manifest, log.curve, per_iteration, steps, reached, written, log.watched, log.routing)
+    steps = manifest.steps or read_count(config.get("iterations")) or None
+    per_iteration = _tokens_per_iteration(manifest, config.get("flags"), steps, log.curve)
+    reached = max(read_checkpointed_iteration(folder), log.last)
+    return Stage(folder.name, manifest, written, log, per_iteration, steps, reached)
 
 
-class _Log(NamedTuple):
-    """What a metrics.jsonl holds."""
-
-    curve: Curve
-    last: int
-    """The last iteration; 0 without any."""
-    watched: dict[str, Curve]
-    routing: RoutingLog | None
-
-
-def read_log(file: Path) -> _Log:
+def read_log(file: Path) -> Log:
     """What a stage logged; the last line for an iteration counts.
 
     Raises:
@@ -182,32 +151,27 @@ def read_log(file: Path) -> _Log:
     """
     losses: dict[int, float] = {}
     watched: dict[str, dict[int, float]] = {}
-    values: dict[str, Any] = {}
+    values: dict[str, float] = {}
     last = 0
     for line in read_metrics(file):
         last = max(last, line.iteration)
         if line.loss is not None:
             losses[line.iteration] = line.loss
-        logged = line.model_extra or {}
+        logged = dict(line.numbers())
         values |= logged
         if f"{_WATCHED}{MEAN}" in logged:
             for domain, loss in _under(_WATCHED, logged).items():
                 watched.setdefault(domain, {})[line.iteration] = loss
     curves = {domain: tuple(sorted(of_domain.items())) for domain, of_domain in watched.items()}
-    return _Log(tuple(sorted(losses.items())), last, curves, _read_routing(values))
+    return Log(tuple(sorted(losses.items())), last, curves, _read_routing(values))
 
 
-def _under(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
+def _under(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
     """The numbers whose names begin with ``prefix``, without it."""
-    found = {}
-    for name, value in values.items():
-        number = read_number(value)
-        if name.startswith(prefix) and number is not None:
-            found[name.removeprefix(prefix)] = number
-    return found
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
-def _read_routing(values: Mapping[str, Any]) -> RoutingLog | None:
+def _read_routing(values: Mapping[str, float]) -> RoutingLog | None:
     """The routing from the last value of every metric."""
     if _DEAD not in values:
         return None
@@ -215,64 +179,55 @@ def _read_routing(values: Mapping[str, Any]) -> RoutingLog | None:
     for name, value in values.items():
         found = _LOAD.fullmatch(name)
         if found:
-            cells.setdefault(int(found[1]), {})[int(found[2])] = float(value)
+            cells.setdefault(int(found[1]), {})[int(found[2])] = value
     loads = []
     for layer in sorted(cells):
         loads.append([cells[layer][expert] for expert in sorted(cells[layer])])
     if len(set(map(len, loads))) > 1:
         loads = []
-    dead = read_number(values[_DEAD])
-    if dead is not None and not abs(dead) < 2**53:  # NaN is below nothing
-        dead = None
-    return RoutingLog(loads, None if dead is None else int(dead), mean(_under(_DROPPED, values).values()))
+    dead = None
+    if math.isfinite(values[_DEAD]):
+        dead = int(values[_DEAD])
+    return RoutingLog(loads, dead, mean(_under(_DROPPED, values).values()))
 
 
-def _tokens_per_iteration(stated: StageManifest, flags: object, steps: int | None, curve: Curve) -> float | None:
-    if stated.tokens and steps:
-        return stated.tokens / steps
+def _tokens_per_iteration(manifest: StageManifest, flags: object, steps: int | None, curve: Curve) -> float | None:
+    if manifest.tokens and steps:
+        return manifest.tokens / steps
     if isinstance(flags, Mapping):
         sequence, batch = read_number(flags.get("seq-length")), read_number(flags.get("global-batch-size"))
         if sequence and batch:
             return sequence * batch
-    if stated.tokens and curve and curve[-1][0] and stated.status in (None, "finished"):
-        return stated.tokens / curve[-1][0]
+    if manifest.tokens and curve and curve[-1][0] and manifest.status in (None, "finished"):
+        return manifest.tokens / curve[-1][0]
     return None
 
 
-@dataclass(frozen=True)
-class LossCurve:
+class LossCurve(NamedTuple):
     """A loss curve as it is drawn: means over equal runs of iterations, and their moving average."""
 
-    stage: str
     unit: str
     """"tokens" or, where a stage does not say how many it saw, "iterations"."""
-    x: tuple[float, ...]
-    loss: tuple[float, ...]
-    smooth: tuple[float, ...]
-    unfinished: bool = False
-    """Whether the stage ended early, and its curve with it."""
+    x: list[float]
+    loss: list[float]
+    smooth: list[float]
 
 
 def make_curve(stage: Stage) -> LossCurve:
     """Reduce a stage's training loss to at most some hundred points, and smooth it over about 5 % of its length."""
-    size = math.ceil(len(stage.curve) / MAX_POINTS_PER_CURVE)
+    size = math.ceil(len(stage.log.curve) / MAX_POINTS_PER_CURVE)
     scale, unit = stage.progress_unit()
     x, losses = [], []
-    for start in range(0, len(stage.curve), size):
-        part = stage.curve[start : start + size]
+    for start in range(0, len(stage.log.curve), size):
+        part = stage.log.curve[start : start + size]
         x.append(part[-1][0] * scale)
         losses.append(mean(loss for _, loss in part))
-    smooth = _smooth(losses)
-    return LossCurve(stage.name, unit, tuple(x), tuple(losses), tuple(smooth), bool(stage.unfinished))
-
-
-def _smooth(losses: Sequence[float]) -> list[float]:
-    """The moving average.
-
-    Its window opens gradually at the start, where the loss falls fastest: a wide one would hide the first value.
-    """
-    reaches = [min(len(losses) // 40, at) for at in range(len(losses))]
-    return [mean(losses[at - reach : at + reach + 1]) for at, reach in enumerate(reaches)]
+    # The window opens gradually at the start, where the loss falls fastest: a wide one would hide the first value.
+    smooth = []
+    for at in range(len(losses)):
+        reach = min(len(losses) // 40, at)
+        smooth.append(mean(losses[at - reach : at + reach + 1]))
+    return LossCurve(unit, x, losses, smooth)
 
 
 def sum_tokens(name: str, known: Mapping[str, Stage], first: str) -> float | None:
@@ -281,28 +236,22 @@ def sum_tokens(name: str, known: Mapping[str, Stage], first: str) -> float | Non
     None when stage ``first`` is not among them, when one is unfinished (what was made from it had an earlier one), or
     when a mix took experts that were not trained in the run, whose budgets are not known.
     """
-    line: list[str] = []
+    line: dict[str, Stage] = {}
     waiting = [name]
     while waiting:
-        stage = waiting.pop()
-        if stage in (SEED_STAGE, DATA_STAGE) or stage in line:
+        place = waiting.pop()
+        if place in (SEED_STAGE, DATA_STAGE) or place in line:
             continue
-        if stage not in known or known[stage].unfinished or _has_given_experts(known[stage]):
+        stage = known.get(place)
+        if stage is None or stage.unfinished:
             return None
-        line.append(stage)
-        waiting += known[stage].parents
-    spent: list[float] = []
-    for stage in line:
-        if not known[stage].steps and not known[stage].curve:
-            continue
-        tokens = known[stage].tokens
-        if tokens is None:
+        parents = stage.manifest.parents
+        if any(expert != GENERALIST and f"{EXPERT_PREFIX}{expert}" not in parents for expert in stage.experts):
             return None
-        spent.append(tokens)
-    if first not in line or not spent:
+        line[place] = stage
+        waiting += parents
+    trained = [stage.tokens for stage in line.values() if stage.steps or stage.log.curve]
+    spent = [tokens for tokens in trained if tokens is not None]
+    if first not in line or not spent or len(spent) < len(trained):
         return None
     return total(spent)
-
-
-def _has_given_experts(mix: Stage) -> bool:
-    return any(name != GENERALIST and f"{EXPERT_PREFIX}{name}" not in mix.parents for name in mix.experts)

@@ -13,32 +13,29 @@ from pathlib import Path
 from megatron_btx.runner.run_dir import read_plan
 from megatron_btx.runner.schemas import StageManifest
 
-Manifests = Mapping[str, StageManifest | None]
-"""Folder -> its manifest; None where it has none, only a curve."""
 
-
-def find_left_out(run: Path, read: Manifests) -> dict[str, str]:
-    """Folders whose stage is not of the run's recipe, and why."""
+def find_left_out(run: Path, manifests: Mapping[str, StageManifest]) -> dict[str, str]:
+    """Folders whose stage is not of the run's recipe, and why. A stage without a manifest has an empty one."""
     planned = planned_fingerprints(run)
-    manifests = {name: manifest or StageManifest() for name, manifest in read.items()}
     reasons: dict[str, str] = {}
-    certain: set[str] = set()
+    doubtful = []
     for name, manifest in manifests.items():
-        own = manifest.fingerprint
-        if planned is None:
-            continue
-        if name not in planned:
+        own, due = manifest.fingerprint, (planned or {}).get(name)
+        if planned is not None and name not in planned:
             reasons[name] = "not a stage of this run's recipe"
-        elif own and planned[name] and planned[name] != own:
+        elif own and due and own != due:
             reasons[name] = "made with other settings, or from other stages, than this run's recipe has"
-        elif own and planned[name] == own:
-            certain.add(name)
-    doubtful = [name for name in manifests if name not in certain]
+        if not own or own != due:
+            doubtful.append(name)
     for name in doubtful:
         others = _other_parents(manifests[name], manifests)
         if others and name not in reasons:
             reasons[name] = f"made from another {', '.join(others)}"
-    _leave_out_descendants(doubtful, manifests, reasons)
+    for _ in doubtful:  # what is made from a stage that is left out, however many stages on
+        for name in doubtful:
+            gone = [parent for parent in manifests[name].parents if parent in reasons]
+            if gone and name not in reasons:
+                reasons[name] = f"made from {', '.join(gone)}, which is left out"
     return reasons
 
 
@@ -58,14 +55,3 @@ def _other_parents(manifest: StageManifest, manifests: Mapping[str, StageManifes
         if fingerprint_now and fingerprint_then and fingerprint_now != fingerprint_then:
             others.append(parent)
     return others
-
-
-def _leave_out_descendants(
-    doubtful: list[str], manifests: Mapping[str, StageManifest], reasons: dict[str, str]
-) -> None:
-    """Add what is made from a stage that is left out, however many stages on."""
-    for _ in doubtful:
-        for name in doubtful:
-            gone = [parent for parent in manifests[name].parents if parent in reasons]
-            if gone and name not in reasons:
-                reasons[name] = f"made from {', '.join(gone)}, which is left out"

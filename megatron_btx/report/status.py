@@ -60,12 +60,10 @@ def _read_states(
     outdated = find_left_out(directory, manifests)
     states = {}
     for name, manifest in manifests.items():
-        states[name] = manifest.status or "waiting"
-        if manifest.status == "running" and not at_work:
-            states[name] = "interrupted"
-        shown = views[name].state if name in views else None
-        if shown is not None:
-            states[name] = shown
-        elif name in outdated:
-            states[name] = "outdated"
+        state = manifest.status or "waiting"
+        if name in outdated:
+            state = "outdated"
+        elif state == "running" and not at_work:
+            state = "interrupted"
+        states[name] = views.get(name, JobView()).state or state
     return states

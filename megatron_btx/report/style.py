@@ -48,10 +48,8 @@ class Palette:
     """A colour per name, the same in every figure; beyond ten names the colours repeat with a hatch or a dash."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._index: dict[str, int] = {}
-        for name in names:
-            if name not in FIXED_COLOURS and name not in self._index:
-                self._index[name] = len(self._index)
+        own = dict.fromkeys(name for name in names if name not in FIXED_COLOURS)
+        self._index = {name: number for number, name in enumerate(own)}
 
     def rank(self, name: str) -> int:
         """Where the name stands among those with a colour of their own; the others come last."""
@@ -120,13 +118,12 @@ def set_title(figure: Figure, text: str) -> None:
 
 
 def plain_axes(panel: Axes, grid: str) -> None:
-    """Axes without a frame; ``grid``: of "x", "y" or "both" axes, or empty for none."""
+    """Axes without a frame; ``grid``: of "x", "y" or "both" axes."""
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set_color("#999999")
     panel.tick_params(labelsize=8, color="#999999")
-    if grid:
-        panel.grid(axis=grid, color=FAINT, linewidth=0.6)  # type: ignore[arg-type]
-        panel.set_axisbelow(True)
+    panel.grid(axis=grid, color=FAINT, linewidth=0.6)  # type: ignore[arg-type]
+    panel.set_axisbelow(True)
 
 
 def draw_shares(
@@ -135,10 +132,7 @@ def draw_shares(
     """Draw a bar per layer, which the experts' shares fill from below.
 
     One artist per expert, because a figure may have ten thousand bars. Only the hatch is white: edges would hide small
-    shares.
-
-    Args:
-        layers: numbers of the layers, from 0.
+    shares. ``layers``: their numbers, from 0.
     """
     bottoms = [0.0] * len(shares_LE)
     for expert, name in enumerate(experts):
@@ -154,34 +148,28 @@ def draw_shares(
     panel.set_xlim(-0.6, len(shares_LE) - 0.4)
     panel.set_ylim(0, 1)
     panel.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
-    ticks = choose_ticks(range(len(shares_LE)))
+    ticks = choose_ticks(len(shares_LE))
     panel.set_xticks(ticks, [str(layers[at] + 1) for at in ticks])
 
 
 def draw_heat_map(
     panel: Axes,
     values: Sequence[Sequence[float]],
-    write: Callable[[float], str],
+    write: Callable[[float], str] | None,
     font_size: float = 6.5,
     is_square: bool = False,
 ) -> None:
-    """Draw values between 0 and 1 as colours, with their numbers on them.
-
-    Args:
-        write: makes a number's text; an empty one leaves it out.
-    """
+    """Draw values between 0 and 1 as colours, with their numbers on them; ``write`` makes a number's text."""
     image = panel.imshow(values, vmin=0.0, vmax=1.0, cmap=HEAT_COLOURS)
     if not is_square:
         image.axes.set_aspect("auto")
+    if write is None:
+        return
     for row, line in enumerate(values):
         for column, value in enumerate(line):
-            ink = "black"
-            if value < 0.55:
-                ink = "white"
-            style = {"ha": "center", "va": "center", "color": ink, "fontsize": font_size, "in_layout": False}
-            text = write(value)
-            if text:
-                panel.text(column, row, text, **style)  # type: ignore[arg-type]
+            ink = "white" if value < 0.55 else "black"
+            text = panel.text(column, row, write(value), ha="center", va="center", color=ink, fontsize=font_size)
+            text.set_in_layout(False)
 
 
 def add_heat_scale(figure: Figure, panels: Sequence[Axes], label: str) -> None:
@@ -206,10 +194,9 @@ def say_absent(panel: Axes, text: str) -> None:
     panel.set_xticks([])
 
 
-def choose_ticks(places: Sequence[int]) -> Sequence[int]:
-    """At most eight of the places, evenly spaced: those whose number is written."""
-    step = max(1, math.ceil(len(places) / _TICKS))
-    return places[::step]
+def choose_ticks(count: int) -> range:
+    """At most eight of so many places, evenly spaced: those whose number is written."""
+    return range(0, count, max(1, math.ceil(count / _TICKS)))
 
 
 def write_percent(share: float) -> str:

@@ -1,10 +1,8 @@
-"""Routing as numbers and as a page: shares, overlap, pieces of text, and a page that hostile text cannot break."""
+"""Routing as numbers: shares, overlap, pieces of text, and earlier analyses that are drawn beside."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -18,11 +16,9 @@ from megatron_btx.evaluation.routing import (
     RoutingCounts,
     describe,
     describe_layers,
-    overlap,
     overlaps,
     read_earlier,
 )
-from megatron_btx.report.routing import write_page
 
 
 def test_counts_of_a_router():
@@ -66,9 +62,15 @@ def test_dead_is_under_a_hundredth_of_even():
 
 def test_overlap():
     """One less the total variation distance, mean over layers."""
-    assert overlap([[1.0, 0.0]], [[1.0, 0.0]]) == 1
-    assert overlap([[1.0, 0.0]], [[0.0, 1.0]]) == 0
-    assert overlap([[0.5, 0.5], [1.0, 0.0]], [[0.25, 0.75], [1.0, 0.0]]) == pytest.approx(0.875)
+    shares = {
+        "a": [[1.0, 0.0]] * 2,
+        "b": [[0.0, 1.0]] * 2,
+        "c": [[0.5, 0.5], [1.0, 0.0]],
+        "d": [[0.25, 0.75], [1.0, 0.0]],
+    }
+    found = overlaps({label: {"choices": choices} for label, choices in shares.items()})
+    assert found["a"]["a"] == 1 and found["a"]["b"] == 0
+    assert found["c"]["d"] == pytest.approx(0.875)
 
 
 def test_tasks_of_a_domain_are_added_up():
@@ -105,18 +107,6 @@ def test_pieces_are_the_text():
     pieces = pieces_of(list(text.encode()), Bytes())
     assert "".join(pieces) == text
     assert pieces[2:4] == ["", "ü"]
-
-
-def test_hostile_text_stays_data(tmp_path):
-    """No name or token can end the script or start an element."""
-    hostile = "</script><script>alert(1)</script><!--"
-    routed = {"pieces": [hostile, "\u2028"], "layers": [0], "gates": [[[1.0, 0.0], [0.0, 0.0]]]}
-    write_page(tmp_path / "page.html", {hostile: {hostile: routed}}, [hostile, "b"])
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("<script") == page.count("</script>") == 2
-    assert "alert(1)</script>" not in page
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
-    assert data["models"][hostile][hostile]["pieces"] == routed["pieces"]
 
 
 @pytest.mark.parametrize(

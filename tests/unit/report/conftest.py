@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.report import build
-from tests.unit.report.example_run import make_run
+from tests.unit.report.example_run import build_report, make_run
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -24,7 +23,7 @@ def coarse_figures() -> Iterator[None]:
 def reported_once(coarse_figures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Only to be read."""
     run = make_run(tmp_path_factory.mktemp("reported"))
-    build.build_report(run)
+    build_report(run)
     return run
 
 

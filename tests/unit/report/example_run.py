@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_btx.report.build import make_report
 from megatron_btx.report.models import Model, guess_row
-from megatron_btx.report.pages import to_json
+from megatron_btx.report.pages import Report, to_json, write_report
 from megatron_btx.runner.run_dir import make_loss
 
 DOMAINS = ("general", "math", "code", "knowledge")
@@ -167,6 +167,13 @@ def change(path: Path, edit: Any) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     edit(content)
     write_json(path, content)
+
+
+def build_report(*runs: Path) -> Report:
+    """Write the report of runs."""
+    report = make_report(*runs)
+    write_report(report)
+    return report
 
 
 def results(run: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megatron_btx.report.inputs import read_run
 from megatron_btx.report.models import find_best
 from megatron_btx.report.quantities import spread
 from megatron_btx.report.sections import make_study
-from megatron_btx.runner.schemas import LOSS
+from tests.unit.report.example_run import build_report
 
 STAGES = ("ablation-one-s1", "ablation-one-s2", "ablation-two-s2")
 
@@ -54,15 +54,15 @@ def finished(tmp_path):
 def best(run):
     """The variants with the lowest mean loss."""
     study = make_study([read_run(run)], "")
-    return [line.label for line in find_best(study.lines, LOSS, None, study.domains)]
+    return [line.label for line in find_best(study.lines, study.domains)]
 
 
 def test_report(finished, capsys):
     """The last values of every run; mean and deviation over seeds; a table, pages, figures and numbers."""
     found = {(model.row.variant, model.row.seed): model for model in read_run(finished).variants()}
-    assert found["one", 2].losses == {"math": 2.5} and found["one", 2].stage.routing.dead == 2
-    assert found["one", 2].stage.routing.dropped == pytest.approx(0.2)
-    assert found["two", 2].stage.routing.loads == [[0.7, 0.3], [0.7, 0.3]]
+    assert found["one", 2].losses == {"math": 2.5} and found["one", 2].stage.log.routing.dead == 2
+    assert found["one", 2].stage.log.routing.dropped == pytest.approx(0.2)
+    assert found["two", 2].stage.log.routing.loads == [[0.7, 0.3], [0.7, 0.3]]
     assert [seed for variant, seed in found if variant == "two"] == [2]
     assert main([str(finished)]) == 0
     printed = capsys.readouterr().out
@@ -207,7 +207,7 @@ def test_the_split_of_an_ablation_is_said(finished):
     recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
     recipe["ablation"]["split"] = "test"
     (finished / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    text = (report.build_report(finished).folder / "ablation.md").read_text()
+    text = (build_report(finished).folder / "ablation.md").read_text()
     assert "on the test split." in text.split("\n")[2] and "Loss on the test split in nats per token" in text
     assert "validation" not in text.lower()
     study = make_study([read_run(finished)], "")

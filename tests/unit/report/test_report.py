@@ -16,7 +16,7 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.report import build as report
 from megatron_btx.report.inputs import read_run
 from megatron_btx.report.pages import Paragraph
-from megatron_btx.report.sections import data_section, make_study
+from megatron_btx.report.sections import make_study, show_data
 from megatron_btx.report.stages import read_log
 from megatron_btx.runner.run_dir import own_manifest
 from megatron_btx.runner.tables import with_prefix
@@ -24,6 +24,7 @@ from tests.unit.report.example_run import (
     DOMAINS,
     LOSSES,
     TRAINING,
+    build_report,
     change,
     evaluation,
     facts_of,
@@ -157,7 +158,7 @@ def test_every_headline_says_that_what_it_beats_was_not_finetuned(
     assert say_lowest_loss(data.cast, data.lines).endswith("2.396, the only one that was finetuned")
     assert "btx: the mixture after finetuning, which no model above it had" in text
     set_loss("average", "general", 0.0)(content := evaluation())
-    with_dense = (report.build_report(write_evaluation(tmp_path, content)).folder / "report.md").read_text()
+    with_dense = (build_report(write_evaluation(tmp_path, content)).folder / "report.md").read_text()
     assert "0.030 above the dense model" in with_dense.split("## ")[0] and "beside it" not in with_dense
 
 
@@ -216,7 +217,7 @@ def test_the_same_run_gives_the_same_bytes(reported: Path) -> None:
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     for name in first:
         (folder / name).unlink()
-    report.build_report(reported)
+    build_report(reported)
     assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -243,7 +244,7 @@ def test_old_figures_go_and_other_files_stay(reported: Path) -> None:
     write_json(run / "report" / "manifest.json", {"seconds": 1.0})
     for name in TRAINING:
         (run / name / "metrics.jsonl").unlink()
-    report.build_report(run)
+    build_report(run)
     names = {path.name for path in (run / "report").iterdir()}
     figures = {"losses.png", "losses.pdf", "routing.png", "routing.pdf"}
     assert names == {"index.html", "report.md", "results.json", "log.txt", "manifest.json", *figures}
@@ -253,11 +254,11 @@ def test_old_figures_go_and_other_files_stay(reported: Path) -> None:
 def test_a_report_by_hand_marks_its_folder_for_the_run_to_go_on_and_leaves_earlier_folders_out(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     shutil.copytree(run / "seed", run / "seed.20261124-235959")
-    folder = report.build_report(run).folder
+    folder = build_report(run).folder
     assert own_manifest(folder, "report").status == "made by hand"
     assert "seed.2026" not in (folder / "report.md").read_text()
     (folder / "manifest.json").write_text('{"stage": "report", "status": "finished"}')
-    report.build_report(run)
+    build_report(run)
     assert own_manifest(folder, "report").status == "finished"
 
 
@@ -268,7 +269,7 @@ def test_a_report_can_be_passed_on(reported: Path) -> None:
     made = {"inputs": ["/home/somebody/texts"], "versions": versions, "settings": settings}
     change(reported / "seed" / "manifest.json", lambda content: content.update(made))
     write_json(reported / "export" / "manifest.json", {"stage": "export", "status": "finished", "versions": versions})
-    folder = report.build_report(reported).folder
+    folder = build_report(reported).folder
     text = (folder / "report.md").read_text(encoding="utf-8")
     export = text.split("## Export")[1].split("## ")[0]
     assert 'from_pretrained("export/model")' in export and "read back and verified" in export
@@ -282,7 +283,7 @@ def test_a_report_can_be_passed_on(reported: Path) -> None:
     assert {path.stem for path in folder.glob("*.png")} == {path.stem for path in folder.glob("*.pdf")}
     assert all(path.read_bytes().startswith(b"%PDF") for path in folder.glob("*.pdf"))
     change(reported / "export" / "manifest.json", lambda content: content.update(status="failed"))
-    report.build_report(reported)
+    build_report(reported)
     assert "## Export" not in (folder / "report.md").read_text(encoding="utf-8")
 
 
@@ -293,8 +294,7 @@ def test_epochs_are_said(tmp_path: Path) -> None:
     settings = {"train-data-path": blend[:4]}
     change(run / "finetune" / "manifest.json", lambda content: content.update(settings=settings, tokens=42_000_000))
     change(run / "seed" / "manifest.json", lambda content: content.update(settings={"train-data-path": blend[4:]}))
-    data = data_section(read_run(run))
-    (said,) = [block.text for block in data.blocks if isinstance(block, Paragraph)]
+    (said,) = [block.text for block in show_data(read_run(run)) if isinstance(block, Paragraph)]
     assert said == "Epochs of finetune, the times that it read a text: math.train 15.00, code.train 5.00."
 
 
@@ -386,10 +386,10 @@ def test_broken_files_are_refused_in_one_line_and_the_old_report_stands(
 
 def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such directory"):
-        report.build_report(tmp_path / "nowhere")
+        build_report(tmp_path / "nowhere")
     (tmp_path / "src").mkdir()
     with pytest.raises(InputError, match="not a run directory"):
-        report.build_report(tmp_path)
+        build_report(tmp_path)
     assert not (tmp_path / "report").exists()
 
 
@@ -443,7 +443,7 @@ def test_many_experts_and_domains_stay_apart(tmp_path: Path) -> None:
     models["btx"] = {"losses": dict.fromkeys(domains, 1.0), "routing": routing}
     run = write_evaluation(tmp_path, {"models": models, "experts": names})
     assert facts_of(results(run))["btx_beats_seed_everywhere"] is True
-    report.build_report(run)
+    build_report(run)
     assert (tmp_path / "report" / "routing.png").stat().st_size > 1000
 
 

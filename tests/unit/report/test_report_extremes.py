@@ -12,7 +12,15 @@ import pytest
 from megatron_btx.report import build as report
 from megatron_btx.report.inputs import read_run
 from megatron_btx.report.style import to_png
-from tests.unit.report.example_run import change, evaluation, make_run, results, write_evaluation, write_json
+from tests.unit.report.example_run import (
+    build_report,
+    change,
+    evaluation,
+    make_run,
+    results,
+    write_evaluation,
+    write_json,
+)
 
 
 def test_many_domains_make_a_picture_that_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +33,7 @@ def test_many_domains_make_a_picture_that_can_be_looked_at(tmp_path: Path, monke
     models: dict[str, Any] = {name: {"losses": dict.fromkeys(domains, 2.0)} for name in names}
     for name in ("mix", "btx"):
         models[name]["routing"] = {domain: [[1.0] * 30] for domain in domains}
-    folder = report.build_report(write_evaluation(tmp_path, {"models": models, "experts": domains})).folder
+    folder = build_report(write_evaluation(tmp_path, {"models": models, "experts": domains})).folder
     for picture in folder.glob("*.png"):
         assert image.imread(picture).shape[0] < 4_000, picture.name
     text = (folder / "report.md").read_text()
@@ -94,6 +102,6 @@ def test_odd_manifests_and_many_curves_are_borne(tmp_path: Path, recwarn: pytest
     for number in range(100):
         write_json(run / f"expert-x{number}" / "manifest.json", {"tokens": 10, "steps": 10, "status": "finished"})
         (run / f"expert-x{number}" / "metrics.jsonl").write_text('{"iteration": 10, "lm loss": 2}\n')
-    report.build_report(run)
+    build_report(run)
     assert len(results(run)["curves"]) == 107
     assert [str(warning.message) for warning in recwarn] == []

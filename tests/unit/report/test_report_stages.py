@@ -20,6 +20,7 @@ from megatron_btx.runner.schemas import StageManifest
 from tests.unit.report.example_run import (
     DOMAINS,
     EXPERTS,
+    build_report,
     change,
     evaluation,
     make_run,
@@ -208,7 +209,7 @@ def test_equal_shares_have_no_largest(tmp_path: Path) -> None:
     """Under soft routing every expert takes every token."""
     content = evaluation()
     soft(content)
-    page = (report.build_report(write_evaluation(tmp_path, content)).folder / "report.md").read_text()
+    page = (build_report(write_evaluation(tmp_path, content)).folder / "report.md").read_text()
     said = "btx: the expert of the domain's own name gets the largest share in 0 of 12 (domain, layer) cells."
     assert f"{said} In 12 no single expert does: the largest shares are equal." in page
     assert "mix: the expert of the domain's own name" in page and page.count("no single expert") == 1

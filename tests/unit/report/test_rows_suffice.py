@@ -12,7 +12,16 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.report import build, claims
 from megatron_btx.report.inputs import read_run
 from megatron_btx.report.models import Cast
-from tests.unit.report.example_run import DOMAINS, change, facts_of, make_run, results, set_loss, write_json
+from tests.unit.report.example_run import (
+    DOMAINS,
+    build_report,
+    change,
+    facts_of,
+    make_run,
+    results,
+    set_loss,
+    write_json,
+)
 
 
 def score(model: str, value: float, data: str = "sums") -> dict[str, object]:
@@ -115,7 +124,7 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, capsys) -> None:
     assert found["quickstart"] == results(first) and found["second"]["models"]["btx"]["losses"]["general"] == 4.5
     text = (folder / "comparison.md").read_text()
     assert "**second: The finetuned mixture reaches a mean loss" in text and "| second | 5,017,600" in text
-    build.build_report(first)
+    build_report(first)
     assert {"comparison.html", "index.html", "results.json"} <= {path.name for path in folder.iterdir()}
     with pytest.raises(InputError, match="quickstart: two of the runs have this name"):
         build.make_report(first, first)
