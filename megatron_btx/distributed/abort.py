@@ -28,7 +28,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_btx.common.errors import BTXError, InputError, MachineError, exits_with_one_line, is_of_the_machine
+from megatron_btx.common.errors import (
+    BAD_INPUT_EXIT_CODE,
+    MACHINE_EXIT_CODE,
+    BTXError,
+    MachineError,
+    is_of_the_machine,
+    print_error,
+)
 
 AGAIN = "Start the same command again; it goes on from its last checkpoint"
 
@@ -48,15 +55,6 @@ class Place:
     """The innermost function, with its file and line."""
     waits: bool
     """Whether it is in a collective, or waits for a GPU."""
-
-    def pack(self) -> str:
-        """The place as the store holds it."""
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def unpack(text: bytes) -> Place:
-        """The place that :meth:`pack` made ``text`` of."""
-        return Place(**json.loads(text))
 
 
 class Standstill:
@@ -90,20 +88,15 @@ class Standstill:
             return Place(rank, socket.gethostname(), os.getpid(), "nowhere", waits=False)
         file, line = frame.f_code.co_filename, frame.f_lineno
         waits = _COLLECTIVES in file or bool(_WAITS.search(linecache.getline(file, line)))
-        return Place(rank, socket.gethostname(), os.getpid(), _where(frame.f_code.co_qualname, file, line), waits)
-
-    def place_of(self, failure: BaseException, rank: int) -> Place:
-        """Where a collective failed that has waited too long."""
-        last = traceback.extract_tb(failure.__traceback__)[-1]
-        where = _where(last.name, last.filename, last.lineno or 0)
-        return Place(rank, socket.gethostname(), os.getpid(), where, waits=True)
+        return _place(rank, frame.f_code.co_qualname, file, line, waits)
 
     def _frame(self) -> FrameType | None:
         return sys._current_frames().get(self._thread.ident or 0)
 
 
-def _where(function: str, file: str, line: int) -> str:
-    return f"{function} ({'/'.join(Path(file).parts[-3:])}:{line})"
+def _place(rank: int, function: str, file: str, line: int, waits: bool) -> Place:
+    where = f"{function} ({'/'.join(Path(file).parts[-3:])}:{line})"
+    return Place(rank, socket.gethostname(), os.getpid(), where, waits)
 
 
 def describe(places: list[Place], world: int, seconds: float) -> str | None:
@@ -220,7 +213,8 @@ class Stopping:
             )
         if _TIMED_OUT not in str(failure):
             return None
-        self._timed_out = self._standstill.place_of(failure, self._rank)
+        last = traceback.extract_tb(failure.__traceback__)[-1]
+        self._timed_out = _place(self._rank, last.name, last.filename, last.lineno or 0, waits=True)
         time.sleep(3 * _LATE_SECONDS)
         return MachineError(
             "the run stands still, and rank 0, by which all met, gives no word: its process or its machine is stopped "
@@ -230,20 +224,17 @@ class Stopping:
     def _look(self) -> None:
         while not self._done.wait(_LOOK_EVERY_SECONDS):
             try:
-                told = self._store.check([_KEY])
-                if told:
-                    message = self._store.get(_KEY)
-                else:
+                if not self._store.check([_KEY]):
                     self._look_for_standstill()
+                    continue
+                message = self._store.get(_KEY)
             except RuntimeError:  # the store is gone, with the rank that kept it
                 return
-            if not told:
-                continue
             if self._done.is_set():  # this rank speaks for itself
                 return
-            if not message:  # the store of --fake-process-group has every key, and nothing in it
-                return
-            self._leave(**json.loads(message))
+            if message:  # the store of --fake-process-group has every key, and nothing in it
+                self._leave(**json.loads(message))
+            return
 
     def _look_for_standstill(self) -> None:
         """Leave this rank's place when it stands still; end the run when it is known who hangs."""
@@ -256,13 +247,13 @@ class Stopping:
         if self._still_since is None:
             self._still_since = time.monotonic()
             place = self._timed_out or self._standstill.place(self._rank)
-            self._store.set(f"{_PLACE}/{self._rank}", place.pack())
+            self._store.set(f"{_PLACE}/{self._rank}", json.dumps(asdict(place)))
         if time.monotonic() - self._still_since < _LATE_SECONDS:
             return
         places = []
         for rank in range(self._world):
             if self._store.check([f"{_PLACE}/{rank}"]):
-                places.append(Place.unpack(self._store.get(f"{_PLACE}/{rank}")))
+                places.append(Place(**json.loads(self._store.get(f"{_PLACE}/{rank}"))))
         reason = describe(places, self._world, self.standstill_seconds)
         if reason is not None:
             self._done.set()
@@ -281,18 +272,14 @@ class Stopping:
     def _leave(self, reason: str, is_machine: bool, ranks: int) -> None:
         """Say the reason and end at once: an orderly end would wait for ranks that are no more."""
         self._leaving = True
-        error: BTXError = InputError(reason)
-        if is_machine:
-            error = MachineError(reason)
-        status = exits_with_one_line(_raise)(error)
+        print_error(reason)
         sys.stdout.flush()
-        sys.stderr.flush()
-        self._wait_for(ranks)
-        os._exit(status)
+        if self._store is not None:
+            self._wait_for(ranks)
+        os._exit(MACHINE_EXIT_CODE if is_machine else BAD_INPUT_EXIT_CODE)
 
     def _wait_for(self, ranks: int) -> None:
-        if self._store is None:
-            return
+        """Wait until so many have seen the reason."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         try:
             seen = self._store.add(_SEEN, 1)
@@ -303,7 +290,3 @@ class Stopping:
             return
         if self._rank == 0:
             time.sleep(_KEEP_STORE_SECONDS)
-
-
-def _raise(error: BTXError) -> int:
-    raise error

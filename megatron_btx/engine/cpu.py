@@ -16,15 +16,10 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_btx.engine import patch
-
-CPU_DEFAULTS: dict[str, Any] = {
-    "distributed_backend": "gloo",
-    "use_cpu_initialization": True,
-}
-"""Defaults of Megatron's flags that only a machine without a GPU needs (names as in Megatron's namespace)."""
 
 # torch functions that take a `device`: Megatron passes them "cuda" or torch.cuda.current_device() literally.
 _FACTORIES = (
@@ -53,12 +48,8 @@ def prepare_environment() -> None:
     process for nothing.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it for TP before Blackwell
-    if not _nvidia_device_present():
+    if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))):
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-
-
-def _nvidia_device_present() -> bool:
-    return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dxg")
 
 
 def install_cpu_stand_ins() -> bool:
@@ -189,10 +180,9 @@ def _answer_for_cuda() -> None:
     def manual_seed(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
-    def no_device_properties(device: Any = None) -> Any:
-        return _CpuProperties()
-
     nothing = _Nothing()
+    # What Megatron reads of a device's properties.
+    properties = SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=1)
     answers: dict[str, Any] = {
         # Some of torch's own ways to find out count devices, which the next line answers for Megatron's sake.
         "is_available": lambda: False,
@@ -218,7 +208,7 @@ def _answer_for_cuda() -> None:
         "max_memory_allocated": lambda device=None: 0,
         "max_memory_reserved": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
-        "get_device_properties": no_device_properties,
+        "get_device_properties": lambda device=None: properties,
         "get_device_name": lambda device=None: "cpu",
         "get_device_capability": lambda device=None: (0, 0),
         "mem_get_info": lambda device=None: (0, 0),
@@ -229,16 +219,6 @@ def _answer_for_cuda() -> None:
     patch.replace(torch.cuda.random, "set_rng_state", set_rng_state)
     patch.replace(torch.cuda.nvtx, "range_push", lambda message: 0)
     patch.replace(torch.cuda.nvtx, "range_pop", lambda: 0)
-
-
-class _CpuProperties:
-    """What Megatron reads of a device's properties, for a machine that has none."""
-
-    name = "cpu"
-    major = 0
-    minor = 0
-    total_memory = 0
-    multi_processor_count = 1
 
 
 def replace_in_megatron() -> None:

@@ -36,20 +36,14 @@ def try_import(name: str) -> str | None:
     """Empty if the module can be imported, else why not; None where it is absent."""
     try:
         importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == name.partition(".")[0]:
-            return None
-        return describe(error)
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:  # it may fail as it likes
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return describe(error)
+        if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+            return None
+        lines = str(error).splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0]}"
     return ""
-
-
-def describe(error: BaseException) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
 
 
 def main() -> int:

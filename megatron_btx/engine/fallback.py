@@ -40,7 +40,11 @@ def choose_checkpoint(args: argparse.Namespace) -> None:
     root, own = Path(args.load or ""), _saves_where_it_loads(args) and not args.finetune
     fault, step, beside = None, -1, []
     if own and not (root / TRACKER).is_file() and not getattr(args, "btx_check", False):
-        _write_missing_tracker(root)
+        # A run would begin anew beside the newest whole one.
+        newest = _newest_whole(root)
+        if newest is not None:
+            say(f"{root / TRACKER}: does not exist; the run goes on from the checkpoint of step {newest}")
+            write_atomically(root / TRACKER, str(newest))
     if args.non_persistent_ckpt_type == "global":
         from megatron.training import checkpointing
 
@@ -56,7 +60,7 @@ def choose_checkpoint(args: argparse.Namespace) -> None:
         elif not own:
             return
         else:
-            step = args.ckpt_step or _newest_whole(root)
+            step = args.ckpt_step or _newest_whole(root) or 0
             beside.append(Path(args.save) / REPLACED)
     for place in beside:
         if not (place / TRACKER).is_file():
@@ -116,26 +120,20 @@ def _fault_of(root: str | Path) -> str | None:
     return None
 
 
-def _newest_whole(root: Path) -> int:
-    """The step of the newest whole checkpoint before the tracker's; of all where the tracker cannot be read; 0 of none.
+def _newest_whole(root: Path) -> int | None:
+    """The step of the newest whole checkpoint before the tracker's; of all where there is none that can be read.
 
     Later ones do not count: their saving was not finished when the tracker was written.
     """
-    last = read_tracker(root)
+    last = None
+    if (root / TRACKER).is_file():
+        last = read_tracker(root)
     for step, folder in reversed(list_iterations(root)):
         if isinstance(last, int) and step >= last:
             continue
         if _fault_of(folder) is None:
             return step
-    return 0
-
-
-def _write_missing_tracker(root: Path) -> None:
-    """Name the newest whole checkpoint where no tracker does: a run would begin anew beside it."""
-    step = next((step for step, folder in reversed(list_iterations(root)) if _fault_of(folder) is None), None)
-    if step is not None:
-        say(f"{root / TRACKER}: does not exist; the run goes on from the checkpoint of step {step}")
-        write_atomically(root / TRACKER, str(step))
+    return None
 
 
 def _answer_for_the_tracker(tracker: Path, step: int) -> None:

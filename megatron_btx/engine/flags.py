@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from megatron_btx.engine.cpu import CPU_DEFAULTS, has_gpu
+from megatron_btx.engine.cpu import has_gpu
 from megatron_btx.model.groups import GROUPS
 
 TORCH_NATIVE_DEFAULTS: dict[str, Any] = {
@@ -20,13 +20,15 @@ TORCH_NATIVE_DEFAULTS: dict[str, Any] = {
     "no_persist_layer_norm": True,
 }
 """Defaults where neither Transformer Engine nor apex is installed: their fused kernels do not exist there."""
-
-UNCOMPILED_DEFAULTS: dict[str, Any] = {
+CPU_DEFAULTS: dict[str, Any] = TORCH_NATIVE_DEFAULTS | {
+    "distributed_backend": "gloo",
+    "use_cpu_initialization": True,
+    # Megatron's torch.compile'd functions are not compiled there, and only cost detours.
     "bias_swiglu_fusion": False,
     "bias_gelu_fusion": False,
     "bias_dropout_fusion": False,
 }
-"""Defaults on the CPU, where Megatron's torch.compile'd functions are not compiled and only cost detours."""
+"""Defaults without a GPU."""
 
 SAMPLE_DECAY = 1e-4
 """The paper's, per iteration."""
@@ -46,7 +48,7 @@ def add_btx_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 
 
 def add_own_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that every program of ours takes, beside Megatron's."""
+    """Add the flags that every program of ours takes, beside Megatron's: a group for each thing they are about."""
     group = parser.add_argument_group("megatron_btx", "Branch-Train-MiX on top of Megatron-core")
     group.add_argument(
         "--btx-metrics", metavar="FILE",
@@ -59,14 +61,18 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         "loaded; without it a difference that would silently change the model is refused. dataset_tokenizer allows "
         "datasets that were made with another tokenizer than this run's (default: none)",
     )  # fmt: skip
-    add_saving_arguments(parser)
-    add_bad_step_arguments(parser)
-    add_routing_arguments(parser)
-    add_validation_arguments(parser)
 
+    group = parser.add_argument_group("megatron_btx saving", "which checkpoints of --save are kept")
+    group.add_argument(
+        "--btx-keep-last", metavar="K", type=int,
+        help="keep the K newest whole checkpoints and remove older ones after each save; from 2 on a damaged last one "
+        "costs one interval (default: all are kept)",
+    )  # fmt: skip
+    group.add_argument(
+        "--btx-keep-every", metavar="STEPS", type=int,
+        help="beside those of --btx-keep-last, keep every checkpoint whose step is a multiple of STEPS (default: none)",
+    )  # fmt: skip
 
-def add_bad_step_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what follows a loss that is no number, infinite or a spike."""
     group = parser.add_argument_group(
         "megatron_btx bad steps", "by default Megatron takes such a step again and ends the run with status 16 or 17"
     )
@@ -81,23 +87,6 @@ def add_bad_step_arguments(parser: argparse.ArgumentParser) -> None:
         "deviations above the mean of the last 128 steps, once there are 64 (default: none; 6 is usual)",
     )  # fmt: skip
 
-
-def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which checkpoints of a run are kept."""
-    group = parser.add_argument_group("megatron_btx saving", "which checkpoints of --save are kept")
-    group.add_argument(
-        "--btx-keep-last", metavar="K", type=int,
-        help="keep the K newest whole checkpoints and remove older ones after each save; from 2 on a damaged last one "
-        "costs one interval (default: all are kept)",
-    )  # fmt: skip
-    group.add_argument(
-        "--btx-keep-every", metavar="STEPS", type=int,
-        help="beside those of --btx-keep-last, keep every checkpoint whose step is a multiple of STEPS (default: none)",
-    )  # fmt: skip
-
-
-def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of finetuning a mixture: routing that Megatron cannot say, frozen groups, learning rates."""
     group = parser.add_argument_group("megatron_btx finetuning", "top-k, switch and soft routing are Megatron's flags")
     group.add_argument(
         "--btx-sample-top1", action="store_true",
@@ -127,9 +116,6 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
         help="factor on peak and least learning rate of a group, as router=10 (default: 1 for every group)",
     )  # fmt: skip
 
-
-def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that watch a run: loss per domain, and whether it starts sound."""
     group = parser.add_argument_group("megatron_btx validation", "loss per domain while training")
     group.add_argument(
         "--btx-valid-data", metavar="DOMAIN=TEXT", nargs="+", action="extend", default=[],
@@ -219,7 +205,7 @@ def machine_defaults() -> dict[str, Any]:
     if find_spec("nvidia_resiliency_ext") is None:
         defaults["async_strategy"] = "mcore"
     if not has_gpu():
-        defaults |= CPU_DEFAULTS | TORCH_NATIVE_DEFAULTS | UNCOMPILED_DEFAULTS
+        defaults |= CPU_DEFAULTS
     elif find_spec("transformer_engine") is None:
         defaults |= TORCH_NATIVE_DEFAULTS
     return defaults

@@ -60,14 +60,7 @@ def use_an_optimizer_that_resumes() -> None:
     from megatron.core import optimizer as optimizers
     from megatron.core.optimizer import distrib_optimizer
 
-    for owner, name in (
-        (optimizers, "USING_PYTORCH_OPTIMIZER"),
-        (distrib_optimizer, "Adam"),
-        (distrib_optimizer, "HAVE_APEX_OR_TE"),
-        (distrib_optimizer, "USING_APEX_OPTIMIZER"),
-        (distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states"),
-    ):
-        patch.expect(owner, name)
+    patch.expect(optimizers, "USING_PYTORCH_OPTIMIZER")
     if not optimizers.USING_PYTORCH_OPTIMIZER:
         return
     from megatron_btx.engine.optimizer import GroupStepAdam
@@ -77,9 +70,7 @@ def use_an_optimizer_that_resumes() -> None:
     patch.replace(distrib_optimizer, "HAVE_APEX_OR_TE", True)
     patch.replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
     patch.replace(distrib_optimizer, "Adam", GroupStepAdam)
-
-    owner = distrib_optimizer.DistributedOptimizer
-    patch.wrap(owner, "_set_main_param_and_optimizer_states", torch.no_grad())
+    patch.wrap(distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", torch.no_grad())
 
 
 def recompute_norms_without_fp8() -> None:

@@ -47,12 +47,15 @@ def restrict_unpickling() -> None:
     Raises:
         MegatronVersionError: this PyTorch does not obey, or reads an index in another way.
     """
+    import numpy
     import torch
     from megatron.core import safe_globals
 
     os.environ.pop(_NEVER, None)  # PyTorch takes one of the two switches
     os.environ[_ALWAYS] = "1"
-    allowed = [*allowed_globals(), *_numpy_dtypes(), *_enums(), *_records()]
+    # The classes of NumPy's plain dtypes, which PyTorch wants listed one by one; objects are none of them.
+    dtypes = dict.fromkeys(type(numpy.dtype(code)) for code in "?bBhHiIlLqQefdgFDGSUMm")
+    allowed = [*allowed_globals(), *dtypes, *_classes_of_megatron()]
     ours = {_name(one) for one in allowed}
     # Megatron's list has NumPy's own constructors, which take bytes for objects: see safe_numpy.py.
     others = [one for one in torch.serialization.get_safe_globals() if _name(one) not in ours]
@@ -74,29 +77,19 @@ def _name(given: Any) -> str:
     return given[1] if isinstance(given, tuple) else f"{given.__module__}.{given.__qualname__}"
 
 
-def _enums() -> list[Any]:
-    """Megatron's enums, which its arguments hold: its own list has those of its newest version."""
-    found = []
+def _classes_of_megatron() -> list[Any]:
+    """Megatron's enums, which its arguments hold, and the named tuples of what its re-run machinery has found.
+
+    Its own list has the enums of its newest version alone. The tuples are saved with the step to take again.
+    """
+    from megatron.core import rerun_state_machine
+
+    patch.expect(rerun_state_machine, "Call", "Caller")
+    found = [rerun_state_machine.Call, rerun_state_machine.Caller]
     for name in _ENUM_MODULES:
         values = vars(importlib.import_module(name)).values()
         found += [value for value in values if isinstance(value, type) and issubclass(value, enum.Enum)]
     return found
-
-
-def _records() -> list[Any]:
-    """Megatron's named tuples of what its re-run machinery has found, which it saves with the step to take again."""
-    from megatron.core import rerun_state_machine
-
-    patch.expect(rerun_state_machine, "Call", "Caller")
-    return [rerun_state_machine.Call, rerun_state_machine.Caller]
-
-
-def _numpy_dtypes() -> list[Any]:
-    """The classes of NumPy's plain dtypes, which PyTorch wants listed one by one; objects are none of them."""
-    import numpy
-
-    kinds = [type(numpy.dtype(code)) for code in "?bBhHiIlLqQefdgFDGSUMm"]
-    return list(dict.fromkeys(kinds))
 
 
 def _expect_refusal() -> None:
@@ -177,10 +170,8 @@ def loading_failed(path: str, failure: BaseException) -> CheckpointError:
 
 def cause_of(failure: BaseException) -> BaseException:
     """The first failure of those that PyTorch's CheckpointException holds; any other is its own cause."""
-    parts = getattr(failure, "failures", None)
-    if parts:
-        first: BaseException = next(iter(parts.values()))[0]
-        return first
+    for cause, _ in getattr(failure, "failures", {}).values():
+        return cause
     return failure
 
 

@@ -54,8 +54,9 @@ REPLACED = "btx_replaced"
 def make_room(root: Path, step: int, reached: int) -> list[Path]:
     """Clear the way for the checkpoint of ``step``: what lies after the run's line, which ends with ``reached``.
 
-    A branch that somebody left by ``--ckpt-step``, or a damaged checkpoint, is moved aside; what a killed save left is
-    removed. A step that is saved again has its first checkpoint in :data:`REPLACED` until the second is whole.
+    A branch that somebody left by ``--ckpt-step``, or a damaged checkpoint, is moved aside, and that is said; what a
+    killed save left is removed. A step that is saved again has its first checkpoint in :data:`REPLACED` until the
+    second is whole.
 
     Returns:
         What was moved aside, where it lies now.
@@ -81,6 +82,9 @@ def make_room(root: Path, step: int, reached: int) -> list[Path]:
         for link in links:
             link.unlink()
             link.symlink_to(moved[-1].absolute())
+    if moved:
+        names = ", ".join(folder.name for folder in moved)
+        say(f"{root}: {names}: not of this run, which goes on from step {reached}; moved to {aside}")
     return moved
 
 
@@ -179,19 +183,11 @@ class _Saves:
                 self._thread.join()
             if not self._reached:  # the branch that was left has both kinds of checkpoints
                 for other in {Path(self._args.save), non_persistent_root(self._args, self._args.save)} - {root}:
-                    if other.is_dir() and self._make_room(other, reached + 1, reached):
+                    if other.is_dir() and make_room(other, reached + 1, reached):
                         (other / TRACKER).unlink(missing_ok=True)  # it may name one of these
-            self._make_room(root, step, reached)
+            make_room(root, step, reached)
         distributed.barrier()
         self._reached[root] = step
-
-    def _make_room(self, root: Path, step: int, reached: int) -> bool:
-        """Whether something was moved aside, which is said."""
-        moved = make_room(root, step, reached)
-        if moved:
-            names = ", ".join(folder.name for folder in moved)
-            say(f"{root}: {names}: not of this run, which goes on from step {reached}; moved to {moved[0].parent}")
-        return bool(moved)
 
     def after(self, root: Path) -> None:
         """Begin to remove, after the last removal; call when a checkpoint and its tracker are written.

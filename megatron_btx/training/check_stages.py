@@ -73,13 +73,21 @@ def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int
         InputError: the stage, and the program's own sentence.
     """
     parsed: dict[str, argparse.Namespace] = {}
-    masked: dict[Path, bool] = {}  # of the evaluations that stages ahead will write
+    masked: dict[
+        Path, bool
+    ] = {}  # evaluation that a stage ahead writes -> whether it leaves out end-of-document tokens
     for stage, (processes, words) in stages.items():
         with _naming(stage):
             args = parsed[stage] = parser.parse_args(words)
             args.world_size, args.rank = processes, 0
             _unwrap_single_values(args)
-            _check_arguments(args, masked)
+            options = check_arguments(args, trains=args.btx_eval_output is None)
+            bound = options.first_loss_bound
+            if isinstance(bound, Path) and bound in masked:
+                check_masked_alike(f"--btx-first-loss-bound {bound}", masked[bound], args.eod_mask_loss)
+            if args.btx_eval_output is not None:
+                masked[Path(args.btx_eval_output)] = args.eod_mask_loss
+            _check_data(args, options)
     for stage, args in parsed.items():
         with _naming(stage):
             _validate(args)
@@ -92,21 +100,6 @@ def _naming(stage: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"stage {stage}: {error}") from None
-
-
-def _check_arguments(args: argparse.Namespace, masked: dict[Path, bool]) -> None:
-    """Our own checks of a stage.
-
-    Args:
-        masked: evaluation that a stage ahead writes -> whether it leaves out end-of-document tokens; grows.
-    """
-    options = check_arguments(args, trains=args.btx_eval_output is None)
-    bound = options.first_loss_bound
-    if isinstance(bound, Path) and bound in masked:
-        check_masked_alike(f"--btx-first-loss-bound {bound}", masked[bound], args.eod_mask_loss)
-    if args.btx_eval_output is not None:
-        masked[Path(args.btx_eval_output)] = args.eod_mask_loss
-    _check_data(args, options)
 
 
 def _unwrap_single_values(args: argparse.Namespace) -> None:
@@ -152,15 +145,15 @@ def _check_data(args: argparse.Namespace, options: Options) -> None:
         check_indexed_dataset(prefix, flag)
     if trains:
         check_splits(args, os.path.isabs)
-    tokenizer = Tokenizer.of(vars(args), None) if given else None
-    for prefix, flag in given.items():
-        assert tokenizer is not None
-        check_description(prefix, flag, tokenizer, args.padded_vocab_size, ALLOWANCE in args.btx_allow_change)
+    if given:
+        tokenizer = Tokenizer.of(vars(args), None)
+        for prefix, flag in given.items():
+            check_description(prefix, flag, tokenizer, args.padded_vocab_size, ALLOWANCE in args.btx_allow_change)
 
 
 @exits_with_one_line
 def main() -> int:
-    """Check the sections and stages given as JSON on standard input; see :func:`check_with_megatron`."""
+    """Check the sections and stages given as JSON on standard input, which :mod:`megatron_btx.plan.checks` writes."""
     prepare_environment()
     install_cpu_stand_ins()
     asked: dict[str, Any] = json.load(sys.stdin)

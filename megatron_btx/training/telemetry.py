@@ -37,7 +37,19 @@ def install(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:
     patch.expect(moe_logging, "set_moe_metrics_tracker", "MoEMetricsTracker")
     patch.expect(moe_logging.MoEMetricsTracker, "report")
     sums = RoutingSums(args.num_layers, args.num_experts)
-    moe_logging.set_moe_metrics_tracker(_extend(moe_logging.MoEMetricsTracker, sums, args.log_interval)())
+
+    class RoutingTracker(moe_logging.MoEMetricsTracker):  # type: ignore[misc]
+        """Megatron's tracker, which reports routing too."""
+
+        def report(self, *rest: object, iteration: int, **named: object) -> str:
+            line: str = super().report(*rest, iteration=iteration, **named)
+            if iteration % args.log_interval:
+                return line
+            logged = scalars(sums.take(), sums.experts)
+            log_scalars(logged, iteration)
+            return line + summary(logged, sums.experts)
+
+    moe_logging.set_moe_metrics_tracker(RoutingTracker())
 
     def hook(model: list[Any]) -> list[Any]:
         for chunk in model:
@@ -147,18 +159,3 @@ def summary(logged: Mapping[str, float], experts: int) -> str:
     text = f" load: {min(loads):.1%} to {max(loads):.1%}, dead experts: {logged['moe/dead_experts']:.0f} |"
     text += f" router entropy: {sum(entropies) / len(entropies) / math.log(max(experts, 2)):.2f} of even |"
     return text + (f" dropped: {sum(dropped) / len(dropped):.1%} |" if max(dropped) > 0 else "")
-
-
-def _extend(tracker: type, sums: RoutingSums, log_interval: int) -> type:
-    """Megatron's tracker, which reports routing too."""
-
-    class RoutingTracker(tracker):  # type: ignore[misc]
-        def report(self, *rest: object, iteration: int, **named: object) -> str:
-            line: str = super().report(*rest, iteration=iteration, **named)
-            if iteration % log_interval:
-                return line
-            logged = scalars(sums.take(), sums.experts)
-            log_scalars(logged, iteration)
-            return line + summary(logged, sums.experts)
-
-    return RoutingTracker

@@ -69,19 +69,41 @@ class FirstLoss(Callback):
 
     def before_step(self, iteration: int, model: list[Any], optimizer: MegatronOptimizer) -> None:
         """Refuse a mix that is worse than its worst expert on a domain, where the experts' losses are given."""
-        if iteration == 0 and isinstance(self._bounds, dict):
-            losses = _losses(model, optimizer, self._args, self._options)
-            _check_domains(losses, self._bounds)
+        if iteration != 0 or not isinstance(self._bounds, dict):
+            return
+        losses = _losses(model, optimizer, self._args, self._options)
+        say(" the mix before its first step | " + _listed(losses))
+        for domain, (loss, expert) in self._bounds.items():
+            if not losses[domain] <= loss + MARGIN_NATS:
+                raise InputError(
+                    f"the mix starts with a loss of {losses[domain]:.4f} on {domain}, above that of its worst expert "
+                    f"there ({expert}: {loss:.4f}) by more than {MARGIN_NATS}: it is broken; check it with "
+                    "tools/convert_experts.py --verify, its flags and its tokenizer"
+                )
 
     def after_step(self, done: int, model: list[Any], optimizer: MegatronOptimizer, losses: dict[str, Any]) -> None:
         """Refuse a first step whose loss no sound mix has."""
+        import torch
+
         if done != 1:
             return
         bound = self._bounds
         if isinstance(bound, dict):
             # The training text may hold other domains than those that are watched, and one batch is noise.
             bound = _guessing(self._args)
-        _check_first_step(losses, bound)
+        found = torch.tensor([-math.inf, 0.0], device="cuda")  # the loss, and whether it is no number
+        if "lm loss" in losses:  # on the last pipeline stage alone
+            loss = losses["lm loss"].detach().float().reshape(()).to(found.device)
+            found = torch.stack([loss.nan_to_num(nan=math.inf), loss.isnan().float()])
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        first = math.nan if found[1].item() else found[0].item()
+        say(f" first step | loss {first:.4f}, sound up to {bound:.4f}")
+        if not first <= bound:
+            raise InputError(
+                f"the first step's loss is {first:.4f} nats per token, above {bound:.4f} (--btx-first-loss-bound): "
+                "the mix is broken, or its data are of another vocabulary; nothing was saved. Check it with "
+                "tools/convert_experts.py --verify"
+            )
 
 
 class DomainLosses(Callback):
@@ -91,9 +113,14 @@ class DomainLosses(Callback):
         self._args, self._options = args, options
 
     def after_step(self, done: int, model: list[Any], optimizer: MegatronOptimizer, losses: dict[str, Any]) -> None:
-        """Before Megatron logs the step, so that they stand in its line."""
-        if is_due(done, self._args):
-            _log(_losses(model, optimizer, self._args, self._options), done)
+        """Before Megatron logs the step, so that they stand in its line; the rank that logs says them too."""
+        if not is_due(done, self._args):
+            return
+        found = _losses(model, optimizer, self._args, self._options)
+        logged = {f"{TAG} {domain}": loss for domain, loss in found.items()}
+        logged[f"{TAG} mean"] = sum(found.values()) / len(found)
+        log_scalars(logged, done)
+        say_from_last_rank(f" validation after step {done} | " + _listed(found))
 
 
 def watch_validation(args: argparse.Namespace, options: Options) -> list[Callback]:
@@ -221,44 +248,5 @@ def _losses(
     return losses
 
 
-def _log(losses: dict[str, float], iteration: int) -> None:
-    """Send the losses where Megatron's scalars go; the rank that logs says them too."""
-    logged = {f"{TAG} {domain}": loss for domain, loss in losses.items()}
-    logged[f"{TAG} mean"] = sum(losses.values()) / len(losses)
-    log_scalars(logged, iteration)
-    say_from_last_rank(f" validation after step {iteration} | " + _listed(losses))
-
-
 def _listed(losses: dict[str, float]) -> str:
     return ", ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
-
-
-def _check_domains(losses: dict[str, float], worst: dict[str, tuple[float, str]]) -> None:
-    """Refuse to train a mixture that starts worse than its worst expert."""
-    say(" the mix before its first step | " + _listed(losses))
-    for domain, (loss, expert) in worst.items():
-        if not losses[domain] <= loss + MARGIN_NATS:
-            raise InputError(
-                f"the mix starts with a loss of {losses[domain]:.4f} on {domain}, above that of its worst expert there "
-                f"({expert}: {loss:.4f}) by more than {MARGIN_NATS}: it is broken; check it with "
-                "tools/convert_experts.py --verify, its flags and its tokenizer"
-            )
-
-
-def _check_first_step(loss_dict: dict[str, Any], bound: float) -> None:
-    """Stop after a first step whose loss no sound mix has."""
-    import torch
-
-    found = torch.tensor([-math.inf, 0.0], device="cuda")  # the loss, and whether it is no number
-    if "lm loss" in loss_dict:  # on the last pipeline stage alone
-        loss = loss_dict["lm loss"].detach().float().reshape(()).to(found.device)
-        found = torch.stack([loss.nan_to_num(nan=math.inf), loss.isnan().float()])
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    first = math.nan if found[1].item() else found[0].item()
-    say(f" first step | loss {first:.4f}, sound up to {bound:.4f}")
-    if not first <= bound:
-        raise InputError(
-            f"the first step's loss is {first:.4f} nats per token, above {bound:.4f} (--btx-first-loss-bound): "
-            "the mix is broken, or its data are of another vocabulary; nothing was saved. Check it with "
-            "tools/convert_experts.py --verify"
-        )

@@ -33,7 +33,8 @@ def of_routing(args: argparse.Namespace) -> Iterator[Refusal]:
     ):
         alone = not args.btx_sample_top1 and value != default
         yield f"{flag} {value:g} without --btx-sample-top1, which it belongs to", alone, "give both, or neither"
-    ours = [("--btx-sample-top1", args.btx_sample_top1), ("--btx-load-balancing paper", _is_paper(args))]
+    is_paper = args.btx_load_balancing == "paper"
+    ours = [("--btx-sample-top1", args.btx_sample_top1), ("--btx-load-balancing paper", is_paper)]
     if not args.num_experts:
         for flag, given in ours:
             yield flag, given, "this model has no experts to route to; give --num-experts, or leave it out"
@@ -51,10 +52,6 @@ def of_routing(args: argparse.Namespace) -> Iterator[Refusal]:
         if given:
             yield from _of_our_routers(args, flag)
             return
-
-
-def _is_paper(args: argparse.Namespace) -> bool:
-    return bool(args.btx_load_balancing == "paper")
 
 
 def _balancing_types(args: argparse.Namespace) -> list[str]:
@@ -121,7 +118,8 @@ def _of_balancing(args: argparse.Namespace) -> Iterator[Refusal]:
     )
     yield (
         f"--btx-load-balancing paper with {given} and coefficient {' '.join(map(str, coefficients))}",
-        _is_paper(args) and (not {*kinds} <= {"aux_loss", "global_aux_loss"} or min(coefficients) == 0),
+        args.btx_load_balancing == "paper"
+        and (not {*kinds} <= {"aux_loss", "global_aux_loss"} or min(coefficients) == 0),
         "it gives aux_loss (micro-batch) or global_aux_loss (global batch) the paper's form, with a "
         "--moe-aux-loss-coeff above 0 (the paper's is 0.01)",
     )

@@ -52,18 +52,17 @@ def check_against_checkpoint(args: argparse.Namespace, groups: TrainedGroups) ->
     Raises:
         InputError: names every argument that differs, with both values and the flag that mends it.
     """
-    loaded = checkpoint_to_load(args)
     args.btx_taken_steps = None
-    if loaded is not None:
-        path, resuming = loaded
-        table = MODEL_ARGUMENTS + (NUMERICS_ARGUMENTS if resuming else ())
-        stored = compare_with_stored(path, vars(args), table)
-        if resuming:
-            check_resume(path, stored, vars(args), groups, done=finished(args) is not None)
-        # The experts' names travel from checkpoint to checkpoint, for figures and for mixing again.
-        args.btx_experts = stored.get("btx_experts")
-        if resuming:
-            args.btx_taken_steps = stored.get("btx_taken_steps")
+    loaded = checkpoint_to_load(args)
+    if loaded is None:
+        return
+    path, resuming = loaded
+    stored = compare_with_stored(path, vars(args), MODEL_ARGUMENTS + (NUMERICS_ARGUMENTS if resuming else ()))
+    # The experts' names travel from checkpoint to checkpoint, for figures and for mixing again.
+    args.btx_experts = stored.get("btx_experts")
+    if resuming:
+        check_resume(path, stored, vars(args), groups, done=finished(args) is not None)
+        args.btx_taken_steps = stored.get("btx_taken_steps")
 
 
 def compare_with_stored(path: str, given: Mapping[str, Any], table: Iterable[ModelArgument] = MODEL_ARGUMENTS) -> Any:

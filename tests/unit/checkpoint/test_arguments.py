@@ -13,7 +13,7 @@ from megatron_btx.checkpoint.arguments import (
     model_flags,
 )
 from megatron_btx.common.errors import InputError
-from megatron_btx.engine.flags import add_routing_arguments
+from megatron_btx.engine.flags import add_own_arguments
 from megatron_btx.tokenizers.comparison import check_same_tokenizer
 
 
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_megatron_arguments(argparse.ArgumentParser())
-    add_routing_arguments(parser)
+    add_own_arguments(parser)
     return parser
 
 
