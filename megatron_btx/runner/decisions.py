@@ -108,10 +108,9 @@ def decide_stage(stage: Stage, identity: Identity, directory: Path, manifest: St
     if difference and stage.only_shows:
         return Action(RUN, "shown anew")
     if difference:
-        checkpoint = directory / CHECKPOINT_FOLDER
-        has_trained = stage.resumable and checkpoint.is_dir() and any(checkpoint.iterdir())
-        verb = KEEP if manifest.is_finished or has_trained else RERUN
-        return Action(verb, difference)
+        if manifest.is_finished or has_trained(stage, directory):
+            return Action(KEEP, difference)
+        return Action(RERUN, difference)
     if manifest.is_finished and (directory / stage.product).exists():
         return Action(SKIP, "finished")
     if manifest.is_finished and not stage.only_shows:
@@ -119,6 +118,14 @@ def decide_stage(stage: Stage, identity: Identity, directory: Path, manifest: St
     if stage.resumable:
         return Action(RESUME, "unfinished, goes on from its last checkpoint")
     return Action(RUN, "unfinished")
+
+
+def has_trained(stage: Stage, directory: Path) -> bool:
+    """Whether an unfinished stage left a checkpoint."""
+    checkpoint = directory / CHECKPOINT_FOLDER
+    if not stage.resumable or not checkpoint.exists():
+        return False
+    return not checkpoint.is_dir() or any(checkpoint.iterdir())
 
 
 def _decide_rerun(action: Action, goes_on: bool) -> Action:
