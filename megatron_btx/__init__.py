@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from megatron_btx.mixing.api import convert as convert
     from megatron_btx.mixing.api import mix as mix
     from megatron_btx.recipe.load import load_recipe as load_recipe
-    from megatron_btx.runner.api import ChangedStagesError as ChangedStagesError
-    from megatron_btx.runner.api import RunError as RunError
     from megatron_btx.runner.api import run as run
+    from megatron_btx.runner.decisions import ChangedStagesError as ChangedStagesError
+    from megatron_btx.runner.local import RunError as RunError
 
 __version__ = "0.1.0"
 __all__ = ["ChangedStagesError", "InputError", "RunError", "convert", "evaluate", "load_recipe", "mix", "run"]
 
 _HOMES = {
-    "ChangedStagesError": "runner.api",
+    "ChangedStagesError": "runner.decisions",
     "InputError": "common.errors",
-    "RunError": "runner.api",
+    "RunError": "runner.local",
     "convert": "mixing.api",
     "evaluate": "evaluation.api",
     "load_recipe": "recipe.load",

@@ -79,15 +79,20 @@ def main(argv: list[str] | None = None) -> int:
             f"no RECIPE.yaml: it stands first, as in btx {arguments.command} RECIPE.yaml --set KEY=VALUE, because "
             "--set, --only and --rerun take all words behind them"
         )
-    if arguments.command == "submit":
-        from megatron_btx.slurm.submission import submit_recipe
-
-        return submit_recipe(arguments)
     from megatron_btx.runner import api
 
+    planned = api.plan_as_asked(arguments)
+    if arguments.command == "submit":
+        from megatron_btx.slurm import submission
+
+        return submission.print_scripts(planned) if arguments.dry_run else submission.submit_run(planned)
     if arguments.command == "plan":
-        return api.plan_command(arguments)
-    return api.run_command(arguments, _print_report)
+        print(planned.describe())
+        return 0
+    if arguments.dry_run:
+        api.print_commands(planned)
+        return 0
+    return api.run_planned(planned, _print_report)
 
 
 def _call_program(name: str, words: Sequence[str]) -> int:

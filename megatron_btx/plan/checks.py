@@ -65,8 +65,9 @@ def check_inputs(recipe: Recipe, stages: Sequence[Stage], due: Sequence[str]) ->
         listed = [f"stage {', '.join(names)}: {why}" for why, names in refused.items()]
         raise InputError(f"{recipe.file}: {'; '.join(listed)}")
     said: dict[str, list[str]] = {}
-    for name, line in ((name, line) for name, lines in answer["said"].items() for line in lines):
-        said.setdefault(say_keys(line, place_of(name)), []).append(name)
+    for name, lines in answer["said"].items():
+        for line in lines:
+            said.setdefault(say_keys(line, place_of(name)), []).append(name)
     return [f"{', '.join(names)}: {line}" for line, names in said.items()]
 
 

@@ -1,7 +1,4 @@
-"""The stages around training: texts are made into datasets, given models imported, the finetuned mixture exported.
-
-data -> ...      import-seed, import-math, ...      finetune -> export
-"""
+"""The stages around training: texts become datasets, given models are imported, models mixed, the mixture exported."""
 
 from __future__ import annotations
 
@@ -31,7 +28,9 @@ def plan_import(name: str, source: Path, options: tuple[str, ...] = ()) -> Stage
     output = f"{name}/{CHECKPOINT_FOLDER}"
     words = ("--method", "copy", "--expert", f"model={source}", "--output", output, *options, "--verify")
     program = Program("megatron_btx.mixing.cli", words)
-    settings = {"model": source, **_given_options(options)}
+    settings: dict[str, Any] = {"model": source}
+    if options:
+        settings["options"] = list(options)
     return Stage(
         name, program, inputs=(source,), product=CHECKPOINT_FOLDER, settings=settings, kind="import", cluster="mix"
     )
@@ -70,54 +69,35 @@ def plan_mix(recipe: Recipe, row: ModelSpec) -> Stage:
     )
 
 
-def _given_options(options: tuple[str, ...]) -> dict[str, Any]:
-    """The converter's options as a setting; none where a recipe gives none."""
-    return {"options": list(options)} if options else {}
-
-
 def plan_export(model: Model, form: str, options: tuple[str, ...] = ()) -> Stage:
-    """The stage that writes a model as a Hugging Face folder with its tokenizer, and reads it back.
-
-    Args:
-        form: as the recipe names it.
-    """
+    """The stage that writes a model as a Hugging Face folder with its tokenizer, and reads it back."""
     parents, inputs = origins_of([model])
     output = f"{EXPORT_STAGE}/{EXPORTED_FOLDER}"
     words = ("export", "--checkpoint", model.path, "--output", output, *options, "--verify")
+    settings: dict[str, Any] = {"model": model.identity(), "form": form}
+    if options:
+        settings["options"] = list(options)
     return Stage(
         EXPORT_STAGE,
         Program("megatron_btx.mixing.convert_hf", words),
         parents,
         inputs=inputs,
         product=EXPORTED_FOLDER,
-        settings={"model": model.identity(), "form": form, **_given_options(options)},
+        settings=settings,
         kind="export",
     )
 
 
 def plan_data(data: Data) -> Stage:
-    """The stage that makes datasets of the given texts."""
+    """The stage that makes datasets of the given texts, which count by their content, as a tokenizer does."""
     domains = {name: text.model_dump(by_alias=True, exclude_unset=True) for name, text in data.texts.items()}
     description = {"tokenizer": merged(data.tokenizer), "domains": domains, "seed": data.seed}
     words = ("--output", DATA_STAGE, "--workers", str(data.workers), "--description", f"{DATA_STAGE}/{CONFIG_FILE}")
-    return Stage(
-        DATA_STAGE,
-        Program("megatron_btx.data.datasets", words),
-        inputs=tuple(Path(path) for text in data.texts.values() for paths in text.sources().values() for path in paths),
-        product=DATASETS_FILE,
-        processes=data.workers,
-        kind="data",
-        settings=_deciding(data),
-        config={"description": description},  # a file, because thousands of texts fill more than a word may hold
-    )
-
-
-def _deciding(data: Data) -> dict[str, Any]:
-    """What decides the datasets; texts and a tokenizer from outside count by their content."""
     settings: dict[str, Any] = {"seed": data.seed, **merged(data.tokenizer)}
     model = data.tokenizer.get("tokenizer-model")
     if isinstance(model, str):
         settings["tokenizer-model"] = locate(model)
+    inputs: list[Path] = []
     for name, text in data.texts.items():
         settings[f"domain {name}"] = [f"{split} {share:g}" for split, share in (text.shares or {}).items()]
         reading = text.model_dump(by_alias=True, exclude_unset=True, include={"json_key", "on_bad_record"})
@@ -125,4 +105,14 @@ def _deciding(data: Data) -> dict[str, Any]:
             settings[f"domain {name} reading"] = [f"{key} {value}" for key, value in reading.items()]
         for split, files in text.sources().items():
             settings[f"domain {name} {split}"] = [Path(path) for path in files]
-    return settings
+            inputs += settings[f"domain {name} {split}"]
+    return Stage(
+        DATA_STAGE,
+        Program("megatron_btx.data.datasets", words),
+        inputs=tuple(inputs),
+        product=DATASETS_FILE,
+        processes=data.workers,
+        kind="data",
+        settings=settings,
+        config={"description": description},  # a file, because thousands of texts fill more than a word may hold
+    )

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from megatron_btx.plan.sources import Model, data_origins, deciding_settings, locate, model_of
+from megatron_btx.plan.sources import data_origins, deciding_settings, locate, model_of
 from megatron_btx.plan.stage import Program, Stage
-from megatron_btx.recipe.flags import (
-    Flags,
-    FlagValue,
-    check_layout,
-    check_measured,
-    measured_batch,
-    to_argv,
-)
+from megatron_btx.recipe.flags import FlagValue, check_layout, check_measured, measured_batch, to_argv
 from megatron_btx.recipe.models import ModelSpec
 from megatron_btx.recipe.names import EVALUATION_FILE
 from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.sections import EvaluateSection
 
-EVALUATION_PROGRAM = "megatron_btx.evaluate"
 _EXPERT_LAYOUT_FLAGS = ("expert-model-parallel-size", "expert-tensor-parallel-size")
 """Of mixtures alone."""
 
@@ -38,41 +29,28 @@ def plan_evaluation(recipe: Recipe, name: str, rows: Sequence[ModelSpec], how: E
     flags = recipe.merge_flags(layout, how.megatron, model_flags, without)
     check_layout(name, layout.processes, flags)
     check_measured(name, how.tokens, layout.processes, flags)
+    batch = measured_batch(layout.processes, flags)  # of the tokens only whole batches are measured
+    settings = deciding_settings({**flags, "btx-eval-tokens": how.tokens // batch * batch})
+    settings["models"] = list(models)
+    words = to_argv(flags)
+    for model_name, model in models.items():
+        words += ["--btx-eval-model", f"{model_name}={model.path}"]
+        settings[f"model {model_name}"] = model.identity()
+    for domain in recipe.domains:
+        prefix = data.evaluation_prefix(domain, how.split)
+        words += ["--btx-eval-data", f"{domain}={prefix}"]
+        settings[f"data {domain}"] = locate(prefix)
+    words += ["--btx-eval-tokens", str(how.tokens), "--btx-eval-output", f"{name}/{EVALUATION_FILE}"]
     parents, inputs = data_origins(data, models.values(), recipe.domains, (how.split,))
-    sets = {domain: data.evaluation_prefix(domain, how.split) for domain in recipe.domains}
-    words = [*to_argv(flags), *_evaluation_words(name, models, sets, how.tokens)]
     return Stage(
         name,
-        Program(EVALUATION_PROGRAM, tuple(words), is_distributed=True),
+        Program("megatron_btx.evaluate", tuple(words), is_distributed=True),
         parents,
         inputs=inputs,
-        settings=_deciding(flags, models, sets, how),
+        settings=settings,
         product=EVALUATION_FILE,
         processes=layout.processes,
         threads=layout.threads,
         on_gpu=True,
         kind="evaluate",
     )
-
-
-def _evaluation_words(name: str, models: Mapping[str, Model], sets: Mapping[str, str], tokens: int) -> list[str]:
-    words: list[str] = []
-    for model_name, model in models.items():
-        words += ["--btx-eval-model", f"{model_name}={model.path}"]
-    for domain, prefix in sets.items():
-        words += ["--btx-eval-data", f"{domain}={prefix}"]
-    return [*words, "--btx-eval-tokens", str(tokens), "--btx-eval-output", f"{name}/{EVALUATION_FILE}"]
-
-
-def _deciding(
-    flags: Flags, models: Mapping[str, Model], sets: Mapping[str, str], how: EvaluateSection
-) -> dict[str, Any]:
-    """What decides the losses; of the tokens only whole batches are measured."""
-    batch = measured_batch(how.layout.processes, flags)
-    settings = deciding_settings({**flags, "btx-eval-tokens": how.tokens // batch * batch}, [])
-    settings["models"] = list(models)
-    for model_name, model in models.items():
-        settings[f"model {model_name}"] = model.identity()
-    for domain, prefix in sets.items():
-        settings[f"data {domain}"] = locate(prefix)
-    return settings

@@ -65,8 +65,6 @@ _SPREADING = """
 """
 NOT_DECIDING = frozenset((*LAYOUT_FLAGS, *_REPORTING.split(), *_STORING.split(), *_SPREADING.split()))
 """Flags without a say in what a stage computes."""
-_DENSE_NOT_DECIDING = frozenset(("micro-batch-size",))
-"""Likewise where there are no experts: a mixture's balancing losses are taken over each micro-batch."""
 _UNORDERED = frozenset(("btx-freeze", "btx-lr-multiplier"))
 """Flags whose several values have no order."""
 _BLOCKS, _BLOCK_BYTES = 64, 4096
@@ -88,8 +86,8 @@ class Identity:
 def deciding(flags: Flags) -> dict[str, Any]:
     """Those of ``flags`` that decide what is computed."""
     left_out = NOT_DECIDING
-    if not flags.get("num-experts"):
-        left_out |= _DENSE_NOT_DECIDING
+    if not flags.get("num-experts"):  # a mixture's balancing losses are taken over each micro-batch
+        left_out |= {"micro-batch-size"}
     settings: dict[str, Any] = {}
     for name, value in flags.items():
         if name in left_out:
@@ -121,10 +119,6 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, bool) or value is None:
         return value
-    return _number(value)
-
-
-def _number(value: int | float | str) -> int | float | str:
     try:
         number = float(value)
     except (ValueError, OverflowError):
@@ -157,7 +151,8 @@ def content_of(path: Path) -> str:
 def _files_at(path: Path) -> list[tuple[str, Path]]:
     """(name that does not depend on where they lie, file) of the files that ``path`` stands for."""
     if not path.is_dir():
-        return _files_of_prefix(path)
+        candidates = [(suffix, Path(f"{path}{suffix}")) for suffix in ("", ".bin", ".idx")]
+        return [(suffix, file) for suffix, file in candidates if file.is_file()]
     folder = path
     tracker = path / TRACKER
     if tracker.is_file():
@@ -169,16 +164,6 @@ def _files_at(path: Path) -> list[tuple[str, Path]]:
     for file in sorted(path.rglob("*")):
         if file.is_file() and folder in file.parents:
             found.append((str(file.relative_to(path)), file))
-    return found
-
-
-def _files_of_prefix(prefix: Path) -> list[tuple[str, Path]]:
-    """A file, or the dataset of a prefix."""
-    found = []
-    for suffix in ("", ".bin", ".idx"):
-        file = Path(f"{prefix}{suffix}")
-        if file.is_file():
-            found.append((suffix, file))
     return found
 
 

@@ -36,7 +36,9 @@ def plan_stages(recipe: Recipe) -> list[Stage]:
         stages.append(plan_export(model_of(exported), export.format, option_words(export)))
     measured = _measured(recipe)
     if measured:
-        stages.append(_report(measured, ABLATION_REPORT_FILE if recipe.sections.ablation else REPORT_FILE))
+        page = ABLATION_REPORT_FILE if recipe.sections.ablation else REPORT_FILE
+        program = Program("megatron_btx.report.build", (".",))
+        stages.append(Stage(REPORT_STAGE, program, measured, product=page, settings={}, only_shows=True, kind="report"))
     return sort_stages([*_imports(recipe, stages), *stages])
 
 
@@ -70,9 +72,3 @@ def _imports(recipe: Recipe, stages: Sequence[Stage]) -> list[Stage]:
         if isinstance(row.make, Given) and import_stage(row) in loaded:
             imports.append(plan_import(import_stage(row), row.make.path, row.make.options))
     return imports
-
-
-def _report(parents: tuple[str, ...], product: str) -> Stage:
-    """The stage that writes the report of the run directory."""
-    program = Program("megatron_btx.report.build", (".",))
-    return Stage(REPORT_STAGE, program, parents, product=product, settings={}, only_shows=True, kind="report")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_btx.plan.fingerprint import deciding
 from megatron_btx.recipe.data import Data
 from megatron_btx.recipe.flags import Flags
 from megatron_btx.recipe.from_checkpoint import is_loadable
 from megatron_btx.recipe.models import Given, ModelSpec
-from megatron_btx.recipe.names import CHECKPOINT_FOLDER, DATA_STAGE, EXPERT_PREFIX, IMPORT_PREFIX, TRAIN_SPLIT
+from megatron_btx.recipe.names import CHECKPOINT_FOLDER, DATA_STAGE, EXPERT_PREFIX, IMPORT_PREFIX
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,8 @@ def import_stage(row: ModelSpec) -> str:
     return f"{IMPORT_PREFIX}{row.stage.removeprefix(EXPERT_PREFIX)}"
 
 
-class Origins(NamedTuple):
-    """What a stage is made from."""
-
-    parents: tuple[str, ...] = ()
-    inputs: tuple[Path, ...] = ()
-
-
-def origins_of(models: Iterable[Model]) -> Origins:
-    """The stages that make ``models``, and the places of those that are given."""
+def origins_of(models: Iterable[Model]) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+    """(the stages that make ``models``, the places of those that are given)."""
     parents: list[str] = []
     inputs: list[Path] = []
     for model in models:
@@ -69,33 +63,24 @@ def origins_of(models: Iterable[Model]) -> Origins:
             parents.append(model.stage)
         else:
             inputs.append(Path(model.path))
-    return Origins(tuple(parents), tuple(inputs))
+    return tuple(parents), tuple(inputs)
 
 
-def data_origins(data: Data, models: Iterable[Model], domains: Iterable[str], splits: Iterable[str]) -> Origins:
-    """Where a stage comes from that reads ``models`` and the data of ``domains``."""
+def data_origins(
+    data: Data, models: Iterable[Model], domains: Iterable[str], splits: Iterable[str]
+) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+    """The same of a stage that reads ``models`` and the data of ``domains``."""
     parents, inputs = origins_of(models)
     outside: list[Path] = []
-    domains = tuple(domains)
-    for split in splits:
-        for domain in domains:
-            prefixes = [prefix for _, prefix in data.list_prefixes(domain, split)]
-            outside += [Path(prefix) for prefix in prefixes if not data.is_made(prefix)]
+    for split, domain in product(splits, domains):
+        prefixes = [prefix for _, prefix in data.list_prefixes(domain, split)]
+        outside += [Path(prefix) for prefix in prefixes if not data.is_made(prefix)]
     tokenizer = data.tokenizer.get("tokenizer-model")
     if isinstance(tokenizer, str) and not data.is_made(tokenizer):
         outside.append(Path(tokenizer))
     if data.are_made():
         parents = (DATA_STAGE, *parents)
-    return Origins(parents, (*inputs, *outside))
-
-
-def deciding_blend(data: Data, blend: Mapping[str, float]) -> list[str | Path]:
-    """The words of ``blend`` as a setting: datasets from outside count by their content."""
-    settings: list[str | Path] = []
-    for position, word in enumerate(data.blend_words(blend, TRAIN_SPLIT) or ()):
-        is_prefix = position % 2 == 1
-        settings.append(locate(word) if is_prefix else word)
-    return settings
+    return parents, (*inputs, *outside)
 
 
 def locate(path: str) -> str | Path:
@@ -105,15 +90,12 @@ def locate(path: str) -> str | Path:
     return path
 
 
-def deciding_settings(flags: Flags, blend: list[str | Path]) -> dict[str, Any]:
-    """The settings that decide what a program does with ``flags``; files from outside count by their content.
-
-    Args:
-        blend: the words of --train-data-path as a setting; empty for a program that does not train.
-    """
+def deciding_settings(flags: Flags) -> dict[str, Any]:
+    """The settings that decide what a program does with ``flags``; files from outside count by their content."""
     settings = deciding(flags)
-    if blend:
-        settings["train-data-path"] = blend
+    blend = flags.get("train-data-path")
+    if isinstance(blend, tuple):
+        settings["train-data-path"] = [locate(str(word)) for word in blend]
     for name in ("pretrained-checkpoint", "tokenizer-model"):
         path = flags.get(name)
         if isinstance(path, str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -94,15 +94,11 @@ def sort_stages(stages: Iterable[Stage]) -> list[Stage]:
     sorted_stages: list[Stage] = []
     done: set[str] = set()
     while waiting:
-        ready = _first_ready(waiting, done)
+        ready = next((stage for stage in waiting if done.issuperset(stage.waits_for())), None)
+        if ready is None:
+            names = [stage.name for stage in waiting]
+            raise ValueError(f"stages wait for what is no stage, or for each other: {names}")
         sorted_stages.append(ready)
         done.add(ready.name)
         waiting.remove(ready)
     return sorted_stages
-
-
-def _first_ready(waiting: Sequence[Stage], done: set[str]) -> Stage:
-    for stage in waiting:
-        if done.issuperset(stage.waits_for()):
-            return stage
-    raise ValueError(f"stages wait for what is no stage, or for each other: {[stage.name for stage in waiting]}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,19 @@ from megatron_btx.runner.run_dir import own_manifest
 from megatron_btx.runner.schemas import StageManifest, StageRecord
 
 _SHOWN_AT_MOST, _SETTINGS_SHOWN = 60, 4
+_ABSENT = "not given"
+"""Stands for the value of a setting, or the fingerprint of a parent, that there is none of."""
 SKIP, RUN, RESUME, RERUN, KEEP = "skip", "run", "resume", "rerun", "keep"
+
+
+class ChangedStagesError(InputError):
+    """Stages were made with other settings than the recipe has now. They are kept, and nothing was run."""
+
+    def __init__(self, directory: Path, changed: Mapping[str, str]) -> None:
+        self.changed = dict(changed)
+        """Stage -> what changed."""
+        listed = "; ".join(f"{name}: {why}" for name, why in changed.items())
+        super().__init__(f"{directory}: made otherwise: {listed}; name them in rerun, or give another output")
 
 
 @dataclass(frozen=True)
@@ -47,12 +59,10 @@ def decide(stages: Sequence[Stage], run: Path, rerun: Sequence[str] = ()) -> dic
     for stage in stages:
         manifest = found[stage.name]
         action = decide_stage(stage, known[stage.name], run / stage.name, manifest)
-        began = None
-        if manifest is not None:
-            began = manifest.rerun
+        began = manifest.rerun
         parents_stay = all(actions[parent].verb == SKIP for parent in stage.parents)
         if stage.name in rerun:
-            if manifest is not None:
+            if manifest.stage:
                 action = _decide_rerun(action, goes_on=began == asked and parents_stay)
             began = asked
         if stage.only_shows and not parents_stay:
@@ -72,7 +82,7 @@ def decide_start(record: StageRecord, directory: Path) -> Action:
     action = decide_stage(stage, record.identity, directory, manifest)
     if stage.only_shows:
         action = Action(RUN, "shows what ran before it")
-    if record.is_rerun and manifest is not None:
+    if record.is_rerun and manifest.stage:
         action = _decide_rerun(action, goes_on=manifest.rerun == record.rerun)
     return replace(action, rerun=record.rerun)
 
@@ -82,22 +92,17 @@ def make_records(
 ) -> dict[str, StageRecord]:
     """Every stage as who starts it has to know it."""
     known = identities(stages)
-    shown = {stage.name for stage in stages if stage.only_shows}
     records = {}
     for stage in stages:
-        parents: dict[str, str | None] = {}
-        for parent in stage.waits_for():
-            parents[parent] = None
-            if parent not in shown:
-                parents[parent] = known[parent].fingerprint
+        parents = {parent: known[parent].fingerprint for parent in stage.waits_for()}
         asked = actions[stage.name].rerun
         records[stage.name] = StageRecord(stage, known[stage.name], parents, asked, stage.name in rerun)
     return records
 
 
-def decide_stage(stage: Stage, identity: Identity, directory: Path, manifest: StageManifest | None) -> Action:
-    """What an unasked run does with a stage in whose folder ``manifest`` lies; None for an empty folder or none."""
-    if manifest is None:
+def decide_stage(stage: Stage, identity: Identity, directory: Path, manifest: StageManifest) -> Action:
+    """What a run does without --rerun with a stage in whose folder ``manifest`` lies."""
+    if not manifest.stage:
         return Action(RUN, "not done yet")
     difference = differences(manifest, identity)
     if difference and stage.only_shows:
@@ -136,34 +141,18 @@ def _decide_rerun(action: Action, goes_on: bool) -> Action:
 
 
 def _name_rerun(
-    rerun: Sequence[str], found: Mapping[str, StageManifest | None], known: Mapping[str, Identity]
+    rerun: Sequence[str], found: Mapping[str, StageManifest], known: Mapping[str, Identity]
 ) -> dict[str, Any]:
     """This --rerun as manifests remember it: the last one of the same stages where that is not done, else a new one."""
     names = sorted(set(rerun))
-    latest = {"stages": names, "number": _last_rerun(found, names)}
-    begun = finished = 0
-    is_unchanged = True
-    for name in names:
-        manifest = found[name]
-        if manifest is None or manifest.rerun != latest:
-            continue
-        begun += 1
-        finished += int(manifest.is_finished)
-        if manifest.fingerprint != known[name].fingerprint:
-            is_unchanged = False
-    if begun and is_unchanged and finished < len(names):
+    latest = {"stages": names, "number": max((found[name].rerun_number for name in names), default=0)}
+    begun = [name for name in names if found[name].rerun == latest]
+    finished = [name for name in begun if found[name].is_finished]
+    is_unchanged = all(found[name].fingerprint == known[name].fingerprint for name in begun)
+    if begun and is_unchanged and finished != names:
         return latest
-    return {"stages": names, "number": 1 + _last_rerun(found, found)}
-
-
-def _last_rerun(found: Mapping[str, StageManifest | None], names: Iterable[str]) -> int:
-    """The number of the last rerun that began one of the stages; 0 for none."""
-    last = 0
-    for name in names:
-        manifest = found[name]
-        if manifest is not None:
-            last = max(last, manifest.rerun_number)
-    return last
+    last = max((manifest.rerun_number for manifest in found.values()), default=0)
+    return {"stages": names, "number": last + 1}
 
 
 def check_chosen(stages: Sequence[Stage], actions: Mapping[str, Action], chosen: Sequence[str]) -> None:
@@ -177,15 +166,19 @@ def check_chosen(stages: Sequence[Stage], actions: Mapping[str, Action], chosen:
         if stage.name not in chosen:
             continue
         for parent in stage.waits_for():
-            if parent not in chosen and actions[parent].verb != SKIP:
-                raise InputError(f"--only {stage.name}: it needs {parent}, {_explain_lack(actions[parent])}")
+            if parent in chosen or actions[parent].verb == SKIP:
+                continue
+            lack = "not finished; add it to --only"
+            if actions[parent].verb == KEEP:
+                lack = f"made otherwise ({actions[parent].why}); add it to --only and to --rerun"
+            raise InputError(f"--only {stage.name}: it needs {parent}, which is {lack}")
 
 
-def _explain_lack(action: Action) -> str:
-    """Why a parent that is not chosen cannot be read, and what to do."""
-    if action.verb == KEEP:
-        return f"which was made otherwise ({action.why}); add it to --only and to --rerun"
-    return "which is not finished; add it to --only"
+def check_kept(directory: Path, actions: Mapping[str, Action], chosen: Sequence[str]) -> None:
+    """Raise ChangedStagesError where one of the ``chosen`` stages has to be kept."""
+    kept = list_kept(actions, chosen)
+    if kept:
+        raise ChangedStagesError(directory, kept)
 
 
 def list_kept(actions: Mapping[str, Action], chosen: Sequence[str]) -> dict[str, str]:
@@ -206,46 +199,31 @@ def differences(manifest: StageManifest, now: Identity) -> str:
         return ""
     if manifest.settings is None:
         return "its manifest states no settings (an earlier version made it), so that they cannot be compared"
-    shown = _list_changes(manifest.settings, now.settings)
-    parents = _list_other_parents(manifest.parents, now.parents)
+    changes = []
+    for name in {**manifest.settings, **now.settings}:
+        old, new = manifest.settings.get(name, _ABSENT), now.settings.get(name, _ABSENT)
+        if old != new:
+            changes.append(_describe_change(name, old, new))
+    if len(changes) > _SETTINGS_SHOWN:
+        changes[_SETTINGS_SHOWN:] = [f"and {len(changes) - _SETTINGS_SHOWN} more settings"]
+    parents = []
+    for name in {**now.parents, **manifest.parents}:
+        if manifest.parents.get(name, _ABSENT) != now.parents.get(name, _ABSENT):
+            parents.append(name)
     if parents:
-        shown.append(f"made from another {', '.join(parents)}")
-    return "; ".join(shown) or "the order of its parents"
+        changes.append(f"made from another {', '.join(parents)}")
+    return "; ".join(changes) or "the order of its parents"
 
 
-def _list_changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The first settings that differ, and how many more do."""
-    changed = []
-    for name in {**earlier, **now}:
-        if earlier.get(name, _Absent) != now.get(name, _Absent):
-            changed.append(name)
-    shown = [_change(name, earlier, now) for name in changed[:_SETTINGS_SHOWN]]
-    if len(changed) > _SETTINGS_SHOWN:
-        shown.append(f"and {len(changed) - _SETTINGS_SHOWN} more settings")
-    return shown
-
-
-def _list_other_parents(earlier: Mapping[str, str | None], now: Mapping[str, str]) -> list[str]:
-    """Parents of other content than now, then those that are none now."""
-    changed = [name for name, fingerprint in now.items() if earlier.get(name) != fingerprint]
-    return changed + [name for name in earlier if name not in now]
-
-
-class _Absent:
-    """Stands for a setting that is not given."""
-
-
-def _change(name: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    old, new = earlier.get(name, _Absent), now.get(name, _Absent)
+def _describe_change(name: str, old: object, new: object) -> str:
+    """Of lists of one length the first value that differs."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         position = next(number for number, value in enumerate(old) if value != new[number])
-        return f"{name}: value {position + 1} of {len(new)}: {_shown(old[position])} -> {_shown(new[position])}"
+        name, old, new = f"{name}: value {position + 1} of {len(new)}", old[position], new[position]
     return f"{name}: {_shown(old)} -> {_shown(new)}"
 
 
-def _shown(value: Any) -> str:
-    if value is _Absent:
-        return "not given"
+def _shown(value: object) -> str:
     text = str(value)
     if isinstance(value, list):
         text = " ".join(map(str, value))

@@ -20,12 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_btx.common.errors import InputError
+from megatron_btx.common.errors import BTXError, InputError
 from megatron_btx.common.files import write_atomically
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.names import LOG_FILE, SCRIPT_FILE
 from megatron_btx.runner import processes
-from megatron_btx.runner.decisions import SKIP, Action, check_chosen, decide, list_kept, make_records
+from megatron_btx.runner.decisions import SKIP, Action, check_chosen, check_kept, decide, make_records
 from megatron_btx.runner.run_dir import check_run, lock_run
 from megatron_btx.runner.schemas import StageRecord
 from megatron_btx.runner.slurm_queue import check_no_jobs
@@ -38,6 +38,26 @@ MANIFEST_SECONDS = 15.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class RunError(BTXError):
+    """A stage failed, or a signal stopped the run."""
+
+    def __init__(self, why: str, status: int) -> None:
+        super().__init__(why)
+        self.status = status
+        """Exit status: 1 or 2 (bad input) after a failed stage, 128 + n after signal n (SIGINT, SIGTERM, SIGHUP)."""
+
+
+@dataclass
+class _Running:
+    """A stage that was started."""
+
+    process: subprocess.Popen[bytes]
+    stage_run: StageRun
+    taken: list[str]
+    written: float
+    """When its manifest was written last."""
+
+
 class Runner:
     """Runs the stages of one run directory; see :func:`execute_stages`."""
 
@@ -48,79 +68,60 @@ class Runner:
         self.session = f"{processes.mark_of(run)}{uuid.uuid4().hex}"
         self.running: dict[str, _Running] = {}
         self.signal: int | None = None
-        self.failure = ""
 
-    def execute(self, actions: Mapping[str, Action], chosen: Sequence[str]) -> int:
-        """Run the ``chosen`` stages; 0, or the exit status after a failure or a signal."""
+    def execute(self, actions: Mapping[str, Action], chosen: Sequence[str]) -> None:
+        """Run the ``chosen`` stages. Raises RunError after a failure or a signal."""
         waiting = self._list_due(actions, chosen)
         try:
             while waiting or self.running:
                 if self.signal is not None:
-                    self.failure = f"stopped by {signal.Signals(self.signal).name}; the same command goes on from here"
-                    return 128 + self.signal
-                self._start_ready(waiting, actions)
-                status = self._finish_ended()
-                if status:
-                    return status
-                for running in self.running.values():
-                    if time.monotonic() - running.written > MANIFEST_SECONDS:
+                    name = signal.Signals(self.signal).name
+                    raise RunError(f"stopped by {name}; the same command goes on from here", 128 + self.signal)
+                for name in list(waiting):
+                    stage = self.stages[name]
+                    is_ready = not any(parent in waiting or parent in self.running for parent in stage.waits_for())
+                    if is_ready and self.machine.needs(stage) <= len(self.machine.free):
+                        waiting.remove(name)
+                        self._start(stage, actions[name])
+                for name, running in list(self.running.items()):
+                    if running.process.poll() is not None:
+                        self._finish(name)
+                    elif time.monotonic() - running.written > MANIFEST_SECONDS:
                         running.written = time.monotonic()
                         running.stage_run.keep_time()
                 self.reporter.update()
                 time.sleep(POLL_SECONDS)
-            return 0
         finally:
             if self.running:
                 processes.end_marked(f"{self.session}:")
             for name in list(self.running):
                 self._close(name, "stopped")
 
+    def on_signal(self, number: int, _: object) -> None:
+        """Note a signal; the loop ends at its next turn, and the children with it."""
+        self.signal = number
+
     def _list_due(self, actions: Mapping[str, Action], chosen: Sequence[str]) -> list[str]:
-        """The stages that have something to do, the most urgent first; the others are reported as skipped."""
+        """The stages that have something to do; the others are reported as skipped.
+
+        First those behind which the longest chain of work waits, in tokens per process.
+        """
+        urgency: dict[str, float] = {}
+        for stage in reversed(self.stages.values()):
+            behind = [urgency[child.name] for child in self.stages.values() if stage.name in child.waits_for()]
+            urgency[stage.name] = (stage.tokens or 0) / stage.processes + max(behind, default=0.0)
+        due = []
         for name in self.stages:
             if name not in chosen:
                 self.reporter.set(name, "skipped", "not in --only")
             elif actions[name].verb == SKIP:
                 self.reporter.set(name, "skipped", actions[name].why)
-        return [name for name in self._by_urgency() if name in chosen and actions[name].verb != SKIP]
-
-    def _start_ready(self, waiting: list[str], actions: Mapping[str, Action]) -> None:
-        """Start what waits for nothing and has room, and take it out of ``waiting``."""
-        for name in list(waiting):
-            stage = self.stages[name]
-            is_ready = not any(parent in waiting or parent in self.running for parent in stage.waits_for())
-            if is_ready and self.machine.needs(stage) <= len(self.machine.free):
-                waiting.remove(name)
-                self._start(stage, actions[name])
-
-    def _finish_ended(self) -> int:
-        """Take in the stages that have ended; 0, or the runner's exit status after one that failed."""
-        for name in list(self.running):
-            if self.running[name].process.poll() is None:
-                continue
-            failure = self._close(name)
-            if failure is not None:
-                log = self.run / name / LOG_FILE
-                self.failure = f"stage {name} {failure.problem}; its log: {log}\n{failure.message}"
-                return failure.status
-        return 0
-
-    def on_signal(self, number: int, _: object) -> None:
-        """Note a signal; the loop ends at its next turn, and the children with it."""
-        self.signal = number
-
-    def _by_urgency(self) -> list[str]:
-        """Stages in the order of the longest chain of work that waits behind them (tokens per process)."""
-        urgency: dict[str, float] = {}
-        for stage in reversed(self.stages.values()):
-            behind = [urgency[child.name] for child in self.stages.values() if stage.name in child.waits_for()]
-            urgency[stage.name] = (stage.tokens or 0) / stage.processes + max(behind, default=0.0)
-        return sorted(self.stages, key=lambda name: -urgency[name])
+            else:
+                due.append(name)
+        return sorted(due, key=lambda name: -urgency[name])
 
     def _start(self, stage: Stage, action: Action) -> None:
-        device = "cpu"
-        if self.machine.gpus and stage.on_gpu:
-            device = "gpu"
+        device = "gpu" if self.machine.gpus and stage.on_gpu else "cpu"
         stage_run = StageRun(self.run, self.records[stage.name])
         stage_run.begin(action, device, f"bash {SCRIPT_FILE}")
         taken = self.machine.take(stage)
@@ -137,6 +138,13 @@ class Runner:
             )
         self.running[stage.name] = _Running(process, stage_run, taken, time.monotonic())
         self.reporter.set(stage.name, "running", f"{action.verb}: {action.why}")
+
+    def _finish(self, name: str) -> None:
+        """Take in a stage that has ended. Raises RunError when it failed."""
+        failure = self._close(name)
+        if failure is not None:
+            log = self.run / name / LOG_FILE
+            raise RunError(f"stage {name} {failure.problem}; its log: {log}\n{failure.message}", failure.status)
 
     def _close(self, name: str, status: str = "") -> Failure | None:
         """A stage's process has ended, or has to: end what is left of it, note its status, free its slots.
@@ -156,17 +164,6 @@ class Runner:
         return failure
 
 
-@dataclass
-class _Running:
-    """A stage that was started."""
-
-    process: subprocess.Popen[bytes]
-    stage_run: StageRun
-    taken: list[str]
-    written: float
-    """When its manifest was written last."""
-
-
 @contextlib.contextmanager
 def _handle_signals(runner: Runner) -> Iterator[None]:
     """Let a signal that would end this process stop the run first."""
@@ -181,16 +178,6 @@ def _handle_signals(runner: Runner) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    status: int
-    """0; 1 or 2 when a stage failed (2: on bad input); 128 + n when signal n (SIGINT, SIGTERM, SIGHUP) stopped it."""
-    failure: str = ""
-    """Which stage failed, why, and the end of its log; or which signal stopped the run."""
-
-
 def execute_stages(
     stages: Sequence[Stage],
     run: Path,
@@ -199,7 +186,7 @@ def execute_stages(
     only: Sequence[str] = (),
     records: Mapping[str, str] | None = None,
     rerun: Sequence[str] = (),
-) -> Outcome:
+) -> None:
     """Run ``stages`` (parents first) in the directory ``run``; ``only`` some of them when given.
 
     Args:
@@ -207,8 +194,9 @@ def execute_stages(
         rerun: stages that run again whatever is there, once; their old folders stay beside them, dated.
 
     Raises:
-        InputError: the run directory is in use or not ours, a stage needs GPUs that are not there, the parents of
-            ``only`` are not finished, or a stage would have to be kept (see :class:`Action`).
+        InputError: the run directory is in use, by jobs of Slurm too, or not ours, a stage needs GPUs that are not
+            there, the parents of ``only`` are not finished, or a stage would have to be kept (see :class:`Action`).
+        RunError: a stage failed, or a signal stopped the run.
     """
     run = run.resolve()
     check_run(run)
@@ -217,18 +205,15 @@ def execute_stages(
         check_no_jobs(run)  # a btx submit that began before has submitted its jobs by now
         processes.end_marked(processes.mark_of(run))  # of an earlier run whose guard was killed as well
         actions = decide(stages, run, rerun)
-        chosen = list(only) or [stage.name for stage in stages]
+        chosen = list(only) or list(actions)
         check_chosen(stages, actions, chosen)
-        changed = list_kept(actions, chosen)
-        if changed:
-            raise InputError(f"{run}: made otherwise: {changed}; run these stages again by name, or in another folder")
+        check_kept(run, actions, chosen)
         machine.check([stage for stage in stages if stage.name in chosen and actions[stage.name].verb != SKIP])
         for name, text in (records or {}).items():
             write_atomically(run / name, text)
         runner = Runner(make_records(stages, actions, rerun), run, machine, reporter)
         with processes.guard(f"{runner.session}:"), _handle_signals(runner):
-            status = runner.execute(actions, chosen)
-        return Outcome(status, runner.failure)
+            runner.execute(actions, chosen)
 
 
 class Machine:
@@ -243,8 +228,12 @@ class Machine:
     def found(use_gpus: bool = True) -> Machine:
         """This machine: what CUDA_VISIBLE_DEVICES or else nvidia-smi lists, and the cores this process may use."""
         gpus: list[str] = []
-        if use_gpus:
-            gpus = _find_gpus()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if use_gpus and visible is not None:
+            gpus = [device for device in visible.split(",") if device.strip() not in ("", "-1")]
+        elif use_gpus and shutil.which("nvidia-smi"):
+            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+            gpus = [str(number) for number in range(len(re.findall(r"^GPU \d+", listed.stdout, re.MULTILINE)))]
         return Machine(gpus, len(os.sched_getaffinity(0)))
 
     def needs(self, stage: Stage) -> int:
@@ -277,18 +266,4 @@ class Machine:
 
     def environment(self, taken: Sequence[str]) -> dict[str, str]:
         """What tells a stage's processes their GPUs."""
-        visible = ""
-        if self.gpus:
-            visible = ",".join(taken)
-        return {"CUDA_VISIBLE_DEVICES": visible}
-
-
-def _find_gpus() -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [device for device in visible.split(",") if device.strip() not in ("", "-1")]
-    if not shutil.which("nvidia-smi"):
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    count = len(re.findall(r"^GPU \d+", listed.stdout, re.MULTILINE))
-    return [str(number) for number in range(count)]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(taken) if self.gpus else ""}

@@ -41,9 +41,6 @@ from megatron_btx.runner.schemas import (
     read_count,
 )
 
-_TAIL_BYTES, _TAIL_BYTES_AT_MOST = 2**15, 2**26
-_TAIL_GROWTH = 8
-
 
 def find_free_name(directory: Path) -> Path:
     """A free name beside ``directory``, to keep it under: its own with the time."""
@@ -77,12 +74,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_stage_manifest(directory: Path) -> StageManifest | None:
-    """The manifest in a stage's folder; None when there is none. Raises InputError when it is not a JSON object."""
-    content = manifests.read_manifest(directory)
-    if content is None:
-        return None
-    return StageManifest.model_validate(content)
+def read_stage_manifest(directory: Path) -> StageManifest:
+    """The manifest in a stage's folder, empty where there is none. Raises InputError when it is not a JSON object."""
+    return StageManifest.model_validate(manifests.read_manifest(directory) or {})
 
 
 def read_checkpointed_iteration(directory: Path) -> int:
@@ -91,9 +85,7 @@ def read_checkpointed_iteration(directory: Path) -> int:
     if not tracker.is_file():  # reading a pipe would wait forever
         return 0
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if text.isascii() and text.isdecimal() and len(text) < 16:
-        return int(text)
-    return 0
+    return int(text) if text.isdecimal() else 0
 
 
 def read_metrics(path: Path) -> list[MetricsLine]:
@@ -120,18 +112,15 @@ def read_last_metrics(path: Path, lines: int) -> list[MetricsLine]:
     """
     if not path.is_file():  # opening a pipe would wait forever
         return []
-    window = _TAIL_BYTES
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            while True:
-                stream.seek(max(0, size - window))
-                found = parse_metrics(stream.read().decode("utf-8", "replace"))
-                if len(found) >= lines or window >= size or window > _TAIL_BYTES_AT_MOST:
-                    return found
-                window *= _TAIL_GROWTH
-    except OSError:
-        return []
+    window = 1 << 15
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        while True:
+            stream.seek(max(0, size - window))
+            found = parse_metrics(stream.read().decode("utf-8", "replace"))
+            if len(found) >= lines or window >= size:
+                return found
+            window *= 8
 
 
 def parse_metrics(text: str) -> list[MetricsLine]:
@@ -166,7 +155,7 @@ def read_model_table(run: Path) -> list[ModelRow] | None:
     try:
         return TypeAdapter(list[ModelRow]).validate_json(path.read_bytes())
     except ValidationError as error:
-        raise InputError(f"{path}: is no table of models ({_say_first(error)}); btx run writes it again") from None
+        raise InputError(f"{path}: is no table of models ({say_first(error)}); btx run writes it again") from None
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -194,10 +183,7 @@ def read_evaluation(path: Path) -> Evaluation:
         stated = {"losses": {score.data: score.value for score in own}, "tokens": tokens}
         models[name] = models.get(name, ModelEvaluation()).model_copy(update=stated)
     experts = [str(expert) for expert in content.get("experts") or ()] or None
-    masked = content.get("eod_mask_loss")
-    if not isinstance(masked, bool):
-        masked = None
-    return Evaluation(scores=scores, models=models, experts=experts, eod_mask_loss=masked)
+    return Evaluation(scores=scores, models=models, experts=experts, eod_mask_loss=content.get("eod_mask_loss"))
 
 
 def make_loss(model: str, domain: str, loss: float, tokens: int | None, stderr: float | None = None) -> Score:
@@ -208,35 +194,33 @@ def make_loss(model: str, domain: str, loss: float, tokens: int | None, stderr: 
 def _read_part[Part: BaseModel](form: type[Part], entry: object, where: str) -> Part:
     try:
         return form.model_validate(entry)
-    except (ValidationError, RecursionError) as error:
-        raise InputError(f"{where} is not in the form of an evaluation ({_say_first(error)}); evaluate again") from None
+    except ValidationError as error:
+        raise InputError(f"{where} is not in the form of an evaluation ({say_first(error)}); evaluate again") from None
 
 
-def _say_first(error: ValidationError | RecursionError) -> str:
+def say_first(error: ValidationError) -> str:
     """Where a record's first fault is, and what."""
-    if isinstance(error, RecursionError):
-        return str(error)
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
-def own_manifest(directory: Path, name: str) -> StageManifest | None:
-    """The manifest of stage ``name`` in ``directory``; None for an empty folder or none.
+def own_manifest(directory: Path, name: str) -> StageManifest:
+    """The manifest of stage ``name`` in ``directory``; one without a ``stage`` for an empty folder or none.
 
     Raises:
         InputError: something else lies there, which we did not make and will not touch.
     """
+    if not os.path.lexists(directory):
+        return StageManifest()
     if not directory.is_dir():
-        if os.path.lexists(directory):
-            raise InputError(f"{directory}: is no folder; a stage of this name needs one there: move it away")
-        return None
+        raise InputError(f"{directory}: is no folder; a stage of this name needs one there: move it away")
     content = manifests.read_manifest(directory)
-    if content is not None and content.get("stage") == name and "status" in content:
-        return StageManifest.model_validate(content)
     if content is None and all(manifests.is_unwritten(path) for path in directory.iterdir()):
-        return None
+        return StageManifest()
     found = "no manifest.json"
     if content is not None:
+        if content.get("stage") == name and "status" in content:
+            return StageManifest.model_validate(content)
         found = f"a manifest.json that is not of a stage {name}"
     raise InputError(f"{directory}: not made by btx run ({found}); move it away, or give another --output")
 

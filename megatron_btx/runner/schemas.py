@@ -31,9 +31,9 @@ def read_count(value: object) -> int | None:
     return value
 
 
-def _only(kind: type) -> BeforeValidator:
-    """Takes a value of this type, and None in place of any other."""
-    return BeforeValidator(lambda value: value if isinstance(value, kind) else None)
+def _only(*kinds: type, otherwise: object = None) -> BeforeValidator:
+    """Takes a value of these types, and ``otherwise`` in place of any other."""
+    return BeforeValidator(lambda value: value if isinstance(value, kinds) else otherwise)
 
 
 def _read_parents(value: object) -> dict[str, str | None]:
@@ -82,16 +82,11 @@ class JobStart(_Record):
     """Why it ended."""
 
 
-def _read_job(value: object) -> JobStart:
-    if isinstance(value, JobStart):
-        return value
-    return JobStart.model_validate(value if isinstance(value, dict) else {})
-
-
 class StageManifest(_Record):
     """A stage's manifest.json: what it was made from, by which versions, at what cost."""
 
     stage: Text = None
+    """Its name; None where no manifest lies."""
     fingerprint: Text = None
     """Hash of the settings that decide the result, and of the parents' fingerprints."""
     status: Text = None
@@ -117,7 +112,7 @@ class StageManifest(_Record):
     """When its last start began, in seconds since 1970."""
     seconds: Number = None
     """Of all its starts."""
-    slurm: Annotated[JobStart, BeforeValidator(_read_job)] = JobStart()
+    slurm: Annotated[JobStart, _only(JobStart, dict, otherwise={})] = JobStart()
     """The job that made its last start."""
     exit: Annotated[int | None, _only(int)] = None
     """Status of its last program."""
@@ -165,8 +160,8 @@ class StageRecord:
 
     stage: Stage
     identity: Identity
-    parents: Mapping[str, str | None]
-    """Stages that must be finished -> the fingerprint that they must have; None for what only shows others."""
+    parents: Mapping[str, str]
+    """Stages that must be finished -> the fingerprint that they must have."""
     rerun: Mapping[str, Any] | None
     """The --rerun that it starts for; see :class:`megatron_btx.runner.decisions.Action`."""
     is_rerun: bool
@@ -261,5 +256,5 @@ class Evaluation(_Record):
     models: dict[str, ModelEvaluation]
     experts: list[str] | None = None
     """Names of the experts, in the order of the routing's shares; None where no mixture was evaluated."""
-    eod_mask_loss: bool | None = None
+    eod_mask_loss: Annotated[bool | None, _only(bool)] = None
     """Whether the loss of the tokens behind documents was left out; None where an earlier version wrote it."""

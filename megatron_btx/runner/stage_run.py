@@ -5,7 +5,6 @@ The local runner and the jobs of Slurm both go this way. Nothing in a stage's fo
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -19,11 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_btx.common import manifest as manifests
 from megatron_btx.common.errors import BAD_INPUT_EXIT_CODE, InputError, printable
 from megatron_btx.common.files import read_json_object, refuse_unusual, write_atomically
-from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.names import CONFIG_FILE, LOG_FILE, SCRIPT_FILE, STAGE_RECORDS, TRACKER_FILE
 from megatron_btx.recipe.options import place_of, say_keys
 from megatron_btx.runner.decisions import RERUN, Action
-from megatron_btx.runner.run_dir import find_free_name, own_manifest
+from megatron_btx.runner.run_dir import find_free_name, own_manifest, read_checkpointed_iteration, say_first
 from megatron_btx.runner.schemas import JobStart, StageManifest, StageRecord
 from megatron_btx.runner.scripts import command_script, config_text
 from megatron_btx.runner.slurm_queue import SLURM_FOLDER
@@ -79,11 +77,9 @@ class StageRun:
         Raises:
             InputError: something else lies in the folder.
         """
-        earlier = StageManifest()
         if action.verb == RERUN:
             self.directory.rename(find_free_name(self.directory))
-        else:
-            earlier = own_manifest(self.directory, self.stage.name) or earlier
+        earlier = own_manifest(self.directory, self.stage.name)
         self.earlier_seconds = earlier.seconds or 0.0
         start = {
             "versions": manifests.versions(),
@@ -121,14 +117,21 @@ class StageRun:
 
     def find_failure(self, code: int) -> Failure | None:
         """Why a stage whose program ended with ``code`` is not finished; None when it is."""
-        problem = find_problem(self.stage, self.directory, code)
-        if not problem:
+        stage = self.stage
+        reached = read_checkpointed_iteration(self.directory)
+        if code:
+            problem = f"ended with status {code}"
+        elif not (self.directory / stage.product).exists():
+            problem = f"ended without its product {stage.product}"
+        elif stage.product == TRACKER_FILE and stage.iterations not in (None, reached):
+            problem = f"ended at iteration {reached} of {stage.iterations}"
+        else:
             return None
         text = read_log(self.directory / LOG_FILE, self.log_offset)
         killed = killed_by(text, code)
         if killed:
             problem = f"failed: {killed}"
-        message, status = failure_message(text, code, self.stage.name)
+        message, status = failure_message(text, code, stage.name)
         return Failure(problem, message, status, text)
 
     def _count_seconds(self) -> float:
@@ -142,16 +145,11 @@ class StageRun:
 
 def _set_leftovers_aside(directory: Path) -> None:
     """Move what a stopped start left out of the way. Hidden files stay: a conversion goes on from its own."""
-    leftovers = []
-    for path in directory.iterdir():
-        if path.name not in STAGE_RECORDS and not path.name.startswith("."):
-            leftovers.append(path)
-    if not leftovers:
-        return
     beside = find_free_name(directory)
-    beside.mkdir()
-    for path in leftovers:
-        path.rename(beside / path.name)
+    for path in list(directory.iterdir()):
+        if path.name not in STAGE_RECORDS and not path.name.startswith("."):
+            beside.mkdir(exist_ok=True)
+            path.rename(beside / path.name)
 
 
 def write_record(run: Path, record: StageRecord) -> None:
@@ -168,33 +166,16 @@ def read_record(run: Path, name: str) -> StageRecord:
     try:
         return TypeAdapter(StageRecord).validate_python(read_json_object(path, remedy))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: not the record of a stage ({place}: {first['msg']}); {remedy}") from None
-
-
-def find_problem(stage: Stage, directory: Path, code: int) -> str:
-    """Why a stage that ended with status ``code`` is not finished; empty when it is."""
-    if code:
-        return f"ended with status {code}"
-    product = directory / stage.product
-    if not product.exists():
-        return f"ended without its product {stage.product}"
-    if stage.iterations is not None and stage.product == TRACKER_FILE:
-        reached = product.read_text(encoding="utf-8").strip()
-        if reached != str(stage.iterations):
-            return f"ended at iteration {reached} of {stage.iterations}"
-    return ""
+        raise InputError(f"{path}: not the record of a stage ({say_first(error)}); {remedy}") from None
 
 
 def read_log(log: Path, offset: int) -> str:
     """What was written into a log behind ``offset``: of much the end, and nothing where it is gone or no file."""
     if not log.is_file():  # opening a pipe would wait forever
         return ""
-    with contextlib.suppress(FileNotFoundError), log.open("rb") as stream:
+    with log.open("rb") as stream:
         stream.seek(max(offset, os.fstat(stream.fileno()).st_size - _READ_BYTES))
         return stream.read().decode("utf-8", "replace")
-    return ""
 
 
 def failure_message(log: str, code: int, stage: str = "") -> tuple[str, int]:
@@ -230,9 +211,7 @@ def killed_by(log: str, code: int) -> str:
     if ranks:
         first = next((number for number in ranks if number != signal.SIGTERM), ranks[0])
         return f"a rank was killed by {_describe_signal(first)}"
-    number = code - 128  # as a shell says it
-    if code < 0:  # as Python does
-        number = -code
+    number = -code if code < 0 else code - 128  # as Python says it, and as a shell does
     if number in _SIGNALS:
         return f"its process was killed by {_describe_signal(number)}"
     return ""

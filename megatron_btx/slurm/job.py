@@ -32,7 +32,7 @@ from megatron_btx.runner.stage_run import StageRun, read_record
 from megatron_btx.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED, script_path
 
 _FAILED_TASK = "Exited with exit code "
-"""What srun says of a task that ended by itself with a status."""
+"""What srun says of a task that ended by itself with a status; it tells the neighbours of that task to end, too."""
 _CAUSE = re.compile(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")
 _TIME_LIMIT = "TIME LIMIT"
 """What slurmstepd says of a step that it ends: nothing, or the cause."""
@@ -79,13 +79,17 @@ def begin(run: Path, record: StageRecord, retries: int) -> int:
         raise InputError(f"{directory}: made otherwise: {action.why}; btx submit says what to do")
     earlier = StageManifest()
     if action.verb != RERUN:
-        earlier = own_manifest(directory, stage.name) or earlier
-    job = _describe_start(stage, directory, earlier)
-    if (job.stalled or 0) > retries:
+        earlier = own_manifest(directory, stage.name)
+    stalled = 0
+    if earlier.slurm.job == _job_number():
+        stalled = _count_stalled(stage, directory, earlier.slurm)
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    job = JobStart(job=_job_number(), nodes=nodes, step=_saved_step(stage, directory), stalled=stalled)
+    if stalled > retries:
         failed = earlier.model_copy(update={"status": "failed", "slurm": job})
         manifests.write_manifest(directory, failed.content())
         raise InputError(
-            f"stage {stage.name}: {job.stalled} starts in a row saved no further step; its log: {directory / LOG_FILE}"
+            f"stage {stage.name}: {stalled} starts in a row saved no further step; its log: {directory / LOG_FILE}"
         )
     device = "cpu"
     if stage.on_gpu and os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1", "NoDevFiles"):
@@ -102,7 +106,7 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
     directory = run / stage.name
     processes.end_marked(f"slurm-{_job_number()}:")  # Slurm does not find all where it follows no cgroups
     manifest = own_manifest(directory, stage.name)
-    if manifest is None:
+    if not manifest.stage:
         raise InputError(f"{directory}: the folder of the running stage is gone")
     stage_run = StageRun(run, record, manifest)
     failure = stage_run.find_failure(code)
@@ -111,17 +115,17 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
         _say(f"{stage.name}: finished")
         return 0
     problem, message = failure.problem, failure.message
+    status = "failed" if code else "stopped"
     if failure.status == BAD_INPUT_EXIT_CODE:
         problem = f"failed: {message.partition('error: ')[2]}"
         message = ""
-    elif _was_asked_to_end(failure.log, code):
-        problem = f"stopped: {_explain_end(failure.log)}"
-    if code and not problem.startswith("stopped"):
-        stage_run.end(code, "failed", problem)
-        _say(f"stage {stage.name} {problem}; its log: {directory / LOG_FILE}\n{message}")
-    else:
-        stage_run.end(code, "stopped", problem)
-        _say(f"stage {stage.name} {problem}")
+    elif code in (-signal.SIGTERM, 128 + signal.SIGTERM) and _FAILED_TASK not in failure.log:
+        problem, status = f"stopped: {_explain_end(failure.log)}", "stopped"
+    stage_run.end(code, status, problem)
+    said = f"stage {stage.name} {problem}"
+    if status == "failed":
+        said += f"; its log: {directory / LOG_FILE}\n{message}"
+    _say(said)
     if failure.status == BAD_INPUT_EXIT_CODE:
         return failure.status
     stalled = _count_stalled(stage, directory, manifest.slurm)
@@ -129,11 +133,6 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
         return INTERRUPTED
     _say(f"{stalled} starts in a row saved no further step; not started again")
     return GIVEN_UP
-
-
-def _was_asked_to_end(text: str, code: int) -> bool:
-    """Whether Slurm told a program to end; srun tells the neighbours of a failed task the same."""
-    return code in (-signal.SIGTERM, 128 + signal.SIGTERM) and _FAILED_TASK not in text
 
 
 def _explain_end(text: str) -> str:
@@ -149,13 +148,11 @@ def _explain_end(text: str) -> str:
 def _check_parents(run: Path, record: StageRecord) -> None:
     for parent, fingerprint in record.parents.items():
         manifest = own_manifest(run / parent, parent)
-        state = "not there"
-        if manifest is not None:
-            state = manifest.status or "unknown"
-            if manifest.is_finished and fingerprint not in (None, manifest.fingerprint):
-                state = "made with other settings"
-            elif manifest.is_finished:
+        state = manifest.status or "not there"
+        if manifest.is_finished:
+            if manifest.fingerprint == fingerprint:
                 continue
+            state = "made with other settings"
         raise InputError(
             f"stage {record.stage.name}: it needs {parent}, which is {state}; btx submit runs what is missing"
         )
@@ -167,11 +164,11 @@ def _check_alone(run: Path, stage: Stage) -> None:
     A job is asked for in the queue. A runner writes the manifest every few seconds, so it is watched for that long.
     """
     manifest = own_manifest(run / stage.name, stage.name)
-    if manifest is None or manifest.status != "running":
-        return
     number = manifest.slurm.job
+    if manifest.status != "running" or number == _job_number():
+        return
     is_made = False
-    if number not in (None, _job_number()):
+    if number is not None:
         with contextlib.suppress(SlurmError):  # asked from within a container, or while the controller is away
             is_made = any(job.is_running and str(job.number) == number for job in list_jobs(run))
     until = time.monotonic() + 2 * MANIFEST_SECONDS
@@ -180,15 +177,6 @@ def _check_alone(run: Path, stage: Stage) -> None:
         is_made = own_manifest(run / stage.name, stage.name) != manifest
     if is_made:
         raise InputError(f"stage {stage.name}: a btx run or another job makes it; wait for it, or end it first")
-
-
-def _describe_start(stage: Stage, directory: Path, earlier: StageManifest) -> JobStart:
-    """What the manifest says of this start: job, step, and how many before it saved nothing."""
-    stalled = 0
-    if earlier.slurm.job == _job_number():
-        stalled = _count_stalled(stage, directory, earlier.slurm)
-    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-    return JobStart(job=_job_number(), nodes=nodes, step=_saved_step(stage, directory), stalled=stalled)
 
 
 def _count_stalled(stage: Stage, directory: Path, job: JobStart) -> int:

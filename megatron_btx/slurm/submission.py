@@ -18,10 +18,9 @@ from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.common.files import refuse_unusual, write_atomically
 from megatron_btx.plan.fingerprint import Identity, identities
 from megatron_btx.plan.stage import Stage
-from megatron_btx.recipe.cluster import ClusterSection
 from megatron_btx.recipe.names import PLAN_FILE
-from megatron_btx.runner.api import PlannedRun, describe_plan, plan_as_asked
 from megatron_btx.runner.decisions import RERUN, SKIP, Action, decide, make_records
+from megatron_btx.runner.planned import PlannedRun
 from megatron_btx.runner.run_dir import is_locked, lock_run, read_plan, take_turn
 from megatron_btx.runner.scripts import as_comment
 from megatron_btx.runner.slurm_queue import (
@@ -63,10 +62,9 @@ def render_scripts(planned: PlannedRun) -> dict[str, str]:
     """
     check_run_path(planned.directory)
     known = identities(planned.stages)
-    cluster: ClusterSection = planned.recipe.cluster
     scripts = {}
     for stage in _list_due(planned):
-        resources = find_resources(cluster, stage, planned.recipe.data.workers)
+        resources = find_resources(planned.recipe.cluster, stage, planned.recipe.data.workers)
         scripts[stage.name] = render_script(stage, resources, planned.directory, known[stage.name].fingerprint)
     return scripts
 
@@ -171,43 +169,34 @@ def _is_done(planned: PlannedRun, stage: Stage) -> bool:
     return planned.actions[stage.name].verb == SKIP
 
 
-def submit_recipe(arguments: argparse.Namespace) -> int:
-    """``btx submit``: plan the recipe, check it, and submit what is missing, or print the scripts.
-
-    A dry run writes none of them, because jobs in the queue read what lies there.
-    """
-    planned = plan_as_asked(arguments)
-    if arguments.dry_run:
-        table, scripts = as_comment(describe_plan(planned)), render_scripts(planned)
-        print(table)
-        for stage, script in scripts.items():
-            print(as_comment(f"==== {script_path(planned.directory, stage)}"), script, sep="\n")
-        print(table)
-        return 0
-    submit_run(planned)
+def print_scripts(planned: PlannedRun) -> int:
+    """``btx submit --dry-run``. It writes none of the scripts, because jobs in the queue read what lies there."""
+    table, scripts = as_comment(planned.describe()), render_scripts(planned)
+    print(table)
+    for stage, script in scripts.items():
+        print(as_comment(f"==== {script_path(planned.directory, stage)}"), script, sep="\n")
+    print(table)
     return 0
 
 
-def submit_run(planned: PlannedRun) -> None:
-    """Submit what is missing and print what became of every stage."""
+def submit_run(planned: PlannedRun) -> int:
+    """``btx submit``: submit what is missing and print what became of every stage."""
     ignored = [name for name in os.environ if name.startswith("SBATCH_")]
     if ignored:
         print(f"# note: {', '.join(ignored)}: not used; what jobs ask for stands in the cluster section")
     result = submit(planned)
-    for stage in planned.chosen_stages():
-        print(_describe(stage.name, result))
+    for name in [stage.name for stage in planned.chosen_stages()]:
+        if name in result.submitted:
+            replaced = "".join(f", in place of job {number}" for number in result.replaced[name])
+            print(f"{name}: submitted, job {result.submitted[name]}{replaced}")
+        elif name in result.kept:
+            print(f"{name}: in the queue already, job {result.kept[name]}")
+        else:
+            print(f"{name}: finished")
     for job in result.foreign:
         print(FOREIGN.format(job.stage, job.number, planned.directory))
     print(f"how far it is: btx status {planned.directory}")
-
-
-def _describe(stage: str, result: Submission) -> str:
-    if stage in result.submitted:
-        replaced = "".join(f", in place of job {number}" for number in result.replaced[stage])
-        return f"{stage}: submitted, job {result.submitted[stage]}{replaced}"
-    if stage in result.kept:
-        return f"{stage}: in the queue already, job {result.kept[stage]}"
-    return f"{stage}: finished"
+    return 0
 
 
 @exits_with_one_line

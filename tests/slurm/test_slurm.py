@@ -21,7 +21,8 @@ import psutil
 import pytest
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.runner.api import PlannedRun, plan_run
+from megatron_btx.runner.api import plan_run
+from megatron_btx.runner.planned import PlannedRun
 from megatron_btx.runner.processes import marked
 from megatron_btx.runner.run_dir import lock_run, read_checkpointed_iteration, read_last_metrics, read_stage_manifest
 from megatron_btx.runner.slurm_queue import Job, list_jobs

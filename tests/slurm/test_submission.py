@@ -21,9 +21,10 @@ from megatron_btx.common.errors import BTXError, InputError
 from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.stage import Stage
 from megatron_btx.report.status import print_status
-from megatron_btx.runner.api import PlannedRun, plan_run
+from megatron_btx.runner.api import plan_run
 from megatron_btx.runner.decisions import decide
 from megatron_btx.runner.local import Machine, execute_stages
+from megatron_btx.runner.planned import PlannedRun
 from megatron_btx.runner.run_dir import take_turn
 from megatron_btx.runner.slurm_queue import (
     COMMENT_LETTERS,
@@ -150,7 +151,7 @@ def test_a_dry_run_writes_nothing(
     """Neither beside jobs of other settings, which read the records there, nor where no run is yet."""
     run, fresh = tmp_path / "run", tmp_path / "fresh"
     submit_closed(run)
-    monkeypatch.setattr("megatron_btx.runner.api.check_with_megatron", lambda *_: None)  # ten seconds each
+    monkeypatch.setattr("megatron_btx.runner.planned.check_with_megatron", lambda *_: None)  # ten seconds each
     before = content_of(tmp_path), content_of(Path.cwd())
     for command, folder in (("submit", run), ("submit", fresh), ("run", run), ("run", fresh), ("plan", fresh)):
         words = [command, RECIPE, "--output", str(folder), "--set", CLOSED, "seed.tokens=1024"]
@@ -403,4 +404,4 @@ def test_a_submission_that_slurm_does_not_hear_leaves_nothing(
         submit_closed(tmp_path / "run")
     assert not (tmp_path / "run" / "slurm").exists()
     stages = [Stage("data", ("true",), product=".")]
-    assert execute_stages(stages, tmp_path / "run", Machine([], 1), Reporter()).status == 0
+    execute_stages(stages, tmp_path / "run", Machine([], 1), Reporter())

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_btx.plan.stage import Stage
-from megatron_btx.runner.local import Machine, execute_stages
+from megatron_btx.runner.local import Machine, RunError, execute_stages
 from megatron_btx.runner.tables import Reporter
 
 
@@ -20,7 +20,9 @@ def run_stages(
     records: Mapping[str, str] | None = None,
     rerun: Sequence[str] = (),
 ) -> int:
-    outcome = execute_stages(stages, run, machine, reporter, only, records, rerun)
-    if outcome.failure:
-        print(f"error: {outcome.failure}", file=sys.stderr, flush=True)
-    return outcome.status
+    try:
+        execute_stages(stages, run, machine, reporter, only, records, rerun)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.status
+    return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import megatron_btx
 from megatron_btx import cli
 from megatron_btx.plan.stage import Stage
 from megatron_btx.runner import api
@@ -42,11 +43,11 @@ def test_a_run_returns_what_its_stages_say_and_prints_nothing(
 
 def test_a_failed_stage_and_a_changed_one_raise(cheap: dict[str, str], tmp_path: Path) -> None:
     cheap["b"] = "echo error: no such thing; exit 2"
-    with pytest.raises(api.RunError, match="stage b ended with status 2(?s:.*)no such thing") as failed:
+    with pytest.raises(megatron_btx.RunError, match="stage b ended with status 2(?s:.*)no such thing") as failed:
         api.run(RECIPE, tmp_path / "run", use_gpus=False)
     assert failed.value.status == 2
     cheap["a"] = "echo 2 > a/out"
-    with pytest.raises(api.ChangedStagesError) as changed:
+    with pytest.raises(megatron_btx.ChangedStagesError) as changed:
         api.run(RECIPE, tmp_path / "run", use_gpus=False)
     assert list(changed.value.changed) == ["a"]
 

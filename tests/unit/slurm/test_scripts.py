@@ -374,9 +374,9 @@ def test_every_field_of_a_stage_travels(tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     for field in fields(Stage):
         assert field.default is MISSING or getattr(stage, field.name) != field.default, field.name
-    write_record(tmp_path, StageRecord(stage, Identity({"a": 1}, {}, "f"), {"seed": "f", "data": None}, None, True))
+    write_record(tmp_path, StageRecord(stage, Identity({"a": 1}, {}, "f"), {"seed": "f", "data": "g"}, None, True))
     read = read_record(tmp_path, "mix")
-    assert read.stage == replace(stage, settings=None) and read.parents == {"seed": "f", "data": None}
+    assert read.stage == replace(stage, settings=None) and read.parents == {"seed": "f", "data": "g"}
 
 
 def test_a_job_needs_what_its_stage_is_made_from(world: JobWorld, capsys: pytest.CaptureFixture[str]) -> None:
