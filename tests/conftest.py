@@ -6,6 +6,8 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,8 +46,8 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, Ca
 
 
 LONGEST = (
-    *("slurm/test_slurm", "quickstart/test_quickstart", "quickstart/test_four_models", "slurm/test_submission"),
-    *("faults/test_orphans", "unit/test_python_api", "unit/mixing/test_memory", "unit/plan/test_quickstart_script"),
+    *("slurm/test_slurm", "quickstart/test_quickstart", "slurm/test_submission", "quickstart/test_four_models"),
+    *("faults/test_orphans", "unit/mixing/test_memory", "unit/plan/test_quickstart_script"),
 )
 """Files that take a minute or more and are not collected early, the longest first; the rest follows as collected."""
 
@@ -72,6 +74,22 @@ def zygote() -> Iterator[Zygote]:
     started = Zygote(gpus=gpu_count() if gpu_count() > 1 else 0)
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def warm_python(zygote: Zygote) -> Iterator[Path]:
+    """An interpreter whose programs have torch and Megatron at once: for starts that are not what a test is about."""
+    if zygote.gpus:  # it has what is for GPUs, and these programs run on the CPU
+        yield Path(sys.executable)
+        return
+    with tempfile.TemporaryDirectory() as folder:  # the path of a socket is short
+        yield zygote.warm_python(Path(folder))
+
+
+@pytest.fixture
+def starts_warm(warm_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs that this process starts are started warm."""
+    monkeypatch.setattr(sys, "executable", str(warm_python))
 
 
 @pytest.fixture(scope="session")

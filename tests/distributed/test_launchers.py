@@ -428,15 +428,15 @@ def finish(processes: dict[Path, subprocess.Popen], timeout_seconds: float = 200
                 process.wait(timeout=60)
 
 
-def torchrun(processes: int, launcher: str) -> list[str]:
+def torchrun(python: Path, processes: int, launcher: str) -> list[str]:
     """A launcher under torchrun."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    program = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [*program, "--no-python", launcher]
 
 
-def test_from_seed_to_finetuned_mixture(dense, corpus, tmp_path):
+def test_from_seed_to_finetuned_mixture(dense, corpus, warm_python, tmp_path):
     """An expert by hand, its mixture with another under srun, and that run resumed under torchrun."""
-    common = {**PICO, "START": dense, "DATA": corpus, "DATA_CACHE": corpus.parent / "cache"}
+    common = {**PICO, "PYTHON": warm_python, "START": dense, "DATA": corpus, "DATA_CACHE": corpus.parent / "cache"}
     log = tmp_path / "hand.log"
     finish({log: start(["bash", EXPERT, "--seed", "1"], log, environment(**common, RUN=tmp_path / "hand"))})
     assert len(read_losses(tmp_path / "hand" / "metrics.jsonl")) == 4
@@ -459,7 +459,7 @@ def test_from_seed_to_finetuned_mixture(dense, corpus, tmp_path):
 
     (run / "metrics.jsonl").rename(run / "first.jsonl")
     log = tmp_path / "resumed.log"
-    finish({log: start(torchrun(2, FINETUNE), log, environment(**common | {"STEPS": "8"}))})
+    finish({log: start(torchrun(warm_python, 2, FINETUNE), log, environment(**common | {"STEPS": "8"}))})
     second = read_losses(run / "metrics.jsonl")
     assert sorted(second) == [5, 6, 7, 8], "it must go on from its own checkpoint, not from the mixture"
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "8"

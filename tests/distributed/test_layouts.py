@@ -8,7 +8,8 @@ from tests.support import pico
 from tests.support.runner import read_losses
 
 TOLERANCE = 1e-5
-"""Ten steps of fp32 training whose sums are taken in other orders; measured: under 1e-6."""
+"""Some steps of fp32 training whose sums are taken in other orders; measured: under 1e-6."""
+STEPS = 6
 
 TP = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"
 LAYOUTS = {
@@ -26,7 +27,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def train(four_experts, zygote, corpus, tmp_path_factory):
-    """Ten steps under a layout: the losses."""
+    """Some steps under a layout: the losses."""
     known = {}
 
     def losses(layout: str, distributed_optimizer: bool) -> dict[int, float]:
@@ -34,7 +35,7 @@ def train(four_experts, zygote, corpus, tmp_path_factory):
         if key not in known:
             folder = tmp_path_factory.mktemp(f"layout-{layout}")
             world_size, flags = LAYOUTS[layout]
-            arguments = pico.train(corpus, 10, folder / "metrics.jsonl", moe=True) + flags.split()
+            arguments = pico.train(corpus, STEPS, folder / "metrics.jsonl", moe=True) + flags.split()
             arguments += ["--pretrained-checkpoint", str(four_experts)]
             arguments += ["--use-distributed-optimizer"] if distributed_optimizer else []
             zygote.run(world_size, arguments, folder / "log")
@@ -47,8 +48,8 @@ def train(four_experts, zygote, corpus, tmp_path_factory):
 @pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed-optimizer"])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_same_curve(layout, distributed_optimizer, train):
-    """Every layout gives the single rank's ten losses."""
+    """Every layout gives the single rank's losses."""
     reference, found = train("1", False), train(layout, distributed_optimizer)
-    assert len(reference) == 10
-    assert reference[10] < reference[1] - 0.5, "it must learn for the comparison to mean anything"
+    assert len(reference) == STEPS
+    assert reference[STEPS] < reference[1] - 0.3, "it must learn for the comparison to mean anything"
     assert found == pytest.approx(reference, abs=TOLERANCE)

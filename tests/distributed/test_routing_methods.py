@@ -10,7 +10,7 @@ from tests.distributed.test_layouts import LAYOUTS
 from tests.support import pico
 from tests.support.runner import Zygote, read_metrics
 
-STEPS = 4
+STEPS = 3
 """What a layout does wrong is in a first step's numbers, or by its gradients in those of the steps after it."""
 TOLERANCE = 1e-5
 """Some steps of fp32 training whose sums are taken in other orders."""
@@ -96,8 +96,7 @@ def test_same_curve(method, layout, train):
     dropped = sum(reference[step][f"moe/dropped_layer_{layer}"] for step in reference for layer in range(4))
     assert (dropped > 0) == (method == "switch")
     # Who is dropped at the edge of a capacity is a step in the loss: two tokens whose probabilities differ by a last
-    # bit change places. After a few updates layouts differ by such bits (seen at step 4 on some processors).
-    steps = sorted(reference)[:3] if method == "switch" else sorted(reference)
-    for step in steps:
+    # bit change places. After more updates than these, layouts differ by such bits (seen at step 4 on some processors).
+    for step in sorted(reference):
         for name in names:
             assert found[step][name] == pytest.approx(reference[step][name], abs=TOLERANCE), (step, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import subprocess
 import sys
@@ -25,7 +26,7 @@ SMALL = [
     *("data.split={train: 0.8, valid: 0.1, test: 0.1}", "finetune.tokens=2_560", "finetune.megatron.lr=1.0e-3"),
     f"evaluate.tokens={hugging_face.EVAL_TOKENS}",
 ]
-pytestmark = pytest.mark.timeout(900)  # a dozen program starts; the machine may be shared
+pytestmark = pytest.mark.timeout(900)  # sixteen stages; the machine may be shared
 
 
 def make_tokenizer(folder: Path) -> Any:
@@ -64,8 +65,11 @@ def make_seed(tokenizer: Any, texts: list[str]) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished run; models/ and texts/ lie beside it, as the recipe names them."""
+def run(warm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run; models/ and texts/ lie beside it, as the recipe names them.
+
+    Its stages are started warm: from the cold they are in test_quickstart.py.
+    """
     place = tmp_path_factory.mktemp("four")
     texts = []
     for number, name in enumerate(NAMES):
@@ -84,14 +88,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.003 * min(number, 1))
         hugging_face.save(model, place / "models" / name)
         make_tokenizer(place / "models" / name)
-    btx(place, "run", str(RECIPE), "--output", "run", "--cpu", "--set", *SMALL)
+    words = ("run", str(RECIPE), "--output", "run", "--cpu", "--set", *SMALL)
+    btx(place, *words, BTX_PYTHON=str(warm_python))
     return place / "run"
 
 
-def btx(place: Path, *words: str) -> str:
+def btx(place: Path, *words: str, **variables: str) -> str:
     """Call btx in a folder; what it says."""
     program = str(Path(sys.executable).with_name("btx"))
-    done = subprocess.run([program, *words], cwd=place, capture_output=True, text=True, timeout=800, check=False)
+    done = subprocess.run(
+        [program, *words], cwd=place, env={**os.environ, **variables}, capture_output=True, text=True, timeout=800
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
 

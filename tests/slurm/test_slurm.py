@@ -50,10 +50,11 @@ def wait_until(holds: Callable[[], object], what: str, seconds: float = 300) -> 
         time.sleep(0.1)
 
 
-def btx(*words: str) -> subprocess.Popen[str]:
+def btx(*words: str, **variables: str) -> subprocess.Popen[str]:
     """Start ``btx`` in the folder of the inputs."""
     command = [sys.executable, "-m", "megatron_btx.cli", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, **variables}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def answer(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -157,7 +158,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(warm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("slurm")
     before = Path.cwd()
     write_inputs(folder)
@@ -172,7 +173,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         patch.chdir(folder)
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(before), os.environ.get("PYTHONPATH")))))
         found = World(slurm, folder)
-        reference = btx("run", RECIPE, "--cpu", "--output", str(found.reference), "--only", *REFERENCE_STAGES)
+        words = ("run", RECIPE, "--cpu", "--output", str(found.reference), "--only", *REFERENCE_STAGES)
+        reference = btx(*words, BTX_PYTHON=str(warm_python))
         try:
             yield found
         finally:
@@ -201,9 +203,13 @@ EXPORTED = {
 
 
 @pytest.fixture(scope="module")
-def runs(world: World) -> dict[str, Path]:
-    """All runs, started side by side: one is submitted twice at once, one by hand."""
-    first = [btx("submit", RECIPE, "--output", "twice") for _ in range(2)]
+def runs(world: World, warm_python: Path) -> dict[str, Path]:
+    """All runs, started side by side: one is submitted twice at once, one by hand.
+
+    The programs of the first are started warm; those of the others, which are killed or stopped, are what users start.
+    """
+    words = ("submit", RECIPE, "--output", "twice")
+    first = [btx(*words, BTX_PYTHON=str(warm_python)) for _ in range(2)]
     (world.folder / "submitted.txt").write_text("\n====\n".join([answer(process) for process in first]))
     found = {"twice": world.folder / "twice"}
     world.early = plan_run(RECIPE, found["twice"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -125,6 +126,15 @@ class Zygote:
             time.sleep(0.02)
         os.killpg(run.group, signal.SIGKILL)
         raise AssertionError(f"iteration {iteration} was never reached\n{run.text()[-4000:]}")
+
+    def warm_python(self, folder: Path) -> Path:
+        """What a test can start in place of an interpreter, made in a folder with a short name; see warm_python.py."""
+        script, place = folder / "python", folder / "socket"
+        self._ask("serves", do="serve", socket=str(place))
+        words = shlex.join([sys.executable, "-IS", str(ZYGOTE.with_name("warm_python.py")), str(place)])
+        script.write_text(f'#!/bin/sh\nexport WARM_PYTHON="$0"\nexec {words} "$@"\n')
+        script.chmod(0o755)
+        return script
 
     def close(self) -> None:
         """End the zygote by closing its input."""

@@ -4,6 +4,8 @@ Importing takes ten seconds, a fork none: that is what makes dozens of multi-pro
 are JSON lines on stdin, answers JSON lines on stdout. Each run's ranks are one process group, so that a test can kill
 the whole run as a node failure would.
 
+It can also serve ``warm_python.py``, which stands where a test would start an interpreter: its program is a fork, too.
+
 With GPUs (``zygote.py gpu``) a fork is only possible while this process has not touched CUDA. Whether that held is
 tried once, by a child that does; where it failed, ranks are started as programs of their own, ten seconds slower.
 """
@@ -20,6 +22,7 @@ import json
 import os
 import random
 import resource
+import select
 import signal
 import socket
 import sys
@@ -65,11 +68,15 @@ def run_rank(request: dict, rank: int, port: int) -> None:
     if request.get("file_size_limit_bytes"):  # as a disk that is full: writing beyond it fails
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size_limit_bytes"],) * 2)
+    call_main(request["entry"], request["arguments"])
+
+
+def call_main(module: str, words: list[str]) -> None:
+    """End this process with the status of a program's main."""
     status = 1
     try:
-        sys.argv = [request["entry"], *request["arguments"]]
-        module = __import__(request["entry"], fromlist=["main"])
-        status = module.main()
+        sys.argv = [module, *words]
+        status = __import__(module, fromlist=["main"]).main()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:
@@ -80,7 +87,57 @@ def run_rank(request: dict, rank: int, port: int) -> None:
                 thread.join()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        os._exit(status or 0)
+
+
+def serve(place: str) -> None:
+    """Fork a program for every connection to a socket, for as long as the zygote lives: never returns."""
+    zygote = os.getppid()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(place)
+    listener.listen(64)
+    listener.settimeout(1)
+    while os.getppid() == zygote:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        with contextlib.suppress(TimeoutError):
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                serve_one(connection)
+            connection.close()
+    os._exit(0)
+
+
+def serve_one(connection: socket.socket) -> None:
+    """Fork one program; pass signals on to it and its end back. It does not outlive who asked for it. Never returns."""
+    message, files, _, _ = socket.recv_fds(connection, 2**20, 3)
+    request = json.loads(message)
+    program = os.fork()
+    if program == 0:
+        connection.close()
+        os.setsid()
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        call_main(request["module"], request["words"])
+    for file in files:
+        os.close(file)
+    ended = os.pidfd_open(program)
+    while ended not in (readable := select.select([connection, ended], [], [])[0]):
+        said = connection.recv(16) if connection in readable else b""
+        os.kill(program, int(said or signal.SIGKILL))
+    _, status = os.waitpid(program, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(program, signal.SIGKILL)  # as in wait()
+    with contextlib.suppress(OSError):
+        connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
 
 
 def forked_child_can_use_gpu() -> bool:
@@ -183,6 +240,10 @@ def main() -> None:
             ranks = start(request, fork)
             runs[ranks[0]] = ranks
             print(json.dumps({"group": ranks[0]}), flush=True)
+        elif request["do"] == "serve":
+            if os.fork() == 0:
+                serve(request["socket"])
+            print(json.dumps({"serves": True}), flush=True)
         else:
             print(json.dumps({"codes": wait(runs.pop(request["group"]), request["grace_seconds"])}), flush=True)
 

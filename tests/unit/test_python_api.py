@@ -52,6 +52,7 @@ def test_evaluate(dense: Path, corpus: Path, zygote: Zygote, tmp_path: Path) -> 
     assert found.models["seed"].routing is None
 
 
+@pytest.mark.usefixtures("starts_warm")
 def test_evaluate_a_mixture(dense: Path, corpus: Path, tmp_path: Path) -> None:
     """On two processes; with routing."""
     mixture = mix({"a": dense, "b": dense / "iter_0000005"}, tmp_path / "mixture")
@@ -61,6 +62,7 @@ def test_evaluate_a_mixture(dense: Path, corpus: Path, tmp_path: Path) -> None:
     assert routing is not None and sum(routing["text"][0]) == pytest.approx(1)
 
 
+@pytest.mark.usefixtures("starts_warm")
 def test_evaluate_refuses(dense: Path, corpus: Path, tmp_path: Path) -> None:
     """With the program's own line."""
     with pytest.raises(InputError, match="no models or no texts"):

@@ -148,6 +148,7 @@ def check(tree: dict[str, Any]) -> list[str]:
     return check_inputs(recipe, stages, [stage.name for stage in stages if stage.name != "data"])
 
 
+@pytest.mark.usefixtures("starts_warm")
 def test_every_refusal_is_said_once_with_all_its_stages_and_then_a_server_that_will_not_take_the_export(
     tree: dict[str, Any], models: Path
 ) -> None:
@@ -163,6 +164,7 @@ def test_every_refusal_is_said_once_with_all_its_stages_and_then_a_server_that_w
     assert warning.startswith("export: warning: llama.cpp computes another model: it never normalises")
 
 
+@pytest.mark.usefixtures("starts_warm")
 def test_what_a_mix_is_noted_for_is_said_once_with_its_stages(tree: dict[str, Any]) -> None:
     """Of models that are given: what is trained here is its seed's equal until then."""
     tree["mix"] |= {"router-std": 40.0}

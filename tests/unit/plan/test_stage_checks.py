@@ -160,6 +160,7 @@ def test_a_variant_is_named_in_its_refusal(change, said, parser):
         check(parser, "ablation-tiny", f"ablation.variants.soft.{change}")
 
 
+@pytest.mark.usefixtures("starts_warm")
 def test_the_dry_run_refuses_it(tmp_path, capsys):
     """In one line, before anything is run."""
     file, output = str(RECIPES / "quickstart.yaml"), str(tmp_path / "run")
@@ -170,6 +171,7 @@ def test_the_dry_run_refuses_it(tmp_path, capsys):
     assert said.err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("starts_warm")
 def test_megatrons_own_validation_is_asked_before_the_first_stage(tmp_path, capsys):
     """What its assertions would say at the start of a stage, hours after the stages before it."""
     file, output = str(RECIPES / "quickstart.yaml"), str(tmp_path / "run")
