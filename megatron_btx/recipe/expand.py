@@ -15,12 +15,12 @@ from pydantic import WrapValidator, create_model
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.mixing.options import DIFFERENCES, RESULT
-from megatron_btx.recipe.budgets import batch_tokens, padded_vocabulary, token_weighted, training_steps
+from megatron_btx.recipe.budgets import Budget, batch_tokens, padded_vocabulary, token_weighted, training_steps
 from megatron_btx.recipe.errors import refuse, unknown_key
 from megatron_btx.recipe.flags import Flags, FlagValue, merged, number
 from megatron_btx.recipe.from_checkpoint import GivenModel
 from megatron_btx.recipe.mixture import equal_rows, mixture_shape
-from megatron_btx.recipe.models import Budget, Given, Mix, ModelSpec, Train
+from megatron_btx.recipe.models import Given, Mix, ModelSpec, Train
 from megatron_btx.recipe.names import (
     AVERAGE_MODEL,
     AVERAGE_STAGE,

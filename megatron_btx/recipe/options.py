@@ -16,7 +16,7 @@ from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT, Option
 from megatron_btx.mixing.reading import list_options
 from megatron_btx.mixing.request import Request
 from megatron_btx.recipe.flags import DERIVED_FLAGS
-from megatron_btx.recipe.names import AVERAGE_STAGE, EXPERT_PREFIX, FINETUNE_STAGE, IMPORT_PREFIX, MIX_STAGE, SEED_STAGE
+from megatron_btx.recipe.names import MIX_STAGE
 from megatron_btx.recipe.section import Section
 from megatron_btx.recipe.values import absolute_path
 
@@ -82,18 +82,6 @@ def pad_rows(rows: int, words: Sequence[str]) -> int:
     """Rows of an embedding, made a multiple of what the words say; the converter refuses one that is none."""
     multiple: int = cli.parser().parse_args(list(words)).pad_vocabulary or 1
     return -(-rows // multiple) * multiple
-
-
-def place_of(stage: str) -> str:
-    """Where a recipe says what a stage does."""
-    name = stage.removeprefix(IMPORT_PREFIX)
-    if stage.startswith((f"{MIX_STAGE}-s", AVERAGE_STAGE)):
-        return MIX_STAGE
-    if stage.startswith(EXPERT_PREFIX):
-        return f"experts.{stage.removeprefix(EXPERT_PREFIX)}"
-    if name != stage and name not in (SEED_STAGE, MIX_STAGE, FINETUNE_STAGE):
-        return f"experts.{name}"
-    return name
 
 
 def say_keys(text: str, place: str) -> str:

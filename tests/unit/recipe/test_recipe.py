@@ -20,9 +20,8 @@ from megatron_btx.plan import checks as program_checks
 from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.planner import plan_stages
 from megatron_btx.plan.stage import Stage
-from megatron_btx.recipe.budgets import padded_vocabulary, token_weighted, training_flops, training_steps
+from megatron_btx.recipe.budgets import Budget, padded_vocabulary, token_weighted, training_flops, training_steps
 from megatron_btx.recipe.load import load_recipe, parse_recipe
-from megatron_btx.recipe.models import Budget
 from megatron_btx.recipe.names import PLAN_FILE
 from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.yaml import load_tree
