@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import read_json_object
 from megatron_btx.common.names import check_name
+from megatron_btx.common.refusals import describe
 from megatron_btx.data.tokenizers import TokenizerSettings
 
 Split = Literal["train", "valid", "test"]
@@ -124,6 +125,4 @@ def check_description(said: Mapping[str, object]) -> Description:
     try:
         return Description.model_validate(said, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        raise InputError(f"--description: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise InputError(f"--description: {describe(error, Description)}") from error

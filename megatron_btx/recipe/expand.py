@@ -14,9 +14,9 @@ from typing import Annotated, Any
 from pydantic import WrapValidator, create_model
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.common.refusals import refuse, unknown_key
 from megatron_btx.mixing.options import DIFFERENCES, RESULT
 from megatron_btx.recipe.budgets import Budget, batch_tokens, padded_vocabulary, token_weighted, training_steps
-from megatron_btx.recipe.errors import refuse, unknown_key
 from megatron_btx.recipe.flags import Flags, FlagValue, merged, number
 from megatron_btx.recipe.from_checkpoint import GivenModel
 from megatron_btx.recipe.mixture import equal_rows, mixture_shape

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.common.refusals import describe
 from megatron_btx.recipe.data import choose_domains, read_data
-from megatron_btx.recipe.errors import describe
 from megatron_btx.recipe.expand import Expansion, recipe_section
 from megatron_btx.recipe.flags import Flags, number
 from megatron_btx.recipe.from_checkpoint import GivenModel, is_loadable, read_models

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from megatron_btx.common.refusals import RefusedKeyError
 from megatron_btx.data.domains import Domain, Shares
 from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT
 from megatron_btx.recipe.cluster import ClusterSection
-from megatron_btx.recipe.errors import RefusedKeyError
 from megatron_btx.recipe.flags import LAYOUT_FLAGS, FlagValue
 from megatron_btx.recipe.names import SPLITS
 from megatron_btx.recipe.options import with_options

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
 from megatron_btx.common.names import check_name
-from megatron_btx.recipe.errors import RefusedKeyError
+from megatron_btx.common.refusals import RefusedKeyError
 from megatron_btx.recipe.flags import DERIVED_FLAGS, LAYOUT_FLAGS, FlagValue
 from megatron_btx.recipe.from_checkpoint import find_model
 from megatron_btx.recipe.names import GENERALIST, is_set_aside

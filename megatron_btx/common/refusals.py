@@ -1,4 +1,4 @@
-"""What a recipe is refused with: its place, what was found, what was expected, and the name that was meant."""
+"""What a recipe or a description is refused with: place, found, expected, and the name that was meant."""
 
 from __future__ import annotations
 
@@ -108,9 +108,9 @@ def _keys_at(model: Any, place: Sequence[str | int]) -> list[str]:
         if get_origin(annotation) is dict:
             annotation = get_args(annotation)[1]
             continue
-        fields = [field for field in annotation.model_fields.values() if field.alias == part]
-        annotation = _without_none(fields[0].annotation)
-    return [field.alias for field in annotation.model_fields.values()]
+        fields = {field.alias or name: field for name, field in annotation.model_fields.items()}
+        annotation = _without_none(fields[str(part)].annotation)
+    return [field.alias or name for name, field in annotation.model_fields.items()]
 
 
 def _without_none(annotation: Any) -> Any:
