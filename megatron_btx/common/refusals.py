@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _EXPECTED = {
     "int_type": "a whole number, as 300_000",
     "float_type": "a number",
+    "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "a text: put it in quotes",
     "list_type": "a list",

@@ -54,8 +54,6 @@ from megatron_btx.recipe.sections import (
 )
 
 EVALUATE_DENSE, EVALUATE_MIXTURES = f"{EVALUATION_PREFIX}dense", f"{EVALUATION_PREFIX}moe"
-_SMALLEST_SHARE = 1e-9
-"""No run reads a sequence of less."""
 _NEVER = 10**9
 """Steps between two evaluations of which only the one after the last step is wanted."""
 _OF_MIXTURES = ("moe-", "expert-", "btx-freeze", "btx-lr-multiplier")
@@ -169,10 +167,6 @@ class Expansion:
         total = sum(shares.values())
         if min(abs(total - 1), abs(total / 100 - 1)) > 1e-9:  # shares, or percent
             self.notes.append(f"{place} sums to {total:g}; normalised to 1")
-        for domain, share in shares.items():
-            if share / total < _SMALLEST_SHARE:
-                found = f"found {share!r} of {total:g}, less than {_SMALLEST_SHARE:g} of it"
-                refuse(f"{place}.{domain}", f"{found}; leave it out")
         return {domain: share / total for domain, share in shares.items()}
 
     def _add_mix(self, section: MixSection) -> None:
