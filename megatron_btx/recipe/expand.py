@@ -14,8 +14,9 @@ from typing import Annotated, Any
 from pydantic import WrapValidator, create_model
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.common.plugins import load_plugins
 from megatron_btx.common.refusals import refuse, unknown_key
-from megatron_btx.mixing.options import DIFFERENCES, RESULT
+from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT
 from megatron_btx.recipe.budgets import Budget, batch_tokens, padded_vocabulary, token_weighted, training_steps
 from megatron_btx.recipe.flags import Flags, FlagValue, merged, number
 from megatron_btx.recipe.from_checkpoint import GivenModel
@@ -38,7 +39,7 @@ from megatron_btx.recipe.names import (
     SEED_MODEL,
     SEED_STAGE,
 )
-from megatron_btx.recipe.options import ROWS, option_words, pad_rows, words_of
+from megatron_btx.recipe.options import ROWS, option_words, pad_rows, with_options, words_of
 from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.routing import Routing, check_balancing, read_routing
 from megatron_btx.recipe.section import Section
@@ -466,10 +467,14 @@ def _read_baseline(said: object, read: Callable[[object], object]) -> object:
 
 
 def recipe_section() -> type[RecipeSection]:
-    """The form of a recipe, with a key for every baseline."""
+    """The form of a recipe, with a key for every baseline and every option of mixing, other packages' too."""
+    load_plugins()
     fields: dict[str, Any] = {}
     for key, baseline in BASELINES.items():
         section: Any = baseline.section
         fields[key.replace("-", "_")] = (Annotated[section | None, WrapValidator(_read_baseline)], None)
     baselines = create_model("BaselinesSection", __base__=Section, **fields)
-    return create_model("RecipeSection", __base__=RecipeSection, baselines=(baselines, baselines()))
+    mix: Any = with_options(RESULT, DIFFERENCES, MIXTURE)(MixSection)
+    return create_model(
+        "RecipeSection", __base__=RecipeSection, baselines=(baselines, baselines()), mix=(mix | None, None)
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,18 +31,16 @@ class Words(tuple[str, ...]):
     __slots__ = ()
 
 
-_METHOD = Option("method", "", default=Request.method, choices=tuple(METHODS))
 _BASE = "base"
 """The base of a method that has one: the run's seed."""
 
 
-@cache
 def _options(*titles: str) -> Mapping[str, Option]:
     """The options of these groups by their keys, and the method among them."""
     found: dict[str, Option] = {}
     for title in titles:
         if title == MIXTURE:
-            found["method"] = _METHOD
+            found["method"] = Option("method", "", default=Request.method, choices=tuple(METHODS))
         found |= list_options(title)
     found.pop(_BASE, None)
     return found

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megatron_btx.common.refusals import RefusedKeyError
 from megatron_btx.data.domains import Domain, Shares
-from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT
+from megatron_btx.mixing.options import RESULT
 from megatron_btx.recipe.cluster import ClusterSection
 from megatron_btx.recipe.flags import LAYOUT_FLAGS, FlagValue
 from megatron_btx.recipe.names import SPLITS
@@ -127,9 +127,8 @@ class RoutingSection(Section):
     load_balancing: str | None = None
 
 
-@with_options(RESULT, DIFFERENCES, MIXTURE)
 class MixSection(RoutingSection):
-    """The mixing stage with the converter's options, or a mixed checkpoint that takes its place."""
+    """The mixing stage, or a mixed checkpoint that takes its place; expand.py adds the converter's options."""
 
     from_: Model | None = None
     experts: list[str] | None = None
