@@ -9,7 +9,7 @@ NAME_BYTES_AT_MOST = 80
 _MARKS = "._-"
 
 
-def check_name(name: str) -> None:
+def check_name(name: str) -> str:
     """Refuse a name that is not one folder's name on every system, or that a command line would read otherwise.
 
     Letters and digits of every script are taken, with their combining marks. Blanks, slashes, colons, quotes and
@@ -23,6 +23,7 @@ def check_name(name: str) -> None:
             "not a name; expected letters, digits, dots, dashes and underscores, at most "
             f"{NAME_BYTES_AT_MOST} bytes, beginning with none of . and -"
         )
+    return name
 
 
 def _is_plain(name: str) -> bool:

@@ -12,14 +12,15 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import read_json_object
 from megatron_btx.common.names import check_name
+from megatron_btx.common.refusals import describe
 from megatron_btx.data.tokenizers import TokenizerSettings
 
 Split = Literal["train", "valid", "test"]
@@ -27,6 +28,17 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 Paths = list[str]
 
 _SHARES_TOLERANCE = 1e-6
+
+
+def _check_shares(shares: dict[Split, float]) -> dict[Split, float]:
+    total = sum(shares.values())
+    if abs(total - 1) > _SHARES_TOLERANCE:
+        raise ValueError(f"found shares that sum to {total:g}, expected 1")
+    return shares
+
+
+Shares = Annotated[dict[Split, Annotated[float, Field(gt=0, le=1)]], AfterValidator(_check_shares)]
+"""Split -> the share of a text's documents that are drawn for it."""
 
 
 class Domain(BaseModel):
@@ -38,11 +50,22 @@ class Domain(BaseModel):
     valid: Paths | None = None
     test: Paths | None = None
     text: Paths | None = None
-    shares: dict[Split, float] | None = None
+    shares: Shares | None = None
     json_key: str = "text"
     """Of a record's text, or the column of a Parquet file."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """skip: records that cannot be read are counted and left out."""
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        sources, splits = self.sources(), ", ".join(SPLITS)
+        if not sources:
+            raise ValueError(f"found no files; expected text with shares, or some of {splits}")
+        if self.text and len(sources) > 1:
+            raise ValueError("found text and files of a split; expected one of them")
+        if bool(self.text) != bool(self.shares):
+            raise ValueError(f"expected text with shares, or files for some of {splits} without")
+        return self
 
     def sources(self) -> dict[str, Paths]:
         """ "text", or the splits -> their files, folders or globs."""
@@ -61,7 +84,8 @@ class Description(BaseModel):
 
     tokenizer: dict[str, str | bool | int | None]
     """Megatron's tokenizer flags, spelled without their leading dashes."""
-    domains: dict[str, Domain] = Field(min_length=1)
+    domains: dict[Annotated[str, AfterValidator(check_name)], Domain] = Field(min_length=1)
+    """By their names, which begin the names of their files."""
     seed: int = 1234
     """Decides which documents go to which split."""
 
@@ -99,33 +123,6 @@ def read_description(said: str) -> Description:
 def check_description(said: Mapping[str, object]) -> Description:
     """The description that a JSON object holds; raises InputError with the place that is wrong."""
     try:
-        description = Description.model_validate(said, strict=True)
+        return Description.model_validate(said, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"--description: {place}: {first['msg']}") from error
-    for name, domain in description.domains.items():
-        _check_domain(f"--description: domains.{name}", name, domain)
-    return description
-
-
-def _check_domain(place: str, name: str, domain: Domain) -> None:
-    try:
-        check_name(name)
-    except ValueError as refusal:
-        raise InputError(f"{place}: {refusal}; a domain's name begins its files' names") from None
-    sources = domain.sources()
-    if not sources:
-        raise InputError(f"{place}: found no files; expected text with shares, or some of {', '.join(SPLITS)}")
-    if domain.text and len(sources) > 1:
-        raise InputError(f"{place}: found text and files of a split; expected one of them")
-    if bool(domain.text) != bool(domain.shares):
-        raise InputError(f"{place}: expected text with shares, or files for some of {', '.join(SPLITS)} without")
-    if not domain.shares:
-        return
-    for split, share in domain.shares.items():
-        if not share > 0:
-            raise InputError(f"{place}.shares.{split}: found {share:g}, expected above 0; leave out what gets none")
-    total = sum(domain.shares.values())
-    if abs(total - 1) > _SHARES_TOLERANCE:
-        raise InputError(f"{place}.shares: found shares that sum to {total:g}, expected 1")
+        raise InputError(f"--description: {describe(error, Description)}") from error

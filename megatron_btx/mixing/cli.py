@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_btx.common.cli_args import split_pair
 from megatron_btx.common.errors import exits_with_one_line
+from megatron_btx.common.plugins import load_plugins
 from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT, WORK
 from megatron_btx.mixing.reading import list_options, read_options, read_request
@@ -15,6 +16,7 @@ from megatron_btx.mixing.request import Options, Request
 
 def parser() -> argparse.ArgumentParser:
     """The command line; importing and printing it needs neither torch nor Megatron."""
+    load_plugins()
     p = argparse.ArgumentParser(
         prog="btx convert",
         description="Mix domain experts into one mixture of experts (Branch-Train-MiX): feed-forward blocks become the "

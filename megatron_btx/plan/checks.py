@@ -15,8 +15,8 @@ from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe.flags import Flags, to_argv
 from megatron_btx.recipe.from_checkpoint import ask
 from megatron_btx.recipe.models import Given
-from megatron_btx.recipe.names import DATA_STAGE, EXPORT_STAGE, MIX_STAGE
-from megatron_btx.recipe.options import option_words, place_of, say_keys
+from megatron_btx.recipe.names import DATA_STAGE, EXPORT_STAGE, MIX_STAGE, place_of
+from megatron_btx.recipe.options import option_words, say_keys
 from megatron_btx.recipe.recipe import Recipe
 
 _CONVERTER = "megatron_btx.mixing.cli"

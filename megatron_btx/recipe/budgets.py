@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from megatron_btx.checkpoint.sizes import layer_frequency, mixture_layers
 from megatron_btx.common.errors import InputError
 from megatron_btx.cost import flops as numbers
 from megatron_btx.cost.flops import ModelShape
 from megatron_btx.recipe.flags import Flags, number
-from megatron_btx.recipe.models import Budget
-from megatron_btx.recipe.options import place_of
+from megatron_btx.recipe.names import place_of
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The data that a model is trained on."""
+
+    blend: Mapping[str, float]
+    """Domain -> share; sums to one."""
+    tokens: int
 
 
 def batch_tokens(flags: Flags) -> int:

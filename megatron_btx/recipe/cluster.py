@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from megatron_btx.recipe.errors import RefusedKeyError
+from megatron_btx.common.refusals import RefusedKeyError
 from megatron_btx.recipe.section import Section
 
 KINDS = ("cpu", "gpu", "data", "seed", "experts", "mix", "finetune", "dense", "evaluate", "export", "report")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from megatron_btx.common.refusals import refuse
 from megatron_btx.data.domains import Domain
-from megatron_btx.recipe.errors import refuse
 from megatron_btx.recipe.flags import Flags
 from megatron_btx.recipe.names import DATA_STAGE
 from megatron_btx.recipe.sections import DataSection

@@ -14,13 +14,14 @@ from typing import Annotated, Any
 from pydantic import WrapValidator, create_model
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.options import DIFFERENCES, RESULT
-from megatron_btx.recipe.budgets import batch_tokens, padded_vocabulary, token_weighted, training_steps
-from megatron_btx.recipe.errors import refuse, unknown_key
+from megatron_btx.common.plugins import load_plugins
+from megatron_btx.common.refusals import refuse, unknown_key
+from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT
+from megatron_btx.recipe.budgets import Budget, batch_tokens, padded_vocabulary, token_weighted, training_steps
 from megatron_btx.recipe.flags import Flags, FlagValue, merged, number
 from megatron_btx.recipe.from_checkpoint import GivenModel
 from megatron_btx.recipe.mixture import equal_rows, mixture_shape
-from megatron_btx.recipe.models import Budget, Given, Mix, ModelSpec, Train
+from megatron_btx.recipe.models import Given, Mix, ModelSpec, Train
 from megatron_btx.recipe.names import (
     AVERAGE_MODEL,
     AVERAGE_STAGE,
@@ -38,7 +39,7 @@ from megatron_btx.recipe.names import (
     SEED_MODEL,
     SEED_STAGE,
 )
-from megatron_btx.recipe.options import ROWS, option_words, pad_rows, words_of
+from megatron_btx.recipe.options import ROWS, option_words, pad_rows, with_options, words_of
 from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.routing import Routing, check_balancing, read_routing
 from megatron_btx.recipe.section import Section
@@ -54,8 +55,6 @@ from megatron_btx.recipe.sections import (
 )
 
 EVALUATE_DENSE, EVALUATE_MIXTURES = f"{EVALUATION_PREFIX}dense", f"{EVALUATION_PREFIX}moe"
-_SMALLEST_SHARE = 1e-9
-"""No run reads a sequence of less."""
 _NEVER = 10**9
 """Steps between two evaluations of which only the one after the last step is wanted."""
 _OF_MIXTURES = ("moe-", "expert-", "btx-freeze", "btx-lr-multiplier")
@@ -169,10 +168,6 @@ class Expansion:
         total = sum(shares.values())
         if min(abs(total - 1), abs(total / 100 - 1)) > 1e-9:  # shares, or percent
             self.notes.append(f"{place} sums to {total:g}; normalised to 1")
-        for domain, share in shares.items():
-            if share / total < _SMALLEST_SHARE:
-                found = f"found {share!r} of {total:g}, less than {_SMALLEST_SHARE:g} of it"
-                refuse(f"{place}.{domain}", f"{found}; leave it out")
         return {domain: share / total for domain, share in shares.items()}
 
     def _add_mix(self, section: MixSection) -> None:
@@ -472,10 +467,14 @@ def _read_baseline(said: object, read: Callable[[object], object]) -> object:
 
 
 def recipe_section() -> type[RecipeSection]:
-    """The form of a recipe, with a key for every baseline."""
+    """The form of a recipe, with a key for every baseline and every option of mixing, other packages' too."""
+    load_plugins()
     fields: dict[str, Any] = {}
     for key, baseline in BASELINES.items():
         section: Any = baseline.section
         fields[key.replace("-", "_")] = (Annotated[section | None, WrapValidator(_read_baseline)], None)
     baselines = create_model("BaselinesSection", __base__=Section, **fields)
-    return create_model("RecipeSection", __base__=RecipeSection, baselines=(baselines, baselines()))
+    mix: Any = with_options(RESULT, DIFFERENCES, MIXTURE)(MixSection)
+    return create_model(
+        "RecipeSection", __base__=RecipeSection, baselines=(baselines, baselines()), mix=(mix | None, None)
+    )

@@ -28,7 +28,6 @@ LAYOUT_FLAGS = (
 )
 """Megatron's flags that say how a stage is spread over processes; they belong in ``layout``."""
 
-_LAYERS_AT_MOST = 10_000
 _DATA = "the stage's blend and data"
 DERIVED_FLAGS = {
     "seed": "random-seed",
@@ -131,8 +130,6 @@ def _find_misfit(processes: int, flags: Flags) -> layout.Misfit | None:
     if misfit is not None:
         return misfit
     layers = number(flags, "num-layers")
-    if layers > _LAYERS_AT_MOST:
-        return layout.Misfit(f"{layers} layers", f"at most {_LAYERS_AT_MOST}", "lower num-layers")
     if not any(name in flags for name in _UNEVEN_PIPELINE):
         misfit = layout.check_layers(sizes, layers)
     if misfit is None:

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.common.refusals import describe
 from megatron_btx.recipe.data import choose_domains, read_data
-from megatron_btx.recipe.errors import describe
 from megatron_btx.recipe.expand import Expansion, recipe_section
 from megatron_btx.recipe.flags import Flags, number
 from megatron_btx.recipe.from_checkpoint import GivenModel, is_loadable, read_models
@@ -23,7 +23,7 @@ from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.section import Section
 from megatron_btx.recipe.sections import LayoutSection, MixSection, RecipeSection, TrainingSection, VariantSection
 from megatron_btx.recipe.values import RunName
-from megatron_btx.recipe.yaml import check_values, load_tree
+from megatron_btx.recipe.yaml import check_keys, load_tree
 
 
 class _Named(Section):
@@ -46,7 +46,7 @@ def parse_recipe(tree: Mapping[str, Any], file: str) -> Recipe:
     """Check ``tree`` and make a Recipe of it. Raises InputError with the place, what was found, what was expected."""
     form = recipe_section()
     try:
-        check_values(tree)
+        check_keys(tree)
         return _make_recipe(form.model_validate(tree), file, tree)
     except ValidationError as error:
         raise InputError(f"{file}: {describe(error, form)}") from None

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.common.refusals import refuse
 from megatron_btx.mixing import cli
 from megatron_btx.mixing.methods import METHODS, Given, Model
 from megatron_btx.mixing.options import DIFFERENCES, MIXTURE
 from megatron_btx.mixing.request import MULTIPLE_AT_MOST
 from megatron_btx.recipe.budgets import model_shape
-from megatron_btx.recipe.errors import refuse
 from megatron_btx.recipe.flags import Flags, FlagValue
 from megatron_btx.recipe.names import MIX_STAGE
 from megatron_btx.recipe.options import ROWS, option_words, pad_rows, say_keys, words_of

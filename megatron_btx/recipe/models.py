@@ -11,17 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.recipe.budgets import Budget
 from megatron_btx.recipe.flags import Flags
 from megatron_btx.recipe.sections import EvaluateSection, LayoutSection
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The data that a model is trained on."""
-
-    blend: Mapping[str, float]
-    """Domain -> share; sums to one."""
-    tokens: int
 
 
 @dataclass(frozen=True)

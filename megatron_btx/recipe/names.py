@@ -13,8 +13,6 @@ MODELS_FILE = "models.json"
 """Of a run: its table of models, a mapping for each row."""
 RECIPE_FILE = "recipe.yaml"
 """Of a run: the recipe with all that was changed in it."""
-MODELS_FILE = "models.json"
-"""Of a run: its table of models."""
 LOCK_FILE = ".lock"
 CONFIG_FILE = "config.yaml"
 SCRIPT_FILE = "command.sh"
@@ -55,3 +53,15 @@ _SET_ASIDE = re.compile(r".+\.\d{8}-\d{6}(-\d+)?")
 def is_set_aside(name: str) -> bool:
     """Whether ``name`` is that of an earlier stage's folder, kept beside the one that took its place."""
     return _SET_ASIDE.fullmatch(name) is not None
+
+
+def place_of(stage: str) -> str:
+    """Where a recipe says what a stage does."""
+    name = stage.removeprefix(IMPORT_PREFIX)
+    if stage.startswith((f"{MIX_STAGE}-s", AVERAGE_STAGE)):
+        return MIX_STAGE
+    if stage.startswith(EXPERT_PREFIX):
+        return f"experts.{stage.removeprefix(EXPERT_PREFIX)}"
+    if name != stage and name not in (SEED_STAGE, MIX_STAGE, FINETUNE_STAGE):
+        return f"experts.{name}"
+    return name

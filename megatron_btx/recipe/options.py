@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT, Option
 from megatron_btx.mixing.reading import list_options
 from megatron_btx.mixing.request import Request
 from megatron_btx.recipe.flags import DERIVED_FLAGS
-from megatron_btx.recipe.names import AVERAGE_STAGE, EXPERT_PREFIX, FINETUNE_STAGE, IMPORT_PREFIX, MIX_STAGE, SEED_STAGE
+from megatron_btx.recipe.names import MIX_STAGE
 from megatron_btx.recipe.section import Section
 from megatron_btx.recipe.values import absolute_path
 
@@ -31,18 +31,16 @@ class Words(tuple[str, ...]):
     __slots__ = ()
 
 
-_METHOD = Option("method", "", default=Request.method, choices=tuple(METHODS))
 _BASE = "base"
 """The base of a method that has one: the run's seed."""
 
 
-@cache
 def _options(*titles: str) -> Mapping[str, Option]:
     """The options of these groups by their keys, and the method among them."""
     found: dict[str, Option] = {}
     for title in titles:
         if title == MIXTURE:
-            found["method"] = _METHOD
+            found["method"] = Option("method", "", default=Request.method, choices=tuple(METHODS))
         found |= list_options(title)
     found.pop(_BASE, None)
     return found
@@ -82,18 +80,6 @@ def pad_rows(rows: int, words: Sequence[str]) -> int:
     """Rows of an embedding, made a multiple of what the words say; the converter refuses one that is none."""
     multiple: int = cli.parser().parse_args(list(words)).pad_vocabulary or 1
     return -(-rows // multiple) * multiple
-
-
-def place_of(stage: str) -> str:
-    """Where a recipe says what a stage does."""
-    name = stage.removeprefix(IMPORT_PREFIX)
-    if stage.startswith((f"{MIX_STAGE}-s", AVERAGE_STAGE)):
-        return MIX_STAGE
-    if stage.startswith(EXPERT_PREFIX):
-        return f"experts.{stage.removeprefix(EXPERT_PREFIX)}"
-    if name != stage and name not in (SEED_STAGE, MIX_STAGE, FINETUNE_STAGE):
-        return f"experts.{name}"
-    return name
 
 
 def say_keys(text: str, place: str) -> str:

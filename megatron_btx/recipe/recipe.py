@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_btx.recipe.budgets import Budget
 from megatron_btx.recipe.cluster import ClusterSection
 from megatron_btx.recipe.data import Data
 from megatron_btx.recipe.flags import Flags, FlagValue, merged
-from megatron_btx.recipe.models import Budget, ModelSpec
+from megatron_btx.recipe.models import ModelSpec
 from megatron_btx.recipe.sections import EvaluateSection, LayoutSection, RecipeSection
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from megatron_btx.common.refusals import refuse
 from megatron_btx.common.routing_methods import (
     BALANCING,
     BALANCING_COEFFICIENT,
@@ -13,7 +14,6 @@ from megatron_btx.common.routing_methods import (
     RoutingMethod,
     find_method,
 )
-from megatron_btx.recipe.errors import refuse
 from megatron_btx.recipe.flags import Flags, FlagValue
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from megatron_btx.data.domains import Domain
-from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT
+from megatron_btx.common.refusals import RefusedKeyError
+from megatron_btx.data.domains import Domain, Shares
+from megatron_btx.mixing.options import RESULT
 from megatron_btx.recipe.cluster import ClusterSection
-from megatron_btx.recipe.errors import RefusedKeyError
 from megatron_btx.recipe.flags import LAYOUT_FLAGS, FlagValue
 from megatron_btx.recipe.names import SPLITS
 from megatron_btx.recipe.options import with_options
@@ -55,6 +55,16 @@ def _as_text_section(text: object) -> object:
 def _given_splits(section: Section) -> dict[str, Any]:
     """What a section gives for each split: files, datasets, or a share."""
     return section.model_dump(include=set(SPLITS), exclude_none=True)
+
+
+def _check_train(shares: dict[str, float]) -> dict[str, float]:
+    if "train" not in shares:
+        raise RefusedKeyError("train", "missing; it has no default, so give it")
+    return shares
+
+
+TrainingShares = Annotated[Shares, AfterValidator(_check_train)]
+"""How the documents of a text are split."""
 
 
 def _check_seeds(seeds: list[int] | None) -> None:
@@ -117,9 +127,8 @@ class RoutingSection(Section):
     load_balancing: str | None = None
 
 
-@with_options(RESULT, DIFFERENCES, MIXTURE)
 class MixSection(RoutingSection):
-    """The mixing stage with the converter's options, or a mixed checkpoint that takes its place."""
+    """The mixing stage, or a mixed checkpoint that takes its place; expand.py adds the converter's options."""
 
     from_: Model | None = None
     experts: list[str] | None = None
@@ -214,21 +223,6 @@ class AblationSection(Section):
         return EvaluateSection(split=self.split, tokens=self.tokens, layout=self.layout)
 
 
-class SharesSection(Section):
-    """How the documents of a text are split: shares that sum to 1."""
-
-    train: Annotated[float, Field(gt=0, le=1)]
-    valid: Annotated[float, Field(gt=0, le=1)] | None = None
-    test: Annotated[float, Field(gt=0, le=1)] | None = None
-
-    @model_validator(mode="after")
-    def _check_sum(self) -> Self:
-        total = sum(_given_splits(self).values())
-        if abs(total - 1) > 1e-9:
-            raise ValueError(f"found shares that sum to {total:g}, expected 1")
-        return self
-
-
 class TextSection(Section):
     """Text of one domain: files that are split by shares, or files for each split."""
 
@@ -258,7 +252,7 @@ class DomainSection(Section):
     valid: Datasets | None = None
     test: Datasets | None = None
     text: Annotated[TextSection | None, BeforeValidator(_as_text_section)] = None
-    split: SharesSection | None = None
+    split: TrainingShares | None = None
     """Of text (default: data.split)."""
 
     @model_validator(mode="after")
@@ -287,7 +281,7 @@ class DataSection(Section):
     """Draws which documents of a text go to which split (default: 1234)."""
     tokenizer: TokenizerFlags = {}
     """Megatron's tokenizer flags, of given data (default: the given seed's own tokenizer)."""
-    split: SharesSection | None = None
+    split: TrainingShares | None = None
     """Of all texts that state none of their own."""
     domains: Annotated[
         dict[DomainName, DomainSection], BeforeValidator(_fill_empty), AfterValidator(check_names_differ)
@@ -320,7 +314,7 @@ class DataSection(Section):
                 continue
             said = text.model_dump(by_alias=True, exclude_none=True)
             if text.files is not None and shares is not None:
-                said |= {"text": said.pop("files"), "shares": _given_splits(shares)}
+                said |= {"text": said.pop("files"), "shares": shares}
             found[name] = Domain.model_validate(said)
         return found
 

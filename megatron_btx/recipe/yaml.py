@@ -5,9 +5,8 @@ It is YAML 1.2: 010 is 10, 1:30 and yes are texts, a key that stands twice is an
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,8 @@ from ruamel.yaml.error import YAMLError
 
 from megatron_btx.common.errors import InputError
 
-_INTEGER_BITS_AT_MOST = 63
 _PLACES_OF_NAMES = (".experts", ".data.domains", ".ablation.variants")
 """Sections whose keys are names, which may be those of settings."""
-_VALUES_AT_MOST = 100_000
-"""What aliases repeat counted as often: a few lines of them can stand for more than any memory holds."""
 
 Tree = dict[str, Any]
 """A YAML mapping; its values are what YAML has, so that no narrower type is true of them."""
@@ -40,37 +36,26 @@ def load_tree(file: Path, changes: Sequence[str] = ()) -> Tree:
     return tree
 
 
-def check_values(node: object, place: str = "") -> None:
-    """Refuse keys that are no texts, and values that no command line or computation could take.
+def check_keys(node: object, place: str = "") -> None:
+    """Refuse keys that are no texts for YAML (1, 2026-01-01), and {math:1}, which it reads as a name.
 
     Raises:
         InputError: the place in the recipe and what stands there.
     """
-    if isinstance(node, dict):
-        for key, value in node.items():
-            below = f"{place}.{key}" if place else str(key)
-            _check_key(key, value, below)
-            check_values(value, below)
-    elif isinstance(node, list):
+    if isinstance(node, list):
         for value in node:
-            check_values(value, place)
-    elif isinstance(node, float) and not math.isfinite(node):
-        raise InputError(f"{place}: found {node}, expected a finite number")
-    elif isinstance(node, int) and node.bit_length() > _INTEGER_BITS_AT_MOST:
-        found = f"found a number of {node.bit_length()} bits"
-        raise InputError(f"{place}: {found}, expected at most {_INTEGER_BITS_AT_MOST}")
-    elif isinstance(node, str) and re.search(r"[\x00\ud800-\udfff]", node):
-        raise InputError(f"{place}: found {node!r}, which no command line can hold; write another text")
-
-
-def _check_key(key: object, value: object, place: str) -> None:
-    """Refuse 1 and 2026-01-01, which are no texts for YAML, and {math:1}, which it reads as a name."""
-    if not isinstance(key, str):
-        raise InputError(f"{place}: YAML reads this name as {type(key).__name__} {key!r}; put it in quotes")
-    colon = re.fullmatch(r"([^\s:]+):(\S+)", key)
-    if value is None and colon:
-        remedy = f"write a blank behind the colon, as {colon[1]}: {colon[2]}"
-        raise InputError(f"{place}: YAML reads {key!r} as a name without a value; {remedy}")
+            check_keys(value, place)
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        below = f"{place}.{key}" if place else str(key)
+        if not isinstance(key, str):
+            raise InputError(f"{below}: YAML reads this name as {type(key).__name__} {key!r}; put it in quotes")
+        colon = re.fullmatch(r"([^\s:]+):(\S+)", key)
+        if value is None and colon:
+            remedy = f"write a blank behind the colon, as {colon[1]}: {colon[2]}"
+            raise InputError(f"{below}: YAML reads {key!r} as a name without a value; {remedy}")
+        check_keys(value, below)
 
 
 def _parse(text: str, name: str) -> object:
@@ -80,7 +65,7 @@ def _parse(text: str, name: str) -> object:
         InputError: ``name``, and as far as it is known the line.
     """
     try:
-        return _copy_without_aliases(YAML(typ="safe", pure=True).load(text), iter(range(_VALUES_AT_MOST)))
+        return _copy_without_aliases(YAML(typ="safe", pure=True).load(text))
     except RecursionError:
         raise InputError(f"{name}: nested too deeply; an anchor may hold an alias of itself") from None
     except (YAMLError, ValueError) as error:  # ValueError: dates that are none, numbers of too many digits
@@ -88,13 +73,11 @@ def _parse(text: str, name: str) -> object:
         raise InputError(f"{name}: not readable as YAML: {said}") from None
 
 
-def _copy_without_aliases(node: object, left: Iterator[int]) -> object:
-    if next(left, None) is None:
-        raise ValueError(f"more than {_VALUES_AT_MOST:,} values, counting what its aliases repeat")
+def _copy_without_aliases(node: object) -> object:
     if isinstance(node, dict):
-        return {key: _copy_without_aliases(value, left) for key, value in node.items()}
+        return {key: _copy_without_aliases(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_copy_without_aliases(value, left) for value in node]
+        return [_copy_without_aliases(value) for value in node]
     return node
 
 

@@ -233,7 +233,7 @@ def routing_of_domains(cast: Cast) -> Selection | str:
     return Selection({" / ".join(two): Pair(ROUTING_DISTANCE_THRESHOLD, far) for two, far in distances.items()})
 
 
-CLAIMS: tuple[Claim, ...] = (
+CLAIMS: list[Claim] = [
     Claim(
         "experts_gain_at_home",
         "Every expert beats the seed at home.",
@@ -270,5 +270,5 @@ CLAIMS: tuple[Claim, ...] = (
         routing_of_domains,
         every_distance,
     ),
-)
+]
 """All of them, in the order of the report."""

@@ -18,8 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_btx.common import manifest as manifests
 from megatron_btx.common.errors import BAD_INPUT_EXIT_CODE, InputError, printable
 from megatron_btx.common.files import read_json_object, refuse_unusual, write_atomically
-from megatron_btx.recipe.names import CONFIG_FILE, LOG_FILE, SCRIPT_FILE, STAGE_RECORDS, TRACKER_FILE
-from megatron_btx.recipe.options import place_of, say_keys
+from megatron_btx.recipe.names import CONFIG_FILE, LOG_FILE, SCRIPT_FILE, STAGE_RECORDS, TRACKER_FILE, place_of
+from megatron_btx.recipe.options import say_keys
 from megatron_btx.runner.decisions import RERUN, Action
 from megatron_btx.runner.run_dir import find_free_name, own_manifest, read_checkpointed_iteration, say_first
 from megatron_btx.runner.schemas import JobStart, StageManifest, StageRecord

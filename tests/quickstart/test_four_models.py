@@ -16,7 +16,7 @@ import torch
 
 from megatron_btx.recipe.from_checkpoint import read_models
 from megatron_btx.runner.run_dir import read_evaluation
-from tests.support import hugging_face
+from tests.support import hugging_face, toys
 from tests.support.runner import REPOSITORY
 
 RECIPE = REPOSITORY / "examples" / "recipes" / "four-models.yaml"
@@ -147,3 +147,36 @@ def test_a_model_folder_and_one_iteration_say_what_they_are(run: Path) -> None:
         "tokenizer-type": "HuggingFaceTokenizer",
         "tokenizer-model": str(run.parent / "models" / "seed"),
     }
+
+
+TOYS = {
+    "include": str(RECIPE),
+    "data": {"domains": None, "split": None},
+    "experts": None,
+    "finetune": None,
+    "export": None,
+    "mix": {"experts": ["math", "code", "seed"], "method": "trim", "density": 0.3},
+    "baselines": {"average": None, "average-finetuned": False, "denser": True},
+    "domains": ["math", "code"],
+}
+
+
+def test_somebody_elses_method_baseline_and_claim_reach_a_run_and_its_report(run: Path) -> None:
+    """Of an installed package: in the recipe, the plan, the programs that the run starts, verification, the report."""
+    place = run.parent
+    toys.install(place / "packages")
+    (place / "toys.yaml").write_text(json.dumps(TOYS))
+    changes = [word for word in SMALL if not word.startswith(("data.", "finetune."))]
+    for name in ("math", "code"):
+        changes.append(f"experts.{name}.from={run / f'import-{name}' / 'checkpoint'}")
+        changes += [f"data.domains.{name}.{split}=[{run / 'data' / name}.{split}]" for split in ("train", "test")]
+    changes.append(f"seed.from={run / 'import-seed' / 'checkpoint'}")
+    words = ["run", "toys.yaml", "--output", "toys", "--cpu", "--set", *changes]
+    said = btx(place, *words, PYTHONPATH=f"{place / 'packages'}{os.pathsep}{REPOSITORY}")
+    assert "Fewer differences are better" in said
+    mix = json.loads((place / "toys" / "mix" / "manifest.json").read_text())
+    assert "--method=trim" in mix["command"] and "--verify" in mix["command"]
+    losses = read_evaluation(place / "toys" / "evaluate-moe" / "evaluation.json").models
+    assert losses["mix"].losses != losses["denser"].losses
+    facts = json.loads((place / "toys" / "report" / "results.json").read_text())["facts"]
+    assert "less_is_more" in [fact["name"] for fact in facts]

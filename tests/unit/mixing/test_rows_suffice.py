@@ -1,16 +1,9 @@
-"""Rows suffice: a method of mixing with an option and a whole-tensor operation, added from outside the package.
-
-It is a TIES without its signs: of each expert's difference from the base the largest share is kept, tensor by tensor;
-feed-forward blocks trimmed become experts, the rest is the base and the mean of the trimmed differences.
-"""
+"""Rows suffice: a method of mixing with an option and a whole-tensor operation (tests/support/toys.py)."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,94 +13,19 @@ import torch
 from megatron_btx.common.errors import CheckpointError, InputError
 from megatron_btx.mixing import cli
 from megatron_btx.mixing.api import mix
-from megatron_btx.mixing.methods import METHODS, Chunk, Experts, Method, dense_name, new_router
-from megatron_btx.mixing.operations import Operation, stream
-from megatron_btx.mixing.options import Option
+from megatron_btx.mixing.methods import METHODS
+from megatron_btx.plan.planner import plan_stages
+from megatron_btx.recipe.load import load_recipe
+from tests.support import toys
 from tests.support.hugging_face import tensors
 from tests.unit.mixing.folders import llama_folder
 
 DENSITY = 0.3
 
 
-class Trim(Operation):
-    """The base, and the mean of the largest differences from it."""
-
-    name = "trim"
-
-    def prepare(self, plan, planned):
-        """Of each expert's whole tensor, the smallest difference that is kept."""
-        *experts, base = planned.parts
-        thresholds = []
-        for part in experts:
-            pairs = zip(stream(plan, part), stream(plan, base), strict=True)
-            sizes = torch.cat([(mine.double() - its.double()).abs().flatten() for mine, its in pairs])
-            kept = max(1, math.ceil(plan.request.own["density"] * len(sizes)))
-            thresholds.append(float(sizes.topk(kept).values[-1]))
-        return thresholds
-
-    def rows(self, plan, planned, start, stop):
-        """A stretch of rows, with the thresholds of the whole."""
-        *experts, base = planned.parts
-        thresholds = plan.prepared(planned)
-        its = plan.read(base, start, stop).double()
-        total = torch.zeros_like(its)
-        for part, threshold in zip(experts, thresholds, strict=True):
-            change = plan.read(part, start, stop).double() - its
-            total += torch.where(change.abs() >= threshold, change, 0.0)
-        return (its + total / len(experts)).to(planned.dtype)
-
-    def describe(self, plan, planned):
-        """With the option's value."""
-        return f"largest {plan.request.own['density']:g} of the differences from the base"
-
-    def reference(self, plan, planned, rows, numbers):
-        """By sorting whole tensors."""
-        *experts, base = planned.parts
-        result = numbers[base].clone()
-        for part in experts:
-            mine, its = (torch.cat(list(stream(plan, p))).double() for p in (part, base))
-            ordered = (mine - its).abs().flatten().sort(descending=True).values
-            least = ordered[max(1, math.ceil(plan.request.own["density"] * len(ordered))) - 1]
-            change = numbers[part] - numbers[base]
-            result += change * (change.abs() >= least) / len(experts)
-        return result
-
-
-TRIM = Trim()
-
-
-def make(given, piece):
-    """Every expert trimmed; the rest trimmed and averaged."""
-    if "expert" in piece.numbers:
-        name = dense_name(piece)
-        return TRIM, (Chunk(piece.numbers["expert"], name), Chunk(given.base, name))
-    if ".router." in piece.name:
-        return new_router(piece)
-    return TRIM, tuple(Chunk(source, piece.name) for source in range(len(given.models) + 1))
-
-
-def add_method() -> Method:
-    """What a user of the package writes."""
-    density = Option(
-        "density",
-        "share of the differences that is kept",
-        float,
-        0.2,
-        metavar="D",
-        expect=lambda share: "" if 0 < share <= 1 else "a share above 0, at most 1",
-    )
-    return Method(
-        "experts and mean of trimmed differences from a base",
-        make,
-        lambda given: Experts(tuple(model.name for model in given.models)),
-        has_base=True,
-        own_options=(density,),
-    )
-
-
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "trim", add_method())
+    monkeypatch.setitem(METHODS, "trim", toys.trim())
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +98,7 @@ def test_the_command_line_knows_it(models, tmp_path, capsys):
 def test_a_rule_that_is_broken_is_found(models, tmp_path, monkeypatch):
     """Writing and reading back agree: the operation's other road does not."""
     monkeypatch.setattr(
-        Trim, "prepare", lambda self, plan, planned: [0.0] * (len(planned.parts) - 1)
+        toys.Trim, "prepare", lambda self, plan, planned: [0.0] * (len(planned.parts) - 1)
     )  # keeps everything
     with pytest.raises(CheckpointError, match=r"is not what its trim has to be, computed another way"):
         mixed(models, tmp_path / "out", verify=True)
@@ -196,38 +114,18 @@ seed: {blend: {math: 1}, tokens: 1280}
 experts: {math: {blend: {math: 1}, tokens: 1280}, code: {blend: {code: 1}, tokens: 1280}}
 mix: {method: trim, density: 0.3, experts: [math, code]}
 """
-PLAN = """
-from megatron_btx.mixing.methods import METHODS
-from tests.unit.mixing.test_rows_suffice import add_method
-METHODS["trim"] = add_method()
-from megatron_btx.plan.planner import plan_stages
-from megatron_btx.recipe.load import load_recipe
-stages = {stage.name: stage for stage in plan_stages(load_recipe("r.yaml"))}
-mix = stages["mix"]
-print(*mix.command)
-print(*sorted(mix.parents))
-print(mix.settings["options"], "base" in mix.settings)
-"""
 
 
-def test_a_recipe_has_its_option_as_a_key_and_the_seed_as_its_base(tmp_path):
-    """In a process of its own, because recipes take the table as it is when they are first imported."""
-    root = Path(__file__).resolve().parents[3]
+def test_a_recipe_has_its_option_as_a_key_and_the_seed_as_its_base(tmp_path, monkeypatch):
     (tmp_path / "r.yaml").write_text(RECIPE)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("text")
-    done = subprocess.run(
-        [sys.executable, "-c", PLAN],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    command, parents, settings = done.stdout.splitlines()
-    assert "--base seed/checkpoint" in command and "--method=trim" in command and "--density=0.3" in command
-    assert "seed" in parents.split() and "'--density=0.3'" in settings and settings.endswith("True")
+    monkeypatch.chdir(tmp_path)
+    planned = {stage.name: stage for stage in plan_stages(load_recipe("r.yaml"))}["mix"]
+    words = " ".join(planned.command)
+    assert "--base seed/checkpoint" in words and "--method=trim" in words and "--density=0.3" in words
+    assert "seed" in planned.parents and "base" in planned.settings
+    assert "--density=0.3" in planned.settings["options"]
 
 
 REFUSED = {
@@ -251,13 +149,13 @@ def test_what_its_row_refuses_is_refused(case, models, tmp_path):
 def test_a_whole_tensor_is_looked_at_once(models, tmp_path, monkeypatch):
     """By whichever thread asks first, in blocks of whatever size."""
     seen: list[str] = []
-    honest = Trim.prepare
+    honest = toys.Trim.prepare
 
     def counted(self, plan, planned):
         seen.append(planned.name)
         return honest(self, plan, planned)
 
-    monkeypatch.setattr(Trim, "prepare", counted)
+    monkeypatch.setattr(toys.Trim, "prepare", counted)
     monkeypatch.setattr("megatron_btx.mixing.layout.BLOCK_BYTES", 300)
     mixed(models, tmp_path / "out", workers=4)
     assert len(seen) == len(set(seen)) > 20

@@ -11,9 +11,10 @@ import pytest
 from megatron_btx.common.errors import InputError
 from megatron_btx.plan.planner import plan_stages
 from megatron_btx.plan.stage import Stage
+from megatron_btx.recipe.budgets import Budget
 from megatron_btx.recipe.expand import BASELINES, Baseline, Expansion
 from megatron_btx.recipe.load import load_recipe, parse_recipe
-from megatron_btx.recipe.models import Budget, ModelSpec, Train
+from megatron_btx.recipe.models import ModelSpec, Train
 from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.section import Section
 from tests.support.runner import REPOSITORY

@@ -20,9 +20,8 @@ from megatron_btx.plan import checks as program_checks
 from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.planner import plan_stages
 from megatron_btx.plan.stage import Stage
-from megatron_btx.recipe.budgets import padded_vocabulary, token_weighted, training_flops, training_steps
+from megatron_btx.recipe.budgets import Budget, padded_vocabulary, token_weighted, training_flops, training_steps
 from megatron_btx.recipe.load import load_recipe, parse_recipe
-from megatron_btx.recipe.models import Budget
 from megatron_btx.recipe.names import PLAN_FILE
 from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.yaml import load_tree
@@ -98,19 +97,9 @@ def all_values(stage: Stage, flag: str) -> list[str]:
         ("data.domains={}", "data.domains: found none, expected a mapping"),
         ("data.corpora=quickstart", "data.corpora: unknown key"),
         ("seed.layout.processes=0", "seed.layout.processes: found 0"),
-        ("seed.layout.processes=1000000", "seed.layout.processes: found 1000000, expected at most 1024"),
-        ("data.workers=9999", "data.workers: found 9999, expected at most"),
         ("seed.blend.math=1e400", "seed.blend.math: found inf, expected a finite"),
-        ("seed.blend.math=1.0e+300", "seed.blend.math: found 1e\\+300, .* at most 1e\\+15"),
-        (f"seed.blend.math=1{'0' * 400}", "seed.blend.math: found a number of 1329 bits"),
-        (f"seed.tokens=1{'0' * 30}", "seed.tokens: found a number of 100 bits"),
-        (f"seed.tokens=0x1{'0' * 5000}", "seed.tokens: found a number of 20001 bits"),
-        ("training.lr=.nan", "training.lr: found nan, expected a finite number"),
-        ("training.lr=[1, -.inf]", "training.lr: found -inf"),
-        ('training.lr="1\\0"', "training.lr: found '1.x00', which no command line can hold"),
         ("experts.math=null", "mix.experts: found .*'math'"),
         ("seed.from=~no-such-user/here", "seed.from: found '~no-such-user/here', and there is no such home"),
-        ("seed.blend={math: 1.0e-300, code: 1}", "seed.blend.math: found 1e-300 of 1, less than"),
         (f"name={'a' * 81}", "name: found .*at most 80 letters"),
         ("seed.blend={math:1}", "YAML reads 'math:1' as a name without a value; write a blank .* as math: 1"),
         ("sead=null", "sead: unknown key; did you mean seed"),
@@ -140,7 +129,6 @@ def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: s
         ("training.save-interval=null", "stage seed: no save-interval; put it under training"),
         ("experts.math.megatron.save-interval=0", "save-interval is 0"),
         ("evaluate.layout={processes: 2}", "stage evaluate-experts: .* micro-batch-size 4 on DP 2"),
-        ("model.num-layers=9007199254740993", "9007199254740993 layers; expected at most 10000"),
         ("evaluate.tokens=1000", "stage evaluate-experts: 1000 tokens per domain are fewer than .*4 sequences = 1024"),
     ],
 )
@@ -167,14 +155,10 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
         load_tree(file, [])
 
 
-LAUGHS = "".join(f"a{at}: &a{at} [{', '.join([f'*a{at - 1}' if at else '1'] * 9)}]\n" for at in range(9))
-
-
 @pytest.mark.parametrize(
     "text",
     [
         *("", "- a\n- b\n", "a: [1\n", "a: !!python/object/apply:os.getcwd []\n", "a: 1\n---\nb: 2\n"),
-        pytest.param(LAUGHS, id="aliases of aliases"),
         pytest.param("a: &a {b: *a}\n", id="an alias of itself"),
         pytest.param("a: " + "[" * 5000, id="deep"),
         pytest.param("a: 1" + "0" * 5000, id="long number"),

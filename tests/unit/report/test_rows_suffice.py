@@ -47,7 +47,7 @@ def test_a_measure_and_a_claim_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     scores = [score("btx", 0.75), score("seed", 0.5), score("btx", 0.25, "words")]
     write_json(run / "evaluate-tasks" / "evaluation.json", {"models": {}, "scores": scores})
     toy = claims.Claim("better_at_sums", "The mixture adds better than the seed.", better_at_sums, claims.every_lower)
-    monkeypatch.setattr(claims, "CLAIMS", (*claims.CLAIMS, toy))
+    monkeypatch.setattr(claims, "CLAIMS", [*claims.CLAIMS, toy])
     assert build.main([str(run), "--require-facts"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     text = (run / "report" / "report.md").read_text()

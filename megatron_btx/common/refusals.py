@@ -1,4 +1,4 @@
-"""What a recipe is refused with: its place, what was found, what was expected, and the name that was meant."""
+"""What a recipe or a description is refused with: place, found, expected, and the name that was meant."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _EXPECTED = {
     "int_type": "a whole number, as 300_000",
     "float_type": "a number",
+    "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "a text: put it in quotes",
     "list_type": "a list",
@@ -108,9 +109,9 @@ def _keys_at(model: Any, place: Sequence[str | int]) -> list[str]:
         if get_origin(annotation) is dict:
             annotation = get_args(annotation)[1]
             continue
-        fields = [field for field in annotation.model_fields.values() if field.alias == part]
-        annotation = _without_none(fields[0].annotation)
-    return [field.alias for field in annotation.model_fields.values()]
+        fields = {field.alias or name: field for name, field in annotation.model_fields.items()}
+        annotation = _without_none(fields[str(part)].annotation)
+    return [field.alias or name for name, field in annotation.model_fields.items()]
 
 
 def _without_none(annotation: Any) -> Any:
