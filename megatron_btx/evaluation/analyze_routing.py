@@ -50,7 +50,7 @@ def add_analysis_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         nargs="+",
         action="extend",
         default=[],
-        help="the prefix of an indexed dataset, or a text file (docs/data.md), and its label: a domain, or "
+        help="the prefix of an indexed dataset, or a text file (docs/recipes.md), and its label: a domain, or "
         "domain/task (required)",
     )
     group.add_argument("--btx-route-output", metavar="FOLDER", help="folder for routing.json, figures, page (required)")

@@ -44,7 +44,7 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         nargs="+",
         action="extend",
         default=[],
-        help="for every expert of the mixture the prefix of an indexed dataset, or a text file (docs/data.md): "
+        help="for every expert of the mixture the prefix of an indexed dataset, or a text file (docs/recipes.md): "
         "documents that are to go to it (required)",
     )
     group.add_argument(

@@ -1,4 +1,4 @@
-"""Every published configuration at the size of a test: converted, mixed and loaded, and docs/conversion.md about it.
+"""Every published configuration at the size of a test: converted, mixed and loaded, and docs/formats.md about it.
 
 The document's last part is measured, not written: ``python -m tests.unit.mixing.test_compatibility`` writes it again.
 """
@@ -38,7 +38,7 @@ from tests.support.hugging_face import (
 from tests.support.public_configurations import DENSE, MIXTURES, PUBLIC, pico
 from tests.support.runner import REPOSITORY
 
-DOCUMENT = REPOSITORY / "docs" / "conversion.md"
+DOCUMENT = REPOSITORY / "docs" / "formats.md"
 HEADING = "\n## Models that can be mixed\n"
 INTRODUCTION = """
 Measured by `tests/unit/mixing/test_compatibility.py`, with the published configurations at pico size. Three models
