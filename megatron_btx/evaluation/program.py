@@ -52,7 +52,8 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         nargs="+",
         action="extend",
         default=[],
-        help="the prefix of an indexed dataset, or a text file (docs/recipes.md), and the domain it stands for (required)",
+        help="the prefix of an indexed dataset, or a text file (docs/recipes.md), and the domain it stands for "
+        "(required)",
     )
     group.add_argument(
         "--btx-eval-tokens",

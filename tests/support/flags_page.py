@@ -19,8 +19,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 INTRODUCTION = """# Flags
 
 Made from the parsers by `python -m tests.support.flags_page`. The programs also take every flag of Megatron's.
-`--help-megatron` lists them. TEXT is the prefix of an indexed dataset, or a text file ([which](recipes.md#text-that-you-have)), which is
-tokenized as it is read. Started without torchrun or srun, each program is one process.
+`--help-megatron` lists them. TEXT is the prefix of an indexed dataset, or a text file, which is tokenized as it is
+read ([files](recipes.md#text-that-you-have)). Started without torchrun or srun, each program is one process.
 """
 
 

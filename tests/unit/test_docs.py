@@ -1,4 +1,4 @@
-"""What a page points to is there: links and anchors, pages that the code names, files, and the tests of docs/checks.md."""
+"""What a page points to is there: links, anchors, files and tests. So are the pages that the code names."""
 
 from __future__ import annotations
 
