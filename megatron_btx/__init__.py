@@ -4,7 +4,7 @@ The words of the project. A *seed* model is copied; each copy is trained alone o
 becomes an *expert*; the seed itself may join as the *generalist*. *Mixing* stacks the experts' feed-forward blocks as
 the experts of a mixture and averages everything else; *finetuning* then teaches the *router* which token goes where.
 
-From Python (docs/python.md has an example of each):
+From Python (docs/training.md has an example of each):
 
 - ``mix(experts, output)``: experts in, one mixture out.
 - ``convert(model)``: one model between Hugging Face and Megatron.

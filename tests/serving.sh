@@ -3,7 +3,7 @@
 # in an environment of its own, and compare log-probabilities and greedy tokens with transformers 4.57 and 5.
 #     bash tests/serving.sh [--where-available]
 # With --where-available a server that cannot be installed here (no package index, no compiler) is named with the reason
-# and left out. No step can hang: each has a limit, and whatever it started ends with it. See docs/serving.md.
+# and left out. No step can hang: each has a limit, and whatever it started ends with it. See docs/formats.md.
 set -euo pipefail
 unset CDPATH # with it, cd would look for the folder elsewhere first
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."

@@ -161,7 +161,7 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="btx datasets",
-        description="Make the datasets of several domains from their texts. docs/data.md says what is read.",
+        description="Make the datasets of several domains from their texts. docs/recipes.md says what is read.",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="makes FOLDER/DOMAIN.SPLIT.bin")
     parser.add_argument(

@@ -139,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="btx preprocess",
         description="Turn JSON, text or Parquet files into Megatron's indexed datasets. "
-        "docs/data.md says what is read and what is refused.",
+        "docs/recipes.md says what is read, docs/checks.md what is refused.",
     )
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="PATH",

@@ -119,7 +119,7 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("megatron_btx validation", "loss per domain while training")
     group.add_argument(
         "--btx-valid-data", metavar="DOMAIN=TEXT", nargs="+", action="extend", default=[],
-        help="for every domain the prefix of an indexed dataset, or a text file (docs/data.md); its loss is taken "
+        help="for every domain the prefix of an indexed dataset, or a text file (docs/recipes.md); its loss is taken "
         "every --eval-interval steps and after the last one, whatever --eval-iters says (default: none)",
     )  # fmt: skip
     group.add_argument(

@@ -38,7 +38,9 @@ def add_analysis_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     group = parser.add_argument_group("megatron_btx routing analysis", "used by tools/analyze_routing.py")
     models = "a mixture, and the name it gets in the figures; several of one architecture side by side (required)"
     add_pairs(group, "--btx-route-model", "NAME=PATH", models)
-    texts = "the prefix of an indexed dataset, or a text file (docs/data.md), and its label: a domain, or domain/task "
+    texts = (
+        "the prefix of an indexed dataset, or a text file (docs/recipes.md), and its label: a domain, or domain/task "
+    )
     add_pairs(group, "--btx-route-data", "LABEL=TEXT", f"{texts}(required)")
     group.add_argument("--btx-route-output", metavar="FOLDER", help="folder for routing.json, figures, page (required)")
     group.add_argument(

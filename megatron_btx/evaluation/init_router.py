@@ -39,7 +39,7 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     """Add the flags of this program to Megatron's parser."""
     group = parser.add_argument_group("megatron_btx router initialisation", "used by tools/init_router.py")
     group.add_argument("--btx-init-model", metavar="PATH", help="the mixed checkpoint (required)")
-    texts = "for every expert of the mixture the prefix of an indexed dataset, or a text file (docs/data.md): "
+    texts = "for every expert of the mixture the prefix of an indexed dataset, or a text file (docs/recipes.md): "
     add_pairs(group, "--btx-init-data", "EXPERT=TEXT", f"{texts}documents that are to go to it (required)")
     group.add_argument(
         "--btx-init-output", metavar="PATH", help="folder for the checkpoint with the new routers (required)"

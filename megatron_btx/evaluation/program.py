@@ -35,7 +35,9 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     group = parser.add_argument_group("megatron_btx evaluation", "used by python -m megatron_btx.evaluate")
     models = "a checkpoint to evaluate, and the name it gets in the results; repeat for several of one architecture "
     add_pairs(group, "--btx-eval-model", "NAME=PATH", f"{models}(required)")
-    texts = "the prefix of an indexed dataset, or a text file (docs/data.md), and the domain it stands for (required)"
+    texts = (
+        "the prefix of an indexed dataset, or a text file (docs/recipes.md), and the domain it stands for (required)"
+    )
     add_pairs(group, "--btx-eval-data", "DOMAIN=TEXT", texts)
     group.add_argument(
         "--btx-eval-tokens",

@@ -19,8 +19,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 INTRODUCTION = """# Flags
 
 Made from the parsers by `python -m tests.support.flags_page`. The programs also take every flag of Megatron's.
-`--help-megatron` lists them. TEXT is the prefix of an indexed dataset, or a text file ([data.md](data.md)), which is
-tokenized as it is read. Started without torchrun or srun, each program is one process.
+`--help-megatron` lists them. TEXT is the prefix of an indexed dataset, or a text file, which is tokenized as it is
+read ([files](recipes.md#text-that-you-have)). Started without torchrun or srun, each program is one process.
 """
 
 
@@ -51,7 +51,7 @@ def tools() -> dict[str, argparse.ArgumentParser]:
     for heading, parser in list(parsers.items()):
         parsers |= {f"{heading} {name}": sub for name, sub in commands_of(parser).items()}
     for name, sub in commands_of(cli.make_parser()).items():
-        if name in ("run", "plan", "status"):
+        if name in ("run", "plan", "submit", "status"):
             parsers[f"`btx {name}`"] = sub
     return parsers
 
@@ -64,9 +64,10 @@ def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     return {}
 
 
-def table(parser: argparse.ArgumentParser) -> list[str]:
-    """A row for every flag of a parser."""
+def table(parser: argparse.ArgumentParser, heading: str, said: dict[str, str]) -> list[str]:
+    """A row for every flag of a parser; of one that was said under another heading the name alone."""
     rows = []
+    again: dict[str, list[str]] = {}
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction | argparse._SubParsersAction | argparse._VersionAction):
             continue
@@ -82,23 +83,32 @@ def table(parser: argparse.ArgumentParser) -> list[str]:
             values = ""
         text = " ".join((action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%").split())
         flag = f"{name} {values}".strip().replace("|", "\\|")
-        rows.append(f"| `{flag}` | {text} |")
-    if not rows:
-        return []
-    return ["| flag | meaning |", "|---|---|", *rows]
+        row = f"| `{flag}` | {text} |"
+        if row in said:
+            again.setdefault(said[row], []).append(f"`{name}`")
+        else:
+            said[row] = heading.partition(",")[0]
+            rows.append(row)
+    lines = []
+    if rows:
+        lines += ["| flag | meaning |", "|---|---|", *rows, ""]
+    for first, names in again.items():
+        lines += [f"As for {first}: {', '.join(names)}.", ""]
+    return lines
 
 
 def page() -> str:
     """The whole page."""
-    lines = [INTRODUCTION, "## Added to Megatron's"]
+    lines = [INTRODUCTION, "## Added to Megatron's", ""]
+    said: dict[str, str] = {}
     for heading, parser in own_flags().items():
-        lines += ["", f"### {heading}", "", *table(parser)]
-    lines += ["", "## Commands of their own"]
+        lines += [f"### {heading}", "", *table(parser, heading, said)]
+    lines += ["## Commands of their own", ""]
     for heading, parser in tools().items():
-        rows = table(parser)
-        if rows:
-            lines += ["", f"### {heading}", "", *rows]
-    return "\n".join(lines) + "\n"
+        found = table(parser, heading, said)
+        if found:
+            lines += [f"### {heading}", "", *found]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 if __name__ == "__main__":

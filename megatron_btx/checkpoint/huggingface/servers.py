@@ -89,5 +89,5 @@ def server_lines(config: Config) -> list[str]:
     faithful = [server for server in SERVERS if server not in found]
     lines = [f"  servers: computed as by transformers in {', '.join(faithful)}"]
     for server, (outcome, reasons) in found.items():
-        lines.append(f"  warning: {server} {outcome}: {'; '.join(reasons)} (docs/serving.md)")
+        lines.append(f"  warning: {server} {outcome}: {'; '.join(reasons)} (docs/formats.md)")
     return lines

@@ -91,10 +91,10 @@ def test_nothing_is_said_of_dense_models():
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.condition)
 def test_the_documentation_has_the_same_table(row):
-    """A row per condition in docs/serving.md, each server's cell as the table says it."""
+    """A row per condition in docs/formats.md, each server's cell as the table says it."""
     answers = {row.server: f"{row.outcome}: {row.why}"}
     cells = [row.condition, ", ".join(row.families), *(answers.get(server, "follows") for server in SERVERS)]
-    assert f"| {' | '.join(cells)} |\n" in (REPOSITORY / "docs" / "serving.md").read_text()
+    assert f"| {' | '.join(cells)} |\n" in (REPOSITORY / "docs" / "formats.md").read_text()
 
 
 def write_expert(folder: Path, seed: int, with_biases: bool) -> Path:

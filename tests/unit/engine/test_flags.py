@@ -124,6 +124,6 @@ def test_the_page_lists_what_is_refused_and_nothing_else():
 
     checks = (arguments.of_other_programs, arguments.of_the_schedule, arguments.that_fail_late)
     refused = {flag for check in checks for flag, _, _ in check(Given())}
-    page = (REPOSITORY / "docs/running.md").read_text().partition("## Flags that do nothing")[2].partition("\n## ")[0]
+    page = (REPOSITORY / "docs/checks.md").read_text().partition("## Flags that do nothing")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     assert set(re.findall("`([^`]*)`", " ".join(rows))) == refused

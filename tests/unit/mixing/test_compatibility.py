@@ -1,4 +1,4 @@
-"""Every published configuration at the size of a test: converted, mixed and loaded, and docs/conversion.md about it.
+"""Every published configuration at the size of a test: converted, mixed and loaded, and docs/formats.md about it.
 
 The document's last part is measured, not written: ``python -m tests.unit.mixing.test_compatibility`` writes it again.
 """
@@ -38,25 +38,24 @@ from tests.support.hugging_face import (
 from tests.support.public_configurations import DENSE, MIXTURES, PUBLIC, pico
 from tests.support.runner import REPOSITORY
 
-DOCUMENT = REPOSITORY / "docs" / "conversion.md"
+DOCUMENT = REPOSITORY / "docs" / "formats.md"
 HEADING = "\n## Models that can be mixed\n"
 INTRODUCTION = """
 Measured by `tests/unit/mixing/test_compatibility.py`, with the published configurations at pico size. Three models
 with random weights are mixed into a Hugging Face folder. They are also mixed into a Megatron checkpoint, which is
-then exported. A "yes" says three things: both folders hold the same bits, the logits are right to 1e-5, and the
-generated text is the same. The reference is a mixture put together by hand in transformers' own classes, under
-transformers 4.57 and 5. The test fails where this file says otherwise; `python -m
-tests.unit.mixing.test_compatibility` writes this part again.
+then exported. Both folders hold the same bits, the logits are right to 1e-5, and the generated text is the same.
+The reference is a mixture put together by hand in transformers' own classes, under transformers 4.57 and 5. The test
+fails where this file says otherwise; `python -m tests.unit.mixing.test_compatibility` writes this part again.
 
-| Model | As source for Megatron | As source for Hugging Face | Written as | Remark |
-|---|---|---|---|---|
+| Models | Written as | Remark |
+|---|---|---|
 """
 RELATIVES = """
 Relatives with different configurations are refused until someone decides. The refusals name the flags. Here each
-pair is mixed with them, taking the values of the second:
+pair is mixed with them, taking the values of the second (`--take FIELD=NAME`):
 
-| Models | Refused for | Mixed with |
-|---|---|---|
+| Models | Mixed with |
+|---|---|
 """
 PAIRS = (
     ("Llama-2-7b", "CodeLlama-7b"),
@@ -107,10 +106,10 @@ class Bench:
         self.pair = functools.cache(self._pair)
 
     def _row(self, name: str) -> str:
-        """A model's line of the first table."""
+        """What a model's line of the first table says of it."""
         config, folder = pico(PUBLIC[name]), self.folder / name
         cells = self._converted(config, folder) if name in MIXTURES else self._mixed(config, folder)
-        return f"| {name} | {' | '.join(cells)} |\n"
+        return f"{' | '.join(cells)} |"
 
     def _router(self, folder: Path, config: Mapping[str, Any], experts: int) -> tuple[torch.Tensor, str]:
         rows_LEH = router_rows(config["num_hidden_layers"], experts, config["hidden_size"])
@@ -135,7 +134,7 @@ class Bench:
             remark.append("sliding window: Megatron runs it with Transformer Engine alone")
         if "--use-rope-scaling" in (folder / "megatron" / "megatron_args.txt").read_text():
             remark.append("scaled rotary positions")
-        return ["yes", "yes", config_of(folder / "hf")["architectures"][0], "; ".join(remark)]
+        return [config_of(folder / "hf")["architectures"][0], "; ".join(remark)]
 
     def _converted(self, config: Mapping[str, Any], folder: Path) -> list[str]:
         model = make_model(config, 1)
@@ -148,7 +147,7 @@ class Bench:
         code, error = run(cli.main, [*experts, "--output", str(folder / "mix")])
         assert code == 2 and "is a mixture of 4 experts, expected a dense model" in error
         remark = "a mixture itself: converted there and back, not mixed again"
-        return ["converted", "converted", config_of(folder / "back")["architectures"][0], remark]
+        return [config_of(folder / "back")["architectures"][0], remark]
 
     def _loads(self, folder: Path, reference: Any) -> None:
         """Both versions of transformers compute and generate what the reference does."""
@@ -170,7 +169,6 @@ class Bench:
         rows_LEH, router = self._router(folder, configs["new"], 2)
         words = [router, *(f"--expert={name}={folder / name}" for name in configs)]
         flags: list[str] = []
-        refusals: list[str] = []
         for _ in range(4):
             out = ["--output", str(folder / "hf"), "--output-format=hf"]
             code, error = run(cli.main, [*words, *flags, *out])
@@ -180,15 +178,13 @@ class Bench:
             assert not (folder / "hf").exists()
             fields = re.findall(r"--take (\w+)=", error)
             flags += [f"--take={field}=new" for field in fields]
-            refusals += fields
             if "--vocab union" in error:
                 assert f"old has {configs['old']['vocab_size']}" in error
                 assert f"new has {configs['new']['vocab_size']}" in error
                 flags.append("--vocab=union")
-                refusals.append("vocabulary")
         else:
             raise AssertionError(f"still refused with {flags}: {error}")
-        assert refusals, "relatives that differ in nothing are no news"
+        assert flags, "relatives that differ in nothing are no news"
         extend(models["old"], models["new"])
         self._loads(folder / "hf", reference_mixture(list(models.values()), configs["new"], rows_LEH))
         # transformers 5 takes Qwen's own tokenizer for a dense Qwen2, not these whole words.
@@ -199,12 +195,15 @@ class Bench:
             # transformers 5 reads a dense Qwen2's file in a way of its own, so that it is written in another form.
             tables = [known_vocabulary({"hf_folder": folder / model}).tokens for model in (name, "new")]
             assert tables[0] == tables[1]
-        shown = " ".join(f"`{flag.replace('=', ' ', 1)}`" for flag in flags)
-        return f"| {first}, {second} | {', '.join(refusals)} | {shown.replace('=new', '=' + second)} |\n"
+        shown = ", ".join(f"`{flag.removesuffix('=new').replace('=', ' ')}`" for flag in flags)
+        return f"| {first}, {second} | {shown} |\n"
 
     def document(self) -> str:
         """The measured part of the document."""
-        rows = "".join(self.row(name) for name in (*DENSE, *MIXTURES))
+        models: dict[str, list[str]] = {}
+        for name in (*DENSE, *MIXTURES):
+            models.setdefault(self.row(name), []).append(name)
+        rows = "".join(f"| {', '.join(names)} | {said}\n" for said, names in models.items())
         return INTRODUCTION + rows + RELATIVES + "".join(self.pair(*pair) for pair in PAIRS)
 
 
@@ -223,7 +222,9 @@ def bench(older: Older, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Be
 
 @pytest.mark.parametrize("name", [*DENSE, *MIXTURES])
 def test_published_models(name, bench):
-    assert bench.row(name) in DOCUMENT.read_text()
+    table = DOCUMENT.read_text().partition(INTRODUCTION)[2].partition(RELATIVES)[0]
+    lines = [line.removeprefix("| ").partition(" | ") for line in table.splitlines()]
+    assert [said for models, _, said in lines if name in models.split(", ")] == [bench.row(name)]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
