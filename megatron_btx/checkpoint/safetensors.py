@@ -24,6 +24,8 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
+_STEP_BYTES = 4 << 20
+"""Two copies of a tensor are compared this many bytes at a time."""
 type _Form = tuple[str, tuple[int, ...], torch.dtype]
 """The name, shape and type of a tensor that is to be written."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -92,6 +94,7 @@ class SafetensorsReader(Reader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._file = _choose_file(folder)
+        self._weight_map: dict[str, str] = {}
         if self._file == INDEX:
             self._open_index()
         else:
@@ -99,6 +102,7 @@ class SafetensorsReader(Reader):
 
     def _open_index(self) -> None:
         index, weight_map = self.folder / INDEX, _weight_map(self.folder)
+        self._weight_map = weight_map
         names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
@@ -148,11 +152,6 @@ class SafetensorsReader(Reader):
         data_at = 8 + length
         end = 0
         for extent, tensor, shape, code in sorted(entries):
-            if tensor in self.tensors:
-                raise CheckpointError(
-                    f"{file}: {tensor} is in {self._file_of(tensor)} as well; load the model with transformers and "
-                    "save it with save_pretrained"
-                )
             if code not in DTYPES:
                 raise CheckpointError(
                     f"{file}: {tensor}: is stored as {code}, expected one of {', '.join(DTYPES)}; "
@@ -165,10 +164,25 @@ class SafetensorsReader(Reader):
                     f"{file}: {tensor}: shape {list(shape)} does not fit its bytes {list(extent)}; damaged"
                 )
             block = Block((0,) * len(shape), shape, name, data_at + end, length_bytes)
-            self.tensors[tensor] = StoredTensor(shape, dtype, (block,))
+            mine = StoredTensor(shape, dtype, (block,))
+            before = self.tensors.get(tensor)
+            self.tensors[tensor] = mine if before is None else self._choose_copy(tensor, mine, before)
             end += length_bytes
         if data_at + end != size:
             raise CheckpointError(f"{file}: {size} bytes, but its header names {data_at + end}; it is truncated")
+
+    def _choose_copy(self, name: str, mine: StoredTensor, other: StoredTensor) -> StoredTensor:
+        """Of a tensor that two shards hold with the same bytes, which transformers loads, that of the index."""
+        (block,), (known,) = mine.blocks, other.blocks
+        is_same = (mine.shape, mine.dtype) == (other.shape, other.dtype)
+        for start in range(0, block.length_bytes if is_same else 0, _STEP_BYTES):
+            count = min(_STEP_BYTES, block.length_bytes - start)
+            places = [Place(self.folder / one.file, one.position_bytes + start) for one in (block, known)]
+            is_same = is_same and self._files.bytes_at(places[0], count) == self._files.bytes_at(places[1], count)
+        if not is_same:
+            where = self.folder / block.file
+            raise CheckpointError(f"{where}: {name} is in {known.file} as well, with other numbers; damaged")
+        return other if self._weight_map.get(name) == known.file else mine
 
     def dtypes(self) -> list[str]:
         """The names of the tensors' types, that with the most bytes first."""

@@ -151,7 +151,7 @@ def test_a_model_folder_and_one_iteration_say_what_they_are(run: Path) -> None:
 
 TOYS = {
     "include": str(RECIPE),
-    "data": {"domains": None, "split": None},
+    "data": {"domains": None, "split": None, "workers": None, "seed": None},
     "experts": None,
     "finetune": None,
     "export": None,

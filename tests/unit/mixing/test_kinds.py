@@ -217,3 +217,23 @@ def test_a_pointer_is_no_tokenizer_for_texts(kind, tmp_path):
     place = tmp_path if kind == "HuggingFaceTokenizer" else tmp_path / "tokenizer.model"
     with pytest.raises(InputError, match=r"tokenizer\.model: is a pointer of Git LFS.*lfs pull"):
         TokenizerSettings(kind, str(place)).check()
+
+
+def test_equal_copies_of_a_tensor_are_one(tmp_path, capsys):
+    """Whichever shard the index names; a copy with other numbers, or of another form, is no copy."""
+    held = llama_tensors(1)
+    shards = {"model-1.safetensors": held, "model-2.safetensors": {EMBEDDING: held[EMBEDDING]}}
+    for number, named in enumerate(shards):
+        folder = llama_folder(tmp_path / f"model{number}", 2)
+        in_shards(folder, shards, dict.fromkeys(held, "model-1.safetensors") | {EMBEDDING: named})
+        if number == 0:  # the second shard must be one of the index's
+            in_shards(
+                folder,
+                shards
+                | {"model-2.safetensors": {EMBEDDING: held[EMBEDDING], "model.norm.weight": held["model.norm.weight"]}},
+                dict.fromkeys(held, "model-1.safetensors") | {"model.norm.weight": "model-2.safetensors"},
+            )
+        assert torch.equal(embedding(folder), held[EMBEDDING])
+    for other in (held[EMBEDDING] + 1, held[EMBEDDING].bfloat16(), held[EMBEDDING][:-1]):
+        in_shards(folder, shards | {"model-2.safetensors": {EMBEDDING: other}})
+        assert f"{EMBEDDING} is in model-1.safetensors as well, with other numbers" in refusal(folder, capsys)
