@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from megatron_btx.common.plugins import load_plugins
 from megatron_btx.report.models import AVERAGE, BTX, EXPERT, SEED, Cast, routing_distances, subtract
 from megatron_btx.report.quantities import difference_text, loss_text, mean
 
@@ -101,7 +102,8 @@ class Claim:
 
 
 def check_claims(cast: Cast) -> list[Fact]:
-    """The facts of a run, in the order of the report."""
+    """The facts of a run, in the order of the report, claims of other packages last."""
+    load_plugins()
     facts = []
     for claim in CLAIMS:
         found = claim.select(cast)

@@ -174,9 +174,10 @@ def test_somebody_elses_method_baseline_and_claim_reach_a_run_and_its_report(run
     words = ["run", "toys.yaml", "--output", "toys", "--cpu", "--set", *changes]
     said = btx(place, *words, PYTHONPATH=f"{place / 'packages'}{os.pathsep}{REPOSITORY}")
     assert "Fewer differences are better" in said
-    mix = json.loads((place / "toys" / "mix" / "manifest.json").read_text())
-    assert "--method=trim" in mix["command"] and "--verify" in mix["command"]
+    mixing = (place / "toys" / "mix" / "command.sh").read_text()
+    assert "--method=trim" in mixing and "--verify" in mixing
     losses = read_evaluation(place / "toys" / "evaluate-moe" / "evaluation.json").models
     assert losses["mix"].losses != losses["denser"].losses
     facts = json.loads((place / "toys" / "report" / "results.json").read_text())["facts"]
-    assert "less_is_more" in [fact["name"] for fact in facts]
+    fact = next(fact for fact in facts if fact["name"] == "less_is_more")
+    assert set(fact["denser_mix"]) == {"math", "code"} and fact["holds"] is not None
