@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -16,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_btx.data import preprocess
+from megatron_btx.data.records import json_values
 
 LINES = b'{"text": "1 2"}\n{"text": "3"}\n{"text": "4 5 6"}\n'
 NUMBERS = [[1, 2], [3], [4, 5, 6]]
@@ -199,6 +201,21 @@ def test_an_array_without_an_end_is_a_damaged_file(policy: str, run: Run) -> Non
     assert "a.json: line 3: the array has no end" in run.refusal(path, more=("--on-bad-record", policy))
     path = run.write("b.json", b'[{"text": "1"}]\n{"text": "2"}')
     assert "b.json: line 2: something follows the end of the array" in run.refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "values"),
+    [
+        (b"[]", []),
+        (b" [ \n ]\n", []),
+        (b"[1]", [(1, b"1")]),
+        (b"[1,\n]", [(1, b"1"), (2, b"")]),
+        (b"[[]]", [(1, b"[]")]),
+    ],
+)
+def test_an_empty_array_holds_no_record(content: bytes, values: list[tuple[int, bytes]]) -> None:
+    """But one that follows a comma and is not there is a record that cannot be read."""
+    assert list(json_values(io.BufferedReader(io.BytesIO(content)), array=True)) == values
 
 
 def test_only_the_first_bad_records_are_shown_and_all_are_counted(run: Run) -> None:
