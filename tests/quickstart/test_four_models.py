@@ -180,4 +180,4 @@ def test_somebody_elses_method_baseline_and_claim_reach_a_run_and_its_report(run
     assert losses["mix"].losses != losses["denser"].losses
     facts = json.loads((place / "toys" / "report" / "results.json").read_text())["facts"]
     fact = next(fact for fact in facts if fact["name"] == "less_is_more")
-    assert set(fact["denser_mix"]) == {"math", "code"} and fact["holds"] is not None
+    assert set(fact["numbers"]["denser_mix"]) == {"math", "code"} and fact["holds"] is not None
