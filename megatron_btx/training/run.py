@@ -17,7 +17,7 @@ from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_btx.common.errors import CheckpointError, MachineError, print_error, refused
+from megatron_btx.common.errors import BTXError, CheckpointError, MachineError, print_error, refused
 from megatron_btx.common.log import say
 from megatron_btx.data.splits import check_splits
 from megatron_btx.data.training import check_data_files, datasets_for
@@ -111,7 +111,7 @@ def check() -> str:
     return f"{args.world_size} processes, {layout}, {steps} steps of {tokens} tokens"
 
 
-def _checkpointing_failed(args: argparse.Namespace, failure: BaseException) -> CheckpointError:
+def _checkpointing_failed(args: argparse.Namespace, failure: BaseException) -> BTXError:
     """A failed checkpoint in one line, with what helps: most often the disk is full, and the last one stands."""
     if any(frame.name == "load_checkpoint" for frame in traceback.extract_tb(failure.__traceback__)):
         loaded = checkpoint_to_load(args)
@@ -123,7 +123,9 @@ def _checkpointing_failed(args: argparse.Namespace, failure: BaseException) -> C
     free_mib = shutil.disk_usage(args.save if os.path.isdir(args.save) else ".").free >> 20
     # Megatron passes on of an exception in a writing process its class alone, as text.
     room = "Make room and start" if isinstance(cause, OSError) or "OSError" in said else "Start"
-    return CheckpointError(
+    # Another process died: a writer; or a reader of data, of which PyTorch tells wherever this one stands just then.
+    is_machine = room == "Start" and "RuntimeError" in said
+    return (MachineError if is_machine else CheckpointError)(
         f"{args.save}: a checkpoint could not be written ({free_mib} MiB free there): {said}. {room} the same command "
         "again; it goes on from the last complete checkpoint"
     )

@@ -9,6 +9,7 @@ import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_btx.checkpoint.iterations import TRACKER
+from megatron_btx.common.errors import MachineError
 from megatron_btx.training.run import _checkpointing_failed
 
 
@@ -55,3 +56,4 @@ def test_a_checkpoint_that_failed(step, cause, said, remedy, tmp_path: Path):
     with pytest.raises(Exception, match=f"{said}.*{remedy}") as raised:
         raise _checkpointing_failed(args, failure.value)
     assert str(raised.value).startswith(args.load if step is load_checkpoint else args.save)
+    assert isinstance(raised.value, MachineError) == (said == "written .*MiB free.*: RuntimeError: W"), "status 1"
