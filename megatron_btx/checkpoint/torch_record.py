@@ -242,7 +242,9 @@ def record_frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, byt
     import torch
     from torch.serialization import skip_data
 
-    with tempfile.TemporaryFile() as out:
+    # In memory while that is little: the folder of temporary files may be full where that of the result is not.
+    is_small = math.prod(shape) * dtype.itemsize < 64 << 20
+    with io.BytesIO() if is_small else tempfile.TemporaryFile() as out:
         with skip_data():
             torch.save(torch.empty(shape, dtype=dtype), out)
         begin = _Record(out).begin_of("data/0")
