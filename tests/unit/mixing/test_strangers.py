@@ -332,8 +332,9 @@ def fuzz(
         capsys.readouterr()
         with little_memory():
             code = main([*words, "--output", str(out)])
-        # The interpreter's own remark on a bytearray for which there was no memory.
-        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("SystemError: dealloc")]
+        # The interpreter's own remark on a bytearray for which there was no memory; torch puts [rank0] before it where
+        # an earlier test of this process had a process group.
+        lines = [line for line in capsys.readouterr().err.splitlines() if "SystemError: dealloc" not in line]
         if code == 2:
             refusals += 1
             assert len(lines) == 1 and lines[0].startswith("error: "), (case, lines)
