@@ -128,6 +128,42 @@ def first_documents(path: str, count: int) -> list[np.ndarray]:
     return list(itertools.islice(documents_of(path), count))
 
 
+def count_bytes(ids: np.ndarray, args: argparse.Namespace) -> int | None:
+    """Bytes of UTF-8 that the tokens stand for whose loss is measured when ``ids`` are read from their beginning.
+
+    All but the first token of all, and, under ``--eod-mask-loss``, but the first of each document. An end of a document
+    has no bytes. None where the tokenizer cannot say: the ids of a NullTokenizer are no text.
+    """
+    import numpy as np
+    from megatron.training import get_tokenizer
+
+    if str(args.tokenizer_type).startswith("Null"):
+        return None
+    tokenizer = get_tokenizer()
+    has_end = tokenizer.eod is not None and tokenizer.eod >= 0
+    ends = np.flatnonzero(ids == tokenizer.eod) if has_end else np.empty(0, dtype=np.int64)
+    total = 0
+    for number, document in enumerate(np.split(ids, ends)):
+        text = document[1:] if number else document  # each but the first begins with the end of the one before
+        unmeasured = text[:1] if args.eod_mask_loss or not number else text[:0]
+        for sign, part in ((1, text), (-1, unmeasured)):
+            if len(part):
+                total += sign * len(tokenizer.detokenize(part.tolist()).encode())
+    return total
+
+
+def spread_documents(path: str, count: int) -> list[np.ndarray]:
+    """At most ``count`` documents, evenly spread over an indexed dataset, or the first ones of a file."""
+    if _is_text(path):
+        return first_documents(path, count)
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(path)
+    numbers = np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=np.int64)
+    return [dataset[int(number)].astype(np.int64) for number in numbers]
+
+
 def _is_text(path: str) -> bool:
     return form_of(path) is not None and not Path(f"{path}.idx").exists()
 

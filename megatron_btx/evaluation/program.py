@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_btx.common.cli_args import read_pairs
 from megatron_btx.common.errors import InputError, exits_with_one_line
@@ -23,11 +23,15 @@ from megatron_btx.common.log import say
 from megatron_btx.engine.checks.start import compare_with_stored
 from megatron_btx.engine.program import start_tool
 from megatron_btx.engine.restricted_loading import load_weights
+from megatron_btx.evaluation.btm import Ensembles, MemberLosses, add_btm_arguments
 from megatron_btx.mixing.loader import Source, open_source
 from megatron_btx.model.build import build_model
-from megatron_btx.model.step import batches_of, forward
+from megatron_btx.model.step import MeanLoss, batches_of, forward
 from megatron_btx.runner.run_dir import make_loss
-from megatron_btx.runner.schemas import Score
+from megatron_btx.runner.schemas import BITS_PER_BYTE, Score
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -48,7 +52,38 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
         "(default: 65536)",
     )
     group.add_argument("--btx-eval-output", metavar="FILE", help="where to write the results as JSON (required)")
+    add_btm_arguments(parser)
     return parser
+
+
+class Text(NamedTuple):
+    """What is evaluated of a domain."""
+
+    path: str
+    ids: np.ndarray
+    """Its tokens, and one more: int64."""
+    size_bytes: int | None
+    """Of the tokens whose loss is measured, as UTF-8; None where the tokenizer cannot say."""
+
+    @classmethod
+    def of(cls, path: str, args: argparse.Namespace) -> Text:
+        """The first tokens of a text, in whole batches."""
+        from megatron_btx.data.texts import count_bytes, start_of, tokens_of_a_batch
+
+        ids = start_of(path, args.btx_eval_tokens)
+        batch = tokens_of_a_batch(args)
+        ids = ids[: (len(ids) - 1) // batch * batch + 1]
+        return cls(path, ids, count_bytes(ids, args))
+
+    def score(self, model: str, domain: str, loss: MeanLoss) -> list[Score]:
+        """The loss, and where the bytes are known also what it is per byte, which no tokenizer decides."""
+        scores = [make_loss(model, domain, loss.nats, loss.tokens, loss.stderr)]
+        if self.size_bytes:
+            scale = loss.tokens / self.size_bytes / math.log(2)
+            stderr = loss.stderr and loss.stderr * scale
+            per_byte = Score(model=model, measure=BITS_PER_BYTE, data=domain, value=loss.nats * scale, stderr=stderr)
+            scores.append(per_byte.model_copy(update={"count": self.size_bytes, "unit": "bits/byte"}))
+        return scores
 
 
 @exits_with_one_line
@@ -56,15 +91,24 @@ def main() -> int:
     """Evaluate what the command line names; see --help."""
     args, experts = start_tool(__doc__, add_evaluation_arguments, _names_of, _check_inputs)
     models, data = _names_of(args)
+    texts = {domain: Text.of(path, args) for domain, path in data.items()}
+    ensembles = Ensembles.of(args, models)
+    members = MemberLosses(ensembles) if ensembles else None
     model = build_model(args)
-    scores, about = [], {}
+    scores: list[Score] = []
+    about: dict[str, Any] = {}
     for name, path in models.items():
         load_weights(model, path)
-        losses, about[name] = evaluate_model(model, name, data, path)
-        scores += [score.model_dump() for score in losses]
-        say(f"{name}: " + ", ".join(f"{score.data} {score.value:.4f}" for score in losses))
+        losses, about[name] = evaluate_model(model, name, texts, path, members)
+        scores += losses
+    if members is not None and args.rank == 0:
+        experts = list(members.ensembles.texts)
+        losses, of_ensembles = measure_ensembles(members, texts, args.micro_batch_size)
+        scores += losses
+        about |= of_ensembles
     if args.rank == 0:
-        result = {"scores": scores, "models": about, "experts": experts, "eod_mask_loss": args.eod_mask_loss}
+        found = [score.model_dump() for score in scores]
+        result = {"scores": found, "models": about, "experts": experts, "eod_mask_loss": args.eod_mask_loss}
         write_json(Path(args.btx_eval_output), result)
     return 0
 
@@ -81,14 +125,22 @@ def _check_inputs(args: argparse.Namespace) -> list[str] | None:
     stored = {path: compare_with_stored(path, vars(args)) for path in models.values()}
     experts = expert_names(stored, args.num_experts)
     check_texts(data, "--btx-eval-data", args.btx_eval_tokens, "--btx-eval-tokens", args)
+    ensembles = Ensembles.of(args, models)
+    if ensembles is not None:
+        ensembles.check()
     return experts
 
 
-def evaluate_model(model: list[Any], name: str, data: dict[str, str], path: str) -> tuple[list[Score], dict[str, Any]]:
-    """The losses of one loaded model, and what it is: parameters and, of a mixture, routing."""
+def evaluate_model(
+    model: list[Any], name: str, texts: Mapping[str, Text], path: str, members: MemberLosses | None = None
+) -> tuple[list[Score], dict[str, Any]]:
+    """The losses of one loaded model, and what it is: parameters and, of a mixture, routing.
+
+    Args:
+        members: is told the losses of every token where the model is one of them.
+    """
     from megatron.training import get_args
 
-    from megatron_btx.data.texts import start_of
     from megatron_btx.evaluation.routing import divide_up, route
 
     source = open_source("the model", path)
@@ -100,16 +152,44 @@ def evaluate_model(model: list[Any], name: str, data: dict[str, str], path: str)
         "active_parameters": active,
         "routing": {} if source.sizes.experts else None,
     }
-    scores = []
-    for domain, prefix in data.items():
+    is_member = members is not None and name in members.ensembles.texts
+    losses = {}
+    for domain, text in texts.items():
+        where = f"{domain}: {text.path}"
         if args.num_experts:
-            routed = route(model, f"{domain}: {prefix}", prefix, args.btx_eval_tokens)
-            scores.append(make_loss(name, domain, routed.loss, routed.tokens, routed.stderr))
+            routed = route(model, where, text.path, args.btx_eval_tokens)
+            losses[domain] = MeanLoss(routed.loss, routed.tokens, routed.stderr)
             about["routing"][domain] = [divide_up(layer.choices) for layer in routed.layers]
         else:
-            loss = forward(model, batches_of(start_of(prefix, args.btx_eval_tokens), f"{domain}: {prefix}"))
-            scores.append(make_loss(name, domain, loss.nats, loss.tokens, loss.stderr))
+            losses[domain] = forward(model, batches_of(text.ids, where), keep_losses=is_member)
+    if members is not None and is_member:
+        members.add(name, model, {domain: loss.losses_QS for domain, loss in losses.items()})
+    return _score(name, texts, losses), about
+
+
+def measure_ensembles(
+    members: MemberLosses, texts: Mapping[str, Text], micro: int
+) -> tuple[list[Score], dict[str, dict[str, Any]]]:
+    """The losses of the ensembles, and what they are: the members' shares stand as the routing of one layer."""
+    losses: dict[str, dict[str, MeanLoss]] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for domain, text in texts.items():
+        for name, found in members.measure(domain, text.ids, micro).items():
+            losses.setdefault(name, {})[domain] = found.loss
+            about.setdefault(name, {"routing": {}})["routing"][domain] = [found.shares]
+    scores: list[Score] = []
+    for name, of_model in losses.items():
+        scores += _score(name, texts, of_model)
     return scores, about
+
+
+def _score(model: str, texts: Mapping[str, Text], losses: Mapping[str, MeanLoss]) -> list[Score]:
+    """A model's scores on all texts, which are said."""
+    say(f"{model}: " + ", ".join(f"{domain} {loss.nats:.4f}" for domain, loss in losses.items()))
+    scores: list[Score] = []
+    for domain, loss in losses.items():
+        scores += texts[domain].score(model, domain, loss)
+    return scores
 
 
 def count_parameters(source: Source, topk: int, sampled: bool) -> tuple[int, int]:

@@ -24,6 +24,7 @@ def forward_step(
     stopping: Stopping | None = None,
     micro_batch_size: int | None = None,
     see_loss: Callable[[Any, Any], None] | None = None,
+    keep_losses: bool = False,
 ) -> tuple[Any, Any]:
     """One micro-batch through this stage: the per-token losses on the last one, and how to reduce them.
 
@@ -32,6 +33,7 @@ def forward_step(
         stopping: is told that this rank got on, and tells all ranks when one of them reads what it cannot use.
         micro_batch_size: sequences of the micro-batch; by default as Megatron's flags for training or evaluation say.
         see_loss: is shown the sum of losses and the tokens of every micro-batch that is trained on.
+        keep_losses: report the loss of every token, too.
     """
     from megatron.core import mpu
     from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -70,11 +72,12 @@ def forward_step(
     )
     if not model.training:
         see_loss = None
-    return output, functools.partial(language_model_loss, batch["loss_mask"], see_loss=see_loss)
+    mask = batch["loss_mask"]
+    return output, functools.partial(language_model_loss, mask, see_loss=see_loss, keep_losses=keep_losses)
 
 
 def language_model_loss(
-    loss_mask_BS: Any, losses_BS: Any, see_loss: Callable[[Any, Any], None] | None = None
+    loss_mask_BS: Any, losses_BS: Any, see_loss: Callable[[Any, Any], None] | None = None, keep_losses: bool = False
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Sum of the per-token cross-entropies in nats, the number of tokens, and both for reporting.
 
@@ -82,6 +85,7 @@ def language_model_loss(
         loss_mask_BS: [B, S], 1 where a token counts.
         losses_BS: [B, S], cross-entropy per token.
         see_loss: is shown the sum and the number.
+        keep_losses: report every token's loss as well, NaN where it does not count.
     """
     import torch
 
@@ -90,7 +94,10 @@ def language_model_loss(
     tokens = mask.sum().to(torch.int)
     if see_loss is not None:
         see_loss(total, tokens)
-    return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
+    report = {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
+    if keep_losses:
+        report["losses"] = losses_BS.detach().float().masked_fill(loss_mask_BS == 0, math.nan)
+    return total, tokens, report
 
 
 class MeanLoss(NamedTuple):
@@ -101,10 +108,12 @@ class MeanLoss(NamedTuple):
     tokens: int
     stderr: float | None
     """Standard error over micro-batches; None of a single one."""
+    losses_QS: Any = None
+    """Loss of every token, [sequences, S] fp32 on the CPU, NaN where it does not count; None where nobody asked."""
 
 
-def forward(model: list[Any], batches: list[dict[str, Any]]) -> MeanLoss:
-    """The mean loss over everybody's batches."""
+def forward(model: list[Any], batches: list[dict[str, Any]], keep_losses: bool = False) -> MeanLoss:
+    """The mean loss over everybody's batches; with ``keep_losses`` also that of every token."""
     import torch
     from megatron.core import mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -113,7 +122,9 @@ def forward(model: list[Any], batches: list[dict[str, Any]]) -> MeanLoss:
     args = get_args()
     with torch.no_grad():
         losses = get_forward_backward_func()(
-            forward_step_func=functools.partial(forward_step, micro_batch_size=args.micro_batch_size),
+            forward_step_func=functools.partial(
+                forward_step, micro_batch_size=args.micro_batch_size, keep_losses=keep_losses
+            ),
             data_iterator=[iter(batches) for _ in model] if len(model) > 1 else iter(batches),
             model=model,
             num_microbatches=len(batches),
@@ -138,7 +149,35 @@ def forward(model: list[Any], batches: list[dict[str, Any]]) -> MeanLoss:
     stderr = None
     if count > 1 and sums[1] > 0:
         stderr = math.sqrt(squares * count / (count - 1)) / sums[1].item()
-    return MeanLoss(mean.item(), int(sums[1].item()), stderr)
+    losses_QS = None
+    if keep_losses:
+        losses_QS = _gather_losses([loss["losses"] for loss in losses] if is_counted else [], len(batches))
+    return MeanLoss(mean.item(), int(sums[1].item()), stderr, losses_QS)
+
+
+def _gather_losses(own: list[torch.Tensor], steps: int) -> torch.Tensor:
+    """Everybody's losses in the order of the sequences, [Q, S] on every rank.
+
+    Args:
+        own: [B, S / CP] of each step; empty on a rank that another one stands for.
+    """
+    import torch
+    from megatron.core import mpu
+    from megatron.training import get_args
+
+    args = get_args()
+    ranks, parts = mpu.get_data_parallel_world_size(), mpu.get_context_parallel_world_size()
+    # With context parallelism a rank has two parts of a sequence: one from its beginning, one from its end.
+    halves = 2 * parts if parts > 1 else 1
+    shape = (steps, ranks, args.micro_batch_size, halves, args.seq_length // halves)
+    losses = torch.zeros(shape, dtype=torch.float32, device="cuda")
+    if own:
+        at = mpu.get_context_parallel_rank()
+        mine = [at, halves - 1 - at] if parts > 1 else [0]
+        stacked = torch.stack(own)
+        losses[:, mpu.get_data_parallel_rank()][:, :, mine] = stacked.view(steps, shape[2], len(mine), shape[4])
+    torch.distributed.all_reduce(losses)
+    return losses.view(-1, args.seq_length).cpu()
 
 
 def batches_of(text: Any, where: str) -> list[dict[str, Any]]:

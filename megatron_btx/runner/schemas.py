@@ -216,6 +216,8 @@ class ModelRow(_Record):
 
 LOSS = "loss"
 """The measure of every evaluation: mean cross-entropy, nats per token."""
+BITS_PER_BYTE = "bits-per-byte"
+"""The same per byte of the text, in bits, so that models of different tokenizers compare."""
 
 
 class Score(_Record):
