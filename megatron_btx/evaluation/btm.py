@@ -14,6 +14,7 @@ import numpy as np
 from megatron_btx.common.cli_args import read_pairs, split_pair
 from megatron_btx.common.errors import InputError
 from megatron_btx.evaluation.ensembles import (
+    CONTEXT_INTERVAL,
     PRIOR_SEQUENCES,
     WEIGHTS,
     Evidence,
@@ -46,6 +47,8 @@ def add_btm_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--btx-btm-top-k", metavar="K", type=int, nargs="+", default=[1, 2], help="members used at once (default: 1 2)"
     )
+    what = "tokens after which the nearest members are sought again; those before the first take all (default: 32)"
+    group.add_argument("--btx-btm-interval", metavar="TOKENS", type=int, default=CONTEXT_INTERVAL, help=what)
     rows = "; ".join(f"{name}: {row.meaning}" for name, row in WEIGHTS.items())
     group.add_argument(
         "--btx-btm-weights",
@@ -69,6 +72,7 @@ class Ensembles:
     weights: Sequence[str]
     prior_data: Mapping[str, str]
     """Domain -> development text."""
+    interval: int
 
     @classmethod
     def of(cls, args: argparse.Namespace, models: Mapping[str, str]) -> Ensembles | None:
@@ -95,7 +99,9 @@ class Ensembles:
         cached = [name for name in args.btx_btm_weights if WEIGHTS[name].needs_prior]
         if bool(cached) != bool(prior):
             raise InputError(f"--btx-btm-weights bayes-cached and {_PRIOR} go together; give both, or none")
-        return cls(texts, args.btx_btm_top_k, args.btx_btm_weights, prior)
+        if args.btx_btm_interval < 1:
+            raise InputError(f"--btx-btm-interval {args.btx_btm_interval}: expected a number of tokens, at least 1")
+        return cls(texts, args.btx_btm_top_k, args.btx_btm_weights, prior, args.btx_btm_interval)
 
     def check(self) -> None:
         """Refuse texts that cannot be read, before any process group exists. Raises InputError."""
@@ -198,7 +204,7 @@ class MemberLosses:
         found = {}
         for kind in self.ensembles.weights:
             prior = prior_N if WEIGHTS[kind].needs_prior else None
-            evidence = Evidence(tokens_QS, logs_NQS, self.ensembles.nearness, prior)
+            evidence = Evidence(tokens_QS, logs_NQS, self.ensembles.nearness, prior, self.ensembles.interval)
             for k in self.ensembles.top_k:
                 weights_NQS = WEIGHTS[kind].weigh(evidence, k)
                 losses_QS = ensemble_losses(logs_NQS, weights_NQS)

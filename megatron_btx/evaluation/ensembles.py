@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 CONTEXT_INTERVAL = 32
-"""Places after which the nearest members are sought again; those before the first have no context but one token."""
 CLUSTER_TEMPERATURE = 0.1
 """Of c-BTM (Gururangan et al. 2023, arXiv 2303.14177, section 3)."""
 PRIOR_DECAY = 0.3
@@ -40,6 +39,8 @@ class Evidence:
     """None where no training text is known."""
     prior_N: np.ndarray | None = None
     """Log of a cached prior; None: all members alike."""
+    interval: int = CONTEXT_INTERVAL
+    """Places after which the nearest members are sought again; those before the first have no context but one token."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,13 @@ class Nearness:
         vectors = self._transformer.transform(count_terms(contexts, self._vocabulary))
         return np.asarray(vectors @ self.centers_NV.T)
 
-    def similarities_along(self, tokens_QS: np.ndarray) -> np.ndarray:
+    def similarities_along(self, tokens_QS: np.ndarray, interval: int) -> np.ndarray:
         """The cosines at every place with what stands up to there, renewed every interval, [N, Q, S]; NaN before."""
         sequences, length = tokens_QS.shape
         found_NQS = np.full((len(self.centers_NV), sequences, length), np.nan)
-        for start in range(CONTEXT_INTERVAL, length, CONTEXT_INTERVAL):
+        for start in range(interval, length, interval):
             near_QN = self.similarities(list(tokens_QS[:, : start + 1]))
-            found_NQS[:, :, start : start + CONTEXT_INTERVAL] = near_QN.T[:, :, None]
+            found_NQS[:, :, start : start + interval] = near_QN.T[:, :, None]
         return found_NQS
 
 
@@ -127,7 +128,7 @@ def weigh_by_distance(evidence: Evidence, kept: int) -> np.ndarray:
 
 def _similarities(evidence: Evidence) -> np.ndarray:
     assert evidence.nearness is not None
-    return evidence.nearness.similarities_along(evidence.tokens_QS)
+    return evidence.nearness.similarities_along(evidence.tokens_QS, evidence.interval)
 
 
 def _share_out(weights_NQS: np.ndarray, near_NQS: np.ndarray) -> np.ndarray:

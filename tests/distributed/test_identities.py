@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,45 @@ def test_evaluation_does_not_depend_on_the_layout(
     assert other["tokens"] == one["tokens"] == {"text": 1024}
     assert other["losses"]["text"] == pytest.approx(one["losses"]["text"], abs=TOLERANCE)
     assert torch.allclose(torch.tensor(other["routing"]["text"]), torch.tensor(one["routing"]["text"]), atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def ensembles(experts_with_equal_shared_weights, zygote, corpus, tmp_path_factory) -> Callable[..., dict]:
+    """Evaluates the experts and their ensembles in a layout; a member's training text is a corpus of its own."""
+    folder = tmp_path_factory.mktemp("ensembles")
+    members = []
+    for seed, name in enumerate(experts_with_equal_shared_weights):
+        members.append(f"{name}={pico.write_corpus(folder / name, documents=20, seed=seed)}")
+
+    def evaluate_in(world_size: int, layout: str, chosen: Sequence[str] = members) -> dict:
+        flags = ["--micro-batch-size", "1", *layout.split(), "--btx-btm-top-k", "1", "--btx-btm-member", *chosen]
+        flags += ["--btx-btm-weights", "tf-idf", "bayes", "--btx-btm-interval", "8"]
+        output = folder / f"{world_size}{layout}"[:40].replace(" ", "")
+        return evaluate(zygote, output, experts_with_equal_shared_weights, corpus, flags, world_size=world_size)
+
+    evaluate_in.members = members  # type: ignore[attr-defined]
+    return evaluate_in
+
+
+def test_an_ensemble_of_one_is_that_expert(ensembles):
+    found = ensembles(1, "", ensembles.members[1:2])
+    for name in ("btm-top1", "btm-bayes-top1"):
+        assert found[name]["losses"]["text"] == pytest.approx(found["b"]["losses"]["text"], abs=TOLERANCE)
+        assert found[name]["tokens"] == found["b"]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, "--tensor-model-parallel-size 2"),
+        (4, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    ],
+)
+def test_ensembles_do_not_depend_on_the_layout(world_size, layout, ensembles):
+    """The same choices for every token: sequences are where they were, whichever rank had them."""
+    one, other = ensembles(1, "--seed 1"), ensembles(world_size, layout)
+    for name in ("btm-top1", "btm-bayes-top1"):
+        shares = one[name]["routing"]["text"][0]
+        assert min(shares) > 0 and max(shares) < 1, "one member alone would hide an exchange"
+        assert torch.allclose(torch.tensor(other[name]["routing"]["text"]), torch.tensor([shares]), atol=1e-9)
+        assert other[name]["losses"]["text"] == pytest.approx(one[name]["losses"]["text"], abs=TOLERANCE)
