@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_btx.common.cli_args import read_pairs, split_pair
+from megatron_btx.common.ensembles import NEAREST, WEIGHTINGS, name_ensemble
 from megatron_btx.common.errors import InputError
 from megatron_btx.evaluation.ensembles import (
     CONTEXT_INTERVAL,
@@ -49,12 +50,12 @@ def add_btm_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = "tokens after which the nearest members are sought again; those before the first take all (default: 32)"
     group.add_argument("--btx-btm-interval", metavar="TOKENS", type=int, default=CONTEXT_INTERVAL, help=what)
-    rows = "; ".join(f"{name}: {row.meaning}" for name, row in WEIGHTS.items())
+    rows = "; ".join(f"{name}: {row.meaning}" for name, row in WEIGHTINGS.items())
     group.add_argument(
         "--btx-btm-weights",
-        choices=tuple(WEIGHTS),
+        choices=tuple(WEIGHTINGS),
         nargs="+",
-        default=["tf-idf"],
+        default=[NEAREST],
         metavar="NAME",
         help=f"how they are weighed. {rows} (default: tf-idf)".replace("%", "%%"),
     )
@@ -96,7 +97,7 @@ class Ensembles:
             if not 1 <= k <= len(texts):
                 raise InputError(f"--btx-btm-top-k {k}: expected 1 to {len(texts)}, the number of members")
         prior = read_pairs(args.btx_btm_prior_data, _PRIOR)
-        cached = [name for name in args.btx_btm_weights if WEIGHTS[name].needs_prior]
+        cached = [name for name in args.btx_btm_weights if WEIGHTINGS[name].needs_prior]
         if bool(cached) != bool(prior):
             raise InputError(f"--btx-btm-weights bayes-cached and {_PRIOR} go together; give both, or none")
         if args.btx_btm_interval < 1:
@@ -118,7 +119,7 @@ class Ensembles:
 
         from megatron_btx.data.texts import spread_documents
 
-        if not any(WEIGHTS[name].needs_texts for name in self.weights):
+        if not any(WEIGHTINGS[name].needs_texts for name in self.weights):
             return None
         paths = list(dict.fromkeys(path for texts in self.texts.values() for _, path in texts))
         documents = [spread_documents(path, DOCUMENTS) for path in paths]
@@ -127,15 +128,6 @@ class Ensembles:
             for share, path in texts:
                 shares_NT[row, paths.index(path)] += share / sum(each for each, _ in texts)
         return Nearness(documents, shares_NT, get_args().padded_vocab_size)
-
-
-def name_ensemble(weights: str, k: int) -> str:
-    """The name of an ensemble among the models: btm-top2, btm-bayes-top2, btm-uniform."""
-    if weights == "tf-idf":
-        return f"btm-top{k}"
-    if weights == "uniform":
-        return "btm-uniform"
-    return f"btm-{weights}-top{k}"
 
 
 def _read_share(word: str, value: str) -> tuple[float, str]:
@@ -203,10 +195,10 @@ class MemberLosses:
             prior_N = cached_prior(np.stack([self._prior_logs[name] for name in members]))
         found = {}
         for kind in self.ensembles.weights:
-            prior = prior_N if WEIGHTS[kind].needs_prior else None
+            prior = prior_N if WEIGHTINGS[kind].needs_prior else None
             evidence = Evidence(tokens_QS, logs_NQS, self.ensembles.nearness, prior, self.ensembles.interval)
             for k in self.ensembles.top_k:
-                weights_NQS = WEIGHTS[kind].weigh(evidence, k)
+                weights_NQS = WEIGHTS[kind](evidence, k)
                 losses_QS = ensemble_losses(logs_NQS, weights_NQS)
                 shares = weights_NQS[:, np.isfinite(losses_QS)].mean(axis=1).tolist()
                 found[name_ensemble(kind, k)] = Measured(_mean(losses_QS, micro), shares)

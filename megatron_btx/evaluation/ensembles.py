@@ -1,7 +1,7 @@
 """Branch-Train-Merge: no mixture is made, and the distributions of the experts' next tokens are averaged.
 
-What decides an expert's weight is one row of :data:`WEIGHTS`. The loss of an ensemble on a text needs of each member
-only the log-probability of every token that came, so that members are evaluated one after the other, in any layout.
+What decides an expert's weight is one function of :data:`WEIGHTS`. The loss of an ensemble needs of each member the
+log-probability of every token that came, so that members are evaluated one after the other, in any layout.
 
 Axes: ``N`` members, ``Q`` sequences, ``S`` places in a sequence, ``D`` documents, ``V`` vocabulary. The weights at a
 place are those of the token that follows there, and depend on what stands before it in its sequence alone.
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from megatron_btx.common.ensembles import ALIKE, NEAREST
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -41,18 +43,6 @@ class Evidence:
     """Log of a cached prior; None: all members alike."""
     interval: int = CONTEXT_INTERVAL
     """Places after which the nearest members are sought again; those before the first have no context but one token."""
-
-
-@dataclass(frozen=True)
-class Weighting:
-    """One way to weigh the members."""
-
-    meaning: str
-    weigh: Callable[[Evidence, int], np.ndarray]
-    """(evidence, K) -> weights [N, Q, S] that sum to one over the members, zero for all but the first K."""
-    needs_texts: bool = False
-    """Whether it compares a context with the members' training texts."""
-    needs_prior: bool = False
 
 
 class Nearness:
@@ -194,14 +184,13 @@ def ensemble_losses(logs_NQS: np.ndarray, weights_NQS: np.ndarray) -> np.ndarray
         return np.asarray(-np.logaddexp.reduce(logs_NQS + np.log(weights_NQS), axis=0))
 
 
-WEIGHTS: dict[str, Weighting] = {
-    "tf-idf": Weighting("the nearest by tf-idf of the context, alike", weigh_by_nearness, needs_texts=True),
-    "cluster": Weighting("the nearest by exp(-distance^2 / 0.1), as c-BTM", weigh_by_distance, needs_texts=True),
-    "uniform": Weighting("all members alike", weigh_alike),
-    "bayes": Weighting("posterior over members, from an even prior", weigh_by_posterior),
-    "bayes-updating": Weighting("the same, from a prior that follows the text", weigh_by_running_posterior),
-    "bayes-cached": Weighting(
-        "the same, from a prior of a development text (--btx-btm-prior-data)", weigh_by_posterior, needs_prior=True
-    ),
+WEIGHTS: dict[str, Callable[[Evidence, int], np.ndarray]] = {
+    NEAREST: weigh_by_nearness,
+    "cluster": weigh_by_distance,
+    ALIKE: weigh_alike,
+    "bayes": weigh_by_posterior,
+    "bayes-updating": weigh_by_running_posterior,
+    "bayes-cached": weigh_by_posterior,
 }
-"""Name -> how the members of an ensemble are weighed."""
+"""Name, as in :data:`megatron_btx.common.ensembles.WEIGHTINGS` -> what gives weights [N, Q, S] of the evidence and a
+number K: they sum to one over the members, and are zero for all but K of them."""

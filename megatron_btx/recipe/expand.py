@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import WrapValidator, create_model
 
+from megatron_btx.common.ensembles import WEIGHTINGS, name_ensemble
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.plugins import load_plugins
 from megatron_btx.common.refusals import refuse, unknown_key
@@ -21,7 +22,7 @@ from megatron_btx.recipe.budgets import Budget, batch_tokens, padded_vocabulary,
 from megatron_btx.recipe.flags import Flags, FlagValue, merged, number
 from megatron_btx.recipe.from_checkpoint import GivenModel
 from megatron_btx.recipe.mixture import equal_rows, mixture_shape
-from megatron_btx.recipe.models import Given, Mix, ModelSpec, Train
+from megatron_btx.recipe.models import Ensemble, Given, Mix, ModelSpec, Train
 from megatron_btx.recipe.names import (
     AVERAGE_MODEL,
     AVERAGE_STAGE,
@@ -46,6 +47,7 @@ from megatron_btx.recipe.section import Section
 from megatron_btx.recipe.sections import (
     AblationSection,
     DataMatchedSection,
+    MergeSection,
     MixSection,
     OneStageSection,
     RecipeSection,
@@ -431,6 +433,32 @@ def _upcycled(expansion: Expansion, section: DataMatchedSection) -> Iterable[Mod
         start = name
 
 
+def _merged(expansion: Expansion, section: MergeSection) -> Iterable[ModelSpec]:
+    """Branch-Train-Merge of the mix's sources: a row for each number of experts and way of weighing them."""
+    members: dict[str, Mapping[str, float]] = {}
+    for name in expansion.mixed():
+        if name not in expansion.sections.experts and name != GENERALIST:
+            refuse("baselines.btm", f"the mix has {name}, which is no expert of the recipe; leave it out")
+        row = expansion.rows[SEED_MODEL if name == GENERALIST else f"{EXPERT_PREFIX}{name}"]
+        members[row.name] = row.budget.blend if row.budget else _assumed_blend(expansion, row)
+    if len(members) < 2:
+        refuse("baselines.btm", "there are no experts to merge; add experts")
+    for k, weights in itertools.product(sorted(set(section.top_k)), dict.fromkeys(section.weights)):
+        if k > len(members):
+            refuse(
+                "baselines.btm.top-k", f"found {k}, expected at most {len(members)}, the number of models in the mix"
+            )
+        meaning = f"{k} of the experts at once, {WEIGHTINGS[weights].meaning}; no training"
+        row = ModelSpec(name_ensemble(weights, k), "", Ensemble(members, weights, k), "btm", meaning)
+        yield replace(row, evaluated_in=EVALUATE_EXPERTS_STAGE)
+
+
+def _assumed_blend(expansion: Expansion, row: ModelSpec) -> Mapping[str, float]:
+    """What a given model is taken to be trained on where nothing says it: its home, or all domains alike."""
+    domains = expansion.recipe.domains
+    return {row.home: 1.0} if row.home else dict.fromkeys(domains, 1 / len(domains))
+
+
 def dense_settings(expansion: Expansion) -> SettingsSection:
     """Layout and flags of finetuning without what only mixtures have."""
     finetune = expansion.sections.finetune
@@ -455,6 +483,7 @@ BASELINES: dict[str, Baseline] = {
     "average-finetuned": Baseline(OneStageSection, _average_finetuned, has_given_experts),
     "dense": Baseline(DataMatchedSection, _dense),
     "upcycling": Baseline(DataMatchedSection, _upcycled),
+    "btm": Baseline(MergeSection, _merged),
 }
 """Key of the section ``baselines`` -> what it stands for. One more is one more row."""
 

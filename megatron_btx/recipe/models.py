@@ -54,14 +54,25 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class Ensemble:
+    """Several models whose distributions of the next token are averaged; the stage that evaluates them makes it."""
+
+    members: Mapping[str, Mapping[str, float]]
+    """Row -> share of each domain in what it was trained on."""
+    weights: str
+    """As :data:`megatron_btx.common.ensembles.WEIGHTINGS` has it."""
+    top_k: int
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One row."""
 
     name: str
     """In evaluations and reports."""
     stage: str
-    """The stage that makes it."""
-    make: Given | Train | Mix
+    """The stage that makes it; "" for an ensemble."""
+    make: Given | Train | Mix | Ensemble
     role: str
     """What it is to the others: seed, expert, average, mix, btx, dense, or a baseline's own word."""
     meaning: str = ""

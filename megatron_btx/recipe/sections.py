@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from megatron_btx.common.ensembles import NEAREST, WEIGHTINGS
 from megatron_btx.common.refusals import RefusedKeyError
 from megatron_btx.data.domains import Domain, Shares
 from megatron_btx.mixing.options import RESULT
@@ -155,6 +156,23 @@ class DataMatchedSection(Section):
     """(default: as finetune, of a dense model without what only mixtures have)"""
     mixture: SettingsSection | None = None
     """(default: likewise)"""
+
+
+class MergeSection(Section):
+    """A baseline of which no model is made: the experts' distributions are averaged (Branch-Train-Merge)."""
+
+    top_k: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1, 2]
+    """Experts used at once; a row for each number."""
+    weights: Annotated[list[str], Field(min_length=1)] = [NEAREST]
+    """A row for each way of weighing them, as --btx-btm-weights has it."""
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        known = [name for name, row in WEIGHTINGS.items() if not row.needs_prior]
+        for name in self.weights:
+            if name not in known:
+                raise RefusedKeyError("weights", f"found {name!r}, expected some of: {', '.join(known)}")
+        return self
 
 
 class EvaluateSection(SettingsSection):

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from megatron_btx.common.ensembles import WEIGHTINGS
 from megatron_btx.evaluation.ensembles import (
     CLUSTER_TEMPERATURE,
     CONTEXT_INTERVAL,
@@ -66,7 +67,7 @@ def plain_similarities(texts, context):
 
 def test_the_nearest_members_are_those_of_a_plain_reference(texts, evidence):
     for kept in (1, 2, 4):
-        weights_NQS = WEIGHTS["tf-idf"].weigh(evidence, kept)
+        weights_NQS = WEIGHTS["tf-idf"](evidence, kept)
         assert np.allclose(weights_NQS[:, :, :CONTEXT_INTERVAL], 1 / MEMBERS)  # no context yet
         for sequence in range(SEQUENCES):
             for start in (CONTEXT_INTERVAL, 2 * CONTEXT_INTERVAL):
@@ -84,16 +85,16 @@ def test_a_context_sees_nothing_of_what_follows(evidence):
     other.tokens_QS[:, place + 1 :] = 0
     other.logs_NQS[:, :, place:] = math.log(0.5)
     other.logs_NQS[0, :, place:] = math.log(0.9)
-    for name, row in WEIGHTS.items():
+    for name, weigh in WEIGHTS.items():
         for kept in (1, 3):
-            before, after = row.weigh(evidence, kept), row.weigh(other, kept)
+            before, after = weigh(evidence, kept), weigh(other, kept)
             if name == "bayes-updating":  # whose prior follows earlier sequences, as it should
                 before, after = before[:, :1], after[:, :1]
             assert np.array_equal(before[:, :, : place + 1], after[:, :, : place + 1]), name
 
 
 def test_distances_weigh_as_the_formula_says(texts, evidence):
-    weights_NQS = WEIGHTS["cluster"].weigh(evidence, 3)
+    weights_NQS = WEIGHTS["cluster"](evidence, 3)
     place = 2 * CONTEXT_INTERVAL
     near = plain_similarities(texts, evidence.tokens_QS[1, : place + 1])
     raw = [math.exp(-(2 - 2 * similarity) / CLUSTER_TEMPERATURE) for similarity in near]
@@ -108,14 +109,14 @@ def plain_posterior(prior, logs_N):
 
 def test_the_posterior_is_that_of_bayes(evidence):
     logs_NQS = np.nan_to_num(evidence.logs_NQS)
-    weights_NQS = WEIGHTS["bayes"].weigh(evidence, MEMBERS)
+    weights_NQS = WEIGHTS["bayes"](evidence, MEMBERS)
     for place in (0, 1, 9, LENGTH - 1):
         expected = plain_posterior([1.0] * MEMBERS, logs_NQS[:, 2, :place].sum(axis=1))
         assert np.allclose(weights_NQS[:, 2, place], expected, rtol=1e-9)
     prior = [0.7, 0.1, 0.1, 0.1]
     cached = Evidence(evidence.tokens_QS, evidence.logs_NQS, prior_N=np.log(prior))
     expected = plain_posterior(prior, logs_NQS[:, 0, :4].sum(axis=1))
-    assert np.allclose(WEIGHTS["bayes-cached"].weigh(cached, MEMBERS)[:, 0, 4], expected, rtol=1e-9)
+    assert np.allclose(WEIGHTS["bayes-cached"](cached, MEMBERS)[:, 0, 4], expected, rtol=1e-9)
     of_sequences = [plain_posterior([1.0] * MEMBERS, logs_NQS[:, q].sum(axis=1)) for q in range(SEQUENCES)]
     assert np.allclose(np.exp(cached_prior(evidence.logs_NQS)), np.mean(of_sequences, axis=0), rtol=1e-9)
 
@@ -124,7 +125,7 @@ def test_the_prior_follows_the_text(evidence):
     """After n sequences the prior is the sum of their posteriors, the one before last times .3, and so on."""
     short = Evidence(evidence.tokens_QS, 0.01 * evidence.logs_NQS)
     logs_NQS = np.nan_to_num(short.logs_NQS)
-    weights_NQS = WEIGHTS["bayes-updating"].weigh(short, MEMBERS)
+    weights_NQS = WEIGHTS["bayes-updating"](short, MEMBERS)
     posteriors: list[list[float]] = []
     for sequence in range(SEQUENCES):
         prior = [1.0] * MEMBERS
@@ -139,7 +140,7 @@ def test_the_prior_follows_the_text(evidence):
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("kept", [1, 2, MEMBERS])
 def test_weights_are_a_distribution_over_at_most_so_many(name, kept, evidence):
-    weights_NQS = WEIGHTS[name].weigh(evidence, kept)
+    weights_NQS = WEIGHTS[name](evidence, kept)
     assert np.allclose(weights_NQS.sum(axis=0), 1, rtol=1e-12) and (weights_NQS >= 0).all()
     begun = weights_NQS[:, :, CONTEXT_INTERVAL:]
     if name != "uniform":
@@ -150,7 +151,7 @@ def test_of_equal_members_the_first_is_taken(texts):
     """Two members of one text are equally near; a context without a known term is equally far from all."""
     twins = Nearness(texts[:1], np.array([[1.0], [1.0]]), VOCABULARY)
     tokens_QS = np.full((1, LENGTH), 3)
-    weights_NQS = WEIGHTS["tf-idf"].weigh(Evidence(tokens_QS, np.zeros((2, 1, LENGTH)), twins), 1)
+    weights_NQS = WEIGHTS["tf-idf"](Evidence(tokens_QS, np.zeros((2, 1, LENGTH)), twins), 1)
     assert weights_NQS[:, 0, -1].tolist() == [1, 0]
     assert twins.similarities([np.array([], dtype=np.int64)]).tolist() == [[0, 0]]
 
@@ -160,6 +161,10 @@ def test_the_loss_is_that_of_the_mean_distribution(evidence):
     one = np.zeros((MEMBERS, 1, 1))
     one[2] = 1
     assert np.array_equal(ensemble_losses(logs_NQS, np.broadcast_to(one, logs_NQS.shape)), -logs_NQS[2], equal_nan=True)
-    mean = ensemble_losses(logs_NQS, WEIGHTS["uniform"].weigh(evidence, 1))
+    mean = ensemble_losses(logs_NQS, WEIGHTS["uniform"](evidence, 1))
     assert np.allclose(mean, -np.log(np.exp(logs_NQS).mean(axis=0)), atol=1e-12, equal_nan=True)
     assert np.isnan(mean[2, 7]) and np.isfinite(mean).sum() == mean.size - 1
+
+
+def test_every_weighting_is_implemented():
+    assert list(WEIGHTS) == list(WEIGHTINGS)
