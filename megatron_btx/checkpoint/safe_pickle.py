@@ -115,7 +115,7 @@ def _tensor_properties() -> type:
         def __setstate__(self, state: tuple[Any, ...]) -> None:
             super().__setstate__(state[:OLD_VALUES])
             self.__dict__.pop("strides", None)
-            self.__class__ = TensorProperties  # which can be pickled again
+            self.__class__ = TensorProperties  # type: ignore[assignment]  # which can be pickled again
 
     return Properties
 

@@ -148,7 +148,7 @@ def locate_tensor(files: Files, start: Place, length: int, where: str) -> tuple[
             raise CheckpointError(f"{damaged} of contiguous numbers; save the checkpoint again")
         if tensor.storage_offset() + tensor.numel() > storage.numel():
             raise ValueError(f"{tensor.numel()} numbers do not lie inside it")
-        begin = record.begin_of(f"data/{key}") + tensor.storage_offset() * tensor.itemsize
+        begin = record.begin_of(f"data/{key}") + int(tensor.storage_offset()) * tensor.itemsize
     except _UNREADABLE as error:
         raise CheckpointError(f"{damaged} ({type(error).__name__}: {first_line(error)}); it is damaged") from error
     return Place(start.file, start.position_bytes + begin), tensor
