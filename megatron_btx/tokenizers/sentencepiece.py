@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError
 
 if TYPE_CHECKING:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made on import
     from tokenizers import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -33,58 +34,18 @@ _SEPARATOR, *_STAND_INS = map(chr, range(0xFDD0, 0xFDF0))
 # --- a model file: those fields of its protocol buffer that decide how texts are cut ----------------------------
 
 
-class ModelPiece(Protocol):
-    """One piece of a model."""
-
-    piece: str
-    score: float
-    type: int
-
-
-class TrainerSpec(Protocol):
-    """How the model was trained."""
-
-    model_type: int
-    byte_fallback: bool
-    treat_whitespace_as_suffix: bool
-    unk_id: int
-
-
-class NormalizerSpec(Protocol):
-    """What is done to a text before it is cut."""
-
-    precompiled_charsmap: bytes
-    add_dummy_prefix: bool
-    remove_extra_whitespaces: bool
-    escape_whitespaces: bool
-
-
-class Model(Protocol):
-    """The protocol buffer of a model file."""
-
-    pieces: Sequence[ModelPiece]
-    trainer_spec: TrainerSpec
-    normalizer_spec: NormalizerSpec
-
-    def SerializeToString(self) -> bytes:  # noqa: N802
-        """The content of a model file."""
-        ...
-
-
-def read_model(content: bytes) -> Model:
+def read_model(content: bytes) -> ModelProto:
     """The model that a file's bytes hold; raises InputError where they hold none."""
     from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made on import
 
-    model = vars(sentencepiece_model_pb2)["ModelProto"]()  # this class is made when the module is imported
     try:
-        model.ParseFromString(content)
+        return ModelProto.FromString(content)
     except DecodeError as error:
         raise InputError("it is no SentencePiece model") from error
-    return cast(Model, model)
 
 
-def pieces_of_type(model: Model, *types: int) -> list[str]:
+def pieces_of_type(model: ModelProto, *types: int) -> list[str]:
     """The texts of all pieces of some types, in the model's order."""
     return [piece.piece for piece in model.pieces if piece.type in types]
 
@@ -134,7 +95,7 @@ def convert(content: bytes, added: Sequence[str] = ()) -> Converted:
     return Converted(tokenizer, _named(model), bool(model.normalizer_spec.add_dummy_prefix), tuple(reasons))
 
 
-def _named(model: Model) -> dict[str, str]:
+def _named(model: ModelProto) -> dict[str, str]:
     """Special tokens by their numbers: a number of -1 says that there is none."""
     spec, found = model.trainer_spec, {}
     for name in ("unk", "bos", "eos", "pad"):
@@ -147,7 +108,7 @@ def _named(model: Model) -> dict[str, str]:
 # --- the model ------------------------------------------------------------------------------------------------
 
 
-def _build_byte_pairs(model: Model, reasons: list[str]) -> Tokenizer:
+def _build_byte_pairs(model: ModelProto, reasons: list[str]) -> Tokenizer:
     """Byte pairs: two neighbours are merged where their text is a piece, the highest score first."""
     from tokenizers import Tokenizer, models
 
@@ -190,7 +151,7 @@ def _first_unreachable(tokenizer: Tokenizer, pieces: Mapping[str, float], number
     return None
 
 
-def _build_unigram(model: Model, reasons: list[str]) -> Tokenizer:
+def _build_unigram(model: ModelProto, reasons: list[str]) -> Tokenizer:
     """The most probable pieces. A piece of the user's own wins over all: SentencePiece scores it by its length.
 
     Special tokens and bytes are never found in a text by SentencePiece. Here they are in the same table as the rest, so
@@ -233,7 +194,7 @@ def _cut_out(pieces: Sequence[str], hidden: Sequence[str]) -> Any:
     return pre_tokenizers.Sequence(cuts)
 
 
-def _add_tokens(tokenizer: Tokenizer, model: Model, added: Sequence[str]) -> None:
+def _add_tokens(tokenizer: Tokenizer, model: ModelProto, added: Sequence[str]) -> None:
     """Special tokens, never made from a text; then the user's own pieces and added tokens, found before all else."""
     from tokenizers import AddedToken
 
@@ -252,7 +213,7 @@ def _add_tokens(tokenizer: Tokenizer, model: Model, added: Sequence[str]) -> Non
 # --- what is done to a text before -----------------------------------------------------------------------------
 
 
-def _normaliser(model: Model, content: bytes, reasons: list[str]) -> Any:
+def _normaliser(model: ModelProto, content: bytes, reasons: list[str]) -> Any:
     """The normaliser, the blanks and the dummy prefix, in SentencePiece's order; None for nothing at all."""
     from tokenizers import Regex, normalizers
 
@@ -277,7 +238,7 @@ def _normaliser(model: Model, content: bytes, reasons: list[str]) -> Any:
     return normalizers.Sequence(steps)
 
 
-def _characters(model: Model, content: bytes, reasons: list[str]) -> list[Any]:
+def _characters(model: ModelProto, content: bytes, reasons: list[str]) -> list[Any]:
     """The map of characters, without what ``tokenizers`` makes of it besides.
 
     ``tokenizers`` looks up what a reader takes for one character (a letter and its marks, "\\r\\n") as a whole, goes by
@@ -324,7 +285,7 @@ def _map_of_characters(content: bytes) -> Callable[[str], str]:
     return normalise
 
 
-def _decoder(model: Model) -> Any:
+def _decoder(model: ModelProto) -> Any:
     """From tokens to text: blanks back, bytes together, the dummy prefix away."""
     from tokenizers import decoders
 
