@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.data.inputs import ENDINGS, Form, form_of, head_of, open_input
+from megatron_btx.data.inputs import ENDINGS, HEAD_BYTES, Form, form_of, open_input
 from megatron_btx.data.records import (
     BadRecord,
     CutOffError,
@@ -74,7 +75,8 @@ def cut(path: Path, keys: Sequence[str]) -> Iterator[Unit]:
     if form is Form.PARQUET:
         yield from _cut_rows(path, keys)
         return
-    head = head_of(path)
+    with open_input(path) as (_, content):
+        head = content.read(HEAD_BYTES)
     if b"\0" in head[:2] or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         name = "UTF-32" if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else "UTF-16"
         raise InputError(f"{path}: {name} text; convert it to UTF-8, as `iconv -f {name} -t UTF-8` does")
@@ -83,8 +85,8 @@ def cut(path: Path, keys: Sequence[str]) -> Iterator[Unit]:
     if form is Form.TEXT:
         if tuple(keys) != (TEXT_KEY,):
             raise InputError(f"{path}: a plain text file only has the key {TEXT_KEY!r}, asked for {list(keys)}")
-        with open_input(path) as file:
-            yield Unit(str(path), form, (file.content.read(),), ("",), file.raw.tell())
+        with open_input(path) as (raw, content):
+            yield Unit(str(path), form, (content.read(),), ("",), raw.tell())
         return
     first_line = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0].rstrip()
     is_array = first_line.startswith(b"[")
@@ -118,9 +120,19 @@ def parse(unit: Unit, keys: Sequence[str], on_bad: Callable[[BadRecord], None]) 
             yield Document(where, texts)
 
 
-def refuse(record: BadRecord) -> None:
-    """Stop at a bad record, with an InputError that names it and what is wrong."""
-    raise InputError(f"{record.line()}; mend the record or take it out")
+def refuse(record: BadRecord, key_flag: str = "", skip: str = "") -> None:
+    """Stop at a bad record, with an InputError that names it and what is wrong.
+
+    Args:
+        key_flag: what chooses the key, for the remedy.
+        skip: what leaves bad records out.
+    """
+    remedy = "mend the record or take it out"
+    if skip:
+        remedy = f"mend the record, or leave such records out with {skip}"
+    if key_flag and record.cause == "no key":
+        remedy = f"name the right key with {key_flag}, {remedy}"
+    raise InputError(f"{record.line()}; {remedy}")
 
 
 def _texts_of(record: Any, form: Form, keys: Sequence[str]) -> dict[str, str] | None:
@@ -136,9 +148,9 @@ def _texts_of(record: Any, form: Form, keys: Sequence[str]) -> dict[str, str] | 
 
 def _cut_lines(path: Path) -> Iterator[Unit]:
     number, position = 1, 0
-    with open_input(path) as file:
-        while lines := file.content.readlines(_UNIT_BYTES):
-            reached = file.raw.tell()
+    with open_input(path) as (raw, content):
+        while lines := content.readlines(_UNIT_BYTES):
+            reached = raw.tell()
             places = [f":{line}" for line in range(number, number + len(lines))]
             yield Unit(str(path), Form.LINES, lines, places, reached - position)
             number, position = number + len(lines), reached
@@ -148,20 +160,20 @@ def _cut_values(path: Path, array: bool) -> Iterator[Unit]:
     values: list[bytes] = []
     places: list[str] = []
     size_bytes = position = 0
-    with open_input(path) as file:
+    with open_input(path) as (raw, content):
         try:
-            for number, value in json_values(file.content, array):
+            for number, value in json_values(content, array):
                 values.append(value)
                 places.append(f":{number}")
                 size_bytes += len(value)
                 if size_bytes >= _UNIT_BYTES:
-                    reached = file.raw.tell()
+                    reached = raw.tell()
                     yield Unit(str(path), Form.LINES, values, places, reached - position)
                     values, places, size_bytes, position = [], [], 0, reached
         except CutOffError as error:
             raise InputError(f"{path}: {error}; fetch or write it again") from error
         if values:
-            yield Unit(str(path), Form.LINES, values, places, file.raw.tell() - position)
+            yield Unit(str(path), Form.LINES, values, places, raw.tell() - position)
 
 
 def _cut_rows(path: Path, keys: Sequence[str]) -> Iterator[Unit]:
@@ -193,13 +205,12 @@ def _cut_rows(path: Path, keys: Sequence[str]) -> Iterator[Unit]:
 @contextlib.contextmanager
 def _seekable(path: Path) -> Iterator[IO[bytes]]:
     """A file's content where one can jump: itself, or a temporary copy when it is compressed as a whole."""
-    with open_input(path) as file:
-        if file.content is file.raw:
-            yield file.raw
+    with open_input(path) as (raw, content):
+        if content is raw:
+            yield raw
             return
         with tempfile.TemporaryFile() as copy:
-            while piece := file.content.read(1 << 20):
-                copy.write(piece)
+            shutil.copyfileobj(content, copy)
             copy.seek(0)
             yield copy
 

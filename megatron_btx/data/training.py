@@ -36,10 +36,13 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import hash_file, refuse_unwritable, write_json
 from megatron_btx.common.log import say
 from megatron_btx.data.description import ALLOWANCE, SUFFIX, Tokenizer, check_description
-from megatron_btx.data.foreign_ids import check_batch
 from megatron_btx.data.splits import splits_of
 from megatron_btx.distributed.abort import Stopping
 
+_SHOWN = 3
+_OWN_TOKENIZER = (
+    "Make the dataset with this run's tokenizer (tools/preprocess_data.py), or give the tokenizer it was made with"
+)
 _FILES = ("document_index.npy", "sample_index.npy", "shuffle_index.npy")
 
 for _module in (gpt_dataset, blended_dataset):  # they warn that they keep nothing themselves
@@ -276,3 +279,69 @@ def get_batch(
         is_pipeline_last_stage=last,
     )
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+
+
+# --- ids that no token of the run has ----------------------------------------------------------------------------
+
+
+class ForeignIdError(InputError):
+    """A batch holds an id beyond the vocabulary."""
+
+
+def vocabulary_end(args: argparse.Namespace) -> int:
+    """The first id that no token has; rows of padding count where another tokenizer's datasets are allowed."""
+    rows, tokens = args.padded_vocab_size, get_tokenizer().vocab_size
+    if tokens is None or ALLOWANCE in args.btx_allow_change:
+        return int(rows)
+    return int(min(rows, tokens))
+
+
+def check_batch(batch: Mapping[str, Any], args: argparse.Namespace, training: bool) -> None:
+    """Refuse a micro-batch with an id beyond the vocabulary, while it still lies in the host's memory.
+
+    Past that point one process ends in an index error of its embedding; tensor-parallel ranks give such an id a row of
+    zeros and train on, without a word. The look costs some 5 microseconds per sequence of 4096.
+
+    Args:
+        batch: as Megatron's loader gives it: tokens and labels [B, S], and for blends dataset_id [B].
+
+    Raises:
+        ForeignIdError: names id, dataset and place.
+    """
+    end = vocabulary_end(args)
+    for ids_BS in (batch.get("tokens"), batch.get("labels")):
+        if ids_BS is None:
+            continue
+        smallest, largest = torch.aminmax(ids_BS)
+        if smallest >= 0 and largest < end:
+            continue
+        row, column = torch.nonzero((ids_BS < 0) | (ids_BS >= end))[0].tolist()
+        names: list[str] = []
+        for split in splits_of(args):
+            if (split.name == "train") == training:
+                names += split.blend[0]
+        names = list(dict.fromkeys(names))
+        dataset_B = batch.get("dataset_id")
+        if training and dataset_B is not None:
+            names = [names[int(dataset_B[row])]]
+        shown = ", ".join(names[:_SHOWN])
+        if len(names) > _SHOWN:
+            shown += ", ..."
+        when = f"the evaluation after step {args.curr_iteration}"
+        if training:
+            when = f"step {args.curr_iteration + 1}"
+        raise ForeignIdError(
+            f"{shown}: token {column} of a sequence in {when} has the id {int(ids_BS[row, column])}, and the "
+            f"vocabulary of this run ends at {end - 1}; all ranks stop and nothing more is saved. {_OWN_TOKENIZER}"
+        )
+
+
+def check_text(ids: Any, where: str, args: argparse.Namespace) -> None:
+    """Refuse a text of ids that is measured, as :func:`check_batch` does; every rank sees all of it."""
+    end = vocabulary_end(args)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < end:
+        foreign = ids.min() if ids.min() < 0 else ids.max()
+        raise ForeignIdError(
+            f"{where}: holds the token id {int(foreign)}, and the vocabulary of this run ends at {end - 1}. "
+            f"{_OWN_TOKENIZER}"
+        )
