@@ -166,10 +166,6 @@ def check_vocabulary_union(sources: Mapping[str, Stored], remedy: str) -> None:
     """Refuse vocabularies that contradict each other: a token that two of them know must have one number.
 
     Texts of the tokens that two of them have must be cut alike, too.
-
-    Raises:
-        InputError: names a token with two numbers, a number with two tokens, a rule that differs, or a vocabulary
-            that cannot be read.
     """
     compared = list(itertools.starmap(_Compared, sources.items()))
     tables = {}

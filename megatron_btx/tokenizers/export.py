@@ -233,18 +233,12 @@ def _config_of(
         source["padding_side"] = loaded.padding_side
     adds = None
     if "add_bos_token" in source or "add_eos_token" in source:
-        adds = _added_around(loaded, tokens)
+        before, after = ids_around(loaded)
+        only_bos = not before or ("bos_token" in tokens and before == [loaded.bos_token_id])
+        only_eos = not after or ("eos_token" in tokens and after == [loaded.eos_token_id])
+        if only_bos and only_eos:
+            adds = bool(before), bool(after)
     return written_files.make_config(source, tokenizer, tokens, adds, loaded.all_special_tokens)
-
-
-def _added_around(loaded: PreTrainedTokenizerBase, tokens: Mapping[str, str]) -> tuple[bool, bool] | None:
-    """Whether bos stands before and eos after a text; None where something else does."""
-    before, after = ids_around(loaded)
-    if before and ("bos_token" not in tokens or before != [loaded.bos_token_id]):
-        return None
-    if after and ("eos_token" not in tokens or after != [loaded.eos_token_id]):
-        return None
-    return bool(before), bool(after)
 
 
 # --- files that a Megatron run names --------------------------------------------------------------------------

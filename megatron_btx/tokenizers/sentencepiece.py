@@ -67,13 +67,9 @@ class Converted:
 
 
 def convert(content: bytes, added: Sequence[str] = ()) -> Converted:
-    """Build the tokenizer of a model file.
+    """Build the tokenizer of a model file; InputError for what is none, or a model without BPE and Unigram.
 
-    Args:
-        added: tokens that follow the pieces, found in a text before anything else.
-
-    Raises:
-        InputError: these bytes are no SentencePiece model, or one without BPE and Unigram.
+    ``added`` are tokens that follow the pieces, found in a text before anything else.
     """
     model = read_model(content)
     if model.trainer_spec.model_type not in (UNIGRAM, BPE):
@@ -124,9 +120,11 @@ def _build_byte_pairs(model: ModelProto, reasons: list[str]) -> Tokenizer:
     whole = [piece for piece in pieces_of_type(model, USER_DEFINED) if len(piece) > 1]
     if not whole or not model.normalizer_spec.add_dummy_prefix:
         return made  # one letter is one symbol anyway; longer pieces are added tokens, see _add_tokens
-    unreachable = _first_unreachable(made, mergeable, numbers)
-    if unreachable:
-        reasons.append(f"merges never make the piece {unreachable!r}, and it has pieces of the user's own")
+    encoded = made.encode_batch(list(mergeable), add_special_tokens=False)
+    # A piece that its own text does not become: it would, if whole words were looked up first.
+    unmade = [piece for piece, found in zip(mergeable, encoded, strict=True) if found.ids != [numbers[piece]]]
+    if unmade:
+        reasons.append(f"merges never make the piece {unmade[0]!r}, and it has pieces of the user's own")
     byte_pairs.ignore_merges = True
     made.pre_tokenizer = _cut_out(whole, pieces_of_type(model, CONTROL, UNKNOWN, BYTE))
     return made
@@ -141,14 +139,6 @@ def _merges_of(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
             if left in ranks and right in ranks:
                 merges.append((rank, cut, left, right))
     return [(left, right) for _, _, left, right in sorted(merges)]
-
-
-def _first_unreachable(tokenizer: Tokenizer, pieces: Mapping[str, float], numbers: Mapping[str, int]) -> str | None:
-    """A piece that its own text does not become: it would, if whole words were looked up first."""
-    for piece, found in zip(pieces, tokenizer.encode_batch(list(pieces), add_special_tokens=False), strict=True):
-        if found.ids != [numbers[piece]]:
-            return piece
-    return None
 
 
 def _build_unigram(model: ModelProto, reasons: list[str]) -> Tokenizer:

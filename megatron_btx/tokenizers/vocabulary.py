@@ -103,14 +103,7 @@ def read_vocabulary(arguments: Mapping[str, Any]) -> Vocabulary | None:
 
 
 def known_vocabulary(arguments: Mapping[str, Any]) -> Vocabulary:
-    """The vocabulary of a model.
-
-    Args:
-        arguments: Megatron's stored arguments; ``hf_folder`` among them is a Hugging Face folder.
-
-    Raises:
-        UnknownVocabularyError: says why it cannot be known.
-    """
+    """The vocabulary that stored arguments lead to; UnknownVocabularyError says why it cannot be known."""
     place = tokenizer_place(arguments)
     if place is None:
         raise UnknownVocabularyError("no tokenizer comes with it")
