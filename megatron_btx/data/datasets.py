@@ -28,7 +28,7 @@ from megatron_btx.data.domains import SPLITS, Description, Domain, read_descript
 from megatron_btx.data.encoding import EncodedUnit, in_order, make_encoder
 from megatron_btx.data.indexed import Sink, publish_all
 from megatron_btx.data.inputs import Inputs, find_files, listed
-from megatron_btx.data.records import Tally
+from megatron_btx.data.readers import Tally
 
 SUMMARY = "datasets.json"
 
@@ -143,19 +143,6 @@ def _summarize(description: Description, sinks: Sinks, found: Mapping[tuple[str,
     return {"tokenizer": written["tokenizer"], "seed": description.seed, "domains": domains, "sources": sources}
 
 
-def _print_summary(summary: Mapping[str, Any]) -> None:
-    for name, splits in summary["domains"].items():
-        parts = []
-        for split, made in splits.items():
-            parts.append(f"{split} {made['documents']:,} documents, {made['tokens']:,} tokens")
-        print(printable(f"{name}: {'; '.join(parts)}"))
-        if name in summary["left_out"]:
-            print(printable(f"{name}: left out {summary['left_out'][name]}"))
-        for source in summary["sources"][name].values():
-            if source["not_read"]:
-                print(printable(f"{name}: {listed(map(Path, source['not_read']))}"))
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="btx datasets",
@@ -174,7 +161,17 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The command ``btx datasets``."""
     arguments = make_parser().parse_args(argv)
-    _print_summary(make_datasets(arguments.output, read_description(arguments.description), arguments.workers))
+    summary = make_datasets(arguments.output, read_description(arguments.description), arguments.workers)
+    for name, splits in summary["domains"].items():
+        parts = []
+        for split, made in splits.items():
+            parts.append(f"{split} {made['documents']:,} documents, {made['tokens']:,} tokens")
+        print(printable(f"{name}: {'; '.join(parts)}"))
+        if name in summary["left_out"]:
+            print(printable(f"{name}: left out {summary['left_out'][name]}"))
+        for source in summary["sources"][name].values():
+            if source["not_read"]:
+                print(printable(f"{name}: {listed(map(Path, source['not_read']))}"))
     return 0
 
 

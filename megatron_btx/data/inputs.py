@@ -245,7 +245,12 @@ def expand_inputs(patterns: Sequence[str], where: str = "--input") -> Inputs:
     files: dict[str, Path] = {}
     not_read: dict[str, Path] = {}
     for pattern in patterns:
-        for path in _existing(pattern, where):
+        matches = [Path(pattern)]
+        if not os.path.exists(pattern):
+            matches = sorted(map(Path, glob.glob(pattern, recursive=True)))
+        if not matches:
+            raise InputError(f"{where} {pattern}: no such file, directory or matching glob; check the path")
+        for path in matches:
             if path.is_dir():
                 found, others = _contents(path, where)
                 if not found:
@@ -272,15 +277,6 @@ def listed(paths: Iterable[Path]) -> str:
     if len(names) > _NAMED_AT_MOST:
         more = ", ..."
     return f"not read: {files} ({', '.join(names[:_NAMED_AT_MOST])}{more})"
-
-
-def _existing(pattern: str, where: str) -> list[Path]:
-    if os.path.exists(pattern):
-        return [Path(pattern)]
-    found = sorted(map(Path, glob.glob(pattern, recursive=True)))
-    if not found:
-        raise InputError(f"{where} {pattern}: no such file, directory or matching glob; check the path")
-    return found
 
 
 def _contents(directory: Path, where: str) -> tuple[list[Path], list[Path]]:

@@ -22,7 +22,7 @@ from megatron_btx.data import readers, tokenizers
 from megatron_btx.data.encoding import in_order, make_encoder
 from megatron_btx.data.indexed import Sink, publish_all
 from megatron_btx.data.inputs import ENDINGS, expand_inputs, listed
-from megatron_btx.data.records import Tally
+from megatron_btx.data.readers import Tally
 from megatron_btx.data.tokenizers import TokenizerSettings
 
 

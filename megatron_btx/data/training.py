@@ -127,7 +127,26 @@ def datasets_for(stopping: Stopping) -> Any:
     def train_valid_test_datasets(sample_counts: list[int | None], vp_stage: int | None = None) -> Any:
         """The datasets, for the numbers of sequences that are wanted for training, validation and test."""
         stopping.watch()
-        config = gpt_dataset_config(get_args())
+        args = get_args()
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
+        config = TextDatasetConfig(
+            random_seed=args.seed,
+            sequence_length=args.seq_length,
+            blend=blend,
+            blend_per_split=blend_per_split,
+            split=args.split if blend is not None else None,
+            multiple_validation_sets=args.multiple_validation_sets,
+            full_validation=args.full_validation,
+            num_dataset_builder_threads=args.num_dataset_builder_threads,
+            order_folder=args.data_cache_path,
+            mmap_bin_files=args.mmap_bin_files,
+            tokenizer=DatasetTokenizer(get_tokenizer().eod),
+            reset_position_ids=args.reset_position_ids,
+            reset_attention_mask=args.reset_attention_mask,
+            eod_mask_loss=args.eod_mask_loss,
+            create_attention_mask=args.create_attention_mask_in_dataloader,
+            context_parallel_size=args.context_parallel_size,
+        )
         return BlendedMegatronDatasetBuilder(TextDataset, sample_counts, reads_batches, config).build()
 
     # Every rank calls the provider; reads_batches says which of them build.
@@ -135,36 +154,8 @@ def datasets_for(stopping: Stopping) -> Any:
     return train_valid_test_datasets
 
 
-def gpt_dataset_config(args: argparse.Namespace) -> TextDatasetConfig:
-    """Megatron's dataset configuration from its arguments."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return TextDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split if blend is not None else None,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        order_folder=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=DatasetTokenizer(get_tokenizer().eod),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        context_parallel_size=args.context_parallel_size,
-    )
-
-
 def check_data_files(args: argparse.Namespace) -> None:
-    """Refuse missing, empty and damaged datasets before any process group exists.
-
-    Raises:
-        InputError: no data at all; or the flag, the prefix and the file that is missing or damaged; or a folder for
-            the order of sequences that cannot be written.
-    """
+    """Refuse, before any process group exists, a run without data, or with missing, empty or damaged datasets."""
     if args.data_cache_path:
         refuse_unwritable(args.data_cache_path, f"--data-cache-path {args.data_cache_path}")
     flags = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
@@ -180,11 +171,7 @@ def check_data_files(args: argparse.Namespace) -> None:
 
 
 def check_descriptions(named: Mapping[str, str], args: argparse.Namespace) -> None:
-    """Refuse datasets that say that they are of another tokenizer than the run's, or beyond its vocabulary.
-
-    Args:
-        named: prefixes of datasets, each with the flag that named it.
-    """
+    """Refuse datasets (prefix -> flag) that say that they are of another tokenizer, or beyond the run's vocabulary."""
     if not any(Path(prefix + SUFFIX).is_file() for prefix in named):
         return  # reading the tokenizer's files can take seconds
     tokenizer = Tokenizer.of(vars(args), get_tokenizer().vocab_size)
@@ -192,8 +179,8 @@ def check_descriptions(named: Mapping[str, str], args: argparse.Namespace) -> No
         check_description(prefix, flag, tokenizer, args.padded_vocab_size, ALLOWANCE in args.btx_allow_change)
 
 
-def check_indexed_dataset(prefix: str, where: str) -> int:
-    """The tokens of a dataset; refuses one whose .bin or .idx is missing, empty, cut off or of another kind."""
+def check_indexed_dataset(prefix: str, where: str) -> None:
+    """Refuse a dataset whose .bin or .idx is missing, empty, cut off or of another kind."""
     again = "make it again with tools/preprocess_data.py"
     for suffix in (".bin", ".idx"):
         file = Path(prefix + suffix)
@@ -220,7 +207,6 @@ def check_indexed_dataset(prefix: str, where: str) -> int:
             f"{where} {prefix}: {prefix}.bin has {found_bytes} bytes and its index {len(index)} sequences that end at "
             f"{end_bytes}: one of them was cut off; {again}"
         )
-    return end_bytes // int(index.dtype_size)
 
 
 def reads_batches() -> bool:
