@@ -28,8 +28,7 @@ from megatron_btx.engine.fallback import check_save_folder, choose_checkpoint
 from megatron_btx.engine.flags import add_btx_arguments, help_if_asked
 from megatron_btx.engine.options import Options
 from megatron_btx.engine.restricted_loading import cause_of, loading_failed, restrict_unpickling
-from megatron_btx.tokenizers.path import locate_tokenizer
-from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES
+from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES, locate_tokenizer
 
 _MODEL_FLAGS = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 """What Megatron's validation asks for of every model."""

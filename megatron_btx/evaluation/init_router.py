@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -171,12 +172,12 @@ def _texts(data: dict[str, str], documents: int) -> tuple[list[Any], list[Any], 
     import numpy as np
     from megatron.core import mpu
 
-    from megatron_btx.data.texts import first_documents
+    from megatron_btx.data.texts import documents_of
 
     parts: tuple[list[Any], list[Any]] = ([], [])
     sizes: dict[str, list[int]] = {}
     for name, prefix in data.items():
-        found = first_documents(prefix, documents)
+        found = list(itertools.islice(documents_of(prefix), documents))
         sizes[name] = []
         for part, numbers in zip(parts, split_documents(len(found)), strict=True):
             if not numbers:

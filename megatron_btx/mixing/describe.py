@@ -21,7 +21,7 @@ from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.operations import describe_routers, new_routers
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
 from megatron_btx.mixing.writers import Output
-from megatron_btx.tokenizers.vocabulary import unknown_reason
+from megatron_btx.tokenizers.vocabulary import UnknownVocabularyError
 
 if TYPE_CHECKING:
     import torch
@@ -111,10 +111,10 @@ def _vocabulary_lines(plan: Plan) -> list[str]:
 
 def _vocabulary_of(source: Source) -> str:
     rows = source.pieces[EMBEDDING].shape[0]
-    vocabulary = source.tokenizer.vocabulary
-    if vocabulary is None:
-        why = unknown_reason(source.tokenizer.arguments)
-        return f"not known ({why}); its configuration counts {source.token_count} tokens in {rows} rows"
+    try:
+        vocabulary = source.tokenizer.vocabulary
+    except UnknownVocabularyError as error:
+        return f"not known ({error}); its configuration counts {source.token_count} tokens in {rows} rows"
     beyond = sum(number >= rows for number in vocabulary.tokens)
     without = ""
     if beyond:

@@ -23,8 +23,7 @@ from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError
-from megatron_btx.tokenizers.path import HF_FOLDER, locate_tokenizer
-from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES, ModelTokenizer
+from megatron_btx.tokenizers.vocabulary import HF_FOLDER, TOKENIZER_FILES, ModelTokenizer, locate_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -214,8 +213,7 @@ class Source:
         if folder is None and (self.root / HF_FOLDER).is_dir():
             folder = self.root / HF_FOLDER
         rows = self.pieces[EMBEDDING].shape[0]
-        stored = {**self.arguments, "hf_folder": folder, "padded_vocab_size": rows}
-        return ModelTokenizer(self.name, stored, rows, self.root)
+        return ModelTokenizer(self.name, {**self.arguments, "hf_folder": folder, "padded_vocab_size": rows})
 
     def token_rows(self, name: str) -> tuple[tuple[int, int], ...]:
         """The rows of an embedding or head that are tokens, in stretches from ``start`` to before ``stop``.

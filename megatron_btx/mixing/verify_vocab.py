@@ -18,8 +18,7 @@ from megatron_btx.common.errors import CheckpointError
 from megatron_btx.mixing.loader import stretches_of
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
 from megatron_btx.mixing.writers import Output
-from megatron_btx.tokenizers.path import HF_FOLDER
-from megatron_btx.tokenizers.vocabulary import read_vocabulary
+from megatron_btx.tokenizers.vocabulary import HF_FOLDER, read_vocabulary
 
 if TYPE_CHECKING:
     import torch

@@ -25,7 +25,7 @@ from megatron_btx.cost.layouts import ParallelSizes
 from megatron_btx.engine.checks.arguments import budget_of
 from megatron_btx.model.groups import TrainedGroups, resolve_groups
 from megatron_btx.tokenizers.comparison import check_same_tokenizer
-from megatron_btx.tokenizers.path import locate_tokenizer
+from megatron_btx.tokenizers.vocabulary import locate_tokenizer
 
 
 def finished(args: argparse.Namespace) -> str | None:
