@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -26,11 +26,6 @@ from megatron_btx.report.models import (
 from megatron_btx.report.quantities import is_usable, loss_text, mean, spread
 from megatron_btx.report.routing import draw_shares
 from megatron_btx.report.sections import (
-    CURVES_FIGURE,
-    LOAD_FIGURE,
-    LOSSES_FIGURE,
-    ROUTING_FIGURE,
-    WATCHED_FIGURE,
     Study,
     find_loads,
     find_watched,
@@ -64,24 +59,6 @@ PANELS, _OTHERS = {SEED: "seed", EXPERT: "experts"}, "mixture and baselines"
 _SEED_LINE: dict[str, Any] = {"color": FIXED_COLOURS[SEED], "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
 _MOMENTS = {MIX: "before finetuning", BTX: "after finetuning"}
 _LARGE_UNITS = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
-
-
-def draw_figures(study: Study) -> dict[str, Figure]:
-    """All figures of a report, by file name."""
-    palette = make_palette(study)
-    figures: dict[str, Figure] = {}
-    if study.domains:
-        figures[LOSSES_FIGURE] = draw_losses(study, palette)
-    if find_watched(study.cast):
-        figures[WATCHED_FIGURE] = draw_watched(study.cast, study.on_split, palette)
-    if find_loads(study):
-        figures[LOAD_FIGURE] = draw_loads(find_loads(study))
-    if len(study.runs) == 1:
-        if any(stage.log.curve for stage in study.runs[0].stages):
-            figures[CURVES_FIGURE] = draw_curves(study.runs[0], palette)
-        if study.cast.mixtures():
-            figures[ROUTING_FIGURE] = draw_routing(study.cast.mixtures(), palette)
-    return {study.prefix + name: figure for name, figure in figures.items()}
 
 
 def make_palette(study: Study) -> Palette:
@@ -208,8 +185,9 @@ def say_lowest_loss(cast: Cast, lines: Sequence[Line]) -> str:
 # --- curves ------------------------------------------------------------------------------------------------
 
 
-def draw_curves(run: RunData, palette: Palette) -> Figure:
+def draw_curves(study: Study, palette: Palette) -> Figure:
     """Training loss over tokens of every stage, in the panel of the model that it makes."""
+    run = study.runs[0]
     looks, trained = looks_of(run), [stage for stage in run.stages if stage.log.curve]
     curves = {stage.name: make_curve(stage) for stage in trained}
     roles = {model.stage.name: model.role for model in run.models if model.stage is not None}
@@ -238,8 +216,9 @@ def draw_curves(run: RunData, palette: Palette) -> Figure:
     return figure
 
 
-def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
+def draw_watched(study: Study, palette: Palette) -> Figure:
     """Loss per domain while models were trained: a panel for each domain, as far as they fit, and for their mean."""
+    cast = study.cast
     watched = find_watched(cast)[:NAMED_CURVES]
     looks = [model.look for model, _ in watched]
     if len(set(looks)) < len(looks):  # several seeds or runs of one role
@@ -278,7 +257,7 @@ def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
         panel.xaxis.set_major_locator(MaxNLocator(3))
     panels[0].legend(frameon=False, fontsize=8, loc="best")
     figure.supxlabel(" and ".join(f"{prefix}{unit}" for unit in sorted(units)), fontsize=9)
-    figure.supylabel(f"loss{on_split}, nats per token", fontsize=9)
+    figure.supylabel(f"loss{study.on_split}, nats per token", fontsize=9)
     set_title(figure, "Loss per domain while finetuning")
     return figure
 
@@ -324,8 +303,9 @@ def say_fall(losses: Mapping[str, Sequence[float]]) -> str:
 # --- routing and load --------------------------------------------------------------------------------------
 
 
-def draw_routing(all_mixtures: Sequence[Model], palette: Palette) -> Figure:
+def draw_routing(study: Study, palette: Palette) -> Figure:
     """Share of tokens per expert and layer: rows are domains, columns mixtures (before and after finetuning)."""
+    all_mixtures = study.cast.mixtures()
     experts = all_mixtures[-1].experts
     mixtures = [model for model in all_mixtures if model.experts == experts][-MIXTURES_SHOWN:]
     shown: dict[str, dict[str, Any]] = {}
@@ -350,8 +330,9 @@ def say_routing(model: Model) -> str:
     return f"Where tokens go: {moment}, two domains' routing differs by {percent} on average"
 
 
-def draw_loads(variants: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> Figure:
+def draw_loads(study: Study, _: Palette) -> Figure:
     """Load per layer and expert of every variant, mean over its seeds."""
+    variants = find_loads(study)
     columns = min(5, len(variants))
     figure = new_page(1.9 * math.ceil(len(variants) / columns))
     panels = make_panels(figure, len(variants), columns)
@@ -370,3 +351,13 @@ def draw_loads(variants: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> F
     figure.supxlabel("expert, in the order of the mix", fontsize=8)
     figure.supylabel("layer", fontsize=8)
     return figure
+
+
+FIGURES: Mapping[str, Callable[[Study, Palette], Figure]] = {
+    "losses.png": draw_losses,
+    "curves.png": draw_curves,
+    "finetuning.png": draw_watched,
+    "routing.png": draw_routing,
+    "load.png": draw_loads,
+}
+"""An image of a section, by its name -> what draws it."""

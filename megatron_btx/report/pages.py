@@ -11,10 +11,9 @@ import html
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from rich import box
@@ -22,12 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from megatron_btx.common.files import write_atomically
-from megatron_btx.common.manifest import mark
 from megatron_btx.common.table import WholeTable, describe_cells
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 ROWS_KEPT_TOGETHER = 14
 """A table of up to so many rows is not broken over two printed pages."""
@@ -82,7 +76,7 @@ class Image:
     """A figure."""
 
     file: str
-    """File name beside the page."""
+    """File name beside the page; behind the prefix a name of :data:`megatron_btx.report.figures.FIGURES`."""
     alternative: str
     """What it shows, for who cannot see it."""
     caption: str
@@ -112,31 +106,6 @@ def make_row(*cells: str | Cell) -> tuple[Cell, ...]:
 def make_bullets(items: Sequence[str]) -> list[Bullets]:
     """The sentences as a block; none without a sentence."""
     return [Bullets(tuple(items))] * bool(items)
-
-
-@dataclass(frozen=True)
-class Report:
-    """A report before it is written."""
-
-    title: str
-    sections: tuple[Section, ...]
-    folder: Path
-    """Where it is written: other files there are left alone."""
-    page: str
-    """Name of the HTML page; the Markdown file stands beside it."""
-    text: str
-    figures: tuple[str, ...]
-    """Names of all that it may have; those that it does not draw are removed."""
-    draw: Callable[[], dict[str, Figure]]
-    """Draws the figures, by file name. Called once, when the report is written: drawing takes seconds."""
-    numbers: Mapping[str, Any]
-    """Everything, for programs: file -> its content. All of it is in the first."""
-    printed: tuple[Block, ...]
-    """What is shown on a terminal."""
-    is_refuted: bool
-    """Whether some fact is false."""
-    without_facts: tuple[str, ...]
-    """The runs that have no facts: ablations."""
 
 
 def render_page(template: str, **values: object) -> str:
@@ -276,25 +245,3 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return json.dumps(value)
-
-
-def write_report(report: Report) -> None:
-    """Write all files of a report. Everything is made before, so that a failure leaves the earlier one as it was."""
-    from megatron_btx.report.style import to_pdf, to_png
-
-    figures = report.draw()
-    images = {name: to_png(figure) for name, figure in figures.items()}
-    contents = {
-        **images,
-        **{Path(name).stem + ".pdf": to_pdf(figure) for name, figure in figures.items()},
-        **{name: to_json(numbers) for name, numbers in report.numbers.items()},
-        report.text: to_markdown(report.title, report.sections).encode(),
-        report.page: to_html(report.title, report.sections, images).encode(),
-    }
-    mark(report.folder, report.folder.name)
-    for name, content in contents.items():
-        write_atomically(report.folder / name, content)
-    for name in report.figures:
-        if name not in images:
-            for form in (".png", ".pdf"):
-                (report.folder / name).with_suffix(form).unlink(missing_ok=True)

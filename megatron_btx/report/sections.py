@@ -42,9 +42,6 @@ from megatron_btx.report.stages import Stage
 from megatron_btx.runner.schemas import LOSS
 from megatron_btx.runner.tables import count_epochs, with_prefix
 
-LOSSES_FIGURE, CURVES_FIGURE, WATCHED_FIGURE = "losses.png", "curves.png", "finetuning.png"
-ROUTING_FIGURE, LOAD_FIGURE = "routing.png", "load.png"
-FIGURES = (LOSSES_FIGURE, CURVES_FIGURE, WATCHED_FIGURE, ROUTING_FIGURE, LOAD_FIGURE)
 PAIRS_SHOWN = 28
 """Of two domains each: all of eight domains."""
 _VERDICTS = {
@@ -282,7 +279,7 @@ def _show_losses(study: Study) -> Iterator[Block]:
     if meant:
         sentences.append(f"{'; '.join(meant)}.")
     yield _tabulate_losses(study, " ".join(sentences))
-    yield Image(study.prefix + LOSSES_FIGURE, f"{title} per model and domain", points)
+    yield Image(study.prefix + "losses.png", f"{title} per model and domain", points)
     yield from _describe_differences(study)
 
 
@@ -340,7 +337,7 @@ def _show_training(study: Study) -> Iterator[Block]:
             "about 5 % of the stage; faint: before smoothing. Skipped steps, which trained nothing, are left out. Each "
             "panel has its own scales. The curve of an unfinished stage ends where the stage did."
         )
-        yield Image(study.prefix + CURVES_FIGURE, "Training loss of every stage over tokens", caption)
+        yield Image(study.prefix + "curves.png", "Training loss of every stage over tokens", caption)
 
 
 def find_watched(cast: Cast) -> list[tuple[Model, Stage]]:
@@ -358,7 +355,7 @@ def _show_watched(study: Study) -> Iterator[Block]:
             f"Loss{study.on_split} of every domain, and their mean, measured while the model was trained. Each panel "
             "has its own scale. The mixture's begins with the mix. Dashed: the seed."
         )
-        yield Image(study.prefix + WATCHED_FIGURE, _WATCHED_TITLE, caption)
+        yield Image(study.prefix + "finetuning.png", _WATCHED_TITLE, caption)
 
 
 def _show_loads(study: Study) -> Iterator[Block]:
@@ -390,7 +387,7 @@ def _show_loads(study: Study) -> Iterator[Block]:
         experts = max(len(seeds[0][0]) for seeds in variants.values())
         text = "Share of a layer's choices per expert, mean over seeds; layers from top to bottom. "
         text += f"{percent_text(1 / experts)} is even."
-        yield Image(study.prefix + LOAD_FIGURE, "Load per layer and expert of every variant", text)
+        yield Image(study.prefix + "load.png", "Load per layer and expert of every variant", text)
 
 
 def find_loads(study: Study) -> dict[str, list[list[list[float]]]]:
@@ -413,7 +410,7 @@ def _show_routing(study: Study) -> Iterator[Block]:
         "Share of the routed (token, expert) pairs that each expert gets, per layer, for the evaluated tokens of "
         "each domain, of as many domains as fit. Layers count from the input."
     )
-    yield Image(study.prefix + ROUTING_FIGURE, "Share of tokens per expert, layer and domain", caption)
+    yield Image(study.prefix + "routing.png", "Share of tokens per expert, layer and domain", caption)
     distances = {model.name: routing_distances(model) for model in mixtures if model.chooses_experts()}
     pairs = list(dict.fromkeys(chain.from_iterable(distances.values())))
     if pairs:
