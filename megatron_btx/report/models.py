@@ -142,6 +142,10 @@ class Model:
         return kept
 
 
+class UncheckedError(Exception):
+    """A claim cannot be checked; the text says why."""
+
+
 @dataclass(frozen=True)
 class Cast:
     """The models of one run."""
@@ -170,12 +174,12 @@ class Cast:
         """All models of a role that were measured."""
         return [model for model in self.measured if model.role == role]
 
-    def name_missing(self, *roles: str) -> str:
-        """Which of the roles no measured model has, in words; empty when they all have one."""
+    def need(self, *roles: str) -> list[Model]:
+        """The models of roles, as :meth:`find` has them. Raises UncheckedError, which names the roles without one."""
         absent = [role for role in roles if not self.find(role)]
-        if not absent:
-            return ""
-        return f"no evaluation of {' and '.join(absent)}"
+        if absent:
+            raise UncheckedError(f"no evaluation of {' and '.join(absent)}")
+        return list(filter(None, map(self.find, roles)))
 
     def variants(self) -> list[Model]:
         """The models that an ablation compares."""
