@@ -6,17 +6,17 @@ Axes: ``L`` layers, ``E`` experts, ``S`` sequence, ``B`` batch, ``H`` hidden, ``
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import read_json_object
-from megatron_btx.common.shares import find_dead_experts, routing_distance
+from megatron_btx.common.shares import find_dead_experts
 from megatron_btx.model.step import batches_of, forward
 
 LISTS = ("layers", "choices", "first", "probabilities", "gates", "entropy", "dropped", "dead")
@@ -180,15 +180,6 @@ def _divide(values: list[float], divisor: float) -> list[float]:
     return [value / divisor for value in values]
 
 
-def overlaps(labels: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The overlap of every two labels of a model: 1 less the distance of their shares; 1 is the same routing."""
-    choices = {name: label["choices"] for name, label in labels.items()}
-    found = {}
-    for one, shares in choices.items():
-        found[one] = {name: 1.0 - routing_distance(shares, other) for name, other in choices.items()}
-    return found
-
-
 def make_table(models: Mapping[str, Any], experts: Sequence[str]) -> str:
     """For every model and label: the expert that most first choices go to, its share, entropy and dead experts."""
     lines = [
@@ -218,28 +209,18 @@ def read_earlier(files: Sequence[Path], names: Sequence[str], experts: list[str]
     models: dict[str, Any] = {}
     for file in files:
         where, again = f"--btx-route-beside {file}", "analyse that model again"
-        if not file.is_file():
-            raise InputError(f"{where}: there is no such file")
+        content = read_json_object(file, again)
         try:
-            content = read_json_object(file, again)
             for labels in content["models"].values():
                 for routed in labels.values():
-                    _check_numbers(routed, len(content["experts"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    operator.itemgetter(*LISTS)(routed)
+            found, same = ", ".join(content["experts"]), content["experts"] == experts
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{where}: is no routing.json of this tool ({error}); {again}") from error
-        if content["experts"] != experts:
-            raise InputError(f"{where}: its experts are {', '.join(content['experts'])}, expected {', '.join(experts)}")
+        if not same:
+            raise InputError(f"{where}: its experts are {found}, expected {', '.join(experts)}")
         for name, labels in content["models"].items():
             if name in models or name in names:
                 raise InputError(f"{where}: its model {name} is there already; name one of them otherwise")
             models[name] = labels
     return models
-
-
-def _check_numbers(routed: Mapping[str, Any], experts: int) -> None:
-    """Raises ValueError, KeyError or TypeError where a label's numbers are not as :func:`describe` writes them."""
-    names = ("choices", "first", "probabilities", "gates")
-    shares = np.array([routed[name] for name in names], dtype=float)
-    sums = np.array([routed[name] for name in ("layers", "entropy", "dropped")], dtype=float)
-    if shares.shape != (len(names), sums.shape[1], experts) or len(routed["dead"]) != sums.shape[1]:
-        raise ValueError("its shares are not one per layer and expert")

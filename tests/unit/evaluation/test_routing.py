@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.common.shares import overlaps
 from megatron_btx.evaluation.analyze_routing import pieces_of
 from megatron_btx.evaluation.program import expert_names
 from megatron_btx.evaluation.routing import (
@@ -16,7 +17,6 @@ from megatron_btx.evaluation.routing import (
     RoutingCounts,
     describe,
     describe_layers,
-    overlaps,
     read_earlier,
 )
 
@@ -68,7 +68,7 @@ def test_overlap():
         "c": [[0.5, 0.5], [1.0, 0.0]],
         "d": [[0.25, 0.75], [1.0, 0.0]],
     }
-    found = overlaps({label: {"choices": choices} for label, choices in shares.items()})
+    found = overlaps(shares)
     assert found["a"]["a"] == 1 and found["a"]["b"] == 0
     assert found["c"]["d"] == pytest.approx(0.875)
 
@@ -82,7 +82,8 @@ def test_tasks_of_a_domain_are_added_up():
     assert list(found) == ["math", "math/a", "code/x", "math/b"]
     assert found["math"]["choices"] == [[0.25, 0.75]] and found["math"]["tokens"] == 40 and found["math"]["loss"] == 3.5
     assert describe({"math": one, "math/a": one, "math/b": three})["math"]["tokens"] == 10
-    assert overlaps(found)["math/a"] == {"math": 0.25, "math/a": 1.0, "code/x": 1.0, "math/b": 0.0}
+    choices = {label: numbers["choices"] for label, numbers in found.items()}
+    assert overlaps(choices)["math/a"] == {"math": 0.25, "math/a": 1.0, "code/x": 1.0, "math/b": 0.0}
 
 
 def test_experts_have_one_order():
@@ -112,7 +113,7 @@ def test_pieces_are_the_text():
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "there is no such file"),
+        (None, "does not exist"),
         ("{}", "is no routing.json"),
         ('{"experts": ["a", "b"], "models": ["x"]}', "is no routing.json"),
         (
