@@ -69,8 +69,6 @@ class Model:
     """Per domain, per layer: share of the routed (token, expert) pairs per expert. Dense layers have zeros alone."""
     experts: tuple[str, ...] = ()
     """Names of the experts, in the order of the routing shares."""
-    top_k: int | None = None
-    """Experts that a token takes, by the flags of the evaluation; None where they are not known."""
     stage: Stage | None = None
     """What made it; None of a given model, and where no such stage is there."""
     run: str = ""
@@ -129,9 +127,7 @@ class Model:
 
     def chooses_experts(self) -> bool:
         """Whether a token takes some of the experts only. Under soft routing it takes all, and shares say nothing."""
-        if self.parameters and self.active_parameters == self.parameters:
-            return False
-        return self.top_k is None or self.top_k < len(self.experts)
+        return not self.parameters or self.active_parameters != self.parameters
 
     @property
     def routed_layers(self) -> dict[str, list[Sequence[float]]]:
