@@ -79,12 +79,16 @@ def make_report(*paths: Path) -> Report:
         title, text = f"Branch-Train-MiX: {', '.join(names)}", "comparison.md"
     elif runs[0].variants():
         title, text = "Ablation", ABLATION_REPORT_FILE
+    stem = Path(text).stem
     if text != REPORT_FILE:
-        page, prefix = f"{Path(text).stem}.html", f"{Path(text).stem}-"
+        page, prefix = f"{stem}.html", f"{stem}-"
     study = make_study(runs, prefix)
-    return Report(
-        study, title, paths[0] / REPORT_STAGE, page, text, make_sections(study), _number_files(study, Path(text).stem)
-    )
+    numbers: dict[str, Any] = {"results.json": _number_run(runs[0], study)}
+    if len(runs) > 1:
+        numbers = {f"{stem}.json": {"runs": {run.name: _number_run(run, study) for run in runs}}}
+    elif runs[0].variants():
+        numbers[f"{stem}.json"] = _number_variants(runs[0])
+    return Report(study, title, paths[0] / REPORT_STAGE, page, text, make_sections(study), numbers)
 
 
 def write_report(report: Report) -> None:
@@ -117,17 +121,6 @@ def print_core(report: Report) -> None:
     print_blocks(printed_blocks(report.study))
     # From wherever the reader stands: a run calls this in its own directory, and repeats the line to its caller.
     print(f"report: {printable(str((report.folder / report.page).resolve()))}")
-
-
-def _number_files(study: Study, stem: str) -> dict[str, Any]:
-    """The files of numbers: of an ablation also its variants alone, of several runs all of them."""
-    if len(study.runs) > 1:
-        return {f"{stem}.json": {"runs": {run.name: _number_run(run, study) for run in study.runs}}}
-    run = study.runs[0]
-    files: dict[str, Any] = {"results.json": _number_run(run, study)}
-    if run.variants():
-        files[f"{stem}.json"] = _number_variants(run)
-    return files
 
 
 def _number_run(run: RunData, study: Study) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from megatron_btx.common.table import WholeTable, describe_cells
+from megatron_btx.common.table import WIDE_COLUMNS, WholeTable, describe_cells
 
 ROWS_KEPT_TOGETHER = 14
 """A table of up to so many rows is not broken over two printed pages."""
@@ -29,8 +29,6 @@ LOG_COLUMNS = 120
 """Width of what is printed where there is no terminal."""
 _NAME_COLUMNS = 12
 """Least width of a column of names where a terminal is narrow."""
-_WIDE_COLUMNS = 10_000
-"""More than any table of a report has."""
 _TONE_STYLES = {"good": "green", "bad": "red", "unknown": "dim", "": ""}
 
 
@@ -200,32 +198,29 @@ def _print_table(console: Console, table: Table) -> None:
     grid = WholeTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
     has_numbers = table.text_columns < len(table.header)
     headers = [one_line(header) for header in table.header]
-    texts = [[_terminal_cell(cell) for cell in row] for row in table.rows]
+    # A star behind the lowest, or a blank, so that the digits of a column stay in line.
+    texts = [[_terminal_cell(cell, " " * has_numbers) for cell in row] for row in table.rows]
     for number, (header, *cells) in enumerate(zip(headers, *texts, strict=True)):
         if number >= table.text_columns:
-            widest = max(map(cell_len, (header, *map(str, cells)))) + 1  # for a star
+            widest = max(map(cell_len, (f"{header} ", *map(str, cells))))
             grid.add_column(Text(header), justify="right", no_wrap=True, min_width=widest)
         else:
             grid.add_column(Text(header), min_width=_NAME_COLUMNS * has_numbers)
-    grid.lines = [describe_cells(headers, list(map(str, cells))) for cells in texts]
-    for row, cells in zip(table.rows, texts, strict=True):
-        for cell, text in zip(row, cells, strict=True):
-            if has_numbers and not cell.strong:
-                text.append(" ")  # so that the digits of a column stay in line with those before a star
+    for cells in texts:
         grid.add_row(*cells)
+    grid.lines = [describe_cells(headers, list(map(str, cells))) for cells in texts]
     if has_numbers and not console.is_terminal:
-        console = Console(highlight=False, width=_WIDE_COLUMNS, no_color=True)
+        console = Console(highlight=False, width=WIDE_COLUMNS, no_color=True)
     console.print(grid)
     if table.caption:
         console.print(Text(one_line(table.caption), style="dim"))
 
 
-def _terminal_cell(cell: Cell) -> Text:
+def _terminal_cell(cell: Cell, end: str) -> Text:
     """The text of a cell; a star marks the strong ones, because a log has no bold."""
-    text = one_line(cell.text)
     if cell.strong:
-        return Text(f"{text}*", style="bold")
-    return Text(text, style=_TONE_STYLES[cell.tone])
+        return Text(f"{one_line(cell.text)}*", style="bold")
+    return Text(one_line(cell.text) + end, style=_TONE_STYLES[cell.tone])
 
 
 def to_json(content: object) -> bytes:
