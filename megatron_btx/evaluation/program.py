@@ -103,7 +103,7 @@ def evaluate_model(model: list[Any], name: str, data: dict[str, str], path: str)
         if args.num_experts:
             routed = route(model, f"{domain}: {prefix}", prefix, args.btx_eval_tokens)
             scores.append(make_loss(name, domain, routed.loss, routed.tokens, routed.stderr))
-            about["routing"][domain] = [divide_up(layer.choices) for layer in routed.layers]
+            about["routing"][domain] = divide_up(routed.counts.choices_LE).tolist()
         else:
             loss = forward(model, batches_of(start_of(prefix, args.btx_eval_tokens), f"{domain}: {prefix}"))
             scores.append(make_loss(name, domain, loss.nats, loss.tokens, loss.stderr))
