@@ -119,7 +119,6 @@ def describe(routed: Mapping[str, Routed]) -> dict[str, dict[str, Any]]:
 
 
 def _join(texts: Sequence[Routed]) -> Routed:
-    """Several texts as one."""
     tokens = sum(text.tokens for text in texts)
     loss = sum(text.loss * text.tokens for text in texts) / tokens
     layers, experts = texts[0].counts.choices_LE.shape

@@ -124,7 +124,6 @@ def print_core(report: Report) -> None:
 
 
 def _number_run(run: RunData, study: Study) -> dict[str, Any]:
-    """Every number of a run's report."""
     differences = {}
     for role in BASELINES:
         found = differences_to(run, role)

@@ -99,7 +99,6 @@ class RunData(Cast):
         return tokens is not None and tokens == self.tokens_after_seed(role)
 
     def _stage_of(self, role: str) -> str:
-        """The stage that makes the model of a role."""
         for model in self.models:
             if model.role == role and not model.row.variant and model.row.stage:
                 return model.row.stage

@@ -189,7 +189,6 @@ def _under(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _read_routing(values: Mapping[str, float]) -> RoutingLog | None:
-    """The routing from the last value of every metric."""
     if _DEAD not in values:
         return None
     cells: dict[int, dict[int, float]] = {}
