@@ -17,6 +17,7 @@ from megatron_btx.evaluation.routing import (
     RoutingCounts,
     describe,
     describe_layers,
+    divide_up,
     read_earlier,
 )
 
@@ -53,6 +54,7 @@ def test_shares():
     assert found["probabilities"] == [[0.75, 0.25]] and found["gates"] == [[0.6, 0.0]]
     assert found["entropy"] == [0.5] and found["dropped"] == [pytest.approx(0.15)]
     assert found["dead"] == [[1]]
+    assert divide_up(torch.tensor([[0.0, 0.0], [1.0, 3.0]])).tolist() == [[0.0, 0.0], [0.25, 0.75]]
 
 
 def test_dead_is_under_a_hundredth_of_even():
