@@ -30,15 +30,13 @@ def score(model: str, value: float, data: str = "sums") -> dict[str, object]:
     return {"model": model, **parts}
 
 
-def better_at_sums(cast: Cast) -> claims.Selection | str:
+def better_at_sums(cast: Cast) -> claims.Verdict:
     """The seed's accuracy against the mixture's."""
-    mixture, seed = cast.find("btx"), cast.find("seed")
-    if mixture is None or seed is None:
-        return cast.name_missing("btx", "seed")
+    mixture, seed = cast.need("btx", "seed")
     pairs = {}
     for task, value in mixture.values("accuracy").items():
         pairs[task] = claims.Pair(seed.values("accuracy").get(task), value)
-    return claims.Selection(pairs)
+    return claims.every_lower(pairs)
 
 
 def test_a_measure_and_a_claim_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -46,7 +44,7 @@ def test_a_measure_and_a_claim_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = make_run(tmp_path)
     scores = [score("btx", 0.75), score("seed", 0.5), score("btx", 0.25, "words")]
     write_json(run / "evaluate-tasks" / "evaluation.json", {"models": {}, "scores": scores})
-    toy = claims.Claim("better_at_sums", "The mixture adds better than the seed.", better_at_sums, claims.every_lower)
+    toy = claims.Claim("better_at_sums", "The mixture adds better than the seed.", better_at_sums)
     monkeypatch.setattr(claims, "CLAIMS", [*claims.CLAIMS, toy])
     assert build.main([str(run), "--require-facts"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
