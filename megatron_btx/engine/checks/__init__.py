@@ -26,10 +26,7 @@ TRAINING_ROWS = (arguments.of_budget, arguments.of_training, arguments.of_retent
 
 
 def check_arguments(args: argparse.Namespace, trains: bool = False) -> None:
-    """Refuse what makes no sense, before a run costs anything.
-
-    Args:
-        trains: of the training program.
+    """Refuse what makes no sense, before a run costs anything; ``trains`` says that the training program asks.
 
     Raises:
         InputError: one line that names the flag, what was found and the remedy.
