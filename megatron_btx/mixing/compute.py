@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.mixing.loader import stretches_of
-from megatron_btx.mixing.operations import for_one_rounding
+from megatron_btx.mixing.operations import for_one_rounding, join
 from megatron_btx.mixing.plan import Plan, PlannedPiece
 
 if TYPE_CHECKING:
@@ -26,26 +26,18 @@ def rows_of(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> Iterato
     """
     row_bytes = max(1, math.prod(planned.shape[1:]) * planned.dtype.itemsize)
     step = max(1, STEP_BYTES // row_bytes)
+    had = planned.source_rows
     for low in range(start, stop, step):
         high = min(low + step, stop)
-        rows = _rows(plan, planned, low, high)
+        found = []
+        if low < had:
+            found.append(planned.operation.rows(plan, planned, low, min(high, had)))
+        if high > had:
+            found.append(mean_row(plan, planned).expand(high - max(low, had), *planned.shape[1:]))
+        rows = join(found, dim=0)
         if not _is_finite(rows):
             _refuse_not_finite(plan, planned, low, high)
         yield rows
-
-
-def _rows(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
-    """Rows of a piece: those that are made from the sources, and after them the new ones."""
-    import torch
-
-    had = planned.source_rows
-    if stop <= had or not planned.new_rows:
-        return planned.operation.rows(plan, planned, start, stop)
-    count = stop - max(start, had)
-    new = mean_row(plan, planned).expand(count, *planned.shape[1:])
-    if start >= had:
-        return new
-    return torch.cat([planned.operation.rows(plan, planned, start, had), new])
 
 
 def mean_row(plan: Plan, planned: PlannedPiece) -> torch.Tensor:

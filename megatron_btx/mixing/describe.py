@@ -39,13 +39,29 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
     """The plan as a table: the sources, and for each kind of tensor the rule that makes it, count and bytes."""
     request = plan.request
     lines = [f"{request.method}: {METHODS[request.method].summary}"]
-    lines += _source_lines(plan)
+    for number, source in enumerate(plan.sources):
+        form = f"Megatron, {source.dialect.name} layers"
+        if source.is_hugging_face:
+            form = "Hugging Face"
+        share = ""
+        if source is plan.base:
+            share = "  of no weight"
+        elif request.weights:
+            share = f"  weight {plan.weights[number]:.4g}"
+        lines.append(f"  {number}  {source.name:<12} {source.folder}  ({form}){share}")
     lines.append(f"  {'tensor of the result':<62} {'number':>6} {'shape':<18} {'MiB':>10}  made by")
     kinds: dict[str, list[LaidOutTensor]] = {}
     for tensor in output.tensors:  # those whose names differ in the number of a layer or expert alone, together
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", tensor.name), []).append(tensor)
     for pattern, tensors in kinds.items():
-        lines.append(_tensor_line(plan, pattern, tensors))
+        shape = "x".join(str(extent) for extent in tensors[0].shape)
+        size_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+        rules: dict[str, None] = {}
+        for block in tensors[0].blocks:
+            for fill in block.fills:
+                rules[fill.planned.operation.describe(plan, fill.planned)] = None
+        made_by = "; ".join(rules)
+        lines.append(f"  {pattern:<62} {len(tensors):>6} {shape:<18} {size_bytes / 2**20:>10.2f}  {made_by}")
     memory = _IMPORTS_BYTES + workers * STEP_BYTES * (4 + 2 * len(plan.sources))
     lines.append(
         f"  {len(output.tensors)} tensors as {output.format}, {plan.input_bytes / 2**20:.1f} MiB to read, "
@@ -63,35 +79,7 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
     return "\n".join(lines + router_text(plan))
 
 
-def _source_lines(plan: Plan) -> list[str]:
-    """Each source: its number, name, place and format, and its weight where weights were given."""
-    lines = []
-    for number, source in enumerate(plan.sources):
-        form = f"Megatron, {source.dialect.name} layers"
-        if source.is_hugging_face:
-            form = "Hugging Face"
-        share = ""
-        if source is plan.base:
-            share = "  of no weight"
-        elif plan.request.weights:
-            share = f"  weight {plan.weights[number]:.4g}"
-        lines.append(f"  {number}  {source.name:<12} {source.folder}  ({form}){share}")
-    return lines
-
-
-def _tensor_line(plan: Plan, pattern: str, tensors: Sequence[LaidOutTensor]) -> str:
-    """Tensors of one kind: how many, how large, and what makes them."""
-    shape = "x".join(str(extent) for extent in tensors[0].shape)
-    size_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
-    rules: dict[str, None] = {}
-    for block in tensors[0].blocks:
-        for fill in block.fills:
-            rules[fill.planned.operation.describe(plan, fill.planned)] = None
-    return f"  {pattern:<62} {len(tensors):>6} {shape:<18} {size_bytes / 2**20:>10.2f}  {'; '.join(rules)}"
-
-
 def _vocabulary_lines(plan: Plan) -> list[str]:
-    """What is known of each source's vocabulary, and what the result's is."""
     lines = [f"  vocabulary of {source.name}: {_vocabulary_of(source)}" for source in plan.sources]
     embedding = next(planned for planned in plan.pieces if planned.name == EMBEDDING)
     rows, new = embedding.shape[0], embedding.new_rows

@@ -135,7 +135,6 @@ class Source:
         self._refuse_unknown(unused, where)
 
     def _refuse_unknown(self, unused: set[str], where: str) -> None:
-        """Refuse tensors that no row of the table takes."""
         ignored: tuple[str, ...] = IGNORED_MEGATRON
         if self.is_hugging_face:
             ignored = IGNORED_HF
@@ -150,7 +149,6 @@ class Source:
                 )
 
     def _are_equal(self, left: Held, right: Held) -> bool:
-        """Whether two pieces hold the same numbers in the same dtype."""
         import torch
 
         if left.shape != right.shape or left.dtype != right.dtype:
@@ -303,7 +301,6 @@ def open_source(name: str, path: str | Path) -> Source:
 
 
 def _open_folder(name: str, folder: Path) -> Source:
-    """A Hugging Face model folder."""
     where = f"{name} ({folder / safetensors.CONFIG})"
     config = safetensors.read_json(folder / safetensors.CONFIG)
     _check_layers(config.get("num_hidden_layers"), where)
@@ -319,7 +316,6 @@ def _open_folder(name: str, folder: Path) -> Source:
 
 
 def _open_checkpoint(name: str, folder: Path) -> Source:
-    """One iteration of a Megatron checkpoint."""
     reader = TorchDistReader(folder)
     root = root_of(folder)
     kinds.refuse_placeholders(root / HF_FOLDER)

@@ -47,7 +47,6 @@ def make_plan(request: Request) -> Plan:
 
 
 def _check_kinds(method: Method, sources: Sequence[Source]) -> None:
-    """Refuse a mixture where the method takes a dense model, and the other way round."""
     for number, source in enumerate(sources):
         kind = method.takes[min(number, len(method.takes) - 1)]
         experts = source.sizes.experts
@@ -135,7 +134,6 @@ def _dtype(piece: Piece, chunks: Sequence[Chunk], first: Source, sources: Sequen
 
 
 def _part(piece: Piece, chunk: Chunk, sources: Sequence[Source], axis: int) -> Part:
-    """The rows or columns that a chunk is."""
     if chunk.count > 1 and piece.name.endswith("down.bias"):
         raise InputError(
             f"{piece.name}: a feed-forward block with biases cannot be cut, its second bias belongs to the whole; "

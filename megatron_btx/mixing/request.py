@@ -94,7 +94,6 @@ def _read_weights(given: Mapping[str, Any] | list[str]) -> dict[str, float]:
 
 
 def _read_take(given: Mapping[str, str] | list[str]) -> dict[str, str]:
-    """The sources to take fields from, by the fields' own names."""
     found: dict[str, str] = {}
     for written, name in _pairs_of(given, "--take", "FIELD=NAME, as --take rotary_base=code").items():
         plain = written.removeprefix("--").replace("-", "_")
@@ -107,12 +106,6 @@ def _read_take(given: Mapping[str, str] | list[str]) -> dict[str, str]:
             raise InputError(f"--take {field}= is given twice; give it once")
         found[field] = name
     return found
-
-
-def _expect_spread(std: float) -> str:
-    if std > 0 and math.isfinite(std):
-        return ""
-    return "a number above 0; --router-init zeros gives zeros"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +162,11 @@ class Request(Record):
         read=str,
     )
     router_std: float = option(
-        RouterInit.std, "standard deviation of normal", kind=float, metavar="STD", expect=_expect_spread
+        RouterInit.std,
+        "standard deviation of normal",
+        kind=float,
+        metavar="STD",
+        expect=lambda std: "" if 0 < std < math.inf else "a number above 0; --router-init zeros gives zeros",
     )
     router_seed: int = option(RouterInit.seed, "seed of normal", kind=int, metavar="N", expect=between(0, 2**63 - 1))
     pad_vocabulary: int = option(
@@ -283,7 +280,6 @@ def read_request(
 
 
 def _read_own(method: str, given: Mapping[str, object]) -> dict[str, Any]:
-    """The values of all of a method's own options."""
     rows = {row.name: row for row in METHODS[method].options}
     for name in given:
         owners = [other for other, row in METHODS.items() if name in [own.name for own in row.options]]
