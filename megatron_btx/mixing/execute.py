@@ -263,26 +263,17 @@ class Conversion:
         """Do ``work`` for all numbers in this process's threads; the first failure ends the others soon."""
         import torch
 
-        queue, lock = iter(numbers), threading.Lock()
-
-        def loop() -> None:
-            while not self._stop.is_set():
-                with lock:
-                    number = next(queue, None)
-                if number is None:
-                    return
-                work(number)
-
         threads_before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
-                futures = [pool.submit(loop) for _ in range(self.workers)]
+                futures = [pool.submit(work, number) for number in numbers]
                 try:
                     for future in concurrent.futures.as_completed(futures):
                         future.result()
                 except BaseException:  # Ctrl-C too: the threads must end before the pool can be left
                     self._stop.set()
+                    pool.shutdown(cancel_futures=True)
                     raise
         finally:
             torch.set_num_threads(threads_before)
