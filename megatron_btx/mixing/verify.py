@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.checkpoint.safetensors import SafetensorsReader
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError
@@ -196,10 +195,8 @@ def check_token_rows(plan: Plan, output: Output, folder: Path) -> str:
 
 
 def _written_tokens(reader: Reader, folder: Path) -> Mapping[int, str] | None:
-    if isinstance(reader, SafetensorsReader):
-        stored: dict[str, Any] = {"hf_folder": folder}
-    else:
-        assert isinstance(reader, TorchDistReader)
+    stored: dict[str, Any] = {"hf_folder": folder}
+    if isinstance(reader, TorchDistReader):
         stored = reader.arguments() | {"hf_folder": None}
         if (folder / HF_FOLDER).is_dir():
             stored["hf_folder"] = folder / HF_FOLDER
