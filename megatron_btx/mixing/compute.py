@@ -48,25 +48,24 @@ def mean_row(plan: Plan, planned: PlannedPiece) -> torch.Tensor:
     at most that of an average token: n new rows beside V tokens raise no loss by more than log(1 + n / V). (Hewitt
     2021, "Initializing New Word Embeddings for Pretrained Language Models".)
     """
-    return plan.once.get(("mean row", planned.name), lambda: _mean_row(plan, planned))
-
-
-def _mean_row(plan: Plan, planned: PlannedPiece) -> torch.Tensor:
     import torch
 
-    step = max(1, STEP_BYTES // (8 * math.prod(planned.shape[1:])))
-    total = torch.zeros(planned.shape[1:], dtype=torch.float64)
-    count = 0
-    tokens: set[int] = set()
-    for part in planned.parts:
-        for start, stop in plan.sources[part.source].token_rows(part.piece):
-            tokens.update(range(start, stop))
-    for start, stop in stretches_of(sorted(tokens)) or [(0, planned.source_rows)]:
-        count += stop - start
-        for low in range(start, stop, step):
-            rows = planned.operation.rows(plan, planned, low, min(low + step, stop))
-            total += rows.sum(0, dtype=torch.float64)
-    return for_one_rounding(total / count, planned.dtype).to(planned.dtype)
+    def make() -> torch.Tensor:
+        step = max(1, STEP_BYTES // (8 * math.prod(planned.shape[1:])))
+        total = torch.zeros(planned.shape[1:], dtype=torch.float64)
+        count = 0
+        tokens: set[int] = set()
+        for part in planned.parts:
+            for start, stop in plan.sources[part.source].token_rows(part.piece):
+                tokens.update(range(start, stop))
+        for start, stop in stretches_of(sorted(tokens)) or [(0, planned.source_rows)]:
+            count += stop - start
+            for low in range(start, stop, step):
+                rows = planned.operation.rows(plan, planned, low, min(low + step, stop))
+                total += rows.sum(0, dtype=torch.float64)
+        return for_one_rounding(total / count, planned.dtype).to(planned.dtype)
+
+    return plan.once.get(("mean row", planned.name), make)
 
 
 def _is_finite(rows: torch.Tensor) -> bool:
@@ -82,11 +81,7 @@ def _is_finite(rows: torch.Tensor) -> bool:
 
 
 def check_finite(plan: Plan, planned: PlannedPiece, looked_at_bytes: int) -> None:
-    """Refuse sources of which the first rows of what makes a piece are not finite; nothing is computed.
-
-    Raises:
-        CheckpointError: see :func:`rows_of`.
-    """
+    """Refuse sources of which the first rows of what makes a piece are not finite, as :func:`rows_of` does."""
     for part in planned.parts:
         held = plan.held(part)
         rows = max(1, looked_at_bytes // (held.dtype.itemsize * math.prod(held.shape[1:])))

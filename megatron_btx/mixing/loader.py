@@ -243,11 +243,7 @@ def stretches_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def _sizes(name: str, folder: Path, arguments: Mapping[str, Any]) -> Sizes:
-    """The sizes that stored arguments say.
-
-    Raises:
-        CheckpointError: one is missing, of another type, or impossible beside the others.
-    """
+    """The sizes that stored arguments say; refused where one is missing, of another type, or impossible."""
     where = f"{name} ({folder})"
     for argument in (*_SIZES, *_OTHER_SIZES):
         value = arguments.get(argument)

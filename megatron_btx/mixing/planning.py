@@ -98,10 +98,8 @@ def _check_frequency(frequency: int | tuple[int, ...], layers: int) -> int | lis
 
 def _plan_pieces(request: Request, given: Given, sources: Sequence[Source], sizes: Sizes) -> Iterator[PlannedPiece]:
     """Every piece of the result; whether it has a head of its own, the sources show."""
-    first = sources[0]
-    for source in sources:
-        if source.name == request.take.get("dtype"):
-            first = source
+    by_name = {source.name: source for source in sources}
+    first = by_name[request.take.get("dtype", sources[0].name)]
     for piece in pieces_of(sizes):
         operation, chunks = METHODS[request.method].make(given, piece)
         missing = [chunk for chunk in chunks if chunk.piece not in sources[chunk.source].pieces]
