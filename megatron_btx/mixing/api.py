@@ -19,7 +19,8 @@ from megatron_btx.distributed.launcher import find_place
 from megatron_btx.mixing.describe import explain
 from megatron_btx.mixing.execute import Conversion, Result
 from megatron_btx.mixing.ranks import Ranks
-from megatron_btx.mixing.request import Options, Request, read_request
+from megatron_btx.mixing.reading import read_request
+from megatron_btx.mixing.request import Options, Request
 from megatron_btx.mixing.verify import check_manifest, manifest_bytes
 
 

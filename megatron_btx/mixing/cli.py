@@ -10,7 +10,8 @@ from megatron_btx.common.errors import exits_with_one_line
 from megatron_btx.common.plugins import load_plugins
 from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT, WORK
-from megatron_btx.mixing.request import Options, Request, list_options, read_request
+from megatron_btx.mixing.reading import list_options, read_request
+from megatron_btx.mixing.request import Options, Request
 
 
 def parser() -> argparse.ArgumentParser:

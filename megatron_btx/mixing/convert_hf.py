@@ -9,7 +9,7 @@ from megatron_btx.checkpoint.paths import model_path
 from megatron_btx.checkpoint.safetensors import is_model_folder
 from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.mixing.cli import add_output_options, work_of
-from megatron_btx.mixing.request import read_request
+from megatron_btx.mixing.reading import read_request
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,7 +13,8 @@ from pydantic import PlainValidator, create_model
 from megatron_btx.mixing import cli
 from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT, Option
-from megatron_btx.mixing.request import Request, list_options
+from megatron_btx.mixing.reading import list_options
+from megatron_btx.mixing.request import Request
 from megatron_btx.recipe.flags import DERIVED_FLAGS
 from megatron_btx.recipe.names import MIX_STAGE
 from megatron_btx.recipe.section import Section

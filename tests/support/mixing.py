@@ -13,7 +13,7 @@ from megatron_btx.checkpoint.stored import bytes_of
 from megatron_btx.checkpoint.torch_dist import TorchDistLayout, TorchDistReader
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.planning import make_plan
-from megatron_btx.mixing.request import read_request
+from megatron_btx.mixing.reading import read_request
 from megatron_btx.mixing.verify import check_against_sources
 from megatron_btx.mixing.writers import lay_out_result
 

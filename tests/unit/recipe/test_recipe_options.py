@@ -17,7 +17,7 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.common.table import render
 from megatron_btx.data.domains import read_description
 from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT
-from megatron_btx.mixing.request import list_options
+from megatron_btx.mixing.reading import list_options
 from megatron_btx.plan.checks import check_inputs
 from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.planner import plan_stages
