@@ -35,7 +35,7 @@ from megatron_btx.runner.slurm_queue import (
 )
 from megatron_btx.runner.stage_run import write_record
 from megatron_btx.slurm.resources import find_resources
-from megatron_btx.slurm.script import NOTE_SUFFIX, check_run_path, render_script, script_path
+from megatron_btx.slurm.script import NOTE_SUFFIX, render_script, script_path
 from megatron_btx.slurm.status import FOREIGN
 
 
@@ -60,7 +60,6 @@ def render_scripts(planned: PlannedRun) -> dict[str, str]:
     Raises:
         InputError: the run's path, or a stage that does not fit on its nodes.
     """
-    check_run_path(planned.directory)
     known = identities(planned.stages)
     scripts = {}
     for stage in _list_due(planned):

@@ -30,7 +30,7 @@ from megatron_btx.runner.stage_run import read_record, write_record
 from megatron_btx.runner.tables import read_shown_manifest
 from megatron_btx.slurm import job, submission
 from megatron_btx.slurm.resources import find_resources
-from megatron_btx.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED, check_run_path, render_script
+from megatron_btx.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED, render_script
 from megatron_btx.slurm.status import view_jobs
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -85,7 +85,7 @@ def test_the_example_for_a_cluster_is_one() -> None:
     program = Program("megatron_btx.pretrain")
     stage = Stage("finetune", program, processes=processes, on_gpu=True, resumable=True, cluster="finetune")
     found = find_resources(section, stage)
-    assert (found.nodes, found.tasks_per_node, found.gpus_per_node, found.signal_seconds) == (4, 8, 8, 300)
+    assert (found.nodes, found.tasks_per_node, found.gpus_per_node, found.asked.signal_seconds) == (4, 8, 8, 300)
 
 
 def test_scripts_are_sound_shell(inputs: Path) -> None:
@@ -273,8 +273,9 @@ def test_nothing_of_a_recipe_runs_in_a_script(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/a b", "/a\n#SBATCH -x", "/a'b", "/$(id)", "/a%j", '/a"', "/a#b", "/a\\b"])
 def test_a_run_whose_path_slurm_could_not_hold_is_refused(path: str) -> None:
+    stage = Stage("seed", Program("megatron_btx.pretrain"), cluster="seed")
     with pytest.raises(InputError, match="btx submit needs a path"):
-        check_run_path(Path(path))
+        render_script(stage, find_resources(ClusterSection(), stage), Path(path), FINGERPRINT)
 
 
 @pytest.mark.parametrize(
