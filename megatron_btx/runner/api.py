@@ -110,9 +110,8 @@ def list_planned(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for stage in stages:
         fingerprint = None if stage.only_shows else known[stage.name].fingerprint
-        entries.append(
-            {"stage": stage.name, "steps": stage.iterations, "tokens": stage.tokens, "fingerprint": fingerprint}
-        )
+        entry = {"stage": stage.name, "steps": stage.iterations, "tokens": stage.tokens, "fingerprint": fingerprint}
+        entries.append(entry)
     return entries
 
 

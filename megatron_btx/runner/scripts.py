@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_btx.plan.fingerprint import Identity, identities
+from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.stage import PYTHON, Stage
 from megatron_btx.recipe.names import CONFIG_FILE, MANIFEST_FILE
 from megatron_btx.runner.decisions import RERUN, RESUME, SKIP, Action
@@ -29,32 +29,25 @@ def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directo
     for stage in stages:
         action = actions[stage.name]
         lines += ["", f"# {one_line(stage.name)}: {action.verb} ({one_line(action.why)})"]
-        commands = _stage_commands(stage, action, known[stage.name], directory)
-        if action.verb == SKIP:
-            lines.append(as_comment(commands))
-        else:
-            lines.append(commands)
+        folder = shlex.quote(stage.name)
+        commands = [f"mkdir -p {folder}"]
+        if action.verb == RERUN:
+            aside = find_free_name(directory / stage.name).name
+            commands.insert(0, f"mv {folder} {shlex.quote(aside)}")
+        if action.verb != RESUME:
+            manifest = StageManifest.of_stage(stage, known[stage.name], "started by hand", action.rerun).content()
+            commands.append(f"printf '%s\\n' {shlex.quote(json.dumps(manifest))} > {folder}/{MANIFEST_FILE}")
+        if f"{stage.name}/{CONFIG_FILE}" in stage.command:  # printf is no program, so that no word is too long for it
+            commands.append(f"printf '%s' {shlex.quote(config_text(stage))} > {folder}/{CONFIG_FILE}")
+        commands.append(f"OMP_NUM_THREADS={stage.threads} {command_text(stage)}")
+        text = "\n".join(commands)
+        lines.append(as_comment(text) if action.verb == SKIP else text)
     return "\n".join(lines)
 
 
 def as_comment(text: str) -> str:
     """``text`` as comments of a shell script."""
     return "# " + text.replace("\n", "\n# ")
-
-
-def _stage_commands(stage: Stage, action: Action, identity: Identity, directory: Path) -> str:
-    folder = shlex.quote(stage.name)
-    commands = [f"mkdir -p {folder}"]
-    if action.verb == RERUN:
-        aside = find_free_name(directory / stage.name).name
-        commands.insert(0, f"mv {folder} {shlex.quote(aside)}")
-    if action.verb != RESUME:
-        manifest = json.dumps(StageManifest.of_stage(stage, identity, "started by hand", action.rerun).content())
-        commands.append(f"printf '%s\\n' {shlex.quote(manifest)} > {folder}/{MANIFEST_FILE}")
-    if f"{stage.name}/{CONFIG_FILE}" in stage.command:  # printf is no program, so that no word is too long for it
-        commands.append(f"printf '%s' {shlex.quote(config_text(stage))} > {folder}/{CONFIG_FILE}")
-    commands.append(f"OMP_NUM_THREADS={stage.threads} {command_text(stage)}")
-    return "\n".join(commands)
 
 
 def config_text(stage: Stage) -> str:
@@ -125,10 +118,7 @@ flock -n -E 3 9 || [ $? -ne 3 ] || refuse "somebody else makes it"
 
 def one_line(text: str) -> str:
     """``text`` for a comment in a script, which a line break would end."""
-    letters = []
-    for letter in text:
-        letters.append(letter if letter.isprintable() else "?")
-    return "".join(letters)
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def command_script(stage: Stage) -> str:

@@ -113,9 +113,7 @@ def submit_script(script: Path, after: Iterable[int]) -> int:
         SlurmError: Slurm refuses, in its words.
     """
     waits = "".join(f":{number}" for number in sorted(after))
-    dependency = "singleton"
-    if waits:
-        dependency = f"afterok{waits},singleton"
+    dependency = f"afterok{waits},singleton" if waits else "singleton"
     said = _call("sbatch", "--parsable", f"--dependency={dependency}", str(script))
     numbers = _NUMBER.findall(said)  # a site's own sbatch may greet before
     if not numbers:
@@ -152,9 +150,15 @@ def _call(*words: str) -> str:
         raise SlurmError(
             f"{words[0]}: not found; Slurm's commands are needed here: load its module, or go to a login node"
         )
+    # Slurm's commands and jobs inherit nothing of a job around this process, and no options, which beat a recipe.
+    inherited = without_launcher(os.environ)
+    environment = {name: value for name, value in inherited.items() if not FOREIGN_NAMES.match(name)}
+    for name in ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "BTX_PYTHON"):
+        if name in os.environ:
+            environment[name] = os.environ[name]
     try:
         answer = subprocess.run(
-            words, capture_output=True, check=False, timeout=_TIMEOUT_SECONDS, env=_make_environment(), errors="replace"
+            words, capture_output=True, check=False, timeout=_TIMEOUT_SECONDS, env=environment, errors="replace"
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{words[0]}: Slurm did not answer in {_TIMEOUT_SECONDS} s; try again") from None
@@ -163,13 +167,3 @@ def _call(*words: str) -> str:
         said = [line.removeprefix(f"{words[0]}: ").removeprefix("error: ") for line in lines]
         raise SlurmError(f"{words[0]}: {printable('; '.join(said))}")
     return answer.stdout
-
-
-def _make_environment() -> dict[str, str]:
-    """What Slurm's commands and jobs inherit: nothing of a job around this process, no options, which beat a recipe."""
-    environment = without_launcher(os.environ)
-    environment = {name: value for name, value in environment.items() if not FOREIGN_NAMES.match(name)}
-    for name in ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "BTX_PYTHON"):
-        if name in os.environ:
-            environment[name] = os.environ[name]
-    return environment

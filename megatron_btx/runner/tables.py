@@ -24,7 +24,7 @@ from megatron_btx.data.inputs import expand_inputs
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.names import DATA_STAGE, METRICS_FILE, TRAIN_SPLIT
 from megatron_btx.runner.decisions import KEEP, SKIP, Action
-from megatron_btx.runner.run_dir import read_checkpointed_iteration, read_last_metrics, read_stage_manifest
+from megatron_btx.runner.run_dir import parse_metrics, read_checkpointed_iteration, read_end, read_stage_manifest
 from megatron_btx.runner.schemas import MetricsLine, StageManifest
 
 _SPEED_STEPS = 20
@@ -82,14 +82,14 @@ def read_row(directory: Path, name: str, state: str, steps: int | None, tokens: 
     seconds = manifest.seconds
     if not steps:
         return Row(name, state, seconds=seconds)
-    lines = read_last_metrics(directory / METRICS_FILE, _SPEED_STEPS + 1)
+    lines = parse_metrics(read_end(directory / METRICS_FILE).splitlines()[-_SPEED_STEPS:])
     if state == "running" and manifest.started is not None:  # what an earlier start logged is of another moment
         lines = [line for line in lines if (line.time or 0.0) >= manifest.started]
     if not lines:
         return Row(name, state, read_checkpointed_iteration(directory), steps, seconds=seconds)
     last = lines[-1]
     speed = left = None
-    step_seconds = _median_step_seconds(lines[-_SPEED_STEPS:])
+    step_seconds = _median_step_seconds(lines)
     if step_seconds and tokens:
         speed = tokens / steps / step_seconds
     if step_seconds and state == "running":

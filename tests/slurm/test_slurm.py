@@ -23,7 +23,7 @@ import pytest
 from megatron_btx.common.errors import InputError
 from megatron_btx.runner.api import PlannedRun, plan_run
 from megatron_btx.runner.processes import marked
-from megatron_btx.runner.run_dir import lock_run, read_checkpointed_iteration, read_last_metrics, read_stage_manifest
+from megatron_btx.runner.run_dir import lock_run, read_checkpointed_iteration, read_metrics, read_stage_manifest
 from megatron_btx.runner.slurm_queue import Job, list_jobs
 from megatron_btx.runner.tables import Reporter
 from megatron_btx.slurm.script import script_path
@@ -275,8 +275,8 @@ def test_a_job_that_meets_its_time_limit_saves_and_goes_on(world: World, runs: d
     world.slurm.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
     step = saved_step()
     metrics = run / "expert-math" / "metrics.jsonl"
-    wait_until(lambda: max(line.iteration for line in read_last_metrics(metrics, 1)) > step + 10, "steps after it")
-    lines = [line.iteration for line in read_last_metrics(metrics, 10**6)]
+    wait_until(lambda: max(line.iteration for line in read_metrics(metrics)) > step + 10, "steps after it")
+    lines = [line.iteration for line in read_metrics(metrics)]
     assert lines == list(range(1, lines[-1] + 1)), "a step is missing or stands twice"
     assert submit_run(run, *LIMITED, only=("expert-math",)).kept == {"expert-math": job.number}
     named = f"expert-math \\(job {job.number}\\)|a job or a command.sh is at work here"  # it may start again just now
@@ -360,8 +360,8 @@ def test_a_job_that_is_preempted_saves_and_goes_on(world: World, runs: dict[str,
     number = submit_run(run, *LIMITED, only=("expert-math",)).submitted["expert-math"]
     world.slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     metrics = run / "expert-math" / "metrics.jsonl"
-    before = max(line.iteration for line in read_last_metrics(metrics, 1))
-    wait_until(lambda: max(line.iteration for line in read_last_metrics(metrics, 1)) > before, "steps of the new start")
+    before = max(line.iteration for line in read_metrics(metrics))
+    wait_until(lambda: max(line.iteration for line in read_metrics(metrics)) > before, "steps of the new start")
     log = run / "slurm" / "expert-math.log"
     ended = log.read_text().count("ended at iteration")
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
@@ -373,8 +373,8 @@ def test_a_job_that_is_preempted_saves_and_goes_on(world: World, runs: dict[str,
         lambda: "RUNNING" in world.slurm.run("squeue", f"--job={asked}", "--format=%T"), "the job that goes first", 30
     )
     assert world.processes_of(str(number)) == [] and jobs_of(run)["expert-math"].state == "PENDING"
-    wait_until(lambda: max(line.iteration for line in read_last_metrics(metrics, 1)) > saved, "steps after it")
-    lines = [line.iteration for line in read_last_metrics(metrics, 10**6)]
+    wait_until(lambda: max(line.iteration for line in read_metrics(metrics)) > saved, "steps after it")
+    lines = [line.iteration for line in read_metrics(metrics)]
     assert lines == list(range(1, lines[-1] + 1)), "a step is missing or stands twice"
     answer(btx("cancel", str(run)))
     wait_until(lambda: not list_jobs(run), "the cancelled job to be gone")
