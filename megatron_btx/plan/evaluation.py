@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_btx.plan.sources import data_origins, deciding_settings, locate, model_of
+from megatron_btx.plan.fingerprint import deciding_settings, locate
+from megatron_btx.plan.sources import data_origins, model_of
 from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe.flags import FlagValue, check_layout, check_measured, measured_batch, to_argv
 from megatron_btx.recipe.models import ModelSpec

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from megatron_btx.common.errors import InputError
+from megatron_btx.common.errors import InputError, printable
 from megatron_btx.common.table import render
 from megatron_btx.plan.checks import check_inputs, check_with_megatron
 from megatron_btx.plan.fingerprint import identities
@@ -38,11 +38,8 @@ from megatron_btx.runner.decisions import (
 from megatron_btx.runner.local import Machine, RunError, execute_stages
 from megatron_btx.runner.run_dir import check_run, read_stage_manifest
 from megatron_btx.runner.schemas import StageManifest
-from megatron_btx.runner.scripts import as_comment, one_line, shell_script
+from megatron_btx.runner.scripts import as_comment, shell_script
 from megatron_btx.runner.tables import Progress, Reporter, describe_repeats, describe_total, make_plan_table
-
-RUNS_FOLDER = Path("runs")
-"""Where a run goes whose directory is not given."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class PlannedRun:
             lines.append(f"finished: {', '.join(finished)}")
         kept = list_kept(actions, self.chosen)
         if kept:
-            named = "; ".join(f"{name}: {one_line(why)}" for name, why in kept.items())
+            named = "; ".join(f"{name}: {printable(why)}" for name, why in kept.items())
             meaning = "made otherwise, so btx run would stop; name them in --rerun, or give another --output"
             lines.append(f"keep: {meaning} ({named})")
         lines += [describe_total(stages, actions), describe_repeats(stages, self.recipe.data.texts)]
@@ -152,7 +149,7 @@ def plan_run(
             # What is missing may be there with a slip in its name, which says more.
             check_with_megatron(read.file, read.flag_sections, use_gpus=use_gpus)
         raise InputError(f"{read.file}: {error}") from None
-    directory = Path(output or RUNS_FOLDER / read.name).resolve()
+    directory = Path(output or Path("runs", read.name)).resolve()
     check_run(directory)
     actions = decide(stages, directory, rerun)
     chosen = list(only) or list(actions)
@@ -215,14 +212,14 @@ def plan_as_asked(arguments: argparse.Namespace) -> PlannedRun:
         use_gpus=not arguments.cpu,
     )
     for note in planned.notes:
-        print(f"# note: {one_line(note)}", flush=True)
+        print(f"# note: {printable(note)}", flush=True)
     if arguments.command == "plan":
         return planned
     try:
         planned.check()
     except ChangedStagesError as error:
         for name, why in error.changed.items():
-            print(f"{name}: {one_line(why)}", file=sys.stderr, flush=True)
+            print(f"{name}: {printable(why)}", file=sys.stderr, flush=True)
         again = list(dict.fromkeys([*arguments.rerun, *error.changed]))
         command = ["btx", arguments.command, str(arguments.recipe), "--output", str(planned.directory)]
         for flag, words in (("--set", arguments.set), ("--only", arguments.only), ("--rerun", again)):

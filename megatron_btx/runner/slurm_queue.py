@@ -26,7 +26,6 @@ _FORMAT = "%A|%T|%L|%S|%r|%k|%j"
 _LINE = re.compile(r"(\d+)\|([A-Z_]+)\|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|(.*)")
 _NUMBER = re.compile(r"^(?:Submitted batch job )?([0-9]+)(?:;\S*| on cluster \S+)?\s*$", re.MULTILINE)
 _ENDING = "COMPLETING"
-_NEVER = "DependencyNeverSatisfied"
 _TIMEOUT_SECONDS = 120
 
 
@@ -63,16 +62,12 @@ class Job:
     @property
     def never_starts(self) -> bool:
         """Whether it waits for a job that failed."""
-        return self.reason == _NEVER
+        return self.reason == "DependencyNeverSatisfied"
 
 
 def job_name(run: Path, stage: str) -> str:
     """What the job of a stage is called: the stage, and a mark of the run's path, of which there is one."""
-    return f"{stage}{_suffix(run)}"
-
-
-def _suffix(run: Path) -> str:
-    return f".btx-{mark_of(run)[:_MARK_LETTERS]}"
+    return f"{stage}.btx-{mark_of(run)[:_MARK_LETTERS]}"
 
 
 def list_jobs(run: Path) -> list[Job]:
@@ -81,7 +76,7 @@ def list_jobs(run: Path) -> list[Job]:
     Raises:
         SlurmError: the queue cannot be asked.
     """
-    suffix = _suffix(run)
+    suffix = job_name(run, "")
     said = _call("squeue", "--noheader", f"--user={os.getuid()}", f"--format={_FORMAT}")
     jobs = []
     for line in said.splitlines():

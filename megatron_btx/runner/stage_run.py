@@ -191,18 +191,10 @@ def killed_by(log: str, code: int) -> str:
 
     torchrun tells it of a rank in its own report alone, and ends the other ranks by SIGTERM.
     """
-    ranks = [int(number) for number in re.findall(r"exitcode\s*:\s*-(\d+)\b", log)]
+    number, who = -code if code < 0 else code - 128, "its process"  # as Python says it, and as a shell does
+    ranks = [int(found) for found in re.findall(r"exitcode\s*:\s*-(\d+)\b", log)]
     if ranks:
-        first = next((number for number in ranks if number != signal.SIGTERM), ranks[0])
-        return f"a rank was killed by {_describe_signal(first)}"
-    number = -code if code < 0 else code - 128  # as Python says it, and as a shell does
-    if number in _SIGNALS:
-        return f"its process was killed by {_describe_signal(number)}"
-    return ""
-
-
-def _describe_signal(number: int) -> str:
-    name = "unknown"
-    if number in _SIGNALS:
-        name = signal.Signals(number).name
-    return f"signal {number} ({name}){_KILLED_FOR.get(number, '')}"
+        number, who = next((found for found in ranks if found != signal.SIGTERM), ranks[0]), "a rank"
+    if number not in _SIGNALS:
+        return ""
+    return f"{who} was killed by signal {number} ({signal.Signals(number).name}){_KILLED_FOR.get(number, '')}"

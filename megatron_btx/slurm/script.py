@@ -11,9 +11,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_btx.common.errors import InputError
+from megatron_btx.common.errors import InputError, printable
 from megatron_btx.plan.stage import PYTHON, Program, Stage
-from megatron_btx.runner.scripts import flag_per_line, one_line, shell_locks, shell_preparation
+from megatron_btx.runner.scripts import flag_per_line, shell_locks, shell_preparation
 from megatron_btx.runner.slurm_queue import COMMENT_LETTERS, SLURM_FOLDER, job_name
 from megatron_btx.slurm.resources import Resources
 
@@ -122,6 +122,13 @@ def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: st
         container += ")\n"
         start = f"srun --nodes=1 --ntasks=1 --export=ALL {_IN_CONTAINER} "  # what is short runs where the program does
         srun.append(f"\\\n    {_IN_CONTAINER}")
+    command = list(stage.command)
+    if isinstance(stage.program, Program):  # one task of srun is one process of it
+        command = [PYTHON, "-m", stage.program.module, *stage.program.words]
+    if stage.resumable:
+        command.append("--exit-signal-handler")
+        if asked.data_cache is not None:
+            command += ["--data-cache-path", asked.data_cache]
     body = _START.format(
         run=shlex.quote(str(run)),
         threads=stage.threads,
@@ -136,7 +143,7 @@ def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: st
         given_up=GIVEN_UP,
         interrupted=INTERRUPTED,
         srun=" ".join(srun),
-        command=_command(stage, asked.data_cache),
+        command=flag_per_line(command),
         log=f"{name}/log.txt",
         retries=asked.retries,
     )
@@ -173,21 +180,7 @@ def _header(stage: Stage, resources: Resources, run: Path, fingerprint: str) -> 
         lines.append(f"#SBATCH --{option}" if value is None else f"#SBATCH --{option}={value}")
     waits = ", ".join(stage.waits_for()) or "nothing"
     lines.append(
-        f"# Stage {one_line(stage.name)}, which needs {one_line(waits)}. Submit it by hand with: sbatch THIS_FILE"
+        f"# Stage {printable(stage.name)}, which needs {printable(waits)}. Submit it by hand with: sbatch THIS_FILE"
     )
     lines.append("set -uo pipefail")
     return lines
-
-
-def _command(stage: Stage, data_cache: str | None) -> str:
-    """The stage's program, a flag per line; one task of srun is one process of it."""
-    words: list[str] = []
-    given = stage.program
-    if isinstance(given, Program):
-        words, given = ['"$python"', "-m", given.module], given.words
-    words += map(shlex.quote, given)
-    if stage.resumable:
-        words.append("--exit-signal-handler")
-        if data_cache is not None:
-            words += ["--data-cache-path", shlex.quote(data_cache)]
-    return flag_per_line(words)

@@ -49,25 +49,20 @@ def view_jobs(run: Path, manifests: Mapping[str, StageManifest]) -> tuple[dict[s
         live.setdefault(job.stage, job)
     views = {name: JobView(number=str(job.number)) for name, job in live.items()}
     for name, manifest in manifests.items():
-        if name in live:
-            views[name] = _view_live(run, live[name], manifest, manifests, live)
-        else:
+        if name not in live:
             views[name] = _view_ended(run, name, manifest)
+            continue
+        job, number = live[name], str(live[name].number)
+        if not job.is_active:
+            views[name] = JobView(None if manifest.is_finished else "ending", number)
+        elif job.is_running:
+            seconds = 0.0
+            if manifest.status == "running" and manifest.started is not None:
+                seconds = max(0.0, time.time() - manifest.started)
+            views[name] = JobView(job.state.lower(), number, f"may run {job.time_left} more", seconds)
+        else:
+            views[name] = JobView("queued", number, _explain(run, job, manifests, live))
     return views, ""
-
-
-def _view_live(
-    run: Path, job: Job, manifest: StageManifest, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]
-) -> JobView:
-    number = str(job.number)
-    if not job.is_active:
-        return JobView(None if manifest.is_finished else "ending", number)
-    if job.is_running:
-        seconds = 0.0
-        if manifest.status == "running" and manifest.started is not None:
-            seconds = max(0.0, time.time() - manifest.started)
-        return JobView(job.state.lower(), number, f"may run {job.time_left} more", seconds)
-    return JobView("queued", number, _explain(run, job, manifests, live))
 
 
 def _view_ended(run: Path, stage: str, manifest: StageManifest) -> JobView:
@@ -112,7 +107,7 @@ def _explain(run: Path, job: Job, manifests: Mapping[str, StageManifest], live: 
     if job.reason == "Dependency" or job.never_starts:
         waited_for = ", ".join(_list_unfinished(run, job.stage, manifests))
         return f"waits for {waited_for or 'an earlier job of its own'}"
-    if job.reason == "BeginTime":
+    if job.reason == "BeginTime" and job.begins != "N/A":
         return f"starts again at {job.begins.replace('T', ' ')}"
     return job.reason
 
