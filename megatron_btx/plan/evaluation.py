@@ -18,10 +18,9 @@ _EXPERT_LAYOUT_FLAGS = ("expert-model-parallel-size", "expert-tensor-parallel-si
 
 
 def plan_evaluation(recipe: Recipe, name: str, rows: Sequence[ModelSpec], how: EvaluateSection) -> Stage:
-    """The stage ``name``, which evaluates the models of ``rows``, which have one architecture.
+    """The stage ``name``, which evaluates the models of ``rows``, all of one architecture.
 
-    Raises:
-        InputError: a layout that does not fit, or fewer tokens than one batch.
+    Raises InputError for a layout that does not fit, or fewer tokens than one batch.
     """
     data, layout = recipe.data, how.layout
     models = {row.name: model_of(row) for row in rows}

@@ -72,11 +72,7 @@ def decide(stages: Sequence[Stage], run: Path, rerun: Sequence[str] = ()) -> dic
 
 
 def decide_start(record: StageRecord, directory: Path) -> Action:
-    """What happens to one stage that starts now, whose parents are finished.
-
-    Raises:
-        InputError: something else lies in its folder.
-    """
+    """What happens to one stage that starts now, whose parents are finished. Raises InputError as :func:`decide`."""
     stage = record.stage
     manifest = own_manifest(directory, stage.name)
     action = _decide_stage(stage, record.identity, directory, manifest)
@@ -156,11 +152,7 @@ def _name_rerun(
 
 
 def check_chosen(stages: Sequence[Stage], actions: Mapping[str, Action], chosen: Sequence[str]) -> None:
-    """Refuse a choice (--only) of stages that are none, or whose parents are not finished.
-
-    Raises:
-        InputError: the stage, and what it lacks.
-    """
+    """Refuse a choice (--only) of stages that are none, or whose parents are not finished."""
     _check_names("--only", chosen, stages)
     for stage in stages:
         if stage.name not in chosen:

@@ -137,11 +137,7 @@ def parse_metrics(lines: Iterable[str]) -> list[MetricsLine]:
 
 
 def read_model_table(run: Path) -> list[ModelRow] | None:
-    """The table of models of the run directory ``run``; None where there is none.
-
-    Raises:
-        InputError: it is broken.
-    """
+    """The table of models of the run directory ``run``; None where there is none. Raises InputError when broken."""
     path = run / MODELS_FILE
     if not path.is_file():
         return None
@@ -152,11 +148,7 @@ def read_model_table(run: Path) -> list[ModelRow] | None:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """The evaluation in ``path``, of this version or an earlier one.
-
-    Raises:
-        InputError: it is not in the form of an evaluation.
-    """
+    """The evaluation in ``path``, of this version or an earlier one. Raises InputError for another form."""
     content = read_json_object(path, "run the stage that writes it again")
     if not isinstance(content.get("models"), dict):
         raise InputError(f"{path}: no mapping 'models'; expected an evaluation.json; evaluate the run again")
@@ -219,11 +211,7 @@ def own_manifest(directory: Path, name: str) -> StageManifest:
 
 
 def check_run(run: Path) -> None:
-    """Refuse a run directory in which files of a run's names lie that no run wrote, because they would be replaced.
-
-    Raises:
-        InputError: the file.
-    """
+    """Refuse a run directory in which files of a run's names lie that no run wrote: they would be replaced."""
     if os.path.lexists(run) and not run.is_dir():
         raise InputError(f"{run}: is no folder; give another --output")
     if (run / LOCK_FILE).exists() or read_plan(run) is not None:

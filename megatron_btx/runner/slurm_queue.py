@@ -71,11 +71,7 @@ def job_name(run: Path, stage: str) -> str:
 
 
 def list_jobs(run: Path) -> list[Job]:
-    """The jobs of a run that wait, run or are about to be gone, the first submitted first.
-
-    Raises:
-        SlurmError: the queue cannot be asked.
-    """
+    """The jobs of a run that wait, run or are about to be gone, in the order of their submission. Raises SlurmError."""
     suffix = job_name(run, "")
     said = _call("squeue", "--noheader", f"--user={os.getuid()}", f"--format={_FORMAT}")
     jobs = []
@@ -102,11 +98,7 @@ def list_settled(run: Path) -> list[Job]:
 
 
 def submit_script(script: Path, after: Iterable[int]) -> int:
-    """Submit a script whose job starts when those of ``after`` have done their work; its number.
-
-    Raises:
-        SlurmError: Slurm refuses, in its words.
-    """
+    """Submit a script whose job starts when those of ``after`` have done their work; its number. Raises SlurmError."""
     waits = "".join(f":{number}" for number in sorted(after))
     dependency = f"afterok{waits},singleton" if waits else "singleton"
     said = _call("sbatch", "--parsable", f"--dependency={dependency}", str(script))
@@ -123,11 +115,7 @@ def cancel_jobs(jobs: Sequence[Job]) -> None:
 
 
 def check_no_jobs(run: Path) -> None:
-    """Refuse to work in a run directory in which jobs of Slurm do.
-
-    Raises:
-        InputError: the jobs; or they cannot be asked for.
-    """
+    """Refuse a run directory in which jobs of Slurm are at work, or may be and cannot be asked for."""
     if not (run / SLURM_FOLDER).is_dir():
         return
     if shutil.which("squeue") is None:

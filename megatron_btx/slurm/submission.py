@@ -49,11 +49,7 @@ class Submission:
 
 
 def render_scripts(planned: PlannedRun) -> dict[str, str]:
-    """Stage -> its script, of those that have something to do.
-
-    Raises:
-        InputError: the run's path, or a stage that does not fit on its nodes.
-    """
+    """Stage -> its script, of those that have something to do. Raises InputError as :func:`find_resources` does."""
     known = identities(planned.stages)
     scripts = {}
     for stage in _list_due(planned):
