@@ -14,7 +14,7 @@ from megatron_btx.common.errors import printable
 
 WIDE_COLUMNS = 10_000
 """More than any table of ours has."""
-_TEXTS = ("stage", "state", "does", "made from", "why", "", "what", "found", "remedy")
+_TEXTS = ("stage", "state", "kind", "made from", "why", "", "what", "found", "remedy")
 """Headers of columns that are no numbers."""
 _WRAPPED = ("made from", "why", "found", "remedy")
 

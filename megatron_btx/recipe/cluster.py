@@ -102,7 +102,7 @@ class ResourcesSection(Section):
     """(default: as many as the stage's processes need)"""
     tasks_per_node: Count | None = None
     """Processes on a node at most (default: 8; with nodes, the stage's processes spread over them)."""
-    gpus_per_task: Annotated[int, Field(ge=0, le=16)] | None = None
+    gpus_per_task: Annotated[int, Field(ge=0, le=16)] = 1
     """Of a stage that uses GPUs (default: 1); 0 where the cluster has none."""
     cpus_per_task: Count | None = None
     """(default: the stage's threads; of a stage that uses no GPU also the data's workers)"""
@@ -120,9 +120,9 @@ class ResourcesSection(Section):
     """Folder for Megatron's indices of datasets (default: in the stage's folder)."""
     environment: Annotated[dict[str, str], AfterValidator(_check_environment)] | None = None
     """Variables of the job; everything that is exported when btx submit runs is there without it."""
-    signal_seconds: Annotated[int, Field(ge=10, le=3600)] | None = None
+    signal_seconds: Annotated[int, Field(ge=10, le=3600)] = 90
     """How long before its end a training job is told to save and leave (default: 90)."""
-    retries: Annotated[int, Field(ge=0, le=100)] | None = None
+    retries: Annotated[int, Field(ge=0, le=100)] = 3
     """How often in a row a job starts again that saved no further step (default: 3)."""
 
     def given(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class ClusterSection(ResourcesSection):
     export: ResourcesSection = ResourcesSection()
     report: ResourcesSection = ResourcesSection()
 
-    def merge(self, kinds: tuple[str, ...]) -> dict[str, Any]:
+    def merge(self, kinds: tuple[str, ...]) -> ResourcesSection:
         """What a stage of these kinds asks for; a later kind wins, environments are laid over each other."""
         merged = self.given()
         for kind in kinds:
@@ -158,4 +158,4 @@ class ClusterSection(ResourcesSection):
             merged |= given
             if environment:
                 merged["environment"] = environment
-        return merged
+        return ResourcesSection().model_copy(update=merged)

@@ -12,9 +12,10 @@ from megatron_btx.common.table import find_width
 from megatron_btx.recipe.names import LOG_FILE, PLAN_FILE
 from megatron_btx.report.stages import find_left_out
 from megatron_btx.runner.run_dir import is_locked, read_plan
+from megatron_btx.runner.slurm_queue import SLURM_FOLDER
 from megatron_btx.runner.stage_run import last_words
 from megatron_btx.runner.tables import make_progress_table, read_row, read_shown_manifest
-from megatron_btx.slurm.status import FOREIGN, HEADERS, JobView, view_jobs, was_submitted
+from megatron_btx.slurm.status import FOREIGN, HEADERS, JobView, view_jobs
 
 
 def print_status(directory: Path) -> None:
@@ -28,7 +29,7 @@ def print_status(directory: Path) -> None:
     manifests = {entry.stage: read_shown_manifest(directory / entry.stage) for entry in planned}
     views: dict[str, JobView] = {}
     silence = ""
-    if was_submitted(directory):
+    if (directory / SLURM_FOLDER).is_dir():
         views, silence = view_jobs(directory, manifests)
     at_work, outdated = is_locked(directory), find_left_out(planned, manifests)
     states, rows = {}, []
@@ -44,7 +45,7 @@ def print_status(directory: Path) -> None:
         if name in views and row.seconds is not None:
             row = replace(row, seconds=row.seconds + views[name].seconds)
         rows.append(row)
-    more = [views[row.name].cells() for row in rows if row.name in views]
+    more = [(views[row.name].number, views[row.name].why) for row in rows if row.name in views]
     table = make_progress_table(rows, str(directory), HEADERS if more else (), more)
     Console(width=find_width()).print(table)
     for name, state in states.items():

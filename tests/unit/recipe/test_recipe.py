@@ -25,8 +25,8 @@ from megatron_btx.recipe.load import load_recipe, parse_recipe
 from megatron_btx.recipe.names import PLAN_FILE
 from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.yaml import load_tree
+from megatron_btx.runner.api import list_planned
 from megatron_btx.runner.decisions import Action
-from megatron_btx.runner.planned import list_planned
 from megatron_btx.runner.scripts import command_script, shell_script
 from megatron_btx.training import check_stages
 from tests.support.quickstart_texts import FOLDER
