@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from megatron_btx.common.errors import BAD_INPUT_EXIT_CODE, exits_with_one_line
+from megatron_btx.common.manifest import version_of
 from megatron_btx.engine.cuda_check import KERNELS
 
 _DESCRIPTION = """
@@ -60,13 +61,6 @@ def look_at_packages() -> Iterator[Finding]:
             yield Finding(name, version, WRONG, f"needs {requirement.specifier}: {INSTALL}")
         else:
             yield Finding(name, version)
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def look_at_gpus() -> Iterator[Finding]:

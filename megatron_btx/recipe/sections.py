@@ -12,11 +12,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megatron_btx.common.refusals import RefusedKeyError
 from megatron_btx.common.routing_methods import Balancing
-from megatron_btx.data.domains import Domain, Shares
+from megatron_btx.data.domains import SPLITS, Domain, Shares
 from megatron_btx.mixing.options import RESULT
 from megatron_btx.recipe.cluster import ClusterSection
 from megatron_btx.recipe.flags import FlagValue
-from megatron_btx.recipe.names import SPLITS
 from megatron_btx.recipe.options import with_options
 from megatron_btx.recipe.section import Section
 from megatron_btx.recipe.values import (
