@@ -50,7 +50,6 @@ def make_datasets(output: Path, description: Description, workers: int = 1, quie
     encoder = make_encoder(description.tokenizer_settings(), append_eod=True, draw_seed=description.seed)
     bad_records = {name: Tally() for name in description.domains}
     with contextlib.ExitStack() as stack:
-        # The pools start before the progress bar does: forking a process that runs threads is unsafe.
         encode_all = {}  # one pool for all domains that are read alike
         for domain in description.domains.values():
             reading = domain.json_key, domain.on_bad_record
@@ -66,7 +65,7 @@ def make_datasets(output: Path, description: Description, workers: int = 1, quie
                 sinks[name, split] = stack.enter_context(Sink(str(output / f"{name}.{split}"), encoder.dtype))
         title = f"tokenizing {sum(len(inputs.files) for inputs in found.values())} file(s)"
         total_bytes = sum(inputs.size_bytes() for inputs in found.values())
-        progress = stack.enter_context(ByteProgress(title, total_bytes, quiet))
+        progress = ByteProgress(title, total_bytes, quiet)
         for (name, source), inputs in found.items():
             domain = description.domains[name]
             encode = encode_all[domain.json_key, domain.on_bad_record]

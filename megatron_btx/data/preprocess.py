@@ -101,11 +101,9 @@ def preprocess(
     empty_documents = 0
     bad_records = Tally()
     with contextlib.ExitStack() as stack:
-        # The pool starts before the progress bar does: forking a process that runs threads is unsafe.
         encode_all = in_order(stack, encoder.encode, workers)
         sinks = {key: stack.enter_context(Sink(prefix, encoder.dtype)) for key, prefix in prefixes.items()}
         progress = ByteProgress(f"tokenizing {len(found.files)} file(s)", found.size_bytes(), quiet)
-        stack.enter_context(progress)
         for encoded in encode_all(readers.cut_all(found.files, keys)):
             for key, sink in sinks.items():
                 sink.add(encoded.ids[key], encoded.lengths[key])

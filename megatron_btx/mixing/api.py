@@ -30,8 +30,8 @@ def check_result(folder: Path, show_progress: bool = False) -> int:
     Raises:
         CheckpointError: names what differs.
     """
-    with ByteProgress("checking", manifest_bytes(folder), quiet=not show_progress) as progress:
-        return check_manifest(folder, progress.advance)
+    progress = ByteProgress("checking", manifest_bytes(folder), quiet=not show_progress)
+    return check_manifest(folder, progress.advance)
 
 
 def mix(

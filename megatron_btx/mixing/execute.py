@@ -123,9 +123,8 @@ class Conversion:
         written = sum(task.slot.length_bytes for task in self.output.tasks) * passes // self.ranks.world
         manifests = sum(proof.manifest_bytes(source.root) for source in self.plan.sources)
         quiet = self.ranks.rank > 0 or not self.options.show_progress
-        with ByteProgress("mixing", written + manifests, quiet) as progress:
-            self.progress = progress.advance
-            verification = self._write_all()
+        self.progress = ByteProgress("mixing", written + manifests, quiet).advance
+        verification = self._write_all()
         self.ranks.close()
         arguments_file = None
         if self.output.format == "megatron":

@@ -13,10 +13,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from megatron_btx.common.refusals import RefusedKeyError
-from megatron_btx.recipe.section import Section
+from megatron_btx.recipe.section import Section, form
 
-KINDS = ("cpu", "gpu", "data", "seed", "experts", "mix", "finetune", "dense", "evaluate", "export", "report")
-"""Sections for some of the stages; the first two for all that use no GPU, or one."""
 FOREIGN_NAMES = re.compile(r"(SLURMD?|SBATCH|SQUEUE|SCANCEL|SCONTROL|SALLOC|SRUN|SINFO|SACCT|BTX)_")
 """Begins the variables by which Slurm's commands and our scripts know a job, or take options."""
 _SECRET = re.compile(
@@ -26,17 +24,6 @@ _PASSWORD = re.compile(r"://[^/\s@]*:[^/\s]*@")
 _TIME = re.compile(r"[0-9]{1,6}|[0-9]{1,6}(:[0-9]{2}){2}|[0-9]{1,6}-[0-9]{1,6}(:[0-9]{2}){0,2}")
 """Not MM:SS, which a reader takes for hours and minutes."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
-
-def _form(pattern: str, expected: str) -> AfterValidator:
-    """A text of one form."""
-
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"found {text!r}, expected {expected}")
-        return text
-
-    return AfterValidator(check)
 
 
 def seconds_of(time: str) -> int:
@@ -79,11 +66,11 @@ def _check_environment(given: dict[str, str]) -> dict[str, str]:
 
 
 Word = Annotated[
-    str, _form(r"[A-Za-z0-9_][A-Za-z0-9_.+@:,-]*", "a name of letters, digits and _ . + @ : , - (not first)")
+    str, form(r"[A-Za-z0-9_][A-Za-z0-9_.+@:,-]*", "a name of letters, digits and _ . + @ : , - (not first)")
 ]
 """A name of Slurm's: an account, a partition, a QoS."""
-Constraint = Annotated[str, _form(r"[A-Za-z0-9_\[(][A-Za-z0-9_.&|!*()\[\],-]*", "features of nodes, as a100&nvlink")]
-Memory = Annotated[str, _form(r"[0-9]{1,9}[KMGT]|0", "memory of a node with its unit, as 64G; 0 is all of it")]
+Constraint = Annotated[str, form(r"[A-Za-z0-9_\[(][A-Za-z0-9_.&|!*()\[\],-]*", "features of nodes, as a100&nvlink")]
+Memory = Annotated[str, form(r"[0-9]{1,9}[KMGT]|0", "memory of a node with its unit, as 64G; 0 is all of it")]
 Line = Annotated[str, AfterValidator(_check_one_line)]
 Count = Annotated[int, Field(ge=1, le=10_000)]
 

@@ -124,7 +124,7 @@ def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: s
         ("finetune.layout={processes: 3, expert-model-parallel-size: 3}", "4 experts over EP 3"),
         ("seed.layout={processes: 2, expert-model-parallel-size: 2}", "2 for a dense model"),
         ("seed.megatron.micro-batch-size=4", "size 4 with micro-batch-size 4 on DP 2; .*; lower micro-batch-size or"),
-        ("model.num-attention-heads=3", "stage seed"),
+        ("model.num-attention-heads=3", "stage seed: .*: 3 attention heads over TP 2"),
         ("training.global-batch-size=null", "global-batch-size is not given"),
         ("training.save-interval=null", "stage seed: no save-interval; put it under training"),
         ("experts.math.megatron.save-interval=0", "save-interval is 0"),
@@ -622,16 +622,17 @@ def test_words_that_an_option_swallowed_are_told_from_a_missing_recipe(capsys: p
 def test_the_words_after_a_dispatched_command_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
 
-    def its_main(words: list[str]) -> int:
-        called.append(words)
+    def its_main() -> int:
+        called.append(sys.argv)
         return 5
 
     module = types.ModuleType("a_module_of_the_test")
     module.main = its_main  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(sys, "argv", [])  # and put back
     monkeypatch.setitem(cli.DISPATCHED, "convert", ("a_module_of_the_test", ""))
     assert cli.main(["convert", "--help", "--x"]) == 5
-    assert called == [["--help", "--x"]]
+    assert called == [["btx convert", "--help", "--x"]]
 
 
 GIVEN = "data={{domains: {domains}, tokenizer: {{tokenizer-type: NullTokenizer, vocab-size: 90}}}}"
