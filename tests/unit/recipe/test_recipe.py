@@ -529,16 +529,18 @@ def test_flags_are_checked_by_the_parser_with_the_place_and_the_close_match() ->
         check_stages.check_sections(parser, {"model": ["--num-layers", "four"]})
 
 
+@pytest.mark.usefixtures("starts_warm")
 def test_the_quickstarts_flags_are_megatrons_and_wrong_ones_are_refused() -> None:
-    """One import of Megatron (some 10 s) for all: the recipe's flags pass, and the added wrong one is named."""
+    """The recipe's flags pass, and the added wrong one is named."""
     sections = recipe("evaluate.megatron.clip-gradd=1").flag_sections
     with pytest.raises(InputError, match=r"r: evaluate\.megatron\.clip-gradd: Megatron has no flag .*mean clip-grad"):
         program_checks.check_with_megatron("r", sections)
     assert list(sections)[-1] == "evaluate.megatron", "the wrong flag must stand last, behind all that have to pass"
 
 
+@pytest.mark.usefixtures("starts_warm")
 def test_a_slip_in_a_flags_name_is_named_before_the_flag_that_is_missing(tmp_path: Path, capsys: Any) -> None:
-    """One import of Megatron: the slip's place and what was meant, not what the planner misses."""
+    """The slip's place and what was meant, not what the planner misses."""
     (tmp_path / "slip.yaml").write_text(f"include: {QUICKSTART}\nmodel: {{hidden-size: null, hiden-size: 64}}\n")
     code = cli.main(["run", str(tmp_path / "slip.yaml"), "--output", str(tmp_path / "run"), "--dry-run", "--cpu"])
     said = capsys.readouterr().err

@@ -201,6 +201,7 @@ def test_a_domain_that_some_variants_lack_leaves_them_without_a_mean(finished, c
     assert "2.250 ± 0.354" in capsys.readouterr().out and best(finished) == ["two"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_split_of_an_ablation_is_said(finished):
     from megatron_btx.report.figures import draw_losses, make_palette
 
@@ -214,6 +215,7 @@ def test_the_split_of_an_ablation_is_said(finished):
     assert "loss on the test split, nats per token" in draw_losses(study, make_palette(study)).get_supxlabel()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_command_reports_on_both_kinds_of_run(finished, capsys):
     """btx report sees that the run is an ablation's; facts are of the other kind."""
     assert report.main([str(finished)]) == 0

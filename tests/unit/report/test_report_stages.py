@@ -68,6 +68,7 @@ def test_a_run_of_today_is_shown_whole(tmp_path: Path) -> None:
     assert data.marked == () and data.notes == () and len(data.stages) == len(PARENTS)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_stages_that_left_the_recipe_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Baselines that were taken out say nothing of a model trained since."""
     run = fingerprinted(make_run(tmp_path))
@@ -132,6 +133,7 @@ def stopped(run: Path, at: int, **content: Any) -> None:
     change(run / "seed" / "manifest.json", lambda manifest: manifest.update(steps=1000, **content))
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("status", "said"),
     [
@@ -178,6 +180,7 @@ def soft(content: dict[str, Any]) -> None:
     content["models"]["btx"]["routing"] = {domain: [[1.0] * 4] * 4 for domain in DOMAINS}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_equal_shares_have_no_largest(tmp_path: Path) -> None:
     """Under soft routing every expert takes every token."""
     content = evaluation()
@@ -218,6 +221,7 @@ def test_what_the_average_and_the_dense_model_are_is_read_from_the_manifests(tmp
     assert "0.030 above the dense model." in text and "as many tokens of each domain" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_last_line_is_a_path_from_anywhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

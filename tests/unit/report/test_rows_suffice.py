@@ -106,7 +106,7 @@ def test_an_expert_is_known_by_the_table_and_not_by_its_name(tmp_path: Path) -> 
     assert fact["holds"] is True and "math 0.886 against 1.654" in fact["detail"]
 
 
-def test_several_runs_stand_side_by_side(tmp_path: Path, capsys) -> None:
+def test_several_runs_stand_side_by_side(tmp_path: Path, capsys, request: pytest.FixtureRequest) -> None:
     """Every row with its run's name; facts of each; in the folder of the first, beside its own report."""
     first = make_run(tmp_path / "a")
     second = Path(shutil.copytree(first, tmp_path / "second"))
@@ -115,6 +115,7 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, capsys) -> None:
     printed = " ".join(capsys.readouterr().out.split())
     assert "btx (quickstart) 3.964" in printed and "btx (second) 4.500" in printed
     assert "second: The finetuned mixture beats the seed" in printed and "quickstart: btx - dense -0.031" in printed
+    request.getfixturevalue("undrawn")  # once is enough
     assert build.main([str(first), str(second), "--require-facts"]) == 1
     folder = first / "report"
     assert {path.name for path in folder.glob("*.png")} == {"comparison-losses.png", "comparison-finetuning.png"}
