@@ -266,7 +266,8 @@ class DomainSection(Section):
 
     def given_splits(self) -> dict[str, Any]:
         """Split -> the datasets that are given for it."""
-        return self.model_dump(include=set(SPLITS), exclude_none=True)
+        names: set[str] = set(SPLITS)
+        return self.model_dump(include=names, exclude_none=True)
 
 
 class DataSection(Section):
