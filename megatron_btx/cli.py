@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_btx import __version__
@@ -23,15 +22,13 @@ DISPATCHED = {
     "datasets": ("megatron_btx.data.datasets", "turn the texts of several domains into the datasets of a run"),
     "convert": ("megatron_btx.mixing.cli", "mix experts' checkpoints into one mixture of experts"),
     "convert-hf": ("megatron_btx.mixing.convert_hf", "move one model between Hugging Face and Megatron"),
-}
-"""Commands that other modules implement, with their own --help: name -> module with a main(argv), what it does."""
-PROGRAMS = {
     "train": ("megatron_btx.training.program", "train a model: python -m megatron_btx.pretrain, for torchrun too"),
     "evaluate": ("megatron_btx.evaluation.program", "loss per domain of models: python -m megatron_btx.evaluate"),
     "route": ("megatron_btx.evaluation.analyze_routing", "who is routed where: figures, a page, routing.json"),
     "init-router": ("megatron_btx.evaluation.init_router", "fit a mixture's routers to the experts' domains"),
 }
-"""Programs with Megatron's flags, read from the process's own command line: name -> module with a main(), what."""
+"""Commands that other modules implement, with their own --help: name -> module with a main(), what it does. It reads
+the process's own command line, as Megatron does."""
 _RUN_DESCRIPTION = """
 Finished stages are skipped, stopped ones go on. A stage is the same as long as what decides its result is the same
 (model, data and their order, budget, optimizer, seeds, parents, numerics): intervals, paths, threads and layout may
@@ -65,9 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     words = list(argv) if argv is not None else sys.argv[1:]
     if words and words[0] in DISPATCHED:
         module, _ = DISPATCHED[words[0]]
-        return int(importlib.import_module(module).main(words[1:]))
-    if words and words[0] in PROGRAMS:
-        return _call_program(words[0], words[1:])
+        sys.argv = [f"btx {words[0]}", *words[1:]]
+        return int(importlib.import_module(module).main())
     arguments = make_parser().parse_args(words)
     if arguments.command == "status":
         from megatron_btx.report.status import print_status
@@ -95,13 +91,6 @@ def main(argv: list[str] | None = None) -> int:
     return api.run_planned(planned, _print_report)
 
 
-def _call_program(name: str, words: Sequence[str]) -> int:
-    """Call a program that reads the process's own command line, as Megatron does."""
-    module, _ = PROGRAMS[name]
-    sys.argv = [f"btx {name}", *words]
-    return int(importlib.import_module(module).main())
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="btx",
@@ -121,7 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_recipe_command(commands, "plan", what, _PLAN_DESCRIPTION)
     status_command = commands.add_parser("status", help="print how far a run is", description=_STATUS_DESCRIPTION)
     status_command.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/quickstart")
-    for name, (_, what) in {**DISPATCHED, **PROGRAMS}.items():
+    for name, (_, what) in DISPATCHED.items():
         commands.add_parser(name, help=what)
     return parser
 

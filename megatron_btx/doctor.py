@@ -10,11 +10,11 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from megatron_btx.common.errors import BAD_INPUT_EXIT_CODE, exits_with_one_line
+from megatron_btx.common.manifest import version_of
 from megatron_btx.engine.cuda_check import KERNELS
 
 _DESCRIPTION = """
@@ -27,13 +27,11 @@ INSTALL = "bash tools/environment.sh"
 PROBE = "megatron_btx.engine.cuda_check"
 PROBE_SECONDS = 180
 """A first start from a shared file system takes a minute; this is for a library that hangs."""
-IMAGE = "the image of the Dockerfile has it; training works without it, more slowly"
 GOOD, ABSENT, NOTE, WRONG = "good", "absent", "note", "wrong"
 """What a finding means; absent: not there, and everything works without it. Wrong alone is a reason for status 2."""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """What was found, and if it is wrong, what helps."""
 
     name: str
@@ -41,42 +39,28 @@ class Finding:
     """A version, a number, a path."""
     state: str = GOOD
     remedy: str = ""
-    """One line; empty where nothing is to be done."""
 
 
 def look_at_packages() -> Iterator[Finding]:
     """Python, this package, and everything that its own metadata asks for."""
-    yield Finding("python", f"{platform.python_version()}, {sys.executable}")
-    own = version_of(PACKAGE)
-    if own is None:
-        yield Finding(PACKAGE, "imported and not installed", WRONG, INSTALL)
-        return
-    yield Finding(PACKAGE, own)
-    for text in importlib.metadata.requires(PACKAGE) or []:
-        if "extra ==" not in text:
-            yield _look_for(text)
-
-
-def version_of(package: str) -> str | None:
-    """The version of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _look_for(text: str) -> Finding:
-    """One line of the package's requirements, such as ``torch>=2.10,<2.16``."""
     from packaging.requirements import Requirement
 
-    requirement = Requirement(text)
-    version = version_of(requirement.name)
-    if version is None:
-        return Finding(requirement.name, "missing", WRONG, f"{requirement}: {INSTALL}")
-    # An image's own torch calls itself a pre-release: 2.13.0a0+9186a08.
-    if not requirement.specifier.contains(version, prereleases=True):
-        return Finding(requirement.name, version, WRONG, f"needs {requirement.specifier}: {INSTALL}")
-    return Finding(requirement.name, version)
+    yield Finding("python", f"{platform.python_version()}, {sys.executable}")
+    if version_of(PACKAGE) is None:
+        yield Finding(PACKAGE, "imported and not installed", WRONG, INSTALL)
+        return
+    for text in (PACKAGE, *(importlib.metadata.requires(PACKAGE) or ())):
+        if "extra ==" in text:
+            continue
+        requirement = Requirement(text)
+        name, version = requirement.name, version_of(requirement.name)
+        if version is None:
+            yield Finding(name, "missing", WRONG, f"{requirement}: {INSTALL}")
+        # An image's own torch calls itself a pre-release: 2.13.0a0+9186a08.
+        elif not requirement.specifier.contains(version, prereleases=True):
+            yield Finding(name, version, WRONG, f"needs {requirement.specifier}: {INSTALL}")
+        else:
+            yield Finding(name, version)
 
 
 def look_at_gpus() -> Iterator[Finding]:
@@ -87,20 +71,28 @@ def look_at_gpus() -> Iterator[Finding]:
         return
     gpus = facts["gpus"]
     yield Finding("torch", f"{facts['version']}, CUDA {facts['cuda']}, NCCL {facts['nccl']}")
-    yield _describe_gpus(gpus, _has_driver())
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpus:
+        yield Finding("GPUs", f"{len(gpus)} x {gpus[0]}")
+    elif not has_driver():
+        yield Finding("GPUs", "none; training runs on the CPU, and only to try things", NOTE)
+    elif hidden is not None:
+        yield Finding("GPUs", f"none, by CUDA_VISIBLE_DEVICES={hidden}", NOTE)
+    else:
+        remedy = "the driver is older than this CUDA, or this torch is for CPUs; take the image that suits the driver"
+        yield Finding("GPUs", "torch sees none, the driver has some", WRONG, remedy)
     for module, name in KERNELS.items():
-        yield _describe_kernels(name, facts["modules"][module], bool(gpus))
-
-
-def _describe_kernels(name: str, problem: str | None, has_gpu: bool) -> Finding:
-    """A library of kernels, by why it cannot be imported: empty where it can, None where it is absent."""
-    if problem is None:
-        return Finding(name, "absent", ABSENT, IMAGE)
-    if not problem:
-        return Finding(name, version_of(name) or "of unknown version")
-    if has_gpu:
-        return Finding(name, problem, WRONG, "it was built for another torch: take the image's own, or remove it")
-    return Finding(name, f"not loaded without a GPU ({problem})", NOTE)
+        problem = facts["modules"][module]
+        if problem is None:
+            remedy = "the image of the Dockerfile has it; training works without it, more slowly"
+            yield Finding(name, "absent", ABSENT, remedy)
+        elif not problem:
+            yield Finding(name, version_of(name) or "of unknown version")
+        elif gpus:
+            remedy = "it was built for another torch: take the image's own, or remove it"
+            yield Finding(name, problem, WRONG, remedy)
+        else:
+            yield Finding(name, f"not loaded without a GPU ({problem})", NOTE)
 
 
 def ask_torch() -> tuple[dict[str, Any], str]:
@@ -120,23 +112,12 @@ def ask_torch() -> tuple[dict[str, Any], str]:
     return dict(json.loads(lines[-1])), ""
 
 
-def _has_driver() -> bool:
+def has_driver() -> bool:
+    """Whether the driver itself knows a GPU."""
     try:
         return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=10, check=False).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
-
-
-def _describe_gpus(gpus: Sequence[str], has_driver: bool) -> Finding:
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if gpus:
-        return Finding("GPUs", f"{len(gpus)} x {gpus[0]}")
-    if has_driver and hidden is None:
-        remedy = "the driver is older than this CUDA, or this torch is for CPUs; take the image that suits the driver"
-        return Finding("GPUs", "torch sees none, the driver has some", WRONG, remedy)
-    if has_driver:
-        return Finding("GPUs", f"none, by CUDA_VISIBLE_DEVICES={hidden}", NOTE)
-    return Finding("GPUs", "none; training runs on the CPU, and only to try things", NOTE)
 
 
 def look_at_folder() -> Finding:
@@ -150,39 +131,24 @@ def look_at_folder() -> Finding:
     return Finding("temporary", folder)
 
 
-def look() -> list[Finding]:
-    """Everything that is looked at, in the order of the table."""
-    return [*look_at_packages(), *look_at_gpus(), look_at_folder()]
-
-
-def summarize(findings: Sequence[Finding]) -> str:
-    """One line: whether it will do, and the versions that people ask for first."""
-    found = {finding.name: finding.found for finding in findings}
-    names = ("python", "torch", "megatron-core", "transformer-engine", "apex", "GPUs")
-    parts = [f"{name} {found[name].split(',')[0].split(';')[0]}" for name in names if name in found]
-    problems = [finding.name for finding in findings if finding.state == WRONG]
-    verdict = f"not well ({', '.join(problems)})" if problems else "well"
-    return f"{verdict}: {'; '.join(parts)}"
-
-
 @exits_with_one_line
 def main(argv: list[str] | None = None) -> int:
     """The command ``btx doctor``: print a table or JSON, and say by the status whether it will do."""
     parser = argparse.ArgumentParser(prog="btx doctor", description=_DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     arguments = parser.parse_args(argv)
-    findings = look()
-    healthy = all(finding.state != WRONG for finding in findings)
+    findings = [*look_at_packages(), *look_at_gpus(), look_at_folder()]
+    problems = [finding.name for finding in findings if finding.state == WRONG]
     if arguments.json:
-        rows = [asdict(finding) for finding in findings]
-        print(json.dumps({"healthy": healthy, "summary": summarize(findings), "findings": rows}, indent=2))
+        rows = [finding._asdict() for finding in findings]
+        print(json.dumps({"healthy": not problems, "findings": rows}, indent=2))
     else:
         from megatron_btx.common.table import print_table  # rich, which --help does not need
 
         rows_shown = [(finding.state, finding.name, finding.found, finding.remedy) for finding in findings]
         print_table(("", "what", "found", "remedy"), rows_shown)
-        print(summarize(findings))
-    return 0 if healthy else BAD_INPUT_EXIT_CODE
+        print(f"not well: {', '.join(problems)}" if problems else "well")
+    return BAD_INPUT_EXIT_CODE if problems else 0
 
 
 if __name__ == "__main__":

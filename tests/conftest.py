@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import hashlib
 import os
 import shutil
@@ -16,6 +17,8 @@ import pytest
 
 from tests.support import pico
 from tests.support.runner import Zygote, gpu_count
+
+gc.disable()  # looking at what is being imported, again and again, is a quarter of the time that collecting takes
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +50,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, Ca
 
 LONGEST = (
     *("slurm/test_slurm", "quickstart/test_quickstart", "slurm/test_submission", "quickstart/test_four_models"),
-    *("faults/test_orphans", "unit/mixing/test_memory", "unit/plan/test_quickstart_script"),
+    *("faults/test_orphans", "unit/mixing/test_memory"),
 )
 """Files that take a minute or more and are not collected early, the longest first; the rest follows as collected."""
 
@@ -56,6 +59,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Workers take the files in this order: one that took a long file last would work on alone."""
     place = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look at it in every test."""
+    gc.freeze()
+    gc.enable()
 
 
 def hash_of(folder: Path) -> str:

@@ -38,11 +38,6 @@ class ModelArgument:
     usage: bool = False
     """Says how routers are used. A mixture that was never trained leaves it open: its routers know nothing of it."""
 
-    @property
-    def field(self) -> str:
-        """The name in Megatron's configuration classes."""
-        return self.bridge or self.name
-
     def value(self, stored: Mapping[str, Any]) -> Any:
         """The stored value, under its present or older name; Megatron's default where neither is there."""
         if self.name in stored:

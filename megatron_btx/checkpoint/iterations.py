@@ -30,20 +30,25 @@ def resolve_iteration(path: str | Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a checkpoint's root or one of its iter_ folders")
     folder = path
-    if not (path / BACKEND_FILE).is_file() and not (path / ".metadata").is_file():
+    if not any((path / name).is_file() for name in (BACKEND_FILE, ".metadata")) and not any(path.glob("mp_rank_*")):
         folder = _find_latest(path)
-    _refuse_other_formats(folder)
+    legacy = sorted(folder.glob("mp_rank_*"))
+    if legacy:
+        raise CheckpointError(
+            f"{folder}: holds {legacy[0].name}, so it is of Megatron's old format 'torch', which is pickled and not "
+            "read; convert it with Megatron's tools/checkpoint, or load and save it with --ckpt-format torch "
+            "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
+        )
+    remedy = "load it with the Megatron that wrote it and save it with --ckpt-format torch_dist"
     backend_file = folder / BACKEND_FILE
     if not backend_file.is_file():
         raise CheckpointError(
-            f"{folder}: has no metadata.json, so it is not a torch_dist checkpoint; "
-            "save it again with --ckpt-format torch_dist"
+            f"{folder}: has no metadata.json, so it is not a torch_dist checkpoint, perhaps one of the formats "
+            f"'fsdp_dtensor' and 'torch_dcp'; {remedy}"
         )
     backend = read_json_object(backend_file, "the checkpoint is damaged", CheckpointError).get("sharded_backend")
     if backend != BACKEND["sharded_backend"]:
-        raise CheckpointError(
-            f"{backend_file}: format {backend!r}, expected 'torch_dist'; save it again with --ckpt-format torch_dist"
-        )
+        raise CheckpointError(f"{backend_file}: format {backend!r}, expected 'torch_dist'; {remedy}")
     return folder
 
 
@@ -74,26 +79,7 @@ def root_of(folder: Path) -> Path:
     return folder
 
 
-def _refuse_other_formats(folder: Path) -> None:
-    """Name the other formats that Megatron writes, and how they become torch_dist."""
-    legacy = sorted(folder.glob("mp_rank_*"))
-    if legacy:
-        raise CheckpointError(
-            f"{folder}: holds {legacy[0].name}, so it is of Megatron's old format 'torch', which is pickled and not "
-            "read; convert it with Megatron's tools/checkpoint, or load and save it with --ckpt-format torch "
-            "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
-        )
-    backend = folder / BACKEND_FILE
-    of_torch = not backend.is_file() and (folder / ".metadata").is_file()
-    if of_torch or (backend.is_file() and b"fsdp_dtensor" in backend.read_bytes()):
-        raise CheckpointError(
-            f"{folder}: is of the format 'fsdp_dtensor' or 'torch_dcp' (by its metadata.json, or the lack of one), not "
-            "a torch_dist checkpoint; load it with the Megatron that wrote it and save it with --ckpt-format torch_dist"
-        )
-
-
 def _find_latest(root: Path) -> Path:
-    _refuse_other_formats(root)
     tracker = root / TRACKER
     if not tracker.is_file():
         raise CheckpointError(
@@ -105,9 +91,7 @@ def _find_latest(root: Path) -> Path:
         raise CheckpointError(
             f"{tracker}: holds {held!r}, expected an iteration number or 'release'; give one of its iter_ folders"
         )
-    folder = root / RELEASE
-    if isinstance(latest, int):
-        folder = root / f"iter_{latest:07d}"
+    folder = root / (RELEASE if latest == RELEASE else f"iter_{latest:07d}")
     if not folder.is_dir():
         raise CheckpointError(f"{tracker}: names {folder.name}, which does not exist beside it; give an iter_ folder")
     return folder

@@ -5,7 +5,8 @@ the gate projection of an expert, ...). Checkpoints store pieces alone or fused,
 on an axis. One row per piece says all of that, for every dialect; reading and writing, in either direction, use the
 same row.
 
-Axes: L layers, E experts, H hidden, F feed-forward, V vocabulary, D head size.
+Axes: V vocabulary, P positions, H hidden, D head size, Q queries and K keys (or values) of all heads, F feed-forward, E
+experts, X feed-forward of an expert, S of a shared expert.
 Sources: Megatron-core ``core/models/gpt/gpt_layer_specs.py``, ``core/transformer/{attention,mlp}.py`` and
 ``core/transformer/moe/experts.py``; transformers' model classes.
 """
@@ -28,6 +29,8 @@ class Row:
     """
 
     piece: str
+    axes: str
+    """Of its weight, a letter for each; a bias has the first alone."""
     megatron: str
     llama: str = ""
     mixtral: str = ""
@@ -49,43 +52,50 @@ _QKV = _L + "self_attention.linear_qkv.{kind}"
 _HF_A = _HF + "self_attn."
 
 ROWS = (
-    Row("embedding.weight", "embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-    Row("positions.weight", "embedding.position_embeddings.weight", needs="positions"),
+    Row("embedding.weight", "VH", "embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+    Row("positions.weight", "PH", "embedding.position_embeddings.weight", needs="positions"),
     Row(
         "layers.{layer}.input_norm.{kind}",
+        "H",
         _L + "self_attention.linear_qkv.layer_norm_{kind}",
         _HF + "input_layernorm.{kind}",
         also=(_L + "input_layernorm.{kind}",),
     ),
-    Row("layers.{layer}.attention.q.{kind}", _QKV, _HF_A + "q_proj.{kind}", part="q"),
-    Row("layers.{layer}.attention.k.{kind}", _QKV, _HF_A + "k_proj.{kind}", part="k"),
-    Row("layers.{layer}.attention.v.{kind}", _QKV, _HF_A + "v_proj.{kind}", part="v"),
+    Row("layers.{layer}.attention.q.{kind}", "QH", _QKV, _HF_A + "q_proj.{kind}", part="q"),
+    Row("layers.{layer}.attention.k.{kind}", "KH", _QKV, _HF_A + "k_proj.{kind}", part="k"),
+    Row("layers.{layer}.attention.v.{kind}", "KH", _QKV, _HF_A + "v_proj.{kind}", part="v"),
     Row(
         "layers.{layer}.attention.q_norm.{kind}",
+        "D",
         _L + "self_attention.q_layernorm.{kind}",
         _HF_A + "q_norm.{kind}",
         needs="qk norm",
     ),
     Row(
         "layers.{layer}.attention.k_norm.{kind}",
+        "D",
         _L + "self_attention.k_layernorm.{kind}",
         _HF_A + "k_norm.{kind}",
         needs="qk norm",
     ),
-    Row("layers.{layer}.attention.o.{kind}", _L + "self_attention.linear_proj.{kind}", _HF_A + "o_proj.{kind}"),
+    Row("layers.{layer}.attention.o.{kind}", "HQ", _L + "self_attention.linear_proj.{kind}", _HF_A + "o_proj.{kind}"),
     # Local mixture layers look for the dense name of this norm, Transformer Engine ones for their own
     # (gpt_layer_specs.py, sharded_state_dict_keys_map): mixtures are written with both.
     Row(
         "layers.{layer}.mlp_norm.{kind}",
+        "H",
         _L + "mlp.linear_fc1.layer_norm_{kind}",
         _HF + "post_attention_layernorm.{kind}",
         also=(_L + "pre_mlp_layernorm.{kind}",),
     ),
-    Row("layers.{layer}.ffn.gate.{kind}", _L + "mlp.linear_fc1.{kind}", _HF + "mlp.gate_proj.{kind}", part="gate"),
-    Row("layers.{layer}.ffn.up.{kind}", _L + "mlp.linear_fc1.{kind}", _HF + "mlp.up_proj.{kind}", part="up"),
-    Row("layers.{layer}.ffn.down.{kind}", _L + "mlp.linear_fc2.{kind}", _HF + "mlp.down_proj.{kind}"),
+    Row(
+        "layers.{layer}.ffn.gate.{kind}", "FH", _L + "mlp.linear_fc1.{kind}", _HF + "mlp.gate_proj.{kind}", part="gate"
+    ),
+    Row("layers.{layer}.ffn.up.{kind}", "FH", _L + "mlp.linear_fc1.{kind}", _HF + "mlp.up_proj.{kind}", part="up"),
+    Row("layers.{layer}.ffn.down.{kind}", "HF", _L + "mlp.linear_fc2.{kind}", _HF + "mlp.down_proj.{kind}"),
     Row(
         "layers.{layer}.router.{kind}",
+        "EH",
         _L + "mlp.router.{kind}",
         mixtral=_HF + "block_sparse_moe.gate.{kind}",
         qwen_moe=_HF + "mlp.gate.{kind}",
@@ -93,6 +103,7 @@ ROWS = (
     ),
     Row(
         "layers.{layer}.experts.{expert}.gate.{kind}",
+        "XH",
         _E + "linear_fc1.{kind}",
         mixtral=_HF + "block_sparse_moe.experts.{expert}.w1.{kind}",
         qwen_moe=_HF + "mlp.experts.{expert}.gate_proj.{kind}",
@@ -101,6 +112,7 @@ ROWS = (
     ),
     Row(
         "layers.{layer}.experts.{expert}.up.{kind}",
+        "XH",
         _E + "linear_fc1.{kind}",
         mixtral=_HF + "block_sparse_moe.experts.{expert}.w3.{kind}",
         qwen_moe=_HF + "mlp.experts.{expert}.up_proj.{kind}",
@@ -109,13 +121,14 @@ ROWS = (
     ),
     Row(
         "layers.{layer}.experts.{expert}.down.{kind}",
+        "HX",
         _E + "linear_fc2.{kind}",
         mixtral=_HF + "block_sparse_moe.experts.{expert}.w2.{kind}",
         qwen_moe=_HF + "mlp.experts.{expert}.down_proj.{kind}",
         fused_moe=_HF + "mlp.experts.{expert}.down_proj",
     ),
-    Row("final_norm.{kind}", "decoder.final_layernorm.{kind}", "model.norm.{kind}"),
-    Row("head.weight", "output_layer.weight", "lm_head.weight"),
+    Row("final_norm.{kind}", "H", "decoder.final_layernorm.{kind}", "model.norm.{kind}"),
+    Row("head.weight", "VH", "output_layer.weight", "lm_head.weight"),
 )
 """Every piece of every model the project knows."""
 

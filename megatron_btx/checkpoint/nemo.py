@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS
-from megatron_btx.checkpoint.huggingface.families import MEGATRON_LLAMA3
+from megatron_btx.checkpoint.huggingface.families import POSITIVE, bad_value, check_number
 from megatron_btx.checkpoint.safe_pickle import UNREADABLE
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.tokenizers.vocabulary import tokenizer_files
@@ -34,8 +34,14 @@ _NEUTRAL = (
     "final_logit_softcapping attn_logit_softcapping scale_embeddings restore_modelopt_state"
 ).split()
 """Fields that change the function and that no argument says: nothing, zero and false leave it as it is."""
-_SWITCHES = ("bf16", "fp16", "share_embeddings_and_output_weights", "gated_linear_unit")
-_MAY_BE_TEXT = ("moe_router_dtype",)
+_LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
+"""Numbers of Llama 3's rotary scaling that are fixed in Megatron 0.19, by which older classes say it."""
+_FIELDS = {row.bridge or row.name: row for row in MODEL_ARGUMENTS}
+_NO_TEXT = {"bf16", "fp16", "share_embeddings_and_output_weights", "gated_linear_unit", *_FIELDS} - {
+    *(field for field, row in _FIELDS.items() if isinstance(row.default, str)),
+    "moe_router_dtype",
+}
+"""Numbers and switches: "false" would count as true; and to YAML 1e-5 is a text, and 1.0e-5 a number."""
 _ACTIVATIONS = {
     (True, "silu"): {"swiglu": True},
     (False, "gelu"): {},
@@ -85,33 +91,38 @@ def read_arguments(file: Path, rows: int) -> dict[str, Any]:
         rows: of the embedding that is stored.
 
     Raises:
-        CheckpointError: it cannot be read, leaves open what shapes the model, or says what no argument does.
+        InputError: it cannot be read, leaves open what shapes the model, or says what no argument does.
     """
-    config = _read(file)
-    model = _model_of(config, file)
+    config, where = _read(file), str(file)
+    if isinstance(config.get("peft"), Mapping):
+        remedy = "merge the adapter first, with Megatron-Bridge's scripts for that"
+        raise bad_value(where, "peft", _target(config["peft"]), "none", remedy)
+    model, remedy = _model_of(config), _remedy(file)
     missing = [name for name in _REQUIRED if name not in model]
     if missing:
         raise CheckpointError(
             f"{file}: does not say {', '.join(missing)}, for which {_target(model) or 'its class'} has values of its "
-            f"own; {_remedy(file)}"
+            f"own; {remedy}"
         )
     for name in _NEUTRAL:
         if model.get(name):
-            raise CheckpointError(
-                f"{file}: {name} is {model[name]!r:.80}, expected none, for no argument of Megatron's says it; "
-                f"{_remedy(file)}"
-            )
+            raise bad_value(where, name, model[name], "none, for no argument of Megatron's says it", remedy)
+    for name in sorted(_NO_TEXT):
+        if isinstance(model.get(name), str):
+            expected = "a number or true or false"
+            raise bad_value(where, name, model[name], expected, "write it without quotes, and 1e-5 as 1.0e-5")
     gated, function = bool(model["gated_linear_unit"]), _target(model["activation_func"])
     if (gated, function) not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"{file}: activation_func is {function!r} with gated_linear_unit {gated}, which no argument of Megatron's "
-            f"says; {_remedy(file)}"
-        )
+        expected = f"one that Megatron's arguments say with gated_linear_unit {gated}"
+        raise bad_value(where, "activation_func", function, expected, remedy)
     dtype = _target(model.get("params_dtype")) or "float32"
     for switch, name in (("fp16", "float16"), ("bf16", "bfloat16")):
         if model.get(switch):
             dtype = name
-    arguments = _same_fields(model, file) | _ACTIVATIONS[gated, function] | _llama3_rope(model, file)
+    arguments = {row.name: model[field] for field, row in _FIELDS.items() if field in model}
+    if isinstance(arguments.get("window_size"), list):
+        arguments["window_size"] = tuple(arguments["window_size"])
+    arguments |= _ACTIVATIONS[gated, function] | _llama3_rope(model, where)
     arguments |= {
         "group_query_attention": model["num_query_groups"] not in (None, model["num_attention_heads"]),
         "untie_embeddings_and_output_weights": not model["share_embeddings_and_output_weights"],
@@ -141,53 +152,25 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _model_of(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _model_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the model, wherever the version puts them: under ``model``, ``config``, ``transformer``."""
-    if isinstance(config.get("peft"), Mapping):
-        raise CheckpointError(
-            f"{file}: peft is {_target(config['peft']) or 'given'}, so it holds a LoRA or another adapter; merge it "
-            "first, with Megatron-Bridge's scripts for merging adapters"
-        )
     found: dict[str, Any] = {}
     section: Any = config.get("model", config)
     for _ in range(8):  # a section can name itself
-        if not isinstance(section, Mapping):
-            break
-        found |= section
-        section = section.get("transformer", section.get("config"))
+        if isinstance(section, Mapping):
+            found |= section
+            section = section.get("transformer", section.get("config"))
     return found
 
 
-def _same_fields(model: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """What the arguments and the configuration classes both have; no text for a number or a switch.
-
-    ``"false"`` would count as true; and to YAML 1e-5 is a text, and 1.0e-5 a number.
-    """
-    rows = {row.field: row for row in MODEL_ARGUMENTS}
-    for name in (*rows, *_SWITCHES):
-        is_text = name in rows and (isinstance(rows[name].default, str) or name in _MAY_BE_TEXT)
-        if isinstance(model.get(name), str) and not is_text:
-            raise CheckpointError(
-                f"{file}: {name} is the text {model[name]!r}, expected a number or true or false: write it without "
-                "quotes, and 1e-5 as 1.0e-5"
-            )
-    found = {row.name: model[field] for field, row in rows.items() if field in model}
-    if isinstance(found.get("window_size"), list):
-        found["window_size"] = tuple(found["window_size"])
-    return found
-
-
-def _llama3_rope(model: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Llama 3's scaling, which older classes say by its four numbers."""
+def _llama3_rope(model: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "low_freq_factor" not in model:
         return {"use_rope_scaling": bool(model.get("rope_scaling"))}
-    for key, fixed in MEGATRON_LLAMA3.items():
-        field = key.replace("original_max_position_embeddings", "old_context_len")
+    for field, fixed in _LLAMA3.items():
         if model.get(field) != fixed:
-            raise CheckpointError(f"{file}: {field} is {model.get(field)!r}, expected {fixed} as fixed in Megatron")
-    if not isinstance(model.get("scale_factor"), int | float):
-        raise CheckpointError(f"{file}: scale_factor is {model.get('scale_factor')!r}, expected a number")
-    return {"use_rope_scaling": True, "rope_scaling_factor": float(model["scale_factor"])}
+            raise bad_value(where, field, model.get(field), f"{fixed} as fixed in Megatron", "correct it there")
+    factor = check_number(where, "scale_factor", model.get("scale_factor"), POSITIVE)
+    return {"use_rope_scaling": True, "rope_scaling_factor": float(factor)}
 
 
 def _tokenizer(config: Mapping[str, Any], file: Path) -> dict[str, Any]:

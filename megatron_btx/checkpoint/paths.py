@@ -32,44 +32,24 @@ def model_path(text: str | Path) -> Path:
     if path.is_file():
         remedy = _FILES.get(path.suffix, f"give the folder that holds the whole model, {path.parent}")
         raise CheckpointError(f"{path}: is a file and no such folder; {remedy}")
-    if path.is_dir():
-        if (path / "snapshots").is_dir() and path.name.startswith(_CACHED):
-            return _find_snapshot(path)
-        return path
     address = re.fullmatch(r"(?:https?://(?:www\.)?huggingface\.co/|hf://(?:models/)?)([^/]+/[^/?#]+).*", str(text))
     name = str(text)
     if address:
         name = address[1]
-    if not _HUB_NAME.fullmatch(name):
+    if path.name.startswith(_CACHED) and (path / "snapshots").is_dir():
+        cached, name = path, path.name.removeprefix(_CACHED).replace("--", "/", 1)
+    elif path.is_dir() or not _HUB_NAME.fullmatch(name):
         return path
-    cached = hub_cache() / (_CACHED + name.replace("/", "--"))
-    if cached.is_dir():
-        return _find_snapshot(cached)
-    raise CheckpointError(
-        f"{text}: no such folder, and no model of this name in the hub's cache ({hub_cache()}); correct the path, or "
-        f"download it first: hf download {name}"
-    )
+    else:
+        from huggingface_hub import constants
 
-
-def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it downloads (``huggingface_hub/constants.py``)."""
-    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = os.environ.get("HF_HOME", f"{caches}/huggingface")
-    older = os.environ.get("HUGGINGFACE_HUB_CACHE", f"{home}/hub")
-    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE", older)))
-
-
-def _find_snapshot(cached: Path) -> Path:
-    """The snapshot that ``refs/main`` names; without it the only one there is."""
-    snapshots = [place for place in (cached / "snapshots").glob("*") if place.is_dir()]
-    reference = cached / "refs" / "main"
+        cached = Path(constants.HF_HUB_CACHE) / (_CACHED + name.replace("/", "--"))
+    snapshots, reference = list((cached / "snapshots").glob("*")), cached / "refs" / "main"
     if reference.is_file():
-        revision = reference.read_text().strip()
-        snapshots = [place for place in snapshots if place.name == revision]
-    if len(snapshots) == 1:
+        snapshots = [cached / "snapshots" / reference.read_text().strip()]
+    if len(snapshots) == 1 and snapshots[0].is_dir():
         return snapshots[0]
-    name = cached.name.removeprefix(_CACHED).replace("--", "/", 1)
     raise CheckpointError(
-        f"{cached}: has {len(snapshots)} snapshots of the main revision, expected one; give one of its snapshots, or "
-        f"download it again: hf download {name}"
+        f"{text}: no such folder, and no model of this name in the hub's cache with one snapshot of the main revision "
+        f"({cached}); correct the path, give one of its snapshots, or download it first: hf download {name}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -101,39 +102,33 @@ class Piece:
 
 def pieces_of(sizes: Sizes) -> Iterator[Piece]:
     """All pieces of a model of these sizes and parts, in the order of the table, layer by layer."""
-    layers_done = False
-    for row in ROWS:
-        if "{layer}" not in row.piece:
-            yield from _pieces(row, sizes, {})
-        elif not layers_done:  # the first of the layers' rows stands for all of them, layer by layer
-            layers_done = True
-            for layer in range(sizes.layers):
-                yield from _layer_pieces(layer, sizes)
-
-
-def _layer_pieces(layer: int, sizes: Sizes) -> Iterator[Piece]:
-    for row in ROWS:
-        if "{layer}" not in row.piece or not _in_layer(row, sizes, sizes.mixture_layers[layer]):
+    for in_layers, group in itertools.groupby(ROWS, lambda row: "{layer}" in row.piece):
+        rows = list(group)
+        if not in_layers:
+            for row in rows:
+                yield from _pieces(row, sizes, {})
             continue
-        if "{expert}" not in row.piece:
-            yield from _pieces(row, sizes, {"layer": layer})
-            continue
-        for expert in range(sizes.experts):
-            yield from _pieces(row, sizes, {"layer": layer, "expert": expert})
+        for layer in range(sizes.layers):
+            for row in rows:
+                yield from _layer_pieces(row, sizes, layer)
 
 
-def _in_layer(row: Row, sizes: Sizes, mixture: bool) -> bool:
-    if ".gate." in row.piece and not sizes.gated:
-        return False
-    if ".router." in row.piece or ".experts." in row.piece:
-        return mixture
-    return not (".ffn." in row.piece and mixture)
+def _layer_pieces(row: Row, sizes: Sizes, layer: int) -> Iterator[Piece]:
+    is_mixture = sizes.mixture_layers[layer]
+    of_mixture, of_dense = ".router." in row.piece or ".experts." in row.piece, ".ffn." in row.piece
+    if (of_mixture and not is_mixture) or (of_dense and is_mixture) or (".gate." in row.piece and not sizes.gated):
+        return
+    if "{expert}" not in row.piece:
+        yield from _pieces(row, sizes, {"layer": layer})
+        return
+    for expert in range(sizes.experts):
+        yield from _pieces(row, sizes, {"layer": layer, "expert": expert})
 
 
 def _pieces(row: Row, sizes: Sizes, numbers: dict[str, Any]) -> Iterator[Piece]:
     if row.needs and row.needs not in sizes.parts:
         return
-    shape = _shape(row, sizes)
+    shape = tuple(sizes.extents[axis] for axis in row.axes)
     weight = numbers | {"kind": "weight"}
     yield Piece(row.piece.format(**weight), shape, row, weight, True)
     biases = "biases"
@@ -144,29 +139,3 @@ def _pieces(row: Row, sizes: Sizes, numbers: dict[str, Any]) -> Iterator[Piece]:
     if "{kind}" in row.piece and biases in sizes.parts:
         bias = numbers | {"kind": "bias"}
         yield Piece(row.piece.format(**bias), shape[:1], row, bias, ".router." not in row.piece)
-
-
-def _shape(row: Row, sizes: Sizes) -> tuple[int, ...]:
-    """The shape of a piece's weight; a size that the configuration does not say is -1."""
-    name = row.piece.replace("layers.{layer}.", "").replace(".{kind}", "").replace(".weight", "")
-    ffn = sizes.ffn
-    if name.startswith("experts."):
-        ffn = sizes.expert_ffn
-    queries, keys = sizes.heads * sizes.head_size, sizes.groups * sizes.head_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding": (sizes.vocabulary or -1, sizes.hidden),
-        "head": (sizes.vocabulary or -1, sizes.hidden),
-        "positions": (sizes.positions or -1, sizes.hidden),
-        "attention.q": (queries, sizes.hidden),
-        "attention.k": (keys, sizes.hidden),
-        "attention.v": (keys, sizes.hidden),
-        "attention.o": (sizes.hidden, queries),
-        "attention.q_norm": (sizes.head_size,),
-        "attention.k_norm": (sizes.head_size,),
-        "gate": (ffn, sizes.hidden),
-        "up": (ffn, sizes.hidden),
-        "down": (sizes.hidden, ffn),
-        "router": (sizes.experts, sizes.hidden),
-    }
-    short = name.removeprefix("ffn.").removeprefix("experts.{expert}.")
-    return shapes.get(short, (sizes.hidden,))

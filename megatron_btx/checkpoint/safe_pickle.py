@@ -13,13 +13,10 @@ from __future__ import annotations
 import functools
 import importlib
 import pickle
-from typing import TYPE_CHECKING, Any, BinaryIO, SupportsIndex
+from typing import Any, BinaryIO
 
 from megatron_btx.checkpoint.safe_numpy import numpy_stand_ins
 from megatron_btx.common.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import TensorProperties
 
 _PLAIN_BUILTINS = {
     *("set", "frozenset", "slice", "complex", "bytearray", "range"),
@@ -71,11 +68,12 @@ UNREADABLE = (
 """What damaged pickles have been seen to raise: the unpickler obeys whatever the bytes happen to say."""
 
 _PROPERTIES = ("torch.distributed.checkpoint.metadata", "TensorProperties")
-_OLD_VALUES = 5
+OLD_VALUES = 5
+"""How many values a TensorProperties pickles in the form that every version of PyTorch reads."""
 
 _INERT_PACKAGES = ("megatron.", "transformer_engine.")
 _INERT_MODULES = {"signal", "enum"}
-_INERT = {("torch._C", "Generator")}
+_GENERATOR = ("torch._C", "Generator")
 """A random generator of a GPU, which a machine without one could not make."""
 
 
@@ -115,33 +113,32 @@ def _tensor_properties() -> type:
 
     class Properties(TensorProperties):
         def __setstate__(self, state: tuple[Any, ...]) -> None:
-            super().__setstate__(state[:_OLD_VALUES])
+            super().__setstate__(state[:OLD_VALUES])
             self.__dict__.pop("strides", None)
-
-        def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-            return _plain_properties, (old_state(self),)
+            self.__class__ = TensorProperties  # type: ignore[assignment]  # which can be pickled again
 
     return Properties
-
-
-def _plain_properties(state: tuple[Any, ...]) -> TensorProperties:
-    from torch.distributed.checkpoint.metadata import TensorProperties
-
-    properties = TensorProperties()
-    properties.__setstate__(state)
-    return properties
-
-
-def old_state(properties: TensorProperties) -> tuple[Any, ...]:
-    """What a TensorProperties pickles, in the form that every version of PyTorch reads."""
-    state: tuple[Any, ...] = properties.__getstate__()
-    return state[:_OLD_VALUES]
 
 
 class AllowListUnpickler(pickle.Unpickler):
     """Unpickles the allowed classes, turns Megatron's own into ForeignValue, refuses everything else."""
 
-    where = "the file"
+    def __init__(self, file: BinaryIO, where: str) -> None:
+        super().__init__(file)
+        self._where = where
+
+    def load(self) -> Any:
+        """What the pickle holds.
+
+        Raises:
+            CheckpointError: truncated, not a pickle, or asking for more than the list allows.
+        """
+        try:
+            return super().load()
+        except UNREADABLE as error:
+            raise CheckpointError(
+                f"{self._where}: cannot be read ({first_line(error)}); it is truncated or not a checkpoint's"
+            ) from error
 
     def find_class(self, module: str, name: str) -> Any:
         """Resolve one global of the pickle.
@@ -157,20 +154,13 @@ class AllowListUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and "." not in name and _is_plain_torch_value(name):
             return super().find_class(module, name)
-        if _is_inert(module, name):
+        is_inert = module in _INERT_MODULES or module.startswith(_INERT_PACKAGES)
+        if (is_inert and "." not in name) or (module, name) == _GENERATOR:
             return _foreign_class(module, name)
         raise CheckpointError(
-            f"{self.where} wants to load {module}.{name}, which no checkpoint needs and which could run code; "
+            f"{self._where} wants to load {module}.{name}, which no checkpoint needs and which could run code; "
             "do not use it, or have its owner save it again with stock Megatron"
         )
-
-
-def _is_inert(module: str, name: str) -> bool:
-    """Whether a global is read as a ForeignValue, without importing anything."""
-    if (module, name) in _INERT:
-        return True
-    ours = module in _INERT_MODULES or module.startswith(_INERT_PACKAGES)
-    return ours and "." not in name
 
 
 def _is_plain_torch_value(name: str) -> bool:
@@ -181,23 +171,8 @@ def _is_plain_torch_value(name: str) -> bool:
 
 
 def load_pickle(file: BinaryIO, where: str) -> Any:
-    """Unpickle a plain pickle with the allow-list.
-
-    Raises:
-        CheckpointError: truncated, not a pickle, or asking for more than the list allows.
-    """
-    return load_with(AllowListUnpickler(file), where)
-
-
-def load_with(unpickler: AllowListUnpickler, where: str) -> Any:
-    """As :func:`load_pickle`, with an unpickler that knows more of what to make of the pickle."""
-    unpickler.where = where
-    try:
-        return unpickler.load()
-    except UNREADABLE as error:
-        raise CheckpointError(
-            f"{where}: cannot be read ({first_line(error)}); it is truncated or not a checkpoint's"
-        ) from error
+    """Unpickle a plain pickle with the allow-list, as :meth:`AllowListUnpickler.load`."""
+    return AllowListUnpickler(file, where).load()
 
 
 def allowed_globals() -> list[tuple[Any, str]]:

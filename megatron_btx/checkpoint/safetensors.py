@@ -52,38 +52,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return read_json_object(file, "the model folder is incomplete or damaged", CheckpointError)
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """The index: from the name of each tensor to its file."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError(f"{folder / INDEX}: has no weight_map of names to files; it is damaged")
-    return weight_map
-
-
-def _choose_file(folder: Path) -> str:
-    """The index or the single file. Where both are there: the single file, which transformers (4.57 and 5) reads.
-
-    Raises:
-        CheckpointError: there is neither, or the index has shards too: one of the two is left over from another save.
-    """
-    single, index = folder / SINGLE, folder / INDEX
-    if not single.is_file():
-        if os.path.lexists(index):
-            return INDEX
-        found = f"has neither {SINGLE} nor {INDEX}"
-        if os.path.lexists(single):
-            found = f"{SINGLE} is no file, or a link to none"
-        raise CheckpointError(f"{folder}: {found}; the model folder is incomplete")
-    if os.path.lexists(index):
-        shards = set(_weight_map(folder).values()) - {SINGLE}
-        if any((folder / Path(name).name).is_file() for name in shards):
-            raise CheckpointError(
-                f"{folder}: holds two sets of weights: {single}, which transformers reads, and {INDEX} with its "
-                "shards; remove the one that is left over from another save"
-            )
-    return SINGLE
-
-
 class SafetensorsReader(Reader):
     """Reads tensors and slices of one model folder.
 
@@ -93,17 +61,32 @@ class SafetensorsReader(Reader):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._file = _choose_file(folder)
+        single, index = folder / SINGLE, folder / INDEX
         self._weight_map: dict[str, str] = {}
-        if self._file == INDEX:
-            self._open_index()
-        else:
-            self._open_file(SINGLE)
+        """The index: from the name of each tensor to its file; empty where one file holds all."""
+        if os.path.lexists(index):
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+                raise CheckpointError(f"{index}: has no weight_map of names to files; it is damaged")
+            self._weight_map = weight_map
+        if not single.is_file():
+            if os.path.lexists(index):
+                self._open_shards(index)
+                return
+            found = f"has neither {SINGLE} nor {INDEX}"
+            if os.path.lexists(single):
+                found = f"{SINGLE} is no file, or a link to none"
+            raise CheckpointError(f"{folder}: {found}; the model folder is incomplete")
+        if any((folder / Path(name).name).is_file() for name in {*self._weight_map.values()} - {SINGLE}):
+            raise CheckpointError(
+                f"{folder}: holds two sets of weights: {single}, which transformers reads, and {INDEX} with its "
+                "shards; remove the one that is left over from another save"
+            )
+        self._weight_map = {}  # transformers (4.57 and 5) reads the single file
+        self._open_file(SINGLE)
 
-    def _open_index(self) -> None:
-        index, weight_map = self.folder / INDEX, _weight_map(self.folder)
-        self._weight_map = weight_map
-        names = sorted(set(weight_map.values()))
+    def _open_shards(self, index: Path) -> None:
+        names = sorted(set(self._weight_map.values()))
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{index}: names {name!r}, expected a .safetensors file beside it; refused")
@@ -115,27 +98,23 @@ class SafetensorsReader(Reader):
             )
         for name in names:
             self._open_file(name)
-        for tensor, file in weight_map.items():
-            if tensor not in self.tensors:
-                raise CheckpointError(f"{index}: {tensor} is said to be in {file}, which does not hold it; damaged")
-            found = self._file_of(tensor)
-            if found != file:
-                raise CheckpointError(f"{index}: {tensor} is said to be in {file}, it is in {found}; damaged")
-        for tensor in self.tensors:
-            if tensor not in weight_map:
-                raise CheckpointError(f"{index}: does not name {tensor}, which {self._file_of(tensor)} holds")
-
-    def _file_of(self, name: str) -> str:
-        return self.tensors[name].blocks[0].file
+        held = {tensor: stored.blocks[0].file for tensor, stored in self.tensors.items()}
+        for tensor, file in self._weight_map.items():
+            if held.get(tensor) != file:
+                found = f"{held.get(tensor, 'none of its files')} does"
+                raise CheckpointError(
+                    f"{index}: {tensor} is said to be in {file}, which does not hold it ({found}); it is damaged"
+                )
+        for tensor, file in held.items():
+            if tensor not in self._weight_map:
+                raise CheckpointError(f"{index}: does not name {tensor}, which {file} holds")
 
     def _open_file(self, name: str) -> None:
         import torch
 
         file = self.folder / name
         size = file.stat().st_size
-        if size < 8:
-            raise CheckpointError(f"{file}: {size} bytes; it is truncated")
-        length = int.from_bytes(self._files.bytes_at(Place(file, 0), 8), "little")
+        length = int.from_bytes(self._files.bytes_at(Place(file, 0), min(8, size)), "little")
         if length > size - 8:
             raise CheckpointError(
                 f"{file}: {size} bytes, but its header says it is {length} long; truncated or damaged"
@@ -194,8 +173,8 @@ class SafetensorsReader(Reader):
 
     def files(self) -> list[Path]:
         """The configuration, the index where there is one, and all files that hold tensors."""
-        names = sorted(set(map(self._file_of, self.tensors)))
-        if self._file == INDEX:
+        names = sorted({stored.blocks[0].file for stored in self.tensors.values()})
+        if self._weight_map:
             names.insert(0, INDEX)
         if (self.folder / CONFIG).is_file():
             names.insert(0, CONFIG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,21 @@ class Sizes:
     """Of what not every model has: "biases" (of linear layers), "qkv biases", "norm biases", "qk norm", "positions"."""
     vocabulary: int | None = None
     positions: int | None = None
+
+    @functools.cached_property
+    def extents(self) -> dict[str, int]:
+        """The length of every axis of the table of names; -1 where the configuration does not say it."""
+        return {
+            "V": self.vocabulary or -1,
+            "P": self.positions or -1,
+            "H": self.hidden,
+            "D": self.head_size,
+            "Q": self.heads * self.head_size,
+            "K": self.groups * self.head_size,
+            "F": self.ffn,
+            "E": self.experts,
+            "X": self.expert_ffn,
+        }
 
     @staticmethod
     def of(arguments: Mapping[str, Any]) -> Sizes:

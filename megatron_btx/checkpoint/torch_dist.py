@@ -20,20 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.checkpoint.iterations import BACKEND, BACKEND_FILE
-from megatron_btx.checkpoint.safe_pickle import load_pickle, old_state
+from megatron_btx.checkpoint.safe_pickle import OLD_VALUES, load_pickle
 from megatron_btx.checkpoint.stored import Block, Place, Reader, Slot, StoredTensor, check_whole
-from megatron_btx.checkpoint.torch_record import RecordedTensor, load_torch, locate_tensor, record_frame
+from megatron_btx.checkpoint.torch_record import load_torch, locate_tensor, record_frame
 from megatron_btx.common.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.checkpoint import metadata
     from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorStorageMetadata,
-    )
 
 DATA_FILE_BYTES = 4 << 30
 _OLDER_COMMON_STATE = "common.pt"
@@ -57,16 +52,16 @@ class TorchDistReader(Reader):
             index = load_pickle(file, str(index_file))
         self._objects: dict[str, list[_StorageInfo]] = {}
         """Name -> the places of its records: one, unless the index says otherwise."""
-        self._located: dict[tuple[str, int], RecordedTensor] = {}
+        self._located: dict[tuple[str, int], tuple[Place, torch.Tensor]] = {}
         try:
             self._fill(index)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{index_file}: not the index of a distributed checkpoint ({error!r})") from error
 
-    def _fill(self, index: Metadata) -> None:
-        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+    def _fill(self, index: metadata.Metadata) -> None:
+        from torch.distributed.checkpoint import metadata
 
-        stored: dict[str, list[tuple[MetadataIndex, _StorageInfo]]] = {}
+        stored: dict[str, list[tuple[metadata.MetadataIndex, _StorageInfo]]] = {}
         for key, info in index.storage_data.items():
             self._check_record(info.relative_path, info.offset, info.length)
             stored.setdefault(key.fqn, []).append((key, info))
@@ -75,13 +70,16 @@ class TorchDistReader(Reader):
             if not records:
                 raise CheckpointError(f"{self.folder}: {name}: is in the index and stored nowhere; incomplete")
             # By its class, as PyTorch does: an index can give one kind of entry the attributes of the other.
-            if isinstance(description, BytesStorageMetadata):
+            if isinstance(description, metadata.BytesStorageMetadata):
                 self._objects[name] = [info for _, info in records]
                 continue
             self.tensors[name] = self._tensor_of(name, description, records)
 
     def _tensor_of(
-        self, name: str, description: TensorStorageMetadata, records: Sequence[tuple[MetadataIndex, _StorageInfo]]
+        self,
+        name: str,
+        description: metadata.TensorStorageMetadata,
+        records: Sequence[tuple[metadata.MetadataIndex, _StorageInfo]],
     ) -> StoredTensor:
         """A tensor: the sizes of its blocks are in its description, their places in the records."""
         import torch
@@ -115,10 +113,6 @@ class TorchDistReader(Reader):
         if position + length > size:
             raise CheckpointError(f"{file}: {size} bytes, but the index names {position + length}; it is truncated")
 
-    def objects(self) -> list[str]:
-        """The names of the entries that are not tensors."""
-        return list(self._objects)
-
     def read_object(self, name: str) -> Any:
         """One entry that is not a tensor, unpickled with the allow-list."""
         info = self._objects[name][0]
@@ -146,16 +140,15 @@ class TorchDistReader(Reader):
 
     def place_of(self, name: str, block: Block) -> Place:
         """Where the numbers of a block begin inside its record."""
-        file = self.folder / block.file
-        recorded = self._located.get((block.file, block.position_bytes))
-        if recorded is None:
+        file, key = self.folder / block.file, (block.file, block.position_bytes)
+        if key not in self._located:
             start = Place(file, block.position_bytes)
-            recorded = locate_tensor(self._files, start, block.length_bytes, f"{file}: {name}")
-            self._located[block.file, block.position_bytes] = recorded
-        found, expected = (recorded.shape, recorded.dtype), (block.sizes, self.tensors[name].dtype)
+            self._located[key] = locate_tensor(self._files, start, block.length_bytes, f"{file}: {name}")
+        place, tensor = self._located[key]
+        found, expected = (tuple(tensor.shape), tensor.dtype), (block.sizes, self.tensors[name].dtype)
         if found != expected:
             raise CheckpointError(f"{file}: {name}: holds {found}, the index says {expected}; it is damaged")
-        return recorded.place
+        return place
 
     def _record_of(self, info: _StorageInfo) -> bytes:
         return self._files.bytes_at(Place(self.folder / info.relative_path, info.offset), info.length)
@@ -210,46 +203,40 @@ class TorchDistLayout:
         """Size of each data file in bytes."""
         self.objects: list[tuple[str, int, bytes]] = []
         """Records that are complete: file, position, content."""
-        self._storage: dict[MetadataIndex, _StorageInfo] = {}
-        self._entries: dict[str, BytesStorageMetadata | TensorStorageMetadata] = {}
+        self._storage: dict[metadata.MetadataIndex, _StorageInfo] = {}
+        self._entries: dict[str, metadata.BytesStorageMetadata | metadata.TensorStorageMetadata] = {}
 
     def add_block(
         self, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype
     ) -> Slot:
         """Reserve the place of one block of the tensor ``name``, whose global shape is ``shape``."""
         import torch
-        from torch.distributed.checkpoint.metadata import (
-            ChunkStorageMetadata,
-            MetadataIndex,
-            TensorProperties,
-            TensorStorageMetadata,
-        )
+        from torch.distributed.checkpoint import metadata
 
         entry = self._entries.get(name)
-        if not isinstance(entry, TensorStorageMetadata):
-            entry = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
-            self._entries[name] = entry
-        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        if not isinstance(entry, metadata.TensorStorageMetadata):
+            properties = metadata.TensorProperties(dtype=dtype)
+            entry = self._entries[name] = metadata.TensorStorageMetadata(properties, torch.Size(shape), [])
+        chunk = metadata.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         before, after = record_frame(tuple(sizes), dtype)
         length = math.prod(sizes) * dtype.itemsize
-        file, start = self._reserve(
-            MetadataIndex(name, chunk.offsets, len(entry.chunks)), len(before) + length + len(after)
-        )
+        key = metadata.MetadataIndex(name, chunk.offsets, len(entry.chunks))
+        file, start = self._reserve(key, len(before) + length + len(after))
         entry.chunks.append(chunk)
         return Slot(file, start + len(before), length, before, after)
 
     def add_object(self, name: str, value: object) -> None:
         """Add an entry that is not a tensor."""
         import torch
-        from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+        from torch.distributed.checkpoint import metadata
 
         record = io.BytesIO()
         torch.save(value, record)
-        self._entries[name] = BytesStorageMetadata()
-        file, start = self._reserve(MetadataIndex(name), len(record.getvalue()))
+        self._entries[name] = metadata.BytesStorageMetadata()
+        file, start = self._reserve(metadata.MetadataIndex(name), len(record.getvalue()))
         self.objects.append((file, start, record.getvalue()))
 
-    def _reserve(self, key: MetadataIndex, length: int) -> tuple[str, int]:
+    def _reserve(self, key: metadata.MetadataIndex, length: int) -> tuple[str, int]:
         from torch.distributed.checkpoint.filesystem import _StorageInfo
 
         name = f"__0_{max(0, len(self.files) - 1)}.distcp"
@@ -263,19 +250,14 @@ class TorchDistLayout:
 
     def small_files(self) -> dict[str, bytes]:
         """The format file and the index; without them nothing loads."""
-        from torch.distributed.checkpoint.metadata import Metadata
+        from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
+
+        def reduce_properties(value: TensorProperties) -> Any:
+            """In the form that PyTorch before 2.15 reads, too."""
+            return copyreg.__newobj__, (TensorProperties,), value.__getstate__()[:OLD_VALUES]  # type: ignore[attr-defined]
 
         index = io.BytesIO()
-        _IndexPickler(index).dump(Metadata(self._entries, storage_data=self._storage))
+        pickler = pickle.Pickler(index)
+        pickler.dispatch_table = copyreg.dispatch_table | {TensorProperties: reduce_properties}
+        pickler.dump(Metadata(self._entries, storage_data=self._storage))
         return {BACKEND_FILE: json.dumps(BACKEND).encode(), ".metadata": index.getvalue()}
-
-
-class _IndexPickler(pickle.Pickler):
-    """Pickles an index in the form that PyTorch before 2.15 reads, too."""
-
-    def reducer_override(self, value: object) -> Any:
-        from torch.distributed.checkpoint.metadata import TensorProperties
-
-        if isinstance(value, TensorProperties):
-            return copyreg.__newobj__, (TensorProperties,), old_state(value)  # type: ignore[attr-defined]
-        return NotImplemented

@@ -57,16 +57,11 @@ def check_kind(folder: Path) -> None:
             continue
         for pattern in patterns.split():
             for file in sorted(folder.glob(pattern)):
-                _refuse(folder, file, form, remedy)
-
-
-def _refuse(folder: Path, file: Path, form: str, remedy: str) -> None:
-    if (file.parent / "metadata.json").exists():  # of a Megatron checkpoint
-        return
-    raise CheckpointError(
-        f"{folder}: holds {file.relative_to(folder)} ({form}), expected a plain model in safetensors or torch_dist; "
-        f"{remedy}"
-    )
+                if not (file.parent / "metadata.json").exists():  # else of a Megatron checkpoint
+                    raise CheckpointError(
+                        f"{folder}: holds {file.relative_to(folder)} ({form}), expected a plain model in safetensors "
+                        f"or torch_dist; {remedy}"
+                    )
 
 
 def refuse_placeholders(place: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files: whole or not at all, JSON with a refusal of one line, hashes, and the bar of long work."""
+"""Files: whole or not at all, JSON with a refusal of one line, hashes, and how far long work is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from megatron_btx.common.errors import InputError
@@ -104,66 +103,31 @@ def hash_file(file: Path) -> str:
 
 
 class ByteProgress:
-    """Bytes done out of a total, with rate and time left, on stderr.
-
-    A terminal gets a bar. A log gets a line every ten seconds, and none for work that ends before the first is due.
-    """
+    """Bytes done out of a total, with rate and time left: a line on stderr every ten seconds, none before them."""
 
     def __init__(self, title: str, total_bytes: int, quiet: bool = False) -> None:
-        """Prepare the bar; ``with`` starts and ends it.
+        """Begin to count time.
 
         Args:
             quiet: show nothing, as on all ranks but the first.
         """
-        self._title = title
+        self._title, self._quiet = title, quiet
         self._total_bytes = max(total_bytes, 1)
         self._done_bytes = 0
         self._started = self._last_line = time.monotonic()
-        self._quiet = quiet
-        self._bar = None
-        if not quiet and sys.stderr.isatty():
-            from rich import progress
-            from rich.console import Console
-
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.DownloadColumn(),
-                progress.TransferSpeedColumn(),
-                progress.TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._task = self._bar.add_task(title, total=self._total_bytes)
-
-    def __enter__(self) -> ByteProgress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def advance(self, done_bytes: int) -> None:
         """Count further bytes as done."""
         self._done_bytes += done_bytes
-        if self._bar is not None:
-            self._bar.advance(self._task, done_bytes)
-            return
         now = time.monotonic()
-        if not self._quiet and now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            print(self._line(now - self._started), file=sys.stderr, flush=True)
-
-    def _line(self, seconds: float) -> str:
-        rate = self._done_bytes / seconds
-        left = float("inf")
-        if rate > 0:
-            left = (self._total_bytes - self._done_bytes) / rate
+        if self._quiet or not self._done_bytes or now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        rate = self._done_bytes / (now - self._started)
         share = self._done_bytes / self._total_bytes
-        return (
-            f"{self._title}: {share:.0%} of {self._total_bytes / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s, {left:.0f} s left"
+        left = (self._total_bytes - self._done_bytes) / rate
+        print(
+            f"{self._title}: {share:.0%} of {self._total_bytes / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s, {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
         )

@@ -53,12 +53,17 @@ def versions() -> dict[str, str]:
     """Versions of Python, Megatron-core, torch and this package, and the commit when it runs from a checkout."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+        found[package] = version_of(package) or "not installed"
     commit = _commit(Path(__file__).resolve().parents[2])
     return found | ({"commit": commit} if commit else {})
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit(checkout: Path) -> str | None:

@@ -6,13 +6,14 @@ Recipes and the documentation read it. The launcher of mixtures says the same in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 DEFAULT_TOPK = 2
 SWITCH_CAPACITY = 1.5
 """The paper's capacity factor of switch routing."""
 BALANCING_COEFFICIENT = 0.01
 """The paper's weight of the balancing loss."""
-BALANCING = ("megatron", "paper", "none")
+Balancing = Literal["megatron", "paper", "none"]
 """Forms of the balancing loss."""
 
 
@@ -37,21 +38,18 @@ class RoutingMethod:
     is_balanced: bool = True
     """Whether the paper trains it with a balancing loss."""
 
-    def flags(
-        self, experts: int, topk: int | None = None, capacity: float | str | None = None
-    ) -> dict[str, int | float | str]:
+    def flags(self, experts: int, topk: int | None = None) -> dict[str, int | float | str]:
         """Megatron's flags without dashes; True for a bare one.
 
         Args:
             experts: of the mixture.
             topk: of the methods that take it.
-            capacity: in place of the paper's.
         """
         flags: dict[str, int | float | str] = {"moe-router-topk": self.experts_per_token(experts, topk)}
         if self.pre_softmax:
             flags["moe-router-pre-softmax"] = True
         if self.capacity is not None:
-            flags["moe-expert-capacity-factor"] = capacity or self.capacity
+            flags["moe-expert-capacity-factor"] = self.capacity
         if self.samples:
             flags["btx-sample-top1"] = True
         return flags
@@ -65,7 +63,7 @@ class RoutingMethod:
         return 1
 
 
-METHODS = (
+_METHODS = (
     RoutingMethod("top-k", "top-k, softmax over the k chosen", takes_topk=True),
     RoutingMethod("top-k-pre-softmax", "top-k of the full softmax", takes_topk=True, pre_softmax=True),
     RoutingMethod("switch", "switch", pre_softmax=True, capacity=SWITCH_CAPACITY),
@@ -73,12 +71,4 @@ METHODS = (
     RoutingMethod("sample-top1", "sampled top-1", pre_softmax=True, samples=True, is_balanced=False),
 )
 """The paper's (section 3.2 and its table of ablations), and top-k of the full softmax, as Mixtral's successors have."""
-NAMES = tuple(method.name for method in METHODS)
-
-
-def find_method(name: str) -> RoutingMethod | None:
-    """The method of that name; None where there is none."""
-    for method in METHODS:
-        if method.name == name:
-            return method
-    return None
+METHODS = {method.name: method for method in _METHODS}

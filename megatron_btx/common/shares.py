@@ -5,7 +5,7 @@ Axes: ``L`` layers, ``E`` experts. The shares of a layer sum to one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 DEAD_SHARE = 0.01
 """An expert is dead in a layer when its share is under this part of an even one."""
@@ -18,6 +18,14 @@ def routing_distance(one_LE: Sequence[Sequence[float]], other_LE: Sequence[Seque
         differences = [abs(a - b) for a, b in zip(one_E, other_E, strict=True)]
         distances.append(sum(differences) / 2)
     return sum(distances) / len(distances)
+
+
+def overlaps(routings: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, dict[str, float]]:
+    """How alike every two of several routings [L, E] are: 1 less their distance; 1 is the same routing."""
+    found = {}
+    for one, shares_LE in routings.items():
+        found[one] = {name: 1 - routing_distance(shares_LE, other_LE) for name, other_LE in routings.items()}
+    return found
 
 
 def find_dead_experts(shares_E: Sequence[float]) -> list[int]:

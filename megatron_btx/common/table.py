@@ -12,9 +12,9 @@ from rich.text import Text
 
 from megatron_btx.common.errors import printable
 
-_WIDE_COLUMNS = 10_000
+WIDE_COLUMNS = 10_000
 """More than any table of ours has."""
-_TEXTS = ("stage", "state", "does", "made from", "why", "", "what", "found", "remedy")
+_TEXTS = ("stage", "state", "kind", "made from", "why", "", "what", "found", "remedy")
 """Headers of columns that are no numbers."""
 _WRAPPED = ("made from", "why", "found", "remedy")
 
@@ -26,7 +26,7 @@ class WholeTable(Table):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Called by rich when the width is known."""
-        if self.__rich_measure__(console, options.update(max_width=_WIDE_COLUMNS)).minimum <= options.max_width:
+        if self.__rich_measure__(console, options.update(max_width=WIDE_COLUMNS)).minimum <= options.max_width:
             yield from super().__rich_console__(console, options)  # type: ignore[misc]
         else:
             yield from map(Text, self.lines)
@@ -57,7 +57,7 @@ def find_width() -> int:
     console = Console()
     if console.is_terminal:
         return console.width
-    return _WIDE_COLUMNS
+    return WIDE_COLUMNS
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:

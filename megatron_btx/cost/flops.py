@@ -52,45 +52,28 @@ def padded_rows(tokens: int, divisor: int) -> int:
     return -(-tokens // divisor) * divisor
 
 
-def attention_weights(shape: ModelShape) -> int:
-    """Weights of the attention projections (query, key, value, output) of all layers."""
-    return shape.layers * shape.hidden * shape.channels * 2 * (shape.heads + shape.groups)
-
-
-def feed_forward_weights(shape: ModelShape, experts: int) -> int:
-    """Weights of all feed-forward blocks, routers among them, with ``experts`` experts counted over all mixture layers.
-
-    Args:
-        experts: for all weights ``mixtures x E``; for those that a token meets see :func:`experts_of_a_token`.
-    """
-    block = shape.hidden * 2
-    if shape.gated:
-        block = shape.hidden * 3
-    dense = (shape.layers - shape.mixtures) * block * shape.ffn
-    routed = block * shape.expert_ffn * experts
-    shared = shape.mixtures * block * shape.shared_ffn
-    routers = shape.mixtures * shape.hidden * (shape.experts + int(shape.shared_gate))
-    return dense + routed + shared + routers
-
-
-def experts_of_a_token(shape: ModelShape) -> int:
-    """Experts that a token takes, over all mixture layers."""
-    taken = shape.mixtures * shape.topk
-    if shape.first_takes_all and shape.mixtures:
-        taken += shape.experts - shape.topk
-    return taken
-
-
 def multiplied_weights(shape: ModelShape) -> int:
     """Weights with which one token is multiplied: not the embedding, which is looked up, and no norm or bias."""
-    feed_forward = feed_forward_weights(shape, experts_of_a_token(shape))
-    return attention_weights(shape) + feed_forward + shape.hidden * shape.vocabulary
+    experts = shape.mixtures * shape.topk
+    if shape.first_takes_all and shape.mixtures:
+        experts += shape.experts - shape.topk
+    return _weights_of_layers(shape, experts) + shape.hidden * shape.vocabulary
 
 
 def all_weights(shape: ModelShape) -> int:
     """Weights of all matrices, embedding and output layer apart; no norm or bias."""
-    feed_forward = feed_forward_weights(shape, shape.mixtures * shape.experts)
-    return attention_weights(shape) + feed_forward + 2 * shape.hidden * shape.vocabulary
+    return _weights_of_layers(shape, shape.mixtures * shape.experts) + 2 * shape.hidden * shape.vocabulary
+
+
+def _weights_of_layers(shape: ModelShape, experts: int) -> int:
+    """Weights of attention's projections, feed-forward blocks and routers, with so many experts over all layers."""
+    attention = shape.layers * shape.hidden * shape.channels * 2 * (shape.heads + shape.groups)
+    block = shape.hidden * (3 if shape.gated else 2)
+    dense = (shape.layers - shape.mixtures) * block * shape.ffn
+    routed = block * shape.expert_ffn * experts
+    shared = shape.mixtures * block * shape.shared_ffn
+    routers = shape.mixtures * shape.hidden * (shape.experts + int(shape.shared_gate))
+    return attention + dense + routed + shared + routers
 
 
 def training_flops(shape: ModelShape, tokens: int, sequence: int) -> float:

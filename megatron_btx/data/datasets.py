@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from megatron_btx.data.domains import SPLITS, Description, Domain, read_descript
 from megatron_btx.data.encoding import EncodedUnit, in_order, make_encoder
 from megatron_btx.data.indexed import Sink, publish_all
 from megatron_btx.data.inputs import Inputs, find_files, listed
-from megatron_btx.data.records import BadRecord, Tally
+from megatron_btx.data.readers import Tally
 
 SUMMARY = "datasets.json"
 
@@ -49,12 +50,13 @@ def make_datasets(output: Path, description: Description, workers: int = 1, quie
     encoder = make_encoder(description.tokenizer_settings(), append_eod=True, draw_seed=description.seed)
     bad_records = {name: Tally() for name in description.domains}
     with contextlib.ExitStack() as stack:
-        # The pools start before the progress bar does: forking a process that runs threads is unsafe.
         encode_all = {}  # one pool for all domains that are read alike
         for domain in description.domains.values():
             reading = domain.json_key, domain.on_bad_record
             if reading not in encode_all:
-                refuse = _refuse_record if domain.on_bad_record == "stop" else None
+                refuse = None
+                if domain.on_bad_record == "stop":
+                    refuse = partial(readers.refuse, key_flag="json-key", skip="on-bad-record: skip")
                 own = replace(encoder, keys=(domain.json_key,), refuse_record=refuse)
                 encode_all[reading] = in_order(stack, own.encode, workers)
         sinks: dict[tuple[str, str], Sink] = {}
@@ -63,7 +65,7 @@ def make_datasets(output: Path, description: Description, workers: int = 1, quie
                 sinks[name, split] = stack.enter_context(Sink(str(output / f"{name}.{split}"), encoder.dtype))
         title = f"tokenizing {sum(len(inputs.files) for inputs in found.values())} file(s)"
         total_bytes = sum(inputs.size_bytes() for inputs in found.values())
-        progress = stack.enter_context(ByteProgress(title, total_bytes, quiet))
+        progress = ByteProgress(title, total_bytes, quiet)
         for (name, source), inputs in found.items():
             domain = description.domains[name]
             encode = encode_all[domain.json_key, domain.on_bad_record]
@@ -77,11 +79,6 @@ def make_datasets(output: Path, description: Description, workers: int = 1, quie
     summary["left_out"] = {name: tally.text() for name, tally in bad_records.items() if tally.counts}
     write_json(output / SUMMARY, summary)
     return summary
-
-
-def _refuse_record(record: BadRecord) -> None:
-    first = "name the right key with json-key, " if record.cause == "no key" else ""
-    raise InputError(f"{record.line()}; {first}mend the record, or leave such records out with on-bad-record: skip")
 
 
 def _add(encoded: EncodedUnit, sinks: Sinks, name: str, source: str, domain: Domain) -> None:
@@ -145,19 +142,6 @@ def _summarize(description: Description, sinks: Sinks, found: Mapping[tuple[str,
     return {"tokenizer": written["tokenizer"], "seed": description.seed, "domains": domains, "sources": sources}
 
 
-def _print_summary(summary: Mapping[str, Any]) -> None:
-    for name, splits in summary["domains"].items():
-        parts = []
-        for split, made in splits.items():
-            parts.append(f"{split} {made['documents']:,} documents, {made['tokens']:,} tokens")
-        print(printable(f"{name}: {'; '.join(parts)}"))
-        if name in summary["left_out"]:
-            print(printable(f"{name}: left out {summary['left_out'][name]}"))
-        for source in summary["sources"][name].values():
-            if source["not_read"]:
-                print(printable(f"{name}: {listed(map(Path, source['not_read']))}"))
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="btx datasets",
@@ -176,7 +160,17 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The command ``btx datasets``."""
     arguments = make_parser().parse_args(argv)
-    _print_summary(make_datasets(arguments.output, read_description(arguments.description), arguments.workers))
+    summary = make_datasets(arguments.output, read_description(arguments.description), arguments.workers)
+    for name, splits in summary["domains"].items():
+        parts = []
+        for split, made in splits.items():
+            parts.append(f"{split} {made['documents']:,} documents, {made['tokens']:,} tokens")
+        print(printable(f"{name}: {'; '.join(parts)}"))
+        if name in summary["left_out"]:
+            print(printable(f"{name}: left out {summary['left_out'][name]}"))
+        for source in summary["sources"][name].values():
+            if source["not_read"]:
+                print(printable(f"{name}: {listed(map(Path, source['not_read']))}"))
     return 0
 
 

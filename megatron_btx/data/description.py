@@ -52,10 +52,6 @@ class Description:
     """Fingerprints of the rules by which texts are cut, as far as the tokenizer's files tell them."""
     format: int = _FORMAT
 
-    def tokenizer(self) -> str:
-        """The tokenizer, for people."""
-        return _named(self.tokenizer_type, self.tokenizer_model, self.vocabulary_size)
-
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -70,12 +66,7 @@ class Tokenizer:
 
     @staticmethod
     def of(arguments: Mapping[str, Any], size: int | None) -> Tokenizer:
-        """The tokenizer of a command line.
-
-        Args:
-            arguments: Megatron's.
-            size: its numbers, where the tokenizer has been built; else they follow from its files.
-        """
+        """That of Megatron's arguments; its size where it has been built, else it follows from its files."""
         vocabulary = read_vocabulary(arguments)
         kind = str(arguments.get("tokenizer_type"))
         if size is None and kind == "NullTokenizer":
@@ -84,10 +75,6 @@ class Tokenizer:
             size = max(vocabulary.tokens, default=-1) + 1
         model = arguments.get("tokenizer_model") or arguments.get("vocab_file")
         return Tokenizer(kind, model and str(model), size, vocabulary, arguments.get("merge_file"))
-
-    def text(self) -> str:
-        """For people."""
-        return _named(self.kind, self.model, self.size)
 
     def table(self, largest_id: int) -> str | None:
         """Fingerprint of the tokens up to a number; None where they are not known."""
@@ -104,12 +91,7 @@ class Tokenizer:
 
 
 def describe(tokenizer: Tokenizer, largest_id: int, sequences: int, tokens: int, files: Mapping[str, str]) -> str:
-    """The text of a description.
-
-    Args:
-        tokenizer: with its size.
-        files: where the files of the dataset lie at present, by their endings.
-    """
+    """The text of a description, for a tokenizer of known size; ``files`` are the dataset's at present, by ending."""
     assert tokenizer.size is not None
     model = tokenizer.model
     if model and os.path.exists(model):
@@ -130,13 +112,9 @@ def describe(tokenizer: Tokenizer, largest_id: int, sequences: int, tokens: int,
 
 
 def read_description(prefix: str, where: str) -> Description | None:
-    """The description of a dataset, or None where it has none.
+    """The description of a dataset, or None where it has none; ``where`` is the flag that named it.
 
-    Args:
-        where: the flag that named the dataset.
-
-    Raises:
-        InputError: the file is no description, or describes other files than those beside it.
+    Raises InputError where the file is no description, or describes other files than those beside it.
     """
     file = Path(prefix + SUFFIX)
     if not file.is_file():
@@ -169,27 +147,26 @@ def check_description(prefix: str, where: str, tokenizer: Tokenizer, rows: int |
         tokenizer: the run's.
         rows: of the run's vocabulary, padding among them; None where they are not known yet.
         allowed: let another tokenizer pass, with all numbers that have a row.
-
-    Raises:
-        InputError: names dataset, both tokenizers, and what differs.
     """
     description = read_description(prefix, where)
     if description is None:
         return
+    made_with = _named(description.tokenizer_type, description.tokenizer_model, description.vocabulary_size)
+    own = _named(tokenizer.kind, tokenizer.model, tokenizer.size)
     limit = rows
     if not allowed and tokenizer.size is not None:
         limit = min(tokenizer.size, rows or tokenizer.size)
     if limit is not None and description.largest_id >= limit:
         raise InputError(
             f"{where} {prefix}: holds token ids up to {description.largest_id}, and the vocabulary of this run ends at "
-            f"{limit - 1} ({tokenizer.text()}); the dataset was made with {description.tokenizer()}: {_AGAIN} and this "
-            "run's tokenizer, or give its own"
+            f"{limit - 1} ({own}); the dataset was made with {made_with}: {_AGAIN} and this run's tokenizer, or give "
+            "its own"
         )
     difference = _difference(description, tokenizer)
     if difference and not allowed:
         raise InputError(
-            f"{where} {prefix}: was made with another tokenizer, {description.tokenizer()}, than that of this run, "
-            f"{tokenizer.text()}: {difference}; {_AGAIN} and this run's tokenizer, or give its own (--btx-allow-change "
+            f"{where} {prefix}: was made with another tokenizer, {made_with}, than that of this run, "
+            f"{own}: {difference}; {_AGAIN} and this run's tokenizer, or give its own (--btx-allow-change "
             f"{ALLOWANCE} if you know that the ids mean the same)"
         )
 

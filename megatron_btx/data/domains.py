@@ -104,11 +104,7 @@ class Description(BaseModel):
 
 
 def read_description(said: str) -> Description:
-    """The description in a JSON file, in JSON itself, or in the config.yaml of a stage.
-
-    Raises:
-        InputError: no JSON, or not of the form that this module's head shows; names the place.
-    """
+    """The description in a JSON file, in JSON itself, or in the config.yaml of a stage; InputError names a fault."""
     if said.endswith(".yaml"):
         with open(said, encoding="utf-8") as file:
             return check_description(yaml.safe_load(file)["description"])

@@ -20,8 +20,7 @@ from megatron_btx.common.errors import InputError, MachineError
 from megatron_btx.data import readers, tokenizers
 from megatron_btx.data.description import Tokenizer as DescribedTokenizer
 from megatron_btx.data.indexed import choose_dtype
-from megatron_btx.data.readers import Unit
-from megatron_btx.data.records import BadRecord, Tally
+from megatron_btx.data.readers import BadRecord, Tally, Unit
 from megatron_btx.data.tokenizers import DocumentEncoder, TokenizerSettings
 
 if TYPE_CHECKING:
@@ -69,28 +68,28 @@ class Encoder:
         lengths: dict[str, list[int]] = {key: [] for key in self.keys}
         draws: dict[str, list[float]] = {key: [] for key in self.keys}
         encoded = EncodedUnit({}, lengths, draws, input_bytes=unit.input_bytes)
-        for document in readers.parse(unit, self.keys, self.refuse_record or encoded.bad_records.add):
+        for where, texts in readers.parse(unit, self.keys, self.refuse_record or encoded.bad_records.add):
             for key in self.keys:
-                tokens = self._tokens(document, key)
+                tokens = self._tokens(texts[key], key, where)
                 if not tokens:
                     encoded.empty_documents += 1
                     continue
                 ids[key] += tokens
                 lengths[key].append(len(tokens))
                 if self.draw_seed is not None:
-                    draws[key].append(draw(document.texts[key], self.draw_seed))
+                    draws[key].append(draw(texts[key], self.draw_seed))
         for key in self.keys:
             encoded.ids[key] = numpy.array(ids[key], dtype=self.dtype)
         return encoded
 
-    def _tokens(self, document: readers.Document, key: str) -> list[int]:
+    def _tokens(self, text: str, key: str, where: str) -> list[int]:
         try:
-            tokens = self.document_ids.ids(document.texts[key])
+            tokens = self.document_ids.ids(text)
         except ValueError as error:  # words where the NullTokenizer wants numbers
-            raise InputError(f"{document.where}: {key!r} cannot be tokenized: {error}") from error
+            raise InputError(f"{where}: {key!r} cannot be tokenized: {error}") from error
         if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
             span = f"{min(tokens)} to {max(tokens)}"
-            raise InputError(f"{document.where}: token ids {span} leave the vocabulary of {self.vocab_size}")
+            raise InputError(f"{where}: token ids {span} leave the vocabulary of {self.vocab_size}")
         return tokens
 
 
@@ -108,11 +107,7 @@ def make_encoder(
     refuse_record: Callable[[BadRecord], None] | None = None,
     draw_seed: int | None = None,
 ) -> Encoder:
-    """Load a tokenizer, and choose how its numbers are stored.
-
-    Raises:
-        InputError: the tokenizer cannot be read, or has no end-of-document token where one is asked for.
-    """
+    """Load a tokenizer; InputError where it cannot be read, or has no end-of-document token and one is asked for."""
     tokenizer = tokenizers.load(settings)
     size = tokenizers.count_numbers(tokenizer)
     eod = None

@@ -106,9 +106,7 @@ class Sink:
 def publish_all(sinks: Collection[Sink], tokenizer: Tokenizer, replaces: Path | None = None) -> None:
     """Finish several datasets, and only when all are whole give them their names.
 
-    Args:
-        tokenizer: what they were made with, for their descriptions.
-        replaces: a record of the datasets that these replace; it goes before the first of them does.
+    ``replaces``, a record of the datasets that these replace, goes before the first of them does.
     """
     for sink in sinks:
         sink.write_index(tokenizer)

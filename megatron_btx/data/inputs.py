@@ -56,17 +56,7 @@ _DAMAGE = (zstandard.ZstdError, zlib.error, lzma.LZMAError, OSError, ValueError,
 """What they raise for bad data (bz2 an OSError), or a MemoryError for a window too large."""
 _PIECE_BYTES = 8 * 1024
 """Compressed bytes given at a time: small, because a piece of zeros grows some ten thousand times."""
-_HEAD_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class OpenInput:
-    """An input file that is open for reading."""
-
-    raw: io.BufferedReader
-    """The file itself; how far it was read is the progress."""
-    content: io.BufferedReader[Any]
-    """Its bytes without compression."""
+HEAD_BYTES = 4096
 
 
 def format_of(start: bytes) -> str | None:
@@ -83,8 +73,10 @@ def format_of(start: bytes) -> str | None:
 
 
 @contextlib.contextmanager
-def open_input(path: Path) -> Iterator[OpenInput]:
-    """Open a file, compressed or not, whatever its name says.
+def open_input(path: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedReader[Any]]]:
+    """Open a file, compressed or not, whatever its name says: the file, and its content without compression.
+
+    How far the file was read is the progress.
 
     Raises:
         InputError: its name promises a compression and it holds neither that nor text; an archive; an LFS pointer.
@@ -92,21 +84,15 @@ def open_input(path: Path) -> Iterator[OpenInput]:
         OSError: the file cannot be read.
     """
     with open(path, "rb") as raw:
-        start = raw.read(_HEAD_BYTES)
+        start = raw.read(HEAD_BYTES)
         raw.seek(0)
         found = format_of(start)
         if found is None:
             _check_plain(path, start)
-            yield OpenInput(raw, raw)
+            yield raw, raw
             return
         with io.BufferedReader(_Members(raw, found, path), 64 * 1024) as content:
-            yield OpenInput(raw, content)
-
-
-def head_of(path: Path) -> bytes:
-    """The first bytes of a file's content, at most 4096; as :func:`open_input`."""
-    with open_input(path) as file:
-        return file.content.read(_HEAD_BYTES)
+            yield raw, content
 
 
 def _check_plain(path: Path, start: bytes) -> None:
@@ -259,13 +245,20 @@ def expand_inputs(patterns: Sequence[str], where: str = "--input") -> Inputs:
     files: dict[str, Path] = {}
     not_read: dict[str, Path] = {}
     for pattern in patterns:
-        for path in _existing(pattern, where):
+        matches = [Path(pattern)]
+        if not os.path.exists(pattern):
+            matches = sorted(map(Path, glob.glob(pattern, recursive=True)))
+        if not matches:
+            raise InputError(f"{where} {pattern}: no such file, directory or matching glob; check the path")
+        for path in matches:
             if path.is_dir():
                 found, others = _contents(path, where)
                 if not found:
                     said = f" ({listed(others)})" if others else ""
                     raise InputError(f"{where} {path}: the directory holds no file ending in {ENDINGS}{said}")
                 not_read.update((os.path.abspath(other), other) for other in others)
+            elif not path.is_file():
+                raise InputError(f"{where} {path}: neither a file nor a directory; write what it gives into a file")
             elif form_of(path.name) is None:
                 raise InputError(f"{where} {path}: unknown kind of file; expected an ending among {ENDINGS}")
             else:
@@ -284,18 +277,6 @@ def listed(paths: Iterable[Path]) -> str:
     if len(names) > _NAMED_AT_MOST:
         more = ", ..."
     return f"not read: {files} ({', '.join(names[:_NAMED_AT_MOST])}{more})"
-
-
-def _existing(pattern: str, where: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_dir() or path.is_file():
-        return [path]
-    if path.exists():
-        raise InputError(f"{where} {pattern}: neither a file nor a directory; write what it gives into a file first")
-    found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-    if not found:
-        raise InputError(f"{where} {pattern}: no such file, directory or matching glob; check the path")
-    return found
 
 
 def _contents(directory: Path, where: str) -> tuple[list[Path], list[Path]]:
@@ -351,7 +332,13 @@ def find_files(description: Description, where: str = "--description: ") -> dict
             place = f"{where}domains.{name}.{source}"
             try:
                 inputs = found[name, source] = expand_inputs(paths, f"{place}:")
-                _check_owner(inputs, place, owners)
+                for file in inputs.files:
+                    owner = owners.setdefault(os.path.realpath(file), place)
+                    if owner != place:
+                        other = owner.rpartition(" ")[2]
+                        raise InputError(f"{place}: {file} is text of {other}, too; leave it out of one")
+                    if not os.access(file, os.R_OK):
+                        raise InputError(f"{place}: {file} cannot be read; change its rights, or leave it out")
             except InputError as error:
                 refused.append(str(error))
             except OSError as error:
@@ -359,13 +346,3 @@ def find_files(description: Description, where: str = "--description: ") -> dict
     if refused:
         raise InputError("; ".join(refused))
     return found
-
-
-def _check_owner(inputs: Inputs, place: str, owners: dict[str, str]) -> None:
-    """Refuse a file that cannot be read, or is text of another place, too."""
-    for file in inputs.files:
-        owner = owners.setdefault(os.path.realpath(file), place)
-        if owner != place:
-            raise InputError(f"{place}: {file} is text of {owner.rpartition(' ')[2]}, too; leave it out of one")
-        if not os.access(file, os.R_OK):
-            raise InputError(f"{place}: {file} cannot be read; change its rights, or leave it out")

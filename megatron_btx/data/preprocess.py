@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_btx.common.errors import InputError, exits_with_one_line, printable
@@ -21,7 +22,7 @@ from megatron_btx.data import readers, tokenizers
 from megatron_btx.data.encoding import in_order, make_encoder
 from megatron_btx.data.indexed import Sink, publish_all
 from megatron_btx.data.inputs import ENDINGS, expand_inputs, listed
-from megatron_btx.data.records import BadRecord, Tally
+from megatron_btx.data.readers import Tally
 from megatron_btx.data.tokenizers import TokenizerSettings
 
 
@@ -93,16 +94,16 @@ def preprocess(
     for existing in (Path(f"{prefix}{suffix}") for prefix in prefixes.values() for suffix in (".bin", ".idx")):
         if existing.exists() and not overwrite:
             raise InputError(f"--output-prefix: {existing} exists; choose another prefix or add --overwrite")
-    refuse = None if skip_bad_records else _refuse_record
+    refuse = None
+    if not skip_bad_records:
+        refuse = partial(readers.refuse, key_flag="--json-keys", skip="--on-bad-record skip")
     encoder = make_encoder(tokenizer_settings, keys, append_eod=append_eod, refuse_record=refuse)
     empty_documents = 0
     bad_records = Tally()
     with contextlib.ExitStack() as stack:
-        # The pool starts before the progress bar does: forking a process that runs threads is unsafe.
         encode_all = in_order(stack, encoder.encode, workers)
         sinks = {key: stack.enter_context(Sink(prefix, encoder.dtype)) for key, prefix in prefixes.items()}
         progress = ByteProgress(f"tokenizing {len(found.files)} file(s)", found.size_bytes(), quiet)
-        stack.enter_context(progress)
         for encoded in encode_all(readers.cut_all(found.files, keys)):
             for key, sink in sinks.items():
                 sink.add(encoded.ids[key], encoded.lengths[key])
@@ -126,13 +127,6 @@ def preprocess(
         bad_records=bad_records,
         not_read=found.not_read,
     )
-
-
-def _refuse_record(record: BadRecord) -> None:
-    first = ""
-    if record.cause == "no key":
-        first = "name the right key with --json-keys, "
-    raise InputError(f"{record.line()}; {first}mend the record, or leave such records out with --on-bad-record skip")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -59,18 +59,6 @@ class Split:
             return self.flag
         return f"{self.flag} with {self.shares}"
 
-    def empty(self, dataset: Dataset) -> InputError:
-        """What is wrong where a split takes no token of a dataset."""
-        first, end = dataset.sequences(self.part)
-        has = f"{dataset.prefix} has {len(dataset.lengths)} sequences (documents)"
-        why = f"{has}, of which {first} to {end} hold no token"
-        if first == end:
-            why = f"{has} and leaves none to {_WORDS[self.name]}"
-        return InputError(
-            f"{self.where}: {why}; Megatron would look for some for ever. Give this split a larger share, or 0 to "
-            "leave it out, or use --train-data-path (and --valid-data-path) with datasets of their own"
-        )
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -107,11 +95,14 @@ def splits_of(args: argparse.Namespace) -> list[Split]:
             'weight before each; for --per-split-data-args-path {"train": [...], "valid": [...], "test": [...]}'
         ) from error
     if blend is None:
-        return [
-            Split(name, _flag_of(args, name), given)
-            for name, given in zip(NAMES, per_split or (), strict=False)
-            if given is not None
-        ]
+        splits = []
+        for name, given in zip(NAMES, per_split or (), strict=False):
+            flag = f"--{name}-data-path"
+            if args.per_split_data_args_path:
+                flag = f"--per-split-data-args-path {args.per_split_data_args_path}, {name}"
+            if given is not None:
+                splits.append(Split(name, flag, given))
+        return splits
     flag = "--data-path" if args.data_path else f"--data-args-path {args.data_args_path}"
     if args.split is None:
         raise InputError(f"{flag}: --split is missing; give the shares of training, validation and test, as 98,1,1")
@@ -129,12 +120,6 @@ def splits_of(args: argparse.Namespace) -> list[Split]:
     return [
         Split(name, flag, blend, part, shares) for name, part in zip(NAMES, matrix, strict=True) if part is not None
     ]
-
-
-def _flag_of(args: argparse.Namespace, name: str) -> str:
-    if args.per_split_data_args_path:
-        return f"--per-split-data-args-path {args.per_split_data_args_path}, {name}"
-    return f"--{name}-data-path"
 
 
 def check_splits(args: argparse.Namespace, is_there: Callable[[str], object] = lambda prefix: True) -> None:
@@ -166,8 +151,17 @@ def check_splits(args: argparse.Namespace, is_there: Callable[[str], object] = l
                 raise InputError(f"{split.where}: {has}; expected above 0, or leave the dataset out")
         present = [prefix for prefix in prefixes if is_there(prefix)]
         for dataset in map(dataset_of, present):
-            if dataset.tokens(split.part) == 0:
-                raise split.empty(dataset)
+            if dataset.tokens(split.part) > 0:
+                continue
+            first, end = dataset.sequences(split.part)
+            why = f", of which {first} to {end} hold no token"
+            if first == end:
+                why = f" and leaves none to {_WORDS[split.name]}"
+            raise InputError(
+                f"{split.where}: {dataset.prefix} has {len(dataset.lengths)} sequences (documents){why}; Megatron "
+                "would look for some for ever. Give this split a larger share, or 0 to leave it out, or use "
+                "--train-data-path (and --valid-data-path) with datasets of their own"
+            )
         if weights is not None and split.name != "train":
             _check_weighted(split, wanted[split.name])
         if weights is None and len(prefixes) > 1 and present == prefixes:

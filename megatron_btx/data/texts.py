@@ -47,35 +47,29 @@ def check_texts(texts: Mapping[str, str], flag: str, tokens: int, tokens_flag: s
             f"{args.pipeline_model_parallel_size} pipeline stages; give more, or make the batch smaller"
         )
     for name, path in texts.items():
-        check_documents(path, f"{flag} {name}=", least + 1, tokens + 1)
+        check_documents(path, f"{flag} {name}=")
+        found = len(start_of(path, tokens))
+        if found <= least:
+            raise InputError(
+                f"{flag} {name}={path}: holds {found} tokens, fewer than one batch for every data-parallel rank and "
+                f"pipeline stage, expected at least {least + 1}; give a longer text, or make the batch smaller"
+            )
     check_descriptions({path: f"{flag} {name}=" for name, path in texts.items()}, args)
 
 
-def check_documents(path: str, where: str, least_tokens: int = 0, tokens: int = 0, documents: int = 1) -> None:
-    """Refuse what :func:`documents_of` cannot read, as far as it will be read, and what is too short.
+def check_documents(path: str, where: str, documents: int = 1) -> None:
+    """Refuse a dataset or file of which :func:`documents_of` cannot read the first documents, or that holds none.
 
     Args:
         where: the flag that gave the path.
-        least_tokens: how many it has to hold.
-        tokens: how many will be read if it holds as many; a text file is then tokenized as far as that.
-        documents: how many will be read of a text file, if it holds as many, where no tokens are asked for.
-
-    Raises:
-        InputError: a dataset or file that does not exist, is empty, not of its kind or too short.
+        documents: how many will be read of a text file, if it holds as many.
     """
     if not _is_text(path):
-        found = check_indexed_dataset(path, where)
-    else:
-        if not Path(path).is_file():
-            raise InputError(f"{where}{path}: does not exist; give a text file, or the prefix of an indexed dataset")
-        if not sum(1 for _ in itertools.islice(_texts_of(path), documents)):
-            raise InputError(f"{where}{path}: holds no text; expected documents under the key {readers.TEXT_KEY!r}")
-        found = len(start_of(path, max(least_tokens, tokens) - 1)) if least_tokens else 0
-    if found < least_tokens:
-        raise InputError(
-            f"{where}{path}: holds {found} tokens, fewer than one batch for every data-parallel rank and pipeline "
-            f"stage, expected at least {least_tokens}; give a longer text, or make the batch smaller"
-        )
+        check_indexed_dataset(path, where)
+    elif not Path(path).is_file():
+        raise InputError(f"{where}{path}: does not exist; give a text file, or the prefix of an indexed dataset")
+    elif not sum(1 for _ in itertools.islice(_texts_of(path), documents)):
+        raise InputError(f"{where}{path}: holds no text; expected documents under the key {readers.TEXT_KEY!r}")
 
 
 def documents_of(path: str) -> Iterator[np.ndarray]:
@@ -123,11 +117,6 @@ def start_of(path: str, tokens: int) -> np.ndarray:
     return np.concatenate(parts)[: tokens + 1]
 
 
-def first_documents(path: str, count: int) -> list[np.ndarray]:
-    """The first ``count`` documents, or as many as there are."""
-    return list(itertools.islice(documents_of(path), count))
-
-
 def count_bytes(ids: np.ndarray, args: argparse.Namespace) -> int | None:
     """Bytes of UTF-8 that the tokens stand for whose loss is measured when ``ids`` are read from their beginning.
 
@@ -155,7 +144,7 @@ def count_bytes(ids: np.ndarray, args: argparse.Namespace) -> int | None:
 def spread_documents(path: str, count: int) -> list[np.ndarray]:
     """At most ``count`` documents, evenly spread over an indexed dataset, or the first ones of a file."""
     if _is_text(path):
-        return first_documents(path, count)
+        return list(itertools.islice(documents_of(path), count))
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -170,6 +159,6 @@ def _is_text(path: str) -> bool:
 
 def _texts_of(path: str) -> Iterator[str]:
     for unit in readers.cut(Path(path), _KEYS):
-        for document in readers.parse(unit, _KEYS, readers.refuse):
-            if text := document.texts[readers.TEXT_KEY]:
+        for _, texts in readers.parse(unit, _KEYS, readers.refuse):
+            if text := texts[readers.TEXT_KEY]:
                 yield text

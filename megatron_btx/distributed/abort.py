@@ -1,19 +1,18 @@
 """One rank that must stop stops all: the others wait for it inside a collective and cannot be told by another.
 
-Only the ranks that read data see that a batch is unusable. If one of them ended alone, its tensor-parallel neighbours
-would wait until a timeout of minutes, and then say something else. So every rank has a thread that looks into the
-store by which the ranks met, every second or so. It costs a step nothing. The rank that must stop leaves its reason
-there; each other one says it, too, and ends at once, from wherever it waits. Nothing is saved on the way.
+Only the ranks that read data see that a batch is unusable. So every rank has a thread that looks into the store by
+which the ranks met, once a second. The rank that must stop leaves its reason there; each other one says it, too, and
+ends at once, from wherever it waits. Nothing is saved on the way.
 
 The same thread finds a run that stands still. A rank that hangs (a dead disk, a stopped process, a machine that is
-gone) lets all others wait in a collective. After ``--distributed-timeout-minutes`` the backend ends them, each with a
-traceback of where it waited. None names the one that did not come. So a rank whose main thread has stood at the same
-instruction for that time leaves its place in the store. Who left none is named first, then who stands anywhere else
-than in a collective.
+gone) lets all others wait in a collective, until the backend ends each with a traceback of where it waited. So a rank
+whose main thread has stood at the same instruction for ``--distributed-timeout-minutes`` leaves its place in the store.
+Who left none is named first, then who stands anywhere else than in a collective.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import linecache
 import os
@@ -23,10 +22,9 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_btx.common.errors import (
     BAD_INPUT_EXIT_CODE,
@@ -44,8 +42,7 @@ _WAITS = re.compile(r"\b(wait|synchronize|item|tolist|barrier|all_reduce|all_gat
 """What a line of source has in it that waits for other ranks, or for a GPU that does."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a rank's main thread stands."""
 
     rank: int
@@ -72,7 +69,7 @@ class Standstill:
     def seconds(self) -> float:
         """How long every look has found the thread at the same instruction of the same calls, without a word of it."""
         stack = []
-        frame = self._frame()
+        frame: FrameType | None = self._frame()
         while frame is not None:
             stack.append((id(frame), frame.f_lasti))
             frame = frame.f_back
@@ -84,14 +81,12 @@ class Standstill:
     def place(self, rank: int) -> Place:
         """Where the thread is now."""
         frame = self._frame()
-        if frame is None:
-            return Place(rank, socket.gethostname(), os.getpid(), "nowhere", waits=False)
         file, line = frame.f_code.co_filename, frame.f_lineno
         waits = _COLLECTIVES in file or bool(_WAITS.search(linecache.getline(file, line)))
         return _place(rank, frame.f_code.co_qualname, file, line, waits)
 
-    def _frame(self) -> FrameType | None:
-        return sys._current_frames().get(self._thread.ident or 0)
+    def _frame(self) -> FrameType:
+        return sys._current_frames()[self._thread.ident or 0]
 
 
 def _place(rank: int, function: str, file: str, line: int, waits: bool) -> Place:
@@ -247,24 +242,20 @@ class Stopping:
         if self._still_since is None:
             self._still_since = time.monotonic()
             place = self._timed_out or self._standstill.place(self._rank)
-            self._store.set(f"{_PLACE}/{self._rank}", json.dumps(asdict(place)))
+            self._store.set(f"{_PLACE}/{self._rank}", json.dumps(place))
         if time.monotonic() - self._still_since < _LATE_SECONDS:
             return
         places = []
         for rank in range(self._world):
             if self._store.check([f"{_PLACE}/{rank}"]):
-                places.append(Place(**json.loads(self._store.get(f"{_PLACE}/{rank}"))))
+                places.append(Place(*json.loads(self._store.get(f"{_PLACE}/{rank}"))))
         reason = describe(places, self._world, self.standstill_seconds)
         if reason is not None:
             self._done.set()
             self._tell_and_leave(MachineError(reason), len(places))
 
     def _tell_and_leave(self, reason: BTXError, ranks: int) -> None:
-        """Leave the reason for the others, and end.
-
-        Args:
-            ranks: how many are there to read it.
-        """
+        """Leave the reason for the others, and end when so many ranks have seen it."""
         message = {"reason": str(reason), "is_machine": is_of_the_machine(reason), "ranks": ranks}
         self._store.set(_KEY, json.dumps(message))
         self._leave(**message)  # type: ignore[arg-type]
@@ -275,18 +266,16 @@ class Stopping:
         print_error(reason)
         sys.stdout.flush()
         if self._store is not None:
-            self._wait_for(ranks)
+            with contextlib.suppress(RuntimeError):  # all have seen it, and the store has gone
+                self._wait_for(ranks)
         os._exit(MACHINE_EXIT_CODE if is_machine else BAD_INPUT_EXIT_CODE)
 
     def _wait_for(self, ranks: int) -> None:
         """Wait until so many have seen the reason."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        try:
-            seen = self._store.add(_SEEN, 1)
-            while seen < ranks and time.monotonic() < deadline:
-                time.sleep(0.05)
-                seen = self._store.add(_SEEN, 0)
-        except RuntimeError:  # all had seen it, and the store has gone
-            return
+        seen = self._store.add(_SEEN, 1)
+        while seen < ranks and time.monotonic() < deadline:
+            time.sleep(0.05)
+            seen = self._store.add(_SEEN, 0)
         if self._rank == 0:
             time.sleep(_KEEP_STORE_SECONDS)

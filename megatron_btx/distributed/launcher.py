@@ -1,12 +1,7 @@
 """Which process of a run this is: told by torchrun, by srun, or alone. No task of several ever works as if alone.
 
 Two tasks that each believe to be the only one train twice and save over each other, without a word. So what started
-this process is read from its environment in this one place, for the training programs and the converters alike:
-
-- ``RANK`` and ``WORLD_SIZE``: torchrun, or a launcher that speaks as torchrun does. Taken as they are.
-- a step of Slurm: rank, world and place on the node from its variables, the meeting place from its list of nodes.
-- ranks of MPI alone: refused, because they do not say where to meet.
-- nothing of that: one process. The shell of an allocation (``salloc``, ``sbatch``) belongs to no step.
+this process is read from its environment in this one place, for the training programs and the converters alike.
 """
 
 from __future__ import annotations
@@ -15,7 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_btx.common.errors import InputError
 
@@ -30,14 +25,14 @@ _MPI = (
 """Rank and size as Open MPI, MPICH and Intel MPI, MVAPICH, jsrun and Flux give them."""
 _SIZES = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
 """Where Slurm says how many tasks there are, the first that is there; the last is its older name."""
-_OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Torchrun's, which PyTorch and Megatron read."""
 _FIRST_PORT, _PORTS = 20_000, 12_000
 """Below the range from which Linux serves outgoing connections, which could take a port before the first rank does."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """This process among those of one run."""
+class Place(NamedTuple):
+    """This process among those of one run, in the order of torchrun's variables."""
 
     rank: int
     world: int
@@ -50,10 +45,7 @@ class Place:
     port: int
 
     def variables(self) -> dict[str, str]:
-        """The place as torchrun's variables, which PyTorch and Megatron read."""
-        values = (self.rank, self.world, self.local_rank, self.local_world, self.address, self.port)
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        return dict(zip(names, map(str, values), strict=True))
+        return dict(zip(_VARIABLES, map(str, self), strict=True))
 
 
 def join(checking: bool = False) -> None:
@@ -78,58 +70,56 @@ def join(checking: bool = False) -> None:
 def find_place(environment: Mapping[str, str]) -> Place | None:
     """The place that an environment gives; None for a process that was started alone.
 
+    - ``RANK`` and ``WORLD_SIZE``: torchrun, or a launcher that speaks as torchrun does. Taken as they are.
+    - a step of Slurm: rank, world and place on the node from its variables, the meeting place from its list of nodes.
+    - ranks of MPI alone: refused, because they do not say where to meet.
+    - nothing of that: one process. The shell of an allocation (``salloc``, ``sbatch``) belongs to no step.
+
     Raises:
         InputError: several tasks were started, and their rank or meeting place cannot be known.
     """
     given = {name: value for name, value in environment.items() if value}
     if "RANK" in given or "WORLD_SIZE" in given:
-        place = _of_torchrun(given)
-        _refuse_one_rank_for_all(given, place)
-        return place
+        return _of_torchrun(given)
     step = _step(given)
     _refuse_mpi_alone(given, step)
     if step is None:
         return None
     rank, world = step
-    local = _number(given, "SLURM_LOCALID", rank)
+    local, node = _number(given, "SLURM_LOCALID", rank), _number(given, "SLURM_NODEID", 0)
+    counts = _tasks_per_node(given)
+    local_world = counts[node] if node < len(counts) else local + 1  # at least so many
     if re.fullmatch("[^,]+", given.get("CUDA_VISIBLE_DEVICES", "")):
         local = 0  # bound to one GPU each, every task sees its own as the first
-    return Place(rank, world, local, _tasks_here(given), _address(given, world), _port(given, world))
+    return Place(rank, world, local, local_world, _address(given, world), _port(given, world))
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment for a process of its own: nothing in it says that it is one of several."""
+    own = (*_VARIABLES, "GROUP_RANK")
     foreign = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MV2_", "JSM_", "FLUX_TASK_", "FLUX_JOB_")
-    return {name: value for name, value in environment.items() if name not in _OWN and not name.startswith(foreign)}
+    return {name: value for name, value in environment.items() if name not in own and not name.startswith(foreign)}
 
 
 def _of_torchrun(given: Mapping[str, str]) -> Place:
-    missing = [name for name in ("RANK", "WORLD_SIZE") if name not in given]
-    if missing:
-        there = "WORLD_SIZE" if missing == ["RANK"] else "RANK"
-        raise InputError(f"{there}={given[there]} without {missing[0]}: this process cannot know its place; {_REMEDY}")
-    rank, world = _number(given, "RANK"), _number(given, "WORLD_SIZE")
-    _check_rank(rank, world, "RANK", "WORLD_SIZE")
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if name not in given:
+            raise InputError(f"{other}={given[other]} without {name}: this process cannot know its place; {_REMEDY}")
+    rank, world = _read_rank(given, "RANK", "WORLD_SIZE", _number(given, "WORLD_SIZE"))
+    # srun hands a rank that a batch script exported to every task, and each would be that one. A launcher that srun
+    # starts once for each node, torchrun for one, gives its own processes ranks of their own.
+    step = None
+    if not any(name.startswith("TORCHELASTIC_") for name in given):
+        step = _step(given)
+    if step is not None and world in (1, step[1]) and (rank, world) != step:
+        raise InputError(
+            f"RANK={rank} and WORLD_SIZE={world} in task {step[0]} of {step[1]} that srun started: exported before "
+            "srun, they are the same for every task; leave RANK and WORLD_SIZE out, which srun itself tells, or set "
+            "both within each task; MASTER_ADDR and MASTER_PORT may stay"
+        )
     local = _number(given, "LOCAL_RANK", _number(given, "SLURM_LOCALID", 0))
     local_world = _number(given, "LOCAL_WORLD_SIZE", 1)
     return Place(rank, world, local, local_world, _address(given, world), _port(given, world))
-
-
-def _refuse_one_rank_for_all(given: Mapping[str, str], place: Place) -> None:
-    """Refuse a rank that a batch script exported: srun hands it to every task, and each would be that one.
-
-    A launcher that srun starts once for each node, torchrun for one, gives its own processes ranks of their own.
-    """
-    if any(name.startswith("TORCHELASTIC_") for name in given):
-        return
-    step = _step(given)
-    if step is None or place.world not in (1, step[1]) or (place.rank, place.world) == step:
-        return
-    raise InputError(
-        f"RANK={place.rank} and WORLD_SIZE={place.world} in task {step[0]} of {step[1]} that srun started: exported "
-        "before srun, they are the same for every task; leave RANK and WORLD_SIZE out, which srun itself tells, or "
-        "set both within each task; MASTER_ADDR and MASTER_PORT may stay"
-    )
 
 
 def _step(given: Mapping[str, str]) -> tuple[int, int] | None:
@@ -147,9 +137,7 @@ def _step(given: Mapping[str, str]) -> tuple[int, int] | None:
         return None
     if "SLURM_PROCID" not in given:
         raise InputError(f"{size}={world} without SLURM_PROCID: {world} tasks would each work alone; {_REMEDY}")
-    rank = _number(given, "SLURM_PROCID")
-    _check_rank(rank, world, "SLURM_PROCID", size)
-    return rank, world
+    return _read_rank(given, "SLURM_PROCID", size, world)
 
 
 def _refuse_mpi_alone(given: Mapping[str, str], step: tuple[int, int] | None) -> None:
@@ -171,9 +159,11 @@ def _number(given: Mapping[str, str], name: str, default: int | None = None) -> 
     return int(text)
 
 
-def _check_rank(rank: int, world: int, rank_name: str, world_name: str) -> None:
+def _read_rank(given: Mapping[str, str], name: str, world_name: str, world: int) -> tuple[int, int]:
+    rank = _number(given, name)
     if rank >= world:
-        raise InputError(f"{rank_name}={rank} with {world_name}={world}: expected a rank below that; {_REMEDY}")
+        raise InputError(f"{name}={rank} with {world_name}={world}: expected a rank below that; {_REMEDY}")
+    return rank, world
 
 
 def _tasks_per_node(given: Mapping[str, str]) -> list[int]:
@@ -183,15 +173,6 @@ def _tasks_per_node(given: Mapping[str, str]) -> list[int]:
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
         counts += [int(count)] * int(times or 1)
     return counts
-
-
-def _tasks_here(given: Mapping[str, str]) -> int:
-    """How many tasks of the step are on this node."""
-    counts = _tasks_per_node(given)
-    node = _number(given, "SLURM_NODEID", 0)
-    if node < len(counts):
-        return counts[node]
-    return _number(given, "SLURM_LOCALID", 0) + 1  # at least so many
 
 
 def _address(given: Mapping[str, str], world: int) -> str:

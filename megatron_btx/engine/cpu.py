@@ -17,9 +17,12 @@ import os
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.engine import patch
+
+if TYPE_CHECKING:
+    import torch
 
 # torch functions that take a `device`: Megatron passes them "cuda" or torch.cuda.current_device() literally.
 _FACTORIES = (
@@ -67,7 +70,7 @@ def install_cpu_stand_ins() -> bool:
     _leave_uncompiled()
     _redirect_devices()
     _answer_for_cuda()
-    replace_in_megatron()
+    _replace_in_megatron()
     return True
 
 
@@ -167,18 +170,22 @@ class _Nothing:
         return lambda *_args, **_kwargs: self  # record_event() must give something to wait for
 
 
+def _get_rng_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
+    """The CPU's random state, whichever device and form are asked for."""
+    import torch
+
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
+    import torch
+
+    torch.set_rng_state(new_state)
+
+
 def _answer_for_cuda() -> None:
     """Answer torch.cuda's questions: device counts, streams, generators, statistics."""
     import torch
-
-    def get_rng_state(device: Any = "cuda") -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(new_state: torch.Tensor, device: Any = "cuda") -> None:
-        torch.set_rng_state(new_state)
-
-    def manual_seed(seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
 
     nothing = _Nothing()
     # What Megatron reads of a device's properties.
@@ -199,9 +206,9 @@ def _answer_for_cuda() -> None:
         "set_stream": lambda stream: None,
         "stream": lambda stream: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: False,
-        "get_rng_state": get_rng_state,
-        "set_rng_state": set_rng_state,
-        "manual_seed": manual_seed,
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "manual_seed": torch.default_generator.manual_seed,
         "memory_stats": lambda device=None: collections.defaultdict(int),
         "memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0,
@@ -215,13 +222,13 @@ def _answer_for_cuda() -> None:
     }
     for name, answer in answers.items():
         patch.replace(torch.cuda, name, answer)
-    patch.replace(torch.cuda.random, "get_rng_state", get_rng_state)
-    patch.replace(torch.cuda.random, "set_rng_state", set_rng_state)
+    patch.replace(torch.cuda.random, "get_rng_state", _get_rng_state)
+    patch.replace(torch.cuda.random, "set_rng_state", _set_rng_state)
     patch.replace(torch.cuda.nvtx, "range_push", lambda message: 0)
     patch.replace(torch.cuda.nvtx, "range_pop", lambda: 0)
 
 
-def replace_in_megatron() -> None:
+def _replace_in_megatron() -> None:
     """Replace the Megatron functions that cannot be satisfied by redirecting devices."""
     import torch
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -237,12 +244,6 @@ def replace_in_megatron() -> None:
         patch.expect_parameters(owner, name, parameters.split())
         patch.around(owner, name, call)
 
-    def set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
-        torch.set_rng_state(new_state)
-
-    def get_rng_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
-        return torch.get_rng_state()
-
     def as_on_a_gpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         if torch.is_tensor(tensor) and as_numpy:
             return tensor.detach().cpu().numpy()
@@ -251,9 +252,6 @@ def replace_in_megatron() -> None:
     def allow_no_cuda(start: patch.Call) -> patch.Call:
         return functools.partial(start, allow_no_cuda=True)
 
-    def fork_worker(start: patch.Call, rank: int, mp_mode: str = "fork") -> Any:
-        return start(rank, "fork")
-
     def load(build: patch.Call, dataset: object, consumed_samples: int) -> Any:
         loader = build(dataset, consumed_samples)
         if loader is not None:
@@ -261,8 +259,8 @@ def replace_in_megatron() -> None:
         return loader
 
     # The originals call into torch._C for CUDA generators.
-    put(random, "_set_cuda_rng_state", "new_state device graph_safe", set_rng_state)
-    put(random, "_get_cuda_rng_state", "device clone graph_safe", get_rng_state)
+    put(random, "_set_cuda_rng_state", "new_state device graph_safe", _set_rng_state)
+    put(random, "_get_cuda_rng_state", "device clone graph_safe", _get_rng_state)
     # "Megatron requires CUDA": it has a switch for that, which pretrain() does not pass on.
     patch.wrap(training, "initialize_megatron", allow_no_cuda, ["allow_no_cuda"])
     # Warms up torch.compile'd functions that are not compiled here.
@@ -274,7 +272,12 @@ def replace_in_megatron() -> None:
     surround(training, "build_pretraining_data_loader", "dataset consumed_samples", load)
     # The process that writes --async-save's checkpoints is a new program to Megatron, for CUDA's sake; without these
     # stand-ins it asks for a GPU and ends. A fork has them.
-    surround(initialize, "init_persistent_async_worker", "rank mp_mode", fork_worker)
+    surround(
+        initialize,
+        "init_persistent_async_worker",
+        "rank mp_mode",
+        lambda start, rank, mp_mode="fork": start(rank, "fork"),
+    )
     # The queue of the checkpoint writer lives in a process of its own. Megatron spawns it, because a CUDA context does
     # not survive a fork, which costs an import of torch per run; without CUDA a fork does.
     surround(filesystem_async, "get_write_results_queue", "mp_mode", lambda make, mp_mode="fork": make("fork"))

@@ -78,7 +78,15 @@ def choose_checkpoint(args: argparse.Namespace) -> None:
     if fault and not args.ckpt_step:
         say(f"{fault}; the run goes on from the checkpoint of step {step}")
         args.ckpt_step = step
-        _answer_for_the_tracker(root / TRACKER, step)
+        from megatron.training import checkpointing
+
+        def read_metadata(read: Callable[[str], tuple[int, bool]], tracker_filename: str) -> tuple[int, bool]:
+            """Megatron reads the tracker even where ``--ckpt-step`` is given."""
+            if os.path.realpath(tracker_filename) == os.path.realpath(root / TRACKER):
+                return step, False
+            return read(tracker_filename)
+
+        patch.around(checkpointing, "read_metadata", read_metadata, ("tracker_filename",))
 
 
 def _saves_where_it_loads(args: argparse.Namespace) -> bool:
@@ -134,18 +142,6 @@ def _newest_whole(root: Path) -> int | None:
         if _fault_of(folder) is None:
             return step
     return None
-
-
-def _answer_for_the_tracker(tracker: Path, step: int) -> None:
-    """Have Megatron take ``step`` for what the tracker holds, which it reads even where ``--ckpt-step`` is given."""
-    from megatron.training import checkpointing
-
-    def read_metadata(read: Callable[[str], tuple[int, bool]], tracker_filename: str) -> tuple[int, bool]:
-        if os.path.realpath(tracker_filename) == os.path.realpath(tracker):
-            return step, False
-        return read(tracker_filename)
-
-    patch.around(checkpointing, "read_metadata", read_metadata, ("tracker_filename",))
 
 
 def verify_where_checksums_are(args: argparse.Namespace, resumes: bool) -> None:

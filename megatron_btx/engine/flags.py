@@ -152,10 +152,6 @@ def help_if_asked(
 
     Ours at once, without importing Megatron, whose own --help takes long and in 0.19 ends in an error: texts of its
     flags have percent signs that argparse takes for placeholders. ``--help-megatron`` lists those too.
-
-    Args:
-        description: what the program does, its module's docstring.
-        extra: adds the flags that only this program has.
     """
     asked = {"-h", "--help", "--help-megatron"} & set(sys.argv[1:])
     if not asked:
@@ -173,34 +169,28 @@ def help_if_asked(
             extra(parser)
         add_own_arguments(parser)
         if "--help-megatron" in asked:
-            _add_megatron_arguments(parser)
+            from megatron.training.arguments import add_megatron_arguments
+
+            add_megatron_arguments(parser)
+            parser.set_defaults(**machine_defaults())
+            for action in parser._actions:
+                try:
+                    (action.help or "") % vars(action)
+                except (ValueError, TypeError, KeyError):
+                    action.help = str(action.help).replace("%", "%%")
         parser.print_help()
         sys.stdout.flush()
     raise SystemExit(0)
 
 
-def _add_megatron_arguments(parser: argparse.ArgumentParser) -> None:
-    """Megatron's flags with texts that argparse can show."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    ours = set(parser._actions)
-    add_megatron_arguments(parser)
-    parser.set_defaults(**machine_defaults())
-    for action in parser._actions:
-        if action in ours or not action.help:
-            continue
-        try:
-            action.help % vars(action)
-        except (ValueError, TypeError, KeyError):
-            action.help = action.help.replace("%", "%%")
-
-
 def machine_defaults() -> dict[str, Any]:
     """Defaults for Megatron's flags that follow from what this machine has (a GPU, Transformer Engine, apex)."""
-    # Megatron 0.19 has no default for the evaluation interval and divides by it even with --eval-iters 0.
-    defaults: dict[str, Any] = {"eval_interval": 1000}
-    # Without it Megatron only warns, and saves as if --async-save were not given.
-    defaults["use_persistent_ckpt_worker"] = True
+    defaults: dict[str, Any] = {
+        # Megatron 0.19 has no default for the evaluation interval and divides by it even with --eval-iters 0.
+        "eval_interval": 1000,
+        # Without it Megatron only warns, and saves as if --async-save were not given.
+        "use_persistent_ckpt_worker": True,
+    }
     # Megatron's default for --async-save is a library of its own, and a traceback where that is absent.
     if find_spec("nvidia_resiliency_ext") is None:
         defaults["async_strategy"] = "mcore"

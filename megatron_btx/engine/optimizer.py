@@ -11,7 +11,7 @@ Engine, and the other way round.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,10 +64,8 @@ class GroupStepAdam(torch.optim.Optimizer):
         self._functional = adamw if adam_w_mode else adam
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        if closure is not None:
-            raise ValueError("closures are not supported")
         for group in self.param_groups:
             if group["params"]:
                 group["step"] = int(group.get("step", 0)) + 1

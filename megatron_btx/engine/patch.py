@@ -27,8 +27,7 @@ def replace(owner: object, name: str, replacement: object) -> None:
     Raises:
         MegatronVersionError: it is missing.
     """
-    expect(owner, name)
-    _set(owner, name, replacement)
+    wrap(owner, name, lambda _: replacement)
 
 
 def wrap(owner: object, name: str, make: Callable[[Any], Any], parameters: Sequence[str] = ()) -> None:
@@ -43,7 +42,8 @@ def wrap(owner: object, name: str, make: Callable[[Any], Any], parameters: Seque
     expect(owner, name)
     if parameters:
         expect_parameters(owner, name, parameters, only_first=len(parameters))
-    _set(owner, name, make(getattr(owner, name)))
+    setattr(owner, name, make(getattr(owner, name)))
+    _replaced.append(describe_attribute(owner, name))
 
 
 def around(owner: object, name: str, call: Callable[..., object], parameters: Sequence[str] = ()) -> None:
@@ -69,8 +69,3 @@ def around(owner: object, name: str, call: Callable[..., object], parameters: Se
 def list_replaced() -> list[str]:
     """What was replaced in this process, in order, each with its module or class."""
     return list(_replaced)
-
-
-def _set(owner: object, name: str, value: object) -> None:
-    setattr(owner, name, value)
-    _replaced.append(describe_attribute(owner, name))

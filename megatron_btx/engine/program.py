@@ -26,10 +26,8 @@ from megatron_btx.engine.checks import check_arguments
 from megatron_btx.engine.cpu import has_gpu, install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.fallback import check_save_folder, choose_checkpoint
 from megatron_btx.engine.flags import add_btx_arguments, help_if_asked
-from megatron_btx.engine.options import Options
 from megatron_btx.engine.restricted_loading import cause_of, loading_failed, restrict_unpickling
-from megatron_btx.tokenizers.path import locate_tokenizer
-from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES
+from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES, locate_tokenizer
 
 _MODEL_FLAGS = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 """What Megatron's validation asks for of every model."""
@@ -46,8 +44,6 @@ def start_tool[Checked](
     All that can be refused is refused before the ranks meet, so that no rank waits for one that has ended.
 
     Args:
-        documentation: what ``--help`` shows above the flags.
-        add_arguments: adds the flags of the tool to Megatron's parser.
         check_words: refuses what is wrong with the tool's own flags, before Megatron looks at its own.
         check_inputs: refuses what is wrong with the files that the flags name; returns what the tool needs of them.
 
@@ -63,7 +59,7 @@ def start_tool[Checked](
     # Megatron may be imported only now, because what it finds on import was changed.
     from megatron.training import initialize
 
-    args, _ = parse(add_arguments, check_words, trains=False)
+    args = parse(add_arguments, check_words, trains=False)
     checked = check_inputs(args)
     repairs.install()
     initialize.initialize_megatron(allow_no_cuda=not has_gpu())
@@ -75,12 +71,11 @@ def parse(
     check_own: Callable[[argparse.Namespace], object] | None = None,
     *,
     trains: bool,
-) -> tuple[argparse.Namespace, Options]:
-    """Megatron's arguments and ours, parsed and validated by Megatron, and what ours ask for.
+) -> argparse.Namespace:
+    """Megatron's arguments and ours, parsed and validated by Megatron, and checked.
 
     Args:
-        extra: adds the arguments of the program.
-        check_own: refuses what is wrong with them, before Megatron looks at its own.
+        extra, check_own: as :func:`start_tool` takes them.
         trains: of the training program. A tool's own lines are few: there Megatron logs warnings alone, and no list of
             all arguments; ``--logging-level`` or its variable says otherwise.
 
@@ -88,6 +83,8 @@ def parse(
         InputError: Megatron's own validation refuses them; it does so by assertions, whose text is passed on. Or this
             process is one of several and cannot know its place; see :mod:`megatron_btx.distributed.launcher`.
     """
+    from megatron.training import arguments
+
     launch.join(checking="--btx-check" in sys.argv[1:])
     # Before Megatron parses: --use-checkpoint-args makes it load a checkpoint's arguments while it does.
     restrict_unpickling()
@@ -99,12 +96,26 @@ def parse(
         parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
         parser = extra(add_btx_arguments(parser))
         if not trains:
-            parser.set_defaults(logging_level=_quiet_megatron())
-        _check_what_is_parsed(parser, check_own)
+            level = int(os.environ.get("MEGATRON_LOGGING_LEVEL", logging.WARNING))
+            logging.getLogger().setLevel(level)
+            parser.set_defaults(logging_level=level)  # Megatron sets it again when it is initialised
+            patch.replace(arguments, "_print_args", lambda *_: None)
+        parse_words = parser.parse_args
+
+        def parse_and_look(*words: Any) -> argparse.Namespace:
+            args = parse_words(*words)
+            if check_own:
+                check_own(args)
+            check_model_flags(args)
+            choose_checkpoint(args)
+            # Before Megatron looks at them: it takes a path that is gone for the name of a model on the hub.
+            return find_tokenizer(args)
+
+        parser.parse_args = parse_and_look  # type: ignore[method-assign,assignment]
         return parser
 
     args = _parse_and_validate(add)
-    options = check_arguments(args, trains)
+    check_arguments(args, trains)
     if trains:
         check_save_folder(args)
     for name in ("tokenizer_model", "vocab_file", "merge_file"):
@@ -112,37 +123,18 @@ def parse(
         if file and os.path.exists(file):
             # Stored in the checkpoint, where a path that depends on the working directory would mean nothing.
             setattr(args, name, os.path.abspath(file))
-    return args, options
+    return args
 
 
 def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
     """Refuse what argparse does not take; the closest flag is named where the message names one that does not exist."""
-    known: list[str] = []
-    for action in parser._actions:
-        known += action.option_strings
+    known = parser._option_string_actions
     for word in message.split():
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag not in known:
             for close in difflib.get_close_matches(flag, known, n=1):
                 raise InputError(f"{message}; did you mean {close}? --help and --help-megatron list all flags")
     raise InputError(f"{message}; --help and --help-megatron list all flags")
-
-
-def _check_what_is_parsed(parser: ArgumentParser, check_own: Callable[[argparse.Namespace], object] | None) -> None:
-    """Have a parser's result checked before Megatron looks at it."""
-    parse = parser.parse_args
-
-    def parse_and_look(*words: Any) -> argparse.Namespace:
-        """The parser's own parsing, followed by the checks."""
-        args = parse(*words)
-        if check_own:
-            check_own(args)
-        check_model_flags(args)
-        choose_checkpoint(args)
-        # Before Megatron looks at them: it takes a path that is gone for the name of a model on the hub.
-        return find_tokenizer(args)
-
-    parser.parse_args = parse_and_look  # type: ignore[method-assign,assignment]
 
 
 def _parse_and_validate(add: Callable[[ArgumentParser], ArgumentParser]) -> argparse.Namespace:
@@ -188,20 +180,6 @@ def check_model_flags(args: argparse.Namespace) -> None:
         )
     if args.micro_batch_size is None:
         raise InputError("--micro-batch-size is missing; give the number of sequences of one step on one process")
-
-
-def _quiet_megatron() -> int:
-    """Raise the level of Megatron's messages to warnings, from here on, and stop its list of all arguments.
-
-    Returns:
-        The level, which Megatron sets again when it is initialised.
-    """
-    from megatron.training import arguments
-
-    patch.replace(arguments, "_print_args", lambda *_: None)
-    level = int(os.environ.get("MEGATRON_LOGGING_LEVEL", logging.WARNING))
-    logging.getLogger().setLevel(level)
-    return level
 
 
 def find_tokenizer(args: argparse.Namespace) -> argparse.Namespace:

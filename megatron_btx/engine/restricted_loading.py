@@ -49,47 +49,42 @@ def restrict_unpickling() -> None:
     """
     import numpy
     import torch
-    from megatron.core import safe_globals
+    from megatron.core import rerun_state_machine, safe_globals
+    from torch.distributed.checkpoint import filesystem
 
     os.environ.pop(_NEVER, None)  # PyTorch takes one of the two switches
     os.environ[_ALWAYS] = "1"
     # The classes of NumPy's plain dtypes, which PyTorch wants listed one by one; objects are none of them.
     dtypes = dict.fromkeys(type(numpy.dtype(code)) for code in "?bBhHiIlLqQefdgFDGSUMm")
-    allowed = [*allowed_globals(), *dtypes, *_classes_of_megatron()]
+    # What the re-run machinery has found is saved with the step to take again.
+    patch.expect(rerun_state_machine, "Call", "Caller")
+    allowed = [*allowed_globals(), *dtypes, rerun_state_machine.Call, rerun_state_machine.Caller]
+    # Megatron's arguments hold enums; its own list has those of its newest version alone.
+    for module in _ENUM_MODULES:
+        values = vars(importlib.import_module(module)).values()
+        allowed += [value for value in values if isinstance(value, type) and issubclass(value, enum.Enum)]
     ours = {_name(one) for one in allowed}
     # Megatron's list has NumPy's own constructors, which take bytes for objects: see safe_numpy.py.
     others = [one for one in torch.serialization.get_safe_globals() if _name(one) not in ours]
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals([*others, *allowed])
     _expect_refusal()
-    _restrict_index()
-    patch.around(safe_globals.SafeUnpickler, "find_class", _find_class, ("self", "module", "name"))
+    reads = filesystem.FileSystemReader.read_metadata.__code__.co_names
+    if not {"pickle", "load"} <= set(reads) or not hasattr(filesystem, "pickle"):
+        raise mismatch("PyTorch does not read a checkpoint's index with pickle.load")
+    patch.replace(filesystem, "pickle", _IndexPickle("pickle"))
 
+    def find_class(find: Call, unpickler: pickle.Unpickler, module: str, name: str) -> Any:
+        """For Megatron's own unpickler of the extra states of FP8: its list has NumPy's constructors as well."""
+        found = find(unpickler, module, name)
+        return numpy_stand_ins().get((module, name), found)
 
-def _find_class(find: Call, unpickler: pickle.Unpickler, module: str, name: str) -> Any:
-    """For Megatron's own unpickler, which reads the extra states of FP8: its list has NumPy's constructors as well."""
-    found = find(unpickler, module, name)
-    return numpy_stand_ins().get((module, name), found)
+    patch.around(safe_globals.SafeUnpickler, "find_class", find_class, ("self", "module", "name"))
 
 
 def _name(given: Any) -> str:
     """The name by which a pickle asks for an entry of PyTorch's list."""
     return given[1] if isinstance(given, tuple) else f"{given.__module__}.{given.__qualname__}"
-
-
-def _classes_of_megatron() -> list[Any]:
-    """Megatron's enums, which its arguments hold, and the named tuples of what its re-run machinery has found.
-
-    Its own list has the enums of its newest version alone. The tuples are saved with the step to take again.
-    """
-    from megatron.core import rerun_state_machine
-
-    patch.expect(rerun_state_machine, "Call", "Caller")
-    found = [rerun_state_machine.Call, rerun_state_machine.Caller]
-    for name in _ENUM_MODULES:
-        values = vars(importlib.import_module(name)).values()
-        found += [value for value in values if isinstance(value, type) and issubclass(value, enum.Enum)]
-    return found
 
 
 def _expect_refusal() -> None:
@@ -116,16 +111,6 @@ class _IndexPickle(ModuleType):
     def load(file: BinaryIO) -> Any:
         """Unpickle an index."""
         return load_pickle(file, str(getattr(file, "name", "the checkpoint's index")))
-
-
-def _restrict_index() -> None:
-    """Give the reader of ``.metadata`` our unpickler."""
-    from torch.distributed.checkpoint import filesystem
-
-    reads = filesystem.FileSystemReader.read_metadata.__code__.co_names
-    if not {"pickle", "load"} <= set(reads) or not hasattr(filesystem, "pickle"):
-        raise mismatch("PyTorch does not read a checkpoint's index with pickle.load")
-    patch.replace(filesystem, "pickle", _IndexPickle("pickle"))
 
 
 def load_weights(model: list[Any], path: str) -> None:

@@ -39,7 +39,6 @@ from megatron_btx.distributed.abort import AGAIN, Stopping
 from megatron_btx.distributed.process_cleanup import end_with_parent
 from megatron_btx.engine import patch
 from megatron_btx.engine.cpu import has_gpu
-from megatron_btx.engine.options import Options
 from megatron_btx.engine.patch import Call
 
 if TYPE_CHECKING:
@@ -164,8 +163,8 @@ def non_persistent_root(args: argparse.Namespace, root: str) -> Path:
 class _Saves:
     """Makes room for a save, and removes what may go after it: in a thread, as a shared disk may take minutes."""
 
-    def __init__(self, args: argparse.Namespace, options: Options) -> None:
-        self._args, self._options = args, options
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
         self._needed = {args.ckpt_step} if args.ckpt_step else set()
         self._reached: dict[Path, int] = {}
         self._thread: threading.Thread | None = None
@@ -200,7 +199,7 @@ class _Saves:
             return
         if self._thread is not None:
             self._thread.join()
-        last, every = self._options.keep_last, self._options.keep_every
+        last, every = self._args.btx_keep_last, self._args.btx_keep_every
         if root != Path(self._args.save):
             last, every = 1, None  # what Megatron keeps of non-persistent ones
         folders = [path for path in [root / REPLACED] if path.is_dir()]
@@ -218,7 +217,7 @@ class _Saves:
                 say(f"{folder}: could not be removed ({failure}); the run goes on")
 
 
-def keep_to_its_line(args: argparse.Namespace, options: Options) -> None:
+def keep_to_its_line(args: argparse.Namespace) -> None:
     """Have a run write into empty folders, and remove nothing before a newer checkpoint is whole.
 
     Raises:
@@ -228,7 +227,7 @@ def keep_to_its_line(args: argparse.Namespace, options: Options) -> None:
         return
     from megatron.training import checkpointing, training
 
-    saves = _Saves(args, options)
+    saves = _Saves(args)
     root = Path(args.save)
 
     def save_checkpoint(save: Call, iteration: int, *rest: object, **named: object) -> None:

@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.common.errors import InputError, exits_with_one_line
 from megatron_btx.common.files import write_json
 from megatron_btx.common.log import say
+from megatron_btx.common.shares import overlaps
 from megatron_btx.engine.checks.start import compare_with_stored
 from megatron_btx.engine.program import start_tool
 from megatron_btx.engine.restricted_loading import load_weights
-from megatron_btx.evaluation.program import add_pairs, expert_names, inputs_of
+from megatron_btx.evaluation.program import add_pairs, expert_names, require
 from megatron_btx.model.build import build_model
 from megatron_btx.model.step import batches_of, forward
 
@@ -65,94 +65,79 @@ def add_analysis_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     return parser
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What is analysed, checked."""
-
-    models: dict[str, str]
-    """Name -> path."""
-    trained: list[str]
-    """The models whose routers were trained; the page opens on the first."""
-    data: dict[str, str]
-    """Label -> path of its text."""
-    experts: list[str]
-    earlier: dict[str, Any]
-    """Models of earlier analyses, drawn beside."""
-    text: str | None
-    """The text that the page colours; None for the start of every label's."""
-
-
 @exits_with_one_line
 def main() -> int:
     """Analyse what the command line names; see --help."""
-    args, inputs = start_tool(__doc__, add_analysis_arguments, _names_of, _check_inputs)
-    from megatron_btx.evaluation.routing import describe, overlaps, route
+    args, (trained, experts, earlier, own_text) = start_tool(
+        __doc__, add_analysis_arguments, _check_words, _check_inputs
+    )
+    from megatron_btx.evaluation.routing import describe, make_table, route
 
-    result: dict[str, Any] = {"experts": inputs.experts, "checkpoints": inputs.models, "texts": inputs.data}
+    data: dict[str, str] = args.btx_route_data
+    result: dict[str, Any] = {"experts": experts, "checkpoints": args.btx_route_model, "texts": data}
     result |= {"routing": {flag: getattr(args, flag) for flag in _ROUTING_FLAGS}, "models": {}, "overlap": {}}
     model = build_model(args)
-    shown = inputs.data if inputs.text is None else {"text": inputs.text}
+    shown = data if own_text is None else {"text": own_text}
     texts: dict[str, dict[str, Any]] = {}
-    for name, path in inputs.models.items():
+    for name, path in args.btx_route_model.items():
         load_weights(model, path)
         routed = {}
-        for label, text in inputs.data.items():
+        for label, text in data.items():
             routed[label] = route(model, f"{label}: {text}", text, args.btx_route_tokens)
-        result["models"][name] = describe(routed)
-        result["overlap"][name] = overlaps(result["models"][name])
+        numbers = result["models"][name] = describe(routed)
+        result["overlap"][name] = overlaps({label: of_label["choices"] for label, of_label in numbers.items()})
         texts[name] = {}
         for label, text in shown.items():
-            texts[name][label] = route_text(model, text, is_text=inputs.text is not None)
-    if args.rank == 0:
-        _write(Path(args.btx_route_output), inputs, result, texts)
+            texts[name][label] = route_text(model, text, is_text=own_text is not None)
+    if args.rank > 0:
+        return 0
+    from megatron_btx.report.routing import write_figures, write_page
+
+    folder = Path(args.btx_route_output)
+    write_json(folder / "routing.json", result)
+    everything = {**earlier, **result["models"]}
+    figures = write_figures(folder, everything, experts)
+    write_page(folder / "tokens.html", texts, experts, trained)
+    say(make_table(everything, experts))
+    names = ["routing.json", *figures, "tokens.html"]
+    say("\nwrote " + ", ".join(str(folder / name) for name in names))
     return 0
 
 
-def _check_inputs(args: argparse.Namespace) -> _Inputs:
-    """Check the models and texts, and make the folder for the results."""
+def _check_words(args: argparse.Namespace) -> None:
+    require(args, "btx_route_model", "btx_route_data", "btx_route_output")
+
+
+def _check_inputs(args: argparse.Namespace) -> tuple[list[str], list[str], dict[str, Any], str | None]:
+    """Check the models and texts, and make the folder for the results.
+
+    Returns:
+        The models whose routers were trained; the names of the experts; models of earlier analyses, drawn beside; the
+        text that the page colours, None for the start of every label's.
+    """
     from megatron_btx.data.texts import check_texts
     from megatron_btx.evaluation.routing import read_earlier
 
-    models, data = _names_of(args)
     if not args.num_experts:
         raise InputError("--btx-route-model: routing is of mixtures; give --num-experts and a mixture's checkpoint")
-    stored, stored_by_path = {}, {}
-    for name, path in models.items():
-        stored[name] = stored_by_path[path] = compare_with_stored(path, vars(args))
-    for label, prefix in data.items():
+    models: dict[str, str] = args.btx_route_model
+    stored = {name: compare_with_stored(path, vars(args)) for name, path in models.items()}
+    for label, prefix in args.btx_route_data.items():
         if label.count("/") > 1 or label.startswith("/") or label.endswith("/"):
             raise InputError(f"--btx-route-data {label}={prefix}: expected DOMAIN=TEXT or DOMAIN/TASK=TEXT")
-    check_texts(data, "--btx-route-data", args.btx_route_tokens, "--btx-route-tokens", args)
+    check_texts(args.btx_route_data, "--btx-route-data", args.btx_route_tokens, "--btx-route-tokens", args)
     text = _read_text(args.btx_route_text)
     if args.context_parallel_size > 1:
         raise InputError(
             f"--context-parallel-size {args.context_parallel_size}: tokens are told by their place, which it cuts "
             "up; use 1 to analyse"
         )
-    experts = expert_names(stored_by_path, args.num_experts) or []
+    experts = expert_names({models[name]: arguments for name, arguments in stored.items()}, args.num_experts) or []
     earlier = read_earlier([Path(file) for file in args.btx_route_beside], list(models), experts)
     if args.rank == 0:
         Path(args.btx_route_output).mkdir(parents=True, exist_ok=True)
     trained = [name for name, arguments in stored.items() if not arguments.get("btx_untrained_routers")]
-    return _Inputs(models, trained, data, experts, earlier, text)
-
-
-def _write(folder: Path, inputs: _Inputs, result: dict[str, Any], texts: dict[str, Any]) -> None:
-    """Write what was found, draw it, and print its table; ``texts``: model -> label -> what the page colours."""
-    from megatron_btx.evaluation.routing import make_table
-    from megatron_btx.report.routing import write_figures, write_page
-
-    write_json(folder / "routing.json", result)
-    everything = {**inputs.earlier, **result["models"]}
-    figures = write_figures(folder, everything, inputs.experts)
-    write_page(folder / "tokens.html", texts, inputs.experts, inputs.trained)
-    say(make_table(everything, inputs.experts))
-    names = ["routing.json", *figures, "tokens.html"]
-    say("\nwrote " + ", ".join(str(folder / name) for name in names))
-
-
-def _names_of(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
-    return inputs_of(args, "route", "a folder")
+    return trained, experts, earlier, text
 
 
 def _read_text(file: str | None) -> str | None:

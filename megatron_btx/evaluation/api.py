@@ -71,11 +71,7 @@ def evaluate(
 
 
 def _run(processes: int, words: list[str], use_gpus: bool) -> None:
-    """Run the evaluation program.
-
-    Raises:
-        InputError: with the program's own line, or the end of what it printed.
-    """
+    """Run the evaluation program. Raises InputError with the program's own line, or the end of what it printed."""
     command = [sys.executable, "-W", "ignore"]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

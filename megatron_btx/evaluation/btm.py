@@ -76,7 +76,7 @@ class Ensembles:
     interval: int
 
     @classmethod
-    def of(cls, args: argparse.Namespace, models: Mapping[str, str]) -> Ensembles | None:
+    def of(cls, args: argparse.Namespace) -> Ensembles | None:
         """What the flags say; None where they ask for nothing.
 
         Raises:
@@ -91,8 +91,9 @@ class Ensembles:
         if args.num_experts:
             raise InputError(f"{_MEMBER}: members are dense models, found a mixture (--num-experts); evaluate it apart")
         for name in texts:
-            if name not in models:
-                raise InputError(f"{_MEMBER} {name}=: is not evaluated; expected one of {', '.join(models)}")
+            if name not in args.btx_eval_model:
+                known = ", ".join(args.btx_eval_model)
+                raise InputError(f"{_MEMBER} {name}=: is not evaluated; expected one of {known}")
         for k in args.btx_btm_top_k:
             if not 1 <= k <= len(texts):
                 raise InputError(f"--btx-btm-top-k {k}: expected 1 to {len(texts)}, the number of members")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron_btx.common.log import say
 from megatron_btx.engine.checks.start import compare_with_stored
 from megatron_btx.engine.program import start_tool
 from megatron_btx.engine.restricted_loading import load_weights
-from megatron_btx.evaluation.program import add_pairs, expert_names, named_paths
+from megatron_btx.evaluation.program import add_pairs, expert_names, require
 from megatron_btx.mixing.operations import router_rows
 from megatron_btx.mixing.request import RouterInit
 from megatron_btx.model.build import build_model
@@ -70,10 +71,11 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 @exits_with_one_line
 def main() -> int:
     """Fill the routers of a mixture; see --help."""
-    args, data = start_tool(__doc__, add_init_arguments, _check_given, _check_inputs)
+    args, data = start_tool(__doc__, add_init_arguments, _check_words, _check_inputs)
     import torch
 
     from megatron_btx.evaluation.router_fit import install_rows, measure, own_rows, refit
+    from megatron_btx.model.watch import mixtures
 
     output = Path(args.btx_init_output).absolute()
     fit, held_out, sizes = _texts(data, args.btx_init_documents)
@@ -81,7 +83,9 @@ def main() -> int:
     load_weights(model, args.btx_init_model)
     before = own_rows(model)
     reports = {"before": measure(model, held_out)}
-    install_rows(model, _draw_rows(args, before))
+    drawn, layers = torch.zeros_like(before), mixtures()
+    drawn[layers] = router_rows(RouterInit(), len(layers), args.num_experts, args.hidden_size).to(drawn)
+    install_rows(model, drawn)
     reports["random"] = measure(model, held_out)
     install_rows(model, before)
     choices: list[dict[str, Any]] = []
@@ -99,12 +103,8 @@ def main() -> int:
     return 0
 
 
-def _check_given(args: argparse.Namespace) -> None:
-    """Raises InputError for what is missing or has another form."""
-    for flag, value in (("--btx-init-model", args.btx_init_model), ("--btx-init-output", args.btx_init_output)):
-        if not value:
-            raise InputError(f"{flag} is missing; see tools/init_router.py --help")
-    named_paths(args.btx_init_data, "--btx-init-data")
+def _check_words(args: argparse.Namespace) -> None:
+    require(args, "btx_init_model", "btx_init_output", "btx_init_data")
 
 
 def check_output(given: str) -> None:
@@ -141,7 +141,7 @@ def _check_texts(args: argparse.Namespace, names: list[str]) -> dict[str, str]:
     from megatron_btx.data.texts import check_documents
     from megatron_btx.data.training import check_descriptions
 
-    given = named_paths(args.btx_init_data, "--btx-init-data")
+    given: dict[str, str] = args.btx_init_data
     wrong = sorted(set(given) ^ set(names))
     if wrong:
         raise InputError(
@@ -171,12 +171,12 @@ def _texts(data: dict[str, str], documents: int) -> tuple[list[Any], list[Any], 
     import numpy as np
     from megatron.core import mpu
 
-    from megatron_btx.data.texts import first_documents
+    from megatron_btx.data.texts import documents_of
 
     parts: tuple[list[Any], list[Any]] = ([], [])
     sizes: dict[str, list[int]] = {}
     for name, prefix in data.items():
-        found = first_documents(prefix, documents)
+        found = list(itertools.islice(documents_of(prefix), documents))
         sizes[name] = []
         for part, numbers in zip(parts, split_documents(len(found)), strict=True):
             if not numbers:
@@ -188,18 +188,6 @@ def _texts(data: dict[str, str], documents: int) -> tuple[list[Any], list[Any], 
             used = sum(batch["tokens"].numel() for batch in batches) * int(mpu.get_data_parallel_world_size())
             sizes[name] += [len(numbers), len(text), used]
     return *parts, sizes
-
-
-def _draw_rows(args: argparse.Namespace, like: Any) -> Any:
-    """Random routers, as a fresh mix has them."""
-    import torch
-
-    from megatron_btx.model.watch import mixtures
-
-    rows_LEH = torch.zeros_like(like)
-    layers = mixtures()
-    rows_LEH[layers] = router_rows(RouterInit(), len(layers), args.num_experts, args.hidden_size).to(rows_LEH)
-    return rows_LEH
 
 
 def _table(reports: dict[str, Any], choices: list[dict[str, Any]], sizes: dict[str, list[int]]) -> str:

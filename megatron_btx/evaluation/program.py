@@ -89,15 +89,14 @@ class Text(NamedTuple):
 @exits_with_one_line
 def main() -> int:
     """Evaluate what the command line names; see --help."""
-    args, experts = start_tool(__doc__, add_evaluation_arguments, _names_of, _check_inputs)
-    models, data = _names_of(args)
-    texts = {domain: Text.of(path, args) for domain, path in data.items()}
-    ensembles = Ensembles.of(args, models)
+    args, experts = start_tool(__doc__, add_evaluation_arguments, _check_words, _check_inputs)
+    texts = {domain: Text.of(path, args) for domain, path in args.btx_eval_data.items()}
+    ensembles = Ensembles.of(args)
     members = MemberLosses(ensembles) if ensembles else None
     model = build_model(args)
     scores: list[Score] = []
     about: dict[str, Any] = {}
-    for name, path in models.items():
+    for name, path in args.btx_eval_model.items():
         load_weights(model, path)
         losses, about[name] = evaluate_model(model, name, texts, path, members)
         scores += losses
@@ -113,19 +112,19 @@ def main() -> int:
     return 0
 
 
-def _names_of(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
-    return inputs_of(args, "eval", "the file")
+def _check_words(args: argparse.Namespace) -> None:
+    require(args, "btx_eval_model", "btx_eval_data", "btx_eval_output")
+    Ensembles.of(args)
 
 
 def _check_inputs(args: argparse.Namespace) -> list[str] | None:
     """Check the models and texts; returns the names of the experts, None for dense models."""
     from megatron_btx.data.texts import check_texts
 
-    models, data = _names_of(args)
-    stored = {path: compare_with_stored(path, vars(args)) for path in models.values()}
+    stored = {path: compare_with_stored(path, vars(args)) for path in args.btx_eval_model.values()}
     experts = expert_names(stored, args.num_experts)
-    check_texts(data, "--btx-eval-data", args.btx_eval_tokens, "--btx-eval-tokens", args)
-    ensembles = Ensembles.of(args, models)
+    check_texts(args.btx_eval_data, "--btx-eval-data", args.btx_eval_tokens, "--btx-eval-tokens", args)
+    ensembles = Ensembles.of(args)
     if ensembles is not None:
         ensembles.check()
     return experts
@@ -159,7 +158,7 @@ def evaluate_model(
         if args.num_experts:
             routed = route(model, where, text.path, args.btx_eval_tokens)
             losses[domain] = MeanLoss(routed.loss, routed.tokens, routed.stderr)
-            about["routing"][domain] = [divide_up(layer.choices) for layer in routed.layers]
+            about["routing"][domain] = divide_up(routed.counts.choices_LE).tolist()
         else:
             losses[domain] = forward(model, batches_of(text.ids, where), keep_losses=is_member)
     if members is not None and is_member:
@@ -214,24 +213,14 @@ def add_pairs(group: argparse._ActionsContainer, flag: str, metavar: str, what: 
     group.add_argument(flag, metavar=metavar, nargs="+", action="extend", default=[], help=what)
 
 
-def inputs_of(args: argparse.Namespace, kind: str, output: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The models and the texts, name -> path, of ``--btx-KIND-model`` and ``--btx-KIND-data``.
-
-    Raises:
-        InputError: something is missing, the output (which ``output`` describes) too, or has another form.
-    """
-    models = named_paths(getattr(args, f"btx_{kind}_model"), f"--btx-{kind}-model")
-    data = named_paths(getattr(args, f"btx_{kind}_data"), f"--btx-{kind}-data")
-    if getattr(args, f"btx_{kind}_output") is None:
-        raise InputError(f"--btx-{kind}-output is missing; name {output} for the results")
-    return models, data
-
-
-def named_paths(words: list[str], flag: str) -> dict[str, str]:
-    """NAME=PATH words as a mapping. Raises InputError for another form, a name given twice, or none."""
-    if not words:
-        raise InputError(f"{flag} is missing; give at least one NAME=PATH")
-    return read_pairs(words, flag)
+def require(args: argparse.Namespace, *names: str) -> None:
+    """Refuse a program's flag that is not given. NAME=PATH words become a mapping. Raises InputError."""
+    for name in names:
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if not value:
+            raise InputError(f"{flag} is missing; --help says what it takes")
+        if isinstance(value, list):
+            setattr(args, name, read_pairs(value, flag))
 
 
 def expert_names(stored: Mapping[str, Mapping[str, Any]], count: int | None) -> list[str] | None:

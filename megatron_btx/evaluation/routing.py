@@ -6,57 +6,44 @@ Axes: ``L`` layers, ``E`` experts, ``S`` sequence, ``B`` batch, ``H`` hidden, ``
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import read_json_object
-from megatron_btx.common.shares import find_dead_experts, routing_distance
+from megatron_btx.common.shares import find_dead_experts
 from megatron_btx.model.step import batches_of, forward
 
 LISTS = ("layers", "choices", "first", "probabilities", "gates", "entropy", "dropped", "dead")
 """What routing.json holds of a label, an entry per mixture layer each; see :func:`describe`."""
 
 
-class LayerCounts(NamedTuple):
-    """The sums of one layer, as plain numbers. A dense layer has zeros alone."""
-
-    choices: list[float]
-    """How often each expert was chosen, without the choices that were dropped."""
-    first: list[float]
-    """How often each expert had a token's largest gate; a token whose choices were all dropped counts for none."""
-    probabilities: list[float]
-    """Sum of the full softmax, per expert."""
-    gates: list[float]
-    """Sum of the gates, per expert."""
-    entropy: float
-    """Sum of the entropies of the full softmax, in nats."""
-    tokens: float
-    wanted: float
-    """Choices before drops."""
-
-
 @dataclass(frozen=True)
 class RoutingCounts:
-    """The sums of all layers, fp64, as tensors that count. They have the meaning of :class:`LayerCounts`."""
+    """The sums of all layers, fp64. A dense layer has zeros alone."""
 
     choices_LE: torch.Tensor
+    """How often each expert was chosen, without the choices that were dropped."""
     first_LE: torch.Tensor
+    """How often each expert had a token's largest gate; a token whose choices were all dropped counts for none."""
     probabilities_LE: torch.Tensor
+    """Sum of the full softmax."""
     gates_LE: torch.Tensor
     entropy_L: torch.Tensor
+    """Sum of the entropies of the full softmax, in nats."""
     tokens_L: torch.Tensor
     wanted_L: torch.Tensor
+    """Choices before drops."""
     buffer: torch.Tensor
     """Holds the numbers of all the others, which are views of it: one all-reduce sums them."""
 
     @classmethod
-    def start(cls, layers: int, experts: int, device: str = "cuda") -> RoutingCounts:
+    def start(cls, layers: int, experts: int, device: str | torch.device = "cuda") -> RoutingCounts:
         """Counts of nothing yet."""
         buffer = torch.zeros(layers, 4 * experts + 3, dtype=torch.float64, device=device)
         choices_LE, first_LE, probabilities_LE, gates_LE, rest = buffer.split([experts] * 4 + [3], dim=1)
@@ -83,13 +70,6 @@ class RoutingCounts:
         self.tokens_L[layer] += tokens
         self.wanted_L[layer] += tokens * router.topk
 
-    def by_layer(self) -> list[LayerCounts]:
-        """The same as plain numbers."""
-        lists = (self.choices_LE, self.first_LE, self.probabilities_LE, self.gates_LE)
-        sums = (*lists, self.entropy_L, self.tokens_L, self.wanted_L)
-        layers = zip(*(tensor.tolist() for tensor in sums), strict=True)
-        return list(map(LayerCounts._make, layers))
-
 
 class Routed(NamedTuple):
     """Where the tokens of a text went, over all ranks."""
@@ -97,7 +77,7 @@ class Routed(NamedTuple):
     loss: float
     """Nats per token."""
     tokens: int
-    layers: list[LayerCounts]
+    counts: RoutingCounts
     """Of the whole model, dense layers too."""
     stderr: float | None = None
     """Of the loss; see :class:`megatron_btx.model.step.MeanLoss`."""
@@ -116,7 +96,7 @@ def route(model: list[Any], where: str, prefix: str, tokens: int) -> Routed:
     with watching(model, counts.add):
         loss = forward(model, batches)
     torch.distributed.all_reduce(counts.buffer)  # every token was counted by one rank
-    return Routed(loss.nats, loss.tokens, counts.by_layer(), loss.stderr)
+    return Routed(loss.nats, loss.tokens, counts, loss.stderr)
 
 
 def describe(routed: Mapping[str, Routed]) -> dict[str, dict[str, Any]]:
@@ -133,60 +113,42 @@ def describe(routed: Mapping[str, Routed]) -> dict[str, dict[str, Any]]:
         tasks = [other for name, other in routed.items() if name.startswith(f"{domain}/")]
         if task and len(tasks) > 1 and domain not in routed and domain not in result:
             whole = _join(tasks)
-            result[domain] = {"loss": whole.loss, "tokens": whole.tokens, **describe_layers(whole.layers)}
-        result[label] = {"loss": text.loss, "tokens": text.tokens, **describe_layers(text.layers)}
+            result[domain] = {"loss": whole.loss, "tokens": whole.tokens, **describe_layers(whole.counts)}
+        result[label] = {"loss": text.loss, "tokens": text.tokens, **describe_layers(text.counts)}
     return result
 
 
 def _join(texts: Sequence[Routed]) -> Routed:
-    """Several texts as one."""
     tokens = sum(text.tokens for text in texts)
     loss = sum(text.loss * text.tokens for text in texts) / tokens
-    layers = []
-    for parts in zip(*(text.layers for text in texts), strict=True):
-        *lists, entropies, counted, wanted = zip(*parts, strict=True)
-        added = [[sum(cells) for cells in zip(*columns, strict=True)] for columns in lists]
-        layers.append(LayerCounts._make([*added, sum(entropies), sum(counted), sum(wanted)]))
-    return Routed(loss, tokens, layers)
+    layers, experts = texts[0].counts.choices_LE.shape
+    counts = RoutingCounts.start(layers, experts, texts[0].counts.buffer.device)
+    for text in texts:
+        counts.buffer.add_(text.counts.buffer)
+    return Routed(loss, tokens, counts)
 
 
-def describe_layers(layers: Sequence[LayerCounts]) -> dict[str, list[Any]]:
+def describe_layers(counts: RoutingCounts) -> dict[str, list[Any]]:
     """The shares and means of :func:`describe` from sums; layers without tokens are dense and left out."""
-    result: dict[str, list[Any]] = {name: [] for name in LISTS}
-    for number, counts in enumerate(layers):
-        if not counts.tokens:
-            continue
-        choices = divide_up(counts.choices)
-        result["layers"].append(number)
-        result["choices"].append(choices)
-        result["first"].append(divide_up(counts.first))
-        result["probabilities"].append(_divide(counts.probabilities, counts.tokens))
-        result["gates"].append(_divide(counts.gates, counts.tokens))
-        result["entropy"].append(counts.entropy / counts.tokens)
-        result["dropped"].append(1.0 - sum(counts.choices) / counts.wanted)
-        result["dead"].append(find_dead_experts(choices))
-    return result
+    kept_L = counts.tokens_L.nonzero().flatten()
+    tokens_L, choices_LE = counts.tokens_L[kept_L], counts.choices_LE[kept_L]
+    shares_LE = divide_up(choices_LE)
+    found = {
+        "layers": kept_L,
+        "choices": shares_LE,
+        "first": divide_up(counts.first_LE[kept_L]),
+        "probabilities": counts.probabilities_LE[kept_L] / tokens_L[:, None],
+        "gates": counts.gates_LE[kept_L] / tokens_L[:, None],
+        "entropy": counts.entropy_L[kept_L] / tokens_L,
+        "dropped": 1.0 - choices_LE.sum(dim=1) / counts.wanted_L[kept_L],
+    }
+    numbers = {name: tensor.tolist() for name, tensor in found.items()}
+    return {**numbers, "dead": list(map(find_dead_experts, numbers["choices"]))}
 
 
-def divide_up(counts: list[float]) -> list[float]:
-    """Each count as a share of all; zeros where nothing was counted."""
-    total = sum(counts)
-    if not total:
-        return [0.0] * len(counts)
-    return _divide(counts, total)
-
-
-def _divide(values: list[float], divisor: float) -> list[float]:
-    return [value / divisor for value in values]
-
-
-def overlaps(labels: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The overlap of every two labels of a model: 1 less the distance of their shares; 1 is the same routing."""
-    choices = {name: label["choices"] for name, label in labels.items()}
-    found = {}
-    for one, shares in choices.items():
-        found[one] = {name: 1.0 - routing_distance(shares, other) for name, other in choices.items()}
-    return found
+def divide_up(counts_LE: torch.Tensor) -> torch.Tensor:
+    """Each count as a share of its layer's; zeros where nothing was counted."""
+    return counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def make_table(models: Mapping[str, Any], experts: Sequence[str]) -> str:
@@ -218,28 +180,18 @@ def read_earlier(files: Sequence[Path], names: Sequence[str], experts: list[str]
     models: dict[str, Any] = {}
     for file in files:
         where, again = f"--btx-route-beside {file}", "analyse that model again"
-        if not file.is_file():
-            raise InputError(f"{where}: there is no such file")
+        content = read_json_object(file, again)
         try:
-            content = read_json_object(file, again)
             for labels in content["models"].values():
                 for routed in labels.values():
-                    _check_numbers(routed, len(content["experts"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    operator.itemgetter(*LISTS)(routed)
+            found, same = ", ".join(content["experts"]), content["experts"] == experts
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{where}: is no routing.json of this tool ({error}); {again}") from error
-        if content["experts"] != experts:
-            raise InputError(f"{where}: its experts are {', '.join(content['experts'])}, expected {', '.join(experts)}")
+        if not same:
+            raise InputError(f"{where}: its experts are {found}, expected {', '.join(experts)}")
         for name, labels in content["models"].items():
             if name in models or name in names:
                 raise InputError(f"{where}: its model {name} is there already; name one of them otherwise")
             models[name] = labels
     return models
-
-
-def _check_numbers(routed: Mapping[str, Any], experts: int) -> None:
-    """Raises ValueError, KeyError or TypeError where a label's numbers are not as :func:`describe` writes them."""
-    names = ("choices", "first", "probabilities", "gates")
-    shares = np.array([routed[name] for name in names], dtype=float)
-    sums = np.array([routed[name] for name in ("layers", "entropy", "dropped")], dtype=float)
-    if shares.shape != (len(names), sums.shape[1], experts) or len(routed["dead"]) != sums.shape[1]:
-        raise ValueError("its shares are not one per layer and expert")

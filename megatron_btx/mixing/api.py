@@ -7,10 +7,10 @@ Both work in this process alone, print nothing, raise what the commands would sa
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_btx.checkpoint.paths import model_path
 from megatron_btx.checkpoint.safetensors import is_model_folder
@@ -18,9 +18,8 @@ from megatron_btx.common.files import ByteProgress
 from megatron_btx.distributed.launcher import find_place
 from megatron_btx.mixing.describe import explain
 from megatron_btx.mixing.execute import Conversion, Result
-from megatron_btx.mixing.options import options_of
 from megatron_btx.mixing.ranks import Ranks
-from megatron_btx.mixing.reading import keywords, read_options, read_request
+from megatron_btx.mixing.reading import read_request
 from megatron_btx.mixing.request import Options, Request
 from megatron_btx.mixing.verify import check_manifest, manifest_bytes
 
@@ -31,8 +30,8 @@ def check_result(folder: Path, show_progress: bool = False) -> int:
     Raises:
         CheckpointError: names what differs.
     """
-    with ByteProgress("checking", manifest_bytes(folder), quiet=not show_progress) as progress:
-        return check_manifest(folder, progress.advance)
+    progress = ByteProgress("checking", manifest_bytes(folder), quiet=not show_progress)
+    return check_manifest(folder, progress.advance)
 
 
 def mix(
@@ -58,26 +57,14 @@ def mix(
         InputError: says what is wrong and what to do; nothing was written, or nothing that loads.
         TypeError: there is no such option.
     """
-    work = {field.name: options.pop(field.name) for field in dataclasses.fields(Options) if field.name in options}
+    work: dict[str, Any] = {}
+    for field in dataclasses.fields(Options):
+        if field.name in options:
+            work[field.name] = options.pop(field.name)
     pairs = [(name, str(path)) for name, path in experts.items()]
     request = read_request(pairs, method, options)
     target = Path(output).expanduser() if output is not None else None
-    return Conversion(request, target, read_options(work), Ranks()).write()
-
-
-def _signature() -> inspect.Signature:
-    """That of :func:`mix` with every option by name, for help() and editors."""
-    rows = options_of(Request) | options_of(Options)
-    parameters = list(inspect.signature(mix).parameters.values())[:-1]
-    for name in keywords():
-        default = None
-        if name in rows:
-            default = rows[name].default
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
-    return inspect.signature(mix).replace(parameters=parameters)
-
-
-mix.__signature__ = _signature()  # type: ignore[attr-defined]
+    return Conversion(request, target, Options(**work), Ranks()).write()
 
 
 def convert(

@@ -10,7 +10,7 @@ from megatron_btx.common.errors import exits_with_one_line
 from megatron_btx.common.plugins import load_plugins
 from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT, WORK
-from megatron_btx.mixing.reading import list_options, read_options, read_request
+from megatron_btx.mixing.reading import list_options, read_request
 from megatron_btx.mixing.request import Options, Request
 
 
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for title, group in ((MIXTURE, mixture), (DIFFERENCES, p.add_argument_group(DIFFERENCES))):
         for row in list_options(title).values():
-            row.add_to(group, row.default)
+            row.add_to(group)
     p.add_argument("--explain", metavar="TENSOR", help="print where a tensor of the result comes from; write nothing")
     return p
 
@@ -51,10 +51,10 @@ def add_output_options(p: argparse.ArgumentParser, output_format: str = "") -> N
     p.set_defaults(output_format=output_format)
     for row in list_options(WORK).values():
         if not (output_format and row.name == "output_format"):
-            row.add_to(p, row.default)
+            row.add_to(p)
     group = p.add_argument_group(RESULT)
     for row in list_options(RESULT).values():
-        row.add_to(group, row.default)
+        row.add_to(group)
 
 
 @exits_with_one_line
@@ -88,7 +88,7 @@ def request_of(options: argparse.Namespace) -> Request:
 
 def work_of(options: argparse.Namespace) -> Options:
     """How a command line wants its work done."""
-    return read_options({row.name: getattr(options, row.name) for row in list_options(WORK).values()})
+    return Options(**{row.name: getattr(options, row.name) for row in list_options(WORK).values()})
 
 
 if __name__ == "__main__":

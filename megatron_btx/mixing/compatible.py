@@ -18,7 +18,6 @@ from megatron_btx.mixing.request import TAKEABLE, TRAINING_ARGUMENTS, Request
 from megatron_btx.tokenizers.comparison import (
     check_same_tokenizer,
     check_vocabulary_union,
-    contradictions,
     differing_readings,
 )
 from megatron_btx.tokenizers.vocabulary import CONFIG_FILE
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from megatron_btx.mixing.plan import Plan
 
 _REMEDY = "--allow-other-tokenizer"
+_UNION = "where one extends the other, --vocab union averages each row over its owners"
 _VOCABULARY = {"padded_vocab_size", "vocab_size"}
 _NUMBERS = 4096
 """Of each matrix, to see whether models resemble each other."""
@@ -53,7 +53,8 @@ def compare_sources(sources: Sequence[Source], request: Request) -> dict[str, An
             taken[argument] = name
     for other in sources[1:]:
         _check_arguments(first, other, set(taken), request)
-        _check_pieces(first, other, "dtype" in request.take)
+        if "dtype" not in request.take:
+            _check_dtypes(first, other)
     arguments = dict(first.arguments)
     by_name = {source.name: source.arguments for source in sources}
     table = {argument.name: argument for argument in MODEL_ARGUMENTS}
@@ -108,23 +109,15 @@ def _normalise_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _check_pieces(first: Source, other: Source, other_dtype: bool) -> None:
-    """Compare pieces of equal configurations, maybe of other types or with other rows; all but those of experts."""
+def _check_dtypes(first: Source, other: Source) -> None:
+    """Compare the types of what both have; shapes follow from the configuration, in every source that is open."""
     for name, held in first.pieces.items():
-        if name not in other.pieces and first.sizes.mixture_layers != other.sizes.mixture_layers:
-            continue
-        others = other.pieces[name]
-        axis = int(name.startswith(("embedding.", "head.")))
-        same_shape = held.shape[axis:] == others.shape[axis:]
-        if same_shape and (other_dtype or held.dtype == others.dtype):
-            continue
-        remedy = ""
-        if same_shape:
-            remedy = f", or choose one: --take dtype={first.name} (or ={other.name})"
-        raise InputError(
-            f"{held.location.key}: {list(held.shape)} {held.dtype} in {first.name}, "
-            f"{list(others.shape)} {others.dtype} in {other.name}; all must come from one seed{remedy}"
-        )
+        others = other.pieces.get(name, held)
+        if held.dtype != others.dtype:
+            raise InputError(
+                f"{held.location.key}: {held.dtype} in {first.name}, {others.dtype} in {other.name}; all "
+                f"must come from one seed, or choose one: --take dtype={first.name} (or ={other.name})"
+            )
 
 
 def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str, Any]:
@@ -134,7 +127,9 @@ def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str
     """
     chosen = vocabulary_source(sources[: len(request.experts)], request)
     if len(sources) > 1:
-        _check_sizes(sources, request)
+        known = all(source.tokenizer.tokens is not None for source in sources)
+        if request.vocabulary == "same" and (request.allow_other_tokenizer or not known):
+            _check_sizes(sources)
         if not request.allow_other_tokenizer:
             _check_tokenizers(sources, chosen, request)
     wanted = request.take.get("tokenizer", chosen.name)
@@ -147,52 +142,18 @@ def _check_vocabularies(sources: Sequence[Source], request: Request) -> dict[str
     return arguments
 
 
-def _check_sizes(sources: Sequence[Source], request: Request) -> None:
-    """Refuse vocabularies of which one has tokens that another has not, unless a union is asked for.
-
-    Tokenizers that are missing, or not to be compared, say nothing: then the configurations' sizes count.
-    """
-    tables = {source.name: source.tokenizer.tokens for source in sources}
-    known = {name: table for name, table in tables.items() if table is not None}
-    compares = len(known) == len(tables) and not request.allow_other_tokenizer
-    if request.vocabulary == "union" or (compares and contradictions(known)):
-        return  # what is wrong is said where tokenizers are compared
+def _check_sizes(sources: Sequence[Source]) -> None:
+    """Refuse vocabularies of other sizes by the configuration alone, which may count padding."""
     sizes: dict[str, int] = {}
-    if compares:
-        sizes = {name: len(table) for name, table in known.items()}
-        missing = _describe_missing_token(known)
-    else:
-        missing = ""
-        for source in sources:  # by the configuration alone, which may count padding
-            rows = source.pieces[EMBEDDING].shape[0]
-            sizes[source.name] = min(rows, source.arguments.get("vocab_size") or rows)
-    if len(set(sizes.values())) > 1 or missing:
-        smallest = min(sizes, key=sizes.__getitem__)
-        largest = max(sizes, key=sizes.__getitem__)
+    for source in sources:
+        rows = source.pieces[EMBEDDING].shape[0]
+        sizes[source.name] = min(rows, source.arguments.get("vocab_size") or rows)
+    smallest = min(sizes, key=sizes.__getitem__)
+    largest = max(sizes, key=sizes.__getitem__)
+    if sizes[smallest] < sizes[largest]:
         raise InputError(
-            f"vocabularies differ: {smallest} has {sizes[smallest]} tokens, {largest} has {sizes[largest]}{missing}; "
-            "where one extends the other, --vocab union averages each row over its owners"
+            f"vocabularies differ: {smallest} has {sizes[smallest]} tokens, {largest} has {sizes[largest]}; {_UNION}"
         )
-
-
-def _describe_missing_token(tables: Mapping[str, Mapping[int, str]]) -> str:
-    """In words, the first token that one model has and another has not; "" where there is none."""
-    every = _all_tokens(tables)
-    for number in sorted(every):
-        for name, table in tables.items():
-            if number not in table:
-                token, owner = every[number]
-                return f" (token {number} is {token!r} in {owner} and nobody's in {name})"
-    return ""
-
-
-def _all_tokens(tables: Mapping[str, Mapping[int, str]]) -> dict[int, tuple[str, str]]:
-    """The tokens of all, each with the first that has it."""
-    every: dict[int, tuple[str, str]] = {}
-    for name, table in tables.items():
-        for number, token in table.items():
-            every.setdefault(number, (token, name))
-    return every
 
 
 def _check_tokenizers(sources: Sequence[Source], chosen: Source, request: Request) -> None:
@@ -201,7 +162,12 @@ def _check_tokenizers(sources: Sequence[Source], chosen: Source, request: Reques
         check_vocabulary_union(stored, _REMEDY)
         _check_union(sources, chosen)
     else:
-        check_same_tokenizer(stored, _REMEDY)
+        try:
+            check_same_tokenizer(stored, _REMEDY)
+        except InputError as error:
+            if len({source.token_count for source in sources}) == 1:
+                raise
+            raise InputError(f"{error}; {_UNION}") from error
     if "tokenizer" in request.take:
         return
     if differing := differing_readings([source.tokenizer for source in sources]):
@@ -214,8 +180,10 @@ def _check_tokenizers(sources: Sequence[Source], chosen: Source, request: Reques
 
 
 def _check_union(sources: Sequence[Source], chosen: Source) -> None:
-    """Refuse a union in which no tokenizer has every token."""
-    every = _all_tokens({source.name: source.tokenizer.tokens or {} for source in sources})
+    every: dict[int, tuple[str, str]] = {}
+    for source in sources:
+        for number, token in (source.tokenizer.tokens or {}).items():
+            every.setdefault(number, (token, source.name))
     if lacking := sorted(every.keys() - (chosen.tokenizer.tokens or {}).keys()):
         token, owner = every[lacking[0]]
         raise InputError(
@@ -273,7 +241,6 @@ def remarks(plan: Plan, stand_ins: Sequence[str] = ()) -> list[str]:
 
 
 def _chat_templates(source: Source) -> object:
-    """A folder's chat templates, wherever they stand."""
     files = travelling_files(source.hf_folder or source.root)
     inside = object_in(files.get(CONFIG_FILE, b"")).get("chat_template")
     return inside, {name: content for name, content in files.items() if "chat_template" in name}

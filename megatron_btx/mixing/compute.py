@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.mixing.loader import stretches_of
-from megatron_btx.mixing.operations import for_one_rounding
+from megatron_btx.mixing.operations import for_one_rounding, join
 from megatron_btx.mixing.plan import Plan, PlannedPiece
 
 if TYPE_CHECKING:
@@ -26,26 +26,18 @@ def rows_of(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> Iterato
     """
     row_bytes = max(1, math.prod(planned.shape[1:]) * planned.dtype.itemsize)
     step = max(1, STEP_BYTES // row_bytes)
+    had = planned.source_rows
     for low in range(start, stop, step):
         high = min(low + step, stop)
-        rows = _rows(plan, planned, low, high)
+        found = []
+        if low < had:
+            found.append(planned.operation.rows(plan, planned, low, min(high, had)))
+        if high > had:
+            found.append(mean_row(plan, planned).expand(high - max(low, had), *planned.shape[1:]))
+        rows = join(found, dim=0)
         if not _is_finite(rows):
             _refuse_not_finite(plan, planned, low, high)
         yield rows
-
-
-def _rows(plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
-    """Rows of a piece: those that are made from the sources, and after them the new ones."""
-    import torch
-
-    had = planned.source_rows
-    if stop <= had or not planned.new_rows:
-        return planned.operation.rows(plan, planned, start, stop)
-    count = stop - max(start, had)
-    new = mean_row(plan, planned).expand(count, *planned.shape[1:])
-    if start >= had:
-        return new
-    return torch.cat([planned.operation.rows(plan, planned, start, had), new])
 
 
 def mean_row(plan: Plan, planned: PlannedPiece) -> torch.Tensor:
@@ -56,25 +48,24 @@ def mean_row(plan: Plan, planned: PlannedPiece) -> torch.Tensor:
     at most that of an average token: n new rows beside V tokens raise no loss by more than log(1 + n / V). (Hewitt
     2021, "Initializing New Word Embeddings for Pretrained Language Models".)
     """
-    return plan.once.get(("mean row", planned.name), lambda: _mean_row(plan, planned))
-
-
-def _mean_row(plan: Plan, planned: PlannedPiece) -> torch.Tensor:
     import torch
 
-    step = max(1, STEP_BYTES // (8 * math.prod(planned.shape[1:])))
-    total = torch.zeros(planned.shape[1:], dtype=torch.float64)
-    count = 0
-    tokens: set[int] = set()
-    for part in planned.parts:
-        for start, stop in plan.sources[part.source].token_rows(part.piece):
-            tokens.update(range(start, stop))
-    for start, stop in stretches_of(sorted(tokens)) or [(0, planned.source_rows)]:
-        count += stop - start
-        for low in range(start, stop, step):
-            rows = planned.operation.rows(plan, planned, low, min(low + step, stop))
-            total += rows.sum(0, dtype=torch.float64)
-    return for_one_rounding(total / count, planned.dtype).to(planned.dtype)
+    def make() -> torch.Tensor:
+        step = max(1, STEP_BYTES // (8 * math.prod(planned.shape[1:])))
+        total = torch.zeros(planned.shape[1:], dtype=torch.float64)
+        count = 0
+        tokens: set[int] = set()
+        for part in planned.parts:
+            for start, stop in plan.sources[part.source].token_rows(part.piece):
+                tokens.update(range(start, stop))
+        for start, stop in stretches_of(sorted(tokens)) or [(0, planned.source_rows)]:
+            count += stop - start
+            for low in range(start, stop, step):
+                rows = planned.operation.rows(plan, planned, low, min(low + step, stop))
+                total += rows.sum(0, dtype=torch.float64)
+        return for_one_rounding(total / count, planned.dtype).to(planned.dtype)
+
+    return plan.once.get(("mean row", planned.name), make)
 
 
 def _is_finite(rows: torch.Tensor) -> bool:
@@ -90,11 +81,7 @@ def _is_finite(rows: torch.Tensor) -> bool:
 
 
 def check_finite(plan: Plan, planned: PlannedPiece, looked_at_bytes: int) -> None:
-    """Refuse sources of which the first rows of what makes a piece are not finite; nothing is computed.
-
-    Raises:
-        CheckpointError: see :func:`rows_of`.
-    """
+    """Refuse sources of which the first rows of what makes a piece are not finite, as :func:`rows_of` does."""
     for part in planned.parts:
         held = plan.held(part)
         rows = max(1, looked_at_bytes // (held.dtype.itemsize * math.prod(held.shape[1:])))

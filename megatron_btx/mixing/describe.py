@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import difflib
 import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_btx.checkpoint.arguments import model_flags
 from megatron_btx.checkpoint.huggingface.servers import server_lines
@@ -21,7 +21,7 @@ from megatron_btx.mixing.methods import METHODS
 from megatron_btx.mixing.operations import describe_routers, new_routers
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
 from megatron_btx.mixing.writers import Output
-from megatron_btx.tokenizers.vocabulary import unknown_reason
+from megatron_btx.tokenizers.vocabulary import UnknownVocabularyError
 
 if TYPE_CHECKING:
     import torch
@@ -31,19 +31,37 @@ _TENSOR_PARALLEL_SIZES = (2, 4, 8)
 _IMPORTS_BYTES = 250 << 20
 """What Python and torch take before any work."""
 _SAMPLES = 4096
+_ONE_HOT = 0.1
+"""Below this entropy the choice of experts is all but made."""
 
 
 def plan_text(plan: Plan, output: Output, workers: int) -> str:
     """The plan as a table: the sources, and for each kind of tensor the rule that makes it, count and bytes."""
     request = plan.request
     lines = [f"{request.method}: {METHODS[request.method].summary}"]
-    lines += _source_lines(plan)
+    for number, source in enumerate(plan.sources):
+        form = f"Megatron, {source.dialect.name} layers"
+        if source.is_hugging_face:
+            form = "Hugging Face"
+        share = ""
+        if source is plan.base:
+            share = "  of no weight"
+        elif request.weights:
+            share = f"  weight {plan.weights[number]:.4g}"
+        lines.append(f"  {number}  {source.name:<12} {source.folder}  ({form}){share}")
     lines.append(f"  {'tensor of the result':<62} {'number':>6} {'shape':<18} {'MiB':>10}  made by")
     kinds: dict[str, list[LaidOutTensor]] = {}
     for tensor in output.tensors:  # those whose names differ in the number of a layer or expert alone, together
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", tensor.name), []).append(tensor)
     for pattern, tensors in kinds.items():
-        lines.append(_tensor_line(plan, pattern, tensors))
+        shape = "x".join(str(extent) for extent in tensors[0].shape)
+        size_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+        rules: dict[str, None] = {}
+        for block in tensors[0].blocks:
+            for fill in block.fills:
+                rules[fill.planned.operation.describe(plan, fill.planned)] = None
+        made_by = "; ".join(rules)
+        lines.append(f"  {pattern:<62} {len(tensors):>6} {shape:<18} {size_bytes / 2**20:>10.2f}  {made_by}")
     memory = _IMPORTS_BYTES + workers * STEP_BYTES * (4 + 2 * len(plan.sources))
     lines.append(
         f"  {len(output.tensors)} tensors as {output.format}, {plan.input_bytes / 2**20:.1f} MiB to read, "
@@ -61,35 +79,7 @@ def plan_text(plan: Plan, output: Output, workers: int) -> str:
     return "\n".join(lines + router_text(plan))
 
 
-def _source_lines(plan: Plan) -> list[str]:
-    """Each source: its number, name, place and format, and its weight where weights were given."""
-    lines = []
-    for number, source in enumerate(plan.sources):
-        form = f"Megatron, {source.dialect.name} layers"
-        if source.is_hugging_face:
-            form = "Hugging Face"
-        share = ""
-        if source is plan.base:
-            share = "  of no weight"
-        elif plan.request.weights:
-            share = f"  weight {plan.weights[number]:.4g}"
-        lines.append(f"  {number}  {source.name:<12} {source.folder}  ({form}){share}")
-    return lines
-
-
-def _tensor_line(plan: Plan, pattern: str, tensors: Sequence[LaidOutTensor]) -> str:
-    """Tensors of one kind: how many, how large, and what makes them."""
-    shape = "x".join(str(extent) for extent in tensors[0].shape)
-    size_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
-    rules: dict[str, None] = {}
-    for block in tensors[0].blocks:
-        for fill in block.fills:
-            rules[fill.planned.operation.describe(plan, fill.planned)] = None
-    return f"  {pattern:<62} {len(tensors):>6} {shape:<18} {size_bytes / 2**20:>10.2f}  {'; '.join(rules)}"
-
-
 def _vocabulary_lines(plan: Plan) -> list[str]:
-    """What is known of each source's vocabulary, and what the result's is."""
     lines = [f"  vocabulary of {source.name}: {_vocabulary_of(source)}" for source in plan.sources]
     embedding = next(planned for planned in plan.pieces if planned.name == EMBEDDING)
     rows, new = embedding.shape[0], embedding.new_rows
@@ -111,10 +101,10 @@ def _vocabulary_lines(plan: Plan) -> list[str]:
 
 def _vocabulary_of(source: Source) -> str:
     rows = source.pieces[EMBEDDING].shape[0]
-    vocabulary = source.tokenizer.vocabulary
-    if vocabulary is None:
-        why = unknown_reason(source.tokenizer.arguments)
-        return f"not known ({why}); its configuration counts {source.token_count} tokens in {rows} rows"
+    try:
+        vocabulary = source.tokenizer.vocabulary
+    except UnknownVocabularyError as error:
+        return f"not known ({error}); its configuration counts {source.token_count} tokens in {rows} rows"
     beyond = sum(number >= rows for number in vocabulary.tokens)
     without = ""
     if beyond:
@@ -133,7 +123,7 @@ def router_text(plan: Plan) -> list[str]:
         f"{route.entropy:.0%} of the largest entropy, the first gate is {route.first_gate:.2f}, experts get "
         f"{route.least_load:.2f} to {route.largest_load:.2f} of an even load"
     ]
-    if route.nearly_one_hot:
+    if route.entropy < _ONE_HOT:
         lines.append(
             "  warning: routing starts nearly one-hot, so gradients hardly reach the other experts; "
             "a smaller --router-std (the default is 0.02) starts softer"
@@ -143,8 +133,7 @@ def router_text(plan: Plan) -> list[str]:
     return lines
 
 
-@dataclasses.dataclass(frozen=True)
-class StartingRoute:
+class StartingRoute(NamedTuple):
     """What routing starts with, for inputs of unit root mean square."""
 
     entropy: float
@@ -154,11 +143,6 @@ class StartingRoute:
     least_load: float
     largest_load: float
     """Smallest and largest share of (token, choice) pairs that an expert of any layer gets, as a share of even."""
-
-    @property
-    def nearly_one_hot(self) -> bool:
-        """Whether the choice is all but made: gradients hardly reach the other experts."""
-        return self.entropy < 0.1
 
 
 def starting_route(rows_LEH: torch.Tensor, topk: int) -> StartingRoute:
@@ -188,35 +172,25 @@ def explain(plan: Plan, output: Output, name: str) -> str:
     Raises:
         InputError: the result has no such tensor.
     """
-    tensor = _find_tensor(output, name)
+    tensors = {tensor.name: tensor for tensor in output.tensors}
+    if name not in tensors:
+        close = difflib.get_close_matches(name, tensors, cutoff=0)
+        raise InputError(
+            f"--explain {name}: the result has no such tensor; there is {', '.join(close)}; --dry-run shows all kinds "
+            "of them"
+        )
+    tensor = tensors[name]
     lines = [f"{name}  {list(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}"]
-    places: dict[str, list[str]] = {}
     for block in tensor.blocks:
         axis = len(block.sizes) - len(block.fills[0].planned.shape)
-        lead = ", ".join(map(str, block.offsets[:axis]))
+        place = ""
+        if axis:
+            place = f"[{', '.join(map(str, block.offsets[:axis]))}] "
         row = block.offsets[axis]
         for text, rows in _explain_fills(plan, block.fills):
-            places.setdefault(f"rows {row}:{row + rows}  {text}", []).append(lead)
+            lines.append(f"  {place}rows {row}:{row + rows}  {text}")
             row += rows
-    for text, leads in places.items():
-        place = ""
-        if leads[0]:
-            place = f"[{leads[0]}] "
-        lines.append(f"  {place}{text}")
     return "\n".join(lines)
-
-
-def _find_tensor(output: Output, name: str) -> LaidOutTensor:
-    close = []
-    for tensor in output.tensors:
-        if tensor.name == name:
-            return tensor
-        if name in tensor.name or tensor.name.split(".")[-2:] == name.split(".")[-2:]:
-            close.append(tensor.name)
-    hint = ""
-    if close:
-        hint = f"; there is {', '.join(close[:3])}"
-    raise InputError(f"--explain {name}: the result has no such tensor{hint}; --dry-run shows all kinds of them")
 
 
 def _explain_fills(plan: Plan, fills: Sequence[Fill]) -> Iterator[tuple[str, int]]:

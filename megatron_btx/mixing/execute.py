@@ -26,7 +26,6 @@ from megatron_btx.mixing.ranks import Ranks
 from megatron_btx.mixing.request import Options, Request
 from megatron_btx.mixing.result_manifest import hash_stretch
 from megatron_btx.mixing.staging import Workplace
-from megatron_btx.mixing.verify_vocab import check_token_rows
 from megatron_btx.mixing.writers import lay_out_result
 
 _NO_OUTPUT = Path("result")
@@ -124,9 +123,8 @@ class Conversion:
         written = sum(task.slot.length_bytes for task in self.output.tasks) * passes // self.ranks.world
         manifests = sum(proof.manifest_bytes(source.root) for source in self.plan.sources)
         quiet = self.ranks.rank > 0 or not self.options.show_progress
-        with ByteProgress("mixing", written + manifests, quiet) as progress:
-            self.progress = progress.advance
-            verification = self._write_all()
+        self.progress = ByteProgress("mixing", written + manifests, quiet).advance
+        verification = self._write_all()
         self.ranks.close()
         arguments_file = None
         if self.output.format == "megatron":
@@ -134,7 +132,6 @@ class Conversion:
         return Result(self.target, self.summary, arguments_file, verification)
 
     def _write_all(self) -> str:
-        """Returns what was verified, in words."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:  # checkpoints of large runs are thousands of files
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -258,7 +255,6 @@ class Conversion:
         return digest.hexdigest()
 
     def _write_around(self, slot: Slot) -> None:
-        """What belongs before and after the numbers of a block."""
         self.place.write(slot.file, slot.position_bytes - len(slot.before), slot.before)
         self.place.write(slot.file, slot.position_bytes + slot.length_bytes, slot.after)
 
@@ -266,26 +262,17 @@ class Conversion:
         """Do ``work`` for all numbers in this process's threads; the first failure ends the others soon."""
         import torch
 
-        queue, lock = iter(numbers), threading.Lock()
-
-        def loop() -> None:
-            while not self._stop.is_set():
-                with lock:
-                    number = next(queue, None)
-                if number is None:
-                    return
-                work(number)
-
         threads_before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
-                futures = [pool.submit(loop) for _ in range(self.workers)]
+                futures = [pool.submit(work, number) for number in numbers]
                 try:
                     for future in concurrent.futures.as_completed(futures):
                         future.result()
                 except BaseException:  # Ctrl-C too: the threads must end before the pool can be left
                     self._stop.set()
+                    pool.shutdown(cancel_futures=True)
                     raise
         finally:
             torch.set_num_threads(threads_before)
@@ -310,7 +297,7 @@ class Conversion:
         self._in_threads(lambda number: check(self.output.tasks[number], self.progress), self._share)
         if self.ranks.rank != 0:
             return ""
-        rows = check_token_rows(self.plan, self.output, self.place.result)
+        rows = proof.check_token_rows(self.plan, self.output, self.place.result)
         return f"all {len(self.output.tensors)} tensors equal what their rules give; {rows}"
 
     def _publish(self) -> None:

@@ -92,7 +92,6 @@ def _locations(plan: Plan, planned: PlannedPiece, dialect: Dialect, with_other_n
 
 
 def _blocks(name: str, lead: tuple[int, ...], parts: list[tuple[Location, PlannedPiece]]) -> Iterator[LaidOutBlock]:
-    """The blocks of one index on the leading axes."""
     location, planned = parts[0]
     rows, rest = location.stored_rows, planned.shape[1:]
     runs: list[tuple[int, int, int, PlannedPiece]] = []

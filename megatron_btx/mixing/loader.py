@@ -23,8 +23,7 @@ from megatron_btx.checkpoint.sizes import Sizes
 from megatron_btx.checkpoint.stored import Reader
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import CheckpointError
-from megatron_btx.tokenizers.path import HF_FOLDER, locate_tokenizer
-from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES, ModelTokenizer
+from megatron_btx.tokenizers.vocabulary import HF_FOLDER, TOKENIZER_FILES, ModelTokenizer, locate_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -69,11 +68,33 @@ class Source:
     pieces: dict[str, Held] = dataclasses.field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
+        where = f"{self.name} ({self.folder})"
         unused = set(self.reader.tensors)
         if self.config is not None:
-            where = f"{self.name} ({self.folder})"
             unused -= shared_expert.names_without_effect(self.reader, self.config, self.sizes, where)
-        self._hold(unused)
+        tied = not self.arguments.get("untie_embeddings_and_output_weights")
+        for piece in pieces_of(self.sizes):
+            locations = list(piece.locations(self.dialect, self.sizes))
+            found = [self._held(piece, place, where) for place in locations if place.key in self.reader.tensors]
+            unused.difference_update(place.key for place in locations)
+            # Some save the head of tied models too, or a norm under both its names: what is used must be all there is.
+            original, why = EMBEDDING, "though the configuration ties the two"
+            if not (tied and piece.name == HEAD):
+                original, why = piece.name, "though the two are one part of the model"
+                if found:
+                    self.pieces[piece.name] = found.pop(0)
+                elif piece.required:
+                    key = next((place.key for place in locations), piece.name)
+                    raise CheckpointError(
+                        f"{where}: {key} is missing; its configuration asks for it, so it is incomplete"
+                    )
+            for copy in found:
+                if not self._are_equal(copy, self.pieces[original]):
+                    raise CheckpointError(
+                        f"{where}: {copy.location.key} is stored and is not {self.pieces[original].location.key}, "
+                        f"{why}; say which is meant: correct the configuration, or leave {copy.location.key} out"
+                    )
+        self._refuse_unknown(unused, where)
 
     @property
     def folder(self) -> Path:
@@ -108,34 +129,7 @@ class Source:
                 return place
         return None
 
-    def _hold(self, unused: set[str]) -> None:
-        where = f"{self.name} ({self.folder})"
-        tied = not self.arguments.get("untie_embeddings_and_output_weights")
-        for piece in pieces_of(self.sizes):
-            locations = list(piece.locations(self.dialect, self.sizes))
-            found = [self._held(piece, place, where) for place in locations if place.key in self.reader.tensors]
-            unused.difference_update(place.key for place in locations)
-            # Some save the head of tied models too, or a norm under both its names: what is used must be all there is.
-            original, why = EMBEDDING, "though the configuration ties the two"
-            if not (tied and piece.name == HEAD):
-                original, why = piece.name, "though the two are one part of the model"
-                if found:
-                    self.pieces[piece.name] = found.pop(0)
-                elif piece.required:
-                    key = next((place.key for place in locations), piece.name)
-                    raise CheckpointError(
-                        f"{where}: {key} is missing; its configuration asks for it, so it is incomplete"
-                    )
-            for copy in found:
-                if not self._are_equal(copy, self.pieces[original]):
-                    raise CheckpointError(
-                        f"{where}: {copy.location.key} is stored and is not {self.pieces[original].location.key}, "
-                        f"{why}; say which is meant: correct the configuration, or leave {copy.location.key} out"
-                    )
-        self._refuse_unknown(unused, where)
-
     def _refuse_unknown(self, unused: set[str], where: str) -> None:
-        """Refuse tensors that no row of the table takes."""
         ignored: tuple[str, ...] = IGNORED_MEGATRON
         if self.is_hugging_face:
             ignored = IGNORED_HF
@@ -150,7 +144,6 @@ class Source:
                 )
 
     def _are_equal(self, left: Held, right: Held) -> bool:
-        """Whether two pieces hold the same numbers in the same dtype."""
         import torch
 
         if left.shape != right.shape or left.dtype != right.dtype:
@@ -214,8 +207,7 @@ class Source:
         if folder is None and (self.root / HF_FOLDER).is_dir():
             folder = self.root / HF_FOLDER
         rows = self.pieces[EMBEDDING].shape[0]
-        stored = {**self.arguments, "hf_folder": folder, "padded_vocab_size": rows}
-        return ModelTokenizer(self.name, stored, rows, self.root)
+        return ModelTokenizer(self.name, {**self.arguments, "hf_folder": folder, "padded_vocab_size": rows})
 
     def token_rows(self, name: str) -> tuple[tuple[int, int], ...]:
         """The rows of an embedding or head that are tokens, in stretches from ``start`` to before ``stop``.
@@ -249,11 +241,7 @@ def stretches_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def _sizes(name: str, folder: Path, arguments: Mapping[str, Any]) -> Sizes:
-    """The sizes that stored arguments say.
-
-    Raises:
-        CheckpointError: one is missing, of another type, or impossible beside the others.
-    """
+    """The sizes that stored arguments say; refused where one is missing, of another type, or impossible."""
     where = f"{name} ({folder})"
     for argument in (*_SIZES, *_OTHER_SIZES):
         value = arguments.get(argument)
@@ -303,7 +291,6 @@ def open_source(name: str, path: str | Path) -> Source:
 
 
 def _open_folder(name: str, folder: Path) -> Source:
-    """A Hugging Face model folder."""
     where = f"{name} ({folder / safetensors.CONFIG})"
     config = safetensors.read_json(folder / safetensors.CONFIG)
     _check_layers(config.get("num_hidden_layers"), where)
@@ -319,7 +306,6 @@ def _open_folder(name: str, folder: Path) -> Source:
 
 
 def _open_checkpoint(name: str, folder: Path) -> Source:
-    """One iteration of a Megatron checkpoint."""
     reader = TorchDistReader(folder)
     root = root_of(folder)
     kinds.refuse_placeholders(root / HF_FOLDER)

@@ -43,7 +43,7 @@ class Move(Operation):
         if planned.axis == 1:
             for part in planned.parts:
                 found.append(plan.read(part, start, stop)[:, part.start : part.stop])
-            return _join(found, dim=1).to(planned.dtype)
+            return join(found, dim=1).to(planned.dtype)
         before = 0
         for part in planned.parts:
             low = max(start, before)
@@ -52,7 +52,7 @@ class Move(Operation):
                 shift = part.start - before
                 found.append(plan.read(part, shift + low, shift + high))
             before += part.stop - part.start
-        return _join(found, dim=0).to(planned.dtype)
+        return join(found, dim=0).to(planned.dtype)
 
     def describe(self, plan: Plan, planned: PlannedPiece) -> str:
         axis = ("rows", "columns")[planned.axis]
@@ -97,7 +97,7 @@ class Average(Operation):
         means = []
         for low, high, parts in self.stretches(plan, planned, start, stop):
             means.append(_mean(plan, planned, parts, low, high))
-        return _join(means, dim=0)
+        return join(means, dim=0)
 
     def describe(self, plan: Plan, planned: PlannedPiece) -> str:
         if plan.request.weights:
@@ -174,7 +174,6 @@ class Zeros(Operation):
     name = "zeros"
 
     def rows(self, plan: Plan, planned: PlannedPiece, start: int, stop: int) -> torch.Tensor:
-        """Zeros."""
         import torch
 
         return torch.zeros(stop - start, *planned.shape[1:], dtype=planned.dtype)
@@ -214,7 +213,6 @@ MOVE, AVERAGE, NEW_ROUTERS, ZEROS, RAMP = Move(), Average(), NewRouters(), Zeros
 
 
 def _mean(plan: Plan, planned: PlannedPiece, parts: Sequence[Part], start: int, stop: int) -> torch.Tensor:
-    """The weighted mean of the parts' rows, in the piece's dtype."""
     import torch
 
     weights = [plan.weights[part.source] for part in parts]
@@ -250,7 +248,7 @@ def for_one_rounding(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return numbers
 
 
-def _join(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+def join(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """Tensors one after the other along an axis; a single one without a copy where it is contiguous."""
     import torch
 

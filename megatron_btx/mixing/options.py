@@ -60,9 +60,9 @@ class Option:
             raise InputError(f"--{self.key} {value}: expected {expected}")
         return value
 
-    def add_to(self, parser: argparse._ActionsContainer, default: object) -> None:
+    def add_to(self, parser: argparse._ActionsContainer) -> None:
         """Add the flag to a command line."""
-        words: dict[str, Any] = {"dest": self.name, "help": self.help, "default": default}
+        words: dict[str, Any] = {"dest": self.name, "help": self.help, "default": self.default}
         if self.kind is bool:
             words["action"] = "store_true"
         else:
@@ -72,7 +72,7 @@ class Option:
             words |= {"action": "append", "default": []}
         elif self.kind in (int, float):
             words["type"] = self.kind
-        if self.kind not in (bool, dict) and default is not None and "default" not in self.help:
+        if self.kind not in (bool, dict) and self.default is not None and "default" not in self.help:
             words["help"] += " (default: %(default)s)"
         parser.add_argument(f"--{self.key}", **words)
 
@@ -92,6 +92,14 @@ def options_of(record: type) -> dict[str, Option]:
         if "option" in field.metadata:
             found[field.name] = dataclasses.replace(field.metadata["option"], name=field.name)
     return found
+
+
+class Record:
+    """A dataclass whose options are read and checked when it is made."""
+
+    def __post_init__(self) -> None:
+        for name, row in options_of(type(self)).items():
+            object.__setattr__(self, name, row.value_of(getattr(self, name)))
 
 
 def between(least: int, most: int, remedy: str = "") -> Callable[[int], str]:

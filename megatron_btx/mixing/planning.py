@@ -47,7 +47,6 @@ def make_plan(request: Request) -> Plan:
 
 
 def _check_kinds(method: Method, sources: Sequence[Source]) -> None:
-    """Refuse a mixture where the method takes a dense model, and the other way round."""
     for number, source in enumerate(sources):
         kind = method.takes[min(number, len(method.takes) - 1)]
         experts = source.sizes.experts
@@ -99,10 +98,8 @@ def _check_frequency(frequency: int | tuple[int, ...], layers: int) -> int | lis
 
 def _plan_pieces(request: Request, given: Given, sources: Sequence[Source], sizes: Sizes) -> Iterator[PlannedPiece]:
     """Every piece of the result; whether it has a head of its own, the sources show."""
-    first = sources[0]
-    for source in sources:
-        if source.name == request.take.get("dtype"):
-            first = source
+    by_name = {source.name: source for source in sources}
+    first = by_name[request.take.get("dtype", sources[0].name)]
     for piece in pieces_of(sizes):
         operation, chunks = METHODS[request.method].make(given, piece)
         missing = [chunk for chunk in chunks if chunk.piece not in sources[chunk.source].pieces]
@@ -135,7 +132,6 @@ def _dtype(piece: Piece, chunks: Sequence[Chunk], first: Source, sources: Sequen
 
 
 def _part(piece: Piece, chunk: Chunk, sources: Sequence[Source], axis: int) -> Part:
-    """The rows or columns that a chunk is."""
     if chunk.count > 1 and piece.name.endswith("down.bias"):
         raise InputError(
             f"{piece.name}: a feed-forward block with biases cannot be cut, its second bias belongs to the whole; "

@@ -18,7 +18,7 @@ _NO_NAME = "/\\ \t,:"
 
 def list_options(*groups: str) -> dict[str, Option]:
     """The options of these groups by their keys, those of all methods among them."""
-    options = [*own_options(), *options_of(Request).values(), *options_of(Options).values()]
+    options = [*_own_options(), *options_of(Request).values(), *options_of(Options).values()]
     found = {}
     for group in groups:
         for row in options:
@@ -27,7 +27,7 @@ def list_options(*groups: str) -> dict[str, Option]:
     return found
 
 
-def own_options() -> list[Option]:
+def _own_options() -> list[Option]:
     """What methods have of their own, each name once; the help says whose it is, and each one's default."""
     rows: dict[str, Option] = {}
     for method, row in METHODS.items():
@@ -42,21 +42,6 @@ def own_options() -> list[Option]:
     return list(rows.values())
 
 
-def read_options(settings: Mapping[str, object]) -> Options:
-    """How to carry out a conversion, of keywords.
-
-    Raises:
-        InputError: names the flag, what was given and what is expected.
-    """
-    rows = options_of(Options)
-    values: dict[str, Any] = {}
-    for name, given in settings.items():
-        values[name] = given
-        if name in rows:
-            values[name] = rows[name].value_of(given)
-    return Options(**values)
-
-
 def read_request(
     experts: Sequence[tuple[str, str]], method: str = Request.method, settings: Mapping[str, object] | None = None
 ) -> Request:
@@ -64,16 +49,17 @@ def read_request(
 
     Raises:
         InputError: what no source can fulfil: names the flag or setting, what was given and what is expected.
+        TypeError: there is no such option.
     """
     if method not in METHODS:
         raise InputError(f"--method {method}: expected one of {', '.join(METHODS)}")
     names = [name for name, _ in experts]
     _check_names(names, method)
-    rows = options_of(Request)
+    common = options_of(Request)
     given = {name: value for name, value in (settings or {}).items() if value is not None}
-    values = {name: rows[name].value_of(value) for name, value in given.items() if name in rows}
-    others = {name: value for name, value in given.items() if name not in rows}
-    request = Request(tuple(experts), method, _read_own(method, others), **values)
+    values: dict[str, Any] = {name: value for name, value in given.items() if name in common}
+    own = {name: value for name, value in given.items() if name not in common}
+    request = Request(tuple(experts), method, _read_own(method, own), **values)
     for flag, named in (("--weight", request.weights), ("--take", request.take.values())):
         for name in named:
             if name not in names:
@@ -86,14 +72,14 @@ def read_request(
 
 
 def _read_own(method: str, given: Mapping[str, object]) -> dict[str, Any]:
-    """The values of all of a method's own options."""
     rows = {row.name: row for row in METHODS[method].options}
-    for row in own_options():
-        if row.name in given and row.name not in rows:
-            owners = [name for name, other in METHODS.items() if row.name in [own.name for own in other.options]]
-            raise InputError(f"--method {method}: --{row.key} does not apply, it belongs to {', '.join(owners)}")
-    if unknown := sorted(set(given) - set(rows)):
-        raise TypeError(f"there is no option {unknown[0]}; there are {', '.join(keywords())}")
+    for name in given:
+        owners = [other for other, row in METHODS.items() if name in [own.name for own in row.options]]
+        if not owners:
+            raise TypeError(f"there is no option {name}; btx convert --help has them all")
+        if method not in owners:
+            flag = name.replace("_", "-")
+            raise InputError(f"--method {method}: --{flag} does not apply, it belongs to {', '.join(owners)}")
     values = {}
     for name, row in rows.items():
         value = given.get(name, row.default)
@@ -101,12 +87,6 @@ def _read_own(method: str, given: Mapping[str, object]) -> dict[str, Any]:
             raise InputError(f"--method {method}: --{row.key} is missing")
         values[name] = row.value_of(value)
     return values
-
-
-def keywords() -> list[str]:
-    """The keywords of :func:`megatron_btx.mix` that are options."""
-    rows = [*own_options(), *options_of(Options).values()]
-    return [*options_of(Request), *(row.name for row in rows), "show_progress"]
 
 
 def _check_names(names: Sequence[str], method: str) -> None:

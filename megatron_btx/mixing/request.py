@@ -1,4 +1,4 @@
-"""What a user asks of a conversion: records whose fields are the table of the options that every method has.
+"""What a user asks of a conversion, on a command line, in Python or in a recipe, read before any source is opened.
 
 Nothing here imports torch, so that a command line can be read and refused at once.
 """
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from megatron_btx.checkpoint.sizes import layer_frequency
 from megatron_btx.common.cli_args import read_pairs
 from megatron_btx.common.errors import InputError
-from megatron_btx.mixing.options import DIFFERENCES, RESULT, WORK, between, option
+from megatron_btx.mixing.options import DIFFERENCES, RESULT, WORK, Record, between, option
 
 MULTIPLE_AT_MOST = 1 << 16
 _ROPE_SCALING = ("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor", "hf_rope_scaling")
@@ -91,7 +91,6 @@ def _read_weights(given: Mapping[str, Any] | list[str]) -> dict[str, float]:
 
 
 def _read_take(given: Mapping[str, str] | list[str]) -> dict[str, str]:
-    """The sources to take fields from, by the fields' own names."""
     found: dict[str, str] = {}
     for written, name in _pairs_of(given, "--take", "FIELD=NAME, as --take rotary_base=code").items():
         plain = written.removeprefix("--").replace("-", "_")
@@ -106,14 +105,8 @@ def _read_take(given: Mapping[str, str] | list[str]) -> dict[str, str]:
     return found
 
 
-def _expect_spread(std: float) -> str:
-    if std > 0 and math.isfinite(std):
-        return ""
-    return "a number above 0; --router-init zeros gives zeros"
-
-
 @dataclasses.dataclass(frozen=True)
-class Request:
+class Request(Record):
     """What the result is made of and how: all that decides its bytes, but for the format."""
 
     experts: tuple[tuple[str, str], ...]
@@ -166,7 +159,11 @@ class Request:
         read=str,
     )
     router_std: float = option(
-        RouterInit.std, "standard deviation of normal", kind=float, metavar="STD", expect=_expect_spread
+        RouterInit.std,
+        "standard deviation of normal",
+        kind=float,
+        metavar="STD",
+        expect=lambda std: "" if 0 < std < math.inf else "a number above 0; --router-init zeros gives zeros",
     )
     router_seed: int = option(RouterInit.seed, "seed of normal", kind=int, metavar="N", expect=between(0, 2**63 - 1))
     pad_vocabulary: int = option(
@@ -195,7 +192,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Record):
     """How a conversion is carried out: nothing here changes a number of the result."""
 
     output_format: Literal["megatron", "hf"] = option(

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS, model_flags
-from megatron_btx.tokenizers.path import as_shell_word
-from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES
+from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES, as_shell_word
 
 
 def dense_arguments(first: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_btx.common.errors import CheckpointError, InputError
-from megatron_btx.common.manifest import FILE_NAME, read_manifest, versions
+from megatron_btx.common.manifest import read_manifest, versions
 from megatron_btx.mixing.compatible import vocabulary_source
 from megatron_btx.mixing.layout import LaidOutTensor
 from megatron_btx.mixing.loader import EMBEDDING, Source
@@ -59,6 +58,8 @@ def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder:
         experts.append({**source_identity(source), "weight": weight})
     tensors = {tensor.name: _tensor_entry(plan, tensor, blocks[tensor.name]) for tensor in output.tensors}
     request = plan.request
+    chosen = vocabulary_source(plan.mixed, request)
+    embedding = next(piece for piece in plan.pieces if piece.name == EMBEDDING)
     content: dict[str, Any] = {
         "form": FORM,
         "format": output.format,
@@ -66,7 +67,13 @@ def make_manifest(plan: Plan, output: Output, hashes: Mapping[int, str], folder:
         "router": {"init": request.router.how, "seed": request.router.seed, "std": request.router.std},
         "take": dict(request.take),
         "vocabulary_union": request.vocabulary == "union",
-        "vocabulary": _vocabulary(plan),
+        "vocabulary": {
+            "tokenizer_of": chosen.name,
+            "known": chosen.tokenizer.tokens is not None,
+            "token_rows": [list(stretch) for stretch in chosen.token_rows(EMBEDDING)],
+            "rows": embedding.shape[0],
+            "new_rows": embedding.new_rows,
+        },
         "tokenizer": dict(output.tokenizer),
         "experts": experts,
         "versions": versions(),
@@ -102,19 +109,6 @@ def _tensor_entry(plan: Plan, tensor: LaidOutTensor, blocks: Sequence[Mapping[st
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "sha256": digest,
         "blocks": list(blocks),
-    }
-
-
-def _vocabulary(plan: Plan) -> dict[str, Any]:
-    """Whose tokenizer the result has, and which of its rows are tokens."""
-    planned = next(piece for piece in plan.pieces if piece.name == EMBEDDING)
-    chosen = vocabulary_source(plan.mixed, plan.request)
-    return {
-        "tokenizer_of": chosen.name,
-        "known": chosen.tokenizer.tokens is not None,
-        "token_rows": [list(stretch) for stretch in chosen.token_rows(EMBEDDING)],
-        "rows": planned.shape[0],
-        "new_rows": planned.new_rows,
     }
 
 
@@ -181,12 +175,7 @@ def describe_frame(file: Path, stretches: Sequence[Stretch]) -> dict[str, Any]:
 
 def read_result_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a result, even one that is damaged; None for none, or one without places and a hash of itself."""
-    try:
-        manifest = read_manifest(folder)
-    except CheckpointError:
-        raise
-    except InputError as error:
-        raise CheckpointError(f"{folder / FILE_NAME}: is damaged ({error})") from error
+    manifest = read_manifest(folder)
     if manifest and (manifest.get("form") == FORM or "manifest_sha256" in manifest):
         return manifest
     return None

@@ -27,7 +27,7 @@ from megatron_btx.mixing.plan import Plan, PlannedPiece
 from megatron_btx.mixing.result import megatron_args_text
 from megatron_btx.tokenizers import written_files as tokenizer_files
 from megatron_btx.tokenizers.export import result_tokenizer
-from megatron_btx.tokenizers.path import HF_FOLDER
+from megatron_btx.tokenizers.vocabulary import HF_FOLDER
 
 _WRITTEN = {"zeros": ZEROS, "ramp": RAMP}
 """What :mod:`megatron_btx.checkpoint.huggingface.shared_expert` wants in its tensors."""

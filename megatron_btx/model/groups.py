@@ -7,9 +7,10 @@ inside the linear layer after it. Freezes that Megatron's optimizers cannot save
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,12 +80,23 @@ def resolve_groups(arguments: Mapping[str, Any]) -> TrainedGroups:
         arguments: Megatron's, by name, with ``btx_freeze`` and ``btx_lr_multiplier`` where there are any.
 
     Raises:
-        InputError: see :func:`read_frozen` and :func:`read_multipliers`.
+        InputError: an unknown group, one this model does not have or one given twice; everything frozen; a factor that
+            is not above zero, or for a group that has no rate or another.
     """
     present = list_groups(arguments)
-    frozen = read_frozen(arguments.get("btx_freeze") or (), present)
-    multipliers = read_multipliers(arguments.get("btx_lr_multiplier") or (), present)
-    _check_rates(multipliers, frozen, arguments.get("decoupled_lr") is not None)
+    frozen = _read_frozen(arguments.get("btx_freeze") or [], present)
+    multipliers: dict[str, float] = {}
+    for word in arguments.get("btx_lr_multiplier") or ():
+        where = f"--btx-lr-multiplier {word}"
+        group, factor = _read_multiplier(word)
+        _check_group(group, where, present)
+        if group in multipliers:
+            raise InputError(f"{where}: the group has {multipliers[group]:g} already; give every group once")
+        if group in frozen:
+            raise InputError(f"{where}: the group is frozen by --btx-freeze and has no learning rate; drop one of them")
+        if arguments.get("decoupled_lr") is not None and group in ("embeddings", "head"):
+            raise InputError(f"{where}: --decoupled-lr sets this group's learning rate; give one of the two")
+        multipliers[group] = factor
     return TrainedGroups(frozen, multipliers, not arguments["untie_embeddings_and_output_weights"])
 
 
@@ -104,16 +116,7 @@ def list_groups(arguments: Mapping[str, Any]) -> list[str]:
     return [group for group in GROUPS if group not in absent]
 
 
-def read_frozen(words: Iterable[str], present: list[str]) -> tuple[str, ...]:
-    """The groups that the words of ``--btx-freeze`` name.
-
-    Args:
-        present: the groups that the model has.
-
-    Raises:
-        InputError: an unknown group, one this model does not have, or everything frozen.
-    """
-    words = list(words)
+def _read_frozen(words: list[str], present: list[str]) -> tuple[str, ...]:
     frozen: set[str] = set()
     for word in words:
         named = word.removeprefix(ALL_BUT).split(",")
@@ -131,43 +134,13 @@ def read_frozen(words: Iterable[str], present: list[str]) -> tuple[str, ...]:
     return tuple(group for group in GROUPS if group in frozen)
 
 
-def read_multipliers(words: Iterable[str], present: list[str]) -> dict[str, float]:
-    """What the words of ``--btx-lr-multiplier`` say: group -> factor.
-
-    Raises:
-        InputError: another form, an unknown group or one given twice, or a factor that is not above zero.
-    """
+def _read_multiplier(word: str) -> tuple[str, float]:
     expected = "GROUP=X with X above zero, as router=10 (to train not at all: freeze)"
-    factors: dict[str, float] = {}
-    for word in words:
-        where = f"--btx-lr-multiplier {word}"
-        group, text = split_pair(word, "--btx-lr-multiplier", expected)
-        factor = _read_factor(text)
-        if not 0 < factor < math.inf:
-            raise InputError(f"{where}: expected {expected}")
-        _check_group(group, where, present)
-        if group in factors:
-            raise InputError(f"{where}: the group has {factors[group]:g} already; give every group once")
-        factors[group] = factor
-    return factors
-
-
-def _read_factor(text: str) -> float:
-    """The number; not a number for another text."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _check_rates(multipliers: Mapping[str, float], frozen: Iterable[str], has_decoupled_rate: bool) -> None:
-    """Refuse a rate for a group that has none, or another."""
-    for group, factor in multipliers.items():
-        where = f"--btx-lr-multiplier {group}={factor:g}"
-        if group in frozen:
-            raise InputError(f"{where}: the group is frozen by --btx-freeze and has no learning rate; drop one of them")
-        if has_decoupled_rate and group in ("embeddings", "head"):
-            raise InputError(f"{where}: --decoupled-lr sets this group's learning rate; give one of the two")
+    group, text = split_pair(word, "--btx-lr-multiplier", expected)
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return group, float(text)
+    raise InputError(f"--btx-lr-multiplier {word}: expected {expected}")
 
 
 def _check_group(group: str, where: str, present: list[str]) -> None:
@@ -228,7 +201,7 @@ def check_optimizers(args: argparse.Namespace, groups: TrainedGroups, config: An
         config: Megatron's, of the layers.
 
     Raises:
-        InputError: see :func:`refuse_optimizers`.
+        InputError: names what trains where, and the remedy.
     """
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -248,28 +221,15 @@ def check_optimizers(args: argparse.Namespace, groups: TrainedGroups, config: An
             count = get_num_layers_to_build(config, chunk if chunks else None, stage)
         for is_mixture in itertools.islice(layers, count):
             held[stage] |= {"attention", "norms"} | (mixture if args.num_experts and is_mixture else {"mlp"})
+    # Of every pipeline stage: whether it trains some of the rest (True), and experts that are spread otherwise (False).
     stages = [{group != "experts" or not spread for group in own - set(groups.frozen)} for own in held]
-    refuse_optimizers(stages, args.use_distributed_optimizer)
-
-
-def refuse_optimizers(stages: list[set[bool]], distributed: bool) -> None:
-    """See :func:`check_optimizers`.
-
-    Args:
-        stages: of every pipeline stage, whether it trains parameters of the rest (True in it), of experts that are
-            spread otherwise (False in it).
-        distributed: the distributed optimizer, whose states are stored by parameter.
-
-    Raises:
-        InputError: names what trains where, and the remedy.
-    """
     if not any(True in stage for stage in stages):
         raise InputError(
             "nothing but the experts trains (--btx-freeze), and Megatron cannot save their optimizer alone where they "
             "are spread over ranks; use --expert-model-parallel-size 1 and the expert tensor parallelism that the rest "
             "has, or train the router too"
         )
-    if distributed or all(stage == stages[0] for stage in stages):
+    if args.use_distributed_optimizer or all(stage == stages[0] for stage in stages):
         return
     words = {(): "nothing", (True,): "no experts", (False,): "experts alone", (False, True): "experts and more"}
     listed = ", ".join(f"{number} trains {words[tuple(sorted(stage))]}" for number, stage in enumerate(stages))

@@ -1,7 +1,8 @@
 """The layers of a model: what stands in the slots that Megatron's specification of a layer leaves open.
 
 By ``--transformer-impl``: torch's parts in Megatron's local layers, or Transformer Engine's layers as Megatron has
-them. Our routers go into either. Nothing else of a layer is replaced.
+them. Our routers go into either. Nothing else of a layer is replaced. What Transformer Engine alone has is refused
+before (``engine/checks/arguments.py``).
 """
 
 from __future__ import annotations
@@ -23,20 +24,6 @@ if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What stands in the slots of every layer."""
-
-    norm: type
-    attention: type
-    """Of queries, keys and values, between the projections."""
-
-
-PARTS = {"local": Parts(TorchNorm, TorchAttention)}
-"""--transformer-impl -> ours; none for Transformer Engine. What it alone has is refused before
-(``engine/checks/arguments.py``)."""
-
-
 def layer_specs(settings: RouterSettings | None, step: Step) -> Callable[..., TransformerBlockSubmodules]:
     """The layers of a pipeline stage, as a function for ``GPTModelConfig.transformer_layer_spec``.
 
@@ -48,17 +35,17 @@ def layer_specs(settings: RouterSettings | None, step: Step) -> Callable[..., Tr
 
     def specs(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         transformer = config.transformer
-        parts = PARTS.get(transformer.transformer_impl)
+        is_local = transformer.transformer_impl == "local"
         block = get_gpt_decoder_block_spec(
             transformer,
-            use_transformer_engine=parts is None,
+            use_transformer_engine=not is_local,
             normalization=transformer.normalization,
             qk_l2_norm=transformer.qk_l2_norm,
             vp_stage=vp_stage,
         )
-        if parts is not None:
-            layers = [_with_parts(spec, transformer, parts) for spec in block.layer_specs]
-            block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.norm)
+        if is_local:
+            layers = [_with_torch_parts(spec, transformer) for spec in block.layer_specs]
+            block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=TorchNorm)
         if settings is not None:
             block = with_routers(block, transformer, settings, step, vp_stage)
         return block
@@ -66,16 +53,16 @@ def layer_specs(settings: RouterSettings | None, step: Step) -> Callable[..., Tr
     return specs
 
 
-def _with_parts(spec: ModuleSpec, config: TransformerConfig, parts: Parts) -> ModuleSpec:
+def _with_torch_parts(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     layer = spec.submodules
-    slots = {"core_attention": parts.attention}
+    slots: dict[str, type] = {"core_attention": TorchAttention}
     if config.qk_layernorm and not config.qk_l2_norm:
-        slots |= {"q_layernorm": parts.norm, "k_layernorm": parts.norm}
+        slots |= {"q_layernorm": TorchNorm, "k_layernorm": TorchNorm}
     attention = dataclasses.replace(layer.self_attention.submodules, **slots)
     layer = dataclasses.replace(
         layer,
-        input_layernorm=parts.norm,
-        pre_mlp_layernorm=parts.norm,
+        input_layernorm=TorchNorm,
+        pre_mlp_layernorm=TorchNorm,
         self_attention=dataclasses.replace(layer.self_attention, submodules=attention),
     )
     return dataclasses.replace(spec, submodules=layer)

@@ -93,10 +93,14 @@ class BTXRouter(TopKRouter):  # type: ignore[misc]
         """
         if self.settings.sampling is None:
             return super().routing(logits, padding_mask)
-        logits_TE = self.apply_z_loss(logits.view(-1, self.config.num_moe_experts), padding_mask=padding_mask)
+        sequence, batch, experts = logits.shape
+        logits_TE = self.apply_z_loss(logits.view(-1, experts), padding_mask=padding_mask)
         scores_TE = torch.softmax(logits_TE.float(), dim=-1)
         if self.training:
-            noisy_TE = logits_TE.float() + self._noise(logits).view_as(logits_TE)
+            samples_B = torch.arange(batch, device=logits.device) + self._first_sample()
+            positions_S = _positions(sequence, self.config, self.tp_group, self.cp_group, logits.device)
+            noise_SBE = gumbel_noise(self.settings.seed, samples_B, positions_S, int(self.layer_number or 0), experts)
+            noisy_TE = logits_TE.float() + noise_SBE.view_as(logits_TE)
             sampled_TE = torch.softmax(noisy_TE / self.settings.sampling.temperature(self.step.iteration), dim=-1)
             map_TE = _one_hot_of_largest(noisy_TE)
             gates_TE = sampled_TE * map_TE
@@ -105,20 +109,10 @@ class BTXRouter(TopKRouter):  # type: ignore[misc]
             gates_TE = map_TE.float()
         gates_TE = gates_TE.type_as(logits_TE)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
-            sequence, batch = logits.shape[:2]
             gates_TE = self._apply_aux_loss(gates_TE, scores_TE, map_TE)
             gates_TE = self._apply_seq_aux_loss(gates_TE, scores_TE, map_TE, sequence, batch)
             gates_TE = self._apply_global_aux_loss(gates_TE, scores_TE, map_TE)
         return gates_TE, map_TE
-
-    # --- sampling ---------------------------------------------------------------------------------------------
-
-    def _noise(self, logits: torch.Tensor) -> torch.Tensor:
-        sequence, batch = logits.shape[:2]
-        samples_B = torch.arange(batch, device=logits.device) + self._first_sample()
-        positions_S = _positions(sequence, self.config, self.tp_group, self.cp_group, logits.device)
-        layer = int(self.layer_number or 0)
-        return gumbel_noise(self.settings.seed, samples_B, positions_S, layer, int(self.config.num_moe_experts))
 
     def _first_sample(self) -> int:
         """The first sample of the micro-batch at hand, which in recomputation is not the one last begun.
@@ -134,8 +128,6 @@ class BTXRouter(TopKRouter):  # type: ignore[misc]
         elif self._microbatches_to_recompute:
             return self._microbatches_to_recompute.popleft()
         return self.step.first_sample
-
-    # --- the paper's load balancing ---------------------------------------------------------------------------
 
     def _apply_aux_loss(
         self,

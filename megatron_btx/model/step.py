@@ -40,8 +40,7 @@ def forward_step(
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args
 
-    from megatron_btx.data.foreign_ids import ForeignIdError
-    from megatron_btx.data.training import get_batch
+    from megatron_btx.data.training import ForeignIdError, get_batch
 
     if stopping is not None:
         stopping.moved()
@@ -191,8 +190,8 @@ def batches_of(text: Any, where: str) -> list[dict[str, Any]]:
     from megatron.core import mpu
     from megatron.training import get_args
 
-    from megatron_btx.data.foreign_ids import check_text
     from megatron_btx.data.texts import tokens_of_a_batch
+    from megatron_btx.data.training import check_text
 
     args = get_args()
     check_text(text, where, args)

@@ -34,10 +34,11 @@ def check_with_megatron(
         stages: those that train or evaluate.
         use_gpus: False where they run on the CPU, whatever the machine has.
     """
-    asked = {
-        "sections": {where: to_argv(flags) for where, flags in sections.items()},
-        "stages": {stage.name: (stage.processes, program_words(stage)) for stage in stages},
-    }
+    programs: dict[str, tuple[int, tuple[str, ...]]] = {}
+    for stage in stages:
+        assert isinstance(stage.program, Program)
+        programs[stage.name] = (stage.processes, stage.program.words)
+    asked = {"sections": {where: to_argv(flags) for where, flags in sections.items()}, "stages": programs}
     environment = os.environ if use_gpus else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     ask("megatron_btx.training.check_stages", asked, environment, f"{file}: ")
 
@@ -113,9 +114,3 @@ def _put_given_models(words: list[str]) -> list[str] | None:
     for name, number in stand_ins.items():
         words[number] = f"{name}={given[0]}"
     return list(stand_ins)
-
-
-def program_words(stage: Stage) -> list[str]:
-    """The words of the program of ours that ``stage`` starts."""
-    assert isinstance(stage.program, Program)
-    return list(stage.program.words)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.plan.sources import Model, locate, mixed_model_of, origins_of
+from megatron_btx.plan.fingerprint import locate
+from megatron_btx.plan.sources import Model, mixed_model_of, origins_of
 from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe.data import Data
 from megatron_btx.recipe.flags import merged

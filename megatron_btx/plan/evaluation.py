@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import batched
 from pathlib import Path
 
-from megatron_btx.plan.sources import data_origins, deciding_settings, locate, model_of
+from megatron_btx.plan.fingerprint import deciding_settings, locate
+from megatron_btx.plan.sources import data_origins, model_of
 from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe.flags import FlagValue, check_layout, check_measured, measured_batch, to_argv
 from megatron_btx.recipe.models import Ensemble, ModelSpec
@@ -19,10 +20,9 @@ _EXPERT_LAYOUT_FLAGS = ("expert-model-parallel-size", "expert-tensor-parallel-si
 
 
 def plan_evaluation(recipe: Recipe, name: str, rows: Sequence[ModelSpec], how: EvaluateSection) -> Stage:
-    """The stage ``name``, which evaluates the models of ``rows``, which have one architecture.
+    """The stage ``name``, which evaluates the models of ``rows``, all of one architecture.
 
-    Raises:
-        InputError: a layout that does not fit, or fewer tokens than one batch.
+    Raises InputError for a layout that does not fit, or fewer tokens than one batch.
     """
     data, layout = recipe.data, how.layout
     models = {row.name: model_of(row) for row in rows if not isinstance(row.make, Ensemble)}

@@ -83,8 +83,15 @@ class Identity:
     """Hash of both."""
 
 
-def deciding(flags: Flags) -> dict[str, Any]:
-    """Those of ``flags`` that decide what is computed."""
+def locate(path: str) -> str | Path:
+    """A path as a setting: by content where it is given from outside, by name where the run makes it."""
+    if Path(path).is_absolute():
+        return Path(path)
+    return path
+
+
+def deciding_settings(flags: Flags) -> dict[str, Any]:
+    """The settings that decide what a program does with ``flags``; files from outside count by their content."""
     left_out = NOT_DECIDING
     if not flags.get("num-experts"):  # a mixture's balancing losses are taken over each micro-batch
         left_out |= {"micro-batch-size"}
@@ -95,6 +102,10 @@ def deciding(flags: Flags) -> dict[str, Any]:
         settings[name] = value
         if name in _UNORDERED and isinstance(value, tuple):
             settings[name] = sorted(map(str, value))
+        elif name == "train-data-path" and isinstance(value, tuple):
+            settings[name] = [locate(str(word)) for word in value]
+        elif name in ("pretrained-checkpoint", "tokenizer-model") and isinstance(value, str):
+            settings[name] = locate(value)
     return settings
 
 

@@ -6,11 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-from megatron_btx.plan.fingerprint import deciding
 from megatron_btx.recipe.data import Data
-from megatron_btx.recipe.flags import Flags
 from megatron_btx.recipe.from_checkpoint import is_loadable
 from megatron_btx.recipe.models import Given, ModelSpec
 from megatron_btx.recipe.names import CHECKPOINT_FOLDER, DATA_STAGE, EXPERT_PREFIX, IMPORT_PREFIX
@@ -81,23 +78,3 @@ def data_origins(
     if data.are_made():
         parents = (DATA_STAGE, *parents)
     return parents, (*inputs, *outside)
-
-
-def locate(path: str) -> str | Path:
-    """A path as a setting: by content where it is given from outside, by name where the run makes it."""
-    if Path(path).is_absolute():
-        return Path(path)
-    return path
-
-
-def deciding_settings(flags: Flags) -> dict[str, Any]:
-    """The settings that decide what a program does with ``flags``; files from outside count by their content."""
-    settings = deciding(flags)
-    blend = flags.get("train-data-path")
-    if isinstance(blend, tuple):
-        settings["train-data-path"] = [locate(str(word)) for word in blend]
-    for name in ("pretrained-checkpoint", "tokenizer-model"):
-        path = flags.get(name)
-        if isinstance(path, str):
-            settings[name] = locate(path)
-    return settings

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_btx.plan.sources import data_origins, deciding_settings, model_of
+from megatron_btx.plan.fingerprint import deciding_settings
+from megatron_btx.plan.sources import data_origins, model_of
 from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe.budgets import batch_tokens, padded_vocabulary, training_flops, training_steps
-from megatron_btx.recipe.flags import Flags, FlagValue, check_layout, check_measured, check_saving, merged, to_argv
+from megatron_btx.recipe.flags import FlagValue, check_layout, check_measured, check_saving, merged, to_argv
 from megatron_btx.recipe.models import ModelSpec, Train
 from megatron_btx.recipe.names import (
     CHECKPOINT_FOLDER,
@@ -28,8 +29,15 @@ def plan_training(recipe: Recipe, row: ModelSpec) -> Stage:
     train, budget, data = row.make, row.budget, recipe.data
     assert isinstance(train, Train) and budget is not None
     processes = train.layout.processes
-    model_flags = {**row.flags, **_watching_flags(recipe, train)}
-    given = recipe.merge_flags(train.layout, train.megatron, model_flags, train.last_flags)
+    watching: dict[str, FlagValue] = {}
+    if train.watch is not None:  # on the text that the experts are evaluated on, whose loss bounds the first
+        split = train.watch.split
+        watching["btx-valid-data"] = tuple(f"{name}={data.evaluation_prefix(name, split)}" for name in recipe.domains)
+        watching["btx-valid-tokens"] = train.watch.tokens
+        watching["btx-first-loss-bound"] = f"{EVALUATE_EXPERTS_STAGE}/{EVALUATION_FILE}"
+        if train.watch_interval is not None:
+            watching["eval-interval"] = train.watch_interval
+    given = recipe.merge_flags(train.layout, train.megatron, {**row.flags, **watching}, train.last_flags)
     steps = training_steps(row.stage, budget.tokens, given)
     check_layout(row.stage, processes, given)
     check_saving(row.stage, given)
@@ -75,15 +83,3 @@ def plan_training(recipe: Recipe, row: ModelSpec) -> Stage:
         flops=training_flops(flags, tokens, vocabulary) if vocabulary is not None else None,
         config={"flags": {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}},
     )
-
-
-def _watching_flags(recipe: Recipe, train: Train) -> Flags:
-    """Loss per domain meanwhile, on the text that the experts are evaluated on, and the bound of the first."""
-    if train.watch is None:
-        return {}
-    words = tuple(f"{domain}={recipe.data.evaluation_prefix(domain, train.watch.split)}" for domain in recipe.domains)
-    flags: dict[str, FlagValue] = {"btx-valid-data": words, "btx-valid-tokens": train.watch.tokens}
-    flags["btx-first-loss-bound"] = f"{EVALUATE_EXPERTS_STAGE}/{EVALUATION_FILE}"
-    if train.watch_interval is not None:
-        flags["eval-interval"] = train.watch_interval
-    return flags

@@ -109,11 +109,7 @@ def model_shape(flags: Flags, vocabulary: int) -> ModelShape:
 
 def _mixture_layers(flags: Flags, layers: int) -> int:
     """How many layers are mixtures."""
-    frequency = layer_frequency(str(flags.get("moe-layer-freq", 1)))
-    if isinstance(frequency, int):
-        pattern = mixture_layers(frequency, layers)
-    else:
-        pattern = mixture_layers(list(frequency), layers)
+    pattern = mixture_layers(layer_frequency(str(flags.get("moe-layer-freq", 1))), layers)
     if len(pattern) != layers:
         raise InputError(
             f"mix.moe-layer-freq: names {len(pattern)} layers, num-layers {layers}; let it name every layer"

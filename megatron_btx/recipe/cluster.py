@@ -13,10 +13,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from megatron_btx.common.refusals import RefusedKeyError
-from megatron_btx.recipe.section import Section
+from megatron_btx.recipe.section import Section, form
 
-KINDS = ("cpu", "gpu", "data", "seed", "experts", "mix", "finetune", "dense", "evaluate", "export", "report")
-"""Sections for some of the stages; the first two for all that use no GPU, or one."""
 FOREIGN_NAMES = re.compile(r"(SLURMD?|SBATCH|SQUEUE|SCANCEL|SCONTROL|SALLOC|SRUN|SINFO|SACCT|BTX)_")
 """Begins the variables by which Slurm's commands and our scripts know a job, or take options."""
 _SECRET = re.compile(
@@ -26,17 +24,6 @@ _PASSWORD = re.compile(r"://[^/\s@]*:[^/\s]*@")
 _TIME = re.compile(r"[0-9]{1,6}|[0-9]{1,6}(:[0-9]{2}){2}|[0-9]{1,6}-[0-9]{1,6}(:[0-9]{2}){0,2}")
 """Not MM:SS, which a reader takes for hours and minutes."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
-
-def _form(pattern: str, expected: str) -> AfterValidator:
-    """A text of one form."""
-
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"found {text!r}, expected {expected}")
-        return text
-
-    return AfterValidator(check)
 
 
 def seconds_of(time: str) -> int:
@@ -79,11 +66,11 @@ def _check_environment(given: dict[str, str]) -> dict[str, str]:
 
 
 Word = Annotated[
-    str, _form(r"[A-Za-z0-9_][A-Za-z0-9_.+@:,-]*", "a name of letters, digits and _ . + @ : , - (not first)")
+    str, form(r"[A-Za-z0-9_][A-Za-z0-9_.+@:,-]*", "a name of letters, digits and _ . + @ : , - (not first)")
 ]
 """A name of Slurm's: an account, a partition, a QoS."""
-Constraint = Annotated[str, _form(r"[A-Za-z0-9_\[(][A-Za-z0-9_.&|!*()\[\],-]*", "features of nodes, as a100&nvlink")]
-Memory = Annotated[str, _form(r"[0-9]{1,9}[KMGT]|0", "memory of a node with its unit, as 64G; 0 is all of it")]
+Constraint = Annotated[str, form(r"[A-Za-z0-9_\[(][A-Za-z0-9_.&|!*()\[\],-]*", "features of nodes, as a100&nvlink")]
+Memory = Annotated[str, form(r"[0-9]{1,9}[KMGT]|0", "memory of a node with its unit, as 64G; 0 is all of it")]
 Line = Annotated[str, AfterValidator(_check_one_line)]
 Count = Annotated[int, Field(ge=1, le=10_000)]
 
@@ -102,7 +89,7 @@ class ResourcesSection(Section):
     """(default: as many as the stage's processes need)"""
     tasks_per_node: Count | None = None
     """Processes on a node at most (default: 8; with nodes, the stage's processes spread over them)."""
-    gpus_per_task: Annotated[int, Field(ge=0, le=16)] | None = None
+    gpus_per_task: Annotated[int, Field(ge=0, le=16)] = 1
     """Of a stage that uses GPUs (default: 1); 0 where the cluster has none."""
     cpus_per_task: Count | None = None
     """(default: the stage's threads; of a stage that uses no GPU also the data's workers)"""
@@ -120,9 +107,9 @@ class ResourcesSection(Section):
     """Folder for Megatron's indices of datasets (default: in the stage's folder)."""
     environment: Annotated[dict[str, str], AfterValidator(_check_environment)] | None = None
     """Variables of the job; everything that is exported when btx submit runs is there without it."""
-    signal_seconds: Annotated[int, Field(ge=10, le=3600)] | None = None
+    signal_seconds: Annotated[int, Field(ge=10, le=3600)] = 90
     """How long before its end a training job is told to save and leave (default: 90)."""
-    retries: Annotated[int, Field(ge=0, le=100)] | None = None
+    retries: Annotated[int, Field(ge=0, le=100)] = 3
     """How often in a row a job starts again that saved no further step (default: 3)."""
 
     def given(self) -> dict[str, Any]:
@@ -148,7 +135,7 @@ class ClusterSection(ResourcesSection):
     export: ResourcesSection = ResourcesSection()
     report: ResourcesSection = ResourcesSection()
 
-    def merge(self, kinds: tuple[str, ...]) -> dict[str, Any]:
+    def merge(self, kinds: tuple[str, ...]) -> ResourcesSection:
         """What a stage of these kinds asks for; a later kind wins, environments are laid over each other."""
         merged = self.given()
         for kind in kinds:
@@ -158,4 +145,4 @@ class ClusterSection(ResourcesSection):
             merged |= given
             if environment:
                 merged["environment"] = environment
-        return merged
+        return ResourcesSection().model_copy(update=merged)

@@ -15,9 +15,6 @@ from megatron_btx.recipe.sections import DataSection
 from megatron_btx.recipe.values import absolute_path
 from megatron_btx.tokenizers.vocabulary import read_vocabulary
 
-_SEED = 1234
-"""Draws which documents go to which split, where the recipe does not say it."""
-
 
 @dataclass(frozen=True)
 class Data:
@@ -90,8 +87,7 @@ def read_data(section: DataSection, own_tokenizer: Flags) -> Data:
         else:
             domains[name] = {split: tuple(prefixes) for split, prefixes in domain.given_splits().items()}
     tokenizer = _read_tokenizer(section, own_tokenizer)
-    seed = _SEED if section.seed is None else section.seed
-    return Data(domains, tokenizer, texts, section.workers if texts else 0, seed)
+    return Data(domains, tokenizer, texts, section.workers if texts else 0, section.seed)
 
 
 def choose_domains(listed: list[str] | None, names: tuple[str, ...]) -> tuple[str, ...]:

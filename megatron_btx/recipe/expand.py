@@ -14,7 +14,6 @@ from typing import Annotated, Any
 from pydantic import WrapValidator, create_model
 
 from megatron_btx.common.ensembles import WEIGHTINGS, name_ensemble
-from megatron_btx.common.errors import InputError
 from megatron_btx.common.plugins import load_plugins
 from megatron_btx.common.refusals import refuse, unknown_key
 from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT
@@ -173,8 +172,7 @@ class Expansion:
         return {domain: share / total for domain, share in shares.items()}
 
     def _add_mix(self, section: MixSection) -> None:
-        known = [*self.sections.experts, GENERALIST]
-        names = known if section.experts is None else section.experts
+        known, names = [*self.sections.experts, GENERALIST], self.mixed()
         if section.from_ is None and not set(names) <= set(known):
             refuse("mix.experts", f"found {names!r}, expected a list of some of: {', '.join(known)}")
         if section.from_ is None and not self.sections.experts and len(names) > 1:
@@ -183,13 +181,16 @@ class Expansion:
         base = padded_vocabulary(self.recipe.model, self.recipe.data.vocabulary_size)
         self.shape = mixture_shape(section, names, self.recipe.model, base, rows)
         self.routing = read_routing("mix", section, number(self.shape, "num-experts"))
-        self._check_balancing(section, self.routing)
+        given = {"model": self.sections.model, "training": self.sections.training, "mix.megatron": section.megatron}
+        if self.sections.finetune is not None:
+            given["finetune.megatron"] = self.sections.finetune.megatron
+        check_balancing(section, self.routing, given)
         flags = merged(self.mix_flags, self.shape, self.routing.flags(self.mix_flags))
         router_seed = self.sections.random_seed if section.router_seed is None else section.router_seed
         if section.from_ is not None:
             make: Given | Mix = Given(section.from_, option_words(section))
         else:
-            make = Mix(self.sources(names), self.router_words(router_seed))
+            make = Mix(self.sources(), self.router_words(router_seed))
         row = ModelSpec(MIX_MODEL, MIX_STAGE, make, "mix", "the mixture before finetuning", flags=flags)
         self.add([replace(row, evaluated_in=EVALUATE_MIXTURES)])
 
@@ -208,23 +209,23 @@ class Expansion:
         topk = str(self.routing.top_k)
         return ("--router-seed", str(seed), "--moe-router-topk", topk, *option_words(self.sections.mix))
 
-    def sources(self, names: Iterable[str]) -> dict[str, str]:
-        """Name of an expert in a mixture -> its row."""
-        return {name: SEED_MODEL if name == GENERALIST else f"{EXPERT_PREFIX}{name}" for name in names}
+    def sources(self) -> dict[str, str]:
+        """Name of an expert in the mix -> its row."""
+        return {name: SEED_MODEL if name == GENERALIST else f"{EXPERT_PREFIX}{name}" for name in self.mixed()}
 
-    def mixed(self) -> tuple[str, ...]:
+    def mixed(self) -> list[str]:
         """The names in the mix, those of all experts and the seed where there is none."""
         section = self.sections.mix
         if section is not None and section.experts is not None:
-            return tuple(section.experts)
-        return (*self.sections.experts, GENERALIST)
+            return section.experts
+        return [*self.sections.experts, GENERALIST]
 
-    def _check_balancing(self, section: MixSection, routing: Routing) -> None:
-        written = self.sections
-        flags = {"model": written.model, "training": written.training, "mix.megatron": section.megatron}
-        if written.finetune is not None:
-            flags["finetune.megatron"] = written.finetune.megatron
-        check_balancing(section, routing, flags)
+    def check_mixed(self, key: str) -> None:
+        """Refuse a given mix of experts that the recipe does not have: the baseline ``key`` would lack their data."""
+        for name in self.mixed():
+            if name != GENERALIST and name not in self.sections.experts:
+                remedy = f"name it under experts with its from, blend and tokens, or leave {key} out"
+                refuse(f"baselines.{key}", f"the mix has {name}, which is no expert of the recipe; {remedy}")
 
     def _add_finetuned(self, section: TrainingSection) -> None:
         if MIX_MODEL not in self.rows:
@@ -261,15 +262,8 @@ class Expansion:
             if row.role in ("expert", "btx") and row.budget is None:
                 place = "finetune" if row.role == "btx" else f"experts.{row.home}"
                 refuse(place, f"baselines.{key} is derived from its blend and tokens; state both beside from")
-        mixed = self.mixed()
-        for name in mixed:
-            if name != GENERALIST and name not in self.sections.experts:
-                raise InputError(
-                    f"baselines.{key}: the mix has {name}, which is no expert of the recipe, so "
-                    "that its data are not known; name it under experts with its from, blend and tokens, or leave "
-                    f"{key} out"
-                )
-        experts = []
+        self.check_mixed(key)
+        mixed, experts = self.mixed(), []
         for row in self.rows.values():
             if row.role == "expert" and row.home in mixed and row.budget is not None:
                 experts.append(self.consumed(row.stage, row.budget, self.sections.experts[row.home], {}))
@@ -361,13 +355,11 @@ def _average(expansion: Expansion, section: Section) -> Iterable[ModelSpec]:
     """The plain average of the mix's sources, of which the models may differ as the mix's may."""
     if not expansion.sections.experts:
         refuse("baselines.average", "there are no experts to average; add experts")
-    for name in expansion.mixed():
-        if name not in expansion.sections.experts and name != GENERALIST:
-            refuse("baselines.average", f"the mix has {name}, which is no expert of the recipe; leave it out")
+    expansion.check_mixed("average")
     words = ["--method", "average"]
     if expansion.sections.mix is not None:
         words += words_of(option_words(expansion.sections.mix), RESULT, DIFFERENCES)
-    make = Mix(expansion.sources(expansion.mixed()), tuple(words))
+    make = Mix(expansion.sources(), tuple(words))
     row = ModelSpec(AVERAGE_MODEL, AVERAGE_STAGE, make, "average", evaluated_in=EVALUATE_DENSE)
     if ROWS in expansion.shape:  # it has the mix's embedding, which is not that of the dense models
         row = replace(row, flags={ROWS: expansion.shape[ROWS]}, evaluated_in=f"{EVALUATION_PREFIX}{AVERAGE_MODEL}")

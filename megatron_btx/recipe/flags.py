@@ -6,10 +6,9 @@ are "not given" (which takes back what an outer section gave), a list is one fla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.cost import layouts as layout
 from megatron_btx.cost.layouts import ParallelSizes
 
 FlagValue = bool | int | float | str | tuple[int | float | str, ...] | None
@@ -27,6 +26,7 @@ LAYOUT_FLAGS = (
     "use-distributed-optimizer",
 )
 """Megatron's flags that say how a stage is spread over processes; they belong in ``layout``."""
+_SIZES = LAYOUT_FLAGS[:5]
 
 _DATA = "the stage's blend and data"
 DERIVED_FLAGS = {
@@ -103,41 +103,47 @@ def number(flags: Flags, name: str, default: int | None = None) -> int:
 
 def parallel_sizes(flags: Flags) -> ParallelSizes:
     """Over how many processes the flags spread each dimension of a model."""
-    tensor = number(flags, "tensor-model-parallel-size", 1)
-    return ParallelSizes(
-        tensor=tensor,
-        pipeline=number(flags, "pipeline-model-parallel-size", 1),
-        context=number(flags, "context-parallel-size", 1),
-        expert=number(flags, "expert-model-parallel-size", 1),
-        expert_tensor=number(flags, "expert-tensor-parallel-size", tensor),
-    )
+    given = {name.replace("-", "_"): number(flags, name) for name in _SIZES if name in flags}
+    return ParallelSizes.of(given)
 
 
 def check_layout(stage: str, processes: int, flags: Flags) -> None:
     """Refuse a layout that cannot be: the arithmetic between processes, parallel sizes, layers, experts and batch."""
-    misfit = _find_misfit(processes, flags)
+    misfit = next(_find_misfits(processes, flags), None)
     if misfit is not None:
-        raise InputError(
-            f"stage {stage}: the layout does not fit: {misfit.found}; expected {misfit.expected}; {misfit.remedy}"
-        )
+        raise InputError(f"stage {stage}: the layout does not fit: {misfit}")
 
 
-def _find_misfit(processes: int, flags: Flags) -> layout.Misfit | None:
-    """The first rule of a layout that the flags of a stage break."""
+def _find_misfits(processes: int, flags: Flags) -> Iterator[str]:
+    """Source: ``megatron/core/parallel_state.py``, initialize_model_parallel."""
     sizes = parallel_sizes(flags)
-    experts = number(flags, "num-experts") if "num-experts" in flags else 0
-    misfit = layout.check_processes(sizes, processes) or layout.check_experts(sizes, processes, experts)
-    if misfit is not None:
-        return misfit
-    layers = number(flags, "num-layers")
-    if not any(name in flags for name in _UNEVEN_PIPELINE):
-        misfit = layout.check_layers(sizes, layers)
-    if misfit is None:
-        misfit = layout.check_heads(sizes, number(flags, "num-attention-heads"))
-    if misfit is not None:
-        return misfit
+    remedy = "change its layout"
+    tensor, pipeline, expert = sizes.tensor, sizes.pipeline, sizes.expert
+    if processes % sizes.model_ranks:
+        found = f"{processes} processes for TP {tensor} x PP {pipeline} x CP {sizes.context}"
+        yield f"{found}; expected a multiple of their product; {remedy}"
+    if "num-experts" not in flags:
+        if expert > 1:
+            yield f"expert-model-parallel-size {expert} for a dense model; expected 1; {remedy}"
+    else:
+        experts = number(flags, "num-experts")
+        if processes % sizes.expert_ranks:
+            found = f"{processes} processes for EP {expert} x expert TP {sizes.expert_tensor} x PP {pipeline}"
+            yield f"{found}; expected a multiple of their product; {remedy}"
+        if experts % expert:
+            yield f"{experts} experts over EP {expert}; expected a number of experts that EP divides; {remedy}"
+    layers, heads = number(flags, "num-layers"), number(flags, "num-attention-heads")
+    if layers % pipeline and not any(name in flags for name in _UNEVEN_PIPELINE):
+        yield f"{layers} layers over PP {pipeline}; expected a number of layers that PP divides; {remedy}"
+    if heads % tensor:
+        yield f"{heads} attention heads over TP {tensor}; expected a number of heads that TP divides; {remedy}"
     micro_batch, global_batch = number(flags, "micro-batch-size"), number(flags, "global-batch-size")
-    return layout.check_batch(sizes, processes, micro_batch, global_batch)
+    ranks = processes // sizes.model_ranks
+    if global_batch % (micro_batch * ranks):
+        yield (
+            f"global-batch-size {global_batch} with micro-batch-size {micro_batch} on DP {ranks}; expected a multiple "
+            f"of {micro_batch * ranks}; lower micro-batch-size or its processes, or raise global-batch-size"
+        )
 
 
 def measured_batch(processes: int, flags: Flags) -> int:

@@ -22,13 +22,7 @@ from megatron_btx.recipe.options import ROWS, option_words, pad_rows
 from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.section import Section
 from megatron_btx.recipe.sections import LayoutSection, MixSection, RecipeSection, TrainingSection, VariantSection
-from megatron_btx.recipe.values import RunName
 from megatron_btx.recipe.yaml import check_keys, load_tree
-
-
-class _Named(Section):
-    name: RunName
-
 
 _FLAG_SECTIONS = ("tokenizer", "model", "training", "megatron")
 
@@ -47,7 +41,8 @@ def parse_recipe(tree: Mapping[str, Any], file: str) -> Recipe:
     form = recipe_section()
     try:
         check_keys(tree)
-        return _make_recipe(form.model_validate(tree), file, tree)
+        named = {**tree, "name": Path(file).stem} if tree.get("name") is None else tree
+        return _make_recipe(form.model_validate(named), file, tree)
     except ValidationError as error:
         raise InputError(f"{file}: {describe(error, form)}") from None
     except InputError as error:
@@ -59,7 +54,7 @@ def _make_recipe(written: RecipeSection, file: str, tree: Mapping[str, Any]) -> 
     data = read_data(written.data, given["seed"].tokenizer if "seed" in given else {})
     recipe = Recipe(
         file=file,
-        name=written.name or _name_of_file(file),
+        name=written.name,
         sections=written,
         data=data,
         domains=choose_domains(written.domains, tuple(data.domains)),
@@ -98,11 +93,6 @@ def _dense_flags(written: RecipeSection, given: Mapping[str, GivenModel]) -> Fla
             rows = {ROWS: str(pad_rows(number(model.model, ROWS), option_words(section)))}
             return {**model.model, **rows, **written.model}
     return written.model
-
-
-def _name_of_file(file: str) -> str:
-    """The run's name where the recipe gives none; checked as a given one is."""
-    return _Named.model_validate({"name": Path(file).stem}).name
 
 
 def list_flag_sections(written: Section, place: str = "") -> dict[str, Flags]:

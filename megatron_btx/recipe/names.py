@@ -44,8 +44,7 @@ IMPORT_PREFIX = "import-"
 SEED_MODEL, AVERAGE_MODEL, MIX_MODEL, BTX_MODEL, DENSE_MODEL = "seed", "average", "mix", "btx", "dense"
 GENERALIST = SEED_MODEL
 """The seed's name among the experts of a mix."""
-TRAIN_SPLIT, VALID_SPLIT, TEST_SPLIT = "train", "valid", "test"
-SPLITS = (TRAIN_SPLIT, VALID_SPLIT, TEST_SPLIT)
+TRAIN_SPLIT, VALID_SPLIT = "train", "valid"
 
 _SET_ASIDE = re.compile(r".+\.\d{8}-\d{6}(-\d+)?")
 

@@ -6,14 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_btx.common.refusals import refuse
-from megatron_btx.common.routing_methods import (
-    BALANCING,
-    BALANCING_COEFFICIENT,
-    DEFAULT_TOPK,
-    NAMES,
-    RoutingMethod,
-    find_method,
-)
+from megatron_btx.common.routing_methods import BALANCING_COEFFICIENT, DEFAULT_TOPK, METHODS, Balancing, RoutingMethod
 from megatron_btx.recipe.flags import Flags, FlagValue
 
 if TYPE_CHECKING:
@@ -27,13 +20,12 @@ class Routing(NamedTuple):
 
     method: RoutingMethod
     top_k: int
-    balancing: str | None
+    balancing: Balancing | None
     """None: as the flags say."""
 
     def flags(self, given: Flags) -> dict[str, FlagValue]:
         """The flags that follow, beside those ``given`` for the mix; false takes a given one back."""
-        flags: dict[str, FlagValue] = {}
-        flags |= self.method.flags(self.top_k, self.top_k)
+        flags: dict[str, FlagValue] = {**self.method.flags(self.top_k, self.top_k)}
         capacity = "moe-expert-capacity-factor"
         if capacity in flags and given.get(capacity):
             flags[capacity] = given[capacity]
@@ -54,11 +46,12 @@ def read_routing(place: str, section: RoutingSection, experts: int, base: Routin
     Raises:
         InputError: an unknown method, or a k that the method does not have.
     """
-    name = section.routing or (base.method.name if base else NAMES[0])
-    method = find_method(name)
-    if method is None:
-        refuse(f"{place}.routing", f"found {name!r}, expected one of {', '.join(NAMES)}")
-    return Routing(method, _read_top_k(place, section, method, experts, base), _read_balancing(place, section, base))
+    name = section.routing or (base.method.name if base else next(iter(METHODS)))
+    if name not in METHODS:
+        refuse(f"{place}.routing", f"found {name!r}, expected one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    balancing = section.load_balancing or (base.balancing if base else None)
+    return Routing(method, _read_top_k(place, section, method, experts, base), balancing)
 
 
 def _read_top_k(place: str, section: RoutingSection, method: RoutingMethod, experts: int, base: Routing | None) -> int:
@@ -76,15 +69,6 @@ def _read_top_k(place: str, section: RoutingSection, method: RoutingMethod, expe
     if not method.pre_softmax and top_k == 1 and experts > 1:
         refuse(f"{place}.top-k", "found 1: after the softmax of one logit every gate is 1; take routing: switch")
     return top_k
-
-
-def _read_balancing(place: str, section: RoutingSection, base: Routing | None) -> str | None:
-    balancing = section.load_balancing
-    if balancing is None:
-        return base.balancing if base else None
-    if balancing not in BALANCING:
-        refuse(f"{place}.load-balancing", f"found {balancing!r}, expected one of {', '.join(BALANCING)}")
-    return balancing
 
 
 def check_balancing(section: RoutingSection, routing: Routing, given: Mapping[str, Flags]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, model_validator
+import re
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
@@ -29,3 +31,14 @@ class Section(BaseModel):
     def says(self, field: str) -> bool:
         """Whether the recipe gives this field, and not its default."""
         return field in self.model_fields_set
+
+
+def form(pattern: str, expected: str) -> AfterValidator:
+    """A text of one form."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"found {text!r}, expected {expected}")
+        return text
+
+    return AfterValidator(check)

@@ -12,11 +12,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megatron_btx.common.ensembles import NEAREST, WEIGHTINGS
 from megatron_btx.common.refusals import RefusedKeyError
-from megatron_btx.data.domains import Domain, Shares
+from megatron_btx.common.routing_methods import Balancing
+from megatron_btx.data.domains import SPLITS, Domain, Shares
 from megatron_btx.mixing.options import RESULT
 from megatron_btx.recipe.cluster import ClusterSection
-from megatron_btx.recipe.flags import LAYOUT_FLAGS, FlagValue
-from megatron_btx.recipe.names import SPLITS
+from megatron_btx.recipe.flags import FlagValue
 from megatron_btx.recipe.options import with_options
 from megatron_btx.recipe.section import Section
 from megatron_btx.recipe.values import (
@@ -53,11 +53,6 @@ def _as_text_section(text: object) -> object:
     return text
 
 
-def _given_splits(section: Section) -> dict[str, Any]:
-    """What a section gives for each split: files, datasets, or a share."""
-    return section.model_dump(include=set(SPLITS), exclude_none=True)
-
-
 def _check_train(shares: dict[str, float]) -> dict[str, float]:
     if "train" not in shares:
         raise RefusedKeyError("train", "missing; it has no default, so give it")
@@ -68,9 +63,14 @@ TrainingShares = Annotated[Shares, AfterValidator(_check_train)]
 """How the documents of a text are split."""
 
 
-def _check_seeds(seeds: list[int] | None) -> None:
-    if seeds is not None and len(set(seeds)) < len(seeds):
-        raise RefusedKeyError("seeds", f"found {seeds!r}, expected every seed once")
+def _check_seeds(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"found {seeds!r}, expected every seed once")
+    return seeds
+
+
+Seeds = Annotated[list[RandomSeed], Field(min_length=1), AfterValidator(_check_seeds)]
+"""Each draws the routers of a mix and shuffles the data of its finetuning."""
 
 
 def _as_export_section(export: object) -> object:
@@ -97,9 +97,8 @@ class LayoutSection(Section):
     use_distributed_optimizer: WrittenValue = None
 
     def flags(self) -> dict[str, FlagValue]:
-        """Those of :data:`LAYOUT_FLAGS` that are given."""
-        given = self.model_dump(by_alias=True, exclude_unset=True)
-        return {name: given[name] for name in LAYOUT_FLAGS if name in given}
+        """What is given of Megatron's."""
+        return self.model_dump(by_alias=True, exclude_unset=True, exclude={"processes", "threads"})
 
 
 class SettingsSection(Section):
@@ -125,7 +124,7 @@ class RoutingSection(Section):
 
     routing: str | None = None
     top_k: Annotated[int, Field(ge=1)] | None = None
-    load_balancing: str | None = None
+    load_balancing: Balancing | None = None
 
 
 class MixSection(RoutingSection):
@@ -194,14 +193,13 @@ class VariantSection(RoutingSection):
     tokens: Tokens | None = None
     """Of its finetuning (default: as finetune)."""
     megatron: WrittenFlags = {}
-    seeds: Annotated[list[RandomSeed], Field(min_length=1)] | None = None
+    seeds: Seeds | None = None
     """(default: those of the ablation)"""
 
     @model_validator(mode="after")
     def _check_form(self) -> Self:
         if self.freeze is not None and "btx-freeze" in self.megatron:
             raise RefusedKeyError("freeze", "megatron.btx-freeze says it a second time; leave one of them out")
-        _check_seeds(self.seeds)
         return self
 
     def freeze_flags(self) -> dict[str, FlagValue]:
@@ -217,8 +215,8 @@ class AblationSection(Section):
     layout: LayoutSection = LayoutSection()
     """Of the experts' evaluation; a variant's finetuning has a layout of its own, or that of finetune."""
 
-    seeds: Annotated[list[RandomSeed], Field(min_length=1)] | None = None
-    """Each draws the routers of a mix and shuffles the data of its finetuning, in every variant."""
+    seeds: Seeds | None = None
+    """Of every variant that has none of its own."""
     split: Literal["valid", "test"] = "valid"
     tokens: Tokens = 65_536
     """Per domain, measured after the last step."""
@@ -233,7 +231,6 @@ class AblationSection(Section):
             raise RefusedKeyError("variants", f"missing, expected {expected}")
         if self.seeds is None and any(variant.seeds is None for variant in self.variants.values()):
             raise RefusedKeyError("seeds", "missing, expected a list of whole numbers above zero, as [1, 2, 3]")
-        _check_seeds(self.seeds)
         return self
 
     def evaluation(self) -> EvaluateSection:
@@ -255,11 +252,10 @@ class TextSection(Section):
 
     @model_validator(mode="after")
     def _check_form(self) -> Self:
-        own = _given_splits(self)
-        if self.files is None and "train" not in own:
+        if self.files is None and self.train is None:
             raise ValueError("found no files; expected text: [files or folders], or text: {train: [...], ...}")
-        if self.files is not None and own:
-            raise ValueError(f"found files and {next(iter(own))}; expected one list, or a list for every split")
+        if self.files is not None and (self.train or self.valid or self.test):
+            raise ValueError("found files beside those of a split; expected one list, or a list for every split")
         return self
 
 
@@ -288,15 +284,16 @@ class DomainSection(Section):
 
     def given_splits(self) -> dict[str, Any]:
         """Split -> the datasets that are given for it."""
-        return _given_splits(self)
+        names: set[str] = set(SPLITS)
+        return self.model_dump(include=names, exclude_none=True)
 
 
 class DataSection(Section):
     """Domains whose datasets or texts are given."""
 
     workers: Processes = 2
-    seed: Annotated[int, Field(ge=0)] | None = None
-    """Draws which documents of a text go to which split (default: 1234)."""
+    seed: Annotated[int, Field(ge=0)] = 1234
+    """Draws which documents of a text go to which split."""
     tokenizer: TokenizerFlags = {}
     """Megatron's tokenizer flags, of given data (default: the given seed's own tokenizer)."""
     split: TrainingShares | None = None
@@ -348,7 +345,7 @@ class ExportSection(Section):
 class RecipeSection(Section):
     """A whole recipe."""
 
-    name: RunName | None = None
+    name: RunName
     """Of the run's folder (default: the file's)."""
     random_seed: RandomSeed = 1234
     """Of every training stage, and of the mix's routers unless mix.router-seed is given."""

@@ -18,20 +18,13 @@ from megatron_btx.common.refusals import RefusedKeyError
 from megatron_btx.recipe.flags import DERIVED_FLAGS, LAYOUT_FLAGS, FlagValue
 from megatron_btx.recipe.from_checkpoint import find_model
 from megatron_btx.recipe.names import GENERALIST, is_set_aside
+from megatron_btx.recipe.section import form
 
 LARGEST_SEED = 2**32 - 1
 """What NumPy takes."""
 RESERVED_NAMES = {GENERALIST: "the seed, which can be an expert of the mix", "mean": "a column of the reports"}
 """Names that no domain may have."""
-_RUN_NAME_LETTERS_AT_MOST = 80
 _TOKENIZER_FLAGS = ("tokenizer-type", "tokenizer-model")
-
-
-def _check_run_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > _RUN_NAME_LETTERS_AT_MOST:
-        expected = f"at most {_RUN_NAME_LETTERS_AT_MOST} letters, digits, dots, dashes and underscores"
-        raise ValueError(f"found {name!r}, expected {expected}, the first a letter or digit")
-    return name
 
 
 def _check_name(name: str) -> str:
@@ -46,12 +39,6 @@ def _check_domain_name(name: str) -> str:
     reserved = RESERVED_NAMES.get(_folded(name))
     if reserved:
         raise ValueError(f"the name of {reserved}; give it another")
-    return name
-
-
-def _check_variant_name(name: str) -> str:
-    if not name.replace("-", "").isalnum():
-        raise ValueError("expected a name of letters, digits and dashes")
     return name
 
 
@@ -158,10 +145,16 @@ Processes = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0)]
 Blend = dict[str, Share]
 """Domain -> share: shares of one, percent, or any numbers, which are normalised."""
-RunName = Annotated[str, AfterValidator(_check_run_name)]
+RunName = Annotated[
+    str,
+    form(
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}",
+        "at most 80 letters, digits, dots, dashes and underscores, the first a letter or digit",
+    ),
+]
 Name = Annotated[str, AfterValidator(_check_name)]
 DomainName = Annotated[Name, AfterValidator(_check_domain_name)]
-VariantName = Annotated[Name, AfterValidator(_check_variant_name)]
+VariantName = Annotated[Name, form(r"[^\W_]([^\W_]|-)*", "a name of letters, digits and dashes")]
 Model = Annotated[Path, PlainValidator(_read_model)]
 """A Megatron checkpoint, a Hugging Face model folder, or a model in the hub's cache; see given.py."""
 Datasets = Annotated[list[Annotated[tuple[float, str], PlainValidator(_read_dataset)]], Field(min_length=1)]

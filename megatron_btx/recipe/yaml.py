@@ -29,8 +29,6 @@ def load_tree(file: Path, changes: Sequence[str] = ()) -> Tree:
         InputError: the file or the change, the line as far as it is known, and what was found.
     """
     tree = _read_with_included(file, ())
-    if not isinstance(tree, dict):
-        raise InputError(f"{file}: found {type(tree).__name__}, expected a mapping")
     for change in changes:
         _apply_change(tree, change, _parse(change.partition("=")[2], f"--set {change}"))
     return tree
@@ -81,7 +79,7 @@ def _copy_without_aliases(node: object) -> object:
     return node
 
 
-def _read_with_included(file: Path, including: tuple[Path, ...]) -> object:
+def _read_with_included(file: Path, including: tuple[Path, ...]) -> Tree:
     """The mapping in ``file``, laid over that of the file it names under ``include`` (relative to itself).
 
     Mappings are merged key by key, anything else is replaced, and so is a blend, whose shares belong together. Null
@@ -98,39 +96,27 @@ def _read_with_included(file: Path, including: tuple[Path, ...]) -> object:
         raise InputError(f"{file}: not readable as YAML: {error}") from None
     tree = _parse(text, str(file))
     if not isinstance(tree, dict):
-        if not including:
-            return tree
         found = "nothing" if tree is None else f"a {type(tree).__name__}"
-        raise InputError(f"{file}: found {found}, expected a mapping, because {including[-1]} includes it")
+        raise InputError(f"{file}: found {found}, expected a mapping")
     if "include" not in tree:
         return tree
-    base = _included_file(file, tree.pop("include"))
+    name = tree.pop("include")
+    base = file.parent / str(name)
+    if not isinstance(name, str) or not base.is_file():
+        raise InputError(f"{file}: include: found {name!r}, expected a recipe file, relative to this one")
     included = _read_with_included(base, (*including, file.resolve()))
-    assert isinstance(included, dict)
     # The name says where the run lies. Another recipe is another run, or it would go on in the folder of the first.
     included.pop("name", None)
     return _laid_over(included, tree, "")
 
 
-def _included_file(file: Path, name: object) -> Path:
-    """The recipe that ``file`` includes. Raises InputError where there is none."""
-    base = file.parent / str(name)
-    if isinstance(name, str) and not base.exists():
-        raise InputError(f"{file}: include: {base} does not exist; give the path of a recipe, relative to this one")
-    if not isinstance(name, str) or not base.is_file():
-        raise InputError(f"{file}: include: found {name!r}, expected a recipe file, relative to this one")
-    return base
-
-
-def _laid_over(base: object, over: object, place: str) -> object:
-    """``over``, with the keys of ``base`` that it leaves out where both are mappings."""
-    if not isinstance(base, dict) or not isinstance(over, dict):
-        return over
+def _laid_over(base: Tree, over: Tree, place: str) -> Tree:
+    """``over``, with the keys of ``base`` that it leaves out."""
     laid = dict(base)
     for key, value in over.items():
-        is_blend = key == "blend" and place not in _PLACES_OF_NAMES
-        if not is_blend:
-            value = _laid_over(base.get(key), value, f"{place}.{key}")
+        below, is_blend = base.get(key), key == "blend" and place not in _PLACES_OF_NAMES
+        if isinstance(below, dict) and isinstance(value, dict) and not is_blend:
+            value = _laid_over(below, value, f"{place}.{key}")
         _put(laid, key, value)
     return laid
 

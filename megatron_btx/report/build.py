@@ -11,20 +11,37 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_btx.common.errors import InputError, exits_with_one_line, printable
+from megatron_btx.common.files import write_atomically
+from megatron_btx.common.manifest import mark
 from megatron_btx.recipe.names import ABLATION_REPORT_FILE, REPORT_FILE, REPORT_STAGE
 from megatron_btx.report.inputs import RunData, name_path, read_run
 from megatron_btx.report.models import BASELINES, BTX, DENSE, differences_to
-from megatron_btx.report.pages import Report, print_blocks, write_report
-from megatron_btx.report.sections import FIGURES, Study, make_sections, make_study, printed_blocks
+from megatron_btx.report.pages import Image, Section, print_blocks, to_html, to_json, to_markdown
+from megatron_btx.report.sections import Study, make_sections, make_study, printed_blocks
 from megatron_btx.report.stages import MEAN, make_curve
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+
+@dataclass(frozen=True)
+class Report:
+    """A report before it is written."""
+
+    study: Study
+    title: str
+    folder: Path
+    """Where it is written: other files there are left alone."""
+    page: str
+    """Name of the HTML page; the Markdown file stands beside it."""
+    text: str
+    sections: tuple[Section, ...]
+    numbers: Mapping[str, Any]
+    """Everything, for programs: file -> its content. All of it is in the first."""
 
 
 @exits_with_one_line
@@ -37,11 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--require-facts", action="store_true", help="exit with 1 when a fact is false")
     arguments = parser.parse_args(argv)
     report = make_report(*arguments.runs)
-    if arguments.require_facts and report.without_facts:
-        raise InputError(f"--require-facts: {report.without_facts[0]} is an ablation, which has no facts; leave it out")
+    for run in report.study.runs:
+        if arguments.require_facts and run.variants():
+            raise InputError(f"--require-facts: {run.name} is an ablation, which has no facts; leave it out")
     write_report(report)
     print_core(report)
-    return int(arguments.require_facts and report.is_refuted)
+    facts = chain.from_iterable(report.study.facts.values())
+    return int(arguments.require_facts and any(fact.holds is False for fact in facts))
 
 
 def make_report(*paths: Path) -> Report:
@@ -55,57 +74,56 @@ def make_report(*paths: Path) -> Report:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{name}: two of the runs have this name; give runs of different names")
-    run = runs[0]
-    title, text, page, prefix = f"Branch-Train-MiX report: {run.name}", REPORT_FILE, "index.html", ""
+    title, text, page, prefix = f"Branch-Train-MiX report: {names[0]}", REPORT_FILE, "index.html", ""
     if len(runs) > 1:
         title, text = f"Branch-Train-MiX: {', '.join(names)}", "comparison.md"
-    elif run.variants():
+    elif runs[0].variants():
         title, text = "Ablation", ABLATION_REPORT_FILE
     stem = Path(text).stem
     if text != REPORT_FILE:
         page, prefix = f"{stem}.html", f"{stem}-"
     study = make_study(runs, prefix)
+    numbers: dict[str, Any] = {"results.json": _number_run(runs[0], study)}
+    if len(runs) > 1:
+        numbers = {f"{stem}.json": {"runs": {run.name: _number_run(run, study) for run in runs}}}
+    elif runs[0].variants():
+        numbers[f"{stem}.json"] = _number_variants(runs[0])
+    return Report(study, title, paths[0] / REPORT_STAGE, page, text, make_sections(study), numbers)
 
-    def draw() -> dict[str, Figure]:
-        from megatron_btx.report.figures import draw_figures
 
-        return draw_figures(study)
+def write_report(report: Report) -> None:
+    """Write all files of a report. Everything is made before, so that a failure leaves the earlier one as it was."""
+    from megatron_btx.report.figures import FIGURES, make_palette
+    from megatron_btx.report.style import to_pdf, to_png
 
-    return Report(
-        title,
-        make_sections(study),
-        folder=paths[0] / REPORT_STAGE,
-        page=page,
-        text=text,
-        figures=tuple(f"{prefix}{name}" for name in FIGURES),
-        draw=draw,
-        numbers=_number_files(study, stem),
-        printed=printed_blocks(study),
-        is_refuted=any(fact.holds is False for fact in chain.from_iterable(study.facts.values())),
-        without_facts=tuple(run.name for run in runs if run.variants()),
-    )
+    prefix, palette = report.study.prefix, make_palette(report.study)
+    images: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
+    for block in chain.from_iterable(section.blocks for section in report.sections):
+        if isinstance(block, Image):
+            figure = FIGURES[block.file.removeprefix(prefix)](report.study, palette)
+            images[block.file] = to_png(figure)
+            contents[f"{Path(block.file).stem}.pdf"] = to_pdf(figure)
+    contents |= {**images, **{name: to_json(numbers) for name, numbers in report.numbers.items()}}
+    contents[report.text] = to_markdown(report.title, report.sections).encode()
+    contents[report.page] = to_html(report.title, report.sections, images).encode()
+    mark(report.folder, report.folder.name)
+    for name, content in contents.items():
+        write_atomically(report.folder / name, content)
+    for name in FIGURES:
+        if f"{prefix}{name}" not in images:
+            for form in (".png", ".pdf"):
+                (report.folder / f"{prefix}{name}").with_suffix(form).unlink(missing_ok=True)
 
 
 def print_core(report: Report) -> None:
     """Print the core of a report, and where all of it lies."""
-    print_blocks(report.printed)
+    print_blocks(printed_blocks(report.study))
     # From wherever the reader stands: a run calls this in its own directory, and repeats the line to its caller.
     print(f"report: {printable(str((report.folder / report.page).resolve()))}")
 
 
-def _number_files(study: Study, stem: str) -> dict[str, Any]:
-    """The files of numbers: of an ablation also its variants alone, of several runs all of them."""
-    if len(study.runs) > 1:
-        return {f"{stem}.json": {"runs": {run.name: _number_run(run, study) for run in study.runs}}}
-    run = study.runs[0]
-    files: dict[str, Any] = {"results.json": _number_run(run, study)}
-    if run.variants():
-        files[f"{stem}.json"] = _number_variants(run)
-    return files
-
-
 def _number_run(run: RunData, study: Study) -> dict[str, Any]:
-    """Every number of a run's report."""
     differences = {}
     for role in BASELINES:
         found = differences_to(run, role)

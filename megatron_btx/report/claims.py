@@ -1,4 +1,4 @@
-"""The claims a run is held to, each a row: what it compares, and what must hold of it.
+"""The claims a run is held to, each a row: what it says, and the function that checks it.
 
 Three values keep the report honest: true, false, or not checked and why. A comparison whose input is missing, or whose
 reference is not a finite number, is unknown; a model that is compared and whose own loss is not finite does not hold
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megatron_btx.common.plugins import load_plugins
-from megatron_btx.report.models import AVERAGE, BTX, EXPERT, SEED, Cast, routing_distances, subtract
+from megatron_btx.report.models import AVERAGE, BTX, EXPERT, SEED, Cast, UncheckedError, routing_distances, subtract
 from megatron_btx.report.quantities import difference_text, loss_text, mean
 
 ROUTING_DISTANCE_THRESHOLD = 0.05
@@ -58,10 +58,6 @@ class Pair:
             return None
         return math.isfinite(self.loss) and relation(self.loss, self.reference)
 
-    def numbers(self) -> dict[str, float | None]:
-        """Both values and their difference, for programs."""
-        return {"loss": self.loss, "reference": self.reference, "difference": self.difference}
-
     def describe(self, label: str) -> str:
         """Both values and their difference."""
         if self.difference is None:
@@ -71,34 +67,21 @@ class Pair:
         )
 
 
-class Selection(NamedTuple):
-    """What a claim compares in a run."""
-
-    pairs: Mapping[str, Pair]
-    gaps: tuple[str, ...] = ()
-    """What should be compared, too, and is missing."""
-
-
 class Verdict(NamedTuple):
-    """Whether a claim holds, in words, and further numbers."""
+    """Whether a claim holds, in words, and the numbers for programs."""
 
     holds: bool | None
     detail: str
     numbers: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """One row."""
 
     name: str
     text: str
-    select: Callable[[Cast], Selection | str]
-    """What is compared; a sentence where nothing can be."""
-    reduce: Callable[[Selection], Verdict]
-    """Whether it holds, from the pairs."""
-    key: str = ""
-    """Of the pairs in results.json."""
+    check: Callable[[Cast], Verdict]
+    """Raises UncheckedError where nothing can be compared."""
 
 
 def check_claims(cast: Cast) -> list[Fact]:
@@ -106,19 +89,15 @@ def check_claims(cast: Cast) -> list[Fact]:
     load_plugins()
     facts = []
     for claim in CLAIMS:
-        found = claim.select(cast)
-        if isinstance(found, str):
-            facts.append(Fact(claim.name, claim.text, None, found))
-            continue
-        verdict = claim.reduce(found)
-        numbers = dict(verdict.numbers)
-        if claim.key:
-            numbers = {claim.key: {label: pair.numbers() for label, pair in found.pairs.items()}, **numbers}
-        facts.append(Fact(claim.name, claim.text, verdict.holds, verdict.detail, numbers))
+        try:
+            verdict = claim.check(cast)
+        except UncheckedError as why:
+            verdict = Verdict(None, str(why))
+        facts.append(Fact(claim.name, claim.text, *verdict))
     return facts
 
 
-# --- reducers ----------------------------------------------------------------------------------------------
+# --- what may hold of pairs ----------------------------------------------------------------------------------
 
 
 def settle(verdicts: Iterable[bool | None], one: bool) -> bool | None:
@@ -131,47 +110,47 @@ def settle(verdicts: Iterable[bool | None], one: bool) -> bool | None:
     return not one
 
 
-def every_lower(found: Selection) -> Verdict:
-    """Every value is below its reference."""
-    details = [pair.describe(label) for label, pair in found.pairs.items()]
-    verdicts = [pair.holds(operator.lt) for pair in found.pairs.values()]
-    return Verdict(settle([*verdicts, *[None] * len(found.gaps)], False), "; ".join([*details, *found.gaps]))
+def every_lower(pairs: Mapping[str, Pair], key: str = "", gaps: Sequence[str] = ()) -> Verdict:
+    """Every value is below its reference.
+
+    Args:
+        key: of the pairs among the numbers.
+        gaps: what should be compared, too, and is missing.
+    """
+    details = [*(pair.describe(label) for label, pair in pairs.items()), *gaps]
+    verdicts = [*(pair.holds(operator.lt) for pair in pairs.values()), *(None for _ in gaps)]
+    return Verdict(settle(verdicts, False), "; ".join(details), _number(pairs, key))
 
 
-def some_higher(found: Selection) -> Verdict:
+def some_higher(pairs: Mapping[str, Pair], key: str = "") -> Verdict:
     """Some value is above its reference."""
-    pairs = found.pairs
     verdicts = {label: pair.holds(operator.gt) for label, pair in pairs.items()}
     worse = [label for label, holds in verdicts.items() if holds]
     detail = f"worse in {len(worse)} of {len(pairs)} cases"
     if worse:
         most = max(worse, key=lambda label: pairs[label].difference or 0.0)
         detail += f", most: {pairs[most].describe(most)}"
-    return Verdict(settle(verdicts.values(), True), detail, {"worse": len(worse)})
+    return Verdict(settle(verdicts.values(), True), detail, {**_number(pairs, key), "worse": len(worse)})
 
 
-def every_distance(found: Selection) -> Verdict:
-    """Every distance is above the threshold."""
-    distances = {label: pair.reference or 0.0 for label, pair in found.pairs.items()}
-    smallest, largest = min(distances, key=distances.__getitem__), max(distances, key=distances.__getitem__)
-    average = mean(distances.values())
-    detail = f"mean {average:.3f}; smallest {distances[smallest]:.3f} ({smallest}); "
-    detail += f"largest {distances[largest]:.3f} ({largest})"
-    numbers = {"threshold": ROUTING_DISTANCE_THRESHOLD, "mean": average, "distances": distances}
-    return Verdict(settle([pair.holds(operator.lt) for pair in found.pairs.values()], False), detail, numbers)
+def _number(pairs: Mapping[str, Pair], key: str) -> dict[str, Any]:
+    numbers = {}
+    for label, pair in pairs.items():
+        numbers[label] = {"loss": pair.loss, "reference": pair.reference, "difference": pair.difference}
+    return {key: numbers} if key else {}
 
 
-# --- selectors ---------------------------------------------------------------------------------------------
+# --- the claims ----------------------------------------------------------------------------------------------
 
 
 _NO_EXPERTS = "no evaluation of single experts"
 
 
-def experts_at_home(cast: Cast) -> Selection | str:
+def experts_gain_at_home(cast: Cast) -> Verdict:
     """Every expert against the seed on its own domain."""
-    experts, seed = cast.having(EXPERT), cast.find(SEED)
-    if seed is None or not experts:
-        return cast.name_missing(SEED) or _NO_EXPERTS
+    [seed], experts = cast.need(SEED), cast.having(EXPERT)
+    if not experts:
+        raise UncheckedError(_NO_EXPERTS)
     pairs, homeless = {}, []
     for expert in experts:
         home = expert.row.home
@@ -180,97 +159,79 @@ def experts_at_home(cast: Cast) -> Selection | str:
         else:
             homeless.append(expert.name)
     if not pairs:
-        return "no expert is named like an evaluated domain"
-    if homeless:
-        return Selection(pairs, (f"no evaluated domain has the name of {', '.join(homeless)}",))
-    return Selection(pairs)
+        raise UncheckedError("no expert is named like an evaluated domain")
+    gaps = [f"no evaluated domain has the name of {', '.join(homeless)}"] * bool(homeless)
+    return every_lower(pairs, "expert_against_seed", gaps)
 
 
-def experts_away(cast: Cast) -> Selection | str:
+def experts_lose_away(cast: Cast) -> Verdict:
     """Every expert against the seed on every other domain."""
-    experts, seed = cast.having(EXPERT), cast.find(SEED)
-    if seed is None or not experts:
-        return cast.name_missing(SEED) or _NO_EXPERTS
+    [seed], experts = cast.need(SEED), cast.having(EXPERT)
+    if not experts:
+        raise UncheckedError(_NO_EXPERTS)
     pairs = {}
     for expert in experts:
         for domain in cast.domains:
             if domain != expert.row.home:
                 place = f"{expert.row.home or expert.name} on {domain}"
                 pairs[place] = Pair(expert.losses.get(domain), seed.losses.get(domain))
-    return Selection(pairs)
+    return some_higher(pairs, "expert_against_seed")
 
 
-def mixture_and_seed(cast: Cast) -> Selection | str:
+def btx_beats_seed(cast: Cast) -> Verdict:
     """The finetuned mixture against the seed, on every domain."""
-    mixture, seed = cast.find(BTX), cast.find(SEED)
-    if mixture is None or seed is None:
-        return cast.name_missing(BTX, SEED)
-    return Selection({domain: Pair(mixture.losses.get(domain), seed.losses.get(domain)) for domain in cast.domains})
+    mixture, seed = cast.need(BTX, SEED)
+    pairs = {domain: Pair(mixture.losses.get(domain), seed.losses.get(domain)) for domain in cast.domains}
+    return every_lower(pairs, "btx_against_seed")
 
 
-def mixture_and_parts(cast: Cast) -> Selection | str:
+def btx_beats_parts(cast: Cast) -> Verdict:
     """The mean loss of the finetuned mixture against those of the plain average and of every expert."""
-    mixture, average, experts = cast.find(BTX), cast.find(AVERAGE), cast.having(EXPERT)
-    if mixture is None:
-        return cast.name_missing(BTX)
-    own = mixture.mean_loss(cast.domains)
+    [mixture] = cast.need(BTX)
+    average, experts = cast.find(AVERAGE), cast.having(EXPERT)
     pairs = {}
     for model in cast.measured:
         if model is average or model in experts:
-            pairs[model.name] = Pair(own, model.mean_loss(cast.domains))
-    gaps = [cast.name_missing(AVERAGE), _NO_EXPERTS * (not experts)]
-    return Selection(pairs, tuple(filter(None, gaps)))
+            pairs[model.name] = Pair(mixture.mean_loss(cast.domains), model.mean_loss(cast.domains))
+    gaps = [f"no evaluation of {AVERAGE}"] * (average is None) + [_NO_EXPERTS] * (not experts)
+    return every_lower(pairs, "btx_mean_against", gaps)
 
 
-def routing_of_domains(cast: Cast) -> Selection | str:
-    """The threshold against how far the routings of every two domains lie apart."""
-    mixture = cast.find(BTX)
-    if mixture is None:
-        return cast.name_missing(BTX)
+def routing_differs(cast: Cast) -> Verdict:
+    """How far the routings of every two domains lie apart."""
+    [mixture] = cast.need(BTX)
     if not mixture.chooses_experts():
-        return "soft routing sends every token to every expert, so that shares say nothing"
-    distances = routing_distances(mixture)
+        raise UncheckedError("soft routing sends every token to every expert, so that shares say nothing")
+    distances = {" / ".join(pair): distance for pair, distance in routing_distances(mixture).items()}
     if not distances:
-        return "no routing of btx was recorded for two or more domains"
-    return Selection({" / ".join(two): Pair(ROUTING_DISTANCE_THRESHOLD, far) for two, far in distances.items()})
+        raise UncheckedError("no routing of btx was recorded for two or more domains")
+    average = mean(distances.values())
+    smallest, largest = min(distances, key=distances.__getitem__), max(distances, key=distances.__getitem__)
+    detail = f"mean {average:.3f}; smallest {distances[smallest]:.3f} ({smallest}); "
+    detail += f"largest {distances[largest]:.3f} ({largest})"
+    numbers = {"threshold": ROUTING_DISTANCE_THRESHOLD, "mean": average, "distances": distances}
+    return Verdict(distances[smallest] > ROUTING_DISTANCE_THRESHOLD, detail, numbers)
 
 
 CLAIMS: list[Claim] = [
-    Claim(
-        "experts_gain_at_home",
-        "Every expert beats the seed at home.",
-        experts_at_home,
-        every_lower,
-        "expert_against_seed",
-    ),
-    Claim(
-        "experts_lose_away",
-        "Some expert is worse than the seed away from home.",
-        experts_away,
-        some_higher,
-        "expert_against_seed",
-    ),
+    Claim("experts_gain_at_home", "Every expert beats the seed at home.", experts_gain_at_home),
+    Claim("experts_lose_away", "Some expert is worse than the seed away from home.", experts_lose_away),
     Claim(
         "btx_beats_seed_everywhere",
         "The finetuned mixture beats the seed, which was not finetuned, on every domain.",
-        mixture_and_seed,
-        every_lower,
-        "btx_against_seed",
+        btx_beats_seed,
     ),
     Claim(
         "btx_beats_average_and_experts",
         "On the mean over domains the finetuned mixture beats the plain average and every single expert, "
         "none of which was finetuned.",
-        mixture_and_parts,
-        every_lower,
-        "btx_mean_against",
+        btx_beats_parts,
     ),
     Claim(
         "routing_differs_between_domains",
         "The finetuned mixture routes every two domains differently (total-variation distance of their expert "
         f"shares, mean over layers, above {ROUTING_DISTANCE_THRESHOLD}).",
-        routing_of_domains,
-        every_distance,
+        routing_differs,
     ),
 ]
 """All of them, in the order of the report."""

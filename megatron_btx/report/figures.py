@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megatron_btx.report import style
 from megatron_btx.report.inputs import RunData
 from megatron_btx.report.models import (
     BASELINES,
@@ -25,32 +26,9 @@ from megatron_btx.report.models import (
 )
 from megatron_btx.report.quantities import is_usable, loss_text, mean, spread
 from megatron_btx.report.routing import draw_shares
-from megatron_btx.report.sections import (
-    CURVES_FIGURE,
-    LOAD_FIGURE,
-    LOSSES_FIGURE,
-    ROUTING_FIGURE,
-    WATCHED_FIGURE,
-    Study,
-    find_loads,
-    find_watched,
-)
+from megatron_btx.report.sections import Study, find_loads, find_watched
 from megatron_btx.report.stages import MEAN, Stage, make_curve
-from megatron_btx.report.style import (
-    FIXED_COLOURS,
-    INK,
-    Palette,
-    add_heat_scale,
-    choose_ticks,
-    draw_heat_map,
-    make_panels,
-    new_page,
-    plain_axes,
-    set_title,
-    shorten,
-    shorten_all,
-    write_percent,
-)
+from megatron_btx.report.style import FIXED_COLOURS, INK, Palette, shorten, shorten_all
 from megatron_btx.runner.schemas import LOSS
 
 LOSS_PANELS, ROUTING_DOMAINS, LINES_SHOWN, MIXTURES_SHOWN = 10, 12, 40, 4
@@ -64,24 +42,6 @@ PANELS, _OTHERS = {SEED: "seed", EXPERT: "experts"}, "mixture and baselines"
 _SEED_LINE: dict[str, Any] = {"color": FIXED_COLOURS[SEED], "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
 _MOMENTS = {MIX: "before finetuning", BTX: "after finetuning"}
 _LARGE_UNITS = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
-
-
-def draw_figures(study: Study) -> dict[str, Figure]:
-    """All figures of a report, by file name."""
-    palette = make_palette(study)
-    figures: dict[str, Figure] = {}
-    if study.domains:
-        figures[LOSSES_FIGURE] = draw_losses(study, palette)
-    if find_watched(study.cast):
-        figures[WATCHED_FIGURE] = draw_watched(study.cast, study.on_split, palette)
-    if find_loads(study):
-        figures[LOAD_FIGURE] = draw_loads(find_loads(study))
-    if len(study.runs) == 1:
-        if any(stage.log.curve for stage in study.runs[0].stages):
-            figures[CURVES_FIGURE] = draw_curves(study.runs[0], palette)
-        if study.cast.mixtures():
-            figures[ROUTING_FIGURE] = draw_routing(study.cast.mixtures(), palette)
-    return {study.prefix + name: figure for name, figure in figures.items()}
 
 
 def make_palette(study: Study) -> Palette:
@@ -118,14 +78,14 @@ def draw_losses(study: Study, palette: Palette) -> Figure:
         columns[f"mean, {len(domains)} domains"] = domains
     per_row = min(len(columns), 5)
     rows = math.ceil(len(columns) / per_row)
-    figure = new_page(rows * (0.9 + 0.27 * len(lines)) + 0.7)
-    panels = make_panels(figure, len(columns), per_row, share_y=True)
+    figure = style.new_page(rows * (0.9 + 0.27 * len(lines)) + 0.7)
+    panels = style.make_panels(figure, len(columns), per_row, share_y=True)
     for panel, (title, data) in zip(panels, columns.items(), strict=True):
         _draw_loss_panel(panel, lines, data, palette)
         panel.set_title(shorten(title), fontsize=9.5, color=INK)
     panels[0].set_yticks(range(len(lines)), shorten_all((line.label for line in lines), 30))
     panels[0].set_ylim(len(lines) - 0.5, -0.5)
-    set_title(figure, say_lowest_loss(study.cast, study.lines))
+    style.set_title(figure, say_lowest_loss(study.cast, study.lines))
     unit = "nats per token (lower is better; each panel has its own scale)"
     figure.supxlabel(f"loss{study.on_split}, {unit}", fontsize=9)
     return figure
@@ -140,9 +100,7 @@ def _draw_loss_panel(panel: Axes, lines: Sequence[Line], data: Sequence[str], pa
     span = (high - low) or 1.0
     panel.set_xlim(low - 0.12 * span, high + 0.55 * span)
     for row, (line, values) in enumerate(zip(lines, losses, strict=True)):
-        broken = [loss_text(loss) for loss in values if not is_usable(loss)]
-        if not values:
-            broken = ["not evaluated"]
+        broken = [loss_text(loss) for loss in values if not is_usable(loss)] or ["not evaluated"] * (not values)
         if usable[row]:
             model = line.models[0]
             if model.role == SEED:
@@ -154,7 +112,7 @@ def _draw_loss_panel(panel: Axes, lines: Sequence[Line], data: Sequence[str], pa
                 _draw_mean(panel, row, values, colour, lowest)
         if broken:
             panel.text(low, row, ", ".join(broken), va="center", fontsize=7.5, color=INK, style="italic")
-    plain_axes(panel, grid="y")
+    style.plain_axes(panel, grid="y")
     panel.tick_params(axis="y", length=0)
     panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], prune="upper"))
 
@@ -166,9 +124,6 @@ def _draw_mean(panel: Axes, row: int, values: Sequence[float], colour: str, lowe
         panel.plot(average, row, "o", color=colour, markersize=6.5, zorder=3)
     else:
         panel.errorbar(average, row, xerr=deviation, fmt="|", color="black", capsize=3, zorder=3)
-    weight = "normal"
-    if average == lowest:
-        weight = "bold"
     panel.annotate(
         f"{average:.3f}",
         (max(values), row),
@@ -177,7 +132,7 @@ def _draw_mean(panel: Axes, row: int, values: Sequence[float], colour: str, lowe
         va="center",
         fontsize=7.5,
         color=INK,
-        fontweight=weight,
+        fontweight="bold" if average == lowest else "normal",
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
         zorder=2,
     )
@@ -190,9 +145,7 @@ def say_lowest_loss(cast: Cast, lines: Sequence[Line]) -> str:
         return "Loss per model and domain"
     compared = [line for line in lines if line.values(LOSS, cast.domains)]
     lowest = mean(best[0].values(LOSS, cast.domains))
-    measure = "loss"
-    if len(cast.domains) > 1:
-        measure = "mean loss"
+    measure = "mean loss" if len(cast.domains) > 1 else "loss"
     names = " and ".join(shorten(line.label) for line in best[:3])
     message = f"Lowest {measure} of {len(compared)} models: {names}, {loss_text(lowest)}"
     mixture, own = cast.find(BTX), cast.loss(BTX)
@@ -208,8 +161,9 @@ def say_lowest_loss(cast: Cast, lines: Sequence[Line]) -> str:
 # --- curves ------------------------------------------------------------------------------------------------
 
 
-def draw_curves(run: RunData, palette: Palette) -> Figure:
+def draw_curves(study: Study, palette: Palette) -> Figure:
     """Training loss over tokens of every stage, in the panel of the model that it makes."""
+    run = study.runs[0]
     looks, trained = looks_of(run), [stage for stage in run.stages if stage.log.curve]
     curves = {stage.name: make_curve(stage) for stage in trained}
     roles = {model.stage.name: model.role for model in run.models if model.stage is not None}
@@ -217,8 +171,8 @@ def draw_curves(run: RunData, palette: Palette) -> Figure:
     for stage in sorted(trained, key=lambda stage: palette.rank(looks[stage.name])):
         groups[PANELS.get(roles.get(stage.name, ""), _OTHERS)].append(stage)
     groups = {title: stages for title, stages in groups.items() if stages}
-    figure = new_page(3.9)
-    for panel, (group, stages) in zip(make_panels(figure, len(groups), len(groups)), groups.items(), strict=True):
+    figure = style.new_page(3.9)
+    for panel, (group, stages) in zip(style.make_panels(figure, len(groups), len(groups)), groups.items(), strict=True):
         members = [curves[stage.name] for stage in stages]
         scale, prefix = _choose_unit(max(curve.x[-1] for curve in members))
         for number, (stage, curve) in enumerate(zip(stages, members, strict=True)):
@@ -234,12 +188,13 @@ def draw_curves(run: RunData, palette: Palette) -> Figure:
         _finish_curves(panel, [curve.smooth for curve in members])
         panel.set_title(group, fontsize=9.5, color=INK)
     figure.axes[0].set_ylabel("training loss, nats per token", fontsize=9)
-    set_title(figure, say_fall({name: curve.loss for name, curve in curves.items()}))
+    style.set_title(figure, say_fall({name: curve.loss for name, curve in curves.items()}))
     return figure
 
 
-def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
+def draw_watched(study: Study, palette: Palette) -> Figure:
     """Loss per domain while models were trained: a panel for each domain, as far as they fit, and for their mean."""
+    cast = study.cast
     watched = find_watched(cast)[:NAMED_CURVES]
     looks = [model.look for model, _ in watched]
     if len(set(looks)) < len(looks):  # several seeds or runs of one role
@@ -257,8 +212,8 @@ def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
     if len(domains) > 1:
         shown.append(MEAN)
     per_row = min(len(shown), 5)
-    figure = new_page(0.9 + 1.9 * math.ceil(len(shown) / per_row))
-    panels = make_panels(figure, len(shown), per_row)
+    figure = style.new_page(0.9 + 1.9 * math.ceil(len(shown) / per_row))
+    panels = style.make_panels(figure, len(shown), per_row)
     for panel, domain in zip(panels, shown, strict=True):
         drawn = []
         for (model, stage), look in zip(watched, looks, strict=True):
@@ -278,8 +233,8 @@ def draw_watched(cast: Cast, on_split: str, palette: Palette) -> Figure:
         panel.xaxis.set_major_locator(MaxNLocator(3))
     panels[0].legend(frameon=False, fontsize=8, loc="best")
     figure.supxlabel(" and ".join(f"{prefix}{unit}" for unit in sorted(units)), fontsize=9)
-    figure.supylabel(f"loss{on_split}, nats per token", fontsize=9)
-    set_title(figure, "Loss per domain while finetuning")
+    figure.supylabel(f"loss{study.on_split}, nats per token", fontsize=9)
+    style.set_title(figure, "Loss per domain while finetuning")
     return figure
 
 
@@ -299,7 +254,7 @@ def _finish_curves(panel: Axes, curves: Sequence[Sequence[float]]) -> None:
     """Axes from zero on, whose loss ends just above the curves: the first noisy steps must not flatten the rest."""
     panel.xaxis.set_major_locator(MaxNLocator(5))
     panel.set_xlim(0, None)
-    plain_axes(panel, grid="both")
+    style.plain_axes(panel, grid="both")
     finite: list[float] = []
     for curve in curves:
         finite += filter(is_usable, curve)
@@ -324,8 +279,9 @@ def say_fall(losses: Mapping[str, Sequence[float]]) -> str:
 # --- routing and load --------------------------------------------------------------------------------------
 
 
-def draw_routing(all_mixtures: Sequence[Model], palette: Palette) -> Figure:
+def draw_routing(study: Study, palette: Palette) -> Figure:
     """Share of tokens per expert and layer: rows are domains, columns mixtures (before and after finetuning)."""
+    all_mixtures = study.cast.mixtures()
     experts = all_mixtures[-1].experts
     mixtures = [model for model in all_mixtures if model.experts == experts][-MIXTURES_SHOWN:]
     shown: dict[str, dict[str, Any]] = {}
@@ -350,23 +306,34 @@ def say_routing(model: Model) -> str:
     return f"Where tokens go: {moment}, two domains' routing differs by {percent} on average"
 
 
-def draw_loads(variants: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> Figure:
+def draw_loads(study: Study, _: Palette) -> Figure:
     """Load per layer and expert of every variant, mean over its seeds."""
+    variants = find_loads(study)
     columns = min(5, len(variants))
-    figure = new_page(1.9 * math.ceil(len(variants) / columns))
-    panels = make_panels(figure, len(variants), columns)
+    figure = style.new_page(1.9 * math.ceil(len(variants) / columns))
+    panels = style.make_panels(figure, len(variants), columns)
     for panel, (variant, seeds) in zip(panels, variants.items(), strict=True):
         load_LE = []
         for layers in zip(*seeds, strict=False):
             load_LE.append([mean(shares) for shares in zip(*layers, strict=False)])
         experts = len(load_LE[0])
-        draw_heat_map(panel, load_LE, write_percent if len(load_LE) * experts <= CELLS_WRITTEN else None)
+        style.draw_heat_map(panel, load_LE, style.write_percent if len(load_LE) * experts <= CELLS_WRITTEN else None)
         panel.set_title(shorten(variant), fontsize=8)
-        panel.set_xticks(choose_ticks(experts))
-        ticks = choose_ticks(len(load_LE))
+        panel.set_xticks(style.choose_ticks(experts))
+        ticks = style.choose_ticks(len(load_LE))
         panel.set_yticks(ticks, [str(layer + 1) for layer in ticks])
         panel.tick_params(labelsize=7, length=0)
-    add_heat_scale(figure, panels, "share of the layer's choices")
+    style.add_heat_scale(figure, panels, "share of the layer's choices")
     figure.supxlabel("expert, in the order of the mix", fontsize=8)
     figure.supylabel("layer", fontsize=8)
     return figure
+
+
+FIGURES: Mapping[str, Callable[[Study, Palette], Figure]] = {
+    "losses.png": draw_losses,
+    "curves.png": draw_curves,
+    "finetuning.png": draw_watched,
+    "routing.png": draw_routing,
+    "load.png": draw_loads,
+}
+"""An image of a section, by its name -> what draws it."""

@@ -41,9 +41,8 @@ from megatron_btx.report.models import (
     guess_table,
     sort_models,
 )
-from megatron_btx.report.stages import MEAN, Stage, read_stage, sum_tokens
-from megatron_btx.report.stale import find_left_out, planned_fingerprints
-from megatron_btx.runner.run_dir import make_loss, read_evaluation, read_model_table, read_yaml
+from megatron_btx.report.stages import MEAN, Stage, find_left_out, read_stage, sum_tokens
+from megatron_btx.runner.run_dir import make_loss, read_evaluation, read_model_table, read_plan, read_yaml
 from megatron_btx.runner.schemas import ModelRow, Score
 
 
@@ -81,8 +80,8 @@ class RunData(Cast):
     """What was left out or went a part of its way only; one sentence each."""
     on_split: str = ""
     """" on the test split", or what the losses are of; empty where nothing says it."""
-    planned: Mapping[str, object] | None = None
-    """By name the stages that the recipe asks for; None where nothing says it."""
+    planned: frozenset[str] | None = None
+    """The stages that the recipe asks for; None where nothing says it."""
 
     def asks_for(self, stage: str) -> bool:
         """Whether the recipe asks for a stage, as far as that is known."""
@@ -100,7 +99,6 @@ class RunData(Cast):
         return tokens is not None and tokens == self.tokens_after_seed(role)
 
     def _stage_of(self, role: str) -> str:
-        """The stage that makes the model of a role."""
         for model in self.models:
             if model.role == role and not model.row.variant and model.row.stage:
                 return model.row.stage
@@ -114,11 +112,12 @@ def read_run(run: Path) -> RunData:
     folders = [path for path in sorted(run.iterdir()) if path.is_dir() and path.name != REPORT_STAGE]
     folders = [folder for folder in folders if not is_set_aside(folder.name)]
     found = {stage.name: stage for stage in map(read_stage, folders) if stage is not None}
-    reasons = find_left_out(run, {name: stage.manifest for name, stage in found.items()})
+    plan = read_plan(run)
+    reasons = find_left_out(plan, {name: stage.manifest for name, stage in found.items()})
     stages = {name: stage for name, stage in found.items() if name not in reasons}
     files = [folder / EVALUATION_FILE for folder in folders if folder.name not in reasons]
     evaluations = [file for file in files if file.is_file()]
-    planned = planned_fingerprints(run)
+    planned = None if plan is None else [entry.stage for entry in plan]
     table = read_model_table(run)
     if table is None:
         table = guess_table(stages if planned is None else planned)
@@ -131,9 +130,6 @@ def read_run(run: Path) -> RunData:
             f"{run}: not a run directory: no */manifest.json, */metrics.jsonl, */evaluation.json or data/datasets.json "
             "in it; give the directory that btx run made, or run the recipe first"
         )
-    strange: list[str] = []
-    if planned is not None:
-        strange = [file.parent.name for file in evaluations if file.parent.name not in found]
     data = RunData(
         models,
         collect_domains(models),
@@ -141,9 +137,9 @@ def read_run(run: Path) -> RunData:
         tuple(stages.values()),
         datasets,
         on_split=_say_split(read_yaml(run / RECIPE_FILE)),
-        planned=planned,
+        planned=None if planned is None else frozenset(planned),
     )
-    return replace(data, marked=tuple(_marks(data, reasons, strange)), notes=tuple(_notes(data)))
+    return replace(data, marked=tuple(_marks(data, reasons)), notes=tuple(_notes(data)))
 
 
 def collect_domains(models: Sequence[Model]) -> tuple[str, ...]:
@@ -202,9 +198,6 @@ def _read_models(
                         f"{file}: model {name!r}: routing is not of {len(experts)} experts; evaluate again"
                     )
                 stated |= {"routing": found.routing, "experts": experts}
-                stage = stages.get(file.parent.name)
-                if stage is not None and str(stage.settings.get("moe-router-topk")).isdecimal():
-                    stated["top_k"] = int(stage.settings["moe-router-topk"])  # a text where it is a mixture's own
             models[name] = replace(known, **stated)
     for name, model in models.items():
         if model.row.variant and not model.scores:
@@ -221,8 +214,8 @@ def _last_scores(model: Model) -> tuple[Score, ...]:
     return tuple(make_loss(model.name, domain, curve[-1][1], None) for domain, curve in curves.items())
 
 
-def _marks(data: RunData, reasons: Mapping[str, str], strange: Sequence[str]) -> Iterator[str]:
-    """What the report leaves out, what it shows in part, and evaluations that no stage of the run made."""
+def _marks(data: RunData, reasons: Mapping[str, str]) -> Iterator[str]:
+    """What the report leaves out, and what it shows in part."""
     left_out: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         left_out.setdefault(reason, []).append(name)
@@ -244,8 +237,6 @@ def _marks(data: RunData, reasons: Mapping[str, str], strange: Sequence[str]) ->
             yield f"{model.name}: has not run."
         else:
             yield f"{model.name}: holds no loss per domain, so that it has not come to its end."
-    for name in strange:
-        yield f"{name}/evaluation.json has no manifest: nothing says of which models it is."
 
 
 def _notes(data: RunData) -> Iterator[str]:
@@ -284,16 +275,15 @@ def read_datasets(file: Path) -> Datasets:
         return Datasets()
     content = read_json_object(file, _REMEDY)
     try:
-        return Datasets(tuple(_read_rows(content)), _read_sources(content))
+        rows = []
+        for domain, splits in content["domains"].items():
+            for split, sizes in splits.items():
+                own_files = content["sources"][domain].get(split, {})
+                row = DatasetRow(domain, split, sizes.get("documents"), sizes.get("tokens"), own_files.get("bytes"))
+                rows.append(row)
+        return Datasets(tuple(rows), _read_sources(content))
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{file}: is no data statement of btx datasets ({error!r}); {_REMEDY}") from error
-
-
-def _read_rows(content: dict[str, Any]) -> Iterator[DatasetRow]:
-    for domain, splits in content["domains"].items():
-        for split, sizes in splits.items():
-            own_files = content["sources"][domain].get(split, {})
-            yield DatasetRow(domain, split, sizes.get("documents"), sizes.get("tokens"), own_files.get("bytes"))
 
 
 def _read_sources(content: dict[str, Any]) -> dict[str, str]:

@@ -69,8 +69,6 @@ class Model:
     """Per domain, per layer: share of the routed (token, expert) pairs per expert. Dense layers have zeros alone."""
     experts: tuple[str, ...] = ()
     """Names of the experts, in the order of the routing shares."""
-    top_k: int | None = None
-    """Experts that a token takes, by the flags of the evaluation; None where they are not known."""
     stage: Stage | None = None
     """What made it; None of a given model, and where no such stage is there."""
     run: str = ""
@@ -129,9 +127,7 @@ class Model:
 
     def chooses_experts(self) -> bool:
         """Whether a token takes some of the experts only. Under soft routing it takes all, and shares say nothing."""
-        if self.parameters and self.active_parameters == self.parameters:
-            return False
-        return self.top_k is None or self.top_k < len(self.experts)
+        return not self.parameters or self.active_parameters != self.parameters
 
     @property
     def routed_layers(self) -> dict[str, list[Sequence[float]]]:
@@ -140,6 +136,10 @@ class Model:
         for domain, layers in (self.routing or {}).items():
             kept[domain] = [shares for shares in layers if any(shares)]
         return kept
+
+
+class UncheckedError(Exception):
+    """A claim cannot be checked; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,12 @@ class Cast:
         """All models of a role that were measured."""
         return [model for model in self.measured if model.role == role]
 
-    def name_missing(self, *roles: str) -> str:
-        """Which of the roles no measured model has, in words; empty when they all have one."""
+    def need(self, *roles: str) -> list[Model]:
+        """The models of roles, as :meth:`find` has them. Raises UncheckedError, which names the roles without one."""
         absent = [role for role in roles if not self.find(role)]
-        if not absent:
-            return ""
-        return f"no evaluation of {' and '.join(absent)}"
+        if absent:
+            raise UncheckedError(f"no evaluation of {' and '.join(absent)}")
+        return list(filter(None, map(self.find, roles)))
 
     def variants(self) -> list[Model]:
         """The models that an ablation compares."""

@@ -11,10 +11,9 @@ import html
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from rich import box
@@ -22,12 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from megatron_btx.common.files import write_atomically
-from megatron_btx.common.manifest import mark
-from megatron_btx.common.table import WholeTable, describe_cells
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from megatron_btx.common.table import WIDE_COLUMNS, WholeTable, describe_cells
 
 ROWS_KEPT_TOGETHER = 14
 """A table of up to so many rows is not broken over two printed pages."""
@@ -35,8 +29,6 @@ LOG_COLUMNS = 120
 """Width of what is printed where there is no terminal."""
 _NAME_COLUMNS = 12
 """Least width of a column of names where a terminal is narrow."""
-_WIDE_COLUMNS = 10_000
-"""More than any table of a report has."""
 _TONE_STYLES = {"good": "green", "bad": "red", "unknown": "dim", "": ""}
 
 
@@ -82,7 +74,7 @@ class Image:
     """A figure."""
 
     file: str
-    """File name beside the page."""
+    """File name beside the page; behind the prefix a name of :data:`megatron_btx.report.figures.FIGURES`."""
     alternative: str
     """What it shows, for who cannot see it."""
     caption: str
@@ -112,31 +104,6 @@ def make_row(*cells: str | Cell) -> tuple[Cell, ...]:
 def make_bullets(items: Sequence[str]) -> list[Bullets]:
     """The sentences as a block; none without a sentence."""
     return [Bullets(tuple(items))] * bool(items)
-
-
-@dataclass(frozen=True)
-class Report:
-    """A report before it is written."""
-
-    title: str
-    sections: tuple[Section, ...]
-    folder: Path
-    """Where it is written: other files there are left alone."""
-    page: str
-    """Name of the HTML page; the Markdown file stands beside it."""
-    text: str
-    figures: tuple[str, ...]
-    """Names of all that it may have; those that it does not draw are removed."""
-    draw: Callable[[], dict[str, Figure]]
-    """Draws the figures, by file name. Called once, when the report is written: drawing takes seconds."""
-    numbers: Mapping[str, Any]
-    """Everything, for programs: file -> its content. All of it is in the first."""
-    printed: tuple[Block, ...]
-    """What is shown on a terminal."""
-    is_refuted: bool
-    """Whether some fact is false."""
-    without_facts: tuple[str, ...]
-    """The runs that have no facts: ablations."""
 
 
 def render_page(template: str, **values: object) -> str:
@@ -231,32 +198,29 @@ def _print_table(console: Console, table: Table) -> None:
     grid = WholeTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
     has_numbers = table.text_columns < len(table.header)
     headers = [one_line(header) for header in table.header]
-    texts = [[_terminal_cell(cell) for cell in row] for row in table.rows]
+    # A star behind the lowest, or a blank, so that the digits of a column stay in line.
+    texts = [[_terminal_cell(cell, " " * has_numbers) for cell in row] for row in table.rows]
     for number, (header, *cells) in enumerate(zip(headers, *texts, strict=True)):
         if number >= table.text_columns:
-            widest = max(map(cell_len, (header, *map(str, cells)))) + 1  # for a star
+            widest = max(map(cell_len, (f"{header} ", *map(str, cells))))
             grid.add_column(Text(header), justify="right", no_wrap=True, min_width=widest)
         else:
             grid.add_column(Text(header), min_width=_NAME_COLUMNS * has_numbers)
-    grid.lines = [describe_cells(headers, list(map(str, cells))) for cells in texts]
-    for row, cells in zip(table.rows, texts, strict=True):
-        for cell, text in zip(row, cells, strict=True):
-            if has_numbers and not cell.strong:
-                text.append(" ")  # so that the digits of a column stay in line with those before a star
+    for cells in texts:
         grid.add_row(*cells)
+    grid.lines = [describe_cells(headers, list(map(str, cells))) for cells in texts]
     if has_numbers and not console.is_terminal:
-        console = Console(highlight=False, width=_WIDE_COLUMNS, no_color=True)
+        console = Console(highlight=False, width=WIDE_COLUMNS, no_color=True)
     console.print(grid)
     if table.caption:
         console.print(Text(one_line(table.caption), style="dim"))
 
 
-def _terminal_cell(cell: Cell) -> Text:
+def _terminal_cell(cell: Cell, end: str) -> Text:
     """The text of a cell; a star marks the strong ones, because a log has no bold."""
-    text = one_line(cell.text)
     if cell.strong:
-        return Text(f"{text}*", style="bold")
-    return Text(text, style=_TONE_STYLES[cell.tone])
+        return Text(f"{one_line(cell.text)}*", style="bold")
+    return Text(one_line(cell.text) + end, style=_TONE_STYLES[cell.tone])
 
 
 def to_json(content: object) -> bytes:
@@ -276,25 +240,3 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return json.dumps(value)
-
-
-def write_report(report: Report) -> None:
-    """Write all files of a report. Everything is made before, so that a failure leaves the earlier one as it was."""
-    from megatron_btx.report.style import to_pdf, to_png
-
-    figures = report.draw()
-    images = {name: to_png(figure) for name, figure in figures.items()}
-    contents = {
-        **images,
-        **{Path(name).stem + ".pdf": to_pdf(figure) for name, figure in figures.items()},
-        **{name: to_json(numbers) for name, numbers in report.numbers.items()},
-        report.text: to_markdown(report.title, report.sections).encode(),
-        report.page: to_html(report.title, report.sections, images).encode(),
-    }
-    mark(report.folder, report.folder.name)
-    for name, content in contents.items():
-        write_atomically(report.folder / name, content)
-    for name in report.figures:
-        if name not in images:
-            for form in (".png", ".pdf"):
-                (report.folder / name).with_suffix(form).unlink(missing_ok=True)

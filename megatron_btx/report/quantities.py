@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 ABSENT = "–"
 """Stands in a table where there is no number."""
-_LOSS_BELOW, _COUNT_BELOW = 1e6, 1e15
-"""From here on a number is written with a power of ten: a loss there is broken, and 1e300 has 300 digits."""
+_LOSS_BELOW = 1e6
+"""From here on a loss is written with a power of ten: it is broken, and 1e300 has 300 digits."""
 
 
 def total(values: Iterable[float]) -> float:
@@ -70,11 +70,7 @@ def count_text(count: float | None, decimals: int = 0) -> str:
     """Tokens, seconds or bytes: digits in groups of three."""
     if count is None:
         return ABSENT
-    if math.isnan(count):
-        return "NaN"
-    if abs(count) < _COUNT_BELOW or math.isinf(count):
-        return f"{count:,.{decimals}f}"
-    return f"{count:.3e}"
+    return f"{count:,.{decimals}f}"
 
 
 def percent_text(share: float) -> str:

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.textpath import TextPath
 
 from megatron_btx.common.files import write_atomically
-from megatron_btx.common.shares import DEAD_SHARE, find_dead_experts, routing_distance
+from megatron_btx.common.shares import DEAD_SHARE, find_dead_experts, overlaps
 from megatron_btx.report import style
 from megatron_btx.report.pages import render_page
 from megatron_btx.report.style import HATCHES, Palette, make_panels, new_page, shorten, shorten_all
@@ -119,11 +119,8 @@ def draw_overlap(models: Models) -> Figure:
     maps = {}
     for name, routed in models.items():
         own = [label for label in _order_labels(models) if label in routed]
-        rows = []
-        for one in own:
-            shares = routed[one]["choices"]
-            rows.append([1 - routing_distance(shares, routed[other]["choices"]) for other in own])
-        maps[name] = _HeatMap(rows, own, own)
+        rows = overlaps({label: routed[label]["choices"] for label in own})
+        maps[name] = _HeatMap([list(row.values()) for row in rows.values()], own, own)
     return _draw_maps(maps, "overlap of routing, all choices (1: the same)")
 
 

@@ -42,9 +42,6 @@ from megatron_btx.report.stages import Stage
 from megatron_btx.runner.schemas import LOSS
 from megatron_btx.runner.tables import count_epochs, with_prefix
 
-LOSSES_FIGURE, CURVES_FIGURE, WATCHED_FIGURE = "losses.png", "curves.png", "finetuning.png"
-ROUTING_FIGURE, LOAD_FIGURE = "routing.png", "load.png"
-FIGURES = (LOSSES_FIGURE, CURVES_FIGURE, WATCHED_FIGURE, ROUTING_FIGURE, LOAD_FIGURE)
 PAIRS_SHOWN = 28
 """Of two domains each: all of eight domains."""
 _VERDICTS = {
@@ -102,7 +99,9 @@ def make_study(runs: Sequence[RunData], prefix: str) -> Study:
 def make_sections(study: Study) -> tuple[Section, ...]:
     """The whole report in reading order; sections that would be empty are left out."""
     notes = [study.name(run, note) for run in study.runs for note in run.notes]
-    parts: list[tuple[str, Iterable[Block]]] = [("", _open(study)), ("Facts", tabulate_facts(study))]
+    opening: list[Block] = [Paragraph(study.name(run, _lead(run)), lead=True) for run in study.runs]
+    parts: list[tuple[str, Iterable[Block]]] = [("", [*opening, *make_bullets(_marked(study))])]
+    parts.append(("Facts", tabulate_facts(study)))
     parts.append((f"Loss{study.on_split}", _show_losses(study)))
     parts += [(measure.capitalize(), [_tabulate_measure(study, measure)]) for measure in _other_measures(study.cast)]
     if len(study.runs) == 1:
@@ -149,19 +148,18 @@ def printed_blocks(study: Study) -> tuple[Block, ...]:
 # --- the opening -------------------------------------------------------------------------------------------
 
 
-def _open(study: Study) -> Iterator[Block]:
-    for run in study.runs:
-        yield Paragraph(study.name(run, _lead(run)), lead=True)
-    yield from make_bullets(_marked(study))
-
-
 def _marked(study: Study) -> list[str]:
     return [study.name(run, sentence) for run in study.runs for sentence in run.marked]
 
 
 def _lead(run: RunData) -> str:
     if run.variants():
-        return _lead_of_variants(run)
+        lines = [line for line in make_lines(run) if line.models and line.models[0].row.variant]
+        best = find_best(lines, run.domains)
+        if not best:
+            return "No variant came to its end on all of its seeds with losses that are finite numbers."
+        lowest = spread_text(best[0].values(LOSS, run.domains))
+        return f"Lowest mean loss: {' and '.join(line.label for line in best)}, {lowest}{run.on_split}."
     reached, before = run.loss(BTX), run.loss(SEED)
     if reached is None:
         return "This run has no finetuned mixture that was evaluated on every domain; the report shows what there is."
@@ -193,15 +191,6 @@ def _compare(run: RunData, role: str) -> str:
     return text + count_text(own)
 
 
-def _lead_of_variants(run: RunData) -> str:
-    lines = [line for line in make_lines(run) if line.models and line.models[0].row.variant]
-    best = find_best(lines, run.domains)
-    if not best:
-        return "No variant came to its end on all of its seeds with losses that are finite numbers."
-    lowest = spread_text(best[0].values(LOSS, run.domains))
-    return f"Lowest mean loss: {' and '.join(line.label for line in best)}, {lowest}{run.on_split}."
-
-
 def tabulate_facts(study: Study) -> list[Table]:
     """A row per fact; no table without one."""
     rows = []
@@ -209,8 +198,7 @@ def tabulate_facts(study: Study) -> list[Table]:
         for fact in study.facts.get(run.name, ()):
             rows.append(make_row(_VERDICTS[fact.holds], study.name(run, fact.text), fact.detail))
     caption = "Computed from this run's numbers: loss of the model, loss of what it is compared with, difference."
-    table = Table(("verdict", "claim", "numbers"), tuple(rows), 3, caption)
-    return [table] if rows else []
+    return [Table(("verdict", "claim", "numbers"), tuple(rows), 3, caption)] * bool(rows)
 
 
 # --- what was measured -------------------------------------------------------------------------------------
@@ -282,7 +270,7 @@ def _show_losses(study: Study) -> Iterator[Block]:
     if meant:
         sentences.append(f"{'; '.join(meant)}.")
     yield _tabulate_losses(study, " ".join(sentences))
-    yield Image(study.prefix + LOSSES_FIGURE, f"{title} per model and domain", points)
+    yield Image(study.prefix + "losses.png", f"{title} per model and domain", points)
     yield from _describe_differences(study)
 
 
@@ -316,7 +304,6 @@ def _describe_role(run: RunData, model: Model) -> str:
 
 
 def _other_measures(cast: Cast) -> list[str]:
-    """What was measured beside losses."""
     measures = dict.fromkeys(score.measure for model in cast.models for score in model.scores)
     return [measure for measure in measures if measure != LOSS]
 
@@ -340,7 +327,7 @@ def _show_training(study: Study) -> Iterator[Block]:
             "about 5 % of the stage; faint: before smoothing. Skipped steps, which trained nothing, are left out. Each "
             "panel has its own scales. The curve of an unfinished stage ends where the stage did."
         )
-        yield Image(study.prefix + CURVES_FIGURE, "Training loss of every stage over tokens", caption)
+        yield Image(study.prefix + "curves.png", "Training loss of every stage over tokens", caption)
 
 
 def find_watched(cast: Cast) -> list[tuple[Model, Stage]]:
@@ -358,11 +345,10 @@ def _show_watched(study: Study) -> Iterator[Block]:
             f"Loss{study.on_split} of every domain, and their mean, measured while the model was trained. Each panel "
             "has its own scale. The mixture's begins with the mix. Dashed: the seed."
         )
-        yield Image(study.prefix + WATCHED_FIGURE, _WATCHED_TITLE, caption)
+        yield Image(study.prefix + "finetuning.png", _WATCHED_TITLE, caption)
 
 
 def _show_loads(study: Study) -> Iterator[Block]:
-    """How the mixtures loaded their experts while they were trained."""
     rows = []
     for line in study.lines:
         logs = [model.stage.log.routing for model in line.models if model.stage is not None]
@@ -390,7 +376,7 @@ def _show_loads(study: Study) -> Iterator[Block]:
         experts = max(len(seeds[0][0]) for seeds in variants.values())
         text = "Share of a layer's choices per expert, mean over seeds; layers from top to bottom. "
         text += f"{percent_text(1 / experts)} is even."
-        yield Image(study.prefix + LOAD_FIGURE, "Load per layer and expert of every variant", text)
+        yield Image(study.prefix + "load.png", "Load per layer and expert of every variant", text)
 
 
 def find_loads(study: Study) -> dict[str, list[list[list[float]]]]:
@@ -413,7 +399,7 @@ def _show_routing(study: Study) -> Iterator[Block]:
         "Share of the routed (token, expert) pairs that each expert gets, per layer, for the evaluated tokens of "
         "each domain, of as many domains as fit. Layers count from the input."
     )
-    yield Image(study.prefix + ROUTING_FIGURE, "Share of tokens per expert, layer and domain", caption)
+    yield Image(study.prefix + "routing.png", "Share of tokens per expert, layer and domain", caption)
     distances = {model.name: routing_distances(model) for model in mixtures if model.chooses_experts()}
     pairs = list(dict.fromkeys(chain.from_iterable(distances.values())))
     if pairs:
@@ -471,7 +457,6 @@ def _tabulate_sizes(cast: Cast) -> Iterator[Block]:
 
 
 def _tabulate_stages(run: RunData) -> Iterator[Block]:
-    """What each stage took, and all together."""
     recorded = {stage.name: stage for stage in run.stages if stage.written is not None}
     if not recorded:
         return
@@ -498,7 +483,6 @@ def _tabulate_stages(run: RunData) -> Iterator[Block]:
 
 
 def _tabulate_runs(study: Study) -> Iterator[Block]:
-    """What all stages of each run took."""
     rows = []
     for run in study.runs:
         rows.append(make_row(run.name, *_sum_costs(stage for stage in run.stages if stage.written is not None)))
@@ -518,7 +502,6 @@ def _sum_costs(stages: Iterable[Stage]) -> tuple[str, str, str]:
 
 
 def _say_export(run: RunData) -> Iterator[Block]:
-    """Where the exported model lies, and how it is loaded."""
     if any(stage.name == EXPORT_STAGE and not stage.unfinished for stage in run.stages):
         text = f"The finetuned mixture and its tokenizer lie as a Hugging Face model in {_EXPORTED}, in this run's "
         text += f"folder. Every tensor was read back and verified ({EXPORT_STAGE}/{LOG_FILE}). "
@@ -562,7 +545,6 @@ def show_data(run: RunData) -> Iterator[Block]:
 
 
 def _say_caution(study: Study) -> list[str]:
-    """What to keep in mind."""
     samples = (
         "Every stage reads each domain from its first sample on. Experts that share a domain read the same samples of "
         "it, finetuning reads some of them again, and later samples may be read by none."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from megatron_btx.recipe.names import (
 )
 from megatron_btx.report.quantities import mean, total
 from megatron_btx.runner.run_dir import read_checkpointed_iteration, read_metrics, read_yaml
-from megatron_btx.runner.schemas import StageManifest, read_count, read_number
+from megatron_btx.runner.schemas import PlannedStage, StageManifest, read_count, read_number
 
 _ENDED_EARLY = {"running": "not finished", "stopped": "stopped", "failed": "failed"}
 """Status -> how a report says it. A killed run leaves "running" behind."""
@@ -143,6 +143,23 @@ def read_stage(folder: Path) -> Stage | None:
     return Stage(folder.name, manifest, written, log, per_iteration, steps, reached)
 
 
+def find_left_out(planned: Sequence[PlannedStage] | None, manifests: Mapping[str, StageManifest]) -> dict[str, str]:
+    """Stages that are not of the run's plan, and why; none without a plan. Without a manifest it is an empty one.
+
+    A stage is of the plan when it stands there with the same fingerprint, which its parents' are a part of.
+    """
+    if planned is None:
+        return {}
+    due = {entry.stage: entry.fingerprint for entry in planned}
+    reasons = {}
+    for name, manifest in manifests.items():
+        if name not in due:
+            reasons[name] = "not a stage of this run's recipe"
+        elif manifest.fingerprint and due[name] and manifest.fingerprint != due[name]:
+            reasons[name] = "made with other settings, or from other stages, than this run's recipe has"
+    return reasons
+
+
 def read_log(file: Path) -> Log:
     """What a stage logged; the last line for an iteration counts.
 
@@ -172,7 +189,6 @@ def _under(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _read_routing(values: Mapping[str, float]) -> RoutingLog | None:
-    """The routing from the last value of every metric."""
     if _DEAD not in values:
         return None
     cells: dict[int, dict[int, float]] = {}

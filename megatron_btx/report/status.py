@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +10,12 @@ from rich.console import Console
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.table import find_width
 from megatron_btx.recipe.names import LOG_FILE, PLAN_FILE
-from megatron_btx.report.stale import find_left_out
+from megatron_btx.report.stages import find_left_out
 from megatron_btx.runner.run_dir import is_locked, read_plan
-from megatron_btx.runner.schemas import StageManifest
+from megatron_btx.runner.slurm_queue import SLURM_FOLDER
 from megatron_btx.runner.stage_run import last_words
 from megatron_btx.runner.tables import make_progress_table, read_row, read_shown_manifest
-from megatron_btx.slurm.status import FOREIGN, HEADERS, JobView, view_jobs, was_submitted
+from megatron_btx.slurm.status import FOREIGN, HEADERS, JobView, view_jobs
 
 
 def print_status(directory: Path) -> None:
@@ -30,16 +29,23 @@ def print_status(directory: Path) -> None:
     manifests = {entry.stage: read_shown_manifest(directory / entry.stage) for entry in planned}
     views: dict[str, JobView] = {}
     silence = ""
-    if was_submitted(directory):
+    if (directory / SLURM_FOLDER).is_dir():
         views, silence = view_jobs(directory, manifests)
-    states = _read_states(directory, manifests, views)
-    rows = []
+    at_work, outdated = is_locked(directory), find_left_out(planned, manifests)
+    states, rows = {}, []
     for entry in planned:
-        row = read_row(directory / entry.stage, entry.stage, states[entry.stage], entry.steps, entry.tokens)
-        if entry.stage in views and row.seconds is not None:
-            row = replace(row, seconds=row.seconds + views[entry.stage].seconds)
+        name, manifest = entry.stage, manifests[entry.stage]
+        state = manifest.status or "waiting"
+        if name in outdated:
+            state = "outdated"
+        elif state == "running" and not at_work:
+            state = "interrupted"
+        states[name] = views.get(name, JobView()).state or state
+        row = read_row(directory / name, name, states[name], entry.steps, entry.tokens)
+        if name in views and row.seconds is not None:
+            row = replace(row, seconds=row.seconds + views[name].seconds)
         rows.append(row)
-    more = [views[row.name].cells() for row in rows if row.name in views]
+    more = [(views[row.name].number, views[row.name].why) for row in rows if row.name in views]
     table = make_progress_table(rows, str(directory), HEADERS if more else (), more)
     Console(width=find_width()).print(table)
     for name, state in states.items():
@@ -50,20 +56,3 @@ def print_status(directory: Path) -> None:
         print(FOREIGN.format(name, views[name].number, directory))
     if silence:
         print(f"Slurm's queue is not shown: {silence}")
-
-
-def _read_states(
-    directory: Path, manifests: Mapping[str, StageManifest], views: Mapping[str, JobView]
-) -> dict[str, str]:
-    """Stage -> how far it is, in a word."""
-    at_work = is_locked(directory)
-    outdated = find_left_out(directory, manifests)
-    states = {}
-    for name, manifest in manifests.items():
-        state = manifest.status or "waiting"
-        if name in outdated:
-            state = "outdated"
-        elif state == "running" and not at_work:
-            state = "interrupted"
-        states[name] = views.get(name, JobView()).state or state
-    return states

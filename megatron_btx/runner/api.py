@@ -3,28 +3,113 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_btx.common.errors import InputError
+import yaml
+
+from megatron_btx.common.errors import InputError, printable
+from megatron_btx.common.table import render
 from megatron_btx.plan.checks import check_inputs, check_with_megatron
+from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.planner import plan_stages
+from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.flags import MissingFlagError
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.names import REPORT_STAGE
-from megatron_btx.runner.decisions import RERUN, RUN, ChangedStagesError, check_chosen, decide
-from megatron_btx.runner.local import RunError
-from megatron_btx.runner.planned import PlannedRun
+from megatron_btx.recipe.names import MODELS_FILE, PLAN_FILE, RECIPE_FILE, REPORT_STAGE
+from megatron_btx.recipe.recipe import Recipe
+from megatron_btx.runner.decisions import (
+    RERUN,
+    RUN,
+    SKIP,
+    Action,
+    ChangedStagesError,
+    check_chosen,
+    check_kept,
+    decide,
+    list_kept,
+)
+from megatron_btx.runner.local import Machine, RunError, execute_stages
 from megatron_btx.runner.run_dir import check_run, read_stage_manifest
 from megatron_btx.runner.schemas import StageManifest
-from megatron_btx.runner.scripts import as_comment, one_line, shell_script
-from megatron_btx.runner.tables import Progress, Reporter
+from megatron_btx.runner.scripts import as_comment, shell_script
+from megatron_btx.runner.tables import Progress, Reporter, describe_repeats, describe_total, make_plan_table
 
-RUNS_FOLDER = Path("runs")
-"""Where a run goes whose directory is not given."""
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What a run would do. Nothing of it is written yet."""
+
+    recipe: Recipe
+    stages: list[Stage]
+    directory: Path
+    actions: Mapping[str, Action]
+    chosen: list[str]
+    rerun: Sequence[str]
+    use_gpus: bool
+    notes: tuple[str, ...] = ()
+    """What was read otherwise than it is written, and what the converter warns of."""
+
+    def chosen_stages(self) -> list[Stage]:
+        """The stages that are to run, or are finished already."""
+        return [stage for stage in self.stages if stage.name in self.chosen]
+
+    def check(self) -> None:
+        """Refuse what would stop the run, with Megatron's own checks of what trains and evaluates.
+
+        Raises:
+            ChangedStagesError: stages of other settings lie there.
+            InputError: the place in the recipe or the stage, and what the programs would refuse.
+        """
+        check_kept(self.directory, self.actions, self.chosen)
+        due = [stage for stage in self.stages if stage.on_gpu and self.actions[stage.name].verb in (RUN, RERUN)]
+        if due:
+            check_with_megatron(self.recipe.file, self.recipe.flag_sections, due, self.use_gpus)
+
+    def execute(self, reporter: Reporter) -> None:
+        """Run the stages; see :func:`execute_stages`."""
+        machine = Machine.found(self.use_gpus)
+        execute_stages(self.stages, self.directory, machine, reporter, self.chosen, self.records(), self.rerun)
+
+    def records(self) -> dict[str, str]:
+        """Name -> text of the files that say what the run is planned to be."""
+        return {
+            PLAN_FILE: json.dumps(list_planned(self.stages), indent=1) + "\n",
+            MODELS_FILE: json.dumps([row.describe() for row in self.recipe.models.values()], indent=1) + "\n",
+            RECIPE_FILE: yaml.safe_dump(self.recipe.tree, sort_keys=False),
+        }
+
+    def describe(self) -> str:
+        """A table of the plan, the stages that are finished or have to be kept, and the estimate of the rest."""
+        stages, actions = self.chosen_stages(), self.actions
+        lines = [render(make_plan_table(stages, actions, str(self.directory)))]
+        finished = [stage.name for stage in stages if actions[stage.name].verb == SKIP]
+        if finished:
+            lines.append(f"finished: {', '.join(finished)}")
+        kept = list_kept(actions, self.chosen)
+        if kept:
+            named = "; ".join(f"{name}: {printable(why)}" for name, why in kept.items())
+            meaning = "made otherwise, so btx run would stop; name them in --rerun, or give another --output"
+            lines.append(f"keep: {meaning} ({named})")
+        lines += [describe_total(stages, actions), describe_repeats(stages, self.recipe.data.texts)]
+        return "\n".join(filter(None, lines))
+
+
+def list_planned(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """What a run's plan says of each stage. The fingerprint tells its report what is of the recipe, and what is not."""
+    known = identities(stages)
+    entries: list[dict[str, Any]] = []
+    for stage in stages:
+        fingerprint = None if stage.only_shows else known[stage.name].fingerprint
+        entry = {"stage": stage.name, "steps": stage.iterations, "tokens": stage.tokens, "fingerprint": fingerprint}
+        entries.append(entry)
+    return entries
 
 
 @dataclass(frozen=True)
@@ -64,7 +149,7 @@ def plan_run(
             # What is missing may be there with a slip in its name, which says more.
             check_with_megatron(read.file, read.flag_sections, use_gpus=use_gpus)
         raise InputError(f"{read.file}: {error}") from None
-    directory = Path(output or RUNS_FOLDER / read.name).resolve()
+    directory = Path(output or Path("runs", read.name)).resolve()
     check_run(directory)
     actions = decide(stages, directory, rerun)
     chosen = list(only) or list(actions)
@@ -105,13 +190,10 @@ def run(
     """
     planned = plan_run(recipe, output, changes=changes, only=only, rerun=rerun, use_gpus=use_gpus)
     planned.check()
-    if show_progress:
-        with Progress(planned.directory, planned.stages) as progress:
-            planned.execute(progress)
-    else:
-        planned.execute(Reporter())
-    names = [stage.name for stage in planned.chosen_stages()]
-    manifests = {name: read_stage_manifest(planned.directory / name) for name in names}
+    silent = contextlib.nullcontext(Reporter())
+    with Progress(planned.directory, planned.stages) if show_progress else silent as reporter:
+        planned.execute(reporter)
+    manifests = {stage.name: read_stage_manifest(planned.directory / stage.name) for stage in planned.chosen_stages()}
     return RunResult(planned.directory, manifests)
 
 
@@ -130,14 +212,14 @@ def plan_as_asked(arguments: argparse.Namespace) -> PlannedRun:
         use_gpus=not arguments.cpu,
     )
     for note in planned.notes:
-        print(f"# note: {one_line(note)}", flush=True)
+        print(f"# note: {printable(note)}", flush=True)
     if arguments.command == "plan":
         return planned
     try:
         planned.check()
     except ChangedStagesError as error:
         for name, why in error.changed.items():
-            print(f"{name}: {one_line(why)}", file=sys.stderr, flush=True)
+            print(f"{name}: {printable(why)}", file=sys.stderr, flush=True)
         again = list(dict.fromkeys([*arguments.rerun, *error.changed]))
         command = ["btx", arguments.command, str(arguments.recipe), "--output", str(planned.directory)]
         for flag, words in (("--set", arguments.set), ("--only", arguments.only), ("--rerun", again)):

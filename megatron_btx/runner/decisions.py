@@ -58,7 +58,7 @@ def decide(stages: Sequence[Stage], run: Path, rerun: Sequence[str] = ()) -> dic
     actions: dict[str, Action] = {}
     for stage in stages:
         manifest = found[stage.name]
-        action = decide_stage(stage, known[stage.name], run / stage.name, manifest)
+        action = _decide_stage(stage, known[stage.name], run / stage.name, manifest)
         began = manifest.rerun
         parents_stay = all(actions[parent].verb == SKIP for parent in stage.parents)
         if stage.name in rerun:
@@ -72,14 +72,10 @@ def decide(stages: Sequence[Stage], run: Path, rerun: Sequence[str] = ()) -> dic
 
 
 def decide_start(record: StageRecord, directory: Path) -> Action:
-    """What happens to one stage that starts now, whose parents are finished.
-
-    Raises:
-        InputError: something else lies in its folder.
-    """
+    """What happens to one stage that starts now, whose parents are finished. Raises InputError as :func:`decide`."""
     stage = record.stage
     manifest = own_manifest(directory, stage.name)
-    action = decide_stage(stage, record.identity, directory, manifest)
+    action = _decide_stage(stage, record.identity, directory, manifest)
     if stage.only_shows:
         action = Action(RUN, "shows what ran before it")
     if record.is_rerun and manifest.stage:
@@ -100,7 +96,7 @@ def make_records(
     return records
 
 
-def decide_stage(stage: Stage, identity: Identity, directory: Path, manifest: StageManifest) -> Action:
+def _decide_stage(stage: Stage, identity: Identity, directory: Path, manifest: StageManifest) -> Action:
     """What a run does without --rerun with a stage in whose folder ``manifest`` lies."""
     if not manifest.stage:
         return Action(RUN, "not done yet")
@@ -156,11 +152,7 @@ def _name_rerun(
 
 
 def check_chosen(stages: Sequence[Stage], actions: Mapping[str, Action], chosen: Sequence[str]) -> None:
-    """Refuse a choice (--only) of stages that are none, or whose parents are not finished.
-
-    Raises:
-        InputError: the stage, and what it lacks.
-    """
+    """Refuse a choice (--only) of stages that are none, or whose parents are not finished."""
     _check_names("--only", chosen, stages)
     for stage in stages:
         if stage.name not in chosen:
@@ -202,8 +194,12 @@ def differences(manifest: StageManifest, now: Identity) -> str:
     changes = []
     for name in {**manifest.settings, **now.settings}:
         old, new = manifest.settings.get(name, _ABSENT), now.settings.get(name, _ABSENT)
-        if old != new:
-            changes.append(_describe_change(name, old, new))
+        if old == new:
+            continue
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            position = next(number for number, value in enumerate(old) if value != new[number])
+            name, old, new = f"{name}: value {position + 1} of {len(new)}", old[position], new[position]
+        changes.append(f"{name}: {_shown(old)} -> {_shown(new)}")
     if len(changes) > _SETTINGS_SHOWN:
         changes[_SETTINGS_SHOWN:] = [f"and {len(changes) - _SETTINGS_SHOWN} more settings"]
     parents = []
@@ -213,14 +209,6 @@ def differences(manifest: StageManifest, now: Identity) -> str:
     if parents:
         changes.append(f"made from another {', '.join(parents)}")
     return "; ".join(changes) or "the order of its parents"
-
-
-def _describe_change(name: str, old: object, new: object) -> str:
-    """Of lists of one length the first value that differs."""
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        position = next(number for number, value in enumerate(old) if value != new[number])
-        name, old, new = f"{name}: value {position + 1} of {len(new)}", old[position], new[position]
-    return f"{name}: {_shown(old)} -> {_shown(new)}"
 
 
 def _shown(value: object) -> str:

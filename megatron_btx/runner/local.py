@@ -85,7 +85,10 @@ class Runner:
                         self._start(stage, actions[name])
                 for name, running in list(self.running.items()):
                     if running.process.poll() is not None:
-                        self._finish(name)
+                        failure = self._close(name)
+                        if failure is not None:
+                            said = f"{failure.problem}; its log: {self.run / name / LOG_FILE}\n{failure.message}"
+                            raise RunError(f"stage {name} {said}", failure.status)
                     elif time.monotonic() - running.written > MANIFEST_SECONDS:
                         running.written = time.monotonic()
                         running.stage_run.keep_time()
@@ -125,12 +128,13 @@ class Runner:
         stage_run = StageRun(self.run, self.records[stage.name])
         stage_run.begin(action, device, f"bash {SCRIPT_FILE}")
         taken = self.machine.take(stage)
+        gpus = {"CUDA_VISIBLE_DEVICES": ",".join(taken) if self.machine.gpus else ""}
         mark = {processes.MARK_VARIABLE: f"{self.session}:{stage.name}:"}
         with (stage_run.directory / LOG_FILE).open("ab") as log:
             process = subprocess.Popen(
                 ["bash", SCRIPT_FILE],
                 cwd=stage_run.directory,
-                env={**os.environ, **self.machine.environment(taken), **mark},
+                env={**os.environ, **gpus, **mark},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -138,13 +142,6 @@ class Runner:
             )
         self.running[stage.name] = _Running(process, stage_run, taken, time.monotonic())
         self.reporter.set(stage.name, "running", f"{action.verb}: {action.why}")
-
-    def _finish(self, name: str) -> None:
-        """Take in a stage that has ended. Raises RunError when it failed."""
-        failure = self._close(name)
-        if failure is not None:
-            log = self.run / name / LOG_FILE
-            raise RunError(f"stage {name} {failure.problem}; its log: {log}\n{failure.message}", failure.status)
 
     def _close(self, name: str, status: str = "") -> Failure | None:
         """A stage's process has ended, or has to: end what is left of it, note its status, free its slots.
@@ -154,7 +151,7 @@ class Runner:
         running = self.running.pop(name)
         processes.end_marked(f"{self.session}:{name}:")
         code = running.process.wait()
-        self.machine.give_back(running.taken)
+        self.machine.free[:0] = running.taken
         failure = running.stage_run.find_failure(code)
         if not status:
             status = "failed" if failure else "finished"
@@ -208,7 +205,13 @@ def execute_stages(
         chosen = list(only) or list(actions)
         check_chosen(stages, actions, chosen)
         check_kept(run, actions, chosen)
-        machine.check([stage for stage in stages if stage.name in chosen and actions[stage.name].verb != SKIP])
+        for stage in stages:
+            is_due = stage.name in chosen and actions[stage.name].verb != SKIP
+            if is_due and machine.needs(stage) > machine.size:
+                raise InputError(
+                    f"stage {stage.name}: {stage.processes} processes need as many GPUs, found {machine.size}; "
+                    "change its layout in the recipe, or run on the CPU with --cpu"
+                )
         for name, text in (records or {}).items():
             write_atomically(run / name, text)
         runner = Runner(make_records(stages, actions, rerun), run, machine, reporter)
@@ -244,26 +247,9 @@ class Machine:
             return stage.processes
         return 0
 
-    def check(self, stages: Sequence[Stage]) -> None:
-        """Refuse stages that have more processes than this machine has GPUs."""
-        for stage in stages:
-            if self.needs(stage) > self.size:
-                raise InputError(
-                    f"stage {stage.name}: {stage.processes} processes need as many GPUs, found {self.size}; "
-                    "change its layout in the recipe, or run on the CPU with --cpu"
-                )
-
     def take(self, stage: Stage) -> list[str]:
         """The slots of ``stage``, which are no longer free."""
         count = self.needs(stage)
         taken = self.free[:count]
         del self.free[:count]
         return taken
-
-    def give_back(self, taken: Sequence[str]) -> None:
-        """The slots of a stage that has ended."""
-        self.free[:0] = taken
-
-    def environment(self, taken: Sequence[str]) -> dict[str, str]:
-        """What tells a stage's processes their GPUs."""
-        return {"CUDA_VISIBLE_DEVICES": ",".join(taken) if self.gpus else ""}

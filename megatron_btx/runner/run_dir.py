@@ -18,7 +18,7 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ from megatron_btx.runner.schemas import (
     StageManifest,
     read_count,
 )
+
+_END_BYTES = 1 << 22
+"""Of a file: more than 20 lines of metrics, of which a wide mixture writes 20 KB each."""
 
 
 def find_free_name(directory: Path) -> Path:
@@ -97,39 +100,29 @@ def read_metrics(path: Path) -> list[MetricsLine]:
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = parse_metrics(text)
+    lines = parse_metrics(text.splitlines())
     if text.strip() and not lines:
         written = len(text.strip().splitlines())
         raise InputError(f"{path}: none of its {written} lines is a JSON object with an iteration; remove it, rerun")
     return lines
 
 
-def read_last_metrics(path: Path, lines: int) -> list[MetricsLine]:
-    """At least the last ``lines`` of a metrics.jsonl, or all where it has fewer; what cannot be read is left out.
-
-    The window grows until it holds them: a line of a wide mixture has 20 KB and more. A first line that the window
-    cuts is a torn one.
-    """
-    if not path.is_file():  # opening a pipe would wait forever
-        return []
-    window = 1 << 15
-    with path.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        while True:
-            stream.seek(max(0, size - window))
-            found = parse_metrics(stream.read().decode("utf-8", "replace"))
-            if len(found) >= lines or window >= size:
-                return found
-            window *= 8
+def read_end(file: Path, offset: int = 0) -> str:
+    """What was written into a file behind ``offset``: of much the end, and nothing where it is gone or no file."""
+    if not file.is_file():  # opening a pipe would wait forever
+        return ""
+    with file.open("rb") as stream:
+        stream.seek(max(offset, os.fstat(stream.fileno()).st_size - _END_BYTES))
+        return stream.read().decode("utf-8", "replace")
 
 
-def parse_metrics(text: str) -> list[MetricsLine]:
-    """The readable lines of ``text``; see the module for those that are passed over.
+def parse_metrics(lines: Iterable[str]) -> list[MetricsLine]:
+    """Those of ``lines`` that can be read; see the module for those that are passed over.
 
     A line takes back those of later steps before it: of a start whose steps were lost, and are taken again.
     """
     found: list[MetricsLine] = []
-    for line in text.splitlines():
+    for line in lines:
         try:
             content = parse_json(line)
         except ValueError:
@@ -144,11 +137,7 @@ def parse_metrics(text: str) -> list[MetricsLine]:
 
 
 def read_model_table(run: Path) -> list[ModelRow] | None:
-    """The table of models of the run directory ``run``; None where there is none.
-
-    Raises:
-        InputError: it is broken.
-    """
+    """The table of models of the run directory ``run``; None where there is none. Raises InputError when broken."""
     path = run / MODELS_FILE
     if not path.is_file():
         return None
@@ -159,11 +148,7 @@ def read_model_table(run: Path) -> list[ModelRow] | None:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """The evaluation in ``path``, of this version or an earlier one.
-
-    Raises:
-        InputError: it is not in the form of an evaluation.
-    """
+    """The evaluation in ``path``, of this version or an earlier one. Raises InputError for another form."""
     content = read_json_object(path, "run the stage that writes it again")
     if not isinstance(content.get("models"), dict):
         raise InputError(f"{path}: no mapping 'models'; expected an evaluation.json; evaluate the run again")
@@ -176,12 +161,12 @@ def read_evaluation(path: Path) -> Evaluation:
             scores.append(make_loss(name, domain, loss, model.tokens.get(domain)))
     for number, entry in enumerate(content.get("scores") or ()):
         scores.append(_read_part(Score, entry, f"{path}: score {number}"))
-    losses = [score for score in scores if score.measure == LOSS]
-    for name in dict.fromkeys([*models, *(score.model for score in scores)]):
-        own = [score for score in losses if score.model == name]
-        tokens = {score.data: score.count for score in own if score.count is not None}
-        stated = {"losses": {score.data: score.value for score in own}, "tokens": tokens}
-        models[name] = models.get(name, ModelEvaluation()).model_copy(update=stated)
+    for score in scores:
+        model = models.setdefault(score.model, ModelEvaluation())
+        if score.measure == LOSS:
+            model.losses[score.data] = score.value
+            if score.count is not None:
+                model.tokens[score.data] = score.count
     experts = [str(expert) for expert in content.get("experts") or ()] or None
     return Evaluation(scores=scores, models=models, experts=experts, eod_mask_loss=content.get("eod_mask_loss"))
 
@@ -226,11 +211,7 @@ def own_manifest(directory: Path, name: str) -> StageManifest:
 
 
 def check_run(run: Path) -> None:
-    """Refuse a run directory in which files of a run's names lie that no run wrote, because they would be replaced.
-
-    Raises:
-        InputError: the file.
-    """
+    """Refuse a run directory in which files of a run's names lie that no run wrote: they would be replaced."""
     if os.path.lexists(run) and not run.is_dir():
         raise InputError(f"{run}: is no folder; give another --output")
     if (run / LOCK_FILE).exists() or read_plan(run) is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
-from megatron_btx.plan.fingerprint import Identity, identities
+from megatron_btx.common.errors import printable
+from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.stage import PYTHON, Stage
 from megatron_btx.recipe.names import CONFIG_FILE, MANIFEST_FILE
 from megatron_btx.runner.decisions import RERUN, RESUME, SKIP, Action
@@ -28,33 +29,26 @@ def shell_script(stages: Sequence[Stage], actions: Mapping[str, Action], directo
     lines = ["set -euo pipefail", f"mkdir -p {run}", f"cd {run}", shell_preparation(sys.executable)]
     for stage in stages:
         action = actions[stage.name]
-        lines += ["", f"# {one_line(stage.name)}: {action.verb} ({one_line(action.why)})"]
-        commands = _stage_commands(stage, action, known[stage.name], directory)
-        if action.verb == SKIP:
-            lines.append(as_comment(commands))
-        else:
-            lines.append(commands)
+        lines += ["", f"# {printable(stage.name)}: {action.verb} ({printable(action.why)})"]
+        folder = shlex.quote(stage.name)
+        commands = [f"mkdir -p {folder}"]
+        if action.verb == RERUN:
+            aside = find_free_name(directory / stage.name).name
+            commands.insert(0, f"mv {folder} {shlex.quote(aside)}")
+        if action.verb != RESUME:
+            manifest = StageManifest.of_stage(stage, known[stage.name], "started by hand", action.rerun).content()
+            commands.append(f"printf '%s\\n' {shlex.quote(json.dumps(manifest))} > {folder}/{MANIFEST_FILE}")
+        if f"{stage.name}/{CONFIG_FILE}" in stage.command:  # printf is no program, so that no word is too long for it
+            commands.append(f"printf '%s' {shlex.quote(config_text(stage))} > {folder}/{CONFIG_FILE}")
+        commands.append(f"OMP_NUM_THREADS={stage.threads} {flag_per_line(stage.command)}")
+        text = "\n".join(commands)
+        lines.append(as_comment(text) if action.verb == SKIP else text)
     return "\n".join(lines)
 
 
 def as_comment(text: str) -> str:
     """``text`` as comments of a shell script."""
     return "# " + text.replace("\n", "\n# ")
-
-
-def _stage_commands(stage: Stage, action: Action, identity: Identity, directory: Path) -> str:
-    folder = shlex.quote(stage.name)
-    commands = [f"mkdir -p {folder}"]
-    if action.verb == RERUN:
-        aside = find_free_name(directory / stage.name).name
-        commands.insert(0, f"mv {folder} {shlex.quote(aside)}")
-    if action.verb != RESUME:
-        manifest = json.dumps(StageManifest.of_stage(stage, identity, "started by hand", action.rerun).content())
-        commands.append(f"printf '%s\\n' {shlex.quote(manifest)} > {folder}/{MANIFEST_FILE}")
-    if f"{stage.name}/{CONFIG_FILE}" in stage.command:  # printf is no program, so that no word is too long for it
-        commands.append(f"printf '%s' {shlex.quote(config_text(stage))} > {folder}/{CONFIG_FILE}")
-    commands.append(f"OMP_NUM_THREADS={stage.threads} {command_text(stage)}")
-    return "\n".join(commands)
 
 
 def config_text(stage: Stage) -> str:
@@ -72,16 +66,11 @@ def config_text(stage: Stage) -> str:
     return yaml.safe_dump(said, sort_keys=False)
 
 
-def command_text(stage: Stage) -> str:
-    """The stage's command for a shell in the run directory, after :func:`shell_preparation`; a flag per line."""
-    words = [shlex.quote(word) for word in stage.command]
-    if stage.command[0] == PYTHON:
+def flag_per_line(command: Sequence[str]) -> str:
+    """A command for a shell in the run directory, after :func:`shell_preparation`: every flag with its values."""
+    words = [shlex.quote(word) for word in command]
+    if command[0] == PYTHON:
         words[0] = '"$python"'
-    return flag_per_line(words)
-
-
-def flag_per_line(words: Iterable[str]) -> str:
-    """Words for a shell as one command, every flag in a line with its values."""
     lines: list[str] = []
     for word in words:
         if not lines or word.startswith("--"):
@@ -123,14 +112,6 @@ flock -n -E 3 9 || [ $? -ne 3 ] || refuse "somebody else makes it"
 """.rstrip()
 
 
-def one_line(text: str) -> str:
-    """``text`` for a comment in a script, which a line break would end."""
-    letters = []
-    for letter in text:
-        letters.append(letter if letter.isprintable() else "?")
-    return "".join(letters)
-
-
 def command_script(stage: Stage) -> str:
     """The stage's command.sh: what btx run executes, and what a person can call from anywhere.
 
@@ -138,7 +119,7 @@ def command_script(stage: Stage) -> str:
     """
     return (
         "#!/usr/bin/env bash\n"
-        f"# Stage {one_line(stage.name)} on one machine. btx run executes this, a job of Slurm one of ../slurm;\n"
+        f"# Stage {printable(stage.name)} on one machine. btx run executes this, a job of Slurm one of ../slurm;\n"
         "# log.txt says which it was. Relative paths count from the run directory, the parent of this script's.\n"
         "set -euo pipefail\n"
         "unset CDPATH\n"  # with it, cd would look for the folder elsewhere first
@@ -147,5 +128,5 @@ def command_script(stage: Stage) -> str:
         f"export OMP_NUM_THREADS={stage.threads}\n"
         'if [ -z "${BTX_STAGE:-}" ]; then # by hand\n'
         f"{shell_locks(stage.name)}\nfi\n"
-        f"exec {command_text(stage)}\n"
+        f"exec {flag_per_line(stage.command)}\n"
     )

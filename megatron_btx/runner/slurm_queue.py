@@ -26,7 +26,6 @@ _FORMAT = "%A|%T|%L|%S|%r|%k|%j"
 _LINE = re.compile(r"(\d+)\|([A-Z_]+)\|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|(.*)")
 _NUMBER = re.compile(r"^(?:Submitted batch job )?([0-9]+)(?:;\S*| on cluster \S+)?\s*$", re.MULTILINE)
 _ENDING = "COMPLETING"
-_NEVER = "DependencyNeverSatisfied"
 _TIMEOUT_SECONDS = 120
 
 
@@ -63,25 +62,17 @@ class Job:
     @property
     def never_starts(self) -> bool:
         """Whether it waits for a job that failed."""
-        return self.reason == _NEVER
+        return self.reason == "DependencyNeverSatisfied"
 
 
 def job_name(run: Path, stage: str) -> str:
     """What the job of a stage is called: the stage, and a mark of the run's path, of which there is one."""
-    return f"{stage}{_suffix(run)}"
-
-
-def _suffix(run: Path) -> str:
-    return f".btx-{mark_of(run)[:_MARK_LETTERS]}"
+    return f"{stage}.btx-{mark_of(run)[:_MARK_LETTERS]}"
 
 
 def list_jobs(run: Path) -> list[Job]:
-    """The jobs of a run that wait, run or are about to be gone, the first submitted first.
-
-    Raises:
-        SlurmError: the queue cannot be asked.
-    """
-    suffix = _suffix(run)
+    """The jobs of a run that wait, run or are about to be gone, in the order of their submission. Raises SlurmError."""
+    suffix = job_name(run, "")
     said = _call("squeue", "--noheader", f"--user={os.getuid()}", f"--format={_FORMAT}")
     jobs = []
     for line in said.splitlines():
@@ -107,15 +98,9 @@ def list_settled(run: Path) -> list[Job]:
 
 
 def submit_script(script: Path, after: Iterable[int]) -> int:
-    """Submit a script whose job starts when those of ``after`` have done their work; its number.
-
-    Raises:
-        SlurmError: Slurm refuses, in its words.
-    """
+    """Submit a script whose job starts when those of ``after`` have done their work; its number. Raises SlurmError."""
     waits = "".join(f":{number}" for number in sorted(after))
-    dependency = "singleton"
-    if waits:
-        dependency = f"afterok{waits},singleton"
+    dependency = f"afterok{waits},singleton" if waits else "singleton"
     said = _call("sbatch", "--parsable", f"--dependency={dependency}", str(script))
     numbers = _NUMBER.findall(said)  # a site's own sbatch may greet before
     if not numbers:
@@ -130,11 +115,7 @@ def cancel_jobs(jobs: Sequence[Job]) -> None:
 
 
 def check_no_jobs(run: Path) -> None:
-    """Refuse to work in a run directory in which jobs of Slurm do.
-
-    Raises:
-        InputError: the jobs; or they cannot be asked for.
-    """
+    """Refuse a run directory in which jobs of Slurm are at work, or may be and cannot be asked for."""
     if not (run / SLURM_FOLDER).is_dir():
         return
     if shutil.which("squeue") is None:
@@ -152,9 +133,15 @@ def _call(*words: str) -> str:
         raise SlurmError(
             f"{words[0]}: not found; Slurm's commands are needed here: load its module, or go to a login node"
         )
+    # Slurm's commands and jobs inherit nothing of a job around this process, and no options, which beat a recipe.
+    inherited = without_launcher(os.environ)
+    environment = {name: value for name, value in inherited.items() if not FOREIGN_NAMES.match(name)}
+    for name in ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "BTX_PYTHON"):
+        if name in os.environ:
+            environment[name] = os.environ[name]
     try:
         answer = subprocess.run(
-            words, capture_output=True, check=False, timeout=_TIMEOUT_SECONDS, env=_make_environment(), errors="replace"
+            words, capture_output=True, check=False, timeout=_TIMEOUT_SECONDS, env=environment, errors="replace"
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{words[0]}: Slurm did not answer in {_TIMEOUT_SECONDS} s; try again") from None
@@ -163,13 +150,3 @@ def _call(*words: str) -> str:
         said = [line.removeprefix(f"{words[0]}: ").removeprefix("error: ") for line in lines]
         raise SlurmError(f"{words[0]}: {printable('; '.join(said))}")
     return answer.stdout
-
-
-def _make_environment() -> dict[str, str]:
-    """What Slurm's commands and jobs inherit: nothing of a job around this process, no options, which beat a recipe."""
-    environment = without_launcher(os.environ)
-    environment = {name: value for name, value in environment.items() if not FOREIGN_NAMES.match(name)}
-    for name in ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "BTX_PYTHON"):
-        if name in os.environ:
-            environment[name] = os.environ[name]
-    return environment

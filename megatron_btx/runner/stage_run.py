@@ -5,7 +5,6 @@ The local runner and the jobs of Slurm both go this way. Nothing in a stage's fo
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import textwrap
@@ -21,13 +20,12 @@ from megatron_btx.common.files import read_json_object, refuse_unusual, write_at
 from megatron_btx.recipe.names import CONFIG_FILE, LOG_FILE, SCRIPT_FILE, STAGE_RECORDS, TRACKER_FILE, place_of
 from megatron_btx.recipe.options import say_keys
 from megatron_btx.runner.decisions import RERUN, Action
-from megatron_btx.runner.run_dir import find_free_name, own_manifest, read_checkpointed_iteration, say_first
+from megatron_btx.runner.run_dir import find_free_name, own_manifest, read_checkpointed_iteration, read_end, say_first
 from megatron_btx.runner.schemas import JobStart, StageManifest, StageRecord
 from megatron_btx.runner.scripts import command_script, config_text
 from megatron_btx.runner.slurm_queue import SLURM_FOLDER
 
 _LINES_SHOWN = 15
-_READ_BYTES = 1 << 22
 _ERROR = re.compile(r"\s*(\[?[\w./ -]+\]?: )?(error|[\w.]*(Error|Exception|Interrupt))(:|$)")
 _BAD_INPUT_OF_ONE = re.compile(rf"(exitcode\s*:\s*|Exited with exit code ){BAD_INPUT_EXIT_CODE}\b")
 """What torchrun and srun say of a process that refused its input."""
@@ -96,7 +94,11 @@ class StageRun:
         refuse_unusual(log)
         self._note(**start)
         if not self.stage.resumable and not self.stage.only_shows:
-            _set_leftovers_aside(self.directory)
+            beside = find_free_name(self.directory)
+            for path in list(self.directory.iterdir()):
+                if path.name not in STAGE_RECORDS and not path.name.startswith("."):  # a conversion goes on from those
+                    beside.mkdir(exist_ok=True)
+                    path.rename(beside / path.name)
         write_atomically(self.directory / CONFIG_FILE, config_text(self.stage))
         write_atomically(self.directory / SCRIPT_FILE, command_script(self.stage))
         with log.open("ab") as stream:
@@ -127,7 +129,7 @@ class StageRun:
             problem = f"ended at iteration {reached} of {stage.iterations}"
         else:
             return None
-        text = read_log(self.directory / LOG_FILE, self.log_offset)
+        text = read_end(self.directory / LOG_FILE, self.log_offset)
         killed = killed_by(text, code)
         if killed:
             problem = f"failed: {killed}"
@@ -141,15 +143,6 @@ class StageRun:
     def _note(self, **changes: object) -> None:
         self.manifest = self.manifest.model_copy(update=changes)
         manifests.write_manifest(self.directory, self.manifest.content())
-
-
-def _set_leftovers_aside(directory: Path) -> None:
-    """Move what a stopped start left out of the way. Hidden files stay: a conversion goes on from its own."""
-    beside = find_free_name(directory)
-    for path in list(directory.iterdir()):
-        if path.name not in STAGE_RECORDS and not path.name.startswith("."):
-            beside.mkdir(exist_ok=True)
-            path.rename(beside / path.name)
 
 
 def write_record(run: Path, record: StageRecord) -> None:
@@ -167,15 +160,6 @@ def read_record(run: Path, name: str) -> StageRecord:
         return TypeAdapter(StageRecord).validate_python(read_json_object(path, remedy))
     except ValidationError as error:
         raise InputError(f"{path}: not the record of a stage ({say_first(error)}); {remedy}") from None
-
-
-def read_log(log: Path, offset: int) -> str:
-    """What was written into a log behind ``offset``: of much the end, and nothing where it is gone or no file."""
-    if not log.is_file():  # opening a pipe would wait forever
-        return ""
-    with log.open("rb") as stream:
-        stream.seek(max(offset, os.fstat(stream.fileno()).st_size - _READ_BYTES))
-        return stream.read().decode("utf-8", "replace")
 
 
 def failure_message(log: str, code: int, stage: str = "") -> tuple[str, int]:
@@ -196,7 +180,7 @@ def failure_message(log: str, code: int, stage: str = "") -> tuple[str, int]:
 
 def last_words(log: Path) -> str:
     """The line at a log's end that most likely says why the last start failed: an error, or the last one."""
-    lines = read_log(log, 0).rpartition("\n== ")[2].splitlines()
+    lines = read_end(log).rpartition("\n== ")[2].splitlines()
     shown, _ = failure_message("\n".join(line[:400] for line in lines if not line.startswith("srun: ")), 1)
     errors = [line for line in shown.splitlines() if _ERROR.match(line)]
     return printable((errors or shown.splitlines() or ["nothing said"])[-1].strip())
@@ -207,18 +191,10 @@ def killed_by(log: str, code: int) -> str:
 
     torchrun tells it of a rank in its own report alone, and ends the other ranks by SIGTERM.
     """
-    ranks = [int(number) for number in re.findall(r"exitcode\s*:\s*-(\d+)\b", log)]
+    number, who = -code if code < 0 else code - 128, "its process"  # as Python says it, and as a shell does
+    ranks = [int(found) for found in re.findall(r"exitcode\s*:\s*-(\d+)\b", log)]
     if ranks:
-        first = next((number for number in ranks if number != signal.SIGTERM), ranks[0])
-        return f"a rank was killed by {_describe_signal(first)}"
-    number = -code if code < 0 else code - 128  # as Python says it, and as a shell does
-    if number in _SIGNALS:
-        return f"its process was killed by {_describe_signal(number)}"
-    return ""
-
-
-def _describe_signal(number: int) -> str:
-    name = "unknown"
-    if number in _SIGNALS:
-        name = signal.Signals(number).name
-    return f"signal {number} ({name}){_KILLED_FOR.get(number, '')}"
+        number, who = next((found for found in ranks if found != signal.SIGTERM), ranks[0]), "a rank"
+    if number not in _SIGNALS:
+        return ""
+    return f"{who} was killed by signal {number} ({signal.Signals(number).name}){_KILLED_FOR.get(number, '')}"

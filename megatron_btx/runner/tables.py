@@ -24,29 +24,18 @@ from megatron_btx.data.inputs import expand_inputs
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.names import DATA_STAGE, METRICS_FILE, TRAIN_SPLIT
 from megatron_btx.runner.decisions import KEEP, SKIP, Action
-from megatron_btx.runner.run_dir import read_checkpointed_iteration, read_last_metrics, read_stage_manifest
+from megatron_btx.runner.run_dir import parse_metrics, read_checkpointed_iteration, read_end, read_stage_manifest
 from megatron_btx.runner.schemas import MetricsLine, StageManifest
 
 _SPEED_STEPS = 20
 """Steps over which the speed is taken."""
 HEADERS = ("stage", "state", "step", "loss", "tokens/s", "time left", "time")
-_PLAN_HEADERS = ("stage", "state", "does", "processes", "steps", "tokens", "FLOPs", "made from")
-_PURPOSES: Mapping[str, str] = {
-    "data": "make datasets",
-    "import": "import a model",
-    "train": "train",
-    "mix": "combine models",
-    "export": "convert",
-    "evaluate": "evaluate",
-    "report": "report",
-}
-"""Kind of a stage -> what it does."""
+_PLAN_HEADERS = ("stage", "state", "kind", "processes", "steps", "tokens", "FLOPs", "made from")
 _BYTES_PER_TOKEN, _EPOCHS_AT_MOST = 4, 4
 """Of English and code; up to some four epochs repeated text is worth nearly what new text is (arXiv:2305.16264)."""
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 LINE_SECONDS = 15.0
 """Between two lines about a running stage where there is no terminal."""
-_TABLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,14 +71,14 @@ def read_row(directory: Path, name: str, state: str, steps: int | None, tokens: 
     seconds = manifest.seconds
     if not steps:
         return Row(name, state, seconds=seconds)
-    lines = read_last_metrics(directory / METRICS_FILE, _SPEED_STEPS + 1)
+    lines = parse_metrics(read_end(directory / METRICS_FILE).splitlines()[-_SPEED_STEPS:])
     if state == "running" and manifest.started is not None:  # what an earlier start logged is of another moment
         lines = [line for line in lines if (line.time or 0.0) >= manifest.started]
     if not lines:
         return Row(name, state, read_checkpointed_iteration(directory), steps, seconds=seconds)
     last = lines[-1]
     speed = left = None
-    step_seconds = _median_step_seconds(lines[-_SPEED_STEPS:])
+    step_seconds = _median_step_seconds(lines)
     if step_seconds and tokens:
         speed = tokens / steps / step_seconds
     if step_seconds and state == "running":
@@ -100,7 +89,7 @@ def read_row(directory: Path, name: str, state: str, steps: int | None, tokens: 
 def read_shown_manifest(directory: Path) -> StageManifest:
     """The manifest of a stage; where it is broken, one that says so: the other stages can be shown all the same."""
     try:
-        return read_stage_manifest(directory) or StageManifest()
+        return read_stage_manifest(directory)
     except (InputError, OSError):
         return StageManifest(status="unreadable")
 
@@ -145,8 +134,8 @@ def make_plan_table(stages: Sequence[Stage], actions: Mapping[str, Action], titl
         if verb == SKIP:
             continue
         steps, tokens = say(stage.iterations, "{:,}".format), say(stage.tokens, "{:,}".format)
-        does, flops, parents = _PURPOSES[stage.kind], say(stage.flops, with_prefix), ", ".join(stage.parents)
-        rows.append([stage.name, verb, does, str(stage.processes), steps, tokens, flops, parents])
+        flops, parents = say(stage.flops, with_prefix), ", ".join(stage.parents)
+        rows.append([stage.name, verb, stage.kind, str(stage.processes), steps, tokens, flops, parents])
     return make_table(_PLAN_HEADERS, rows, title)
 
 
@@ -221,16 +210,15 @@ class Reporter:
 
 
 class Progress(Reporter):
-    """Shows a run while it goes on. Use as a context manager; call :meth:`update` often, it paces itself."""
+    """Shows a run while it goes on: on a terminal as a table, elsewhere in lines. Use as a context manager."""
 
     def __init__(self, run: Path, stages: Sequence[Stage]) -> None:
         self.run, self.stages = run, stages
         self.states: dict[str, str] = {stage.name: "waiting" for stage in stages}
-        self.console = Console(file=sys.stdout)
+        console = Console(file=sys.stdout)
         self.live: Live | None = None
-        if self.console.is_terminal:
-            self.live = Live(console=self.console, auto_refresh=False)
-        self.last_update = 0.0
+        if console.is_terminal:
+            self.live = Live(console=console, get_renderable=self._make_table, refresh_per_second=1)
         self.last_line: dict[str, float] = {}
 
     def __enter__(self) -> Progress:
@@ -240,7 +228,6 @@ class Progress(Reporter):
 
     def __exit__(self, *_: object) -> None:
         if self.live:
-            self._refresh(self.live)
             self.live.stop()
 
     def set(self, stage: str, state: str, why: str = "") -> None:
@@ -249,32 +236,22 @@ class Progress(Reporter):
         self.last_line[stage] = time.monotonic()
         if self.live:
             return
-        text = f"{stage}: {state}"
-        if why:
-            text += f" ({why})"
-        _print_line(text)
+        _print_line(f"{stage}: {state}{f' ({why})' if why else ''}")
 
     def update(self) -> None:
-        """Show the running stages anew when it is time to."""
-        if self.live is None:
-            self._print_due_lines()
-        elif time.monotonic() - self.last_update > _TABLE_SECONDS:
-            self.last_update = time.monotonic()
-            self._refresh(self.live)
-
-    def _print_due_lines(self) -> None:
+        """Say how far the running stages are, where that was not said for a while and there is no table."""
         now = time.monotonic()
         for stage in self.stages:
-            if self.states[stage.name] == "running" and now - self.last_line[stage.name] > LINE_SECONDS:
+            is_running = self.states[stage.name] == "running" and not self.live
+            if is_running and now - self.last_line[stage.name] > LINE_SECONDS:
                 self.last_line[stage.name] = now
                 _print_line(describe_cells(HEADERS, self._row(stage).cells()))
 
     def _row(self, stage: Stage) -> Row:
         return read_row(self.run / stage.name, stage.name, self.states[stage.name], stage.iterations, stage.tokens)
 
-    def _refresh(self, live: Live) -> None:
-        rows = [self._row(stage) for stage in self.stages]
-        live.update(make_progress_table(rows, str(self.run)), refresh=True)
+    def _make_table(self) -> Table:
+        return make_progress_table([self._row(stage) for stage in self.stages], str(self.run))
 
 
 def _print_line(text: str) -> None:

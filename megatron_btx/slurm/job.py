@@ -34,7 +34,6 @@ from megatron_btx.slurm.script import DONE_BEFORE, GIVEN_UP, INTERRUPTED, script
 _FAILED_TASK = "Exited with exit code "
 """What srun says of a task that ended by itself with a status; it tells the neighbours of that task to end, too."""
 _CAUSE = re.compile(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")
-_TIME_LIMIT = "TIME LIMIT"
 """What slurmstepd says of a step that it ends: nothing, or the cause."""
 
 
@@ -120,7 +119,11 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
         problem = f"failed: {message.partition('error: ')[2]}"
         message = ""
     elif code in (-signal.SIGTERM, 128 + signal.SIGTERM) and _FAILED_TASK not in failure.log:
-        problem, status = f"stopped: {_explain_end(failure.log)}", "stopped"
+        causes = _CAUSE.findall(failure.log) or ["cancelled, preempted or out of time"]
+        cause, status = causes[-1].lower() or "cancelled", "stopped"
+        if cause == "time limit":
+            cause = "out of time, which btx submit begins anew; give its kind of stage more in cluster"
+        problem = f"stopped: {cause}"
     stage_run.end(code, status, problem)
     said = f"stage {stage.name} {problem}"
     if status == "failed":
@@ -133,16 +136,6 @@ def end(run: Path, record: StageRecord, retries: int, code: int) -> int:
         return INTERRUPTED
     _say(f"{stalled} starts in a row saved no further step; not started again")
     return GIVEN_UP
-
-
-def _explain_end(text: str) -> str:
-    """Why Slurm ended a program, in its words."""
-    causes = _CAUSE.findall(text)
-    if not causes:
-        return "cancelled, preempted or out of time"
-    if causes[-1] == _TIME_LIMIT:
-        return "out of time, which btx submit begins anew; give its kind of stage more in cluster"
-    return causes[-1].lower() or "cancelled"
 
 
 def _check_parents(run: Path, record: StageRecord) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_btx.common.errors import InputError
+from megatron_btx.common.errors import InputError, printable
 from megatron_btx.plan.stage import PYTHON, Program, Stage
-from megatron_btx.runner.scripts import flag_per_line, one_line, shell_locks, shell_preparation
+from megatron_btx.runner.scripts import flag_per_line, shell_locks, shell_preparation
 from megatron_btx.runner.slurm_queue import COMMENT_LETTERS, SLURM_FOLDER, job_name
 from megatron_btx.slurm.resources import Resources
 
@@ -23,6 +22,7 @@ DONE_BEFORE, INTERRUPTED, GIVEN_UP = 10, 75, 76
 did so too often; what fails in another way says the second, too."""
 NOTE_SUFFIX = ".job"
 """Of the file beside a script that holds the number of the job last submitted; for btx status alone."""
+_PASSED_ON = ("account", "partition", "qos", "reservation", "constraint", "time", "memory")
 _SAFE_PATH = re.compile(r"[\w./+=@:,~-]+")
 
 _IN_CONTAINER = '"${in_container[@]}"'
@@ -98,35 +98,41 @@ def script_path(run: Path, stage: str) -> Path:
     return run / SLURM_FOLDER / f"{stage}.sh"
 
 
-def check_run_path(run: Path) -> None:
-    """Refuse a run directory whose path Slurm's own lines could not hold.
-
-    Raises:
-        InputError: the path.
-    """
+def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: str) -> str:
+    """The script of the job of ``stage``. Raises InputError for a run whose path Slurm's own lines could not hold."""
     if not _SAFE_PATH.fullmatch(str(run)):
         raise InputError(
             f"{str(run)!r}: btx submit needs a path of letters, digits and . _ + = @ : , ~ - /, which Slurm reads as "
             "it is; give another --output"
         )
-
-
-def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: str) -> str:
-    """The script of the job of ``stage`` in the run directory ``run``."""
-    python = resources.python or (PYTHON if resources.container_image else sys.executable)
+    asked = resources.asked
+    python = asked.python or (PYTHON if asked.container_image else sys.executable)
     name = shlex.quote(stage.name)
-    srun = ["srun", f"--nodes={resources.nodes}", f"--ntasks={resources.tasks}"]
+    srun = ["srun", f"--nodes={resources.nodes}", f"--ntasks={resources.nodes * resources.tasks_per_node}"]
     srun += [f"--ntasks-per-node={resources.tasks_per_node}", f"--cpus-per-task={resources.cpus_per_task}"]
     srun += ["--export=ALL", "--kill-on-bad-exit=1"]  # some sites export nothing to a job, nor then to its steps
     container = start = ""
-    if resources.container_image is not None:
-        container = _container_lines(resources.container_image, resources.container_mounts, run)
+    if asked.container_image is not None:
+        if re.search("[:,]", str(run)):
+            raise InputError(f"{run}: a container's mounts are told apart by : and ,; give another --output")
+        mounts = ",".join((f"{run}:{run}", *(asked.container_mounts or ())))
+        container = "in_container=(\n"
+        for option in (f"image={asked.container_image}", f"mounts={mounts}", f"workdir={run}"):
+            container += f"    {shlex.quote(f'--container-{option}')}\n"
+        container += ")\n"
         start = f"srun --nodes=1 --ntasks=1 --export=ALL {_IN_CONTAINER} "  # what is short runs where the program does
         srun.append(f"\\\n    {_IN_CONTAINER}")
+    command = list(stage.command)
+    if isinstance(stage.program, Program):  # one task of srun is one process of it
+        command = [PYTHON, "-m", stage.program.module, *stage.program.words]
+    if stage.resumable:
+        command.append("--exit-signal-handler")
+        if asked.data_cache is not None:
+            command += ["--data-cache-path", asked.data_cache]
     body = _START.format(
         run=shlex.quote(str(run)),
         threads=stage.threads,
-        exports="".join(f"export {key}={shlex.quote(value)}\n" for key, value in resources.environment.items()),
+        exports="".join(f"export {key}={shlex.quote(value)}\n" for key, value in (asked.environment or {}).items()),
         container=container,
         stage=start,
         preparation=shell_preparation(python),
@@ -137,29 +143,35 @@ def render_script(stage: Stage, resources: Resources, run: Path, fingerprint: st
         given_up=GIVEN_UP,
         interrupted=INTERRUPTED,
         srun=" ".join(srun),
-        command=_command(stage, resources),
+        command=flag_per_line(command),
         log=f"{name}/log.txt",
-        retries=resources.retries,
+        retries=asked.retries,
     )
     return "\n".join([*_header(stage, resources, run, fingerprint), body])
 
 
 def _header(stage: Stage, resources: Resources, run: Path, fingerprint: str) -> list[str]:
     """The lines that Slurm reads."""
+    asked = resources.asked
     options: dict[str, str | int | None] = {
         "job-name": job_name(run, stage.name),
         "chdir": str(run),
         "output": f"{SLURM_FOLDER}/{stage.name}.log",
         "open-mode": "append",
-        **resources.options,
-        "nodes": resources.nodes,
-        "ntasks-per-node": resources.tasks_per_node,
-        "cpus-per-task": resources.cpus_per_task,
     }
+    for name in _PASSED_ON:
+        value = getattr(asked, name)
+        if value is not None:
+            options["mem" if name == "memory" else name] = value
+    if asked.exclusive:
+        options["exclusive"] = None
+    options["nodes"] = resources.nodes
+    options["ntasks-per-node"] = resources.tasks_per_node
+    options["cpus-per-task"] = resources.cpus_per_task
     if resources.gpus_per_node:
         options["gpus-per-node"] = resources.gpus_per_node
     if stage.resumable:
-        options["signal"] = f"TERM@{resources.signal_seconds}"
+        options["signal"] = f"TERM@{asked.signal_seconds}"
     options["comment"] = fingerprint[:COMMENT_LETTERS]
     options["requeue"] = None
     options["dependency"] = "singleton"  # a second job of this name waits until this one has ended
@@ -168,32 +180,7 @@ def _header(stage: Stage, resources: Resources, run: Path, fingerprint: str) -> 
         lines.append(f"#SBATCH --{option}" if value is None else f"#SBATCH --{option}={value}")
     waits = ", ".join(stage.waits_for()) or "nothing"
     lines.append(
-        f"# Stage {one_line(stage.name)}, which needs {one_line(waits)}. Submit it by hand with: sbatch THIS_FILE"
+        f"# Stage {printable(stage.name)}, which needs {printable(waits)}. Submit it by hand with: sbatch THIS_FILE"
     )
     lines.append("set -uo pipefail")
     return lines
-
-
-def _container_lines(image: str, mounts_of_user: Sequence[str], run: Path) -> str:
-    """The options by which a step runs in a container, an array of the script."""
-    if re.search("[:,]", str(run)):
-        raise InputError(f"{run}: a container's mounts are told apart by : and ,; give another --output")
-    mounts = ",".join((f"{run}:{run}", *mounts_of_user))
-    options = [f"--container-image={image}", f"--container-mounts={mounts}"]
-    options.append(f"--container-workdir={run}")
-    lines = [f"    {shlex.quote(option)}\n" for option in options]
-    return f"in_container=(\n{''.join(lines)})\n"
-
-
-def _command(stage: Stage, resources: Resources) -> str:
-    """The stage's program, a flag per line; one task of srun is one process of it."""
-    words: list[str] = []
-    given = stage.program
-    if isinstance(given, Program):
-        words, given = ['"$python"', "-m", given.module], given.words
-    words += map(shlex.quote, given)
-    if stage.resumable:
-        words.append("--exit-signal-handler")
-        if resources.data_cache is not None:
-            words += ["--data-cache-path", shlex.quote(resources.data_cache)]
-    return flag_per_line(words)

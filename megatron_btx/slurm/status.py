@@ -10,27 +10,12 @@ from pathlib import Path
 from megatron_btx.common.errors import InputError, printable
 from megatron_btx.recipe.names import MANIFEST_FILE
 from megatron_btx.runner.schemas import StageManifest
-from megatron_btx.runner.slurm_queue import SLURM_FOLDER, Job, SlurmError, list_jobs
+from megatron_btx.runner.slurm_queue import Job, SlurmError, list_jobs
 from megatron_btx.runner.stage_run import read_record
 from megatron_btx.slurm.script import NOTE_SUFFIX, script_path
 
 HEADERS = ("job", "why")
 FOREIGN = "{0}: job {1} is in the queue, and the recipe has no such stage; btx cancel {2} --only {0}"
-_REASONS = {
-    "None": "not looked at yet",
-    "Resources": "no free nodes",
-    "Priority": "other jobs go first",
-    "BeginTime": "starts again",
-    "JobHeldUser": "held; scontrol release {number}",
-    "JobHeldAdmin": "held by an administrator",
-    "QOS": "as much at once as the QoS allows ({reason})",
-    "Assoc": "as much at once as the account may have ({reason})",
-    "PartitionTimeLimit": "more time than its partition allows; change cluster.time",
-    "PartitionNodeLimit": "more nodes than its partition has; change the layout or cluster.partition",
-    "Partition": "its partition is closed; wait, or change cluster.partition",
-    "ReqNodeNotAvail": "its nodes are down or reserved",
-}
-"""How Slurm's reason begins -> what it means; the first counts."""
 _FAILED = ("failed", "stopped", "interrupted")
 
 
@@ -48,15 +33,6 @@ class JobView:
     log: Path | None = None
     """What the script of a job said that ended without a word in the manifest."""
 
-    def cells(self) -> tuple[str, ...]:
-        """In the order of :data:`HEADERS`."""
-        return (self.number, self.why)
-
-
-def was_submitted(run: Path) -> bool:
-    """Whether a run was ever submitted."""
-    return (run / SLURM_FOLDER).is_dir()
-
 
 def view_jobs(run: Path, manifests: Mapping[str, StageManifest]) -> tuple[dict[str, JobView], str]:
     """Stage -> its job as it is shown, and why the queue could not be asked; empty when it could.
@@ -73,25 +49,20 @@ def view_jobs(run: Path, manifests: Mapping[str, StageManifest]) -> tuple[dict[s
         live.setdefault(job.stage, job)
     views = {name: JobView(number=str(job.number)) for name, job in live.items()}
     for name, manifest in manifests.items():
-        if name in live:
-            views[name] = _view_live(run, live[name], manifest, manifests, live)
-        else:
+        if name not in live:
             views[name] = _view_ended(run, name, manifest)
+            continue
+        job, number = live[name], str(live[name].number)
+        if not job.is_active:
+            views[name] = JobView(None if manifest.is_finished else "ending", number)
+        elif job.is_running:
+            seconds = 0.0
+            if manifest.status == "running" and manifest.started is not None:
+                seconds = max(0.0, time.time() - manifest.started)
+            views[name] = JobView(job.state.lower(), number, f"may run {job.time_left} more", seconds)
+        else:
+            views[name] = JobView("queued", number, _explain(run, job, manifests, live))
     return views, ""
-
-
-def _view_live(
-    run: Path, job: Job, manifest: StageManifest, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]
-) -> JobView:
-    number = str(job.number)
-    if not job.is_active:
-        return JobView(None if manifest.is_finished else "ending", number)
-    if job.is_running:
-        seconds = 0.0
-        if manifest.status == "running" and manifest.started is not None:
-            seconds = max(0.0, time.time() - manifest.started)
-        return JobView(job.state.lower(), number, f"may run {job.time_left} more", seconds)
-    return JobView("queued", number, _explain(run, job, manifests, live))
 
 
 def _view_ended(run: Path, stage: str, manifest: StageManifest) -> JobView:
@@ -122,45 +93,29 @@ def _read_unbegun(run: Path, stage: str) -> str:
 
 
 def _explain(run: Path, job: Job, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]) -> str:
-    """Why a job waits."""
-    missing = _find_missing(run, job.stage, manifests, live)
+    """Why a job waits: for stages, near or far, that have no job (most likely they failed), or as Slurm says it."""
+    missing: list[str] = []
+    seen = [job.stage]
+    for stage in seen:  # which grows meanwhile
+        for parent in _list_unfinished(run, stage, manifests):
+            if parent not in live and parent not in missing:
+                missing.append(parent)
+            elif parent in live and parent not in seen:
+                seen.append(parent)
     if missing:
         return f"cannot start without {', '.join(missing)}; btx submit goes on"
     if job.reason == "Dependency" or job.never_starts:
         waited_for = ", ".join(_list_unfinished(run, job.stage, manifests))
         return f"waits for {waited_for or 'an earlier job of its own'}"
-    meanings = [meaning for start, meaning in _REASONS.items() if job.reason.startswith(start)]
-    meaning = (*meanings, job.reason)[0].format(number=job.number, reason=job.reason)
     if job.reason == "BeginTime" and job.begins != "N/A":
-        meaning += f" at {job.begins.replace('T', ' ')}"
-    return meaning
+        return f"starts again at {job.begins.replace('T', ' ')}"
+    return job.reason
 
 
 def _list_unfinished(run: Path, stage: str, manifests: Mapping[str, StageManifest]) -> list[str]:
     """The stages that one waits for itself."""
-    unfinished = []
     try:
-        parents = tuple(read_record(run, stage).parents)
+        parents = read_record(run, stage).parents
     except (InputError, OSError):
         return []
-    for parent in parents:
-        if parent not in manifests or not manifests[parent].is_finished:
-            unfinished.append(parent)
-    return unfinished
-
-
-def _find_missing(run: Path, stage: str, manifests: Mapping[str, StageManifest], live: Mapping[str, Job]) -> list[str]:
-    """The stages, near or far, that one waits for and that have no job: most likely they failed."""
-    missing: list[str] = []
-    seen = {stage}
-    waiting = [stage]
-    while waiting:
-        for parent in _list_unfinished(run, waiting.pop(), manifests):
-            if parent in seen:
-                continue
-            seen.add(parent)
-            if parent in live:
-                waiting.append(parent)
-            else:
-                missing.append(parent)
-    return missing
+    return [parent for parent in parents if not manifests.get(parent, StageManifest()).is_finished]

@@ -19,8 +19,8 @@ from megatron_btx.common.files import refuse_unusual, write_atomically
 from megatron_btx.plan.fingerprint import Identity, identities
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.names import PLAN_FILE
+from megatron_btx.runner.api import PlannedRun
 from megatron_btx.runner.decisions import RERUN, SKIP, Action, decide, make_records
-from megatron_btx.runner.planned import PlannedRun
 from megatron_btx.runner.run_dir import is_locked, lock_run, read_plan, take_turn
 from megatron_btx.runner.scripts import as_comment
 from megatron_btx.runner.slurm_queue import (
@@ -35,32 +35,21 @@ from megatron_btx.runner.slurm_queue import (
 )
 from megatron_btx.runner.stage_run import write_record
 from megatron_btx.slurm.resources import find_resources
-from megatron_btx.slurm.script import NOTE_SUFFIX, check_run_path, render_script, script_path
+from megatron_btx.slurm.script import NOTE_SUFFIX, render_script, script_path
 from megatron_btx.slurm.status import FOREIGN
 
 
 @dataclass
 class Submission:
-    """What became of each stage."""
+    """The jobs of the stages that are not finished, by their numbers."""
 
     submitted: dict[str, int] = field(default_factory=dict)
-    """Stage -> number of the job that was submitted for it."""
     kept: dict[str, int] = field(default_factory=dict)
-    """Stage -> number of the job that stood in the queue already."""
-    finished: list[str] = field(default_factory=list)
-    replaced: dict[str, list[int]] = field(default_factory=dict)
-    """Stage -> the jobs that were cancelled for the one that was submitted."""
-    foreign: list[Job] = field(default_factory=list)
-    """Jobs of the run whose stages the recipe does not have."""
+    """Those that stood in the queue already."""
 
 
 def render_scripts(planned: PlannedRun) -> dict[str, str]:
-    """Stage -> its script, of those that have something to do.
-
-    Raises:
-        InputError: the run's path, or a stage that does not fit on its nodes.
-    """
-    check_run_path(planned.directory)
+    """Stage -> its script, of those that have something to do. Raises InputError as :func:`find_resources` does."""
     known = identities(planned.stages)
     scripts = {}
     for stage in _list_due(planned):
@@ -82,7 +71,7 @@ def write_scripts(planned: PlannedRun, scripts: Mapping[str, str]) -> None:
 
 
 def submit(planned: PlannedRun) -> Submission:
-    """Submit what is missing; the scripts are written before.
+    """Write the scripts, submit what is missing, and print what becomes of every stage.
 
     Raises:
         InputError: a runner or another version of a stage is at work in the run directory, or Slurm refuses.
@@ -96,18 +85,24 @@ def submit(planned: PlannedRun) -> Submission:
         # Checks by Megatron take seconds since the plan. What ended meanwhile has no job any more, and is finished.
         planned = replace(planned, actions=decide(planned.stages, run, planned.rerun))
         _check_running(jobs, planned.actions, known)
-        _check_alone(run, _list_due(planned), jobs)
-        result = Submission(finished=[stage.name for stage in planned.chosen_stages() if _is_done(planned, stage)])
-        result.foreign = [job for job in jobs if job.stage not in known]
+        due = _list_due(planned)
+        _check_alone(run, due, jobs)
         write_scripts(planned, render_scripts(planned))
-        for stage in _list_due(planned):
-            mine = [job for job in jobs if job.stage == stage.name]
-            _submit_stage(run, stage, known[stage.name], mine, result)
+        result = Submission()
+        for stage in planned.chosen_stages():
+            said = "finished"
+            if stage in due:
+                mine = [job for job in jobs if job.stage == stage.name]
+                said = _submit_stage(run, stage, known[stage.name], mine, result)
+            print(f"{stage.name}: {said}", flush=True)
+        for job in jobs:
+            if job.stage not in known:
+                print(FOREIGN.format(job.stage, job.number, run))
     return result
 
 
-def _submit_stage(run: Path, stage: Stage, identity: Identity, jobs: Sequence[Job], result: Submission) -> None:
-    """Submit a stage unless one of ``jobs``, those that stand in the queue for it, will do it."""
+def _submit_stage(run: Path, stage: Stage, identity: Identity, jobs: Sequence[Job], result: Submission) -> str:
+    """Submit a stage unless one of ``jobs``, those that stand in the queue for it, will do it; says which it was."""
     is_anew = any(parent in result.submitted for parent in stage.waits_for())
     kept = None
     for job in jobs:
@@ -116,7 +111,7 @@ def _submit_stage(run: Path, stage: Stage, identity: Identity, jobs: Sequence[Jo
     cancel_jobs([job for job in jobs if job is not kept])
     if kept is not None:
         result.kept[stage.name] = kept.number
-        return
+        return f"in the queue already, job {kept.number}"
     after = []
     for parent in stage.waits_for():
         number = result.submitted.get(parent, result.kept.get(parent))  # none of one that is finished
@@ -125,14 +120,11 @@ def _submit_stage(run: Path, stage: Stage, identity: Identity, jobs: Sequence[Jo
     try:
         number = submit_script(script_path(run, stage.name), after)
     except SlurmError as error:
-        rest = ""
-        if result.submitted:
-            others = ", ".join(result.submitted)
-            rest = f"; in the queue: {others}; btx submit goes on, btx cancel {run} takes them back"
-        raise SlurmError(f"stage {stage.name}: {error}{rest}") from None
+        rest = f"btx submit goes on, btx cancel {run} takes back what was submitted"
+        raise SlurmError(f"stage {stage.name}: {error}; {rest}") from None
     write_atomically(script_path(run, stage.name).with_suffix(NOTE_SUFFIX), str(number))
     result.submitted[stage.name] = number
-    result.replaced[stage.name] = [job.number for job in jobs]
+    return f"submitted, job {number}" + "".join(f", in place of job {job.number}" for job in jobs)
 
 
 def _will_do(job: Job, identity: Identity) -> bool:
@@ -162,11 +154,7 @@ def _check_alone(run: Path, due: Sequence[Stage], jobs: Sequence[Job]) -> None:
 
 
 def _list_due(planned: PlannedRun) -> list[Stage]:
-    return [stage for stage in planned.chosen_stages() if not _is_done(planned, stage)]
-
-
-def _is_done(planned: PlannedRun, stage: Stage) -> bool:
-    return planned.actions[stage.name].verb == SKIP
+    return [stage for stage in planned.chosen_stages() if planned.actions[stage.name].verb != SKIP]
 
 
 def print_scripts(planned: PlannedRun) -> int:
@@ -180,21 +168,11 @@ def print_scripts(planned: PlannedRun) -> int:
 
 
 def submit_run(planned: PlannedRun) -> int:
-    """``btx submit``: submit what is missing and print what became of every stage."""
+    """``btx submit``: submit what is missing."""
     ignored = [name for name in os.environ if name.startswith("SBATCH_")]
     if ignored:
         print(f"# note: {', '.join(ignored)}: not used; what jobs ask for stands in the cluster section")
-    result = submit(planned)
-    for name in [stage.name for stage in planned.chosen_stages()]:
-        if name in result.submitted:
-            replaced = "".join(f", in place of job {number}" for number in result.replaced[name])
-            print(f"{name}: submitted, job {result.submitted[name]}{replaced}")
-        elif name in result.kept:
-            print(f"{name}: in the queue already, job {result.kept[name]}")
-        else:
-            print(f"{name}: finished")
-    for job in result.foreign:
-        print(FOREIGN.format(job.stage, job.number, planned.directory))
+    submit(planned)
     print(f"how far it is: btx status {planned.directory}")
     return 0
 

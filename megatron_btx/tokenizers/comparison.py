@@ -7,70 +7,56 @@ of transformers (:func:`differing_readings`).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.files import hash_file
 from megatron_btx.tokenizers.rules import first_difference, read_rules
 from megatron_btx.tokenizers.texts import texts
-from megatron_btx.tokenizers.verify import LoadedTokenizer, encode_with_transformers, ids_around, load_with_transformers
+from megatron_btx.tokenizers.verify import encode_with_transformers, ids_around, load_with_transformers
 from megatron_btx.tokenizers.vocabulary import (
     CONFIG_FILE,
     TOKENIZER_FILES,
     ModelTokenizer,
     UnknownVocabularyError,
-    Vocabulary,
     known_vocabulary,
     read_object,
     refuse_pointer,
     tokenizer_files,
-    tokenizer_place,
-    unknown_reason,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Stored = Mapping[str, Any]
 _SHOWN, _TEXT_SHOWN = 3, 60
 _NO_IDS = ("chat_template", "model_max_length", "padding_side", "truncation_side", "name_or_path", "processor_class")
 """Settings of a tokenizer_config.json that decide no id of a text."""
 _ALL = 1 << 62
+_ONE = "models can only be mixed or continued with one tokenizer"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Compared:
-    """A tokenizer with what is read of it, each part once and when it is asked for."""
-
-    name: str
-    stored: Stored
-
-    @property
-    def rows(self) -> int | None:
-        """Rows of the model; None where they are not known."""
-        return self.stored.get("padded_vocab_size")
-
-    @functools.cached_property
-    def vocabulary(self) -> Vocabulary:
-        """Its tokens; raises UnknownVocabularyError."""
-        return known_vocabulary(self.stored)
+class _Compared(ModelTokenizer):
+    """A tokenizer with what is compared of it, each part read once and when it is asked for."""
 
     @functools.cached_property
     def rules(self) -> Mapping[str, Any]:
         """How it cuts texts, as far as its files tell."""
-        return read_rules(self.vocabulary, self.stored.get("merge_file"))
+        return read_rules(self.vocabulary, self.arguments.get("merge_file"))
 
     @functools.cached_property
     def files(self) -> list[Path]:
         """Its files; none where one of them is gone."""
-        place = tokenizer_place(self.stored)
-        if place is None:
+        if self.place is None:
             return []
-        if place.is_dir():
-            return tokenizer_files(place)
-        named = [Path(self.stored[argument]) for argument in TOKENIZER_FILES if self.stored.get(argument) is not None]
+        if self.place.is_dir():
+            return tokenizer_files(self.place)
+        given = map(self.arguments.get, TOKENIZER_FILES)
+        named = [Path(file) for file in given if file is not None]
         if all(map(Path.is_file, named)):
             return named
         return []
@@ -78,12 +64,12 @@ class _Compared:
     @functools.cached_property
     def identity(self) -> tuple[object, ...]:
         """What tells two tokenizers apart unread: kind and bytes; the size where there is nothing to read."""
-        place, kind = tokenizer_place(self.stored), self.stored.get("tokenizer_type")
-        if place is None:  # a folder without a tokenizer says no kind, and Megatron's form of it says "none"
-            return kind or "NullTokenizer", self.stored.get("vocab_size")
+        kind = self.arguments.get("tokenizer_type")
+        if self.place is None:  # a folder without a tokenizer says no kind, and Megatron's form of it says "none"
+            return kind or "NullTokenizer", self.arguments.get("vocab_size")
         if not self.files:
             return kind, object()  # equal to nothing: what is gone is unknown
-        if place.is_dir():
+        if self.place.is_dir():
             kind = "HuggingFaceTokenizer"
         return kind, tuple(map(hash_file, self.files))
 
@@ -113,14 +99,13 @@ def _check_pair(one: _Compared, other: _Compared, remedy: str) -> None:
             for file in one.files:
                 refuse_pointer(file)
         except UnknownVocabularyError as error:
-            raise InputError(f"{one.name}: {error} (or {remedy})") from error
+            raise InputError(f"{one.model}: {error} (or {remedy})") from error
         if one.rows == other.rows:
             return
-    elif tokenizer_place(one.stored) is None and tokenizer_place(other.stored) is None:
-        kinds = [f"{s.stored.get('tokenizer_type')} of {s.stored.get('vocab_size')} in {s.name}" for s in (one, other)]
+    elif one.place is None and other.place is None:
         raise InputError(
-            f"tokenizers differ: {' and '.join(kinds)}; models can only be mixed or continued with one "
-            f"tokenizer ({remedy} if you know better)"
+            f"tokenizers differ: {_kind_and_size(one)} and {_kind_and_size(other)}; {_ONE} "
+            f"({remedy} if you know better)"
         )
     try:
         left = one.vocabulary.below(one.rows or other.rows or _ALL)
@@ -128,16 +113,15 @@ def _check_pair(one: _Compared, other: _Compared, remedy: str) -> None:
     except UnknownVocabularyError:
         if same_files:
             return
-        raise InputError(_why_unknown(one, other, remedy)) from None
+        raise _unknown(one, other, remedy) from None
     different = [number for number in sorted({*left, *right}) if left.get(number) != right.get(number)]
     if different:
         shown = []
         for number in different[:_SHOWN]:
             tokens = [repr(table[number]) if number in table else "nobody's" for table in (left, right)]
-            shown.append(f"token {number} is {tokens[0]} in {one.name} and {tokens[1]} in {other.name}")
+            shown.append(f"token {number} is {tokens[0]} in {one.model} and {tokens[1]} in {other.model}")
         raise InputError(
-            f"tokenizers differ: {', '.join(shown)}; {_count(different)}; models can only be mixed or continued with "
-            f"one tokenizer ({remedy} if you know better)"
+            f"tokenizers differ: {', '.join(shown)}; {_count(different)}; {_ONE} ({remedy} if you know better)"
         )
     _refuse_other_rules(one, other, None, remedy)
 
@@ -149,9 +133,8 @@ def _refuse_other_rules(one: _Compared, other: _Compared, among: Mapping[int, st
         if among is not None:
             have = f"have {len(among)} tokens in common"
         raise InputError(
-            f"tokenizers differ: {one.name} and {other.name} {have} and cut texts in other ways, because of "
-            f"{difference}; models can only be mixed or continued with one tokenizer ({remedy} if you know that the "
-            "ids are the same)"
+            f"tokenizers differ: {one.model} and {other.model} {have} and cut texts in other ways, because of "
+            f"{difference}; {_ONE} ({remedy} if you know that the ids are the same)"
         )
 
 
@@ -159,16 +142,21 @@ def _count(different: Sized) -> str:
     return "1 number differs" if len(different) == 1 else f"{len(different)} numbers differ"
 
 
-def _why_unknown(one: _Compared, other: _Compared, remedy: str) -> str:
+def _kind_and_size(source: _Compared) -> str:
+    return f"{source.arguments.get('tokenizer_type')} of {source.arguments.get('vocab_size')} in {source.model}"
+
+
+def _unknown(one: _Compared, other: _Compared, remedy: str) -> InputError:
     reasons = []
     for source in (one, other):
-        reason = unknown_reason(source.stored)
-        if reason:
-            reasons.append(f"{source.name}: {reason}")
-    found = f"of {one.name} and {other.name}"
+        try:
+            known_vocabulary(source.arguments)
+        except UnknownVocabularyError as error:
+            reasons.append(f"{source.model}: {error}")
+    found = f"of {one.model} and {other.model}"
     if one.files and other.files:
         found = "differ in kind or files, and their tokens"
-    return (
+    return InputError(
         f"tokenizers {found} cannot be compared: {'; '.join(reasons)}; put the tokenizer's files back or beside the "
         f"model, or {remedy} if you know that they are the same"
     )
@@ -178,19 +166,15 @@ def check_vocabulary_union(sources: Mapping[str, Stored], remedy: str) -> None:
     """Refuse vocabularies that contradict each other: a token that two of them know must have one number.
 
     Texts of the tokens that two of them have must be cut alike, too.
-
-    Raises:
-        InputError: names a token with two numbers, a number with two tokens, a rule that differs, or a vocabulary
-            that cannot be read.
     """
     compared = list(itertools.starmap(_Compared, sources.items()))
     tables = {}
     for source in compared:
         try:
-            tables[source.name] = source.vocabulary.below(source.rows or _ALL)
+            tables[source.model] = source.vocabulary.below(source.rows or _ALL)
         except UnknownVocabularyError as error:
             raise InputError(
-                f"{source.name}: its vocabulary cannot be read ({error}), so it cannot be compared; put the "
+                f"{source.model}: its vocabulary cannot be read ({error}), so it cannot be compared; put the "
                 f"tokenizer's files beside the model, or {remedy}"
             ) from error
     wrong = contradictions(tables)
@@ -202,7 +186,7 @@ def check_vocabulary_union(sources: Mapping[str, Stored], remedy: str) -> None:
         )
     for one, other in itertools.combinations(compared, 2):
         if one.identity != other.identity:
-            common = dict(tables[one.name].items() & tables[other.name].items())
+            common = dict(tables[one.model].items() & tables[other.model].items())
             _refuse_other_rules(one, other, common, remedy)
 
 
@@ -231,9 +215,13 @@ def differing_readings(tokenizers: Sequence[ModelTokenizer]) -> tuple[str, dict[
     A template says it, a setting, a flag of a token, or a class by itself: where their files differ, transformers is
     asked, for what it puts around a text and for the ids of some hundred texts.
     """
-    folders = {t: t.folder for t in tokenizers if t.folder is not None and tokenizer_files(t.folder)}
+    folders: dict[ModelTokenizer, Path] = {}
+    for tokenizer in tokenizers:
+        folder = tokenizer.arguments["hf_folder"]
+        if folder is not None and tokenizer_files(folder):
+            folders[tokenizer] = folder
     said = list(map(_settings, folders.values()))
-    loaded: dict[ModelTokenizer, LoadedTokenizer] = {}
+    loaded: dict[ModelTokenizer, PreTrainedTokenizerBase] = {}
     around: dict[str, str] = {}
     for tokenizer, folder in folders.items():
         with contextlib.suppress(InputError):  # said by whoever needs the tokenizer
@@ -248,7 +236,7 @@ def differing_readings(tokenizers: Sequence[ModelTokenizer]) -> tuple[str, dict[
     return None
 
 
-def _first_text(loaded: Mapping[ModelTokenizer, LoadedTokenizer]) -> tuple[str, dict[str, str]] | None:
+def _first_text(loaded: Mapping[ModelTokenizer, PreTrainedTokenizerBase]) -> tuple[str, dict[str, str]] | None:
     """The first text that some cut into other tokens, though all have each of these tokens."""
     marked: dict[str, None] = {}
     tables = []
@@ -267,7 +255,7 @@ def _first_text(loaded: Mapping[ModelTokenizer, LoadedTokenizer]) -> tuple[str, 
     return None
 
 
-def _show_around(loaded: LoadedTokenizer, config: Mapping[str, object]) -> str:
+def _show_around(loaded: PreTrainedTokenizerBase, config: Mapping[str, object]) -> str:
     """What stands around a text, and a setting that says otherwise: llama.cpp goes by it, transformers may not."""
     tokens = {number: token for token, number in loaded.get_vocab().items()}
     before, after = ids_around(loaded)

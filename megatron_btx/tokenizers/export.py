@@ -22,7 +22,6 @@ from megatron_btx.tokenizers.texts import texts
 from megatron_btx.tokenizers.verify import (
     Difference,
     Ids,
-    LoadedTokenizer,
     Reference,
     compare,
     encode_with_tokenizers,
@@ -34,16 +33,17 @@ from megatron_btx.tokenizers.verify import (
 )
 from megatron_btx.tokenizers.vocabulary import (
     CONFIG_FILE,
+    HF_FOLDER,
     TOKENIZER_FILE,
     ModelTokenizer,
     UnknownVocabularyError,
     Vocabulary,
-    known_vocabulary,
     old_megatrons_tokens,
 )
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
+    from transformers import PreTrainedTokenizerBase
 
 FLAG = "--allow-other-ids"
 _BUILDS_ITS_OWN = ("qwen2",)
@@ -98,7 +98,7 @@ def result_tokenizer(source: ModelTokenizer, model_config: _Config, allow_other_
     place = source.place
     if place is None:
         record = {"said": "no tokenizer came along", "texts": 0}
-        return ResultTokenizer(written_files.travelling_files(source.folder), record, source.rows)
+        return ResultTokenizer(written_files.travelling_files(source.arguments["hf_folder"]), record, source.rows)
     asked = None
     if model_config.get("model_type") in _BUILDS_ITS_OWN:
         asked = model_config
@@ -162,7 +162,7 @@ def _prove(candidate: _Candidate, rows: int) -> ResultTokenizer | Difference:
 def _of_folder(source: ModelTokenizer, folder: Path, model_config: _Config, asked: _Config | None) -> list[_Candidate]:
     """The folder's own files where every reader understands them alike, else what may be written, nearest first."""
     try:
-        vocabulary = known_vocabulary(source.arguments)
+        vocabulary = source.vocabulary
     except UnknownVocabularyError as error:
         raise InputError(f"its vocabulary cannot be read: {error}; {FLAG} carries the files as they are") from error
     files = written_files.travelling_files(folder)
@@ -199,7 +199,7 @@ def _of_folder(source: ModelTokenizer, folder: Path, model_config: _Config, aske
     return candidates
 
 
-def _check_table(vocabulary: Vocabulary, rows: int, loaded: LoadedTokenizer, folder: Path) -> None:
+def _check_table(vocabulary: Vocabulary, rows: int, loaded: PreTrainedTokenizerBase, folder: Path) -> None:
     """Some classes make a tokenizer of nothing where they find no file that they know."""
     tokens, numbers = vocabulary.below(rows), loaded.get_vocab()
     lost = [number for number, token in tokens.items() if numbers.get(token) != number]
@@ -217,7 +217,7 @@ def _check_table(vocabulary: Vocabulary, rows: int, loaded: LoadedTokenizer, fol
 
 
 def _config_of(
-    loaded: LoadedTokenizer, files: Mapping[str, bytes], tokenizer: Mapping[str, Any], rows: int
+    loaded: PreTrainedTokenizerBase, files: Mapping[str, bytes], tokenizer: Mapping[str, Any], rows: int
 ) -> dict[str, Any]:
     """The tokenizer_config.json to write beside a tokenizer.json."""
     tokens = {}
@@ -233,18 +233,12 @@ def _config_of(
         source["padding_side"] = loaded.padding_side
     adds = None
     if "add_bos_token" in source or "add_eos_token" in source:
-        adds = _added_around(loaded, tokens)
+        before, after = ids_around(loaded)
+        only_bos = not before or ("bos_token" in tokens and before == [loaded.bos_token_id])
+        only_eos = not after or ("eos_token" in tokens and after == [loaded.eos_token_id])
+        if only_bos and only_eos:
+            adds = bool(before), bool(after)
     return written_files.make_config(source, tokenizer, tokens, adds, loaded.all_special_tokens)
-
-
-def _added_around(loaded: LoadedTokenizer, tokens: Mapping[str, str]) -> tuple[bool, bool] | None:
-    """Whether bos stands before and eos after a text; None where something else does."""
-    before, after = ids_around(loaded)
-    if before and ("bos_token" not in tokens or before != [loaded.bos_token_id]):
-        return None
-    if after and ("eos_token" not in tokens or after != [loaded.eos_token_id]):
-        return None
-    return bool(before), bool(after)
 
 
 # --- files that a Megatron run names --------------------------------------------------------------------------
@@ -260,8 +254,8 @@ def _of_file(source: ModelTokenizer, place: Path, asked: _Config | None, allow_o
     if kind == "GPT2BPETokenizer":
         return _of_gpt2(source.arguments, asked)
     raise InputError(
-        f"a {kind} ({place}) has no form that transformers reads; make a tokenizer.json of it and put it into "
-        f"{source.root / 'huggingface'}, or {FLAG} writes none"
+        f"a {kind} ({place}) has no form that transformers reads; make a tokenizer.json of it and put it into the "
+        f"folder {HF_FOLDER} of the checkpoint, or {FLAG} writes none"
     )
 
 

@@ -36,8 +36,9 @@ def first_difference(
     if among is not None:
         one, other = _rules_among(one, other, among), _rules_among(other, one, among)
     for name in one:
-        if name in other and not _alike(one[name], other[name]):
-            return _describe(name, one[name], other[name])
+        difference = _difference(one[name], other.get(name, one[name]))
+        if difference:
+            return f"their {name} ({difference})"
     return None
 
 
@@ -62,26 +63,17 @@ def _fingerprint(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _alike(one: object, other: object) -> bool:
-    """Equal; scores to the precision of the files, and those of special pieces (None) with any."""
-    if not isinstance(one, list) or not isinstance(other, list) or len(one) != len(other):
-        return bool(one == other)
-    return all(map(_alike_entries, one, other))
-
-
-def _alike_entries(one: object, other: object) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-6)
-    return one is None or other is None or bool(one == other)
-
-
-def _describe(name: str, one: object, other: object) -> str:
+def _difference(one: object, other: object) -> str:
+    """In what two rules differ; "" where they do not. In lists, None stands for anything."""
     if not isinstance(one, list) or not isinstance(other, list):
-        return f"their {name} ({_short(one)} and {_short(other)})"
+        return "" if one == other else f"{_short(one)} and {_short(other)}"
     for number, (left, right) in enumerate(zip(one, other, strict=False)):
-        if not _alike_entries(left, right):
-            return f"their {name} (number {number} is {left!r} and {right!r})"
-    return f"their {name} (there are {len(one)} and {len(other)})"
+        alike = left is None or right is None or left == right
+        if isinstance(left, float) and isinstance(right, float):  # scores, to the precision of the files
+            alike = math.isclose(left, right, rel_tol=1e-6)
+        if not alike:
+            return f"number {number} is {left!r} and {right!r}"
+    return "" if len(one) == len(other) else f"there are {len(one)} and {len(other)}"
 
 
 def _short(value: object) -> str:

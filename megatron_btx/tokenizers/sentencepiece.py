@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError
 
 if TYPE_CHECKING:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made on import
     from tokenizers import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -33,58 +34,18 @@ _SEPARATOR, *_STAND_INS = map(chr, range(0xFDD0, 0xFDF0))
 # --- a model file: those fields of its protocol buffer that decide how texts are cut ----------------------------
 
 
-class ModelPiece(Protocol):
-    """One piece of a model."""
-
-    piece: str
-    score: float
-    type: int
-
-
-class TrainerSpec(Protocol):
-    """How the model was trained."""
-
-    model_type: int
-    byte_fallback: bool
-    treat_whitespace_as_suffix: bool
-    unk_id: int
-
-
-class NormalizerSpec(Protocol):
-    """What is done to a text before it is cut."""
-
-    precompiled_charsmap: bytes
-    add_dummy_prefix: bool
-    remove_extra_whitespaces: bool
-    escape_whitespaces: bool
-
-
-class Model(Protocol):
-    """The protocol buffer of a model file."""
-
-    pieces: Sequence[ModelPiece]
-    trainer_spec: TrainerSpec
-    normalizer_spec: NormalizerSpec
-
-    def SerializeToString(self) -> bytes:  # noqa: N802
-        """The content of a model file."""
-        ...
-
-
-def read_model(content: bytes) -> Model:
+def read_model(content: bytes) -> ModelProto:
     """The model that a file's bytes hold; raises InputError where they hold none."""
     from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made on import
 
-    model = vars(sentencepiece_model_pb2)["ModelProto"]()  # this class is made when the module is imported
     try:
-        model.ParseFromString(content)
+        return ModelProto.FromString(content)
     except DecodeError as error:
         raise InputError("it is no SentencePiece model") from error
-    return cast(Model, model)
 
 
-def pieces_of_type(model: Model, *types: int) -> list[str]:
+def pieces_of_type(model: ModelProto, *types: int) -> list[str]:
     """The texts of all pieces of some types, in the model's order."""
     return [piece.piece for piece in model.pieces if piece.type in types]
 
@@ -106,13 +67,9 @@ class Converted:
 
 
 def convert(content: bytes, added: Sequence[str] = ()) -> Converted:
-    """Build the tokenizer of a model file.
+    """Build the tokenizer of a model file; InputError for what is none, or a model without BPE and Unigram.
 
-    Args:
-        added: tokens that follow the pieces, found in a text before anything else.
-
-    Raises:
-        InputError: these bytes are no SentencePiece model, or one without BPE and Unigram.
+    ``added`` are tokens that follow the pieces, found in a text before anything else.
     """
     model = read_model(content)
     if model.trainer_spec.model_type not in (UNIGRAM, BPE):
@@ -134,7 +91,7 @@ def convert(content: bytes, added: Sequence[str] = ()) -> Converted:
     return Converted(tokenizer, _named(model), bool(model.normalizer_spec.add_dummy_prefix), tuple(reasons))
 
 
-def _named(model: Model) -> dict[str, str]:
+def _named(model: ModelProto) -> dict[str, str]:
     """Special tokens by their numbers: a number of -1 says that there is none."""
     spec, found = model.trainer_spec, {}
     for name in ("unk", "bos", "eos", "pad"):
@@ -147,7 +104,7 @@ def _named(model: Model) -> dict[str, str]:
 # --- the model ------------------------------------------------------------------------------------------------
 
 
-def _build_byte_pairs(model: Model, reasons: list[str]) -> Tokenizer:
+def _build_byte_pairs(model: ModelProto, reasons: list[str]) -> Tokenizer:
     """Byte pairs: two neighbours are merged where their text is a piece, the highest score first."""
     from tokenizers import Tokenizer, models
 
@@ -163,9 +120,11 @@ def _build_byte_pairs(model: Model, reasons: list[str]) -> Tokenizer:
     whole = [piece for piece in pieces_of_type(model, USER_DEFINED) if len(piece) > 1]
     if not whole or not model.normalizer_spec.add_dummy_prefix:
         return made  # one letter is one symbol anyway; longer pieces are added tokens, see _add_tokens
-    unreachable = _first_unreachable(made, mergeable, numbers)
-    if unreachable:
-        reasons.append(f"merges never make the piece {unreachable!r}, and it has pieces of the user's own")
+    encoded = made.encode_batch(list(mergeable), add_special_tokens=False)
+    # A piece that its own text does not become: it would, if whole words were looked up first.
+    unmade = [piece for piece, found in zip(mergeable, encoded, strict=True) if found.ids != [numbers[piece]]]
+    if unmade:
+        reasons.append(f"merges never make the piece {unmade[0]!r}, and it has pieces of the user's own")
     byte_pairs.ignore_merges = True
     made.pre_tokenizer = _cut_out(whole, pieces_of_type(model, CONTROL, UNKNOWN, BYTE))
     return made
@@ -182,15 +141,7 @@ def _merges_of(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
     return [(left, right) for _, _, left, right in sorted(merges)]
 
 
-def _first_unreachable(tokenizer: Tokenizer, pieces: Mapping[str, float], numbers: Mapping[str, int]) -> str | None:
-    """A piece that its own text does not become: it would, if whole words were looked up first."""
-    for piece, found in zip(pieces, tokenizer.encode_batch(list(pieces), add_special_tokens=False), strict=True):
-        if found.ids != [numbers[piece]]:
-            return piece
-    return None
-
-
-def _build_unigram(model: Model, reasons: list[str]) -> Tokenizer:
+def _build_unigram(model: ModelProto, reasons: list[str]) -> Tokenizer:
     """The most probable pieces. A piece of the user's own wins over all: SentencePiece scores it by its length.
 
     Special tokens and bytes are never found in a text by SentencePiece. Here they are in the same table as the rest, so
@@ -233,7 +184,7 @@ def _cut_out(pieces: Sequence[str], hidden: Sequence[str]) -> Any:
     return pre_tokenizers.Sequence(cuts)
 
 
-def _add_tokens(tokenizer: Tokenizer, model: Model, added: Sequence[str]) -> None:
+def _add_tokens(tokenizer: Tokenizer, model: ModelProto, added: Sequence[str]) -> None:
     """Special tokens, never made from a text; then the user's own pieces and added tokens, found before all else."""
     from tokenizers import AddedToken
 
@@ -252,7 +203,7 @@ def _add_tokens(tokenizer: Tokenizer, model: Model, added: Sequence[str]) -> Non
 # --- what is done to a text before -----------------------------------------------------------------------------
 
 
-def _normaliser(model: Model, content: bytes, reasons: list[str]) -> Any:
+def _normaliser(model: ModelProto, content: bytes, reasons: list[str]) -> Any:
     """The normaliser, the blanks and the dummy prefix, in SentencePiece's order; None for nothing at all."""
     from tokenizers import Regex, normalizers
 
@@ -277,7 +228,7 @@ def _normaliser(model: Model, content: bytes, reasons: list[str]) -> Any:
     return normalizers.Sequence(steps)
 
 
-def _characters(model: Model, content: bytes, reasons: list[str]) -> list[Any]:
+def _characters(model: ModelProto, content: bytes, reasons: list[str]) -> list[Any]:
     """The map of characters, without what ``tokenizers`` makes of it besides.
 
     ``tokenizers`` looks up what a reader takes for one character (a letter and its marks, "\\r\\n") as a whole, goes by
@@ -324,7 +275,7 @@ def _map_of_characters(content: bytes) -> Callable[[str], str]:
     return normalise
 
 
-def _decoder(model: Model) -> Any:
+def _decoder(model: ModelProto) -> Any:
     """From tokens to text: blanks back, bytes together, the dummy prefix away."""
     from tokenizers import decoders
 

@@ -52,12 +52,7 @@ _TOKENS_AT_MOST = 12
 
 
 def texts(tokens: Iterable[str], at_most: int = _TOKENS_AT_MOST) -> list[str]:
-    """The texts to compare tokenizers on.
-
-    Args:
-        tokens: tokens with a meaning of their own, whose text in a text matters: special, added, of the user's own.
-        at_most: how many of them.
-    """
+    """The texts to compare tokenizers on, with the first tokens that have a meaning of their own in a text."""
     found = list(_FIXED)
     for token in list(dict.fromkeys(tokens))[:at_most]:
         found += [token, f"a{token}b", f"a {token} b", f"{token}{token} ", f"\n{token}\n"]

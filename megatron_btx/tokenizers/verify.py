@@ -12,10 +12,13 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.common.errors import InputError, bare_exceptions_as
 from megatron_btx.tokenizers.vocabulary import CONFIG_FILE, TOKENIZER_FILE, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Ids = list[list[int]]
 Encode = Callable[[Sequence[str], bool], Ids]
@@ -24,21 +27,6 @@ _SHOWN_IDS = 12
 _ROUNDING = 1e-6
 """SentencePiece adds scores up in fp32."""
 _TRANSFORMERS_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, IndexError, RuntimeError)
-
-
-class LoadedTokenizer(Protocol):
-    """A tokenizer of transformers: what is used of it, spelled as there."""
-
-    bos_token_id: int | None
-    eos_token_id: int | None
-    all_special_tokens: Sequence[str]
-    padding_side: str
-
-    def __call__(self, text: str, add_special_tokens: bool) -> Mapping[str, Sequence[int]]: ...
-
-    def get_vocab(self) -> Mapping[str, int]: ...
-
-    def get_added_vocab(self) -> Mapping[str, int]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +118,7 @@ def encode_with_tokenizers(files: Mapping[str, bytes]) -> Encode:
     return encode
 
 
-def load_with_transformers(folder: Path) -> LoadedTokenizer:
+def load_with_transformers(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that transformers makes of a folder, without its code; raises InputError where it makes none."""
     import transformers
 
@@ -138,8 +126,7 @@ def load_with_transformers(folder: Path) -> LoadedTokenizer:
     try:
         with warnings.catch_warnings(), bare_exceptions_as(lambda error: ValueError(str(error))):
             warnings.simplefilter("ignore")
-            loaded = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-            return cast(LoadedTokenizer, loaded)
+            return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except _TRANSFORMERS_ERRORS as error:
         said = re.sub(r"\s+", " ", str(error))[:160]
         raise InputError(
@@ -148,12 +135,12 @@ def load_with_transformers(folder: Path) -> LoadedTokenizer:
         ) from error
 
 
-def transformers_name(loaded: LoadedTokenizer) -> str:
+def transformers_name(loaded: PreTrainedTokenizerBase) -> str:
     """The class that reads a tokenizer, with the version of transformers."""
     return f"{type(loaded).__name__} of transformers {importlib.metadata.version('transformers')}"
 
 
-def ids_around(loaded: LoadedTokenizer) -> tuple[list[int], list[int]]:
+def ids_around(loaded: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The ids before and after a text."""
     encode = encode_with_transformers(loaded)
     bare, whole = encode(["a"], False)[0], encode(["a"], True)[0]
@@ -162,7 +149,7 @@ def ids_around(loaded: LoadedTokenizer) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(bare) :]
 
 
-def encode_with_transformers(tokenizer: LoadedTokenizer) -> Encode:
+def encode_with_transformers(tokenizer: PreTrainedTokenizerBase) -> Encode:
     """How a loaded tokenizer of transformers encodes."""
     unable = "its own tokenizer cannot encode every text"
 
@@ -173,7 +160,7 @@ def encode_with_transformers(tokenizer: LoadedTokenizer) -> Encode:
     return encode
 
 
-def load_files(files: Mapping[str, bytes], model_config: Mapping[str, Any]) -> LoadedTokenizer:
+def load_files(files: Mapping[str, bytes], model_config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """As :func:`load_with_transformers`, of files that lie in no folder yet."""
     with tempfile.TemporaryDirectory() as place:
         for name, content in files.items():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ TOKENIZER_FOLDER_FILES = (
 )  # fmt: skip
 """Files of a tokenizer in a Hugging Face folder."""
 CONFIG_FILE, TOKENIZER_FILE = "tokenizer_config.json", "tokenizer.json"
+HF_FOLDER = "huggingface"
+"""Beside a Megatron checkpoint made from Hugging Face models: their configuration, tokenizer and generation files."""
 
 _BASES = (TOKENIZER_FILE, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -66,33 +69,29 @@ class ModelTokenizer:
     """The model's name, to show."""
     arguments: Mapping[str, Any]
     """Megatron's stored arguments; ``hf_folder`` among them is a Hugging Face folder, or None."""
-    rows: int
-    """Rows of the model's embedding."""
-    root: Path
-    """The model's folder."""
 
     @property
-    def folder(self) -> Path | None:
-        """The folder with Hugging Face's files, where there is one."""
-        folder: Path | None = self.arguments["hf_folder"]
-        return folder
+    def rows(self) -> int:
+        """Rows of the model's embedding; 0 where they are not known."""
+        return int(self.arguments.get("padded_vocab_size") or 0)
 
     @property
     def place(self) -> Path | None:
-        """The folder or file that the tokenizer lies in; None where none is named."""
+        """As :func:`tokenizer_place`."""
         return tokenizer_place(self.arguments)
 
     @functools.cached_property
-    def vocabulary(self) -> Vocabulary | None:
-        """What the tokenizer's files say; None where they cannot be read."""
-        return read_vocabulary(self.arguments)
+    def vocabulary(self) -> Vocabulary:
+        """What the tokenizer's files say; raises UnknownVocabularyError."""
+        return known_vocabulary(self.arguments)
 
     @functools.cached_property
     def tokens(self) -> dict[int, str] | None:
         """The token of each row that has one; None where the tokenizer's files cannot be read."""
-        if self.vocabulary is None:
+        try:
+            return self.vocabulary.below(self.rows)
+        except UnknownVocabularyError:
             return None
-        return self.vocabulary.below(self.rows)
 
 
 def read_vocabulary(arguments: Mapping[str, Any]) -> Vocabulary | None:
@@ -103,24 +102,8 @@ def read_vocabulary(arguments: Mapping[str, Any]) -> Vocabulary | None:
         return None
 
 
-def unknown_reason(arguments: Mapping[str, Any]) -> str:
-    """Why a vocabulary cannot be known; "" where it is known."""
-    try:
-        known_vocabulary(arguments)
-    except UnknownVocabularyError as error:
-        return str(error)
-    return ""
-
-
 def known_vocabulary(arguments: Mapping[str, Any]) -> Vocabulary:
-    """The vocabulary of a model.
-
-    Args:
-        arguments: Megatron's stored arguments; ``hf_folder`` among them is a Hugging Face folder.
-
-    Raises:
-        UnknownVocabularyError: says why it cannot be known.
-    """
+    """The vocabulary that stored arguments lead to; UnknownVocabularyError says why it cannot be known."""
     place = tokenizer_place(arguments)
     if place is None:
         raise UnknownVocabularyError("no tokenizer comes with it")
@@ -155,6 +138,35 @@ def tokenizer_files(folder: Path) -> list[Path]:
     for pattern in TOKENIZER_FOLDER_FILES:
         found.update(file for file in folder.glob(pattern) if file.is_file())
     return sorted(found)
+
+
+def locate_tokenizer(arguments: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Arguments with the tokenizer's files where they are: paths of the machine where a checkpoint was made are gone.
+
+    Files of the same names beside the weights, or in the folder with Hugging Face's files, take their place.
+    """
+    found = dict(arguments)
+    for argument in TOKENIZER_FILES:
+        named = arguments.get(argument)
+        if not isinstance(named, str | Path) or not str(named) or Path(named).exists():
+            continue
+        for folder in (root, root / HF_FOLDER):
+            if (folder / Path(named).name).is_file():
+                found[argument] = str(folder / Path(named).name)
+                break
+    named, folder = found.get("tokenizer_model"), root / HF_FOLDER
+    is_folder = found.get("tokenizer_type") == "HuggingFaceTokenizer" and isinstance(named, str)
+    if is_folder and not Path(str(named)).exists() and tokenizer_files(folder):
+        found["tokenizer_model"] = str(folder)
+    return found
+
+
+def as_shell_word(path: str) -> str:
+    """A path as one word of ``$(cat FILE)``, which a shell cuts at blanks, whatever quotes are in the file.
+
+    ``?`` for each special character is a pattern that the shell makes the path of again, in one word.
+    """
+    return re.sub(r"[\s*?\[\\]", "?", path)
 
 
 # --- a Hugging Face folder ------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 **Stopped at** by Megatron's re-run machinery (``core/rerun_state_machine.py``), the default. It takes the step again to
 tell a fault of the machine from one of the data or the model, and ends the run with status 16 or 17. It sees gradients
-by itself. Losses it sees only where a loss function shows them, as :class:`ShownLosses` does.
+by itself. Losses it sees only where a loss function shows them, as :func:`show_losses` does.
 
 **Skipped** with ``--btx-skip-bad-steps``. Megatron skips a step whose optimizer finds an infinity in its gradients
 (``core/optimizer/optimizer.py``, prepare_grads): weights, their state and the schedule stay, and the run goes on with
@@ -24,7 +24,6 @@ from megatron_btx.common.errors import InputError, MachineError
 from megatron_btx.common.log import say
 from megatron_btx.engine import patch
 from megatron_btx.engine.optimizer import make_state
-from megatron_btx.engine.options import Options
 from megatron_btx.engine.patch import Call
 from megatron_btx.model.sampling import Step
 from megatron_btx.training.hooks import Callback, log_scalars
@@ -77,29 +76,22 @@ def judge_every_step(args: argparse.Namespace) -> None:
     patch.around(training, "train_step", train_step, ("forward_step_func", "data_iterator", "model", "optimizer"))
 
 
-class ShownLosses:
-    """Shows the losses of training to Megatron's re-run machinery, each with the samples that it is of."""
+def show_losses(args: argparse.Namespace, step: Step) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """What shows the losses of training to Megatron's re-run machinery, each with the samples that it is of."""
+    import torch
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
 
-    def __init__(self, args: argparse.Namespace, step: Step) -> None:
-        self._finite = args.check_for_nan_in_loss_and_grad
-        self._spiky = args.check_for_spiky_loss
-        self._sequences = args.micro_batch_size
-        self._step = step
-
-    def see(self, total: torch.Tensor, tokens: torch.Tensor) -> None:
+    def see(total: torch.Tensor, tokens: torch.Tensor) -> None:
         """One micro-batch's sum of losses in nats, and its tokens."""
-        import torch
-        from megatron.core.rerun_state_machine import get_rerun_state_machine
-
         machine = get_rerun_state_machine()
-        first = self._step.first_sample
-        of = f"the loss of samples {first} to {first + self._sequences - 1}"
-        if self._finite:
+        first = step.first_sample
+        of = f"the loss of samples {first} to {first + args.micro_batch_size - 1}"
+        if args.check_for_nan_in_loss_and_grad:
             for word, rejects in (("is no number (NaN)", torch.isnan), ("is infinite", torch.isinf)):
                 machine.validate_result(
                     result=total, rejection_func=rejects, message=f"{of} {word}", tolerance=0.0, fatal=True
                 )
-        if self._spiky:
+        if args.check_for_spiky_loss:
             machine.validate_result(
                 result=total / tokens.clamp(min=1),
                 rejection_func=functools.partial(machine.is_unexpectedly_large, threshold=SPIKE_FACTOR, context="loss"),
@@ -108,13 +100,11 @@ class ShownLosses:
                 fatal=False,
             )
 
+    return see
+
 
 def explain_exit(status: object) -> MachineError | None:
-    """What the re-run machinery found, on a rank that found it; None on the others and for any other status.
-
-    Args:
-        status: with which Megatron ends.
-    """
+    """What the re-run machinery found, on a rank that found it; None on the others and for any other status."""
     if status not in (_RESUME_TO_DISAMBIGUATE, _FAILED_VALIDATION):
         return None
     from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -150,8 +140,8 @@ def _samples(args: argparse.Namespace) -> str:
 class SkippedSteps(Callback):
     """Lets bad steps change nothing. All ranks decide alike, from the same two numbers."""
 
-    def __init__(self, args: argparse.Namespace, spike_sigma: float | None) -> None:
-        self._args, self._spike_sigma = args, spike_sigma
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
         self._total: torch.Tensor | float = 0.0
         self._tokens: torch.Tensor | float = 0.0
         self._skips = False
@@ -174,31 +164,24 @@ class SkippedSteps(Callback):
         log_scalars({"skipped": float(self._skips)}, done)
 
     def _prepare_grads(self, optimizer: MegatronOptimizer, prepare: Callable[[], bool]) -> bool:
-        found_infinity = prepare()
-        self._judge(self._mean_loss(), float(optimizer.get_grad_norm()))
-        return found_infinity or self._skips
-
-    def _mean_loss(self) -> float:
-        """The step's loss in nats per token over everybody's batches; ranks without losses add nothing."""
         import torch
 
+        found_infinity = prepare()
+        # Nats and tokens of everybody's batches; ranks without losses add nothing.
         sums = torch.zeros(2, dtype=torch.float64, device="cuda")
         sums += torch.stack([torch.as_tensor(self._total).to(sums), torch.as_tensor(self._tokens).to(sums)])
         torch.distributed.all_reduce(sums)
-        return (sums[0] / sums[1]).item()
+        self._judge({"loss": (sums[0] / sums[1]).item(), "gradient norm": float(optimizer.get_grad_norm())})
+        return found_infinity or self._skips
 
-    def _judge(self, loss: float, gradient_norm: float) -> None:
-        """Decide on a step, say so, and remember one that is taken.
-
-        Raises:
-            InputError: too many in a row are bad.
-        """
+    def _judge(self, step: dict[str, float]) -> None:
+        """Decide on a step, say so, and remember one that is taken; InputError where too many in a row are bad."""
         record = self._args.btx_taken_steps
-        why = find_fault({"loss": loss, "gradient norm": gradient_norm}, record, self._spike_sigma)
+        why = _find_fault(step, record, self._args.btx_spike_sigma)
         self._skips = why is not None
         if why is None:
             record["skipped in a row"] = 0
-            for name, value in (("loss", loss), ("gradient norm", gradient_norm)):
+            for name, value in step.items():
                 record[name] = [*record[name], value][-WINDOW_STEPS:]
             return
         record["skipped in a row"] += 1
@@ -211,22 +194,14 @@ class SkippedSteps(Callback):
         say(f"skipped: {text}")
 
 
-def find_fault(step: dict[str, float], record: dict[str, Any], sigma: float | None) -> str | None:
-    """Why a step is bad; None of a good one.
-
-    Args:
-        step: its loss and its gradient norm, by name.
-        record: the same of the steps that were taken before.
-        sigma: how many standard deviations above their mean is too far; None for no such bound.
-    """
+def _find_fault(step: dict[str, float], record: dict[str, Any], sigma: float | None) -> str | None:
+    """Why a step is bad, by its loss and gradient norm and those of the steps before; None of a good one."""
     for name, value in step.items():
         if not math.isfinite(value):
             return f"the {name} is {value}"
-    if sigma is None:
-        return None
     for name, value in step.items():
         before = record[name]
-        if len(before) < LEAST_STEPS:
+        if sigma is None or len(before) < LEAST_STEPS:
             continue
         bound = statistics.fmean(before) + sigma * statistics.stdev(before)
         if value > bound:
@@ -235,11 +210,7 @@ def find_fault(step: dict[str, float], record: dict[str, Any], sigma: float | No
 
 
 def begin_record(stored: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The record of taken steps that a run goes on with.
-
-    Args:
-        stored: that of the checkpoint; None for a new run.
-    """
+    """The record of taken steps that a run goes on with: the checkpoint's, or for None that of a new run."""
     return dict(stored or {"loss": [], "gradient norm": [], "skipped in a row": 0})
 
 
@@ -256,12 +227,12 @@ def check_end(args: argparse.Namespace) -> None:
         )
 
 
-def check(args: argparse.Namespace, options: Options) -> None:
+def check(args: argparse.Namespace) -> None:
     """Refuse what contradicts skipping, and have Megatron leave bad steps to it. Raises InputError."""
-    sigma = options.spike_sigma
+    sigma = args.btx_spike_sigma
     if sigma is not None and not 0 < sigma < math.inf:
         raise InputError(f"--btx-spike-sigma {sigma}: expected a number above 0; 6 is usual")
-    if not options.skip_bad_steps:
+    if not args.btx_skip_bad_steps:
         if sigma is not None:
             raise InputError("--btx-spike-sigma: nothing is skipped without --btx-skip-bad-steps; give that too")
         return

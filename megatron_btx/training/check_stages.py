@@ -23,9 +23,8 @@ from megatron_btx.data.inputs import form_of
 from megatron_btx.engine.checks import check_arguments
 from megatron_btx.engine.cpu import install_cpu_stand_ins, prepare_environment
 from megatron_btx.engine.flags import add_btx_arguments
-from megatron_btx.engine.options import Options
 from megatron_btx.evaluation.program import add_evaluation_arguments
-from megatron_btx.training.validation import check_masked_alike
+from megatron_btx.training.validation import check_masked_alike, read_bound
 
 
 class RefusingParser(argparse.ArgumentParser):
@@ -45,15 +44,14 @@ def megatron_parser() -> argparse.ArgumentParser:
 
 def check_sections(parser: argparse.ArgumentParser, sections: Mapping[str, list[str]]) -> None:
     """Parse each section's command line with ``parser``; raises InputError naming the place and the close match."""
-    known: list[str] = []
-    for action in parser._actions:
-        known += [option.removeprefix("--") for option in action.option_strings]
+    known = parser._option_string_actions
     for where, argv in sections.items():
-        for name in (word.removeprefix("--") for word in argv if word.startswith("--")):
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else "see python -m megatron_btx.pretrain --help-megatron"
-                raise InputError(f"{where}.{name}: Megatron has no flag --{name}; {hint}")
+        for word in argv:
+            if word.startswith("--") and word not in known:
+                hint, name = "see python -m megatron_btx.pretrain --help-megatron", word.removeprefix("--")
+                for close in difflib.get_close_matches(word, known, n=1):
+                    hint = f"did you mean {close.removeprefix('--')}?"
+                raise InputError(f"{where}.{name}: Megatron has no flag {word}; {hint}")
         try:
             parser.parse_args(argv)
         except InputError as error:
@@ -73,21 +71,20 @@ def check_stages(parser: argparse.ArgumentParser, stages: Mapping[str, tuple[int
         InputError: the stage, and the program's own sentence.
     """
     parsed: dict[str, argparse.Namespace] = {}
-    masked: dict[
-        Path, bool
-    ] = {}  # evaluation that a stage ahead writes -> whether it leaves out end-of-document tokens
+    # Evaluation that a stage ahead writes -> whether it leaves out end-of-document tokens.
+    masked: dict[Path, bool] = {}
     for stage, (processes, words) in stages.items():
         with _naming(stage):
             args = parsed[stage] = parser.parse_args(words)
             args.world_size, args.rank = processes, 0
             _unwrap_single_values(args)
-            options = check_arguments(args, trains=args.btx_eval_output is None)
-            bound = options.first_loss_bound
+            check_arguments(args, trains=args.btx_eval_output is None)
+            bound = read_bound(args)
             if isinstance(bound, Path) and bound in masked:
                 check_masked_alike(f"--btx-first-loss-bound {bound}", masked[bound], args.eod_mask_loss)
             if args.btx_eval_output is not None:
                 masked[Path(args.btx_eval_output)] = args.eod_mask_loss
-            _check_data(args, options)
+            _check_data(args)
     for stage, args in parsed.items():
         with _naming(stage):
             _validate(args)
@@ -121,7 +118,7 @@ def _validate(args: argparse.Namespace) -> None:
         raise refused(refusal) from None
 
 
-def _check_data(args: argparse.Namespace, options: Options) -> None:
+def _check_data(args: argparse.Namespace) -> None:
     """Refuse datasets on which a stage would not start, or not end, before the stages ahead of it are trained.
 
     A run's own datasets lie at paths relative to its directory and may have to be made first: they are not looked at.
@@ -135,9 +132,8 @@ def _check_data(args: argparse.Namespace, options: Options) -> None:
     named: dict[str, str] = {}
     for split in splits_of(args):
         named |= dict.fromkeys(split.blend[0], split.flag)
-    evaluated = read_pairs(args.btx_eval_data, "--btx-eval-data")
-    for flag, texts in (("--btx-valid-data", options.valid_texts), ("--btx-eval-data", evaluated)):
-        for name, path in texts.items():
+    for flag, words in (("--btx-valid-data", args.btx_valid_data), ("--btx-eval-data", args.btx_eval_data)):
+        for name, path in read_pairs(words, flag).items():
             if form_of(path) is None:
                 named[path] = f"{flag} {name}="
     given = {prefix: flag for prefix, flag in named.items() if os.path.isabs(prefix)}

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.engine import patch
-from megatron_btx.engine.options import Options
 from megatron_btx.training.hooks import Callback
 
 
@@ -79,7 +78,7 @@ def _ends_within_a_line(file: Path) -> bool:
         return existing.read() != b"\n"
 
 
-def write_metrics(args: argparse.Namespace, options: Options) -> list[Callback]:
+def write_metrics(args: argparse.Namespace) -> list[Callback]:
     """Join Megatron's TensorBoard writer on the rank that logs (the last one), if --btx-metrics is given.
 
     Returns:
@@ -88,12 +87,12 @@ def write_metrics(args: argparse.Namespace, options: Options) -> list[Callback]:
     Raises:
         MegatronVersionError: the installed Megatron keeps its writer elsewhere.
     """
-    if options.metrics is None or args.rank != args.world_size - 1:
+    if not args.btx_metrics or args.rank != args.world_size - 1:
         return []
     from megatron.training import global_vars
 
     name = "_GLOBAL_TENSORBOARD_WRITER"
     patch.expect(global_vars, name)
-    writer = MetricsWriter(options.metrics, getattr(global_vars, name))
+    writer = MetricsWriter(Path(args.btx_metrics), getattr(global_vars, name))
     patch.replace(global_vars, name, writer)
     return [writer]

@@ -29,22 +29,21 @@ from megatron_btx.engine.checks.start import check_against_checkpoint, checkpoin
 from megatron_btx.engine.fallback import verify_where_checksums_are
 from megatron_btx.engine.flags import add_training_arguments
 from megatron_btx.engine.optimizer import install_lr_multipliers, install_schedule_logging
-from megatron_btx.engine.options import Options
 from megatron_btx.engine.program import parse
 from megatron_btx.engine.restricted_loading import cause_of, loading_failed
 from megatron_btx.engine.saving import guard_async_saves, keep_to_its_line
 from megatron_btx.model.build import model_config
-from megatron_btx.model.groups import check_optimizers, freeze
+from megatron_btx.model.groups import check_optimizers, freeze, resolve_groups
 from megatron_btx.model.sampling import Step
 from megatron_btx.model.step import forward_step
 from megatron_btx.training import bad_steps, telemetry, validation
 from megatron_btx.training.bad_steps import (
-    ShownLosses,
     SkippedSteps,
     begin_record,
     check_end,
     explain_exit,
     judge_every_step,
+    show_losses,
 )
 from megatron_btx.training.hooks import install_callbacks
 from megatron_btx.training.metrics import write_metrics
@@ -100,8 +99,8 @@ def _explain(failure: RuntimeError, stopping: Stopping) -> MachineError | None:
 
 def check() -> str:
     """Check everything that needs no process group; returns what would be trained."""
-    args, options = checked_arguments()
-    _configuration(args, options, model_config(args))
+    args = checked_arguments()
+    _configuration(args, model_config(args))
     layout = (
         f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x "
         f"EP {args.expert_model_parallel_size} x DP {args.data_parallel_size}"
@@ -144,59 +143,60 @@ def prepare(step: Step, stopping: Stopping) -> tuple[Any, Callable[[Any, Any], N
     Raises:
         InputError: see :func:`checked_arguments`.
     """
-    args, options = checked_arguments()
+    args = checked_arguments()
+    groups = resolve_groups(vars(args))
     stopping.standstill_seconds = args.distributed_timeout_minutes * 60
     repairs.install()
     guard_async_saves(args, stopping)
-    keep_to_its_line(args, options)
+    keep_to_its_line(args)
     loaded = checkpoint_to_load(args)
     verify_where_checksums_are(args, resumes=loaded is not None and loaded[1])
-    callbacks = watch_validation(args, options)
+    callbacks = watch_validation(args)
     judge_every_step(args)
-    see_loss = ShownLosses(args, step).see
-    if options.skip_bad_steps:
+    see_loss = show_losses(args, step)
+    if args.btx_skip_bad_steps:
         args.btx_taken_steps = begin_record(args.btx_taken_steps)
-        skipped = SkippedSteps(args, options.spike_sigma)
+        skipped = SkippedSteps(args)
         callbacks.append(skipped)
         see_loss = skipped.see
     # Losses per domain are taken before Megatron logs a step, and the step's line is written after it.
-    install_callbacks([*callbacks, *write_metrics(args, options)])
+    install_callbacks([*callbacks, *write_metrics(args)])
     install_schedule_logging()
-    install_lr_multipliers(options.groups)
+    install_lr_multipliers(groups)
+
+    def watch(built: list[Any]) -> list[Any]:
+        """As a hook of the model: by then the ranks have met, and none has read a checkpoint."""
+        stopping.watch()
+        return built
+
     model = model_config(args, step)
-    model.pre_wrap_hooks.append(functools.partial(_watch, stopping))
-    if options.groups.frozen:
-        model.pre_wrap_hooks.append(freeze(options.groups, args))
+    model.pre_wrap_hooks.append(watch)
+    if groups.frozen:
+        model.pre_wrap_hooks.append(freeze(groups, args))
     if args.num_experts:
         model.pre_wrap_hooks.append(telemetry.install(args))
-    return _configuration(args, options, model), see_loss
+    return _configuration(args, model), see_loss
 
 
-def _configuration(args: argparse.Namespace, options: Options, model: Any) -> Any:
+def _configuration(args: argparse.Namespace, model: Any) -> Any:
     """Megatron's configuration of everything. Raises InputError for a part that Megatron, or its optimizer, refuses."""
-    check_optimizers(args, options.groups, model.transformer)
+    check_optimizers(args, resolve_groups(vars(args)), model.transformer)
     try:
         return pretrain_cfg_container_from_args(args, model)
     except (AssertionError, ValueError) as refusal:
         raise refused(refusal) from refusal
 
 
-def _watch(stopping: Stopping, model: list[Any]) -> list[Any]:
-    """Begin to watch, as a hook of the model: by then the ranks have met, and none has read a checkpoint."""
-    stopping.watch()
-    return model
-
-
-def checked_arguments() -> tuple[argparse.Namespace, Options]:
-    """The arguments, checked against the checkpoint that the run starts from and the files that it reads; our options.
+def checked_arguments() -> argparse.Namespace:
+    """The arguments, checked against the checkpoint that the run starts from and the files that it reads.
 
     Raises:
         InputError: see :mod:`megatron_btx.engine.checks` and :mod:`megatron_btx.data.training`.
     """
-    args, options = parse(add_training_arguments, trains=True)
-    check_against_checkpoint(args, options.groups)
+    args = parse(add_training_arguments, trains=True)
+    check_against_checkpoint(args)
     check_data_files(args)
     check_splits(args)
-    validation.check(args, options)
-    bad_steps.check(args, options)
-    return args, options
+    validation.check(args)
+    bad_steps.check(args)
+    return args

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,26 +34,34 @@ def install(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]:
     """
     from megatron.core.transformer.moe import moe_logging
 
-    patch.expect(moe_logging, "set_moe_metrics_tracker", "MoEMetricsTracker")
-    patch.expect(moe_logging.MoEMetricsTracker, "report")
+    patch.expect(moe_logging, "MoEMetricsTracker")
     sums = RoutingSums(args.num_layers, args.num_experts)
 
-    class RoutingTracker(moe_logging.MoEMetricsTracker):  # type: ignore[misc]
-        """Megatron's tracker, which reports routing too."""
+    def report(make_line: Call, *rest: object, iteration: int, **named: object) -> str:
+        line: str = make_line(*rest, iteration=iteration, **named)
+        if iteration % args.log_interval:
+            return line
+        logged, text = describe(sums.take(), sums.experts)
+        log_scalars(logged, iteration)
+        return line + text
 
-        def report(self, *rest: object, iteration: int, **named: object) -> str:
-            line: str = super().report(*rest, iteration=iteration, **named)
-            if iteration % args.log_interval:
-                return line
-            logged = scalars(sums.take(), sums.experts)
-            log_scalars(logged, iteration)
-            return line + summary(logged, sums.experts)
+    patch.around(moe_logging.MoEMetricsTracker, "report", report)
 
-    moe_logging.set_moe_metrics_tracker(RoutingTracker())
+    def observed(
+        router: TopKRouter, routing: Call, logits: torch.Tensor, *rest: object, **named: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gates_TE, map_TE = routing(logits, *rest, **named)
+        if router.training and torch.is_grad_enabled():  # once per token even where it is recomputed
+            taken_TE = taken_experts(router, gates_TE, map_TE)
+            sums.add(router.layer_number - 1, logits.detach().reshape(-1, sums.experts), taken_TE, router.topk)
+        return gates_TE, map_TE
 
     def hook(model: list[Any]) -> list[Any]:
         for chunk in model:
-            observe(chunk, sums)
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter) and not module.is_mtp_layer:
+                    # Wrapped on the module itself, because a forward hook does not see the logits.
+                    patch.around(module, "routing", functools.partial(observed, module))
         return model
 
     return hook
@@ -104,58 +112,32 @@ class RoutingSums:
         return rows.cpu()
 
 
-def observe(chunk: torch.nn.Module, sums: RoutingSums) -> None:
-    """Make every router of a model chunk add to ``sums`` in training, once per token even where it is recomputed."""
+def describe(rows: torch.Tensor, experts: int) -> tuple[dict[str, float], str]:
+    """What is logged of the sums, names and values, and the same as one part of Megatron's progress line.
 
-    def observed(
-        router: TopKRouter, routing: Call, logits: torch.Tensor, *rest: object, **named: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        gates_TE, map_TE = routing(logits, *rest, **named)
-        if router.training and torch.is_grad_enabled():
-            taken_TE = taken_experts(router, gates_TE, map_TE)
-            sums.add(router.layer_number - 1, logits.detach().reshape(-1, sums.experts), taken_TE, router.topk)
-        return gates_TE, map_TE
-
-    for module in chunk.modules():
-        if isinstance(module, TopKRouter) and not module.is_mtp_layer:
-            # Wrapped on the module itself, because a forward hook does not see the logits.
-            patch.around(module, "routing", functools.partial(observed, module))
-
-
-def scalars(rows: torch.Tensor, experts: int) -> dict[str, float]:
-    """What is logged of the sums: names and values. Loads are shares of a layer's choices and sum to one.
+    Loads are shares of a layer's choices and sum to one.
 
     Args:
         rows: [L, E + 3], see :class:`RoutingSums`; a layer without tokens is a dense one and is left out.
     """
-    result: dict[str, float] = {}
-    dead = 0
+    logged: dict[str, float] = {}
+    loads, entropies, dropped = [], [], []
     for layer, row in enumerate(rows.tolist()):
         counts_E, (entropy, tokens, wanted) = row[:experts], row[experts:]
         if not tokens:
             continue
         taken = sum(counts_E)
         for expert, count in enumerate(counts_E):
-            load = count / taken if taken else 0.0
-            dead += load < DEAD_SHARE / experts
-            result[f"moe/load_layer_{layer}_expert_{expert}"] = load
-        result[f"moe/router_entropy_layer_{layer}"] = entropy / tokens
-        result[f"moe/dropped_layer_{layer}"] = 1.0 - taken / wanted
-    if result:
-        result["moe/dead_experts"] = float(dead)
-    return result
-
-
-def summary(logged: Mapping[str, float], experts: int) -> str:
-    """The same for the console: one part of Megatron's progress line."""
-    of_kind: dict[str, list[float]] = {"load": [], "router_entropy": [], "dropped": []}
-    for name, value in logged.items():
-        kind = name.removeprefix("moe/").partition("_layer_")[0]
-        if kind in of_kind:
-            of_kind[kind].append(value)
-    loads, entropies, dropped = of_kind.values()
+            loads.append(count / taken if taken else 0.0)
+            logged[f"moe/load_layer_{layer}_expert_{expert}"] = loads[-1]
+        entropies.append(entropy / tokens)
+        dropped.append(1.0 - taken / wanted)
+        logged[f"moe/router_entropy_layer_{layer}"] = entropies[-1]
+        logged[f"moe/dropped_layer_{layer}"] = dropped[-1]
     if not loads:
-        return ""
-    text = f" load: {min(loads):.1%} to {max(loads):.1%}, dead experts: {logged['moe/dead_experts']:.0f} |"
+        return {}, ""
+    dead = sum(load < DEAD_SHARE / experts for load in loads)
+    logged["moe/dead_experts"] = float(dead)
+    text = f" load: {min(loads):.1%} to {max(loads):.1%}, dead experts: {dead} |"
     text += f" router entropy: {sum(entropies) / len(entropies) / math.log(max(experts, 2)):.2f} of even |"
-    return text + (f" dropped: {sum(dropped) / len(dropped):.1%} |" if max(dropped) > 0 else "")
+    return logged, text + (f" dropped: {sum(dropped) / len(dropped):.1%} |" if max(dropped) > 0 else "")

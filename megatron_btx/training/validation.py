@@ -11,11 +11,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_btx.common.cli_args import read_pairs
 from megatron_btx.common.errors import InputError
 from megatron_btx.common.log import say, say_from_last_rank
-from megatron_btx.engine import patch
 from megatron_btx.engine.checks.start import checkpoint_to_load
-from megatron_btx.engine.options import Options
 from megatron_btx.runner.run_dir import read_evaluation
 from megatron_btx.training.hooks import Callback, log_scalars
 
@@ -25,16 +24,9 @@ if TYPE_CHECKING:
 TAG = "lm loss validation"
 MARGIN_NATS = 0.1
 """By how much a mixture may start above the worst expert: averaged shared weights cost something before training."""
-_PARAMETER_GATHERING = (
-    "should_disable_forward_pre_hook",
-    "disable_forward_pre_hook",
-    "enable_forward_pre_hook",
-    "force_param_sync",
-)
-"""Megatron's functions around a forward pass between two steps, in ``training/training.py``."""
 
 
-def check(args: argparse.Namespace, options: Options) -> None:
+def check(args: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before any process group exists.
 
     Raises:
@@ -43,35 +35,39 @@ def check(args: argparse.Namespace, options: Options) -> None:
     """
     from megatron_btx.data.texts import check_texts
 
-    texts = options.valid_texts
+    texts = valid_texts(args)
     if texts:
-        check_texts(texts, "--btx-valid-data", options.valid_tokens, "--btx-valid-tokens", args)
+        check_texts(texts, "--btx-valid-data", args.btx_valid_tokens, "--btx-valid-tokens", args)
     if "mean" in texts:
         raise InputError(f"--btx-valid-data mean={texts['mean']}: the mean of all domains is logged as that; rename it")
     if texts and args.skip_train:
         raise InputError("--btx-valid-data: --skip-train takes no step to follow; use python -m megatron_btx.evaluate")
-    if options.first_loss_bound is not None and not starts_from_a_mix(args):
+    if args.btx_first_loss_bound is not None and not starts_from_a_mix(args):
         why = "no checkpoint is loaded that could be broken"
         if not args.num_experts:
             why = "the model has no experts"
         elif args.skip_train:
             why = "--skip-train takes no step"
         raise InputError(f"--btx-first-loss-bound {args.btx_first_loss_bound}: {why}; leave it out")
-    find_bounds(args, options)
+    find_bounds(args)
+
+
+def valid_texts(args: argparse.Namespace) -> dict[str, str]:
+    """Domain -> prefix of a dataset, or a text file, whose loss is taken while training."""
+    return read_pairs(args.btx_valid_data, "--btx-valid-data")
 
 
 class FirstLoss(Callback):
     """Stops a mixture's finetuning at its first step when the mixture is broken."""
 
-    def __init__(self, args: argparse.Namespace, options: Options) -> None:
-        self._args, self._options = args, options
-        self._bounds = find_bounds(args, options)
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args, self._bounds = args, find_bounds(args)
 
     def before_step(self, iteration: int, model: list[Any], optimizer: MegatronOptimizer) -> None:
         """Refuse a mix that is worse than its worst expert on a domain, where the experts' losses are given."""
         if iteration != 0 or not isinstance(self._bounds, dict):
             return
-        losses = _losses(model, optimizer, self._args, self._options)
+        losses = _losses(model, optimizer, self._args)
         say(" the mix before its first step | " + _listed(losses))
         for domain, (loss, expert) in self._bounds.items():
             if not losses[domain] <= loss + MARGIN_NATS:
@@ -109,35 +105,27 @@ class FirstLoss(Callback):
 class DomainLosses(Callback):
     """Takes and logs the loss on every domain of --btx-valid-data, when it is due."""
 
-    def __init__(self, args: argparse.Namespace, options: Options) -> None:
-        self._args, self._options = args, options
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
 
     def after_step(self, done: int, model: list[Any], optimizer: MegatronOptimizer, losses: dict[str, Any]) -> None:
         """Before Megatron logs the step, so that they stand in its line; the rank that logs says them too."""
         if not is_due(done, self._args):
             return
-        found = _losses(model, optimizer, self._args, self._options)
+        found = _losses(model, optimizer, self._args)
         logged = {f"{TAG} {domain}": loss for domain, loss in found.items()}
         logged[f"{TAG} mean"] = sum(found.values()) / len(found)
         log_scalars(logged, done)
         say_from_last_rank(f" validation after step {done} | " + _listed(found))
 
 
-def watch_validation(args: argparse.Namespace, options: Options) -> list[Callback]:
-    """What must follow the steps: the check of a mixture's first, and the losses per domain.
-
-    Raises:
-        MegatronVersionError: the installed Megatron's training step is of another form.
-    """
-    from megatron.training import training
-
+def watch_validation(args: argparse.Namespace) -> list[Callback]:
+    """What must follow the steps: the check of a mixture's first, and the losses per domain."""
     callbacks: list[Callback] = []
     if starts_from_a_mix(args):
-        callbacks.append(FirstLoss(args, options))
-    if options.valid_texts:
-        callbacks.append(DomainLosses(args, options))
-    if callbacks:
-        patch.expect(training, *_PARAMETER_GATHERING)
+        callbacks.append(FirstLoss(args))
+    if args.btx_valid_data:
+        callbacks.append(DomainLosses(args))
     return callbacks
 
 
@@ -155,14 +143,32 @@ def starts_from_a_mix(args: argparse.Namespace) -> bool:
     return bool(args.num_experts and not args.skip_train and checkpoint_to_load(args))
 
 
-def find_bounds(args: argparse.Namespace, options: Options) -> float | dict[str, tuple[float, str]]:
+def find_bounds(args: argparse.Namespace) -> float | dict[str, tuple[float, str]]:
     """The largest sound loss in nats: of the first step, or of every domain with the expert that sets it."""
-    bound = options.first_loss_bound
+    bound = read_bound(args)
     if bound is None:
         return _guessing(args)
     if isinstance(bound, Path):
-        where = f"--btx-first-loss-bound {bound}"
-        return _worst_experts(where, bound, list(options.valid_texts), args.eod_mask_loss)
+        return _worst_experts(f"--btx-first-loss-bound {bound}", bound, list(valid_texts(args)), args.eod_mask_loss)
+    return bound
+
+
+def read_bound(args: argparse.Namespace) -> float | Path | None:
+    """--btx-first-loss-bound: a number of nats, or the evaluation of the experts that it comes from."""
+    text = args.btx_first_loss_bound
+    if text is None:
+        return None
+    bound = math.nan
+    try:
+        bound = float(text)
+    except ValueError:
+        if text:
+            return Path(text)
+    if not 0 < bound < math.inf:
+        raise InputError(
+            f"--btx-first-loss-bound {text}: expected a loss above 0 in nats per token, or a file of "
+            "megatron_btx.evaluate"
+        )
     return bound
 
 
@@ -175,10 +181,6 @@ def _worst_experts(where: str, file: Path, names: list[str], eod_mask_loss: bool
     again = f"evaluate the experts with megatron_btx.evaluate on every domain of --btx-valid-data ({', '.join(names)})"
     if not names:
         raise InputError(f"{where}: bounds the loss on every domain; name them with --btx-valid-data DOMAIN=TEXT")
-    try:
-        file.open("rb").close()
-    except OSError as error:
-        raise InputError(f"{where}: cannot be read ({error.strerror}); give a number of nats, or {again}") from error
     try:
         result = read_evaluation(file)
     except InputError as error:
@@ -210,9 +212,7 @@ def check_masked_alike(where: str, masked: bool, eod_mask_loss: bool) -> None:
         )
 
 
-def _losses(
-    model: list[Any], optimizer: MegatronOptimizer, args: argparse.Namespace, options: Options
-) -> dict[str, float]:
+def _losses(model: list[Any], optimizer: MegatronOptimizer, args: argparse.Namespace) -> dict[str, float]:
     """The mean loss on every domain, in nats per token, equal on all ranks."""
     from megatron.core.utils import get_model_config
     from megatron.training import get_timers, training
@@ -236,8 +236,8 @@ def _losses(
     for chunk in model:
         chunk.eval()
     losses: dict[str, float] = {}
-    for domain, text in options.valid_texts.items():
-        batches = batches_of(start_of(text, options.valid_tokens), f"{domain}: {text}")
+    for domain, text in valid_texts(args).items():
+        batches = batches_of(start_of(text, args.btx_valid_tokens), f"{domain}: {text}")
         losses[domain] = forward(model, batches).nats
     for chunk in model:
         chunk.train()

@@ -132,7 +132,7 @@ def test_a_text_file_is_its_dataset(analysed, mixture, corpus, zygote, tmp_path)
         (["--btx-route-data", "home"], "expected NAME=PATH"),
         (["--btx-route-tokens", "0"], "0: fewer than one batch"),
         (["--btx-route-tokens", "64"], "fewer than one batch"),
-        (["--btx-route-beside", "/nowhere.json"], "there is no such file"),
+        (["--btx-route-beside", "/nowhere.json"], "/nowhere.json: does not exist"),
         (["--btx-route-text", "/dev/null"], "is empty"),
     ],
 )

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from megatron_btx.common.routing_methods import BALANCING, METHODS
+from megatron_btx.common.routing_methods import METHODS, Balancing
 from megatron_btx.distributed.launcher import find_place
 from tests.support import pico
 from tests.support.mixing import mix
@@ -136,7 +137,7 @@ def test_a_node_that_is_none_is_refused(rank, teller):
     assert done.stderr == f"error: NODE_RANK={rank}: expected a whole number below NNODES=2\n"
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
 def test_routing_methods(method, teller):
     """Each is that of the table; those without load balancing in the paper have none unless it is asked for."""
     words = []
@@ -146,7 +147,7 @@ def test_routing_methods(method, teller):
     balancing = {kind: [*balanced, kind] for kind in ("megatron", "paper")}
     balancing["none"] = ["--moe-router-load-balancing-type", "none"]
     default = "megatron" if method.is_balanced else "none"
-    for given, kind in (({}, default), *(({"BALANCING": kind}, kind) for kind in BALANCING)):
+    for given, kind in (({}, default), *(({"BALANCING": kind}, kind) for kind in get_args(Balancing))):
         command = told(FINETUNE, teller, ROUTING=method.name, **given)[0]
         start = command.index("--moe-router-topk")
         expected = [*words, *balancing[kind]]

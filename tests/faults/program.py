@@ -41,9 +41,9 @@ def _shorten_timeout(seconds: float) -> None:
     checked = run.checked_arguments
 
     def checked_arguments() -> Any:
-        args, options = checked()
+        args = checked()
         args.distributed_timeout_minutes = seconds / 60
-        return args, options
+        return args
 
     run.checked_arguments = checked_arguments
 

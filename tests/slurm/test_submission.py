@@ -21,10 +21,9 @@ from megatron_btx.common.errors import BTXError, InputError
 from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.stage import Stage
 from megatron_btx.report.status import print_status
-from megatron_btx.runner.api import plan_run
+from megatron_btx.runner.api import PlannedRun, plan_run
 from megatron_btx.runner.decisions import decide
 from megatron_btx.runner.local import Machine, execute_stages
-from megatron_btx.runner.planned import PlannedRun
 from megatron_btx.runner.run_dir import take_turn
 from megatron_btx.runner.slurm_queue import (
     COMMENT_LETTERS,
@@ -151,7 +150,7 @@ def test_a_dry_run_writes_nothing(
     """Neither beside jobs of other settings, which read the records there, nor where no run is yet."""
     run, fresh = tmp_path / "run", tmp_path / "fresh"
     submit_closed(run)
-    monkeypatch.setattr("megatron_btx.runner.planned.check_with_megatron", lambda *_: None)  # ten seconds each
+    monkeypatch.setattr("megatron_btx.runner.api.check_with_megatron", lambda *_: None)  # ten seconds each
     before = content_of(tmp_path), content_of(Path.cwd())
     for command, folder in (("submit", run), ("submit", fresh), ("run", run), ("run", fresh), ("plan", fresh)):
         words = [command, RECIPE, "--output", str(folder), "--set", CLOSED, "seed.tokens=1024"]
@@ -289,7 +288,7 @@ def test_a_job_that_ends_before_its_stage_begins_is_named(
     log.unlink()  # as on a full disk
     assert f"data: nothing said; its log: {log}" in shown(tmp_path, capsys)
     second = submit_closed(tmp_path, only=("data",)).submitted["data"]
-    assert re.search(rf"\ndata +│ queued .*│ +{second} │ its partition is closed", shown(tmp_path, capsys))
+    assert re.search(rf"\ndata +│ queued .*│ +{second} │ PartitionDown", shown(tmp_path, capsys))
     slurm.run("scancel", str(second))
     wait_until(lambda: not list_jobs(tmp_path), "the job to be gone")
     assert re.search(rf"\ndata +│ ended .*│ +{second} │", shown(tmp_path, capsys))

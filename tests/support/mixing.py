@@ -91,7 +91,7 @@ def rewrite(source: Path, target: Path, change: object = None, arguments: dict |
         delattr(common["args"], name)
     vars(common["args"]).pop("exit_signal", None)
     objects = {"common_state/shard_0_1": [{"args": common["args"], "iteration": 1, "checkpoint_version": 3.0}]}
-    objects |= {name: reader.read_object(name) for name in reader.objects() if "_extra_state" in name}
+    objects |= {name: reader.read_object(name) for name in reader._objects if "_extra_state" in name}
     write_checkpoint(target / "iter_0000001", tensors, objects)
     (target / "latest_checkpointed_iteration.txt").write_text("1")
     return target

@@ -27,7 +27,6 @@ def main() -> int:
     from megatron_btx.distributed.abort import Stopping
     from megatron_btx.engine import repairs
     from megatron_btx.engine.flags import add_btx_arguments
-    from megatron_btx.engine.options import resolve_options
     from megatron_btx.model.routers import settings_from, with_routers
     from megatron_btx.model.sampling import Step
     from megatron_btx.model.step import forward_step
@@ -36,7 +35,7 @@ def main() -> int:
 
     args = parse_and_validate_args(add_btx_arguments)
     repairs.use_the_shipped_dataset_helper()
-    install_callbacks(write_metrics(args, resolve_options(args)))
+    install_callbacks(write_metrics(args))
     model = gpt_config_from_args(args)
     step, settings = Step(), settings_from(args)
     if settings is not None:  # the one thing of ours that may go into Megatron's own layers

@@ -17,7 +17,7 @@ from megatron_btx.mixing.options import Option
 from megatron_btx.recipe.expand import Baseline, Expansion
 from megatron_btx.recipe.models import Mix, ModelSpec
 from megatron_btx.recipe.section import Section
-from megatron_btx.report.claims import Claim, Pair, Selection, every_lower
+from megatron_btx.report.claims import Claim, Pair, Verdict, every_lower
 from megatron_btx.report.models import Cast
 
 
@@ -119,13 +119,12 @@ def denser(expansion: Expansion, section: DenserSection) -> Iterable[ModelSpec]:
     yield ModelSpec("denser", "denser", make, "denser", meaning, flags=mix.flags, evaluated_in=mix.evaluated_in)
 
 
-def less_is_more(cast: Cast) -> Selection | str:
+def less_is_more(cast: Cast) -> Verdict:
     """The denser mix against the recipe's."""
-    mix, other = cast.find("mix"), cast.find("denser")
-    if mix is None or other is None:
-        return cast.name_missing("mix", "denser")
+    mix, other = cast.need("mix", "denser")
     losses = other.values("loss")
-    return Selection({domain: Pair(losses.get(domain), loss) for domain, loss in mix.values("loss").items()})
+    pairs = {domain: Pair(losses.get(domain), loss) for domain, loss in mix.values("loss").items()}
+    return every_lower(pairs, "denser_mix")
 
 
 def register() -> None:
@@ -136,7 +135,7 @@ def register() -> None:
 
     METHODS["trim"] = trim()
     BASELINES["denser"] = Baseline(DenserSection, denser)
-    CLAIMS.append(Claim("less_is_more", "Fewer differences are better.", less_is_more, every_lower, "denser_mix"))
+    CLAIMS.append(Claim("less_is_more", "Fewer differences are better.", less_is_more))
 
 
 def install(folder: Path) -> None:

@@ -195,6 +195,8 @@ def wait(ranks: list[int], grace_seconds: float) -> list[int]:
 
 def warm_up() -> None:
     """Import, and compute once, what every rank would: what is computed depends on the installed packages alone."""
+    importlib.metadata.version = functools.cache(importlib.metadata.version)  # before anybody has the plain one
+    importlib.metadata.version("megatron-core")
     # What the programs import late counts too: transformers alone, by Megatron's tokenizers, takes each rank seconds.
     import megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader
     import megatron.core.models.mimo
@@ -221,10 +223,12 @@ def warm_up() -> None:
     # What is there now is not looked at by the ranks' garbage collectors: they would copy every page that they touch.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def main() -> None:
     """Import once, then serve requests until stdin closes."""
+    gc.disable()  # until all is imported: a quarter of that time
     from megatron_btx.engine import cpu
 
     if sys.argv[1:] != ["gpu"]:  # what a program on the CPU does before it imports Megatron

@@ -123,11 +123,7 @@ def _refuse_parts(config: Mapping[str, Any], filled: Mapping[str, Any], family: 
 
 
 def _refuse_unknown_keys(config: Mapping[str, Any], family: Family, where: str) -> None:
-    """Refuse keys that change the function and that the family's class passes over.
-
-    Raises:
-        InputError: names the key and its value.
-    """
+    """Refuse keys that change the function and that the family's class passes over."""
     remedy = "convert a model without it, or take the key away if the model was trained without it"
     if config.get("is_causal", True) is not True:
         raise bad_value(where, "is_causal", config["is_causal"], "true, as Megatron attends to the past alone", remedy)
@@ -195,11 +191,7 @@ def dtype_arguments(config: Mapping[str, Any], where: str, dtypes: Sequence[str]
 
 
 def _window(filled: Mapping[str, Any], family: Family, where: str) -> tuple[int, int] | None:
-    """Megatron's (keys before, keys after) of a sliding window that all layers have; None for full attention.
-
-    Raises:
-        InputError: layers that see in another way, a window in some of them, or one that the class passes over.
-    """
+    """Megatron's (keys before, keys after) of a sliding window that all layers have; None for full attention."""
     width, types = filled.get("sliding_window"), filled.get("layer_types") or []
     if not isinstance(types, list):
         types = [types]

@@ -23,7 +23,6 @@ from megatron_btx.checkpoint.huggingface.families import (
 )
 from megatron_btx.checkpoint.huggingface.rope import foreign_llama3
 from megatron_btx.checkpoint.sizes import mixture_layers
-from megatron_btx.common.errors import InputError
 
 _TRANSLATED = frozenset(row.argument for row in ROWS) | {
     "group_query_attention", "add_position_embedding", "rotary_base", "rotary_seq_len_interpolation_factor",
@@ -80,7 +79,12 @@ def config_from_arguments(
         InputError: a number is missing or impossible, or the model has a part that Hugging Face's forms do not say.
     """
     mixture = arguments.get("num_experts") is not None
-    _refuse_unsayable(arguments, mixture, where)
+    for argument in MODEL_ARGUMENTS:
+        value, expected = argument.value(arguments), ALWAYS.get(argument.name, argument.default)
+        is_said = argument.name in _TRANSLATED or (argument.moe and not mixture)
+        if value != expected and not is_said:
+            remedy = "keep this model in Megatron's format, or start from a seed with that value"
+            raise bad_value(where, argument.name, value, f"{expected!r} for a Hugging Face model", remedy)
     values = _completed(arguments, where)
     before = _keys_before(values, where)
     family = _fitting(values, mixture, before, base, where)
@@ -108,22 +112,6 @@ def config_from_arguments(
     if family.model_type in ("qwen2", "qwen2_moe") and usual_heads:
         del config["head_dim"]  # these classes do not have it; Qwen2's attention yet takes one that is given
     return config
-
-
-def _refuse_unsayable(arguments: Mapping[str, Any], mixture: bool, where: str) -> None:
-    """Refuse every model argument that has no key in the configurations and not the one value they stand for."""
-    for argument in MODEL_ARGUMENTS:
-        if argument.name in _TRANSLATED or (argument.moe and not mixture):
-            continue
-        value, expected = argument.value(arguments), ALWAYS.get(argument.name, argument.default)
-        if value != expected:
-            remedy = "keep this model in Megatron's format, or start from a seed with that value"
-            raise bad_value(where, argument.name, value, f"{expected!r} for a Hugging Face model", remedy)
-    if arguments.get("qk_layernorm") and arguments.get("add_qkv_bias"):
-        raise InputError(
-            f"{where}: add_qkv_bias is True with qk_layernorm True, expected one of them at most: Qwen3 has biases on "
-            "all attention projections or none; keep this model in Megatron's format"
-        )
 
 
 def _completed(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -164,7 +152,9 @@ def _fitting(
             remedy = "the Qwen2-MoE form has no other head size; keep this model in Megatron's format"
             raise bad_value(where, "kv_channels", values["kv_channels"], f"{hidden}/{heads} (hidden/heads)", remedy)
         return family
-    raise InputError(f"{where}: no Hugging Face architecture has these parts; keep this model in Megatron's format")
+    biases, remedy = bool(values.get("add_qkv_bias")), "correct one of the two, or keep this model in Megatron's format"
+    expected = f"one that a Hugging Face architecture has with qk_layernorm {bool(values.get('qk_layernorm'))}"
+    raise bad_value(where, "add_qkv_bias", biases, expected, remedy)
 
 
 def _keys_before(values: Mapping[str, Any], where: str) -> int | None:

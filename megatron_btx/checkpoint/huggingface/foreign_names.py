@@ -36,10 +36,8 @@ def unwrap_names[T](tensors: Mapping[str, T], where: str) -> dict[str, T]:
         if plain in found:
             raise CheckpointError(f"{where}: {name} and {plain} are one tensor under two names; save the plain model")
         found[plain] = tensor
-    word = _outer_word(found, where)
-    while word:
+    while word := _outer_word(found, where):
         found = {name.removeprefix(word): tensor for name, tensor in found.items()}
-        word = _outer_word(found, where)
     if found and all(name.startswith((_LANGUAGE_PART, _HEAD)) for name in found):
         found = {name.replace(_LANGUAGE_PART, "model.", 1): tensor for name, tensor in found.items()}
     return found
@@ -48,12 +46,8 @@ def unwrap_names[T](tensors: Mapping[str, T], where: str) -> dict[str, T]:
 def _outer_word(names: Collection[str], where: str) -> str:
     """The word that stands before every name; "" where none does."""
     for word in _OUTER:
-        having, without = [], []
-        for name in names:
-            if name.startswith(word):
-                having.append(name)
-            else:
-                without.append(name)
+        having = [name for name in names if name.startswith(word)]
+        without = [name for name in names if not name.startswith(word)]
         if having and not without:
             return word
         if having:

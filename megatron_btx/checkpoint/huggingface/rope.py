@@ -14,27 +14,19 @@ from megatron_btx.checkpoint.huggingface.families import (
 )
 
 _LENGTH_KEY = "original_max_position_embeddings"
-_FIELDS: Mapping[str, frozenset[str]] = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "dynamic": frozenset({"factor", _LENGTH_KEY}),
+_FIELDS = {
+    "default": ("", ""),
+    "linear": ("factor", ""),
+    "dynamic": ("factor", _LENGTH_KEY),
     # "finetuned" tells how the model was made; no class of transformers reads it.
-    "yarn": frozenset(
-        f"factor {_LENGTH_KEY} attention_factor beta_fast beta_slow mscale mscale_all_dim truncate finetuned".split()
-    ),
-    "longrope": frozenset(f"factor short_factor long_factor attention_factor {_LENGTH_KEY}".split()),
-    "llama3": frozenset(f"factor low_freq_factor high_freq_factor {_LENGTH_KEY}".split()),
+    "yarn": ("factor", f"{_LENGTH_KEY} attention_factor beta_fast beta_slow mscale mscale_all_dim truncate finetuned"),
+    "longrope": ("", f"factor short_factor long_factor attention_factor {_LENGTH_KEY}"),
+    "llama3": (f"factor low_freq_factor high_freq_factor {_LENGTH_KEY}", ""),
 }
-"""The rotary scalings that transformers 4.57 and 5 both know (``modeling_rope_utils.py``), and their fields.
+"""Rotary scalings that transformers 4.57 and 5 both know (``modeling_rope_utils.py``): fields they need, and may have.
 
 Its own checks only log what they find, and 4.57 calls every whole number wrong: so they are made here.
 """
-_NEEDED = {
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "yarn": {"factor"},
-    "llama3": {"factor", *MEGATRON_LLAMA3},
-}
 _PER_FREQUENCY = ("short_factor", "long_factor")
 _NO_NUMBERS = frozenset({"rope_type", "truncate", "finetuned"})
 
@@ -88,12 +80,12 @@ def _check_scaling(scaling: Mapping[str, Any], config: Mapping[str, Any], where:
     if kind not in _FIELDS:
         remedy = "transformers 4.57 and 5 do not both have it; convert a model without it"
         raise bad_value(where, "rope_scaling.rope_type", kind, f"one of {', '.join(_FIELDS)}", remedy)
-    for name in sorted(scaling.keys() - _FIELDS[kind] - {"rope_type"}):
+    needed, optional = map(str.split, _FIELDS[kind])
+    for name in sorted(scaling.keys() - {*needed, *optional, "rope_type"}):
         expected = f"none of that name in a rotary scaling of type {kind!r}"
         remedy = "correct the type, or take the field away if the model was trained without it"
         raise bad_value(where, f"rope_scaling.{name}", scaling[name], expected, remedy)
-    needed = _NEEDED.get(kind, set())
-    for name in sorted(needed | scaling.keys() - _NO_NUMBERS):
+    for name in sorted({*needed, *scaling} - _NO_NUMBERS):
         values = scaling.get(name)
         if name not in _PER_FREQUENCY or not isinstance(values, list) or not values:
             values = [values]

@@ -4,8 +4,6 @@ The architecture has one in every mixture layer: three matrices, and a gate that
 from the configuration: vLLM cannot load one of width zero, llama.cpp takes the feed-forward width in place of zero.
 Matrices of zeros add nothing in any of them, and stay zeros when the mixture is trained further: every gradient has a
 factor of zero.
-
-Axes: S width of the shared expert, H hidden.
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ WRITTEN_WIDTH = 256
 """One block of llama.cpp's k-quants, and a multiple of every usual degree of tensor parallelism."""
 _HF = "model.layers.{layer}.mlp.shared_expert"
 _PIECE = "layers.{layer}.shared_expert"
-_ROWS = {
-    "zeros": tuple(
-        Row(f"{_PIECE}.{name}.weight", "", qwen_moe=f"{_HF}.{name}_proj.weight") for name in ("gate", "up", "down")
-    ),
-    "ramp": (Row(f"{_PIECE}_gate.weight", "", qwen_moe=f"{_HF}_gate.weight"),),
-}
-"""The tensors, by what is written in them.
+_ROWS = (
+    (Row(f"{_PIECE}.gate.weight", "SH", "", qwen_moe=f"{_HF}.gate_proj.weight"), "zeros"),
+    (Row(f"{_PIECE}.up.weight", "SH", "", qwen_moe=f"{_HF}.up_proj.weight"), "zeros"),
+    (Row(f"{_PIECE}.down.weight", "HS", "", qwen_moe=f"{_HF}.down_proj.weight"), "zeros"),
+    (Row(f"{_PIECE}_gate.weight", "1H", "", qwen_moe=f"{_HF}_gate.weight"), "ramp"),
+)
+"""The tensors, and what is written in them.
 
 The gate's numbers run from 1 to 2. llama.cpp computes its sigmoid as ``silu(x) / x``, which is NaN for ``x = 0``: zeros
 would give that for every token, and equal numbers for hidden states whose mean is zero.
@@ -41,21 +39,12 @@ would give that for every token, and equal numbers for hidden states whose mean 
 
 def pieces(sizes: Sizes, width: int) -> Iterator[tuple[Piece, str]]:
     """The tensors of all shared experts of a model, and what is written in each: zeros, or ramp."""
+    extents = sizes.extents | {"S": width, "1": 1}
     for layer, is_mixture in enumerate(sizes.mixture_layers):
-        if not is_mixture:
-            continue
-        for content, rows in _ROWS.items():
-            for row in rows:
-                name = row.piece.format(layer=layer)
-                yield Piece(name, _shape(row, sizes.hidden, width), row, {"layer": layer}, False), content
-
-
-def _shape(row: Row, hidden: int, width: int) -> tuple[int, int]:
-    if row.piece.endswith("_gate.weight"):
-        return 1, hidden
-    if row.piece.endswith(".down.weight"):
-        return hidden, width
-    return width, hidden
+        for row, content in _ROWS:
+            if is_mixture:
+                shape = tuple(extents[axis] for axis in row.axes)
+                yield Piece(row.piece.format(layer=layer), shape, row, {"layer": layer}, False), content
 
 
 def width_of(config: Mapping[str, Any], where: str) -> int:
@@ -79,35 +68,31 @@ def names_without_effect(reader: Reader, config: Mapping[str, Any], sizes: Sizes
     Raises:
         CheckpointError: one is missing, has another shape than the configuration says, or holds numbers that matter.
     """
+    import torch
+
     if family_of(config, where).model_type != MODEL_TYPE:
         return set()
     width = width_of(config, where)
     names = set()
     for piece, content in pieces(sizes, width):
         key = piece.row.qwen_moe.format(layer=piece.numbers["layer"])
-        if key in reader.tensors:
-            _check(reader, key, piece.shape, content, where)
-            names.add(key)
-        elif width:
-            raise CheckpointError(f"{where}: {key} is missing; its configuration asks for it, so it is incomplete")
+        if key not in reader.tensors:
+            if width:
+                raise CheckpointError(f"{where}: {key} is missing; its configuration asks for it, so it is incomplete")
+            continue
+        shape = reader.tensors[key].shape
+        if shape != piece.shape:
+            raise CheckpointError(
+                f"{where}: {key}: {list(shape)} is stored, its configuration says {list(piece.shape)} "
+                f"({WIDTH_KEY} and hidden_size); the two do not belong together"
+            )
+        numbers = reader.read(key, (0, 0), shape)
+        if content == "zeros" and torch.count_nonzero(numbers):
+            raise CheckpointError(
+                f"{where}: {key} holds other numbers than zero, expected a shared expert that adds nothing; "
+                "shared experts are not converted, take a model without one"
+            )
+        if not bool(torch.isfinite(numbers).all()):
+            raise CheckpointError(f"{where}: {key} holds NaN or infinite numbers, expected finite ones; save it again")
+        names.add(key)
     return names
-
-
-def _check(reader: Reader, key: str, shape: tuple[int, ...], content: str, where: str) -> None:
-    """Refuse another shape, and what adds something: no zero in a matrix, NaN or infinity in a gate."""
-    import torch
-
-    stored = reader.tensors[key]
-    if tuple(stored.shape) != shape:
-        raise CheckpointError(
-            f"{where}: {key}: {list(stored.shape)} is stored, its configuration says {list(shape)} "
-            f"({WIDTH_KEY} and hidden_size); the two do not belong together"
-        )
-    numbers = reader.read(key, (0, 0), shape)
-    if content == "zeros" and torch.count_nonzero(numbers):
-        raise CheckpointError(
-            f"{where}: {key} holds other numbers than zero, expected a shared expert that adds nothing; "
-            "shared experts are not converted, take a model without one"
-        )
-    if not bool(torch.isfinite(numbers).all()):
-        raise CheckpointError(f"{where}: {key} holds NaN or infinite numbers, expected finite ones; save it again")

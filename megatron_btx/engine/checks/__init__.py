@@ -9,7 +9,7 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.engine.checks import arguments
 from megatron_btx.engine.checks.arguments import Refusal
 from megatron_btx.engine.checks.routing import of_routing
-from megatron_btx.engine.options import Options, resolve_options
+from megatron_btx.model.groups import resolve_groups
 
 ROWS = (
     arguments.of_formats,
@@ -25,25 +25,15 @@ TRAINING_ROWS = (arguments.of_budget, arguments.of_training, arguments.of_retent
 """Those that training makes after them."""
 
 
-def check_arguments(args: argparse.Namespace, trains: bool = False) -> Options:
-    """Refuse what makes no sense, before a run costs anything.
-
-    Args:
-        trains: of the training program.
-
-    Returns:
-        What our flags ask for.
+def check_arguments(args: argparse.Namespace, trains: bool = False) -> None:
+    """Refuse what makes no sense, before a run costs anything; ``trains`` says that the training program asks.
 
     Raises:
         InputError: one line that names the flag, what was found and the remedy.
     """
-    options = resolve_options(args)
-    for rows in ROWS:
+    resolve_groups(vars(args))
+    for rows in ROWS + (TRAINING_ROWS if trains else ()):
         refuse(rows(args))
-    if trains:
-        for rows in TRAINING_ROWS:
-            refuse(rows(args))
-    return options
 
 
 def refuse(rows: Iterable[Refusal]) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from megatron_btx.cost.layouts import ParallelSizes, check_heads
+from megatron_btx.cost.layouts import ParallelSizes
 
 _OWN_DATA = "these programs train on indexed datasets alone (--train-data-path, --data-path); leave it out"
 # Its loss functions and datasets are in a script of Megatron's repository, not in its wheel.
@@ -42,7 +42,7 @@ def of_layout(args: argparse.Namespace) -> Iterator[Refusal]:
     sizes, rows = ParallelSizes.of(vars(args)), args.padded_vocab_size
     yield (
         _REFUSED,
-        check_heads(sizes, args.num_attention_heads) is not None,
+        args.num_attention_heads % sizes.tensor != 0,
         f"number of attention heads ({args.num_attention_heads}) is not a multiple of --tensor-model-parallel-size "
         f"({sizes.tensor}); choose one that divides it",
     )

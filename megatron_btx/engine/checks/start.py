@@ -12,20 +12,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.checkpoint.arguments import (
-    MODEL_ARGUMENTS,
-    NUMERICS_ARGUMENTS,
-    ModelArgument,
-    differences,
-)
+from megatron_btx.checkpoint.arguments import MODEL_ARGUMENTS, NUMERICS_ARGUMENTS, ModelArgument, differences
 from megatron_btx.checkpoint.iterations import RELEASE, TRACKER, resolve_iteration, root_of
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.common.errors import InputError
 from megatron_btx.cost.layouts import ParallelSizes
 from megatron_btx.engine.checks.arguments import budget_of
-from megatron_btx.model.groups import TrainedGroups, resolve_groups
+from megatron_btx.model.groups import resolve_groups
 from megatron_btx.tokenizers.comparison import check_same_tokenizer
-from megatron_btx.tokenizers.path import locate_tokenizer
+from megatron_btx.tokenizers.vocabulary import locate_tokenizer
 
 
 def finished(args: argparse.Namespace) -> str | None:
@@ -40,14 +35,11 @@ def finished(args: argparse.Namespace) -> str | None:
     return f"{args.load} has step {latest} of {steps}: nothing left to train" if latest >= steps else None
 
 
-def check_against_checkpoint(args: argparse.Namespace, groups: TrainedGroups) -> None:
+def check_against_checkpoint(args: argparse.Namespace) -> None:
     """Refuse to load a checkpoint into a model it was not made for.
 
     Compares the stored arguments of the checkpoint that Megatron is about to load (the run's own to resume, else
     ``--pretrained-checkpoint``) with the given ones.
-
-    Args:
-        groups: what trains.
 
     Raises:
         InputError: names every argument that differs, with both values and the flag that mends it.
@@ -61,7 +53,7 @@ def check_against_checkpoint(args: argparse.Namespace, groups: TrainedGroups) ->
     # The experts' names travel from checkpoint to checkpoint, for figures and for mixing again.
     args.btx_experts = stored.get("btx_experts")
     if resuming:
-        check_resume(path, stored, vars(args), groups, done=finished(args) is not None)
+        check_resume(path, stored, vars(args), done=finished(args) is not None)
         args.btx_taken_steps = stored.get("btx_taken_steps")
 
 
@@ -160,9 +152,7 @@ _SCHEDULE = {
 _OF_STEPS = ("train_iters", "global_batch_size", "lr_warmup_iters", "lr_decay_iters")
 
 
-def check_resume(
-    path: str, stored: Mapping[str, Any], given: Mapping[str, Any], groups: TrainedGroups, done: bool = False
-) -> None:
+def check_resume(path: str, stored: Mapping[str, Any], given: Mapping[str, Any], done: bool = False) -> None:
     """Refuse to resume with what the stored optimizer state cannot be brought to.
 
     - The frozen groups and the groups with learning rates of their own decide which state there is; Megatron finds the
@@ -175,7 +165,6 @@ def check_resume(
     - There must be state, and data for the steps that are left.
 
     Args:
-        groups: what trains now.
         done: the run has no step left: it needs no state.
 
     Raises:
@@ -187,17 +176,25 @@ def check_resume(
     if given.get("skip_train"):
         return
     _check_samples(path, stored, given, anew)
-    if given.get("no_load_optim") or is_release(path):
-        return
+    if given.get("no_load_optim") or (Path(path).is_dir() and resolve_iteration(path).name == RELEASE):
+        return  # Megatron loads no optimizer of a release
     if stored.get("no_save_optim"):
         if done:
             return
         raise InputError(
             f"{path}: was saved without its optimizer (--no-save-optim); go on with a new one (--no-load-optim), {anew}"
         )
-    _check_trained(path, stored, given, groups, anew)
+    # Megatron's own checkpoints have no flags of ours.
+    none_of_ours: dict[str, list[str]] = {"btx_freeze": [], "btx_lr_multiplier": []}
+    was_trained, trains = _describe_trained({**given, **none_of_ours, **stored}), _describe_trained(given)
+    for flag, values in was_trained.items():
+        if values != trains[flag]:
+            raise InputError(
+                f"{path}: was trained with {flag} {_listed(values)}, given {_listed(trains[flag])}, and its optimizer "
+                f"state fits the former alone; resume it with that, {anew}"
+            )
     _check_schedule(path, stored, given)
-    experts_train = given.get("num_experts") and "experts" not in groups.frozen
+    experts_train = given.get("num_experts") and "experts" not in trains["--btx-freeze"]
     before, after = ParallelSizes.of(stored), ParallelSizes.of(given)
     if experts_train and before.spreads_experts != after.spreads_experts:
         counts = ("one optimizer", "two optimizers")
@@ -221,31 +218,15 @@ def check_resume(
                 )
 
 
-def _check_trained(
-    path: str, stored: Mapping[str, Any], given: Mapping[str, Any], groups: TrainedGroups, anew: str
-) -> None:
-    """The same parameters with the same rates, however the flags spell them."""
-    # Megatron's own checkpoints have no flags of ours.
-    none_of_ours: dict[str, list[str]] = {"btx_freeze": [], "btx_lr_multiplier": []}
-    before = {**given, **none_of_ours, **stored}
-    rows = zip(_describe_trained(resolve_groups(before), before), _describe_trained(groups, given), strict=True)
-    for (flag, was), (_, now) in rows:
-        if was != now:
-            raise InputError(
-                f"{path}: was trained with {flag} {_listed(was)}, given {_listed(now)}, and its optimizer state fits "
-                f"the former alone; resume it with that, {anew}"
-            )
-
-
-def _describe_trained(groups: TrainedGroups, arguments: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
-    """Flag -> what it comes to, of all that decides what there is of an optimizer's state."""
-    multipliers = [f"{group}={factor!r}" for group, factor in sorted(groups.multipliers.items())]
-    return [
-        ("--btx-freeze", list(groups.frozen)),
-        ("--btx-lr-multiplier", multipliers),
-        ("--lr", [arguments["lr"]]),
-        ("--min-lr", [arguments["min_lr"]]),
-    ]
+def _describe_trained(arguments: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Flag -> what it comes to, however it is spelled, of all that decides what there is of an optimizer's state."""
+    groups = resolve_groups(arguments)
+    return {
+        "--btx-freeze": list(groups.frozen),
+        "--btx-lr-multiplier": [f"{group}={factor!r}" for group, factor in sorted(groups.multipliers.items())],
+        "--lr": [arguments["lr"]],
+        "--min-lr": [arguments["min_lr"]],
+    }
 
 
 def _listed(values: list[Any]) -> str:
@@ -306,11 +287,6 @@ def _check_samples(path: str, stored: Mapping[str, Any], given: Mapping[str, Any
             f"{path}: has read {consumed} samples in {step_of(path)} steps; with --global-batch-size {batch} Megatron "
             f"prepares fewer than are left to read; resume it with {stored.get('global_batch_size')} or more, {anew}"
         )
-
-
-def is_release(path: str) -> bool:
-    """Whether a checkpoint, a root or one iteration, is of no step: Megatron loads no optimizer of it."""
-    return Path(path).is_dir() and resolve_iteration(path).name == RELEASE
 
 
 def step_of(path: str, override: int | None = None) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from megatron_btx.checkpoint.paths import hub_cache, model_path
+from megatron_btx.checkpoint.paths import model_path
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.mixing.loader import open_source
 from tests.unit.mixing.folders import llama_folder
@@ -17,7 +17,7 @@ from tests.unit.mixing.folders import llama_folder
 def cached(tmp_path, monkeypatch) -> Path:
     """A model in the hub's cache, as huggingface_hub lays it out: files are links to blobs."""
     cache = tmp_path / "hub"
-    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     place = cache / "models--org--pico"
     made = llama_folder(tmp_path / "made")
     snapshot = place / "snapshots" / "abc123"
@@ -65,7 +65,7 @@ def test_several_snapshots_without_a_choice_are_refused(reference, cached):
     (cached / "refs" / "main").unlink()
     if reference:
         (cached / "refs" / "main").write_text(reference)
-    with pytest.raises(CheckpointError, match=r"has [02] snapshots of the main revision.*give one of its snapshots"):
+    with pytest.raises(CheckpointError, match=r"with one snapshot of the main revision.*give one of its snapshots"):
         open_source("model", cached)
 
 
@@ -76,7 +76,7 @@ def test_one_snapshot_needs_no_choice(cached):
 
 def test_a_cache_without_a_snapshot_says_how_to_fetch_it(cached):
     (cached / "snapshots" / "abc123").rename(cached / "elsewhere")
-    with pytest.raises(CheckpointError, match="has 0 snapshots.*hf download org/pico"):
+    with pytest.raises(CheckpointError, match="with one snapshot.*hf download org/pico"):
         open_source("model", cached)
 
 
@@ -93,19 +93,6 @@ def test_a_file_is_no_folder(name, told, tmp_path):
     (folder / name).touch()
     with pytest.raises(CheckpointError, match=rf"{name}: is a file and no such folder; .*{told}"):
         open_source("model", folder / name)
-
-
-def test_where_the_cache_is(monkeypatch):
-    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(variable, raising=False)
-    assert hub_cache() == Path(os.path.expanduser("~/.cache/huggingface/hub"))
-    for variable, value, expected in (
-        ("XDG_CACHE_HOME", "/caches", "/caches/huggingface/hub"),
-        ("HF_HOME", "/home/hf", "/home/hf/hub"),
-        ("HF_HUB_CACHE", "/hub", "/hub"),
-    ):
-        monkeypatch.setenv(variable, value)
-        assert hub_cache() == Path(expected)
 
 
 def test_blanks_in_a_path(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_btx.common.routing_methods import find_method
+from megatron_btx.common.routing_methods import METHODS
 
 
 @pytest.mark.parametrize(
@@ -19,5 +19,4 @@ from megatron_btx.common.routing_methods import find_method
 )
 def test_flags(name: str, flags: dict[str, object]) -> None:
     """Of every method, with the paper's numbers."""
-    method = find_method(name)
-    assert method is not None and method.flags(experts=5) == flags
+    assert METHODS[name].flags(experts=5) == flags

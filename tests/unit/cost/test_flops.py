@@ -10,9 +10,7 @@ import pytest
 from megatron_btx.cost.flops import (
     ModelShape,
     all_weights,
-    attention_weights,
     default_ffn,
-    feed_forward_weights,
     multiplied_weights,
     padded_rows,
     training_flops,
@@ -101,8 +99,7 @@ def test_the_same_as_was_counted(experts: int) -> None:
     masked_half = 2 * tokens * shape.layers * SEQUENCE * shape.heads * shape.channels
     assert counter.get_total_flops() - masked_half == training_flops(shape, tokens, SEQUENCE) / 3
     weights = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
-    feed_forward = feed_forward_weights(shape, shape.mixtures * shape.experts)
-    assert weights == attention_weights(shape) + feed_forward + 2 * shape.hidden * shape.vocabulary
+    assert weights == all_weights(shape)
 
 
 def test_sampled_routing_takes_all_experts_once() -> None:

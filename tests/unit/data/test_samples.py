@@ -17,10 +17,9 @@ from megatron.training import global_vars
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.data import preprocess, training
-from megatron_btx.data.foreign_ids import ForeignIdError, check_batch
 from megatron_btx.data.texts import start_of
 from megatron_btx.data.tokenizers import TokenizerSettings, _namespace
-from megatron_btx.data.training import check_data_files, datasets_for
+from megatron_btx.data.training import ForeignIdError, check_batch, check_data_files, datasets_for
 from megatron_btx.distributed.abort import Stopping
 from megatron_btx.model.step import batches_of
 

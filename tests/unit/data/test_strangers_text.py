@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_btx.data import preprocess
-from megatron_btx.data.records import json_values
+from megatron_btx.data.readers import json_values
 
 LINES = b'{"text": "1 2"}\n{"text": "3"}\n{"text": "4 5 6"}\n'
 NUMBERS = [[1, 2], [3], [4, 5, 6]]

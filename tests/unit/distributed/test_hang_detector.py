@@ -6,7 +6,6 @@ import json
 import socket
 import threading
 import time
-from dataclasses import asdict
 
 from megatron_btx.distributed.abort import Place, Standstill, describe
 
@@ -63,4 +62,4 @@ def test_a_place_in_a_collective_waits():
     found = Standstill(thread).place(3)
     sender.send(b"x")
     assert found.waits and "test_hang_detector.py" in found.where
-    assert Place(**json.loads(json.dumps(asdict(found)))) == found
+    assert Place(*json.loads(json.dumps(found))) == found

@@ -30,7 +30,6 @@ from megatron_btx.engine.checks.arguments import of_formats
 from megatron_btx.engine.checks.start import check_against_checkpoint, checkpoint_to_load
 from megatron_btx.engine.fallback import choose_checkpoint
 from megatron_btx.engine.restricted_loading import loading_failed, restrict_unpickling
-from megatron_btx.model.groups import TrainedGroups
 from tests.support.hostile import Call, byte_entries, payload, plant, read_index
 from tests.support.mixing import write_checkpoint
 
@@ -227,7 +226,7 @@ def test_every_checkpoint_that_megatron_would_load_is_looked_at(folder, tmp_path
     assert checkpoint_to_load(given) == (str(root), True)
     plant(folder, "rng_state", payload(tmp_path))
     with pytest.raises(CheckpointError, match="could run code"):
-        check_against_checkpoint(given, TrainedGroups((), {}, is_tied=False))
+        check_against_checkpoint(given)
 
 
 def test_formats_that_could_not_be_read_again():

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from megatron_btx.common.errors import InputError
-from megatron_btx.engine.checks import start as resume
-from megatron_btx.model.groups import resolve_groups
+from megatron_btx.engine.checks.start import check_resume
 
 LAYOUT = {
     "tensor_model_parallel_size": 1,
@@ -39,11 +36,6 @@ FREE = {**SHARDED, "dist_ckpt_optim_fully_reshardable": True}
 MOE = {**LAYOUT, "num_experts": 4}
 SAMPLES = {"train_iters": None, "lr_decay_iters": None}
 SPREAD = {**MOE, "expert_model_parallel_size": 2}
-
-
-def check_resume(path: str, stored: dict[str, Any], given: dict[str, Any], done: bool = False) -> None:
-    """As the program asks."""
-    resume.check_resume(path, stored, given, resolve_groups(given), done)
 
 
 @pytest.mark.parametrize(

@@ -6,58 +6,62 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_btx.common.errors import InputError
+from megatron_btx.common.shares import overlaps
 from megatron_btx.evaluation.analyze_routing import pieces_of
 from megatron_btx.evaluation.program import expert_names
 from megatron_btx.evaluation.routing import (
-    LayerCounts,
     Routed,
     RoutingCounts,
     describe,
     describe_layers,
-    overlaps,
+    divide_up,
     read_earlier,
 )
 
 
+def counted(*layers: list[float]) -> RoutingCounts:
+    """By layer: choices, first choices, probabilities and gates of every expert; entropy, tokens, choices wanted."""
+    counts = RoutingCounts.start(len(layers), (len(layers[0]) - 3) // 4, device="cpu")
+    counts.buffer.copy_(torch.tensor(layers))
+    return counts
+
+
 def test_counts_of_a_router():
     """By hand: three tokens of two choices each in layer 1 of 2; the last token's are dropped, one of the second's."""
-    import torch
-
     router = SimpleNamespace(gating=lambda x_SBH: x_SBH, topk=2)
     even = torch.zeros(3, 1, 2)
     gates_TE = torch.tensor([[0.75, 0.25], [0.0, 0.5], [0.0, 0.0]])
     counts = RoutingCounts.start(2, 2, device="cpu")
     counts.add(1, router, even, (gates_TE, gates_TE > 0))
-    dense, mixture = counts.by_layer()
-    assert dense == LayerCounts([0.0] * 2, [0.0] * 2, [0.0] * 2, [0.0] * 2, 0.0, 0.0, 0.0)
-    assert (mixture.choices, mixture.first, mixture.gates) == ([1.0, 2.0], [1.0, 1.0], [0.75, 0.75])
-    assert mixture.probabilities == pytest.approx([1.5, 1.5]) and mixture.entropy == pytest.approx(3 * math.log(2))
-    assert (mixture.tokens, mixture.wanted) == (3.0, 6.0)
+    assert not counts.buffer[0].any()
+    assert counts.choices_LE[1].tolist() == [1.0, 2.0] and counts.first_LE[1].tolist() == [1.0, 1.0]
+    assert counts.gates_LE[1].tolist() == [0.75, 0.75]
+    assert counts.probabilities_LE[1].tolist() == pytest.approx([1.5, 1.5])
+    assert counts.entropy_L[1].item() == pytest.approx(3 * math.log(2))
+    assert (counts.tokens_L[1], counts.wanted_L[1]) == (3.0, 6.0)
     counts.buffer.mul_(2)  # what an all-reduce changes, all the sums see
-    assert counts.by_layer()[1].tokens == 6.0 and counts.by_layer()[1].first == [2.0, 2.0]
+    assert counts.tokens_L[1] == 6.0 and counts.first_LE[1].tolist() == [2.0, 2.0]
 
 
 def test_shares():
     """By hand: 10 tokens, two choices each, of which three were dropped; a dense layer is left out."""
-    dense = LayerCounts([0.0] * 2, [0.0] * 2, [0.0] * 2, [0.0] * 2, 0.0, 0.0, 0.0)
-    mixture = LayerCounts([17.0, 0.0], [9.0, 0.0], [7.5, 2.5], [6.0, 0.0], entropy=5.0, tokens=10.0, wanted=20.0)
-    found = describe_layers([dense, mixture])
+    found = describe_layers(counted([0.0] * 11, [17, 0, 9, 0, 7.5, 2.5, 6, 0, 5, 10, 20]))
     assert found["layers"] == [1]
     assert found["choices"] == [[1.0, 0.0]] and found["first"] == [[1.0, 0.0]]
     assert found["probabilities"] == [[0.75, 0.25]] and found["gates"] == [[0.6, 0.0]]
     assert found["entropy"] == [0.5] and found["dropped"] == [pytest.approx(0.15)]
     assert found["dead"] == [[1]]
+    assert divide_up(torch.tensor([[0.0, 0.0], [1.0, 3.0]])).tolist() == [[0.0, 0.0], [0.25, 0.75]]
 
 
 def test_dead_is_under_a_hundredth_of_even():
     """At four experts, 0.25 % of the choices."""
-    none = [0.0] * 4
     for count, dead in ((2, [1]), (3, [])):
         choices = [1000.0 - count - 2.0 * 300, float(count), 300.0, 300.0]
-        counts = LayerCounts(choices, none, none, none, entropy=0.0, tokens=1000.0, wanted=1000.0)
-        assert describe_layers([counts])["dead"] == [dead]
+        assert describe_layers(counted([*choices, *[0.0] * 13, 1000.0, 1000.0]))["dead"] == [dead]
 
 
 def test_overlap():
@@ -68,21 +72,21 @@ def test_overlap():
         "c": [[0.5, 0.5], [1.0, 0.0]],
         "d": [[0.25, 0.75], [1.0, 0.0]],
     }
-    found = overlaps({label: {"choices": choices} for label, choices in shares.items()})
+    found = overlaps(shares)
     assert found["a"]["a"] == 1 and found["a"]["b"] == 0
     assert found["c"]["d"] == pytest.approx(0.875)
 
 
 def test_tasks_of_a_domain_are_added_up():
     """By hand: two tasks of 10 and 30 tokens of one domain; a domain with one task is the task."""
-    to_first = LayerCounts([10.0, 0.0], [10.0, 0.0], [5.0, 5.0], [10.0, 0.0], 0.0, 10.0, 10.0)
-    to_second = LayerCounts([0.0, 30.0], [0.0, 30.0], [15.0, 15.0], [0.0, 30.0], 0.0, 30.0, 30.0)
-    one, three = Routed(2.0, 10, [to_first]), Routed(4.0, 30, [to_second])
+    one = Routed(2.0, 10, counted([10, 0, 10, 0, 5, 5, 10, 0, 0, 10, 10]))
+    three = Routed(4.0, 30, counted([0, 30, 0, 30, 15, 15, 0, 30, 0, 30, 30]))
     found = describe({"math/a": one, "code/x": one, "math/b": three})
     assert list(found) == ["math", "math/a", "code/x", "math/b"]
     assert found["math"]["choices"] == [[0.25, 0.75]] and found["math"]["tokens"] == 40 and found["math"]["loss"] == 3.5
     assert describe({"math": one, "math/a": one, "math/b": three})["math"]["tokens"] == 10
-    assert overlaps(found)["math/a"] == {"math": 0.25, "math/a": 1.0, "code/x": 1.0, "math/b": 0.0}
+    choices = {label: numbers["choices"] for label, numbers in found.items()}
+    assert overlaps(choices)["math/a"] == {"math": 0.25, "math/a": 1.0, "code/x": 1.0, "math/b": 0.0}
 
 
 def test_experts_have_one_order():
@@ -112,7 +116,7 @@ def test_pieces_are_the_text():
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "there is no such file"),
+        (None, "does not exist"),
         ("{}", "is no routing.json"),
         ('{"experts": ["a", "b"], "models": ["x"]}', "is no routing.json"),
         (

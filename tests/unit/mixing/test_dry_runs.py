@@ -57,7 +57,7 @@ def _add_token(config: dict[str, Any], numbers: Numbers) -> None:
 
 
 FAULTS: dict[str, tuple[Edit, str]] = {
-    "dtype": (_to_bf16, r"torch.float32 in seed, .* torch.bfloat16 in other; .*mix\.take: \{dtype: seed\}"),
+    "dtype": (_to_bf16, r"torch.float32 in seed, torch.bfloat16 in other; .*mix\.take: \{dtype: seed\}"),
     "tied": (_tie, r"configuration: untie_embeddings_and_output_weights: True in seed, False in other"),
     "rotary": (_turn_faster, r"configuration: rotary_base: .*mix\.take: \{rotary_base: seed\} \(or =other\)"),
     "nan": (

@@ -14,8 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from megatron_btx.common.errors import CheckpointError
 from megatron_btx.engine.program import find_tokenizer
 from megatron_btx.mixing.cli import main
-from megatron_btx.tokenizers.path import as_shell_word, locate_tokenizer
-from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES
+from megatron_btx.tokenizers.vocabulary import TOKENIZER_FILES, as_shell_word, locate_tokenizer
 from tests.support import pico
 from tests.unit.mixing.checkpoints import expert_words
 from tests.unit.mixing.test_vocabularies import model, words

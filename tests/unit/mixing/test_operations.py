@@ -15,7 +15,7 @@ from megatron_btx.mixing.api import mix
 from megatron_btx.mixing.methods import METHODS, Chunk, Experts, Given, Method, dense_name
 from megatron_btx.mixing.operations import AVERAGE, MOVE, NEW_ROUTERS, Operation
 from megatron_btx.mixing.plan import Part, Plan, PlannedPiece
-from megatron_btx.mixing.verify_vocab import first_unequal
+from megatron_btx.mixing.verify import first_unequal
 from tests.support.hugging_face import tensors
 from tests.unit.mixing.folders import llama_folder
 

@@ -15,7 +15,7 @@ import torch
 from megatron_btx.checkpoint.iterations import resolve_iteration
 from megatron_btx.checkpoint.torch_dist import TorchDistReader
 from megatron_btx.mixing import compute, convert_hf, operations
-from megatron_btx.mixing import verify_vocab as rows_proof
+from megatron_btx.mixing import verify as rows_proof
 from megatron_btx.mixing.cli import main
 from megatron_btx.mixing.loader import Source, open_source
 from megatron_btx.tokenizers.vocabulary import known_vocabulary
@@ -119,8 +119,8 @@ def test_more_tokens_ask_for_a_union(tmp_path, capsys):
     """Equal rows, one token more: the token is named, and the flag."""
     experts = pair(tmp_path, (32, {"vocab.json": words(30)}), (32, {"vocab.json": words(31)}))
     message = refused(expert_words(experts), tmp_path / "out", capsys)
-    assert "a has 30 tokens, b has 31 (token 30 is 'word30' in b and nobody's in a)" in message
-    assert "--vocab union" in message
+    assert "token 30 is nobody's in a and 'word30' in b; 1 number differs" in message
+    assert "where one extends the other, --vocab union" in message
 
 
 def test_as_many_tokens_with_other_numbers(tmp_path, capsys):

@@ -12,7 +12,6 @@ from megatron_btx.model.groups import (
     check_optimizers,
     group_of,
     list_groups,
-    refuse_optimizers,
     resolve_groups,
 )
 from tests.support import pico
@@ -144,30 +143,6 @@ def test_a_checkpoint_of_megatrons_own_trains_everything():
     assert resolve_groups(stored) == TrainedGroups((), {}, is_tied=False)
 
 
-REST, EXPERTS = True, False
-
-
-@pytest.mark.parametrize(
-    ("stages", "plain", "distributed"),
-    [
-        ([{REST}], "", ""),
-        ([{REST, EXPERTS}] * 2, "", ""),
-        ([{REST}, {REST, EXPERTS}], "0 trains no experts, 1 trains experts and more", ""),
-        ([{REST}, set()], "1 trains nothing", ""),
-        ([{EXPERTS}, {REST, EXPERTS}], "0 trains experts alone", ""),
-        ([{EXPERTS}] * 2, "nothing but the experts trains", "nothing but the experts trains"),
-    ],
-)
-def test_sets_of_optimizers(stages, plain, distributed):
-    """What Megatron cannot resume: seen for each of these, with either optimizer."""
-    for said, is_distributed in ((plain, False), (distributed, True)):
-        if not said:
-            refuse_optimizers(stages, is_distributed)
-            continue
-        with pytest.raises(InputError, match=said):
-            refuse_optimizers(stages, is_distributed)
-
-
 LAYERS = "--num-layers 4 --pipeline-model-parallel-size 2 "
 SPREAD = "--expert-model-parallel-size 2 "
 
@@ -178,6 +153,7 @@ SPREAD = "--expert-model-parallel-size 2 "
         (LAYERS, ""),
         (LAYERS + SPREAD, ""),
         (LAYERS + SPREAD + "--moe-layer-freq [0,0,1,1]", "0 trains no experts, 1 trains experts and more"),
+        (LAYERS + SPREAD + "--moe-layer-freq [0,0,1,1] --use-distributed-optimizer", ""),
         (LAYERS + "--moe-layer-freq [0,0,1,1]", ""),
         (
             LAYERS + SPREAD + "--moe-layer-freq [0,1,0,1] --num-layers-per-virtual-pipeline-stage 1",
@@ -192,6 +168,7 @@ SPREAD = "--expert-model-parallel-size 2 "
         (LAYERS + SPREAD + "--btx-freeze all-but:experts,embeddings", "1 trains experts alone"),
         (LAYERS + "--btx-freeze all-but:embeddings", "1 trains nothing"),
         ("--btx-freeze all-but:experts " + SPREAD, "nothing but the experts trains"),
+        ("--btx-freeze all-but:experts --use-distributed-optimizer " + SPREAD, "nothing but the experts trains"),
         ("--btx-freeze all-but:experts", ""),
     ],
 )

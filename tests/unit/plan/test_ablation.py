@@ -65,7 +65,7 @@ def test_routing_methods(name, expected):
         ("mix={routing: switch, top-k: 2}", "mix.top-k: switch routing has its own k"),
         ("mix.top-k=5", "at most the 4 experts"),
         ("mix.top-k=1", "take routing: switch"),
-        ("mix.load-balancing=half", "expected one of megatron, paper, none"),
+        ("mix.load-balancing=half", "expected 'megatron', 'paper' or 'none'"),
         ("mix.load-balancing=none", r"mix\.megatron\.moe-router-load-balancing-type: found 'aux_loss' beside .*: none"),
         (
             "mix={load-balancing: none, megatron: {moe-aux-loss-coeff: 0.01}}",
@@ -208,11 +208,11 @@ def test_included_recipes(tmp_path):
     for name, text in (("list", "- a"), ("empty", "# nothing"), ("b", "include: c.yaml"), ("c", "include: b.yaml")):
         (tmp_path / f"{name}.yaml").write_text(text)
     for name, text, said in (
-        ("lost", "include: nowhere.yaml", "lost.yaml: include: .*/nowhere.yaml does not exist"),
+        ("lost", "include: nowhere.yaml", "lost.yaml: include: found 'nowhere.yaml', expected a recipe file"),
         ("folder", "include: ..", "found '..', expected a recipe file"),
         ("self", "include: self.yaml", "a circle: .*/self.yaml includes .*/self.yaml; leave"),
         ("a", "include: b.yaml", "a circle: .*/b.yaml includes .*/c.yaml includes .*/b.yaml; leave"),
-        ("of-list", "include: list.yaml", "list.yaml: found a list, expected a mapping, because .*/of-list.yaml inclu"),
+        ("of-list", "include: list.yaml", "list.yaml: found a list, expected a mapping"),
         ("of-empty", "include: empty.yaml", "empty.yaml: found nothing, expected a mapping"),
     ):
         (tmp_path / f"{name}.yaml").write_text(text)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,32 @@ import pytest
 from tests.support.quickstart_texts import FOLDER
 from tests.support.runner import REPOSITORY
 
+BTX = """#!{python}
+import sys
+
+from megatron_btx.cli import main
+
+sys.executable = "{warm_python}"
+sys.exit(main())
+"""
+
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The script in a tree of its own, whose environment is ready: it writes there, not in this checkout."""
+def checkout(warm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The script in a tree of its own, whose environment is ready: it writes there, not in this checkout.
+
+    What btx starts there is started warm.
+    """
     tree = tmp_path_factory.mktemp("checkout")
     shutil.copytree(REPOSITORY / "examples", tree / "examples")
     (tree / "tools").mkdir()
     (tree / "tools" / "environment.sh").write_text("true\n")
-    (tree / ".venv").symlink_to(REPOSITORY / ".venv")
+    programs = tree / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (programs / "btx").write_text(BTX.format(python=sys.executable, warm_python=warm_python))
+    for program in programs.iterdir():
+        program.chmod(0o755)
     return tree
 
 

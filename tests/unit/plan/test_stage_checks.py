@@ -13,9 +13,9 @@ from megatron_btx.common.errors import InputError
 from megatron_btx.data import preprocess
 from megatron_btx.data.tokenizers import TokenizerSettings
 from megatron_btx.evaluation.program import add_evaluation_arguments
-from megatron_btx.plan import checks as program_checks
 from megatron_btx.plan import fingerprint as identity
 from megatron_btx.plan.planner import plan_stages
+from megatron_btx.plan.stage import Program
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.training import check_stages
 from tests.support import pico
@@ -36,7 +36,10 @@ def parser() -> ArgumentParser:
 
 def check(parser: ArgumentParser, recipe: str, *changes: str) -> None:
     stages = plan_stages(load_recipe(RECIPES / f"{recipe}.yaml", list(changes)))
-    asked = {stage.name: (stage.processes, program_checks.program_words(stage)) for stage in stages if stage.on_gpu}
+    asked = {}
+    for stage in stages:
+        if stage.on_gpu and isinstance(stage.program, Program):
+            asked[stage.name] = (stage.processes, list(stage.program.words))
     check_stages.check_stages(parser, asked)
 
 

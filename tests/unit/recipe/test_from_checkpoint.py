@@ -160,7 +160,11 @@ def test_a_text_counts_by_its_content(tree: dict[str, Any], tmp_path: Path) -> N
         ("data.domains.math.split", {"train": 0.5}, r"data\.domains\.math\.split: found shares that sum to 0\.5"),
         ("data.domains.math.text", ["nowhere"], r"text\.files\[0\]: /.*/nowhere does not exist; expected a text file"),
         ("data.domains.math.text", {"valid": ["texts"]}, r"data\.domains\.math\.text: found no files"),
-        ("data.domains.math.text", {"files": ["texts"], "test": ["texts"]}, "text: found files and test; expected one"),
+        (
+            "data.domains.math.text",
+            {"files": ["texts"], "test": ["texts"]},
+            "text: found files beside those of a split",
+        ),
         ("data.domains.math.text", {"trian": ["texts"]}, r"math\.text\.trian: unknown key; did you mean train"),
         ("data.domains.math.text", None, r"data\.domains\.math\.train: missing, expected a list .*; or text: "),
         ("data.vocab-size", 90, r"data\.vocab-size: unknown key"),

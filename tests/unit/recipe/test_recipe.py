@@ -25,8 +25,8 @@ from megatron_btx.recipe.load import load_recipe, parse_recipe
 from megatron_btx.recipe.names import PLAN_FILE
 from megatron_btx.recipe.recipe import Recipe
 from megatron_btx.recipe.yaml import load_tree
+from megatron_btx.runner.api import list_planned
 from megatron_btx.runner.decisions import Action
-from megatron_btx.runner.planned import list_planned
 from megatron_btx.runner.scripts import command_script, shell_script
 from megatron_btx.training import check_stages
 from tests.support.quickstart_texts import FOLDER
@@ -124,7 +124,7 @@ def test_a_bad_recipe_is_refused_with_the_place(change: str, place_and_reason: s
         ("finetune.layout={processes: 3, expert-model-parallel-size: 3}", "4 experts over EP 3"),
         ("seed.layout={processes: 2, expert-model-parallel-size: 2}", "2 for a dense model"),
         ("seed.megatron.micro-batch-size=4", "size 4 with micro-batch-size 4 on DP 2; .*; lower micro-batch-size or"),
-        ("model.num-attention-heads=3", "stage seed"),
+        ("model.num-attention-heads=3", "stage seed: .*: 3 attention heads over TP 2"),
         ("training.global-batch-size=null", "global-batch-size is not given"),
         ("training.save-interval=null", "stage seed: no save-interval; put it under training"),
         ("experts.math.megatron.save-interval=0", "save-interval is 0"),
@@ -529,16 +529,18 @@ def test_flags_are_checked_by_the_parser_with_the_place_and_the_close_match() ->
         check_stages.check_sections(parser, {"model": ["--num-layers", "four"]})
 
 
+@pytest.mark.usefixtures("starts_warm")
 def test_the_quickstarts_flags_are_megatrons_and_wrong_ones_are_refused() -> None:
-    """One import of Megatron (some 10 s) for all: the recipe's flags pass, and the added wrong one is named."""
+    """The recipe's flags pass, and the added wrong one is named."""
     sections = recipe("evaluate.megatron.clip-gradd=1").flag_sections
     with pytest.raises(InputError, match=r"r: evaluate\.megatron\.clip-gradd: Megatron has no flag .*mean clip-grad"):
         program_checks.check_with_megatron("r", sections)
     assert list(sections)[-1] == "evaluate.megatron", "the wrong flag must stand last, behind all that have to pass"
 
 
+@pytest.mark.usefixtures("starts_warm")
 def test_a_slip_in_a_flags_name_is_named_before_the_flag_that_is_missing(tmp_path: Path, capsys: Any) -> None:
-    """One import of Megatron: the slip's place and what was meant, not what the planner misses."""
+    """The slip's place and what was meant, not what the planner misses."""
     (tmp_path / "slip.yaml").write_text(f"include: {QUICKSTART}\nmodel: {{hidden-size: null, hiden-size: 64}}\n")
     code = cli.main(["run", str(tmp_path / "slip.yaml"), "--output", str(tmp_path / "run"), "--dry-run", "--cpu"])
     said = capsys.readouterr().err
@@ -622,16 +624,17 @@ def test_words_that_an_option_swallowed_are_told_from_a_missing_recipe(capsys: p
 def test_the_words_after_a_dispatched_command_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
 
-    def its_main(words: list[str]) -> int:
-        called.append(words)
+    def its_main() -> int:
+        called.append(sys.argv)
         return 5
 
     module = types.ModuleType("a_module_of_the_test")
     module.main = its_main  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(sys, "argv", [])  # and put back
     monkeypatch.setitem(cli.DISPATCHED, "convert", ("a_module_of_the_test", ""))
     assert cli.main(["convert", "--help", "--x"]) == 5
-    assert called == [["--help", "--x"]]
+    assert called == [["btx convert", "--help", "--x"]]
 
 
 GIVEN = "data={{domains: {domains}, tokenizer: {{tokenizer-type: NullTokenizer, vocab-size: 90}}}}"

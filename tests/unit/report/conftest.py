@@ -19,6 +19,13 @@ def coarse_figures() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is said: figures are put together and not drawn, which takes a second each time."""
+    monkeypatch.setattr("megatron_btx.report.style.to_png", lambda figure: b"PNG of a figure")
+    monkeypatch.setattr("megatron_btx.report.style.to_pdf", lambda figure: b"PDF of a figure")
+
+
 @pytest.fixture(scope="package")
 def reported_once(coarse_figures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Only to be read."""

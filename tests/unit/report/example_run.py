@@ -8,9 +8,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.report.build import make_report
+from megatron_btx.report.build import Report, make_report, write_report
 from megatron_btx.report.models import Model, guess_row
-from megatron_btx.report.pages import Report, to_json, write_report
+from megatron_btx.report.pages import to_json
 from megatron_btx.runner.run_dir import make_loss
 
 DOMAINS = ("general", "math", "code", "knowledge")

@@ -152,33 +152,15 @@ def test_dense_layers_have_no_say_in_the_distance() -> None:
     assert routing_distances(make_model("btx", {}, routing=routing, experts=("x", "y"))) == {("a", "b"): 1.0}
 
 
-@pytest.mark.parametrize(("top_k", "holds"), [(4, None), (2, False)])
-def test_the_routing_of_a_soft_mixture_is_no_fact(top_k: int, holds: bool | None, tmp_path: Path) -> None:
-    """It sends every token everywhere, by the flags of its evaluation; equal shares of another mixture refute it."""
+@pytest.mark.parametrize(("soft", "holds"), [(True, None), (False, False)])
+def test_the_routing_of_a_soft_mixture_is_no_fact(soft: bool, holds: bool | None, tmp_path: Path) -> None:
+    """It sends every token everywhere: all parameters are at work. Equal shares of another mixture refute it."""
     content = evaluation()
     even_routing(content)
-    run = write_evaluation(tmp_path, content)
-    settings = {"moe-router-topk": top_k, "num-experts": 4}
-    write_json(run / "evaluate" / "manifest.json", {"status": "finished", "settings": settings})
-    data = read_run(run)
-    fact = check_claims(data)[-1]
-    assert fact.holds is holds and ("soft routing sends every token" in fact.detail) == (top_k == 4)
-
-
-@pytest.mark.parametrize("said_by", ["a text among the settings", "parameters alone"])
-def test_a_soft_mixture_is_known_as_one_whoever_evaluated_it(said_by: str, tmp_path: Path) -> None:
-    """A given mixture's own flags are texts; an evaluation by hand has no settings, and all parameters at work."""
-    content = evaluation()
-    even_routing(content)
-    run = write_evaluation(tmp_path, content)
-    if said_by == "parameters alone":
+    if soft:
         content["models"]["btx"]["active_parameters"] = content["models"]["btx"]["parameters"]
-        write_evaluation(tmp_path, content)
-    else:
-        settings = {"moe-router-topk": "4", "num-experts": "4"}
-        write_json(run / "evaluate" / "manifest.json", {"status": "finished", "settings": settings})
-    data = read_run(run)
-    assert check_claims(data)[-1].holds is None
+    fact = check_claims(read_run(write_evaluation(tmp_path, content)))[-1]
+    assert fact.holds is holds and ("soft routing sends every token" in fact.detail) == soft
 
 
 def test_difference_to_dense_is_unknown_where_one_was_not_evaluated() -> None:

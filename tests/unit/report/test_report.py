@@ -106,6 +106,7 @@ def test_whole_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFi
         assert number in page, number
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_false_facts_change_the_exit_status_only_when_asked(tmp_path: Path) -> None:
     content = evaluation()
     set_loss("btx", "general", 4.1)(content)
@@ -114,6 +115,7 @@ def test_false_facts_change_the_exit_status_only_when_asked(tmp_path: Path) -> N
     assert report.main([str(run), "--require-facts"]) == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_a_dense_baseline_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_evaluation(tmp_path, evaluation(tuple(name for name in LOSSES if name not in ("dense", "average"))))
     assert report.main([str(run), "--require-facts"]) == 0
@@ -125,6 +127,7 @@ def test_a_run_without_a_dense_baseline_says_so(tmp_path: Path, capsys: pytest.C
     assert "dense" not in results(run)["models"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_recipe_that_asks_for_no_baseline_hears_of_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nor of datasets that it gave, and of nothing else that no stage of its plan would make."""
     run = write_evaluation(tmp_path, evaluation(tuple(name for name in LOSSES if name not in ("dense", "average"))))
@@ -140,6 +143,7 @@ def test_a_recipe_that_asks_for_no_baseline_hears_of_none(tmp_path: Path, capsys
     assert all(word in notes for word in ("named average", "named dense", "No data statement"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_headline_says_that_what_it_beats_was_not_finetuned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +166,7 @@ def test_every_headline_says_that_what_it_beats_was_not_finetuned(
     assert "0.030 above the dense model" in with_dense.split("## ")[0] and "beside it" not in with_dense
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("split", ["valid", "test", None])
 def test_the_split_stands_wherever_a_loss_does(
     split: str | None, reported: Path, capsys: pytest.CaptureFixture[str]
@@ -212,6 +217,12 @@ def test_page_needs_nothing_outside_itself(reported_once: Path) -> None:
     assert "url(" not in source and "@import" not in source and "@media print" in source
 
 
+def test_every_figure_is_there_for_print_too(reported_once: Path) -> None:
+    folder = reported_once / "report"
+    assert {path.stem for path in folder.glob("*.png")} == {path.stem for path in folder.glob("*.pdf")} != set()
+    assert all(path.read_bytes().startswith(b"%PDF") for path in folder.glob("*.pdf"))
+
+
 def test_the_same_run_gives_the_same_bytes(reported: Path) -> None:
     folder = reported / "report"
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -238,6 +249,7 @@ def test_a_run_that_only_trained_so_far(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["curves"]["dense"]["unit"] == "iterations"  # nothing says how many tokens they had
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_old_figures_go_and_other_files_stay(reported: Path) -> None:
     run = reported
     (run / "report" / "log.txt").write_text("of the runner")
@@ -251,6 +263,7 @@ def test_old_figures_go_and_other_files_stay(reported: Path) -> None:
     assert "report" not in results(run)["stages"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_by_hand_marks_its_folder_for_the_run_to_go_on_and_leaves_earlier_folders_out(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     shutil.copytree(run / "seed", run / "seed.20261124-235959")
@@ -262,6 +275,7 @@ def test_a_report_by_hand_marks_its_folder_for_the_run_to_go_on_and_leaves_earli
     assert own_manifest(folder, "report").status == "finished"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_can_be_passed_on(reported: Path) -> None:
     """It says where the model lies and how it is loaded, by what it was made, and nothing of whose machine it was."""
     versions = {"python": "3.12.1", "megatron-core": "0.19.2", "commit": "0123abc"}
@@ -280,8 +294,6 @@ def test_a_report_can_be_passed_on(reported: Path) -> None:
     for content in (text, page, numbers):
         assert not re.search(r"/(home|texts|tmp)/", content)
     assert json.loads(numbers)["stages"]["seed"]["inputs"] == ["texts"]
-    assert {path.stem for path in folder.glob("*.png")} == {path.stem for path in folder.glob("*.pdf")}
-    assert all(path.read_bytes().startswith(b"%PDF") for path in folder.glob("*.pdf"))
     change(reported / "export" / "manifest.json", lambda content: content.update(status="failed"))
     build_report(reported)
     assert "## Export" not in (folder / "report.md").read_text(encoding="utf-8")

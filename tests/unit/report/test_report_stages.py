@@ -14,9 +14,8 @@ from megatron_btx.report.inputs import read_run
 from megatron_btx.report.models import BTX, DENSE
 from megatron_btx.report.pages import to_markdown
 from megatron_btx.report.sections import make_study
-from megatron_btx.report.stages import Stage, read_stage
-from megatron_btx.report.stale import find_left_out
-from megatron_btx.runner.schemas import StageManifest
+from megatron_btx.report.stages import find_left_out, read_stage
+from megatron_btx.runner.schemas import PlannedStage, StageManifest
 from tests.unit.report.example_run import (
     DOMAINS,
     EXPERTS,
@@ -46,7 +45,7 @@ PARENTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def fingerprinted(run: Path, plan: bool = True, **anew: str) -> Path:
+def fingerprinted(run: Path, **anew: str) -> Path:
     """Give the stages of a run the fingerprints that btx run writes; ``anew``: stages re-made behind the others."""
     for stage, parents in PARENTS.items():
         file = run / stage / "manifest.json"
@@ -54,8 +53,7 @@ def fingerprinted(run: Path, plan: bool = True, **anew: str) -> Path:
         of = {parent: f"of {parent}" for parent in parents}
         content |= {"stage": stage, "status": "finished", "parents": of}
         write_json(file, {**content, "fingerprint": anew.get(stage, f"of {stage}")})
-    if plan:
-        write_json(run / "plan.json", [{"stage": stage, "fingerprint": f"of {stage}"} for stage in PARENTS])
+    write_json(run / "plan.json", [{"stage": stage, "fingerprint": f"of {stage}"} for stage in PARENTS])
     return run
 
 
@@ -70,6 +68,7 @@ def test_a_run_of_today_is_shown_whole(tmp_path: Path) -> None:
     assert data.marked == () and data.notes == () and len(data.stages) == len(PARENTS)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_stages_that_left_the_recipe_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Baselines that were taken out say nothing of a model trained since."""
     run = fingerprinted(make_run(tmp_path))
@@ -87,40 +86,25 @@ def test_stages_that_left_the_recipe_are_left_out(tmp_path: Path, capsys: pytest
     assert note in (run / "report" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("plan", [True, False])
-def test_what_another_seed_made_is_left_out(plan: bool, tmp_path: Path) -> None:
-    """The seed was trained again, alone. With the recipe's fingerprints in the plan, or by the manifests' parents."""
-    run = fingerprinted(make_run(tmp_path), plan=False, seed="another")
-    if plan:
-        ours = {stage: "of data" if stage == "data" else "another" for stage in PARENTS}
-        write_json(run / "plan.json", [{"stage": stage, "fingerprint": own} for stage, own in ours.items()])
+def test_what_another_seed_made_is_left_out(tmp_path: Path) -> None:
+    """The seed was trained again, alone: the recipe's fingerprints are those of another seed."""
+    run = fingerprinted(make_run(tmp_path), seed="another")
+    ours = {stage: "of data" if stage == "data" else "another" for stage in PARENTS}
+    write_json(run / "plan.json", [{"stage": stage, "fingerprint": own} for stage, own in ours.items()])
     data = read_run(run)
     assert [stage.name for stage in data.stages] == ["data", "seed"]
     assert data.measured == [] and len(data.datasets.rows) == 3 * len(DOMAINS)
-    marked = " ".join(data.marked)
-    assert ("made with other settings" if plan else "made from another seed") in marked
+    assert "made with other settings" in " ".join(data.marked)
     assert "trained on" not in text_of(run).split("## ")[0]
 
 
-def test_what_belongs_to_the_recipe_stays_whatever_lies_beside_it_now(tmp_path: Path) -> None:
-    """An expert of today's fingerprint was made from today's seed, also when another seed lies there."""
-    manifests = {
-        "seed": StageManifest(fingerprint="another"),
-        "expert-a": StageManifest(fingerprint="of a", parents={"seed": "of seed"}),
-    }
-    assert set(find_left_out(tmp_path, manifests)) == {"expert-a"}
-    of = {"seed": "of seed", "expert-a": "of a"}
-    write_json(tmp_path / "plan.json", [{"stage": stage, "fingerprint": own} for stage, own in of.items()])
-    assert set(find_left_out(tmp_path, manifests)) == {"seed"}
-
-
-def test_parents_without_a_fingerprint_are_taken_for_those_that_lie_there(tmp_path: Path) -> None:
-    """An earlier version wrote the names of parents alone, which say nothing against a stage."""
-    manifests = {
-        "seed": StageManifest(fingerprint="of seed"),
-        "expert-a": StageManifest.model_validate({"fingerprint": "of a", "parents": ["seed"]}),
-    }
-    assert find_left_out(tmp_path, manifests) == {}
+def test_without_fingerprints_a_stage_is_shown() -> None:
+    """Nothing says that it is another one: of a script's run without a plan, or one that an earlier version wrote."""
+    manifests = {"seed": StageManifest(fingerprint="another"), "mine": StageManifest()}
+    assert find_left_out(None, manifests) == {}
+    assert find_left_out([PlannedStage(stage="seed"), PlannedStage(stage="mine", fingerprint="x")], manifests) == {}
+    left_out = find_left_out([PlannedStage(stage="seed", fingerprint="of seed")], manifests)
+    assert set(left_out) == {"seed", "mine"}
 
 
 def test_status_says_outdated_of_what_the_report_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,14 +113,10 @@ def test_status_says_outdated_of_what_the_report_leaves_out(tmp_path: Path, caps
     rows = [line.replace("│", " ").replace("┃", " ").split() for line in capsys.readouterr().out.splitlines()]
     states = {row[0]: row[1] for row in rows if row and row[0] in PARENTS}
     outdated = {stage for stage, state in states.items() if state == "outdated"}
-    assert outdated == {"finetune"} == set(find_left_out(run, {stage.name: stage.manifest for stage in read_all(run)}))
+    assert outdated == {"finetune"}
+    assert "Left out: finetune:" in read_run(run).marked[0]
     assert set(states.values()) == {"outdated", "finished"}
     assert ["stage", "state", "step", "loss", "tokens/s", "time", "left", "time"] in rows
-
-
-def read_all(run: Path) -> list[Stage]:
-    found = (read_stage(run / name) for name in PARENTS)
-    return [stage for stage in found if stage is not None]
 
 
 @pytest.mark.parametrize("parents", [None, 5, "seed", [1], {"seed": None}, {"self": "x"}])
@@ -153,6 +133,7 @@ def stopped(run: Path, at: int, **content: Any) -> None:
     change(run / "seed" / "manifest.json", lambda manifest: manifest.update(steps=1000, **content))
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("status", "said"),
     [
@@ -195,16 +176,11 @@ def test_a_stage_that_starts_again_is_said_beside_what_was_made_before(tmp_path:
     assert "Made before finetune started again: evaluate-moe." in read_run(run).marked
 
 
-def test_evaluations_that_no_stage_made_are_named(tmp_path: Path) -> None:
-    run = fingerprinted(make_run(tmp_path))
-    write_json(run / "mine" / "evaluation.json", {"models": {"mine": {"losses": dict.fromkeys(DOMAINS, 1.0)}}})
-    assert read_run(run).marked == ("mine/evaluation.json has no manifest: nothing says of which models it is.",)
-
-
 def soft(content: dict[str, Any]) -> None:
     content["models"]["btx"]["routing"] = {domain: [[1.0] * 4] * 4 for domain in DOMAINS}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_equal_shares_have_no_largest(tmp_path: Path) -> None:
     """Under soft routing every expert takes every token."""
     content = evaluation()
@@ -245,6 +221,7 @@ def test_what_the_average_and_the_dense_model_are_is_read_from_the_manifests(tmp
     assert "0.030 above the dense model." in text and "as many tokens of each domain" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_last_line_is_a_path_from_anywhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,15 +30,13 @@ def score(model: str, value: float, data: str = "sums") -> dict[str, object]:
     return {"model": model, **parts}
 
 
-def better_at_sums(cast: Cast) -> claims.Selection | str:
+def better_at_sums(cast: Cast) -> claims.Verdict:
     """The seed's accuracy against the mixture's."""
-    mixture, seed = cast.find("btx"), cast.find("seed")
-    if mixture is None or seed is None:
-        return cast.name_missing("btx", "seed")
+    mixture, seed = cast.need("btx", "seed")
     pairs = {}
     for task, value in mixture.values("accuracy").items():
         pairs[task] = claims.Pair(seed.values("accuracy").get(task), value)
-    return claims.Selection(pairs)
+    return claims.every_lower(pairs)
 
 
 def test_a_measure_and_a_claim_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -46,7 +44,7 @@ def test_a_measure_and_a_claim_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = make_run(tmp_path)
     scores = [score("btx", 0.75), score("seed", 0.5), score("btx", 0.25, "words")]
     write_json(run / "evaluate-tasks" / "evaluation.json", {"models": {}, "scores": scores})
-    toy = claims.Claim("better_at_sums", "The mixture adds better than the seed.", better_at_sums, claims.every_lower)
+    toy = claims.Claim("better_at_sums", "The mixture adds better than the seed.", better_at_sums)
     monkeypatch.setattr(claims, "CLAIMS", [*claims.CLAIMS, toy])
     assert build.main([str(run), "--require-facts"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -108,7 +106,7 @@ def test_an_expert_is_known_by_the_table_and_not_by_its_name(tmp_path: Path) -> 
     assert fact["holds"] is True and "math 0.886 against 1.654" in fact["detail"]
 
 
-def test_several_runs_stand_side_by_side(tmp_path: Path, capsys) -> None:
+def test_several_runs_stand_side_by_side(tmp_path: Path, capsys, request: pytest.FixtureRequest) -> None:
     """Every row with its run's name; facts of each; in the folder of the first, beside its own report."""
     first = make_run(tmp_path / "a")
     second = Path(shutil.copytree(first, tmp_path / "second"))
@@ -117,6 +115,7 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, capsys) -> None:
     printed = " ".join(capsys.readouterr().out.split())
     assert "btx (quickstart) 3.964" in printed and "btx (second) 4.500" in printed
     assert "second: The finetuned mixture beats the seed" in printed and "quickstart: btx - dense -0.031" in printed
+    request.getfixturevalue("undrawn")  # once is enough
     assert build.main([str(first), str(second), "--require-facts"]) == 1
     folder = first / "report"
     assert {path.name for path in folder.glob("*.png")} == {"comparison-losses.png", "comparison-finetuning.png"}

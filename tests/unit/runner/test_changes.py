@@ -15,8 +15,8 @@ from megatron_btx.common import manifest as manifests
 from megatron_btx.plan.planner import plan_stages
 from megatron_btx.plan.stage import Stage
 from megatron_btx.recipe.load import load_recipe
+from megatron_btx.runner import api
 from megatron_btx.runner import local as runner
-from megatron_btx.runner import planned
 from megatron_btx.runner.decisions import decide
 from megatron_btx.runner.local import Machine
 from tests.unit.runner.running import run_stages
@@ -146,7 +146,7 @@ def test_the_command_that_is_proposed_is_one_that_goes_on(
     finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It names every stage; its dry run sets each old folder aside and removes none."""
-    monkeypatch.setattr(planned, "check_with_megatron", lambda *_: None)
+    monkeypatch.setattr(api, "check_with_megatron", lambda *_: None)
     assert cli.main(["run", str(RECIPE), "--output", str(finished), "--set", *PICO, "evaluate.tokens=2_048"]) == 2
     again = re.search(r"btx (run .*)", capfd.readouterr().err)
     assert again

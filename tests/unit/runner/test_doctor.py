@@ -36,8 +36,9 @@ def test_everything_that_pyproject_asks_for_is_looked_at() -> None:
 
 
 def test_an_image_with_a_prerelease_of_torch_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=2.10,<2.16"])
     monkeypatch.setattr(doctor, "version_of", lambda name: "2.13.0a0+9186a08b2c.nv26.07")
-    assert doctor._look_for("torch>=2.10,<2.16").state == GOOD
+    assert by_name(list(doctor.look_at_packages()))["torch"].state == GOOD
 
 
 def test_login_node_with_an_engine_that_cannot_be_loaded(tmp_path: Path) -> None:
@@ -58,18 +59,27 @@ def test_login_node_with_an_engine_that_cannot_be_loaded(tmp_path: Path) -> None
     assert rows["apex"]["state"] == "absent"
 
 
-def test_an_engine_that_cannot_be_loaded_is_wrong_where_there_is_a_gpu() -> None:
-    found = doctor._describe_kernels("transformer-engine", "ImportError: undefined symbol", has_gpu=True)
+def look_at_gpus(monkeypatch: pytest.MonkeyPatch, gpus: list[str], engine: str | None = None) -> dict[str, Finding]:
+    """What is found where the driver has GPUs, and torch sees these."""
+    modules = {"transformer_engine.pytorch": engine, "amp_C": None, "flash_attn": None}
+    facts = {"version": "2.13", "cuda": "13.0", "nccl": "2.27", "gpus": gpus, "modules": modules}
+    monkeypatch.setattr(doctor, "ask_torch", lambda: (facts, ""))
+    monkeypatch.setattr(doctor, "has_driver", lambda: True)
+    return by_name(list(doctor.look_at_gpus()))
+
+
+def test_an_engine_that_cannot_be_loaded_is_wrong_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = look_at_gpus(monkeypatch, ["H100, 80 GiB"], "ImportError: undefined symbol")["transformer-engine"]
     assert found.state == WRONG
     assert found.remedy
 
 
 def test_torch_that_does_not_see_the_drivers_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert doctor._describe_gpus([], has_driver=True).state == WRONG
+    assert look_at_gpus(monkeypatch, [])["GPUs"].state == WRONG
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert doctor._describe_gpus([], has_driver=True).state == NOTE
-    assert doctor._describe_gpus(["H100, 80 GiB"] * 8, has_driver=True).found == "8 x H100, 80 GiB"
+    assert look_at_gpus(monkeypatch, [])["GPUs"].state == NOTE
+    assert look_at_gpus(monkeypatch, ["H100, 80 GiB"] * 8)["GPUs"].found == "8 x H100, 80 GiB"
 
 
 def test_a_probe_that_dies_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,14 +96,12 @@ def test_folders_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_status_and_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    findings = [
-        Finding("python", "3.12.1, /usr/bin/python"),
-        Finding("torch", "missing", WRONG, "install it"),
-    ]
-    monkeypatch.setattr(doctor, "look", lambda: findings)
+    monkeypatch.setattr(doctor, "look_at_packages", lambda: [Finding("python", "3.12.1, /usr/bin/python")])
+    monkeypatch.setattr(doctor, "look_at_gpus", lambda: [Finding("torch", "missing", WRONG, "install it")])
     assert doctor.main([]) == 2
     printed = capsys.readouterr().out
     assert "install it" in printed
-    assert printed.splitlines()[-1] == "not well (torch): python 3.12.1; torch missing"
-    monkeypatch.setattr(doctor, "look", lambda: findings[:1])
+    assert printed.splitlines()[-1] == "not well: torch"
+    monkeypatch.setattr(doctor, "look_at_gpus", list)
     assert doctor.main([]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "well"

@@ -26,7 +26,7 @@ from megatron_btx.plan.fingerprint import identities
 from megatron_btx.plan.stage import Program, Stage
 from megatron_btx.recipe import from_checkpoint as given
 from megatron_btx.recipe.cluster import ClusterSection
-from megatron_btx.runner.run_dir import is_locked, lock_run
+from megatron_btx.runner.run_dir import is_locked, lock_run, read_end
 from megatron_btx.runner.schemas import StageRecord
 from megatron_btx.runner.scripts import command_script
 from megatron_btx.runner.slurm_queue import Job
@@ -430,14 +430,12 @@ def test_a_run_whose_path_a_list_of_mounts_could_not_hold_is_refused() -> None:
 
 
 def test_a_log_that_is_gone_or_cut_is_an_empty_one(tmp_path: Path) -> None:
-    from megatron_btx.runner.stage_run import read_log
-
     log = tmp_path / "log.txt"
-    assert read_log(log, 5) == ""
+    assert read_end(log, 5) == ""
     os.mkfifo(tmp_path / "pipe")
-    assert read_log(tmp_path / "pipe", 0) == ""
+    assert read_end(tmp_path / "pipe") == ""
     log.write_text("before|after")
-    assert (read_log(log, 7), read_log(log, 100)) == ("after", "")
+    assert (read_end(log, 7), read_end(log, 100)) == ("after", "")
     with log.open("a") as stream:
         stream.write("x" * (5 << 20) + "end")
-    assert len(read_log(log, 7)) == 4 << 20 and read_log(log, 7).endswith("end")
+    assert len(read_end(log, 7)) == 4 << 20 and read_end(log, 7).endswith("end")

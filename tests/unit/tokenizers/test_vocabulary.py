@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import pytest
 
 from megatron_btx.common.errors import InputError
 from megatron_btx.tokenizers.comparison import check_same_tokenizer
-from megatron_btx.tokenizers.vocabulary import known_vocabulary, read_vocabulary, unknown_reason
+from megatron_btx.tokenizers.vocabulary import UnknownVocabularyError, known_vocabulary, read_vocabulary
 from tests.support.hugging_face import OLDER
 
 WORDS = [f"word {i} of {i * 7 % 13} letters {chr(97 + i % 26)}" for i in range(400)]
@@ -229,13 +230,16 @@ def test_what_cannot_be_known_says_why(case, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert read_vocabulary({"hf_folder": tmp_path}) is None
-    assert reason in unknown_reason({"hf_folder": tmp_path})
+    with pytest.raises(UnknownVocabularyError, match=re.escape(reason)):
+        known_vocabulary({"hf_folder": tmp_path})
 
 
 def test_a_hub_name_is_no_file():
     stored = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "meta-llama/Llama-2-7b"}
-    assert "meta-llama/Llama-2-7b cannot be found" in unknown_reason(stored)
-    assert "no tokenizer comes with it" in unknown_reason({"tokenizer_type": "NullTokenizer", "vocab_size": 7})
+    with pytest.raises(UnknownVocabularyError, match="meta-llama/Llama-2-7b cannot be found"):
+        known_vocabulary(stored)
+    with pytest.raises(UnknownVocabularyError, match="no tokenizer comes with it"):
+        known_vocabulary({"tokenizer_type": "NullTokenizer", "vocab_size": 7})
 
 
 # --- comparing ------------------------------------------------------------------------------------------------
