@@ -6,7 +6,6 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,17 +112,24 @@ class Ensembles:
             for _, path in texts:
                 check_documents(path, f"{_MEMBER} {name}=")
 
-    @cached_property
-    def nearness(self) -> Nearness | None:
-        """The members' training texts; None where no way of weighing compares with them."""
+    def read_nearness(self) -> Nearness | None:
+        """The members' training texts; None where no way of weighing compares with them.
+
+        Raises:
+            ForeignIdError: a text holds an id beyond the vocabulary.
+        """
         from megatron.training import get_args
 
         from megatron_btx.data.texts import spread_documents
+        from megatron_btx.data.training import check_text
 
         if not any(WEIGHTINGS[name].needs_texts for name in self.weights):
             return None
         paths = list(dict.fromkeys(path for texts in self.texts.values() for _, path in texts))
-        documents = [spread_documents(path, DOCUMENTS) for path in paths]
+        documents = []
+        for path in paths:
+            documents.append(spread_documents(path, DOCUMENTS))
+            check_text(np.concatenate(documents[-1]), f"{_MEMBER} {path}", get_args())
         shares_NT = np.zeros((len(self.texts), len(paths)))
         for row, texts in enumerate(self.texts.values()):
             for share, path in texts:
@@ -154,8 +160,8 @@ class Measured(NamedTuple):
 class MemberLosses:
     """The losses of the members, token by token, as they are evaluated one after the other."""
 
-    def __init__(self, ensembles: Ensembles) -> None:
-        self.ensembles = ensembles
+    def __init__(self, ensembles: Ensembles, nearness: Nearness | None) -> None:
+        self.ensembles, self._nearness = ensembles, nearness
         self._logs: dict[str, dict[str, np.ndarray]] = {}
         self._prior_logs: dict[str, np.ndarray] = {}
 
@@ -197,7 +203,7 @@ class MemberLosses:
         found = {}
         for kind in self.ensembles.weights:
             prior = prior_N if WEIGHTINGS[kind].needs_prior else None
-            evidence = Evidence(tokens_QS, logs_NQS, self.ensembles.nearness, prior, self.ensembles.interval)
+            evidence = Evidence(tokens_QS, logs_NQS, self._nearness, prior, self.ensembles.interval)
             for k in self.ensembles.top_k:
                 weights_NQS = WEIGHTS[kind](evidence, k)
                 losses_QS = ensemble_losses(logs_NQS, weights_NQS)

@@ -92,7 +92,9 @@ def main() -> int:
     args, experts = start_tool(__doc__, add_evaluation_arguments, _check_words, _check_inputs)
     texts = {domain: Text.of(path, args) for domain, path in args.btx_eval_data.items()}
     ensembles = Ensembles.of(args)
-    members = MemberLosses(ensembles) if ensembles else None
+    members = None
+    if ensembles is not None:  # the texts first: a refusal would lose what was evaluated before it
+        members = MemberLosses(ensembles, ensembles.read_nearness() if args.rank == 0 else None)
     model = build_model(args)
     scores: list[Score] = []
     about: dict[str, Any] = {}

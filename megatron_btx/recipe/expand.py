@@ -17,7 +17,14 @@ from megatron_btx.common.ensembles import WEIGHTINGS, name_ensemble
 from megatron_btx.common.plugins import load_plugins
 from megatron_btx.common.refusals import refuse, unknown_key
 from megatron_btx.mixing.options import DIFFERENCES, MIXTURE, RESULT
-from megatron_btx.recipe.budgets import Budget, batch_tokens, padded_vocabulary, token_weighted, training_steps
+from megatron_btx.recipe.budgets import (
+    Budget,
+    batch_tokens,
+    padded_vocabulary,
+    token_weighted,
+    training_flops,
+    training_steps,
+)
 from megatron_btx.recipe.flags import Flags, FlagValue, merged, number
 from megatron_btx.recipe.from_checkpoint import GivenModel
 from megatron_btx.recipe.mixture import equal_rows, mixture_shape
@@ -249,6 +256,14 @@ class Expansion:
         given = self.recipe.merge_flags(settings.layout, settings.megatron, flags)
         return Budget(budget.blend, training_steps(stage, budget.tokens, given) * batch_tokens(given))
 
+    def flops(self, key: str, tokens: int, settings: SettingsSection, flags: Flags) -> float:
+        """What training on ``tokens`` takes, for the baseline ``key``."""
+        given = self.recipe.merge_flags(settings.layout, settings.megatron, flags)
+        vocabulary = padded_vocabulary(given, self.recipe.data.vocabulary_size)
+        if vocabulary is None:
+            refuse(f"baselines.{key}", "its FLOPs need the vocabulary's size; state model.padded-vocab-size")
+        return training_flops(given, tokens, vocabulary)
+
     def budgets_of_mixture(self, key: str) -> tuple[Budget, Budget]:
         """What the mixture saw: its experts' data together, then finetuning's.
 
@@ -316,7 +331,20 @@ class Expansion:
         )
         budget = replace(btx.budget, tokens=section.tokens or btx.budget.tokens)
         row = replace(btx, name=name, stage=name, make=make, budget=budget, flags={}, evaluated_in="")
-        return replace(row, variant=variant, seed=seed)
+        return replace(row, variant=variant, seed=seed, traits=self._traits(variant, section))
+
+    def _traits(self, name: str, variant: VariantSection) -> dict[str, str]:
+        """How a variant is finetuned, in a recipe's words."""
+        assert self.routing is not None
+        routing = read_routing(f"ablation.variants.{name}", variant, number(self.shape, "num-experts"), self.routing)
+        return {
+            "routing": routing.method.name,
+            "top-k": str(routing.top_k),
+            "load-balancing": routing.balancing or "",
+            "freeze": " ".join(variant.freeze or ()),
+            "tokens": str(variant.tokens or ""),
+            "megatron": " ".join(f"{flag}={value}" for flag, value in sorted(variant.megatron.items())),
+        }
 
     def _check_ablation(self) -> None:
         """Refuse what does not go together with an ablation."""
@@ -396,11 +424,10 @@ def _average_finetuned(expansion: Expansion, section: OneStageSection) -> Iterab
     yield replace(row, evaluated_in=f"{EVALUATION_PREFIX}{name}")
 
 
-def _upcycled(expansion: Expansion, section: DataMatchedSection) -> Iterable[ModelSpec]:
-    """Copies of the seed as experts (sparse upcycling), trained on as many tokens of each domain as the mixture saw."""
-    domains, mixture = expansion.budgets_of_mixture("upcycling")
-    finetune, routing = expansion.sections.finetune, expansion.routing
-    assert finetune is not None and routing is not None
+def _upcycled_mix(expansion: Expansion) -> ModelSpec:
+    """Copies of the seed as experts (sparse upcycling), before training."""
+    routing = expansion.routing
+    assert routing is not None
     shape = {name: value for name, value in expansion.shape.items() if name != "moe-ffn-hidden-size"}
     flags = merged(expansion.mix_flags, shape, routing.flags(expansion.mix_flags))
     copies, topk = str(shape["num-experts"]), str(routing.top_k)
@@ -408,21 +435,54 @@ def _upcycled(expansion: Expansion, section: DataMatchedSection) -> Iterable[Mod
     words += ["--moe-router-topk", topk]
     if expansion.sections.mix is not None:
         words += words_of(option_words(expansion.sections.mix), RESULT)
-    mix = Mix({SEED_MODEL: SEED_MODEL}, tuple(words))
-    yield ModelSpec("upcycled-mix", "upcycled-mix", mix, "upcycled-mix", flags=flags)
-    start = "upcycled-mix"
+    return ModelSpec(
+        "upcycled-mix", "upcycled-mix", Mix({SEED_MODEL: SEED_MODEL}, tuple(words)), "upcycled-mix", flags=flags
+    )
+
+
+def _upcycled(expansion: Expansion, section: DataMatchedSection) -> Iterable[ModelSpec]:
+    """Upcycling, trained on as many tokens of each domain as the mixture saw."""
+    domains, mixture = expansion.budgets_of_mixture("upcycling")
+    finetune = expansion.sections.finetune
+    assert finetune is not None
+    mix = _upcycled_mix(expansion)
+    yield mix
+    start = mix.name
     for name, budget, given in (
         ("upcycled-domains", domains, section.domains),
         ("upcycled", mixture, section.mixture),
     ):
         settings = given or finetune
         make = Train(start, settings.layout, settings.megatron)
-        row = ModelSpec(name, name, make, name, budget=budget, flags=flags)
+        row = ModelSpec(name, name, make, name, budget=budget, flags=mix.flags)
         if name == "upcycled":
             meaning = "copies of the seed as experts, trained on the data of the mixture and its experts"
             row = replace(row, meaning=meaning, evaluated_in=f"{EVALUATION_PREFIX}{name}")
         yield row
         start = name
+
+
+def _upcycled_by_compute(expansion: Expansion, section: OneStageSection) -> Iterable[ModelSpec]:
+    """Upcycling, trained on finetuning's data alone for as many FLOPs as experts and mixture took together."""
+    key = "upcycling-cm"
+    _, mixture = expansion.budgets_of_mixture(key)
+    finetune, experts = expansion.sections.finetune, expansion.sections.experts
+    assert finetune is not None
+    spent = expansion.flops(key, mixture.tokens, finetune, expansion.rows[BTX_MODEL].flags)
+    for row in expansion.rows.values():
+        if row.role == "expert" and row.home in expansion.mixed() and row.budget is not None:
+            settings = experts[row.home]
+            spent += expansion.flops(key, expansion.consumed(row.stage, row.budget, settings, {}).tokens, settings, {})
+    mix = _upcycled_mix(expansion)
+    yield mix
+    megatron = {**finetune.megatron, **section.megatron}
+    settings = SettingsSection.model_construct(layout=section.layout or finetune.layout, megatron=megatron)
+    tokens = round(spent / expansion.flops(key, 1, settings, mix.flags))
+    name = "upcycled-cm"
+    make = Train(mix.name, settings.layout, settings.megatron)
+    meaning = "copies of the seed as experts, trained as long as experts and mixture together by FLOPs"
+    row = ModelSpec(name, name, make, name, meaning, budget=Budget(mixture.blend, tokens), flags=mix.flags)
+    yield replace(row, evaluated_in=f"{EVALUATION_PREFIX}{name}")
 
 
 def _merged(expansion: Expansion, section: MergeSection) -> Iterable[ModelSpec]:
@@ -475,6 +535,7 @@ BASELINES: dict[str, Baseline] = {
     "average-finetuned": Baseline(OneStageSection, _average_finetuned, has_given_experts),
     "dense": Baseline(DataMatchedSection, _dense),
     "upcycling": Baseline(DataMatchedSection, _upcycled),
+    "upcycling-cm": Baseline(OneStageSection, _upcycled_by_compute),
     "btm": Baseline(MergeSection, _merged),
 }
 """Key of the section ``baselines`` -> what it stands for. One more is one more row."""

@@ -87,6 +87,8 @@ class ModelSpec:
     """None for a model that is mixed, or given without a word of its data."""
     flags: Flags = field(default_factory=dict)
     """Flags of its architecture beside those of the dense model."""
+    traits: Mapping[str, str] = field(default_factory=dict)
+    """Of a variant: its routing, load-balancing and freeze, so that a report finds those that differ in one."""
     evaluated_in: str = ""
     """The stage that measures it; "" for none. Models of one stage have one architecture."""
 
@@ -101,4 +103,5 @@ class ModelSpec:
             "stage": self.stage,
             "tokens": self.budget.tokens if self.budget else None,
             "meaning": self.meaning,
+            "traits": dict(self.traits),
         }

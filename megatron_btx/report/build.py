@@ -83,9 +83,10 @@ def make_report(*paths: Path) -> Report:
     if text != REPORT_FILE:
         page, prefix = f"{stem}.html", f"{stem}-"
     study = make_study(runs, prefix)
-    numbers: dict[str, Any] = {"results.json": _number_run(runs[0], study)}
+    claims = {names: [finding.numbers() for finding in found] for names, found in study.findings.items()}
+    numbers: dict[str, Any] = {"results.json": {**_number_run(runs[0], study), "claims": claims}}
     if len(runs) > 1:
-        numbers = {f"{stem}.json": {"runs": {run.name: _number_run(run, study) for run in runs}}}
+        numbers = {f"{stem}.json": {"runs": {run.name: _number_run(run, study) for run in runs}, "claims": claims}}
     elif runs[0].variants():
         numbers[f"{stem}.json"] = _number_variants(runs[0])
     return Report(study, title, paths[0] / REPORT_STAGE, page, text, make_sections(study), numbers)

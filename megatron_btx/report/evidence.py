@@ -8,12 +8,14 @@ its differences lies above zero, not supported where one lies below it, else und
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from megatron_btx.common.shares import find_dead_experts
+from megatron_btx.report.inputs import RunData
 from megatron_btx.report.models import BTX, DENSE, EXPERT, SEED, Cast, Model
 from megatron_btx.report.quantities import difference_text, mean
 from megatron_btx.report.statistics import Interval, adjust_by_holm, paired_interval
@@ -21,7 +23,7 @@ from megatron_btx.report.statistics import Interval, adjust_by_holm, paired_inte
 SUPPORTED, REFUTED, UNDECIDED, UNTESTED = "supported", "not supported", "undecided", "not tested"
 MARGIN = 0.01
 """Nats per token that still count as no worse."""
-BTM, UPCYCLED = "btm", "upcycled"
+BTM, UPCYCLED = "btm", ("upcycled", "upcycled-cm")
 SIGNIFICANT = 0.05
 
 
@@ -106,9 +108,10 @@ class PaperClaim:
 class Replicates:
     """Runs of one recipe that differ in their seed: what a claim is tested on."""
 
+    names: tuple[str, ...]
     runs: Mapping[str, Cast]
     """Seed -> the run's models."""
-    domains: tuple[str, ...] = field(default=())
+    domains: tuple[str, ...]
 
     def loss(self, seed: str, role: str, domain: str | None = None, name: str = "") -> float | None:
         """The loss of a run's model of a role, on a domain or over all of them."""
@@ -155,6 +158,20 @@ class Replicates:
         return Comparison(name, differences, margin) if differences else None
 
 
+def find_replicates(runs: Sequence[RunData]) -> list[Replicates]:
+    """The runs by recipe. Of two that have the seed in common, too, the first counts: the other is no further seed."""
+    groups: dict[str, dict[str, RunData]] = {}
+    for run in runs:
+        rest = {key: value for key, value in run.recipe.items() if key not in ("name", "random-seed")}
+        seed = str(run.recipe.get("random-seed", run.name))
+        groups.setdefault(json.dumps(rest, sort_keys=True, default=str), {}).setdefault(seed, run)
+    found = []
+    for of_seeds in groups.values():
+        names = tuple(run.name for run in of_seeds.values())
+        found.append(Replicates(names, of_seeds, next(iter(of_seeds.values())).domains))
+    return found
+
+
 def judge_claims(replicates: Replicates) -> list[Finding]:
     """Every claim, in the paper's order, corrected for their number."""
     findings = []
@@ -189,7 +206,7 @@ def _correct(finding: Finding, adjusted: float | None) -> Finding:
     detail = finding.detail
     if finding.verdict in (SUPPORTED, REFUTED) and adjusted >= SIGNIFICANT:
         detail += f"; not after Holm's correction (p {adjusted:.3f})"
-    return Finding(finding.number, finding.text, finding.verdict, detail, finding.comparisons, finding.p, adjusted)
+    return replace(finding, detail=detail, adjusted_p=adjusted)
 
 
 # --- what each claim compares -----------------------------------------------------------------------------
@@ -223,12 +240,12 @@ def _beats_seed(replicates: Replicates) -> Sequence[Comparison] | str:
     return _collect(found, "no evaluation of seed and btx")
 
 
-def _beats_all_of(role: str, missing: str) -> Callable[[Replicates], Sequence[Comparison] | str]:
-    """The mixture against every model of a role, on the mean over domains."""
+def _beats_all_of(missing: str, *roles: str) -> Callable[[Replicates], Sequence[Comparison] | str]:
+    """The mixture against every model of these roles, on the mean over domains."""
 
     def compare(replicates: Replicates) -> Sequence[Comparison] | str:
-        names = replicates.names(role)
-        found = (replicates.compare(name, (role, None, name), (BTX, None, "")) for name in names)
+        named = [(role, name) for role in roles for name in replicates.names(role)]
+        found = (replicates.compare(name, (role, None, name), (BTX, None, "")) for role, name in named)
         return _collect(found, missing)
 
     return compare
@@ -267,7 +284,8 @@ def _routing_order(replicates: Replicates) -> Sequence[Comparison] | str:
     def compare() -> Iterator[Comparison | None]:
         chosen = []
         for method in _ROUTING_ORDER:
-            names = list(replicates.variants(**{"routing": method, "load-balancing": "none", "freeze": ""}))
+            traits = {"routing": method, "load-balancing": "none", "freeze": "", "megatron": ""}
+            names = list(replicates.variants(**traits, **{"top-k": "2"} if method == "top-k" else {}))
             chosen += names[:1]
         for better, worse in zip(chosen, chosen[1:], strict=False):
             yield replicates.compare_variants(f"{worse} over {better}", worse, better)
@@ -310,15 +328,15 @@ PAPER_CLAIMS: tuple[PaperClaim, ...] = (
     PaperClaim("The mixture beats the seed on every domain.", _beats_seed),
     PaperClaim(
         "The mixture beats Branch-Train-Merge on the mean over domains.",
-        _beats_all_of(BTM, "no evaluation of btm; add baselines.btm"),
+        _beats_all_of("no evaluation of btm; add baselines.btm", BTM),
     ),
     PaperClaim(
         "The mixture beats the dense model that was trained on the same data.",
-        _beats_all_of(DENSE, "no evaluation of dense; add baselines.dense"),
+        _beats_all_of("no evaluation of dense; add baselines.dense", DENSE),
     ),
     PaperClaim(
-        "The mixture beats sparse upcycling.",
-        _beats_all_of(UPCYCLED, "no evaluation of upcycled; add baselines.upcycling"),
+        "The mixture beats sparse upcycling, on the same data and at the same compute.",
+        _beats_all_of("no evaluation of upcycled; add baselines.upcycling-cm", *UPCYCLED),
     ),
     PaperClaim("Without load balancing an expert can die; with it none does.", _balanced),
     PaperClaim(

@@ -78,6 +78,8 @@ class RunData(Cast):
     """What is absent, or broken; one sentence each."""
     marked: tuple[str, ...] = ()
     """What was left out or went a part of its way only; one sentence each."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """As recipe.yaml has it; empty where there is none."""
     on_split: str = ""
     """" on the test split", or what the losses are of; empty where nothing says it."""
     planned: frozenset[str] | None = None
@@ -118,6 +120,7 @@ def read_run(run: Path) -> RunData:
     files = [folder / EVALUATION_FILE for folder in folders if folder.name not in reasons]
     evaluations = [file for file in files if file.is_file()]
     planned = None if plan is None else [entry.stage for entry in plan]
+    recipe = read_yaml(run / RECIPE_FILE)
     table = read_model_table(run)
     if table is None:
         table = guess_table(stages if planned is None else planned)
@@ -136,7 +139,8 @@ def read_run(run: Path) -> RunData:
         run.resolve().name,
         tuple(stages.values()),
         datasets,
-        on_split=_say_split(read_yaml(run / RECIPE_FILE)),
+        recipe=recipe,
+        on_split=_say_split(recipe),
         planned=None if planned is None else frozenset(planned),
     )
     return replace(data, marked=tuple(_marks(data, reasons)), notes=tuple(_notes(data)))

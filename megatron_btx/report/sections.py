@@ -10,6 +10,16 @@ from itertools import chain
 
 from megatron_btx.recipe.names import DATA_STAGE, EXPORT_STAGE, EXPORTED_FOLDER, LOG_FILE
 from megatron_btx.report.claims import Fact, check_claims
+from megatron_btx.report.evidence import (
+    MARGIN,
+    REFUTED,
+    SUPPORTED,
+    UNDECIDED,
+    UNTESTED,
+    Finding,
+    find_replicates,
+    judge_claims,
+)
 from megatron_btx.report.inputs import RunData, join_runs
 from megatron_btx.report.models import (
     AVERAGE,
@@ -49,6 +59,7 @@ _VERDICTS = {
     False: Cell("false", tone="bad"),
     None: Cell("not checked", tone="unknown"),
 }
+_TONES = {SUPPORTED: "good", REFUTED: "bad", UNDECIDED: "unknown", UNTESTED: "unknown"}
 _WATCHED_TITLE, _LOAD_TITLE = "Loss per domain while finetuning", "Load while finetuning"
 _SAME_SHARE = 1e-12
 """Shares this close are equal: what they differ by is rounding."""
@@ -68,6 +79,8 @@ class Study:
     """A line of the tables for each model, and for each variant."""
     facts: Mapping[str, list[Fact]]
     """Run -> its facts; an ablation has none."""
+    findings: Mapping[str, list[Finding]]
+    """Names of runs of one recipe, which differ in their seed -> what they say of the paper's claims."""
     prefix: str = ""
     """Of the files of figures."""
 
@@ -93,7 +106,10 @@ def make_study(runs: Sequence[RunData], prefix: str) -> Study:
     """Everything that a report computes from its inputs, once."""
     cast = join_runs(runs)
     facts = {run.name: check_claims(run) for run in runs if not run.variants()}
-    return Study(tuple(runs), cast, tuple(make_lines(cast)), facts, prefix)
+    findings = {}
+    for replicates in find_replicates(runs):
+        findings[", ".join(replicates.names)] = judge_claims(replicates)
+    return Study(tuple(runs), cast, tuple(make_lines(cast)), facts, findings, prefix)
 
 
 def make_sections(study: Study) -> tuple[Section, ...]:
@@ -102,6 +118,7 @@ def make_sections(study: Study) -> tuple[Section, ...]:
     opening: list[Block] = [Paragraph(study.name(run, _lead(run)), lead=True) for run in study.runs]
     parts: list[tuple[str, Iterable[Block]]] = [("", [*opening, *make_bullets(_marked(study))])]
     parts.append(("Facts", tabulate_facts(study)))
+    parts.append(("The paper's claims", _tabulate_findings(study)))
     parts.append((f"Loss{study.on_split}", _show_losses(study)))
     parts += [(measure.capitalize(), [_tabulate_measure(study, measure)]) for measure in _other_measures(study.cast)]
     if len(study.runs) == 1:
@@ -199,6 +216,24 @@ def tabulate_facts(study: Study) -> list[Table]:
             rows.append(make_row(_VERDICTS[fact.holds], study.name(run, fact.text), fact.detail))
     caption = "Computed from this run's numbers: loss of the model, loss of what it is compared with, difference."
     return [Table(("verdict", "claim", "numbers"), tuple(rows), 3, caption)] * bool(rows)
+
+
+def _tabulate_findings(study: Study) -> Iterator[Block]:
+    """A table of the nine claims for every recipe of which there are runs."""
+    for names, findings in study.findings.items():
+        rows = []
+        for each in findings:
+            p = ABSENT if each.adjusted_p is None else f"{each.adjusted_p:.3f}"
+            verdict = Cell(each.verdict, tone=_TONES[each.verdict])
+            rows.append(make_row(verdict, f"{each.number}. {each.text}", each.detail, p))
+        caption = (
+            "Differences in nats per token, above zero for the claim, mean over seeds ± half of the 95 % interval (t). "
+            "Supported: the interval of each lies above zero, or where a claim says no worse above "
+            f"-{MARGIN}. One seed decides nothing. p: after Holm's correction for the claims that were tested."
+        )
+        if len(study.findings) > 1:
+            caption = f"{names}. {caption}"
+        yield Table(("verdict", "claim", "differences", "p"), tuple(rows), 3, caption)
 
 
 # --- what was measured -------------------------------------------------------------------------------------

@@ -212,6 +212,8 @@ class ModelRow(_Record):
     """The stage that makes it; None or empty for a given model."""
     meaning: Text = None
     """What it is, as a phrase."""
+    traits: Annotated[dict[str, str], _only(dict, otherwise={})] = Field(default_factory=dict)
+    """How a mixture was finetuned, by the words of a recipe: routing, load-balancing, freeze."""
 
 
 LOSS = "loss"

@@ -63,6 +63,7 @@ def test_a_row_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
         "stage": "longer",
         "tokens": 0,
         "meaning": "more of the same",
+        "traits": {},
     }
     assert plan(recipe("baselines.longer=true"))["longer"].tokens == pytest.approx(2_000_000, rel=1e-3)
     with pytest.raises(InputError, match=r"baselines\.longer\.tmes: unknown key; did you mean times"):
@@ -103,3 +104,43 @@ def test_upcycling_sees_the_data_of_the_mixture() -> None:
             if f"--{flag}" in stages["finetune"].command:
                 assert values(stages[name], flag) == values(stages["finetune"], flag)
     assert stages["evaluate-upcycled"].parents == ("data", "upcycled")
+
+
+@pytest.mark.usefixtures("in_quickstart_folder")
+def test_upcycling_at_matched_compute_takes_the_flops_of_experts_and_mixture() -> None:
+    """Within the half batch that whole batches leave; the seed's training, which both have, does not count."""
+    stages = plan(recipe("baselines.upcycling-cm=true"))
+    spent = sum(stages[name].flops or 0 for name in ("expert-math", "expert-code", "expert-knowledge", "finetune"))
+    found = stages["upcycled-cm"]
+    assert found.flops == pytest.approx(spent, rel=1e-3) and found.parents == ("data", "upcycled-mix")
+    assert values(found, "train-data-path") == values(stages["finetune"], "train-data-path")
+    assert found.tokens != stages["finetune"].tokens and "upcycled-domains" not in stages
+    both = plan(recipe("baselines.upcycling-cm=true", "baselines.upcycling=true"))
+    assert both["upcycled-mix"] == stages["upcycled-mix"]
+
+
+@pytest.mark.usefixtures("in_quickstart_folder")
+def test_branch_train_merge_is_evaluated_with_its_experts() -> None:
+    planned = recipe("baselines.btm={top-k: [2, 1], weights: [tf-idf, bayes]}")
+    rows = [row for row in planned.models.values() if row.role == "btm"]
+    assert [row.name for row in rows] == ["btm-top1", "btm-bayes-top1", "btm-top2", "btm-bayes-top2"]
+    stages = plan(planned)
+    assert not any(name.startswith("btm") for name in stages)
+    experts = stages["evaluate-experts"]
+    assert values(experts, "btx-btm-top-k") == ["1", "2"]
+    assert values(experts, "btx-btm-weights") == ["tf-idf", "bayes"]
+    members = values(experts, "btx-btm-member")
+    assert members[:2] == ["expert-math=0.95:data/math.train", "expert-math=0.05:data/general.train"]
+    assert members[-4:] == [
+        f"seed={share}:data/{domain}.train"
+        for domain, share in (("general", 0.85), ("math", 0.05), ("code", 0.05), ("knowledge", 0.05))
+    ]
+    without = plan(recipe("baselines.btm=false"))["evaluate-experts"]
+    assert not values(without, "btx-btm-member") and without.settings != experts.settings
+    for said, expected in (
+        ("{top-k: [5]}", r"baselines\.btm\.top-k: found 5, expected at most 4"),
+        ("{top-k: []}", r"baselines\.btm\.top-k"),
+        ("{weights: [nearest]}", r"baselines\.btm\.weights: found 'nearest', expected some of: tf-idf"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            recipe(f"baselines.btm={said}")
