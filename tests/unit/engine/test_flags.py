@@ -33,7 +33,7 @@ def test_every_flag_says_its_default(heading):
 def routing_table() -> str:
     """The methods as a table for docs/routing.md."""
     lines = ["| `mix.routing`, `ROUTING` | meaning | flags | drops tokens |", "|---|---|---|---|"]
-    for method in METHODS:
+    for method in METHODS.values():
         words = []
         for name, value in method.flags(experts=4).items():
             words.append(f"--{name}" if value is True else f"--{name} {value}")
