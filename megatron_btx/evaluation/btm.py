@@ -58,7 +58,7 @@ def add_btm_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"how they are weighed. {rows} (default: tf-idf)".replace("%", "%%"),
     )
-    what = f"development text of a domain for bayes-cached, of which the first {PRIOR_SEQUENCES} sequences are read"
+    what = f"development text of a domain for bayes-cached; its first {PRIOR_SEQUENCES} sequences count (default: none)"
     group.add_argument(_PRIOR, metavar="DOMAIN=TEXT", nargs="+", action="extend", default=[], help=what)
 
 

@@ -471,8 +471,8 @@ def _upcycled_by_compute(expansion: Expansion, section: OneStageSection) -> Iter
     spent = expansion.flops(key, mixture.tokens, finetune, expansion.rows[BTX_MODEL].flags)
     for row in expansion.rows.values():
         if row.role == "expert" and row.home in expansion.mixed() and row.budget is not None:
-            settings = experts[row.home]
-            spent += expansion.flops(key, expansion.consumed(row.stage, row.budget, settings, {}).tokens, settings, {})
+            own = experts[row.home]
+            spent += expansion.flops(key, expansion.consumed(row.stage, row.budget, own, {}).tokens, own, {})
     mix = _upcycled_mix(expansion)
     yield mix
     megatron = {**finetune.megatron, **section.megatron}

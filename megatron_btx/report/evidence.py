@@ -73,7 +73,7 @@ class Finding:
     """The numbers behind the verdict, or why it was not tested."""
     comparisons: tuple[Comparison, ...] = ()
     p: float | None = None
-    """The largest of its comparisons; None where it is no t test."""
+    """The largest of its comparisons; None where it is no t test, or has one seed."""
     adjusted_p: float | None = None
     """By Holm over all claims that were tested."""
 
@@ -108,7 +108,7 @@ class PaperClaim:
 class Replicates:
     """Runs of one recipe that differ in their seed: what a claim is tested on."""
 
-    names: tuple[str, ...]
+    run_names: tuple[str, ...]
     runs: Mapping[str, Cast]
     """Seed -> the run's models."""
     domains: tuple[str, ...]
@@ -152,7 +152,7 @@ class Replicates:
         differences = {}
         for seed, model in every.get(worse, {}).items():
             other = every.get(better, {}).get(seed)
-            above, below = model.mean_loss(self.domains), other and other.mean_loss(self.domains)
+            above, below = model.mean_loss(self.domains), None if other is None else other.mean_loss(self.domains)
             if above is not None and below is not None and math.isfinite(above - below):
                 differences[seed] = above - below
         return Comparison(name, differences, margin) if differences else None
@@ -197,7 +197,10 @@ def _judge(number: int, text: str, comparisons: tuple[Comparison, ...]) -> Findi
     elif set(verdicts) == {SUPPORTED}:
         verdict = SUPPORTED
     detail = "; ".join(each.describe() for each in comparisons)
-    return Finding(number, text, verdict, detail, comparisons, max(each.p for each in comparisons))
+    p = None
+    if all(each.interval.seeds > 1 for each in comparisons):
+        p = max(each.p for each in comparisons)
+    return Finding(number, text, verdict, detail, comparisons, p)
 
 
 def _correct(finding: Finding, adjusted: float | None) -> Finding:
@@ -346,4 +349,4 @@ PAPER_CLAIMS: tuple[PaperClaim, ...] = (
     PaperClaim("Blending experts hurts, and splitting them does not help.", _mixing),
     PaperClaim("Freezing the experts costs nothing.", _frozen),
 )
-"""The nine, in the order of docs/results.md."""
+"""All nine, in the paper's order."""

@@ -108,7 +108,7 @@ def make_study(runs: Sequence[RunData], prefix: str) -> Study:
     facts = {run.name: check_claims(run) for run in runs if not run.variants()}
     findings = {}
     for replicates in find_replicates(runs):
-        findings[", ".join(replicates.names)] = judge_claims(replicates)
+        findings[", ".join(replicates.run_names)] = judge_claims(replicates)
     return Study(tuple(runs), cast, tuple(make_lines(cast)), facts, findings, prefix)
 
 
@@ -159,6 +159,8 @@ def printed_blocks(study: Study) -> tuple[Block, ...]:
         blocks += list(_show_loads(study))[:1]
         blocks += [Paragraph(_lead(run)) for run in study.runs]
     blocks += _describe_differences(study)
+    if len(study.runs) > 1:
+        blocks += _tabulate_findings(study)
     return (*blocks, *make_bullets(_marked(study)), *tabulate_facts(study))
 
 

@@ -1,7 +1,7 @@
 """Verdicts over seeds: paired intervals, and the correction for testing many claims at once.
 
 A difference is taken between two models of one seed and one order of data. Its spread over seeds says how far another
-seed could lead; the spread over the tokens of a test set is another number and is never added to it (docs/results.md).
+seed could lead; the spread over the tokens of a test set is another number and is never added to it.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def verdicts(*runs: RunData) -> list[str]:
 
 def test_seeds_decide_and_one_seed_does_not():
     assert verdicts(a_run(1)) == [UNDECIDED] * 4 + [UNTESTED] * 5
+    assert {finding.p for finding in judge_claims(find_replicates([a_run(1)])[0])} == {None}
     assert verdicts(*map(a_run, (1, 2, 3))) == [SUPPORTED] * 4 + [UNTESTED] * 5
     worse = verdicts(*(a_run(seed, shift=0.5) for seed in (1, 2, 3)))
     assert worse[:4] == [SUPPORTED, REFUTED, UNDECIDED, REFUTED]  # against btm: .5 - .5, give or take
@@ -82,7 +83,7 @@ def test_every_btm_has_to_be_beaten():
 def test_runs_of_other_recipes_are_no_further_seeds():
     runs = [a_run(1), a_run(2), a_run(3, finetune={"tokens": 1}), a_run(2)]
     groups = find_replicates(runs)
-    assert [group.names for group in groups] == [("run-1", "run-2"), ("run-3",)]  # and a seed counts once
+    assert [group.run_names for group in groups] == [("run-1", "run-2"), ("run-3",)]  # and a seed counts once
 
 
 def test_no_worse_has_a_margin():

@@ -114,13 +114,16 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, capsys, request: pytest
     assert build.main([str(first), str(second)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "btx (quickstart) 3.964" in printed and "btx (second) 4.500" in printed
+    assert "9. Freezing the experts costs nothing." in printed, "claims are tested on several runs"
     assert "second: The finetuned mixture beats the seed" in printed and "quickstart: btx - dense -0.031" in printed
     request.getfixturevalue("undrawn")  # once is enough
     assert build.main([str(first), str(second), "--require-facts"]) == 1
     folder = first / "report"
     assert {path.name for path in folder.glob("*.png")} == {"comparison-losses.png", "comparison-finetuning.png"}
     found = json.loads((folder / "comparison.json").read_text())["runs"]
-    assert found["quickstart"] == results(first) and found["second"]["models"]["btx"]["losses"]["general"] == 4.5
+    alone = results(first)
+    assert list(alone.pop("claims")) == ["quickstart"]
+    assert found["quickstart"] == alone and found["second"]["models"]["btx"]["losses"]["general"] == 4.5
     text = (folder / "comparison.md").read_text()
     assert "**second: The finetuned mixture reaches a mean loss" in text and "| second | 5,017,600" in text
     build_report(first)
